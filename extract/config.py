@@ -1,0 +1,100 @@
+"""Settings of `dtpipe extract`, one pydantic model.
+
+A field either belongs to the recipe (it changes the content of the dataset; another value into the same output is
+refused) or to execution (it may change between runs of the same dataset); `EXECUTION` names the latter.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dtpipe.manifests.schema import Filter, Order, Resize, ShardFormat, StoredDtype, StrictModel
+
+
+class SourceConfig(StrictModel):
+    """Where images come from and in which order they become rows."""
+
+    kind: str = Field(default="auto", description="Source kind (`dtpipe list sources`), or auto: by what the URL holds.")
+    order: Order = Field(default="permuted", description="Rows: a seeded permutation of the listing, or container order.")
+    seed: int = Field(default=0, ge=0, description="Seed of the permutation.")
+    max_pixels: int = Field(default=128_000_000, ge=1, description="Images with more pixels are bad samples.")
+
+
+class TransformConfig(StrictModel):
+    """How an image becomes the teacher's input."""
+
+    resize: Resize = Field(default="center_crop", description="center_crop (guided-diffusion's), stretch, or none.")
+    px: int | tuple[int, int] | None = Field(default=None, description="Side, or height and width, in px; default: the teacher's.")
+    filter: Filter = Field(default="bicubic", description="Resampling filter.")
+    antialias: bool = Field(default=True, description="Widen the filter when shrinking.")
+
+
+class TeacherConfig(StrictModel):
+    """Which teacher, and where its levels are read."""
+
+    path: str = Field(description="Folder, file, URL or name of the teacher (`dtpipe list teachers`).")
+    kind: str = Field(default="auto", description="Teacher kind, or auto: by what the path holds.")
+    revision: str | None = Field(default=None, description="Commit of a hub repository; needed for hub ids.")
+    taps: dict[str, str] | None = Field(default=None, description="Level name to module path; default: found by stride.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="Arithmetic of the forward pass.")
+
+
+class NoiseConfig(StrictModel):
+    """Which noise the teacher sees; each combination of draw, timestep and flip is one view."""
+
+    seed: int = Field(default=0, ge=0, description="Seed of all noise draws.")
+    timesteps: tuple[int, ...] = Field(default=(150,), min_length=1, description="Diffusion timesteps, 0-based.")
+    draws: int = Field(default=1, ge=1, description="Stored noise draws per image and timestep.")
+    flips: bool = Field(default=False, description="Also store the flipped image's features, as views of their own.")
+
+
+class ShardConfig(StrictModel):
+    """How the dataset lies on disk."""
+
+    format: ShardFormat = Field(default="zarr", description="zarr (v3, sharded) or webdataset (tars).")
+    samples: int | None = Field(default=None, ge=1, description="Rows per shard; default: the power of two in 16..4096 nearest 256 MiB.")
+    dtype: StoredDtype = Field(default="float16", description="Stored dtype of feature levels.")
+    codec: str = Field(default="cast", description="Codec of feature levels (`dtpipe list codecs`).")
+    zstd_level: int = Field(default=3, ge=1, le=19, description="Compression level of zstd.")
+
+
+class ExtractConfig(StrictModel):
+    """All settings of one extraction."""
+
+    images: str = Field(description="URL of the image source.")
+    out: str = Field(description="URL of the feature dataset to write.")
+    source: SourceConfig = SourceConfig()
+    transform: TransformConfig = TransformConfig()
+    teacher: TeacherConfig
+    noise: NoiseConfig = NoiseConfig()
+    shard: ShardConfig = ShardConfig()
+    student_px: int | tuple[int, int] | None = Field(default=None, description="Student's image size in px; default: the stored one.")
+    batch_size: int = Field(default=32, ge=1, description="Images per forward pass of the teacher.")
+    threads: int = Field(default=1, ge=1, description="CPU threads per worker for the forward pass.")
+    limit: int | None = Field(default=None, ge=1, description="Take only the first rows.")
+    keys: str | None = Field(default=None, description="File with one key per line: take only these samples.")
+    max_bad: int | float = Field(default=0.01, ge=0, description="Bad samples allowed: an integer is a count, a fraction a share.")
+    inline: bool = Field(default=False, description="Run in this process, without Ray.")
+    workers: int | None = Field(default=None, ge=1, description="Most actors at once; default: one per GPU, or one per 2 CPUs without.")
+    gpus_per_worker: float | None = Field(default=None, ge=0, description="GPUs per actor; default: 1 if the cluster has any.")
+    cpus_per_worker: float = Field(default=1, gt=0, description="CPUs per actor that Ray reserves.")
+    decode_threads: int = Field(default=2, ge=1, description="Threads per worker that decode images.")
+    ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
+    retries: int = Field(default=2, ge=0, description="Times a failed shard is tried again.")
+    shard_deadline_s: float = Field(default=3600, gt=0, description="A shard that takes longer is taken away and retried.")
+    lock_stale_s: float = Field(default=120, gt=0, description="A lock without a heartbeat for so long is taken over.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the teacher runs.")
+
+    @model_validator(mode="after")
+    def _max_bad_share(self) -> ExtractConfig:
+        if isinstance(self.max_bad, float) and self.max_bad > 1:
+            raise ValueError(f"extract.max_bad is {self.max_bad}; write a count as an integer and a share as a fraction up to 1")
+        return self
+
+
+EXECUTION = frozenset(
+    {"images", "out", "inline", "workers", "gpus_per_worker", "cpus_per_worker", "decode_threads", "ray_address", "retries"}
+    | {"shard_deadline_s", "lock_stale_s", "max_bad"}
+)

@@ -1,0 +1,204 @@
+"""The records of format v1: recipe, plan, shard entry, manifest.
+
+Everything that determines the content of a dataset stands in `Recipe` and nowhere else; times, hosts and library
+versions are provenance and stay outside the digest. Unknown fields are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT = "dtpipe-features/1"
+IMAGE = "image"  # name of the array that holds the stored images
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="blake3, 64 hexadecimal digits.")]
+LevelName = Annotated[str, Field(pattern=r"^l[0-9](\.[a-z0-9]+)?$", description="l{n} has stride 2^n; l4.b is a second tap.")]
+StoredDtype = Literal["float16", "float32"]
+Resize = Literal["center_crop", "stretch", "none"]
+Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
+ShardFormat = Literal["zarr", "webdataset"]
+Order = Literal["permuted", "container"]
+
+
+class StrictModel(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ViewSpec(StrictModel):
+    """One stored encoding of an image; its position in `Recipe.views` is its index on the V axis."""
+
+    draw: int = Field(ge=0, description="Index k of the noise draw.")
+    timestep: int | None = Field(default=None, ge=0, description="Diffusion timestep, 0-based; null without diffusion.")
+    flip: bool = Field(default=False, description="True when the horizontally flipped image was encoded.")
+
+
+class LevelSpec(StrictModel):
+    """One feature level as stored: array [N, V, channels, height, width]."""
+
+    name: LevelName
+    stride: int = Field(ge=1, description="Student pixels per cell.")
+    channels: int = Field(ge=1)
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    dtype: StoredDtype = "float16"
+    tap: str = Field(description="Module path in the teacher where the level is read.")
+
+
+class SourceRecipe(StrictModel):
+    """How rows follow from the listing. URIs are not content and are kept out."""
+
+    kind: str = Field(description="Registered source kind, e.g. `folder`.")
+    order: Order = "permuted"
+    seed: int = Field(default=0, description="Seed of the permutation of rows.")
+
+
+class TransformRecipe(StrictModel):
+    """How a decoded image becomes the teacher's input, which is the stored image."""
+
+    resize: Resize = "center_crop"
+    height: int = Field(ge=1, description="Stored height in px.")
+    width: int = Field(ge=1, description="Stored width in px.")
+    filter: Filter = "bicubic"
+    antialias: bool = True
+
+
+class TeacherRecipe(StrictModel):
+    """Which teacher, by content: the digest of its weights, not where they lay."""
+
+    kind: str = Field(description="Registered teacher kind, e.g. `ddpm`.")
+    weights_blake3: Digest
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of this kind that change features.")
+
+
+class ComputeRecipe(StrictModel):
+    """What floating point depends on; equal digests need an equal one."""
+
+    device: str = Field(description="Device type: cpu or cuda.")
+    dtype: str = Field(default="float32", description="Arithmetic of the teacher's forward pass.")
+    batch_size: int = Field(ge=1, description="Images per forward pass; short batches are padded.")
+    threads: int = Field(ge=1, description="CPU threads per worker.")
+
+
+class CodecRecipe(StrictModel):
+    """How feature levels and images become bytes."""
+
+    name: str = Field(default="cast", description="Registered codec; `cast` rounds to the level's dtype.")
+    zstd_level: int = Field(default=3, ge=1, le=19)
+
+
+class ShardRecipe(StrictModel):
+    """How rows are cut into shards."""
+
+    format: ShardFormat = "zarr"
+    samples: int = Field(ge=1, description="Rows per shard; the last shard may be shorter.")
+
+
+class Recipe(StrictModel):
+    """All that determines the content of a feature dataset."""
+
+    source: SourceRecipe
+    transform: TransformRecipe
+    student_px: tuple[int, int] = Field(description="Height and width of the student's image; strides refer to it.")
+    teacher: TeacherRecipe
+    noise_seed: int = 0
+    views: tuple[ViewSpec, ...] = Field(min_length=1)
+    levels: tuple[LevelSpec, ...] = Field(min_length=1)
+    images: Literal["stored", "joined"] = "stored"
+    codec: CodecRecipe = CodecRecipe()
+    shard: ShardRecipe
+    compute: ComputeRecipe
+
+
+class Plan(StrictModel):
+    """plan.json: the recipe and the fixed rows, written before any work."""
+
+    format: Literal["dtpipe-features/1"] = FORMAT
+    recipe: Recipe
+    num_rows: int = Field(ge=1)
+    num_shards: int = Field(ge=1)
+    listing_blake3: Digest
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Time, host, versions, config; not content.")
+
+    def shard_rows(self, shard_idx: int) -> range:
+        """Rows of one shard; only the last may be short."""
+        samples = self.recipe.shard.samples
+        return range(shard_idx * samples, min((shard_idx + 1) * samples, self.num_rows))
+
+
+class Members(StrictModel):
+    """Byte ranges of one array's chunks inside an object, in (row, view) order; rows of a shard are consecutive.
+
+    crc32c is of the `size` bytes at `offset`, as they lie in the object. A reader checks it on each read, so a
+    flipped byte, a stale object and a swapped one all fail where they are touched.
+    """
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    crc32c: tuple[int, ...]
+
+
+class ObjectEntry(StrictModel):
+    """One stored object of a shard: a zarr shard of one array, or a whole tar."""
+
+    name: str = Field(description="POSIX path inside the dataset.")
+    size_bytes: int = Field(ge=0)
+    blake3: Digest
+    identity: str = Field(description="The store's etag, or mtime in ns: changes when the object is written again. Not content.")
+    arrays: dict[str, Members] = Field(description="Array name (image, l2, ..; tar also: key) to its chunks.")
+
+
+class IndexRow(StrictModel):
+    """One sample as it came out."""
+
+    row: int = Field(ge=0)
+    key: str
+    shard: int = Field(ge=0)
+    status: str = Field(default="ok", pattern=r"^(ok|bad: .+)$", description="`ok`, or `bad: ` and the reason.")
+    label: str | None = None
+    original_height: int | None = None
+    original_width: int | None = None
+
+
+class ShardEntry(StrictModel):
+    """commits/00042.json: written last; its presence is the commit."""
+
+    format: Literal["dtpipe-features/1"] = FORMAT
+    shard: int = Field(ge=0)
+    plan_blake3: Digest = Field(description="Digest of plan.json's bytes: an entry of another plan is refused.")
+    epoch: int = Field(ge=0, description="Epoch of the writer's lock.")
+    objects: tuple[ObjectEntry, ...]
+    rows: tuple[IndexRow, ...]
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Host, seconds, versions; not content.")
+
+
+class FileEntry(StrictModel):
+    """Size and digest of a whole file beside the manifest."""
+
+    size_bytes: int = Field(ge=0)
+    blake3: Digest
+
+
+class Totals(StrictModel):
+    """Counts over the dataset."""
+
+    num_rows: int
+    num_ok: int
+    num_bad: int
+    num_shards: int
+    size_bytes: int = Field(description="Bytes of all shard objects.")
+
+
+class Manifest(StrictModel):
+    """manifest.json: the only entry point for readers; written by the merge."""
+
+    format: Literal["dtpipe-features/1"] = FORMAT
+    complete: bool = Field(description="False after a repair has sent shards back to work.")
+    digest: Digest = Field(description="Digest of the content: equal for any number of workers and after kills.")
+    recipe: Recipe
+    totals: Totals
+    files: dict[str, FileEntry] = Field(description="plan.json, listing, shards, index, zarr metadata.")
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Versions, devices, commands; not content.")
