@@ -1,0 +1,46 @@
+# Targets for people; continuous integration calls `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A stamp named by pyproject's digest: set-up runs again when the dependencies change, and only then.
+DIGEST := $(shell cksum < pyproject.toml | tr ' ' '-')
+RUN_STAMP := $(VENV)/.run-$(DIGEST)
+DEV_STAMP := $(VENV)/.dev-$(DIGEST)
+
+.PHONY: setup demo demo-teacher test check bench clean
+
+setup: $(DEV_STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(DEV_STAMP): | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(RUN_STAMP)
+
+demo: $(RUN_STAMP)          ## extract, verify, distill, score and report on digit scenes
+	$(BIN)/dtpipe demo --fresh
+
+demo-teacher: $(RUN_STAMP)  ## train the demo's teacher again (about an hour on 2 cores)
+	sh pipeline/demo/teacher/train.sh $(BIN)/dtpipe
+
+test: $(DEV_STAMP)          ## everything that continuous integration runs
+	$(MAKE) check
+	$(BIN)/python -m pytest
+
+check: $(DEV_STAMP)         ## formatter, linter, type checker, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	MYPYPATH=.dev $(BIN)/mypy --strict -p dtpipe.manifests -p dtpipe.extract -p dtpipe.distill -p dtpipe.pipeline
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: $(DEV_STAMP)         ## every benchmark with its defaults; JSON beside the scripts' output
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,96 @@
+"""`dtpipe extract`: images and a teacher in, a feature dataset out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dtpipe.pipeline.console import Console, ProgressLine, format_bytes, format_seconds
+from dtpipe.pipeline.options import Call, Flag, settings_command
+
+if TYPE_CHECKING:
+    from dtpipe.extract.progress import Progress
+    from dtpipe.extract.run import ExtractResult
+
+FLAGS = (
+    Flag("--images", "extract.images", "URL"),
+    Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
+    Flag("--out", "extract.out", "URL"),
+    Flag("--revision", "extract.teacher.revision", "COMMIT"),
+    Flag("--px", "extract.transform.px", "PX"),
+    Flag("--resize", "extract.transform.resize", "RULE"),
+    Flag("--student-px", "extract.student_px", "PX"),
+    Flag("--timesteps", "extract.noise.timesteps", "T,T"),
+    Flag("--draws", "extract.noise.draws", "K"),
+    Flag("--flips", "extract.noise.flips"),
+    Flag("--format", "extract.shard.format", "zarr|webdataset"),
+    Flag("--batch-size", "extract.batch_size", "N"),
+    Flag("--limit", "extract.limit", "N"),
+    Flag("--keys", "extract.keys", "FILE"),
+    Flag("--max-bad", "extract.max_bad", "N|SHARE"),
+    Flag("--device", "extract.device", "DEVICE"),
+    Flag("--inline", "extract.inline"),
+    Flag("--workers", "extract.workers", "N"),
+    Flag("--ray-address", "extract.ray_address", "ADDRESS"),
+)
+EXAMPLE = """
+dtpipe extract --images photos/ --teacher teacher/ --out features/
+dtpipe extract -c imagenet --images s3://bucket/photos --teacher adm256/ --out s3://bucket/features
+"""
+SHOWN_BAD = 10
+
+
+@settings_command(
+    "extract", FLAGS, EXAMPLE, switches={"--fresh": "Refuse to start when the output holds anything; default: go on where it stopped."}
+)
+def command(call: Call, fresh: bool) -> None:
+    """Run a teacher over images and write a feature dataset.
+
+    Runs on the GPUs there are, or on a Ray cluster. Run it again after a crash: committed shards are kept.
+    """
+    config = call.settings("extract")
+    if call.dry_run:
+        from dtpipe.pipeline.plan import plan_extraction, print_extraction
+
+        print_extraction(call.console, plan_extraction(config))
+        return
+    from dtpipe.extract.run import run_extraction
+
+    with ProgressLine("extract") as line:
+        result = run_extraction(config, on_progress=ProgressText(call.console, line), fresh=fresh)
+    _print_result(call.console, result)
+
+
+class ProgressText:
+    """Turns an extraction's progress into one line; events get a line of their own."""
+
+    def __init__(self, console: Console, line: ProgressLine) -> None:
+        self._console = console
+        self._line = line
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.message:
+            self._line.event(progress.message)
+        eta = format_seconds(progress.eta_s) if progress.eta_s is not None else "?"
+        text = (
+            f"{progress.throughput_img_s:.1f} img/s  {progress.throughput_mb_s:.1f} MB/s  ETA {eta}  "
+            f"{progress.num_bad} bad  {progress.workers} workers"
+        )
+        self._line.update(progress.samples_done, progress.samples_total, text)
+
+
+def _print_result(console: Console, result: ExtractResult) -> None:
+    console.pairs(
+        {
+            "wrote": result.url,
+            "samples": f"{result.num_ok} ok, {result.num_bad} bad, of {result.num_rows}",
+            "size": format_bytes(result.size_bytes),
+            "digest": result.digest,
+            "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s",
+        }
+    )
+    for bad in result.bad[:SHOWN_BAD]:
+        console.result(f"  bad: {bad.key}: {bad.reason}")
+    if result.num_bad > SHOWN_BAD:
+        console.result(f"  and {result.num_bad - SHOWN_BAD} more; `dtpipe inspect {result.url}` lists them")
+    console.result(f"next: dtpipe distill {result.url} --student resnet50 --out runs/first")
+    console.document(result)

@@ -1,0 +1,26 @@
+"""`dtpipe plan`: what an extraction, and the training after it, would cost."""
+
+from __future__ import annotations
+
+from dtpipe.pipeline.commands import extract
+from dtpipe.pipeline.options import Call, Flag, settings_command
+
+FLAGS = (*extract.FLAGS, Flag("--student", "distill.student.name", "TIMM_NAME"), Flag("--epochs", "distill.epochs", "N"))
+EXAMPLE = """
+dtpipe plan --images photos/ --teacher teacher/ --out features/
+dtpipe plan -c imagenet --images photos/ --teacher adm256/ --out features/ --student resnet50
+"""
+
+
+@settings_command("plan", FLAGS, EXAMPLE, dry_run=False)
+def command(call: Call) -> None:
+    """Bytes, hours and memory of an extraction, before anything is spent.
+
+    Runs the actual teacher over a few of your images and writes nothing; with --student, also times training steps.
+    """
+    from dtpipe.pipeline.plan import plan_extraction, print_extraction
+
+    config = call.settings("extract")
+    extraction = plan_extraction(config)
+    print_extraction(call.console, extraction)
+    call.console.document(extraction)

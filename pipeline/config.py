@@ -1,0 +1,79 @@
+"""Settings of the commands that belong to no stage: eval, export, report, demo."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dtpipe.manifests.schema import Resize, StrictModel
+
+PositiveInts = tuple[int, ...]
+
+
+class EvalConfig(StrictModel):
+    """What to score, on which labels, beside what."""
+
+    checkpoint: str = Field(description="Run folder, checkpoint or export of the student to score.")
+    task: Literal["probe", "knn"] = Field(description="probe (linear read-out) or knn (nearest neighbours), on frozen features.")
+    images: str = Field(description="URL of labelled images: class folders, or any folder with --masks.")
+    masks: str | None = Field(default=None, description="URL of masks with the images' keys as PNG: scores a dense read-out.")
+    test_images: str | None = Field(default=None, description="URL of the images to score on; default: a share of --images.")
+    test_masks: str | None = Field(default=None, description="URL of the masks of --test-images.")
+    test_share: float = Field(default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images.")
+    foreground: bool = Field(default=False, description="Merge all mask classes but 0 into one.")
+    ignore_value: int | None = Field(default=255, ge=0, le=255, description="Mask value of pixels that do not count.")
+    px: int | None = Field(default=None, ge=1, description="Side in px at which images are seen; default: the student's.")
+    resize: Resize = Field(default="center_crop", description="How images come to that size; masks follow.")
+    labelled: tuple[int | Literal["all"], ...] = Field(default=(5, 20, 80), min_length=1, description="Numbers of labelled images.")
+    seeds: int = Field(default=3, ge=1, description="Draws of the labelled images and of random initialisations.")
+    against: tuple[str, ...] = Field(default=(), description="Another checkpoint to score beside it. Repeatable.")
+    teacher: str | None = Field(default=None, description="Teacher whose own features are scored too.")
+    timestep: int | None = Field(default=None, ge=0, description="Timestep of the teacher's features; default: the run's.")
+    limit: int | None = Field(default=None, ge=2, description="Use only so many images.")
+    seed: int = Field(default=0, ge=0, description="Seed of the split and the draws.")
+    batch_size: int = Field(default=64, ge=1, description="Images per forward pass.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where features are computed.")
+    out: str | None = Field(default=None, description="JSON file to write; default: eval-TASK.json in the run folder.")
+
+    @model_validator(mode="after")
+    def _masks_go_together(self) -> EvalConfig:
+        if self.test_images and (self.masks is None) != (self.test_masks is None):
+            raise ValueError("eval.masks and eval.test_masks go together; give both or neither")
+        return self
+
+
+class ExportConfig(StrictModel):
+    """Which student to write, for whom."""
+
+    checkpoint: str = Field(description="Run folder or checkpoint.")
+    out: str = Field(description="File to write, e.g. r50.safetensors.")
+    layout: Literal["timm", "torchvision"] = Field(default="timm", description="Whose names the weights take.")
+
+
+class ReportConfig(StrictModel):
+    """What the page about a run shows."""
+
+    run: str = Field(description="Run folder of `dtpipe distill`.")
+    out: str | None = Field(default=None, description="HTML file to write; default: report.html in the run folder.")
+    num_images: int = Field(default=4, ge=1, le=64, description="Images shown with their feature maps.")
+    teacher: str | None = Field(default=None, description="Teacher to draw samples from.")
+    num_samples: int = Field(default=16, ge=1, le=256, description="Samples drawn from the teacher.")
+    sample_steps: int = Field(default=50, ge=1, description="Denoising steps per sample.")
+    seed: int = Field(default=0, ge=0, description="Seed of the samples and of the choice of images.")
+
+
+class DemoConfig(StrictModel):
+    """How large the demonstration is."""
+
+    out: str = Field(default="demo-out", description="Folder for everything that the demo writes.")
+    images: str | None = Field(default=None, description="Your own folder of images instead of digit scenes.")
+    teacher: str | None = Field(default=None, description="Teacher; default: the one shipped, or with --images a small one trained first.")
+    student: str = Field(default="resnet10t", description="timm name of the student.")
+    num_scenes: int = Field(default=2000, ge=200, description="Scenes to make for distillation.")
+    px: int = Field(default=64, ge=32, multiple_of=32, description="Side in px of your images in the demo.")
+    epochs: int = Field(default=5, ge=1, description="Epochs of distillation.")
+    teacher_steps: int = Field(default=600, ge=1, description="Training steps of a teacher for --images.")
+    workers: int = Field(default=2, ge=1, description="Ray workers of the extraction.")
+    seed: int = Field(default=0, ge=0, description="Seed of scenes, order, noise and initial weights.")
+    fresh: bool = Field(default=False, description="Empty a demo folder of an earlier run first.")

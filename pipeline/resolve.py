@@ -1,0 +1,261 @@
+"""From presets, files, `-s` and flags to one validated settings model.
+
+A settings document has one mapping per section (`extract:`, `distill:` ...); nothing past this module reads YAML, flags
+or the environment. Precedence: each `-c` over the one before it, then `-s` and flags, which may not name the same key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dtpipe.manifests.errors import ConfigError
+
+SECTIONS = {
+    "extract": "dtpipe.extract.config:ExtractConfig",
+    "distill": "dtpipe.distill.config:DistillConfig",
+    "train_teacher": "dtpipe.extract.train_teacher:TrainTeacherConfig",
+    "eval": "dtpipe.pipeline.config:EvalConfig",
+    "export": "dtpipe.pipeline.config:ExportConfig",
+    "report": "dtpipe.pipeline.config:ReportConfig",
+    "demo": "dtpipe.pipeline.config:DemoConfig",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose `4e-3` is a number, as everyone expects, and not the text that YAML 1.1 makes of it."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def section_model(section: str) -> type[BaseModel]:
+    """The settings model of one section; importing it needs neither torch nor ray."""
+    module, _, name = SECTIONS[section].partition(":")
+    model: type[BaseModel] = getattr(importlib.import_module(module), name)
+    return model
+
+
+def submodel(annotation: Any) -> type[BaseModel] | None:
+    """The settings model inside an annotation such as `NoiseConfig | None`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := submodel(arg))), None)
+
+
+def find_field(model: type[BaseModel], key: str) -> FieldInfo | None:
+    """The field at a dotted key inside `model`, or None when there is no such key."""
+    head, _, rest = key.partition(".")
+    field = model.model_fields.get(head)
+    if field is None or not rest:
+        return field
+    inner = submodel(field.annotation)
+    if inner is not None:
+        return find_field(inner, rest)
+    return field if "dict" in str(field.annotation) else None
+
+
+def model_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Every dotted key of a model, sections of settings before their fields."""
+    for name, field in model.model_fields.items():
+        inner = submodel(field.annotation)
+        yield f"{prefix}.{name}"
+        if inner is not None:
+            yield from model_keys(inner, f"{prefix}.{name}")
+
+
+def _unknown(key: str, where: str) -> ConfigError:
+    section = key.split(".")[0]
+    sections = [section] if section in SECTIONS else list(SECTIONS)
+    known = [name for each in sections for name in model_keys(section_model(each), each)]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    near += [name for name in known if name.endswith("." + key.rsplit(".", 1)[-1]) and name not in near][: 3 - len(near)]
+    advice = f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(SECTIONS)}"
+    return ConfigError(f"{where}: unknown key {key!r}; {advice}")
+
+
+def check_key(key: str, where: str) -> FieldInfo:
+    """The field that a full key such as `extract.noise.timesteps` names.
+
+    Raises: ConfigError naming the near matches.
+    """
+    section, _, rest = key.partition(".")
+    field = find_field(section_model(section), rest) if section in SECTIONS and rest else None
+    if field is None:
+        raise _unknown(key, where)
+    return field
+
+
+def parse_value(text: str, field: FieldInfo, where: str) -> Any:
+    """A value from the command line: YAML, plain text where the field holds text, and `5,20` where it holds a tuple."""
+    kinds = _alternatives(field.annotation)
+    if str in kinds and text not in ("null", "~"):
+        return text
+    many = any(get_origin(kind) is tuple for kind in kinds)
+    if many and "," in text and not text.lstrip().startswith("["):
+        text = f"[{text}]"
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"{where}: {text!r} is not valid YAML; quote it, or write lists as [a, b]") from err
+    only_many = many and all(get_origin(kind) is tuple or kind is NoneType for kind in kinds)
+    return [value] if only_many and not isinstance(value, list | None) else value
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type that an annotation is."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = files("dtpipe.pipeline") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read_document(name: str) -> str:
+    path = Path(name)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if name in preset_names():
+        return (files("dtpipe.pipeline") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    raise ConfigError(f"-c {name}: no such file, and no such preset; presets are {', '.join(preset_names())}")
+
+
+def load_document(name: str) -> dict[str, Any]:
+    """One settings document, from a file or a preset; every key in it is checked.
+
+    Raises: ConfigError when it is missing, is no YAML mapping, or holds an unknown key.
+    """
+    try:
+        document = yaml.load(_read_document(name), _Loader)
+    except yaml.YAMLError as err:
+        mark = getattr(err, "problem_mark", None)
+        raise ConfigError(f"-c {name}: not valid YAML{f' in line {mark.line + 1}' if mark else ''}") from err
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"-c {name}: not a text file; give a YAML file of settings") from err
+    if document is None:
+        return {}
+    if not isinstance(document, dict) or not all(isinstance(value, dict | None) for value in document.values()):
+        raise ConfigError(f"-c {name}: not a mapping of sections; write e.g. `extract:` with its keys below it")
+    for key in [*document, *_dotted(document)]:
+        if key in SECTIONS:
+            continue
+        check_key(key, f"-c {name}")
+    return document
+
+
+def _dotted(value: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    for name, inner in value.items():
+        key = f"{prefix}{name}"
+        if isinstance(inner, Mapping):
+            yield from _dotted(inner, f"{key}.")
+        elif prefix:
+            yield key
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: mappings merge by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
+    """`-s key=value` options as {key: value}; the last of equal keys wins."""
+    parsed = {}
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"-s {text}: no value; write -s key=value, e.g. -s extract.noise.timesteps=[50]")
+        field = check_key(key.strip(), f"-s {text}")
+        parsed[key.strip()] = parse_value(value, field, f"-s {key.strip()}")
+    return parsed
+
+
+def gather(configs: Sequence[str], sets: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The merged settings document of all sections, not validated yet.
+
+    Raises: ConfigError when `-s` and a flag both set a key.
+    """
+    twice = sorted(set(sets) & set(flags))
+    if twice:
+        raise ConfigError(f"{twice[0]} is given both with -s and as a flag; keep one of them")
+    document: dict[str, Any] = {}
+    for name in configs:
+        document = merge(document, load_document(name))
+    for key, value in {**sets, **flags}.items():
+        document = merge(document, _nest(key, value))
+    return document
+
+
+def validate(document: Mapping[str, Any], section: str, names: Mapping[str, str] | None = None) -> Any:
+    """One section of `document` as its settings model.
+
+    names: full key to how the command line spells it, for advice. Raises: ConfigError in one sentence.
+    """
+    model = section_model(section)
+    try:
+        return model.model_validate(document.get(section) or {})
+    except ValidationError as err:
+        raise ConfigError(explain(err, model, section, names or {})) from err
+
+
+def explain(err: ValidationError, model: type[BaseModel], section: str, names: Mapping[str, str]) -> str:
+    """A pydantic error as one sentence: key, value seen, what is allowed; missing keys name their flag."""
+    found: dict[str, list[str]] = {}
+    missing = []
+    for problem in err.errors(include_url=False):
+        key = _known_prefix(model, problem["loc"], section)
+        if problem["type"] == "missing":
+            missing.append(f"{names[key]} ({key})" if key in names else key)
+        elif not (key in found and problem["type"] == "too_short"):  # an item was wrong; pydantic also counts it as absent
+            found.setdefault(key, []).append(_problem_text(problem))
+    parts = [f"{' and '.join(missing)} must be given"] if missing else []
+    parts += [
+        " or ".join(dict.fromkeys(texts)) if key == section else f"{key}{' or '.join(dict.fromkeys(texts))}" for key, texts in found.items()
+    ]
+    return "; ".join(parts[:4])
+
+
+def _problem_text(problem: ErrorDetails) -> str:
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return text
+    seen = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
+    return f"{seen}: {text[0].lower()}{text[1:]}"
+
+
+def _known_prefix(model: type[BaseModel], loc: tuple[int | str, ...], section: str) -> str:
+    parts: list[str] = []
+    for part in map(str, loc):
+        if find_field(model, ".".join([*parts, part])) is None:
+            break
+        parts.append(part)
+    return ".".join([section, *parts])
+
+
+def dump(config: BaseModel, section: str) -> str:
+    """A resolved section as YAML that `-c` reads back."""
+    text: str = yaml.safe_dump({section: config.model_dump(mode="json")}, sort_keys=False, allow_unicode=True)
+    return text
