@@ -6,11 +6,11 @@ versions are provenance and stay outside the digest. Unknown fields are refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT = "dtpipe-features/1"
+FORMAT: Final = "dtpipe-features/1"
 IMAGE = "image"  # name of the array that holds the stored images
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="blake3, 64 hexadecimal digits.")]

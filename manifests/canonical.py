@@ -1,0 +1,135 @@
+"""JSON whose bytes are fixed by its value, and documents sealed by a checksum.
+
+One rule: whatever dtpipe writes as JSON beside the data is sealed. Reading it again serialises the parsed value and
+compares bytes, so that no flipped byte survives, not even in white space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from blake3 import blake3
+from pydantic import BaseModel, ValidationError
+
+from dtpipe.manifests.errors import ManifestError
+from dtpipe.manifests.schema import FORMAT
+
+CHECKSUM = "checksum"
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def blake3_hex(data: bytes) -> str:
+    """blake3 of bytes as 64 hexadecimal digits."""
+    return blake3(data).hexdigest()
+
+
+def canonical_json(value: object) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, UTF-8.
+
+    Raises: ManifestError for what JSON cannot hold faithfully: NaN, infinities, keys that are no text, lone surrogates.
+    """
+    _refuse_other_keys(value)
+    return _dump(value, sort_keys=True).encode()
+
+
+def seal(document: BaseModel | Mapping[str, Any]) -> bytes:
+    """A pretty JSON document that ends in `checksum`, the blake3 of the canonical JSON of all else."""
+    value = document.model_dump(mode="json") if isinstance(document, BaseModel) else dict(document)
+    assert CHECKSUM not in value, "a sealed document may not have a field `checksum`"
+    checksum = blake3_hex(canonical_json(value))
+    return (_pretty({**value, CHECKSUM: checksum}) + "\n").encode()
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """The value of a sealed document, without its checksum.
+
+    Raises: ManifestError naming `where` when one byte differs from what `seal` wrote.
+    """
+    try:
+        document = json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as err:
+        raise ManifestError(f"{where} is not readable as JSON ({err}); {_NEXT}") from err
+    if not isinstance(document, dict) or CHECKSUM not in document:
+        raise ManifestError(f"{where} has no checksum; {_NEXT}")
+    value = {name: field for name, field in document.items() if name != CHECKSUM}
+    try:
+        intact = seal(value) == data
+    except (ManifestError, RecursionError):
+        intact = False
+    if not intact:
+        raise ManifestError(f"{where} does not match its own checksum: bytes were changed; {_NEXT}")
+    return value
+
+
+def dump_record(record: BaseModel) -> bytes:
+    """A record as a sealed document."""
+    return seal(record)
+
+
+def load_record(model: type[Record], data: bytes, where: str) -> Record:
+    """A record from a sealed document.
+
+    Raises: ManifestError naming `where` when the bytes were changed or are no record of this kind.
+    """
+    value = unseal(data, where)
+    found = value.get("format", FORMAT)
+    if found != FORMAT:
+        raise ManifestError(f"{where} has format {found!r}, this dtpipe reads {FORMAT!r}; install the version that wrote it or a newer one")
+    try:
+        return model.model_validate(value)
+    except ValidationError as err:
+        first = err.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise ManifestError(f"{where} is no {model.__name__}: {field}: {first['msg']}; {_NEXT}") from err
+
+
+_NEXT = "restore the file from a copy, or run `dtpipe verify --repair` on the dataset"
+
+
+def _dump(value: object, sort_keys: bool = False) -> str:
+    try:
+        text = json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (ValueError, TypeError) as err:
+        raise ManifestError(f"a value cannot be stored as JSON: {err}; use text, finite numbers, lists and text keys") from err
+    return text
+
+
+def _refuse_other_keys(value: object) -> None:
+    if isinstance(value, Mapping):
+        for key, field in value.items():
+            if not isinstance(key, str):
+                raise ManifestError(f"JSON key {key!r} is not text; write it as text")
+            _refuse_other_keys(field)
+    elif isinstance(value, list | tuple):
+        for field in value:
+            if isinstance(field, dict | list | tuple):
+                _refuse_other_keys(field)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _pretty(value: object, indent: int = 0) -> str:
+    """Indented JSON with flat lists, and flat items of lists, on one line: entries stay readable by eye."""
+    if _is_flat(value) and not (isinstance(value, dict) and value):
+        return _dump(value)
+    pad, end = " " * (indent + 1), " " * indent
+    if isinstance(value, dict):
+        fields = [f"{pad}{_dump(name)}: {_pretty(field, indent + 1)}" for name, field in value.items()]
+        return "{\n" + ",\n".join(fields) + f"\n{end}}}"
+    assert isinstance(value, list | tuple)
+    items = [pad + (_dump(item) if _is_flat(item) else _pretty(item, indent + 1)) for item in value]
+    return "[\n" + ",\n".join(items) + f"\n{end}]"
+
+
+def _is_flat(value: object) -> bool:
+    """True for a scalar and for a container of scalars."""
+    if isinstance(value, dict):
+        return not any(isinstance(field, dict | list | tuple) for field in value.values())
+    if isinstance(value, list | tuple):
+        return not any(isinstance(item, dict | list | tuple) for item in value)
+    return True

@@ -1,0 +1,162 @@
+"""The three Parquet files of a dataset: their columns, and bytes that depend on the rows alone.
+
+One rule: what stands here is content. Identities, epochs and times stay in the commits, so that a merge after any number
+of kills writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dtpipe.manifests.errors import ManifestError
+from dtpipe.manifests.schema import IndexRow, Members, ObjectEntry, ShardEntry
+
+LISTING_FILE = "listing.parquet"
+SHARDS_FILE = "shards.parquet"
+INDEX_FILE = "index.parquet"
+
+LISTING_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+    ]
+)
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("original_height", pa.int32()),
+        pa.field("original_width", pa.int32()),
+    ]
+)
+_ARRAY = pa.struct(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("offset", pa.list_(pa.int64()), nullable=False),
+        pa.field("size", pa.list_(pa.int64()), nullable=False),
+        pa.field("crc32c", pa.list_(pa.uint32()), nullable=False),
+    ]
+)
+SHARDS_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("blake3", pa.string(), nullable=False),
+        pa.field("arrays", pa.list_(_ARRAY), nullable=False),
+    ]
+)
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """A table as Parquet; equal tables give equal bytes with the same pyarrow."""
+    sink = io.BytesIO()
+    # one row group size and one chunk, so that bytes do not depend on how the table was put together
+    pq.write_table(
+        table.combine_chunks(), sink, compression="zstd", compression_level=3, version="2.6", row_group_size=1 << 17, write_statistics=True
+    )
+    return sink.getvalue()
+
+
+def decode_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
+    """A table of exactly these columns.
+
+    Raises: ManifestError naming `where` when the bytes are no such table.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as err:
+        raise ManifestError(f"{where} is not readable as Parquet ({err}); run `dtpipe verify --repair` on the dataset") from err
+    if not table.schema.equals(schema):
+        found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+        raise ManifestError(f"{where} has columns [{found}], which are not those of format v1; install the dtpipe that wrote it")
+    return table
+
+
+def encode_shards(entries: Iterable[ShardEntry]) -> bytes:
+    """shards.parquet: one row per object, its arrays' chunks in list columns."""
+    rows = [_object_row(entry.shard, stored) for entry in sorted(entries, key=lambda each: each.shard) for stored in entry.objects]
+    return encode_table(pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA))
+
+
+def encode_index(entries: Iterable[ShardEntry]) -> bytes:
+    """index.parquet: one row per sample."""
+    rows = [row for entry in sorted(entries, key=lambda each: each.shard) for row in entry.rows]
+    columns = {name: [getattr(row, name) for row in rows] for name in INDEX_SCHEMA.names}
+    return encode_table(pa.table(columns, schema=INDEX_SCHEMA))
+
+
+def decode_index(data: bytes, where: str) -> pa.Table:
+    """index.parquet, with rows 0, 1, 2, ...
+
+    Raises: ManifestError naming `where` when it cannot be read or its rows are not in order.
+    """
+    table = decode_table(data, INDEX_SCHEMA, where)
+    if table["row"].to_pylist() != list(range(table.num_rows)):
+        raise ManifestError(f"{where}: rows are not 0 to {table.num_rows - 1} in order; run `dtpipe verify --repair` on the dataset")
+    return table
+
+
+def index_rows(table: pa.Table) -> list[IndexRow]:
+    """The records of an index, or of a slice of one."""
+    return [IndexRow.model_construct(**row) for row in table.to_pylist()]
+
+
+class ShardTable:
+    """shards.parquet in memory; a shard's records are made only when asked for."""
+
+    def __init__(self, table: pa.Table, num_shards: int, where: str) -> None:
+        self._table = table
+        shards = table["shard"].to_pylist()
+        if shards != sorted(shards) or set(shards) != set(range(num_shards)):
+            raise ManifestError(f"{where} does not list shards 0 to {num_shards - 1} in order; run `dtpipe verify --repair` on the dataset")
+        self._rows: dict[int, list[int]] = {}
+        for row, shard in enumerate(shards):
+            self._rows.setdefault(shard, []).append(row)
+
+    @classmethod
+    def decode(cls, data: bytes, num_shards: int, where: str) -> ShardTable:
+        """From the bytes of shards.parquet.
+
+        Raises: ManifestError naming `where` when they are damaged or list other shards.
+        """
+        return cls(decode_table(data, SHARDS_SCHEMA, where), num_shards, where)
+
+    def objects_of(self, shard_idx: int) -> tuple[ObjectEntry, ...]:
+        """The objects of one shard, with an empty identity: that one is the store's, not content."""
+        rows = self._rows[shard_idx]
+        found = self._table.slice(rows[0], len(rows)).to_pylist()
+        return tuple(_object_entry(row) for row in found)
+
+    def all_objects(self) -> list[tuple[int, str, int, str]]:
+        """(shard, name, size in bytes, blake3) of every object, in order."""
+        columns = [self._table[name].to_pylist() for name in ("shard", "name", "size_bytes", "blake3")]
+        return list(zip(*columns, strict=True))
+
+
+def _object_row(shard_idx: int, stored: ObjectEntry) -> dict[str, object]:
+    arrays = [
+        {"name": name, "offset": list(members.offset), "size": list(members.size), "crc32c": list(members.crc32c)}
+        for name, members in sorted(stored.arrays.items())
+    ]
+    return {"shard": shard_idx, "name": stored.name, "size_bytes": stored.size_bytes, "blake3": stored.blake3, "arrays": arrays}
+
+
+def _object_entry(row: dict[str, object]) -> ObjectEntry:
+    found = row["arrays"]
+    assert isinstance(found, Sequence)
+    arrays = {
+        array["name"]: Members(offset=tuple(array["offset"]), size=tuple(array["size"]), crc32c=tuple(array["crc32c"])) for array in found
+    }
+    fields = {name: row[name] for name in ("name", "size_bytes", "blake3")}
+    return ObjectEntry.model_validate({**fields, "identity": "", "arrays": arrays})
