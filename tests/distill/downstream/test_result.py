@@ -1,0 +1,97 @@
+"""Means, spreads, tables and the comparison that fills them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from dtpipe.distill.downstream.base import FeatureExtractor, LabelledSet, PerSeed, raw_pixels
+from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.result import ProbeResult, Score, mark_best
+from dtpipe.manifests.errors import ConfigError
+
+
+def score(level: str, seed: int, value: float, selection: float | None, best: bool = False) -> Score:
+    return Score("net", level, 5, seed, value, selection, best)
+
+
+def test_best_level_is_chosen_by_selection_and_ties_go_to_the_later() -> None:
+    marked = mark_best([score("l2", 0, 0.9, 0.5), score("l3", 0, 0.1, 0.7), score("all", 0, 0.2, 0.7)])
+    assert [one.level for one in marked if one.best] == ["all"]
+    assert [one.level for one in mark_best([score("l2", 0, 0.9, None), score("l3", 0, 0.1, None)]) if one.best] == ["l3"]
+
+
+def test_summary_means_and_spreads() -> None:
+    scores = (
+        *(score("l2", seed, value, 0.5, seed == 2) for seed, value in enumerate((0.2, 0.4, 0.9))),
+        *(score("l3", seed, value, 0.6, seed != 2) for seed, value in enumerate((0.3, 0.5, 0.1))),
+    )
+    result = ProbeResult("probe", "accuracy", 7, scores)
+    best = result.best("net", 5)
+    assert best.mean == pytest.approx((0.3 + 0.5 + 0.9) / 3)
+    assert best.std == pytest.approx(statistics.stdev([0.3, 0.5, 0.9]))
+    assert best.levels == {"l3": 2, "l2": 1}
+    assert f"{best.mean:.3f} ± {best.std:.3f}" in result.to_table()
+    assert "0.500 ± 0.361" in result.to_table(levels=True)  # l2
+    with pytest.raises(ConfigError, match="was not scored"):
+        result.best("net", 6)
+
+
+def test_merge_refuses_other_tasks() -> None:
+    first = ProbeResult("probe", "accuracy", 7, (score("l2", 0, 0.5, None, True),))
+    second = ProbeResult("probe", "accuracy", 7, (score("l2", 1, 0.7, None, True),))
+    assert ProbeResult.merge([first, second]).best("net", 5).mean == pytest.approx(0.6)
+    with pytest.raises(ConfigError, match="differ in num_test: 7 and 8"):
+        ProbeResult.merge([first, ProbeResult("probe", "accuracy", 8, ())])
+
+
+def labelled(num: int, prefix: str) -> LabelledSet:
+    rng = np.random.default_rng(num)
+    images = rng.integers(0, 256, (num, 8, 8, 3), dtype=np.uint8)
+    return LabelledSet(images, tuple(f"{prefix}{idx}" for idx in range(num)), labels=np.arange(num) % 2)
+
+
+def test_comparison_scores_every_extractor_size_and_seed_and_is_json() -> None:
+    made: list[int] = []
+
+    def make(seed: int) -> FeatureExtractor:
+        made.append(seed)
+        return FeatureExtractor("scaled", lambda images: {"l2": images.permute(0, 3, 1, 2).float() * (seed + 1)})
+
+    said: list[str] = []
+    result = run_probe(
+        "knn", [PerSeed("per seed", make), raw_pixels()], labelled(20, "a"), labelled(10, "b"), [4, None], [0, 1], None, said.append
+    )
+    assert made == [0, 1]
+    assert said == ["knn: per seed", "knn: raw pixels"]
+    counted = {(s.extractor, s.level, s.num_labelled, s.seed) for s in result.scores}
+    assert counted >= {("per seed", "l2", num, seed) for num in (4, 20) for seed in (0, 1)}
+    assert {seed for name, _, num, seed in counted if (name, num) == ("raw pixels", 20)} == {0}  # nothing left to draw
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert document["summaries"][0]["level"] == "best"
+    table = result.to_table().splitlines()
+    assert "4 labelled" in table[1] and "20 labelled" in table[1]
+    assert [line.split("  ")[0] for line in table[3:5]] == ["per seed", "raw pixels"]
+
+
+def test_impossible_comparisons_are_refused() -> None:
+    train, test = labelled(20, "a"), labelled(10, "b")
+    with pytest.raises(ConfigError, match=r"unknown; choose one of \['knn', 'probe', 'readout'\]"):
+        run_probe("segment", [raw_pixels()], train, test, [4], [0])
+    with pytest.raises(ConfigError, match="needs masks"):
+        run_probe("readout", [raw_pixels()], train, test, [4], [0])
+    with pytest.raises(ConfigError, match="different names"):
+        run_probe("knn", [raw_pixels(), raw_pixels()], train, test, [4], [0])
+    with pytest.raises(ConfigError, match="held out"):
+        run_probe("knn", [raw_pixels()], train, train, [4], [0])
+
+
+def test_a_size_named_twice_is_drawn_once() -> None:
+    result = run_probe("knn", [raw_pixels()], labelled(20, "a"), labelled(10, "b"), [20, None], [0])
+    levels = [score.level for score in result.scores]
+    assert len(levels) == len(set(levels))
+    assert torch.is_grad_enabled()
