@@ -1,0 +1,318 @@
+"""From the bytes of an image file to the teacher's input, which is also the stored image.
+
+Whatever is wrong with a file, the answer is `BadImage` with a one-line reason that does not depend on machine or run;
+no warning, no crash. Both functions may be called from many threads at once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import threading
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+
+from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.schema import Filter, TransformRecipe
+
+Pixels = NDArray[np.uint8]
+
+# Formats that decode pixels and do nothing else: not EPS (runs Ghostscript), no stubs. Those without a magic number come last.
+_FORMATS = (
+    *("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "ICNS", "MPO"),
+    *("SGI", "DDS", "PCX", "TGA"),
+)
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
+_WHITE_IS_ZERO = 0
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_RESAMPLING = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # filter radius in px
+_MAX_OVERHANG = 16  # center_crop: resized area over the target's above which only the crop is computed
+_PILLOW_MODULES = r"PIL\."
+_LOCK = threading.Lock()
+
+
+class BadImage(InputError):  # noqa: N818  it says what the sample is
+    """One sample cannot be used; `reason` is one line and goes into the index."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = _one_line(reason)
+        super().__init__(self.reason)
+
+
+def decode_image(data: bytes, max_pixels: int) -> Pixels:
+    """Decode an image file as it is meant to be looked at: turned by its orientation tag, first frame, RGB.
+
+    Alpha is dropped, not blended, and ICC profiles are ignored, as in torchvision, timm and guided-diffusion
+    (`convert("RGB")`). 16-bit grey is scaled by the range of its type. 32-bit integers and floats have no display
+    range: the smallest of 1 (floats), 255 and 65535 that holds all values is white and 0 black; values outside
+    (negative, larger) stretch from the image's own minimum to its maximum.
+
+    Shapes: -> (H, W, 3) uint8.
+    Raises: BadImage for any failure, among them more than `max_pixels` pixels; they are counted before decoding.
+    """
+    _ignore_pillow_warnings()
+    _let_pillow_open(max_pixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            _check_pixels(image.size, max_pixels)
+            image.load()
+            _check_pixels(image.size, max_pixels)  # an icon's directory may announce another size than it holds
+            pixels = _to_rgb(image)
+            orientation = _orientation(image)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as err:
+        raise BadImage(_too_many_pixels(str(err), max_pixels)) from err
+    except UnidentifiedImageError as err:
+        raise BadImage(_unrecognised(data)) from err
+    except Exception as err:  # decoders raise what they like: struct.error, MemoryError, RecursionError, ...
+        raise BadImage(f"{type(err).__name__}: {err}") from err
+    return _turn(pixels, orientation)
+
+
+def resize_image(image: Pixels, recipe: TransformRecipe) -> Pixels:
+    """Bring a decoded image to the recipe's size.
+
+    `center_crop`: halve with a box filter while it is at least twice as large, resize so that it covers the target,
+    crop the middle. `stretch`: both sides to the target, whatever the aspect. `none`: it must have the size already.
+    Without antialias there is no halving and the filter keeps its width when shrinking.
+
+    Shapes: (H, W, 3) uint8 -> (recipe.height, recipe.width, 3) uint8.
+    Raises: BadImage when `none` meets another size.
+    Source: `center_crop_arr` in openai/guided-diffusion, guided_diffusion/image_datasets.py.
+    """
+    height, width = recipe.height, recipe.width
+    if recipe.resize == "none":
+        if image.shape[:2] != (height, width):
+            raise BadImage(f"{image.shape[1]}x{image.shape[0]} px, and resize=none takes only {width}x{height}")
+        return image
+    if recipe.resize == "stretch":
+        return _resample(image, (height, width), recipe.filter, recipe.antialias)
+    return _center_crop(image, (height, width), recipe.filter, recipe.antialias)
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def _ignore_pillow_warnings() -> None:
+    """Silence Pillow's own warnings for good: what matters of them is a BadImage.
+
+    `catch_warnings` swaps a global list and so mixes up the threads that decode; a filter for Pillow's modules alone,
+    added once, cannot. It is looked for on each call, as a caller's `catch_warnings` may have taken it away.
+    """
+    if _pillow_is_ignored():
+        return
+    with _LOCK:
+        if not _pillow_is_ignored():
+            warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
+
+
+def _pillow_is_ignored() -> bool:
+    return any(action == "ignore" and getattr(module, "pattern", module) == _PILLOW_MODULES for action, _, _, module, _ in warnings.filters)
+
+
+def _let_pillow_open(max_pixels: int) -> None:
+    """Raise Pillow's own limit where it lies below ours; it is never lowered, so threads cannot disagree."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is None or max_pixels <= 2 * limit:  # Pillow refuses above twice its limit
+        return
+    with _LOCK:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, math.ceil(max_pixels / 2))
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise BadImage(f"no pixels: {width}x{height}")
+    if width * height > max_pixels:
+        raise BadImage(f"{width * height} pixels ({width}x{height}) are more than the limit of {max_pixels}")
+
+
+def _too_many_pixels(pillow_says: str, max_pixels: int) -> str:
+    """Pillow's bomb checks run before ours and name its own limit, which is of no use here."""
+    found = re.search(r"\((\d+) pixels\)", pillow_says)
+    return f"{found[1]} pixels are more than the limit of {max_pixels}" if found else pillow_says
+
+
+def _unrecognised(data: bytes) -> str:
+    if not data:
+        return "empty file"
+    return f"not a readable image: no decoder takes this file, which starts with {data[:8].hex(' ')}"
+
+
+def _one_line(reason: str) -> str:
+    """No addresses, line breaks or novels, so that the reason is the same on every run."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", reason)
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return text[:200] or "unknown"
+
+
+# --- orientation -----------------------------------------------------------------------------------------------------
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """Orientation 1-8 by EXIF or XMP; 1 where the tag is broken. Pillow turns TIFFs itself and takes the tag away."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # a broken EXIF block does not spoil the pixels
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
+
+
+def _turn(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation not in _TURNS:
+        return pixels
+    return np.array(Image.fromarray(pixels).transpose(_TURNS[orientation]))
+
+
+# --- colour ----------------------------------------------------------------------------------------------------------
+
+
+def _to_rgb(image: ImageFile.ImageFile) -> Pixels:
+    """Shapes: -> (H, W, 3) uint8, not yet turned."""
+    mode = image.mode
+    if mode == "F" or mode.startswith("I"):
+        grey = _grey8(np.asarray(image), image)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if mode == "LAB":
+        return np.array(ImageCms.applyTransform(image, _lab_to_srgb()))
+    return np.array(image.convert("RGB"))
+
+
+def _grey8(values: NDArray[Any], image: ImageFile.ImageFile) -> Pixels:
+    """Deep greyscale to 8 bits, rounded. Shapes: (H, W) -> (H, W)."""
+    tags = getattr(image, "tag_v2", {})
+    wide = values.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise BadImage(f"mode {image.mode}: not all values are finite")
+    low, high = _display_range(wide, image, tags)
+    grey = np.floor((wide - low) * 255.0 / (high - low) + 0.5).astype(np.uint8)
+    return 255 - grey if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO else grey
+
+
+def _display_range(values: NDArray[np.float64], image: ImageFile.ImageFile, tags: Any) -> tuple[float, float]:
+    """The values shown as black and as white."""
+    if image.mode.startswith("I;16"):
+        bits = tags.get(_BITS_TAG, (16,))[0]
+        return 0.0, float(2 ** min(bits, 16) - 1)
+    if image.format == "PPM" and image.mode == "I":  # Pillow scales every maxval above 255 to 65535
+        return 0.0, 65535.0
+    lowest, highest = float(values.min()), float(values.max())
+    nominal = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    for white in nominal:
+        if lowest >= 0 and highest <= white:
+            return 0.0, white
+    return lowest, highest if highest > lowest else lowest + 1.0
+
+
+@lru_cache(maxsize=1)
+def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
+
+
+# --- resizing --------------------------------------------------------------------------------------------------------
+
+
+def _center_crop(image: Pixels, target: tuple[int, int], kernel: Filter, antialias: bool) -> Pixels:
+    """Shapes: (H, W, 3) -> (*target, 3)."""
+    if antialias:
+        image = _halve(image, target)
+    height, width = image.shape[:2]
+    scale = max(target[0] / height, target[1] / width)
+    full = (max(round(height * scale), target[0]), max(round(width * scale), target[1]))
+    top, left = (full[0] - target[0]) // 2, (full[1] - target[1]) // 2
+    if full[0] * full[1] > _MAX_OVERHANG * target[0] * target[1]:  # a 1 px wide strip would grow without bound
+        image, full, (top, left) = _precrop(image, full, target, (top, left))
+    resized = _resample(image, full, kernel, antialias)
+    return np.ascontiguousarray(resized[top : top + target[0], left : left + target[1]])
+
+
+def _halve(image: Pixels, target: tuple[int, int]) -> Pixels:
+    picture = Image.fromarray(image)
+    while picture.height >= 2 * target[0] and picture.width >= 2 * target[1]:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    return np.asarray(picture)
+
+
+def _precrop(
+    image: Pixels, full: tuple[int, int], target: tuple[int, int], offset: tuple[int, int]
+) -> tuple[Pixels, tuple[int, int], tuple[int, int]]:
+    """Cut a long strip to what the middle needs, with a margin for the filter; the grid moves by under a pixel."""
+    axis = 0 if full[0] / target[0] > full[1] / target[1] else 1
+    ratio = full[axis] / image.shape[axis]  # output px per input px
+    margin = math.ceil(_SUPPORT["lanczos"] * max(1.0, 1.0 / ratio)) + 1
+    start = max(0, math.floor(offset[axis] / ratio) - margin)
+    stop = min(image.shape[axis], math.ceil((offset[axis] + target[axis]) / ratio) + margin)
+    cut = image[start:stop] if axis == 0 else image[:, start:stop]
+    size = round((stop - start) * ratio)
+    begin = min(max(0, round(offset[axis] - start * ratio)), size - target[axis])
+    if axis == 0:
+        return cut, (size, full[1]), (begin, offset[1])
+    return cut, (full[0], size), (offset[0], begin)
+
+
+def _resample(image: Pixels, size: tuple[int, int], kernel: Filter, antialias: bool) -> Pixels:
+    """Shapes: (H, W, 3), size (h, w) -> (h, w, 3)."""
+    if antialias:
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        return np.array(picture.resize((size[1], size[0]), _RESAMPLING[kernel]))
+    rows = _interpolate(image.astype(np.float32), size[0], kernel)  # (h, W, 3)
+    both = _interpolate(rows.transpose(1, 0, 2), size[1], kernel).transpose(1, 0, 2)  # (h, w, 3)
+    return np.clip(np.rint(both), 0, 255).astype(np.uint8)
+
+
+def _interpolate(values: NDArray[np.float32], size: int, kernel: Filter) -> NDArray[np.float32]:
+    """Resample axis 0 with a filter of fixed width; the border repeats. Shapes: (N, M, 3) -> (size, M, 3)."""
+    centre = (np.arange(size) + 0.5) * (values.shape[0] / size) - 0.5
+    radius = _SUPPORT[kernel]
+    if kernel == "box":
+        nearest: NDArray[np.float32] = values[np.clip(np.floor(centre + 0.5).astype(int), 0, values.shape[0] - 1)]
+        return nearest
+    first = np.floor(centre).astype(int) - int(radius) + 1
+    taps = first[:, None] + np.arange(int(2 * radius))  # (size, taps)
+    weights = _kernel(centre[:, None] - taps, kernel)
+    weights /= weights.sum(axis=1, keepdims=True)
+    out = np.zeros((size, *values.shape[1:]), dtype=np.float32)
+    for tap in range(taps.shape[1]):
+        neighbours = values[np.clip(taps[:, tap], 0, values.shape[0] - 1)]
+        out += weights[:, tap, None, None].astype(np.float32) * neighbours
+    return out
+
+
+def _kernel(offset: NDArray[np.float64], kernel: Filter) -> NDArray[np.float64]:
+    """Weight at a distance in px, as Pillow defines its filters (bicubic: a = -0.5)."""
+    x = np.abs(offset)
+    if kernel == "bilinear":
+        return np.maximum(0.0, 1.0 - x)
+    if kernel == "bicubic":
+        near = 1.5 * x**3 - 2.5 * x**2 + 1.0
+        far = -0.5 * x**3 + 2.5 * x**2 - 4.0 * x + 2.0
+        return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+    return np.where(x < 3.0, np.sinc(x) * np.sinc(x / 3.0), 0.0)
