@@ -83,7 +83,9 @@ class ExtractConfig(StrictModel):
     decode_threads: int = Field(default=2, ge=1, description="Threads per worker that decode images.")
     ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
     retries: int = Field(default=2, ge=0, description="Times a failed shard is tried again.")
-    shard_deadline_s: float = Field(default=3600, gt=0, description="A shard that takes longer is taken away and retried.")
+    shard_deadline_s: float = Field(default=3600, gt=0, description="A shard that takes longer is taken away and retried (Ray only).")
+    worker_wait_s: float = Field(default=600, gt=0, description="With no worker at all for so long, the run ends and asks to be run again.")
+    stop_grace_s: float = Field(default=60, ge=0, description="After SIGTERM or SIGINT, how long nearly finished shards may take.")
     lock_stale_s: float = Field(default=120, gt=0, description="A lock without a heartbeat for so long is taken over.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the teacher runs.")
 
@@ -96,5 +98,5 @@ class ExtractConfig(StrictModel):
 
 EXECUTION = frozenset(
     {"images", "out", "inline", "workers", "gpus_per_worker", "cpus_per_worker", "decode_threads", "ray_address", "retries"}
-    | {"shard_deadline_s", "lock_stale_s", "max_bad"}
+    | {"shard_deadline_s", "worker_wait_s", "stop_grace_s", "lock_stale_s", "max_bad"}
 )

@@ -1,0 +1,173 @@
+"""From settings to a recipe: what the source, the teacher and the settings together say about every byte to come.
+
+`extract` and `plan` share this. Where a dataset is there already, `auto` settings take its answer, so that the same
+command goes on with it on whatever machine it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.sources import Source, open_source
+from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherSpec, load_teacher
+from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.listing import Listing, build_listing
+from dtpipe.manifests.plan import PLAN_FILE, bytes_per_sample, load_plan, shard_samples_for
+from dtpipe.manifests.schema import (
+    CodecRecipe,
+    ComputeRecipe,
+    LevelSpec,
+    Recipe,
+    ShardRecipe,
+    SourceRecipe,
+    StoredDtype,
+    TeacherRecipe,
+    TransformRecipe,
+    ViewSpec,
+)
+from dtpipe.manifests.storage import Store
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings with everything looked up: the recipe, and the open parts it came from."""
+
+    config: ExtractConfig
+    recipe: Recipe
+    teacher: Teacher  # loaded on `device` for inline runs, else on the CPU
+    source: Source
+    selection: Mapping[str, Any]
+    """What chose the rows but is no content; compared when a dataset is gone on with."""
+
+    @cached_property
+    def listing(self) -> Listing:
+        """The samples by row; lists the source when first asked."""
+        source = self.recipe.source
+        keys = None if self.config.keys is None else _read_keys(self.config.keys)
+        return build_listing(self.source.list(), source.order, source.seed, self.config.limit, keys)
+
+
+def resolve_recipe(config: ExtractConfig, *, cluster_has_gpus: bool | None = None) -> Resolved:
+    """Look at teacher, source and existing output and fix all that determines the content; writes nothing.
+
+    cluster_has_gpus: what a connected Ray cluster says; None asks this machine.
+    Raises: ConfigError, InputError, TeacherError.
+    """
+    store = Store(config.out)
+    stored = load_plan(store).recipe if store.exists(PLAN_FILE) else None
+    device = _device(config, stored, cluster_has_gpus)
+    teacher = load_teacher(config.teacher, device if config.inline else "cpu")
+    kind = stored.source.kind if stored and config.source.kind == "auto" else config.source.kind
+    source = open_source(config.images, kind)
+    selection = {
+        "limit": config.limit,
+        "keys_blake3": None if config.keys is None else blake3_hex("\n".join(_read_keys(config.keys)).encode()),
+    }
+    return Resolved(config, make_recipe(config, teacher.spec, source.kind, device), teacher, source, selection)
+
+
+def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, device: str) -> Recipe:
+    """The recipe that settings and a teacher give. Raises: ConfigError when they do not fit each other."""
+    image_px = _sides(config.transform.px) or spec.image_px
+    student_px = _sides(config.student_px) or image_px
+    levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
+    views = make_views(config, spec)
+    samples = config.shard.samples or shard_samples_for(bytes_per_sample(levels, len(views), image_px))
+    transform = config.transform
+    return Recipe(
+        source=SourceRecipe(kind=source_kind, order=config.source.order, seed=config.source.seed),
+        transform=TransformRecipe(
+            resize=transform.resize, height=image_px[0], width=image_px[1], filter=transform.filter, antialias=transform.antialias
+        ),
+        student_px=student_px,
+        teacher=TeacherRecipe(kind=spec.kind, weights_blake3=spec.weights_blake3, options=dict(spec.options)),
+        noise_seed=config.noise.seed,
+        views=views,
+        levels=levels,
+        codec=CodecRecipe(name=config.shard.codec, zstd_level=config.shard.zstd_level),
+        shard=ShardRecipe(format=config.shard.format, samples=samples),
+        compute=ComputeRecipe(device=device, dtype=config.teacher.dtype, batch_size=config.batch_size, threads=config.threads),
+    )
+
+
+def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]:
+    """Every combination of timestep, draw and flip, in this order; a teacher without diffusion has no timestep.
+
+    Raises: ConfigError for a timestep that the teacher does not have, or one given twice.
+    """
+    noise = config.noise
+    timesteps: tuple[int | None, ...] = noise.timesteps
+    if spec.num_timesteps is None:
+        timesteps = (None,)
+    elif wrong := [step for step in noise.timesteps if not 0 <= step < spec.num_timesteps]:
+        raise ConfigError(f"extract.noise.timesteps has {wrong[0]}; this teacher has timesteps 0 to {spec.num_timesteps - 1}")
+    if len(set(timesteps)) < len(timesteps):
+        raise ConfigError(
+            f"extract.noise.timesteps {list(noise.timesteps)} names a timestep twice; use extract.noise.draws for more noise draws"
+        )
+    flips = (False, True) if noise.flips else (False,)
+    return tuple(ViewSpec(draw=draw, timestep=step, flip=flip) for step in timesteps for draw in range(noise.draws) for flip in flips)
+
+
+def stored_levels(
+    taps: tuple[TapSpec, ...], image_px: tuple[int, int], student_px: tuple[int, int], dtype: StoredDtype
+) -> tuple[LevelSpec, ...]:
+    """The teacher's levels as stored: strides and names count pixels of the student's image.
+
+    Raises: ConfigError when the image's sides are no multiple of the largest stride, or the student's are no 2^n-th of them.
+    """
+    largest = max(tap.stride for tap in taps)
+    if any(side % largest for side in image_px):
+        raise ConfigError(f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of {largest}")
+    return tuple(_stored_level(tap, image_px, student_px, dtype) for tap in taps)
+
+
+def _stored_level(tap: TapSpec, image_px: tuple[int, int], student_px: tuple[int, int], dtype: StoredDtype) -> LevelSpec:
+    height, width = image_px[0] // tap.stride, image_px[1] // tap.stride
+    stride = student_px[0] // height
+    if (stride * height, stride * width) != student_px or stride & (stride - 1):
+        raise ConfigError(
+            f"extract.student_px is {student_px[0]}x{student_px[1]}, and level {tap.name} has {height}x{width} cells for an image of "
+            f"{image_px[0]}x{image_px[1]} px; the student's image must be smaller by a power of two, in both sides"
+        )
+    suffix = tap.name.partition(".")[1] + tap.name.partition(".")[2]
+    name = f"l{int(math.log2(stride))}{suffix}"
+    return LevelSpec(name=name, stride=stride, channels=tap.channels, height=height, width=width, dtype=dtype, tap=tap.tap)
+
+
+def max_bad_samples(config: ExtractConfig, num_rows: int) -> int:
+    """Bad samples that a dataset of so many rows may have."""
+    return config.max_bad if isinstance(config.max_bad, int) else math.floor(config.max_bad * num_rows)
+
+
+def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: bool | None) -> str:
+    """Device type: as asked, as the dataset began, or by what there is."""
+    if config.device != "auto":
+        return config.device
+    if stored is not None:
+        return stored.compute.device
+    if cluster_has_gpus is None:
+        import torch
+
+        cluster_has_gpus = torch.cuda.is_available()
+    return "cuda" if cluster_has_gpus else "cpu"
+
+
+def _sides(px: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (px, px) if isinstance(px, int) else px
+
+
+def _read_keys(path: str) -> list[str]:
+    """Keys of a `--keys` file, one per line. Raises: InputError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise InputError(f"extract.keys: {path} cannot be read ({err}); give a UTF-8 text file with one key per line") from err
+    return [line for line in lines if line.strip()]
