@@ -121,30 +121,27 @@ def _background(rng: np.random.Generator, photos: list[Pixels], px: int) -> NDAr
     side = int(rng.integers(CROP_SIZE[0], min(CROP_SIZE[1], height, width) + 1))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
     crop = Image.fromarray(photo[top : top + side, left : left + side]).resize((px, px), Image.Resampling.BICUBIC)
-    pixels = np.asarray(crop, dtype=np.float32) / 255
+    pixels = np.asarray(crop, dtype=np.float32) / np.float32(255)
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
-def _paste_digit(
-    rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], size: tuple[float, float], px: int
-) -> _Pasted:
+def _paste_digit(rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], size: tuple[float, float], px: int) -> _Pasted:
     chosen = int(rng.integers(len(digits)))
     side = int(rng.integers(round(size[0] * px), round(size[1] * px) + 1))
     top, left = int(rng.integers(px - side + 1)), int(rng.integers(px - side + 1))
     glyph = Image.fromarray(digits[chosen]).resize((side, side), Image.Resampling.BICUBIC)
     alpha = np.zeros((px, px), np.float32)
-    alpha[top : top + side, left : left + side] = _sharpen(np.asarray(glyph, dtype=np.float32) / 255)
+    alpha[top : top + side, left : left + side] = _sharpen(np.asarray(glyph, dtype=np.float32) / np.float32(255))
     return _Pasted(int(labels[chosen]), alpha, (top, left, top + side, left + side))
 
 
 def _sharpen(alpha: NDArray[np.float32]) -> NDArray[np.float32]:
     """Steepen the soft edge of an upscaled digit around one half."""
-    return np.clip((alpha - 0.5) * 2.5 + 0.5, 0, 1)
+    steep: NDArray[np.float32] = np.clip((alpha - 0.5) * 2.5 + 0.5, 0, 1)
+    return steep
 
 
-def _extra_digits(
-    rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], px: int, main: _Pasted
-) -> list[_Pasted]:
+def _extra_digits(rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], px: int, main: _Pasted) -> list[_Pasted]:
     """None, one or two small digits whose boxes touch no other; a place that does not fit is given up after some tries."""
     wanted = int(rng.integers(1, 3)) if rng.random() < EXTRA_SHARE else 0
     placed: list[_Pasted] = []

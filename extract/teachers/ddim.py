@@ -1,0 +1,89 @@
+"""The diffusion process a teacher was trained for: its noise schedule, q(x_t | x_0), and DDIM sampling.
+
+Timesteps are 0-based: 0 is one noise step, as in guided-diffusion and diffusers. The schedule is kept in float64 on
+the host and rounded to float32 only where it meets an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.errors import TeacherError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Schedule = NDArray[np.float64]
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Schedule:
+    """Products of 1 - beta of a diffusers scheduler config, float64, (num_train_timesteps,).
+
+    Raises: TeacherError for a beta schedule that is none of linear, scaled_linear, squaredcos_cap_v2 or trained betas.
+    """
+    steps = int(config.get("num_train_timesteps", 1000))
+    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    name = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        betas = np.asarray(config["trained_betas"], dtype=np.float64)
+    elif name == "linear":
+        betas = np.linspace(start, end, steps, dtype=np.float64)
+    elif name == "scaled_linear":
+        betas = np.square(np.linspace(start**0.5, end**0.5, steps, dtype=np.float64))
+    elif name == "squaredcos_cap_v2":
+        betas = _cosine_betas(steps)
+    else:
+        raise TeacherError(f"scheduler has beta_schedule {name!r}; linear, scaled_linear, squaredcos_cap_v2 and trained_betas are known")
+    return np.cumprod(1 - betas, dtype=np.float64)
+
+
+def _cosine_betas(steps: int) -> Schedule:
+    """Source: Nichol & Dhariwal, arXiv 2102.09672, eq. 17, with betas capped at 0.999."""
+    at = np.arange(steps + 1) / steps
+    level = np.cos((at + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas: Schedule = np.minimum(1 - level[1:] / level[:-1], 0.999)
+    return betas
+
+
+def q_sample(schedule: Schedule, images: Tensor, timestep: int, noise: Tensor) -> Tensor:
+    """x_t = sqrt(a) x_0 + sqrt(1 - a) eps, a = alphas_cumprod[timestep].
+
+    Shapes: images, noise (B, C, H, W) -> the same, in the images' dtype.
+    Source: Ho et al., arXiv 2006.11239, eq. 4; guided-diffusion's `q_sample`.
+    """
+    kept = schedule[timestep]
+    return float(np.float32(np.sqrt(kept))) * images + float(np.float32(np.sqrt(1 - kept))) * noise
+
+
+def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """`steps` timesteps from the last to the first, evenly spaced, with both ends."""
+    return [int(at) for at in np.rint(np.linspace(num_timesteps - 1, 0, min(steps, num_timesteps)))]
+
+
+def ddim_sample(predict_noise: Callable[[Tensor, int], Tensor], schedule: Schedule, start: Tensor, steps: int) -> Tensor:
+    """Images from pure noise by deterministic DDIM; x_0 is clipped to [-1, 1] at each step.
+
+    Shapes: start (B, C, H, W) of unit variance -> the same, in [-1, 1].
+    Source: Song et al., arXiv 2010.02502, eq. 12 with sigma = 0.
+    """
+    order = ddim_timesteps(len(schedule), steps)
+    current = start
+    for timestep, following in zip(order, [*order[1:], None], strict=True):
+        kept = schedule[timestep]
+        noise = predict_noise(current, timestep)
+        clean = ((current - float((1 - kept) ** 0.5) * noise) / float(kept**0.5)).clamp(-1, 1)
+        noise = (current - float(kept**0.5) * clean) / float((1 - kept) ** 0.5)
+        after = schedule[following] if following is not None else 1.0
+        current = float(after**0.5) * clean + float((1 - after) ** 0.5) * noise
+    return current
+
+
+def to_pixels(images: Tensor) -> NDArray[np.uint8]:
+    """Images (B, 3, H, W) in [-1, 1] as uint8 [B, H, W, 3]."""
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    pixels: NDArray[np.uint8] = scaled.round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+    return pixels

@@ -1,0 +1,156 @@
+"""Where a diffusers checkpoint keeps its network, weights and noise schedule, in a folder or on the hub."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtpipe.extract.teachers.weights import read_json
+from dtpipe.manifests.errors import TeacherError
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+WEIGHT_NAMES = tuple(f"diffusion_pytorch_model{end}" for end in (".safetensors", ".fp16.safetensors", ".bin"))
+VP_SCHEDULERS = frozenset(
+    {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"}
+    | {"UniPCMultistepScheduler", "DEISMultistepScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler"}
+)
+"""Schedulers whose networks take x_t = sqrt(a) x_0 + sqrt(1 - a) eps unscaled, with a discrete timestep."""
+
+_SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+_SCHEDULE_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+
+
+@dataclass(frozen=True)
+class UNetFiles:
+    """One checkpoint on disk."""
+
+    folder: Path
+    weights: Path
+    architecture: Mapping[str, Any]
+    """Arguments of UNet2DModel."""
+    scheduler: Mapping[str, Any]
+    """Noise schedule and what the network predicts."""
+    image_px: tuple[int, int]
+
+    @property
+    def num_timesteps(self) -> int:
+        return int(self.scheduler["num_train_timesteps"])
+
+
+def is_unet_path(path: str) -> bool:
+    """True for a folder that holds a UNet2DModel, itself or in a pipeline, and for what looks like a hub id."""
+    folder = Path(path)
+    if not folder.exists():
+        return bool(HUB_ID.match(path))
+    try:
+        return read_json(_network_folder(folder) / "config.json").get("_class_name") == "UNet2DModel"
+    except TeacherError:
+        return (folder / "model_index.json").exists() or (folder / "config.json").exists()  # broken: let loading say how
+
+
+def find_unet(path: str, revision: str | None = None) -> UNetFiles:
+    """The files of a checkpoint, its settings read and checked.
+
+    Raises: TeacherError when a part is missing, or the network or its scheduler is of another kind.
+    """
+    root = Path(path) if Path(path).exists() else _download(path, revision)
+    if not root.is_dir():
+        raise TeacherError(f"{path}: is a file; give the folder of a diffusers UNet2DModel or DDPMPipeline")
+    folder = _network_folder(root)
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != "UNet2DModel":
+        raise TeacherError(f"{folder}/config.json: holds a {config.get('_class_name', 'config without _class_name')}, not a UNet2DModel")
+    _check_takes_images(config, folder)
+    return UNetFiles(folder, _weights_file(folder), _architecture(config), _scheduler(root, folder), _image_px(config, folder))
+
+
+def _network_folder(root: Path) -> Path:
+    return root / "unet" if (root / "unet").is_dir() else root
+
+
+def _download(path: str, revision: str | None) -> Path:
+    """A snapshot of a hub repository at one commit; the offline switch of huggingface_hub is respected."""
+    if not HUB_ID.match(path):
+        raise TeacherError(f"{path}: no such folder")
+    if revision is None or not COMMIT.match(revision):
+        raise TeacherError(
+            f"{path}: no such folder; for a hub repository of this name give its commit (40 hex digits) as "
+            f"-s extract.teacher.revision=..., since branches and tags move (found {revision!r})"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", *(f"{folder}{name}" for folder in ("", "unet/") for name in WEIGHT_NAMES)]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except Exception as err:  # network, access and cache errors of many libraries
+        reason = str(err).strip().splitlines()[0][:160] if str(err).strip() else type(err).__name__
+        raise TeacherError(
+            f"{path} at {revision[:12]}: cannot be had from the hub or its cache ({reason}); download it and give the folder"
+        ) from err
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in WEIGHT_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise TeacherError(f"{folder}: holds none of {', '.join(WEIGHT_NAMES)}; save the model as one file (safetensors)")
+
+
+def _check_takes_images(config: Mapping[str, Any], folder: Path) -> None:
+    if config.get("in_channels", 3) != 3:
+        raise TeacherError(
+            f"{folder}/config.json: the network takes {config['in_channels']} channels; kind ddpm needs one that takes RGB images"
+        )
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        raise TeacherError(f"{folder}/config.json: the network is class-conditional; kind ddpm needs an unconditional one")
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of UNet2DModel; what it does not know must be bookkeeping (a leading underscore)."""
+    from diffusers import UNet2DModel
+
+    known = set(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in known}
+
+
+def _image_px(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+    px = config.get("sample_size")
+    if isinstance(px, int):
+        return px, px
+    if isinstance(px, (list, tuple)) and len(px) == 2:
+        return int(px[0]), int(px[1])
+    raise TeacherError(f"{folder}/config.json: sample_size is {px!r}; write the side the network was trained at")
+
+
+def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
+    """The noise schedule, completed by diffusers' defaults.
+
+    Raises: TeacherError when no scheduler lies beside the network, or it is of another process.
+    """
+    places = [root / "scheduler", folder, folder.parent / "scheduler"]
+    found = [place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()]
+    if not found:
+        raise TeacherError(
+            f"{folder}: no scheduler_config.json in it or beside it, so the noise schedule is unknown; copy the checkpoint's own"
+        )
+    config = read_json(found[0])
+    if config.get("_class_name") not in VP_SCHEDULERS:
+        raise TeacherError(f"{found[0]}: scheduler {config.get('_class_name')} is not variance-preserving with discrete timesteps")
+    if config.get("rescale_betas_zero_snr"):
+        raise TeacherError(f"{found[0]}: rescale_betas_zero_snr is set; that schedule is not supported")
+    kept = _SCHEDULE_DEFAULTS | {name: config[name] for name in _SCHEDULE_KEYS if name in config}
+    if kept["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
+        raise TeacherError(f"{found[0]}: prediction_type is {kept['prediction_type']!r}; epsilon, v_prediction and sample are known")
+    return kept

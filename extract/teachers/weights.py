@@ -1,0 +1,87 @@
+"""Weights as published: tensors only, never code.
+
+safetensors files, or torch files through `weights_only`. The digest is of the tensors, so it does not change when
+the same weights are stored in another layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from dtpipe.manifests.errors import TeacherError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """blake3 over the tensors in the order of their names: name, dtype, shape, bytes (little-endian, row-major)."""
+    import torch
+
+    digest = blake3()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name}\0{dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of one .safetensors file, or of a torch file (.bin, .pt, .pth, .ckpt), on the CPU.
+
+    Raises: TeacherError when the file is damaged, or holds anything but tensors.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # both libraries raise many types for a damaged file
+        raise TeacherError(f"{path}: not readable as weights ({_first_line(err)}); download or export the teacher again") from err
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise TeacherError(f"{path}: holds other things than named tensors; give a plain state_dict or safetensors file")
+    return dict(content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises: TeacherError when the file is missing or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise TeacherError(f"{path}: not readable as JSON ({_first_line(err)}); download or export the teacher again") from err
+    if not isinstance(content, dict):
+        raise TeacherError(f"{path}: holds a JSON {type(content).__name__}, not an object; download or export the teacher again")
+    return content
+
+
+def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Put weights into a network; every name and shape must fit.
+
+    Raises: TeacherError that names the first tensors that do not.
+    """
+    wanted = network.state_dict()
+    problems = [f"{name} is missing" for name in sorted(set(wanted) - set(tensors))]
+    problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(wanted))]
+    for name in sorted(set(wanted) & set(tensors)):
+        if tensors[name].shape != wanted[name].shape:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, the config says {tuple(wanted[name].shape)}")
+        elif not tensors[name].is_floating_point() or not bool(tensors[name].isfinite().all()):
+            problems.append(f"{name} holds values that are not finite floats")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise TeacherError(f"{where}: weights do not fit their config: {'; '.join(problems[:3])}{more}; use files of one checkpoint")
+    network.load_state_dict({name: value.float() for name, value in tensors.items()})
+
+
+def _first_line(err: Exception) -> str:
+    text = str(err).strip() or type(err).__name__
+    return text.splitlines()[0][:160]

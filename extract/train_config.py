@@ -1,0 +1,63 @@
+"""Settings of `dtpipe train-teacher`, one pydantic model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dtpipe.manifests.schema import Filter, Resize, StrictModel
+
+EXECUTION = frozenset(
+    {"images", "out", "steps", "decay_steps", "max_hours", "checkpoint_every", "log_every", "threads", "device"}
+) | frozenset({"dtype", "num_samples", "sample_steps"})
+"""Fields that may change between runs of one teacher; the others must stay as they were."""
+
+
+class TrainTeacherConfig(StrictModel):
+    """Which DDPM, on which images, for how long."""
+
+    images: str = Field(description="URL of the image source.")
+    out: str = Field(description="Folder of the teacher; also holds the checkpoint to resume from.")
+    kind: str = Field(default="auto", description="Source kind (`dtpipe list sources`), or auto.")
+    limit: int | None = Field(default=None, ge=1, description="Use only the first so many images.")
+    px: int = Field(default=256, ge=8, description="Side of the images in px; a multiple of the network's total stride.")
+    resize: Resize = Field(default="center_crop", description="How an image comes to that size.")
+    filter: Filter = Field(default="bicubic", description="Resampling filter.")
+    flip: bool = Field(default=True, description="Flip images horizontally at random.")
+    channels: tuple[int, ...] = Field(
+        default=(128, 128, 256, 256, 512, 512), min_length=2, description="Width at each resolution, finest first; each halves the size."
+    )
+    blocks: int = Field(default=2, ge=1, description="Residual blocks per resolution.")
+    attention_strides: tuple[int, ...] = Field(default=(16,), description="Strides that get self-attention.")
+    head_channels: int = Field(default=32, ge=1, description="Channels per attention head.")
+    norm_groups: int = Field(default=32, ge=1, description="Groups of the group norms.")
+    timesteps: int = Field(default=1000, ge=1, description="Diffusion steps of the linear schedule, beta 1e-4..0.02.")
+    steps: int = Field(default=100_000, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(default=32, ge=1, description="Images per step.")
+    lr: float = Field(default=1e-4, gt=0, description="Learning rate after warm-up.")
+    warmup_steps: int = Field(default=500, ge=0, description="Steps of linear warm-up.")
+    decay_steps: int = Field(default=0, ge=0, description="Last steps, over which the learning rate falls linearly to zero.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm.")
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay per step of the weights' moving average.")
+    seed: int = Field(default=0, ge=0, description="Seed of weights, order, timesteps and noise.")
+    max_hours: float | None = Field(default=None, gt=0, description="Stop after so long; the same command goes on.")
+    checkpoint_every: int = Field(default=1000, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(default=50, ge=1, description="Steps between lines of metrics.jsonl.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's own choice.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where training runs.")
+    dtype: Literal["float32", "float16"] = Field(default="float32", description="Dtype of the weights written at the end.")
+    num_samples: int = Field(default=16, ge=1, le=256, description="Images of the sample grid.")
+    sample_steps: int = Field(default=100, ge=1, description="DDIM steps of the sample grid.")
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> TrainTeacherConfig:
+        total = 2 ** (len(self.channels) - 1)
+        if self.px % total:
+            raise ValueError(f"train_teacher.px is {self.px}; {len(self.channels)} resolutions need a multiple of {total}")
+        if uneven := [width for width in self.channels if width % self.norm_groups]:
+            raise ValueError(f"train_teacher.channels holds {uneven}; each must be a multiple of norm_groups, {self.norm_groups}")
+        if odd := [stride for stride in self.attention_strides if stride not in [2**level for level in range(len(self.channels))]]:
+            raise ValueError(f"train_teacher.attention_strides holds {odd}; strides are 1, 2, 4 .. {total}")
+        return self
