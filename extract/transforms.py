@@ -6,6 +6,8 @@ no warning, no crash. Both functions may be called from many threads at once.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
 import math
 import re
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError, _imaging
 
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.schema import Filter, TransformRecipe
@@ -142,8 +144,18 @@ def _let_pillow_open(max_pixels: int) -> None:
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
+    """Those of our formats that this Pillow reads."""
     Image.init()
+    _silence_libtiff()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _silence_libtiff() -> None:
+    """libtiff writes to stderr for each odd tag of each file, from C; what matters also fails in Pillow."""
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow whose libtiff cannot be reached: noisy, and right
+        pillow = ctypes.CDLL(_imaging.__file__)  # a lookup goes on into the libraries it was linked with
+        pillow.TIFFSetErrorHandler(None)
+        pillow.TIFFSetWarningHandler(None)
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:

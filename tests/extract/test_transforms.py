@@ -298,6 +298,13 @@ def test_damaged_files_decode_or_are_bad_and_nothing_else(data: st.DataObject, f
         assert decoded.dtype == np.uint8 and decoded.ndim == 3 and decoded.shape[2] == 3
 
 
+def test_libtiff_does_not_write_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(saved(Image.fromarray(picture(64, 64)), "TIFF", compression="tiff_adobe_deflate"))
+    data[20:400] = bytes(380)
+    reason(bytes(data))
+    assert capfd.readouterr() == ("", "")
+
+
 # --- warnings and threads --------------------------------------------------------------------------------------------
 
 
