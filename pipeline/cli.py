@@ -32,6 +32,7 @@ COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe 
     "demo": ("demo", "Run everything on digit scenes, or on your own folder."),
 }
 INTERRUPTED = 130
+FAULT_VARIABLE = "DTPIPE_FAULT"
 
 
 class DtpipeGroup(click.Group):
@@ -61,25 +62,31 @@ class DtpipeGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command line; in standalone mode, exit with the code its outcome calls for."""
         if not standalone_mode:
-            return super().main(args, *rest, standalone_mode=False, **extra)
+            return super().main(args, prog_name, complete_var, False, **extra)
         try:
-            _arm_faults(os.environ.get("DTPIPE_FAULT"))
-            result = super().main(args, *rest, standalone_mode=False, **extra)
+            _arm_faults(os.environ.get(FAULT_VARIABLE))
+            result = super().main(args, prog_name, complete_var, False, **extra)
         except BaseException as err:
             _leave(err)
         sys.exit(result if isinstance(result, int) else 0)
 
 
-def _arm_faults(fault: str | None) -> None:
-    if not fault:
-        return
-    from dtpipe.manifests.faults import arm
+def _arm_faults(spec: str | None) -> None:
+    """Arm the fault hook that tests of crashes ask for; the environment reaches the code here and nowhere else."""
+    if spec:
+        from dtpipe.manifests.faults import arm_spec
 
-    name, _, nth = fault.partition(":")
-    arm(name, int(nth or 1))
+        arm_spec(spec)
 
 
 def _leave(err: BaseException) -> NoReturn:

@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.manifests.schema import Resize, StrictModel
-
-PositiveInts = tuple[int, ...]
 
 
 class EvalConfig(StrictModel):
@@ -23,18 +22,26 @@ class EvalConfig(StrictModel):
     test_share: float = Field(default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images.")
     foreground: bool = Field(default=False, description="Merge all mask classes but 0 into one.")
     ignore_value: int | None = Field(default=255, ge=0, le=255, description="Mask value of pixels that do not count.")
-    px: int | None = Field(default=None, ge=1, description="Side in px at which images are seen; default: the student's.")
+    px: int | tuple[int, int] | None = Field(
+        default=None, description="Side, or height and width, in px of images; default: the student's."
+    )
     resize: Resize = Field(default="center_crop", description="How images come to that size; masks follow.")
-    labelled: tuple[int | Literal["all"], ...] = Field(default=(5, 20, 80), min_length=1, description="Numbers of labelled images.")
+    labelled: tuple[int | Literal["all"], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Numbers of labelled images; default: 5, 20, 80 and all for masks, 1, 5, 20 per class and all for classes.",
+    )
     seeds: int = Field(default=3, ge=1, description="Draws of the labelled images and of random initialisations.")
     against: tuple[str, ...] = Field(default=(), description="Another checkpoint to score beside it. Repeatable.")
-    teacher: str | None = Field(default=None, description="Teacher whose own features are scored too.")
-    timestep: int | None = Field(default=None, ge=0, description="Timestep of the teacher's features; default: the run's.")
+    teacher: str | None = Field(
+        default=None, description="Teacher whose own features are scored too; default: the one that made the run's dataset."
+    )
+    timestep: int | None = Field(default=None, ge=0, description="Timestep of the teacher's features; default: the dataset's.")
     limit: int | None = Field(default=None, ge=2, description="Use only so many images.")
     seed: int = Field(default=0, ge=0, description="Seed of the split and the draws.")
-    batch_size: int = Field(default=64, ge=1, description="Images per forward pass.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where features are computed.")
-    out: str | None = Field(default=None, description="JSON file to write; default: eval-TASK.json in the run folder.")
+    out: str | None = Field(default=None, description="JSON file to write; default: eval/TASK.json in the run folder.")
+    probe: ProbeConfig = ProbeConfig()
 
     @model_validator(mode="after")
     def _masks_go_together(self) -> EvalConfig:
@@ -47,7 +54,7 @@ class ExportConfig(StrictModel):
     """Which student to write, for whom."""
 
     checkpoint: str = Field(description="Run folder or checkpoint.")
-    out: str = Field(description="File to write, e.g. r50.safetensors.")
+    out: str = Field(description="Folder to write: model.safetensors and config.json.")
     layout: Literal["timm", "torchvision"] = Field(default="timm", description="Whose names the weights take.")
 
 
@@ -68,12 +75,10 @@ class DemoConfig(StrictModel):
 
     out: str = Field(default="demo-out", description="Folder for everything that the demo writes.")
     images: str | None = Field(default=None, description="Your own folder of images instead of digit scenes.")
-    teacher: str | None = Field(default=None, description="Teacher; default: the one shipped, or with --images a small one trained first.")
-    student: str = Field(default="resnet10t", description="timm name of the student.")
-    num_scenes: int = Field(default=2000, ge=200, description="Scenes to make for distillation.")
-    px: int = Field(default=64, ge=32, multiple_of=32, description="Side in px of your images in the demo.")
-    epochs: int = Field(default=5, ge=1, description="Epochs of distillation.")
-    teacher_steps: int = Field(default=600, ge=1, description="Training steps of a teacher for --images.")
+    teacher: str | None = Field(default=None, description="Teacher; default: the one shipped, or for --images a small one trained first.")
+    num_images: int = Field(default=2000, ge=16, description="Scenes to make, or images of yours to use.")
+    num_held_out: int = Field(default=400, ge=16, description="More scenes, of other digits and photographs, to score on.")
+    epochs: int = Field(default=6, ge=1, description="Epochs of distillation.")
+    teacher_steps: int = Field(default=600, ge=1, description="Training steps of the teacher for --images.")
     workers: int = Field(default=2, ge=1, description="Ray workers of the extraction.")
     seed: int = Field(default=0, ge=0, description="Seed of scenes, order, noise and initial weights.")
-    fresh: bool = Field(default=False, description="Empty a demo folder of an earlier run first.")

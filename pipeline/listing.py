@@ -28,12 +28,6 @@ def _codecs() -> Rows:
     return _texts(codec.codecs())
 
 
-def _losses() -> Rows:
-    from dtpipe.distill import losses
-
-    return _texts(losses.LOSSES)
-
-
 def _tasks() -> Rows:
     from dtpipe.pipeline.evaluate import TASKS
 
@@ -53,7 +47,7 @@ def _students() -> Rows:
 def _texts(registry: object) -> Rows:
     """Names and the first sentence that a registry holds about each."""
     if not isinstance(registry, dict):
-        return dict.fromkeys(sorted(registry), "")  # type: ignore[call-overload, no-any-return]
+        return dict.fromkeys(sorted(registry), "")  # type: ignore[call-overload]
     return {name: _text(entry) for name, entry in sorted(registry.items())}
 
 
@@ -68,7 +62,6 @@ _CATALOGUES: dict[str, Callable[[], Rows]] = {
     "teachers": _teachers,
     "sources": _sources,
     "codecs": _codecs,
-    "losses": _losses,
     "tasks": _tasks,
     "presets": _presets,
     "students": _students,

@@ -29,6 +29,7 @@ class Flag:
     name: str
     key: str
     metavar: str | None = None
+    repeatable: bool = False
 
     @property
     def parameter(self) -> str:
@@ -91,10 +92,10 @@ def _add_flag(function: Callable[..., Any], flag: Flag) -> Callable[..., Any]:
         return click.argument(flag.parameter, metavar=flag.metavar, nargs=-1 if many else 1, required=False)(function)
     text = _help(field, flag.key)
     if _is_bool(field):
-        names = f"{flag.name}/--no-{flag.name[2:]}"
-        return click.option(names, flag.parameter, default=None, help=text)(function)
+        names = f"{flag.name}/--no-{flag.name[2:]}" if field.default else flag.name
+        return click.option(names, flag.parameter, is_flag=True, default=None, help=text)(function)
     metavar = flag.metavar or DEFAULT_METAVAR
-    return click.option(flag.name, flag.parameter, metavar=metavar, multiple=_is_many(field), help=text)(function)
+    return click.option(flag.name, flag.parameter, metavar=metavar, multiple=flag.repeatable, help=text)(function)
 
 
 def _flag_values(flags: Sequence[Flag], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def settings_command(
             function(Call(document, dry, Console(as_json), names), **chosen)
 
         callback = _shared_options(run, dry_run)
-        for switch, text in reversed(switches.items()):
+        for switch, text in reversed(list(switches.items())):
             callback = click.option(switch, is_flag=True, help=text)(callback)
         for flag in reversed(flags):
             callback = _add_flag(callback, flag)

@@ -51,7 +51,9 @@ def command(call: Call, fresh: bool) -> None:
     if call.dry_run:
         from dtpipe.pipeline.plan import plan_extraction, print_extraction
 
-        print_extraction(call.console, plan_extraction(config))
+        plan = plan_extraction(config)
+        print_extraction(call.console, plan)
+        call.console.document(plan)
         return
     from dtpipe.extract.run import run_extraction
 

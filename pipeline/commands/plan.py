@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dtpipe.pipeline.commands import extract
 from dtpipe.pipeline.options import Call, Flag, settings_command
 
@@ -18,9 +20,18 @@ def command(call: Call) -> None:
 
     Runs the actual teacher over a few of your images and writes nothing; with --student, also times training steps.
     """
-    from dtpipe.pipeline.plan import plan_extraction, print_extraction
+    from dtpipe.pipeline.plan import plan_recipe, print_extraction
+    from dtpipe.pipeline.training_plan import print_training, time_training
 
     config = call.settings("extract")
-    extraction = plan_extraction(config)
+    extraction, recipe = plan_recipe(config)
     print_extraction(call.console, extraction)
-    call.console.document(extraction)
+    found: dict[str, Any] = {"extract": extraction}
+    if call.has("distill"):
+        call.document["distill"] = {"datasets": [config.out], "out": "unused", **call.document["distill"]}
+        training = time_training(
+            call.settings("distill"), recipe.levels, recipe.student_px, extraction.num_samples, extraction.stored_bytes
+        )
+        print_training(call.console, training)
+        found["distill"] = training
+    call.console.document(found)

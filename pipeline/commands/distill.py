@@ -1,0 +1,104 @@
+"""`dtpipe distill`: feature datasets in, a run folder with a pre-trained student out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dtpipe.pipeline.console import Console, ProgressLine, format_seconds
+from dtpipe.pipeline.history import record_command
+from dtpipe.pipeline.options import Call, Flag, settings_command
+
+if TYPE_CHECKING:
+    from dtpipe.distill.config import DistillConfig
+    from dtpipe.distill.progress import RunResult, TrainProgress
+    from dtpipe.distill.stream import LiveTeacher
+
+FLAGS = (
+    Flag("url", "distill.datasets", "URL..."),
+    Flag("--student", "distill.student.name", "TIMM_NAME"),
+    Flag("--out", "distill.out", "DIR"),
+    Flag("--join", "distill.join"),
+    Flag("--levels", "distill.levels", "L2,L3"),
+    Flag("--student-px", "distill.student_px", "PX"),
+    Flag("--pretrained", "distill.student.pretrained"),
+    Flag("--epochs", "distill.epochs", "N"),
+    Flag("--batch-size", "distill.batch_size", "N"),
+    Flag("--micro-batch", "distill.micro_batch", "N"),
+    Flag("--opt", "distill.opt", "adamw|lamb"),
+    Flag("--lr", "distill.lr", "LR"),
+    Flag("--warmup-epochs", "distill.warmup_epochs", "N"),
+    Flag("--weight-decay", "distill.weight_decay", "WD"),
+    Flag("--reencode", "distill.reencode", "P"),
+    Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
+    Flag("--allow-incomplete", "distill.allow_incomplete"),
+    Flag("--seed", "distill.seed", "N"),
+    Flag("--device", "distill.device", "DEVICE"),
+)
+EXAMPLE = """
+dtpipe distill features/ --student resnet50 --out runs/r50
+dtpipe distill -c imagenet s3://bucket/features --student convnext_base --out runs/convnext --micro-batch 64
+"""
+
+
+@settings_command(
+    "distill", FLAGS, EXAMPLE, switches={"--fresh": "Refuse to start when --out holds a run; default: go on where it stopped."}
+)
+def command(call: Call, fresh: bool) -> None:
+    """Pre-train a student on feature datasets.
+
+    Run it again after a crash: it goes on in mid-epoch and takes the same steps. --teacher is needed with --reencode only,
+    and there only when the teacher has moved since the extraction.
+    """
+    config = call.settings("distill")
+    if call.dry_run:
+        from dtpipe.pipeline.training_plan import plan_training, print_training
+
+        plan = plan_training(config)
+        print_training(call.console, plan)
+        call.console.document(plan)
+        return
+    from dtpipe.distill.trainer import train
+
+    call.console.note(f"learning rate {config.peak_lr:g} for batches of {config.batch_size}")
+    live = _live_teacher(config, (call.document.get("extract") or {}).get("teacher") or {}) if config.reencode else None
+    with ProgressLine("distill") as line:
+        result = train(config, live, on_progress=lambda progress: _show(line, progress), fresh=fresh)
+    record_command(result.run_dir)
+    _print_result(call.console, result)
+
+
+def _live_teacher(config: DistillConfig, given: Mapping[str, Any]) -> LiveTeacher:
+    from dtpipe.manifests.plan import load_plan
+    from dtpipe.manifests.storage import Store
+    from dtpipe.pipeline.live import open_teacher
+
+    plan = load_plan(Store(config.datasets[0]))
+    return open_teacher(plan, given, config.device).live
+
+
+def _show(line: ProgressLine, progress: TrainProgress) -> None:
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items() if "/" not in name)
+    text = (
+        f"epoch {progress.epoch}/{progress.num_epochs}  {losses}  lr {progress.lr:.2e}  "
+        f"{progress.throughput_img_s:.1f} img/s  ETA {format_seconds(progress.remaining_s)}"
+    )
+    line.update(progress.step, progress.num_steps, text)
+
+
+def _print_result(console: Console, result: RunResult) -> None:
+    shares = ", ".join(f"{share:.0%} {name}" for name, share in result.shares.items())
+    done = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples"
+    resumed = f", from step {result.resumed_step}" if result.resumed_step else ""
+    console.pairs(
+        {
+            "run": result.run_dir,
+            "checkpoint": result.checkpoint,
+            "trained": done + resumed,
+            "losses": "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items() if "/" not in name) or "-",
+            "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s ({shares})",
+        }
+    )
+    console.result(f"next: dtpipe eval {result.run_dir} probe --images LABELLED")
+    console.result(f"      dtpipe export {result.run_dir} --out student.safetensors")
+    console.document(result)

@@ -1,0 +1,52 @@
+"""`dtpipe eval`: scores of frozen features with few labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dtpipe.pipeline.history import record_command
+from dtpipe.pipeline.options import Call, Flag, settings_command
+
+FLAGS = (
+    Flag("checkpoint", "eval.checkpoint", "CKPT"),
+    Flag("task", "eval.task", "probe|knn"),
+    Flag("--images", "eval.images", "URL"),
+    Flag("--masks", "eval.masks", "URL"),
+    Flag("--foreground", "eval.foreground"),
+    Flag("--test-images", "eval.test_images", "URL"),
+    Flag("--test-masks", "eval.test_masks", "URL"),
+    Flag("--test-share", "eval.test_share", "SHARE"),
+    Flag("--labelled", "eval.labelled", "N,N,all"),
+    Flag("--seeds", "eval.seeds", "N"),
+    Flag("--against", "eval.against", "CKPT", repeatable=True),
+    Flag("--teacher", "eval.teacher", "PATH|NAME"),
+    Flag("--timestep", "eval.timestep", "T"),
+    Flag("--px", "eval.px", "PX"),
+    Flag("--resize", "eval.resize", "RULE"),
+    Flag("--limit", "eval.limit", "N"),
+    Flag("--device", "eval.device", "DEVICE"),
+    Flag("--out", "eval.out", "FILE"),
+)
+EXAMPLE = """
+dtpipe eval runs/r50 probe --images labelled/
+dtpipe eval runs/r50 probe --images scenes/images --masks scenes/semantic --foreground --labelled 5,20,80
+dtpipe eval runs/r50 knn --images labelled/ --against runs/other --seeds 5
+"""
+
+
+@settings_command("eval", FLAGS, EXAMPLE, dry_run=False, switches={"--levels": "Show every level, not only the best of each."})
+def command(call: Call, levels: bool) -> None:
+    """Score frozen features with few labels.
+
+    Always beside raw pixels, the random initialisation of the same student and, when it can be had, the teacher.
+    """
+    config = call.settings("eval")
+    from dtpipe.pipeline.evaluate import evaluate
+
+    evaluation = evaluate(config, call.console.note)
+    run = Path(config.checkpoint)
+    if run.is_dir():
+        record_command(run)
+    call.console.result(evaluation.result.to_table(levels))
+    call.console.result(f"wrote {evaluation.path}")
+    call.console.document(evaluation.result.to_json())

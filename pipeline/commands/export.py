@@ -1,0 +1,39 @@
+"""`dtpipe export`: a student for timm or torchvision."""
+
+from __future__ import annotations
+
+from dtpipe.pipeline.options import Call, Flag, settings_command
+
+FLAGS = (
+    Flag("checkpoint", "export.checkpoint", "CKPT"),
+    Flag("--out", "export.out", "DIR"),
+    Flag("--layout", "export.layout", "timm|torchvision"),
+)
+EXAMPLE = """
+dtpipe export runs/r50 --out r50/
+dtpipe export runs/r50 --out r50-tv/ --layout torchvision
+"""
+
+
+@settings_command("export", FLAGS, EXAMPLE, dry_run=False)
+def command(call: Call) -> None:
+    """Write a student as safetensors that timm or torchvision loads without dtpipe.
+
+    The file is loaded again and compared with the student before success is reported.
+    """
+    config = call.settings("export")
+    from dtpipe.distill.export import export_student
+
+    result = export_student(config.checkpoint, config.out, config.layout)
+    call.console.pairs(
+        {
+            "wrote": result.path,
+            "layout": result.layout,
+            "parameters": f"{result.num_parameters:,}",
+            "checked": f"loaded again; largest difference {result.max_difference:.1e}",
+        }
+    )
+    if result.untrained:
+        call.console.result(f"at initial values: {', '.join(result.untrained)}")
+    call.console.result(f"to load it:\n\n{result.snippet}")
+    call.console.document(result)

@@ -1,0 +1,94 @@
+"""`dtpipe inspect`: what a feature dataset holds, and one sample as a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.pipeline.console import Console, format_bytes
+
+HELP = """Show what a feature dataset holds.
+
+With --sample, draw one sample: its image and each level, the first three principal components as colours.
+
+\b
+Example:
+  dtpipe inspect features/
+  dtpipe inspect features/ --sample cat/001.png --png cat.png
+"""
+SHOWN_BAD, SHOWN_LABELS = 20, 12
+
+
+@click.command("inspect", help=HELP)
+@click.argument("url")
+@click.option("--sample", metavar="KEY", help="Draw the sample of this key; goes with --png.")
+@click.option("--png", metavar="FILE", help="Where to write the picture.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(url: str, sample: str | None, png: str | None, as_json: bool) -> None:
+    """Print the dataset's description, or draw one sample."""
+    from dtpipe.pipeline.inspect import describe_dataset, render_sample
+
+    console = Console(as_json)
+    if (sample is None) != (png is None):
+        raise ConfigError("--sample and --png go together: the key of a sample, and the file to draw it into")
+    if sample is not None and png is not None:
+        path = render_sample(url, sample, png)
+        console.result(f"wrote {path}")
+        console.document({"path": str(path)})
+        return
+    description = describe_dataset(url)
+    _print(console, description)
+    console.document(description)
+
+
+def _print(console: Console, found: dict[str, Any]) -> None:
+    totals, recipe = found["totals"], found["recipe"]
+    state = "complete" if found["complete"] else "unfinished: run the same extract again"
+    console.pairs(
+        {
+            "dataset": found["url"],
+            "state": f"{state}; {totals['num_shards_committed']} of {totals['num_shards']} shards",
+            "digest": found["digest"] or "-",
+            "samples": f"{totals['num_ok']} ok, {totals['num_bad']} bad, of {totals['num_rows']}",
+            "size": format_bytes(totals["size_bytes"]),
+            "teacher": f"{recipe['teacher']['kind']}, weights {recipe['teacher']['weights_blake3'][:16]}",
+            "views": "; ".join(_view(view) for view in found["views"]),
+            "source": f"{recipe['source']['kind']}, {recipe['source']['order']} order",
+            "format": f"{recipe['shard']['format']}, {recipe['shard']['samples']} samples per shard",
+        }
+    )
+    console.result()
+    rows = [("image", "", _shape(found["images"]["shape"]), "uint8", *_sizes(found["images"]), "")] if found["images"] else []
+    rows += [
+        (level["name"], str(level["stride"]), _shape(level["shape"]), level["dtype"], *_sizes(level), level["tap"])
+        for level in found["levels"]
+    ]
+    console.table(("array", "stride", "per sample", "dtype", "stored", "ratio", "tap"), rows)
+    _print_labels(console, found["labels"])
+    for bad in found["bad"][:SHOWN_BAD]:
+        console.result(f"bad: {bad['key']}: {bad['reason']}")
+    if len(found["bad"]) > SHOWN_BAD:
+        console.result(f"and {len(found['bad']) - SHOWN_BAD} more bad samples; --json lists them all")
+
+
+def _print_labels(console: Console, labels: dict[str, int]) -> None:
+    if labels:
+        named = ", ".join(f"{name} ({count})" for name, count in list(labels.items())[:SHOWN_LABELS])
+        more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
+        console.result(f"labels: {named}{more}")
+
+
+def _view(view: dict[str, Any]) -> str:
+    timestep = "" if view["timestep"] is None else f"timestep {view['timestep']}, "
+    return f"{timestep}draw {view['draw']}{', flipped' if view['flip'] else ''}"
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _sizes(array: dict[str, Any]) -> tuple[str, str]:
+    ratio = array["ratio"]
+    return format_bytes(array["size_bytes"]), "-" if ratio is None else f"{ratio:.2f}"

@@ -1,0 +1,32 @@
+"""`dtpipe report`: one HTML page about a run."""
+
+from __future__ import annotations
+
+from dtpipe.pipeline.options import Call, Flag, settings_command
+
+FLAGS = (
+    Flag("run", "report.run", "RUN"),
+    Flag("--out", "report.out", "FILE"),
+    Flag("--num-images", "report.num_images", "N"),
+    Flag("--teacher", "report.teacher", "PATH|NAME"),
+    Flag("--num-samples", "report.num_samples", "N"),
+    Flag("--sample-steps", "report.sample_steps", "N"),
+)
+EXAMPLE = """
+dtpipe report runs/r50
+dtpipe report runs/r50 --teacher teacher/ --out r50.html
+"""
+
+
+@settings_command("report", FLAGS, EXAMPLE, dry_run=False)
+def command(call: Call) -> None:
+    """Write one HTML page about a run.
+
+    Scores, training curves, feature maps of teacher and student, samples of the teacher, and the commands and settings that made it.
+    """
+    config = call.settings("report")
+    from dtpipe.pipeline.report import write_report
+
+    path = write_report(config, call.console.note)
+    call.console.result(f"wrote {path}")
+    call.console.document({"path": str(path)})

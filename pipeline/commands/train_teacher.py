@@ -1,0 +1,69 @@
+"""`dtpipe train-teacher`: a DDPM of the user's own domain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dtpipe.pipeline.console import ProgressLine, format_seconds
+from dtpipe.pipeline.options import Call, Flag, settings_command
+
+if TYPE_CHECKING:
+    from dtpipe.extract.train_teacher import TrainTeacherProgress
+
+FLAGS = (
+    Flag("--images", "train_teacher.images", "URL"),
+    Flag("--out", "train_teacher.out", "DIR"),
+    Flag("--px", "train_teacher.px", "PX"),
+    Flag("--resize", "train_teacher.resize", "RULE"),
+    Flag("--channels", "train_teacher.channels", "C,C"),
+    Flag("--attention-strides", "train_teacher.attention_strides", "S,S"),
+    Flag("--steps", "train_teacher.steps", "N"),
+    Flag("--batch-size", "train_teacher.batch_size", "N"),
+    Flag("--lr", "train_teacher.lr", "LR"),
+    Flag("--max-hours", "train_teacher.max_hours", "H"),
+    Flag("--dtype", "train_teacher.dtype", "float32|float16"),
+    Flag("--limit", "train_teacher.limit", "N"),
+    Flag("--seed", "train_teacher.seed", "N"),
+    Flag("--device", "train_teacher.device", "DEVICE"),
+)
+EXAMPLE = """
+dtpipe train-teacher --images photos/ --out teacher/
+dtpipe train-teacher --images photos/ --out teacher/ --px 64 --channels 64,128,128,256 --steps 20000
+"""
+
+
+@settings_command("train-teacher", FLAGS, EXAMPLE, dry_run=False)
+def command(call: Call) -> None:
+    """Train a small DDPM on your own images.
+
+    Writes a diffusers folder that `dtpipe extract --teacher` takes, and a grid of samples to look at. Run it again to go on.
+    """
+    config = call.settings("train_teacher")
+    from dtpipe.extract.train_teacher import train_teacher
+
+    with ProgressLine("train-teacher") as line:
+        result = train_teacher(config, lambda progress: _show(line, progress))
+    for reason in result.bad:
+        call.console.note(f"left out: {reason}")
+    call.console.pairs(
+        {
+            "wrote": result.out,
+            "trained": f"{result.step} of {result.steps} steps on {result.num_images} images",
+            "loss": f"{result.loss:.4f}",
+            "samples": result.samples,
+            "took": format_seconds(result.seconds),
+        }
+    )
+    if result.finished:
+        call.console.result(
+            f"next: look at {result.samples}, then dtpipe extract --images {config.images} --teacher {result.out} --out features/"
+        )
+    else:
+        call.console.result("next: run the same command to go on")
+    call.console.document(result)
+
+
+def _show(line: ProgressLine, progress: TrainTeacherProgress) -> None:
+    left_s = (progress.steps - progress.step) * progress.seconds / max(progress.step, 1)
+    text = f"loss {progress.loss:.4f}  lr {progress.lr:.2e}  {progress.throughput_img_s:.1f} img/s  ETA {format_seconds(left_s)}"
+    line.update(progress.step, progress.steps, text)

@@ -1,0 +1,243 @@
+"""`dtpipe eval`: labelled images and frozen networks into the functions of `distill.downstream`.
+
+The table always holds raw pixels and the random initialisation of the same student; the teacher's own features when it can be had.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from blake3 import blake3
+
+from dtpipe.extract.config import NoiseConfig, TeacherConfig
+from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
+from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec
+from dtpipe.pipeline.config import EvalConfig
+from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
+from dtpipe.pipeline.live import pick_device, recorded_teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dtpipe.distill.downstream.base import FeatureExtractor, LabelledSet, PerSeed
+    from dtpipe.distill.downstream.result import ProbeResult
+
+TASKS = {  # what a person asks for; `distill.downstream.compare.TASKS` are the functions behind them
+    "probe": "linear read-out: of classes on pooled features, or with --masks of each cell's class",
+    "knn": "weighted nearest neighbours by cosine of pooled features",
+}
+FEW_MASKS = (5, 20, 80)
+FEW_PER_CLASS = (1, 5, 20)
+DISTILLED, TEACHER = "distilled", "teacher"
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A result, and the file it was written to."""
+
+    result: ProbeResult
+    path: Path
+
+
+def evaluate(config: EvalConfig, note: Note) -> Evaluation:
+    """Score a student beside its rivals and write the result as JSON.
+
+    Raises: ConfigError, InputError, TeacherError in a sentence before features are computed.
+    """
+    from dtpipe.distill.downstream import compare
+    from dtpipe.distill.student import load_student
+
+    task = _task(config)
+    student = load_student(config.checkpoint)
+    train, test = load_sets(config, student.spec.image_px, note)
+    note(f"{len(train)} images to draw labels from, {len(test)} held out")
+    note_overlap(config, test, note)
+    extractors = _extractors(config, train, note)
+    numbers = label_counts(config, task, train)
+    result = compare.run_probe(task, extractors, train, test, numbers, range(config.seed, config.seed + config.seeds), config.probe, note)
+    return Evaluation(result, _write(config, task, result))
+
+
+def _task(config: EvalConfig) -> str:
+    if config.masks and config.task != "probe":
+        raise ConfigError(f"task {config.task} takes no masks; use `probe`, or leave out --masks")
+    return "readout" if config.masks else config.task
+
+
+def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:
+    """Images to draw labels from, and images held out. Raises: InputError, ConfigError."""
+    height, width = _size(config.px, student_px)
+    recipe = TransformRecipe(resize=config.resize, height=height, width=width)
+    reader = LabelledReader(config.images, config.masks, recipe)
+    names = () if config.masks else class_names_of(reader.items)
+    if not names and not config.masks:
+        raise ConfigError(f"{config.images}: no class folders and no --masks; give one of them, or there is nothing to score")
+    if config.test_images:
+        if config.test_images == config.images:
+            raise ConfigError(f"{config.images} is both --images and --test-images; leave out --test-images to split it")
+        held_out = LabelledReader(config.test_images, config.test_masks, recipe)
+        rows = [_limited(range(len(each.items)), config.limit) for each in (reader, held_out)]
+        train, test = reader.read(names, note, rows[0]), held_out.read(names, note, rows[1], "held out/")
+    else:
+        items = reader.items
+        parts = split_by_key([item.key for item in items], [item.label for item in items], config.test_share, config.seed)
+        train, test = (reader.read(names, note, _limited(part, config.limit)) for part in parts)
+    if config.masks and config.foreground:
+        return train.foreground(), test.foreground()
+    return train, test
+
+
+def _limited(rows: Sequence[int], limit: int | None) -> Sequence[int]:
+    """At most half of `limit` rows, spread evenly over the listing so that every class keeps its share."""
+    if limit is None or len(rows) <= limit // 2:
+        return rows
+    return [rows[idx] for idx in np.linspace(0, len(rows) - 1, limit // 2).astype(int)]
+
+
+def _size(px: int | tuple[int, int] | None, student_px: tuple[int, int]) -> tuple[int, int]:
+    if px is None:
+        return student_px
+    return (px, px) if isinstance(px, int) else px
+
+
+def label_counts(config: EvalConfig, task: str, train: LabelledSet) -> list[int | None]:
+    """Numbers of labelled images to score from; None is all of them."""
+    if config.labelled is not None:
+        return [None if num == "all" else int(num) for num in config.labelled]
+    few = FEW_MASKS if task == "readout" else tuple(num * len(train.class_names) for num in FEW_PER_CLASS)
+    return [*(num for num in few if num < len(train)), None]
+
+
+def note_overlap(config: EvalConfig, test: LabelledSet, note: Note) -> None:
+    """Say so when held-out images were part of distillation: they had no labels there, but were seen."""
+    plan_url = _dataset_url(config.checkpoint)
+    if plan_url is None or config.test_images:
+        return
+    from dtpipe.manifests.reader import FeatureDataset
+
+    try:
+        seen = set(FeatureDataset.open(plan_url, allow_incomplete=True).keys)
+    except DtpipeError:
+        return
+    shared = len(seen & set(test.keys))
+    if shared:
+        note(f"{shared} of {len(test)} held-out images have keys of the distillation dataset; are they the same images? give --test-images")
+
+
+def _dataset_url(checkpoint: str) -> str | None:
+    from dtpipe.distill.run_folder import read_config
+
+    try:
+        datasets = read_config(Path(checkpoint)).get("datasets")
+    except DtpipeError:
+        return None
+    return str(datasets[0]) if datasets else None
+
+
+def _extractors(config: EvalConfig, train: LabelledSet, note: Note) -> list[FeatureExtractor | PerSeed]:
+    from dtpipe.distill.downstream.base import random_initialisation, raw_pixels, student_extractor
+    from dtpipe.distill.student import load_student
+
+    device = pick_device(config.device)
+    student = load_student(config.checkpoint)
+    size = config.probe.batch_size
+    extractors: list[FeatureExtractor | PerSeed] = [raw_pixels(), random_initialisation(student.spec, train.images, size, device)]
+    teacher = _teacher_extractor(config, device, note)
+    if teacher is not None:
+        extractors.append(teacher)
+    extractors.append(student_extractor(student, device, DISTILLED))
+    extractors += [student_extractor(load_student(other), device, other) for other in config.against]
+    return extractors
+
+
+def _teacher_extractor(config: EvalConfig, device: str, note: Note) -> FeatureExtractor | None:
+    """The teacher asked for, else the one that made the dataset, if it is still there."""
+    plan = _recorded_plan(config.checkpoint)
+    settings: dict[str, Any] = recorded_teacher(plan) if plan else {}
+    if config.teacher:
+        settings = {"path": config.teacher}
+    if "path" not in settings:
+        note("the run does not say where its teacher is, so the teacher's own features are not scored; give --teacher")
+        return None
+    timestep = config.timestep if config.timestep is not None else _recorded_timestep(plan)
+    try:
+        return teacher_extractor(TeacherConfig.model_validate(settings), timestep, config.seed, device)
+    except DtpipeError as err:
+        if config.teacher:
+            raise
+        note(f"the teacher's own features are not scored: {err}")
+        return None
+
+
+def _recorded_plan(checkpoint: str) -> Plan | None:
+    from dtpipe.manifests.plan import load_plan
+    from dtpipe.manifests.storage import Store
+
+    url = _dataset_url(checkpoint)
+    try:
+        return load_plan(Store(url)) if url else None
+    except DtpipeError:
+        return None
+
+
+def _recorded_timestep(plan: Plan | None) -> int | None:
+    return plan.recipe.views[0].timestep if plan else NoiseConfig().timesteps[0]
+
+
+def teacher_extractor(config: TeacherConfig, timestep: int | None, seed: int, device: str, name: str = TEACHER) -> FeatureExtractor:
+    """A teacher's own features at one timestep as an extractor.
+
+    The noise of an image follows from its content, since an extractor sees no keys. Images of another size than the
+    teacher's are resized on the device.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    from dtpipe.distill.downstream.base import FeatureExtractor
+    from dtpipe.extract.encode import row_noise
+    from dtpipe.extract.teachers.base import load_teacher
+
+    teacher = load_teacher(config, device)
+    spec = teacher.spec
+    views = [ViewSpec(draw=0, timestep=timestep if spec.num_timesteps is not None else None)]
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        keys = [blake3(image.numpy().tobytes()).hexdigest() for image in images.contiguous()]
+        pixels = images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
+        if tuple(pixels.shape[-2:]) != spec.image_px:
+            pixels = interpolate(pixels, size=spec.image_px, mode="bilinear", antialias=True).clamp(-1, 1)
+        rows = [row_noise(seed, key, views, spec, spec.image_px) for key in keys]
+        noise = {stream: torch.from_numpy(np.stack([row[stream] for row in rows])).to(device) for stream in spec.noise_shapes}
+        features = teacher.encode(pixels, noise, views)
+        return {level: values[:, 0] for level, values in features.items()}
+
+    return FeatureExtractor(name, encode)
+
+
+def result_path(config: EvalConfig, task: str) -> Path:
+    """Where the result goes. Raises: ConfigError for a checkpoint outside a run folder when no --out says."""
+    if config.out:
+        return Path(config.out)
+    run = Path(config.checkpoint)
+    run = run if run.is_dir() else run.parent
+    return run / "eval" / f"{task}.json"
+
+
+def _write(config: EvalConfig, task: str, result: ProbeResult) -> Path:
+    path = result_path(config, task)
+    document = {"config": config.model_dump(mode="json"), **result.to_json()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as err:
+        raise InputError(f"{path} cannot be written: {err}; choose another --out") from err
+    return path

@@ -1,0 +1,120 @@
+"""What a distillation would take: hours and memory, from a few steps on random features of the dataset's shapes."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dtpipe.manifests.schema import LevelSpec
+from dtpipe.pipeline.console import Console, format_bytes, format_seconds
+from dtpipe.pipeline.plan import peak_memory
+
+if TYPE_CHECKING:
+    from dtpipe.distill.config import DistillConfig
+    from dtpipe.distill.model import Distiller
+
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a distillation would take; steps are timed on random features of the dataset's shapes."""
+
+    student: str
+    num_parameters: int
+    regressor_parameters: int
+    num_samples: int
+    num_steps: int
+    seconds: float
+    throughput_img_s: float
+    memory_bytes: int
+    device: str
+    epochs: int
+    read_bytes: int
+    """Stored bytes read per epoch."""
+
+
+def plan_training(config: DistillConfig) -> TrainingPlan:
+    """Time a few steps of the student on a dataset that exists. Raises: what its readers raise."""
+    from dtpipe.distill.datasets import open_data
+    from dtpipe.distill.model import choose_levels, student_size
+    from dtpipe.manifests.reader import FeatureDataset
+
+    data = open_data(config)
+    levels = choose_levels(data.source.levels, config.levels)
+    datasets = [FeatureDataset.open(url, allow_incomplete=config.allow_incomplete) for url in config.datasets]
+    stored = sum(each.manifest.totals.size_bytes for each in datasets if each.manifest is not None)
+    return time_training(config, levels, student_size(config, data.student_px), len(data.source.ok_rows), stored)
+
+
+def time_training(
+    config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_samples: int, stored_bytes: int
+) -> TrainingPlan:
+    """Time forward, loss and backward of a micro-batch of random features, and scale up to all steps."""
+    import torch
+
+    from dtpipe.distill.model import build_distiller, pick_device
+
+    device = pick_device(config.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = build_distiller(config, levels, image_px).to(device).train()
+    micro_batch = min(config.micro_batch or config.batch_size, config.batch_size)
+    timings = list(itertools.islice(_time_steps(model, config, levels, image_px, micro_batch), 1 + TIMED_STEPS))
+    per_image_s = min(timings[1:]) / micro_batch
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+    return TrainingPlan(
+        student=config.student.name,
+        num_parameters=sum(p.numel() for p in model.student.parameters()),
+        regressor_parameters=sum(p.numel() for p in model.regressor.parameters()),
+        num_samples=num_samples,
+        num_steps=config.epochs * -(-num_samples // config.batch_size),
+        seconds=per_image_s * num_samples * config.epochs,
+        throughput_img_s=1 / per_image_s,
+        memory_bytes=memory,
+        device=device.type,
+        epochs=config.epochs,
+        read_bytes=stored_bytes,
+    )
+
+
+def _time_steps(
+    model: Distiller, config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], micro_batch: int
+) -> Iterator[float]:
+    """Seconds of one micro-batch after another."""
+    import torch
+
+    from dtpipe.distill.losses import feature_loss
+    from dtpipe.distill.model import pick_device, pick_precision
+
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    images = torch.rand(micro_batch, 3, *image_px, generator=generator, device=device) * 2 - 1
+    shapes = {level.name: (micro_batch, level.channels, level.height, level.width) for level in levels}
+    targets = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
+    while True:
+        started = time.perf_counter()
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            regressed = model(images)
+        feature_loss(regressed, targets, config.loss).total.backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        yield time.perf_counter() - started
+
+
+def print_training(console: Console, plan: TrainingPlan) -> None:
+    """The plan as lines."""
+    console.pairs(
+        {
+            "student": f"{plan.student}, {plan.num_parameters / 1e6:.1f} M parameters; regressor {plan.regressor_parameters / 1e6:.1f} M",
+            "training": f"about {format_seconds(plan.seconds)} for {plan.epochs} epochs, {plan.num_steps} steps ({plan.device})",
+            "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
+            "reads": f"{format_bytes(plan.read_bytes)} per epoch",
+            "memory": f"about {format_bytes(plan.memory_bytes)}",
+        }
+    )
