@@ -1,0 +1,64 @@
+"""What a training step sees: one batch type for cached and live samples, and the student's image made from it.
+
+Everything here is on the training device; flips of the image and casts of the levels happen here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Images and the teacher's levels of one micro-batch. Losses cannot tell stored levels from live ones."""
+
+    images: Tensor
+    """(B, H, W, 3) uint8; flipped where the levels are those of the flipped image."""
+    levels: dict[str, Tensor]
+    """Level name to (B, C, h, w), in the dtype they are stored in."""
+    keys: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    epoch: int
+    batch_idx: int
+    """Which global batch of the epoch this is part of."""
+    num_global: int
+    """Samples in that global batch over all ranks: the weight of this part is len(keys) / num_global."""
+    last: bool
+    """True for the last part of the global batch on this rank: the optimiser steps after it."""
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A numpy array as a tensor on the device; copies to a GPU do not wait. Any shape and dtype."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def flip_where(images: Tensor, flip: Tensor) -> Tensor:
+    """Mirror the images that `flip` names, left to right.
+
+    Shapes: images (B, H, W, 3) uint8, flip (B,) bool -> (B, H, W, 3) uint8.
+    """
+    return torch.where(flip[:, None, None, None], images.flip(2), images)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Stored images as a network takes them. Shapes: (B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def student_images(images: Tensor, size_px: tuple[int, int]) -> Tensor:
+    """The student's input: scaled to [-1, 1] and, where the sizes differ, resized with antialiasing on the device.
+
+    Shapes: images (B, H, W, 3) uint8 -> (B, 3, *size_px) float32 in [-1, 1].
+    """
+    floats = scaled(images)  # (B, 3, H, W)
+    if tuple(floats.shape[-2:]) == tuple(size_px):
+        return floats
+    return F.interpolate(floats, size=size_px, mode="bilinear", antialias=True).clamp(-1, 1)

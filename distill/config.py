@@ -1,0 +1,115 @@
+"""Settings of `dtpipe distill`, one pydantic model; defaults are the paper's for AdamW (table 17 and appendix D.1).
+
+A field either decides the result of training (a run that is resumed with another value is refused) or only how it is
+carried out; `EXECUTION` names the latter.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dtpipe.manifests.schema import StrictModel
+
+PAPER_BATCH_SIZE = 256
+PAPER_WARMUP_SHARE = 0.2  # 20 of 100 epochs
+
+
+class StudentConfig(StrictModel):
+    """The backbone that is trained."""
+
+    name: str = Field(default="resnet50", description="Any timm model with `features_only` and the levels' strides.")
+    pretrained: bool = Field(default=False, description="Start from timm's published weights instead of random ones.")
+
+
+class RegressorConfig(StrictModel):
+    """The module between student and teacher levels; thrown away after training."""
+
+    width: int = Field(default=256, ge=1, description="Channels inside the regressor.")
+    ppm: bool = Field(default=True, description="Pyramid pooling on the last level (FPN+PPM); without it plain FPN.")
+    ppm_scales: tuple[int, ...] = Field(default=(1, 2, 3, 6), min_length=1, description="Cells per side of each pooled map.")
+    norm: Literal["batch", "group"] = Field(default="batch", description="Norm inside the regressor.")
+
+
+class LossConfig(StrictModel):
+    """Equations (1)-(3): L_feat = mse_weight * L_MSE + at_weight * L_AT."""
+
+    mse_weight: float = Field(default=1.0, ge=0, description="Weight of equation (1).")
+    at_weight: float = Field(default=10.0, ge=0, description="lambda_AT, the weight of equation (2).")
+    whiten: Literal["layer", "channel"] = Field(default="layer", description="LayerNorm of teacher levels over (C,H,W), or per position.")
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> LossConfig:
+        if self.mse_weight == 0 and self.at_weight == 0:
+            raise ValueError("distill.loss.mse_weight and distill.loss.at_weight are both 0; nothing is left to train on")
+        return self
+
+
+class DistillConfig(StrictModel):
+    """All settings of one distillation run."""
+
+    datasets: tuple[str, ...] = Field(min_length=1, description="URLs of feature datasets; several are concatenated, or joined.")
+    out: str = Field(description="Run folder to write.")
+    join: bool = Field(default=False, description="Join the datasets by key (other levels of the same images) instead of concatenating.")
+    allow_incomplete: bool = Field(default=False, description="Train on what an unfinished dataset holds so far.")
+    levels: tuple[str, ...] | None = Field(default=None, min_length=1, description="Levels to regress; default: all of the dataset.")
+    student: StudentConfig = StudentConfig()
+    student_px: int | tuple[int, int] | None = Field(default=None, description="Student's image size in px; default: the dataset's.")
+    regressor: RegressorConfig = RegressorConfig()
+    loss: LossConfig = LossConfig()
+    epochs: int = Field(default=100, ge=1, description="Passes over the data.")
+    batch_size: int = Field(default=PAPER_BATCH_SIZE, ge=1, description="Samples per optimiser step, over all devices.")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="Samples per forward pass; gradients add up to the batch. Default: all."
+    )
+    opt: Literal["adamw", "lamb"] = Field(default="adamw", description="Optimiser, timm's.")
+    lr: float = Field(default=4e-3, gt=0, description="Peak learning rate, as listed in the paper.")
+    lr_scale: Literal["none", "linear"] = Field(default="none", description="linear: multiply lr by batch_size/256.")
+    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end of the cosine.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Momentum terms of the optimiser.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay; none on biases and norms.")
+    warmup_epochs: float | None = Field(
+        default=None, ge=0, description="Linear warm-up; default: a fifth of the epochs, the paper's 20 of 100."
+    )
+    warmup_steps: int | None = Field(default=None, ge=0, description="Warm-up in optimiser steps instead of epochs.")
+    clip_grad: float | None = Field(default=None, gt=0, description="Largest gradient norm; default: no clipping.")
+    flip: bool | None = Field(default=None, description="Horizontal flips, from stored flipped views; default: when there are any.")
+    reencode: float = Field(default=0.0, ge=0, le=1, description="Share of samples whose features the live teacher makes anew.")
+    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Keep an exponential moving average of the student.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 autocast where the GPU has it.")
+    seed: int = Field(default=0, ge=0, description="Seed of initial weights, order, flips and views.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the student trains.")
+    read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
+    prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead.")
+    log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")
+    save_every_s: float = Field(default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one.")
+    keep_checkpoints: int = Field(default=2, ge=0, description="Epoch checkpoints kept in checkpoints/ beside last.pt.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DistillConfig:
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ValueError("distill.warmup_epochs and distill.warmup_steps are both set; keep one")
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"distill.warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; make it smaller")
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise ValueError(f"distill.micro_batch {self.micro_batch} is larger than distill.batch_size {self.batch_size}")
+        if self.min_lr > self.peak_lr:
+            raise ValueError(f"distill.min_lr {self.min_lr} is above the peak learning rate {self.peak_lr}")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up, after `lr_scale`."""
+        return self.lr * self.batch_size / PAPER_BATCH_SIZE if self.lr_scale == "linear" else self.lr
+
+    def num_warmup_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the linear warm-up."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        epochs = PAPER_WARMUP_SHARE * self.epochs if self.warmup_epochs is None else self.warmup_epochs
+        return round(epochs * steps_per_epoch)
+
+
+EXECUTION = frozenset({"datasets", "out", "device", "read_threads", "prefetch", "log_every", "save_every_s", "keep_checkpoints"})
+"""Fields that may change between the parts of one run. `datasets` may move: their content is compared by digest."""

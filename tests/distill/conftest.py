@@ -1,0 +1,107 @@
+"""A feature source held in memory, a tiny student, and a checkpoint of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dtpipe.distill.checkpoint import save_checkpoint
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.datasets import OpenedData
+from dtpipe.distill.student import StudentSpec, build_student, spec_to_dict
+from dtpipe.manifests.schema import LevelSpec, ViewSpec
+
+PX = 32
+
+
+def level_spec(name: str, stride: int, channels: int) -> LevelSpec:
+    return LevelSpec(name=name, stride=stride, channels=channels, height=PX // stride, width=PX // stride, tap=f"up.{name}")
+
+
+@dataclass
+class MemorySource:
+    """The common read interface over arrays; row i's features are a pure function of (i, view)."""
+
+    num_rows: int = 21
+    bad: tuple[int, ...] = (3, 11)
+    views: tuple[ViewSpec, ...] = (ViewSpec(draw=0, timestep=50),)
+    levels: tuple[LevelSpec, ...] = (level_spec("l2", 4, 6), level_spec("l3", 8, 8), level_spec("l4", 16, 10))
+    read: list[tuple[list[int], list[str], list[int]]] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"images/{row:03d}.png" for row in range(self.num_rows)]
+
+    @property
+    def labels(self) -> list[str | None]:
+        return ["even" if row % 2 == 0 else None for row in range(self.num_rows)]
+
+    @property
+    def ok_rows(self) -> np.ndarray:
+        return np.array([row for row in range(self.num_rows) if row not in self.bad])
+
+    def read_image(self, row: int) -> np.ndarray:
+        return np.random.default_rng([row, 0]).integers(0, 256, (PX, PX, 3), dtype=np.uint8)
+
+    def read_level(self, name: str, row: int, view: int = 0) -> np.ndarray:
+        spec = next(level for level in self.levels if level.name == name)
+        noise = np.random.default_rng([row, view, spec.stride]).standard_normal((spec.channels, spec.height, spec.width))
+        return (noise * 3 + self.read_image(row).mean() / 100).astype(spec.dtype)
+
+    def read_batch(
+        self, rows: Sequence[int], levels: Sequence[str], view_of_row: Sequence[int], images: bool = True
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        assert not set(rows) & set(self.bad), "a bad row was read"
+        self.read.append((list(map(int, rows)), list(levels), list(map(int, view_of_row))))
+        pixels = np.stack([self.read_image(row) for row in rows]) if images else np.zeros((len(rows), 0, 0, 3), np.uint8)
+        return pixels, {
+            name: np.stack([self.read_level(name, row, view) for row, view in zip(rows, view_of_row, strict=True)]) for name in levels
+        }
+
+
+FLIPPED_VIEWS = tuple(ViewSpec(draw=draw, timestep=50, flip=flip) for flip in (False, True) for draw in range(2))
+
+
+@pytest.fixture
+def source() -> MemorySource:
+    """21 rows, 19 of them good, one view, levels of strides 4, 8 and 16 of a 32 px image."""
+    return MemorySource()
+
+
+@pytest.fixture
+def data(source: MemorySource) -> OpenedData:
+    return OpenedData(source, (PX, PX), "0" * 64)
+
+
+def tiny_config(out: Path, **changes: object) -> DistillConfig:
+    """A run of seconds: resnet10t at 32 px, batches of 8 in micro-batches of 4, group norm in a narrow regressor."""
+    base = {
+        "datasets": ("memory",),
+        "out": str(out),
+        "student": {"name": "resnet10t"},
+        "regressor": {"width": 8},
+        "epochs": 2,
+        "batch_size": 8,
+        "micro_batch": 4,
+        "lr": 1e-3,
+        "device": "cpu",
+        "log_every": 2,
+    }
+    return DistillConfig(**{**base, **changes})
+
+
+def write_student(path: Path, name: str, px: int = 64, ema: bool = False) -> Path:
+    """A checkpoint as a run leaves it, of a student with random weights and moved batch norms."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        student = build_student(StudentSpec(name, 4, (px, px))).train()
+        student(torch.rand(2, 3, px, px))
+        state = student.state_dict()
+        average = {key: value * 0.5 if value.is_floating_point() else value for key, value in state.items()} if ema else None
+        save_checkpoint(path, {"student_spec": spec_to_dict(student.spec), "student": state, "ema": average})
+    return path
