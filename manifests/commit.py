@@ -102,7 +102,8 @@ def load_entries(store: Store, plan: Plan, plan_blake3: str, partial: bool = Fal
     if not partial and len(done) < plan.num_shards:
         missing = sorted(set(range(plan.num_shards)) - set(done))
         raise IncompleteError(
-            f"{store.url}: {len(missing)} of {plan.num_shards} shards are not written ({_some(missing)}); run the same `dtpipe extract` again"
+            f"{store.url}: {len(missing)} of {plan.num_shards} shards are not written ({_some(missing)}); "
+            "run the same `dtpipe extract` again"
         )
     return _together(lambda shard_idx: load_entry(store, plan, plan_blake3, shard_idx), done)
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,10 @@ class LocalFiles:
 
     def stat(self, name: str) -> ObjectStat:
         """Size and identity of one file."""
-        return _stat_of((self.root / name).stat())
+        found = (self.root / name).stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise FileNotFoundError(name)
+        return ObjectStat(size=found.st_size, identity=f"{found.st_mtime_ns}-{found.st_ino}")
 
     def stats(self, prefix: str) -> dict[str, ObjectStat]:
         """All files whose name starts with prefix, temporary ones too."""
@@ -114,10 +118,6 @@ class LocalFiles:
 def _raise_unless_gone(err: OSError) -> None:
     if not isinstance(err, FileNotFoundError):
         raise err
-
-
-def _stat_of(found: os.stat_result) -> ObjectStat:
-    return ObjectStat(size=found.st_size, identity=f"{found.st_mtime_ns}-{found.st_ino}")
 
 
 @contextlib.contextmanager

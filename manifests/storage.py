@@ -149,7 +149,8 @@ class Store:
         if self.local is None:
             return 0
         with self._writing(""):
-            left = [name for name in self._files.names("") if is_temporary(name) and not name.startswith(LOCK_FOLDER)]
+            found = [name for name in self._files.names("") if is_temporary(name)]
+            left = [name for name in found if not name.startswith(LOCK_FOLDER) and ".probe-" not in name]  # others may be at those
             for name in left:
                 self._files.delete(name)
         return len(left)
@@ -217,7 +218,10 @@ class Store:
             raise ManifestError(f"{self.url}: object name {name!r} leaves the dataset; the file that gives it is damaged")
 
 
-_IGNORES_CREATE = "the store ignores put-if-absent (S3: needs s3fs >= 2025.7 and a server that honours If-None-Match), so two writers could not be told apart"
+_IGNORES_CREATE = (
+    "the store ignores put-if-absent (S3: needs s3fs >= 2025.7 and a server that honours If-None-Match), "
+    "so two writers could not be told apart"
+)
 _ADVICE = {
     errno.ENOSPC: "free some space and run again",
     errno.EDQUOT: "raise the quota or free some space, and run again",
