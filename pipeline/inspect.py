@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dtpipe.manifests.codec import decode_level
 from dtpipe.manifests.commit import load_entries
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.plan import plan_digest
@@ -36,27 +37,29 @@ _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 def describe_dataset(url: str) -> dict[str, Any]:
     """Everything worth knowing about a dataset, as one JSON-able document; an unfinished one is described as far as it is.
 
-    Units: sizes in bytes. `ratio` is raw over stored bytes.
+    Units: sizes in bytes. `ratio` is raw over stored bytes; `overhead_bytes` are keys, headers and chunk tables. Of an
+    unfinished dataset, statuses and sizes are of the shards that are committed.
     Raises: DamagedDataError when a file does not fit its digest; InputError when there is no dataset.
     """
     dataset = FeatureDataset.open(url, allow_incomplete=True)
     table = _shard_table(Store(url), dataset)
     stored = _stored_bytes(table)
     size_bytes = sum(table["size_bytes"].to_pylist())
-    manifest = dataset.manifest
+    complete = dataset.manifest if dataset.manifest is not None and dataset.manifest.complete else None
+    described = [IMAGE, *(level.name for level in dataset.recipe.levels)]
     return {
         "url": url,
-        "complete": manifest is not None and manifest.complete,
-        "digest": None if manifest is None else manifest.digest,
+        "complete": complete is not None,
+        "digest": None if complete is None else complete.digest,
         "totals": _totals(dataset, table, size_bytes),
         "recipe": _recipe_summary(dataset.recipe),
         "views": [view.model_dump() for view in dataset.recipe.views],
         "images": _image_bytes(dataset.recipe, stored),
         "levels": [_level_bytes(level, len(dataset.recipe.views), stored) for level in dataset.recipe.levels],
-        "overhead_bytes": size_bytes - sum(size for _, size in stored.values()),
+        "overhead_bytes": size_bytes - sum(stored[name][1] for name in described if name in stored),
         "labels": dict(sorted(Counter(label for label in dataset.labels if label is not None).items())),
         "bad": bad_samples(dataset),
-        "provenance": dict((dataset.plan if manifest is None else manifest).provenance),
+        "provenance": dict((dataset.plan if complete is None else complete).provenance),
     }
 
 
@@ -83,7 +86,7 @@ def render_sample(url: str, key: str, png_path: str | Path) -> Path:
         raise InputError(f"{url}: {key} has no features to draw, its status is `{status}`; `dtpipe inspect {url}` lists the bad samples")
     image = dataset.read_image(row) if dataset.recipe.images == "stored" else None
     views = dataset.recipe.views
-    levels = {level.name: [dataset.read_level(level.name, row, view) for view in range(len(views))] for level in dataset.recipe.levels}
+    levels = {spec.name: [_read_level(dataset, spec, row, view) for view in range(len(views))] for spec in dataset.recipe.levels}
     label = dataset.labels[row]
     title = key if label is None else f"{key}   label {label}"
     buffer = io.BytesIO()
@@ -180,6 +183,10 @@ def _image_bytes(recipe: Recipe, stored: Mapping[str, tuple[int, int]]) -> dict[
 
 def _ratio(raw_bytes: int, size_bytes: int) -> dict[str, Any]:
     return {"size_bytes": size_bytes, "raw_bytes": raw_bytes, "ratio": round(raw_bytes / size_bytes, 3) if size_bytes else None}
+
+
+def _read_level(dataset: FeatureDataset, spec: LevelSpec, row: int, view: int) -> NDArray[Any]:
+    return decode_level(dataset.read_level(spec.name, row, view), spec, dataset.recipe.codec)
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------
