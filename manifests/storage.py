@@ -227,6 +227,7 @@ _ADVICE = {
     errno.EDQUOT: "raise the quota or free some space, and run again",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EACCES: "check the permissions and credentials",
+    errno.ENOENT: "the bucket does not exist, or another writer took the dataset over and cleared what this one had half-written",
     errno.EPERM: "check the permissions and the file system",
 }
 
@@ -236,8 +237,8 @@ def _reason(err: Exception) -> str:
 
 
 def _advice(err: Exception) -> str:
-    if isinstance(err, PermissionError) and err.errno is None:
-        return _ADVICE[errno.EACCES]
+    if isinstance(err, PermissionError | FileNotFoundError) and err.errno is None:  # as s3fs raises them
+        return _ADVICE[errno.EACCES if isinstance(err, PermissionError) else errno.ENOENT]
     return _ADVICE.get(getattr(err, "errno", None) or 0, "check that the store is reachable and run again")
 
 

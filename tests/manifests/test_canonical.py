@@ -63,7 +63,7 @@ def test_any_changed_byte_is_an_error_that_names_the_file(document, data):
     sealed = bytearray(seal(document))
     place = data.draw(st.integers(0, len(sealed) - 1))
     sealed[place] ^= data.draw(st.integers(1, 255))
-    with pytest.raises(ManifestError, match="here/plan.json"):
+    with pytest.raises(ManifestError, match=r"here/plan\.json"):
         unseal(bytes(sealed), "here/plan.json")
 
 

@@ -15,7 +15,6 @@ from dtpipe.manifests.errors import InputError, ManifestError
 from dtpipe.manifests.listing import build_listing, encode_listing, permutation, read_listing, write_listing
 from dtpipe.manifests.storage import MissingObjectError, Store
 
-
 # frozen when the format was made: another numpy or machine must give the same rows
 GOLDEN_SEED_0 = [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
 GOLDEN_SEED_12345 = [6, 5, 7, 8, 0, 2, 3, 1, 4, 9]
@@ -102,7 +101,7 @@ def test_no_samples_is_an_error():
 
 def test_wanted_keys_are_taken_and_lost_ones_named():
     assert sorted(build_listing(items("a", "b", "\u00e9"), keys=["b", "e\u0301"]).keys) == ["b", "\u00e9"]
-    with pytest.raises(InputError, match="1 of 2 wanted keys.*'x'"):
+    with pytest.raises(InputError, match=r"1 of 2 wanted keys.*'x'"):
         build_listing(items("a", "b"), keys=["a", "x"])
 
 

@@ -79,7 +79,7 @@ def test_missing_objects_are_named(store_url):
     store = Store(store_url)
     store.write("there", b"x")
     for look in (store.read, store.size, store.identity, lambda name: store.read_range(name, 0, 4)):
-        with pytest.raises(MissingObjectError, match="data/00007.tar"):
+        with pytest.raises(MissingObjectError, match=r"data/00007\.tar"):
             look("data/00007.tar")
 
 
@@ -119,8 +119,9 @@ def test_s3_objects_lie_where_another_client_finds_them(s3_url):
     client.close()
 
 
-def test_no_bucket_is_a_store_error(s3_url):
-    with pytest.raises(StoreError, match="cannot be written"):
+@pytest.mark.usefixtures("s3_url")
+def test_no_bucket_is_a_store_error():
+    with pytest.raises(StoreError, match=r"cannot be written.*bucket does not exist"):
         Store("s3://no-such-bucket-here/features").probe()
 
 
@@ -129,7 +130,8 @@ def test_a_store_that_ignores_put_if_absent_is_refused(s3_url, monkeypatch):
 
     whole = s3fs.S3FileSystem._pipe_file
 
-    async def ignore_mode(self, path, data, mode="overwrite", **options):
+    async def ignore_mode(self, path, data, **options):
+        options.pop("mode", None)
         return await whole(self, path, data, **options)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", ignore_mode)
@@ -197,7 +199,7 @@ def test_a_full_disk_leaves_the_old_object_and_no_litter(tmp_path, monkeypatch, 
             with pytest.raises(StoreError, match=advice):
                 publish("object" if publish == store.write else "new", b"x" * 10)
     assert store.read("object") == b"old"
-    assert os.listdir(tmp_path) == ["object"]
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
 
 
 def test_a_file_size_limit_is_a_store_error(tmp_path):
@@ -263,9 +265,9 @@ def test_a_kill_before_publishing_leaves_only_a_temporary_file(tmp_path, step):
     assert (killed.returncode, "store.temporary" in killed.stderr) == (-9, True)
     assert store.list() == ["there"]
     assert store.read("there") == b"old"
-    assert len(os.listdir(tmp_path)) == 2
+    assert len(list(tmp_path.iterdir())) == 2
     assert store.sweep() == 1
-    assert os.listdir(tmp_path) == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_file_systems_without_hard_links_are_refused_with_the_way_out(tmp_path, monkeypatch):
