@@ -41,29 +41,56 @@ def fit_path(
     std = features.std(dim=0, correction=0)
     # A feature that never changes says nothing; dividing by its rounding error would make it the loudest.
     scale = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, torch.inf).reciprocal()
-    scaled = (features - mean) * scale
-    weight = scaled.new_zeros(num_classes, scaled.shape[1])
-    bias = scaled.new_zeros(num_classes)
+    basis, inside = in_span((features - mean) * scale)  # (D, R), (n, R)
+    gram = inside.T @ inside / len(inside)
+    shares = torch.bincount(targets, minlength=num_classes) / len(targets)
+    curvature = float((shares * (1 - shares)).mean())
+    weight = inside.new_zeros(num_classes, inside.shape[1])
+    bias = inside.new_zeros(num_classes)
     path = {}
     for l2 in sorted(l2_grid, reverse=True):
-        weight, bias = _minimise(scaled, targets, weight, bias, l2, max_iter)
-        raw_weight = weight * scale
+        weight, bias = _minimise(inside, targets, weight, bias, l2, _round_units(gram, curvature, l2), max_iter)
+        raw_weight = (weight if basis is None else weight @ basis.T) * scale
         path[l2] = LinearClassifier(raw_weight, bias - raw_weight @ mean)
     return path
 
 
-def _minimise(features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, l2: float, max_iter: int) -> tuple[Tensor, Tensor]:
-    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+def in_span(features: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Features in the span of the samples, where the solution lies, when there are fewer samples than features.
+
+    Shapes: (n, D) -> orthonormal basis (D, n) and features (n, n); or None and the features (n, D) as they are.
+    """
+    if len(features) >= features.shape[1]:
+        return None, features
+    basis, triangle = torch.linalg.qr(features.T)
+    return basis, triangle.T
+
+
+def _round_units(gram: Tensor, curvature: float, l2: float) -> Tensor:
+    """Units (R, R) in which the objective curves about equally in all directions: weight = scaled @ units."""
+    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    factor = torch.linalg.cholesky(curvature * gram.double() + l2 * identity)
+    return torch.linalg.solve_triangular(factor, identity, upper=False).to(gram.dtype)
+
+
+def _minimise(
+    features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, l2: float, units: Tensor, max_iter: int
+) -> tuple[Tensor, Tensor]:
+    """L-BFGS in units that make it need tens of iterations, not thousands."""
+    scaled = torch.linalg.solve(units, weight, left=False).requires_grad_()
+    bias = bias.clone().requires_grad_()
+    tolerance = 1e-11 if features.dtype == torch.float64 else 1e-7
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iter, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [scaled, bias], max_iter=max_iter, tolerance_grad=1e-5, tolerance_change=tolerance, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(features @ weight.T + bias, targets) + 0.5 * l2 * weight.square().sum()
+        own = scaled @ units
+        loss = F.cross_entropy(features @ own.T + bias, targets) + 0.5 * l2 * own.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return weight.detach(), bias.detach()
+    return (scaled @ units).detach(), bias.detach()
