@@ -7,7 +7,6 @@ merge looks at every object again, because a deposed writer may have been in the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -42,8 +41,8 @@ def commit_name(shard_idx: int) -> str:
 
 def committed_shards(store: Store, plan: Plan) -> list[int]:
     """Shards that have an entry, in order."""
-    found = (re.fullmatch(rf"{COMMIT_FOLDER}(\d{{5,}})\.json", name) for name in store.list(COMMIT_FOLDER))
-    return sorted(shard_idx for match in found if match and (shard_idx := int(match[1])) < plan.num_shards)
+    names = set(store.list(COMMIT_FOLDER))
+    return [shard_idx for shard_idx in range(plan.num_shards) if commit_name(shard_idx) in names]
 
 
 def pending_shards(store: Store, plan: Plan) -> list[int]:
@@ -243,7 +242,8 @@ def _manifest(
         size_bytes=sum(size for _, size, _ in objects),
     )
     digest = dataset_digest(plan.recipe, listing.keys, objects)
-    return Manifest(complete=True, digest=digest, recipe=plan.recipe, totals=totals, files=files, provenance=dict(provenance))
+    kept = {**provenance, "plan": plan.provenance}  # so that a lost plan.json can be written again, byte for byte
+    return Manifest(complete=True, digest=digest, recipe=plan.recipe, totals=totals, files=files, provenance=kept)
 
 
 def _together(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("dtpipe", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("dtpipe")
 
 _buckets = itertools.count()
 
@@ -62,8 +66,17 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture(scope="session")
 def toy() -> ModuleType:
     """`toy_writer.py` as a module."""
-    path = Path(__file__).with_name("toy_writer.py")
-    spec = importlib.util.spec_from_file_location("toy_writer", path)
+    return _load(Path(__file__).with_name("toy_writer.py"))
+
+
+@pytest.fixture(scope="session")
+def maker() -> ModuleType:
+    """`golden/make.py` as a module: writes small datasets whose values follow from names."""
+    return _load(Path(__file__).parent.parent / "golden" / "make.py")
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
