@@ -70,14 +70,16 @@ def _round_units(gram: Tensor, curvature: float, l2: float) -> Tensor:
     """Units (R, R) in which the objective curves about equally in all directions: weight = scaled @ units."""
     identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     factor = torch.linalg.cholesky(curvature * gram.double() + l2 * identity)
-    return torch.linalg.solve_triangular(factor, identity, upper=False).to(gram.dtype)
+    units: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return units.to(gram.dtype)
 
 
 def _minimise(
     features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, l2: float, units: Tensor, max_iter: int
 ) -> tuple[Tensor, Tensor]:
     """L-BFGS in units that make it need tens of iterations, not thousands."""
-    scaled = torch.linalg.solve(units, weight, left=False).requires_grad_()
+    scaled: Tensor = torch.linalg.solve(units, weight, left=False)
+    scaled.requires_grad_()
     bias = bias.clone().requires_grad_()
     tolerance = 1e-11 if features.dtype == torch.float64 else 1e-7
     optimizer = torch.optim.LBFGS(

@@ -1,0 +1,320 @@
+"""Does distillation make better features? Frozen students against their rivals on images that nobody trained on.
+
+For each seed: extract -> distill -> probe; then one table per data set and task, with few labels and all:
+distilled, random initialisation, raw pixels, the teacher's own features, and a supervised student of equal steps.
+
+    python benchmarks/probe.py --data digits                   # masks and classes of digit scenes
+    python benchmarks/probe.py --data flowers --flowers DIR    # five classes of flowers, at 64 px
+
+Digit scenes are drawn by dtpipe; held-out ones use other digits and other parts of the photographs. Of the flowers a
+fifth is held out by key, and a teacher is trained on the rest when none is given. Everything is kept under --work, so
+the same command goes on where it was stopped; results are written after each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtpipe.distill.config import DistillConfig, StudentConfig
+from dtpipe.distill.downstream.base import FeatureExtractor, LabelledSet, PerSeed, random_initialisation, raw_pixels, student_extractor
+from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
+from dtpipe.distill.downstream.result import ProbeResult
+from dtpipe.distill.downstream.supervised import run_supervised
+from dtpipe.distill.student import load_student
+from dtpipe.distill.trainer import train
+from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig
+from dtpipe.extract.preflight import package_versions
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.train_config import TrainTeacherConfig
+from dtpipe.extract.train_teacher import train_teacher
+from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.pipeline.demo.scenes import Part, write_scenes
+from dtpipe.pipeline.evaluate import teacher_extractor
+from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
+from dtpipe.pipeline.live import pick_device
+
+REPO = Path(__file__).resolve().parent.parent
+PX = 64
+TEST_SHARE = 0.2
+
+Counts = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class TaskCase:
+    """One table: a task, its sets and the numbers of labelled images."""
+
+    name: str
+    task: str
+    train: LabelledSet
+    test: LabelledSet
+    num_labelled: Counts
+
+
+@dataclass(frozen=True)
+class Material:
+    """One data set: the images that teacher and student see, its teacher, its tables."""
+
+    name: str
+    images: Path
+    teacher: Path
+    cases: tuple[TaskCase, ...]
+    flip: bool
+    """Whether a mirrored image is still of its class; the supervised student may use that."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the data sets asked for; print tables; write one JSON file each."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    say(f"work folder {args.work}, student {args.student}, {args.seeds} seeds, {args.epochs} epochs of batches of {args.batch_size}")
+    prepare = {"digits": digits, "flowers": flowers}
+    for name in prepare if args.data == "both" else [args.data]:
+        material = prepare[name](args)
+        if material is not None:
+            measure(material, args)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["digits", "flowers", "both"], default="both")
+    parser.add_argument("--flowers", type=Path, default=REPO.parent / "shared" / "data" / "flowers5_128", help="class folders of flowers")
+    parser.add_argument("--teacher", type=Path, default=REPO / "pipeline" / "demo" / "teacher", help="teacher of the digit scenes")
+    parser.add_argument("--flowers-teacher", type=Path, help="teacher of the flowers; default: trained here")
+    parser.add_argument("--flowers-teacher-steps", type=int, default=10_000, help="steps of that training, batches of 32")
+    parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-probe", help="datasets, runs and teachers")
+    parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results", help="folder of the JSON files")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num-train", type=int, default=3000, help="scenes to distil, and to draw labels from")
+    parser.add_argument("--num-test", type=int, default=1000, help="held-out scenes")
+    parser.add_argument("--limit", type=int, help="use only so many flowers")
+    parser.add_argument("--student", default="resnet10t", help="any timm model with features_only")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of distilled and supervised students")
+    parser.add_argument("--timestep", type=int, default=50)
+    parser.add_argument("--mask-labels", type=counts, default=(5, 20, 80, None), help="labelled scenes with masks, e.g. 5,20,80,all")
+    parser.add_argument("--class-labels", type=counts, default=(50, 250, None), help="labelled images with classes")
+    parser.add_argument("--supervised", action=argparse.BooleanOptionalAction, default=True, help="train the supervised students too")
+    parser.add_argument("--inline", action=argparse.BooleanOptionalAction, default=True, help="extract in this process, without Ray")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser.parse_args(argv)
+
+
+def counts(text: str) -> Counts:
+    """`5,20,all` as numbers, None for all."""
+    return tuple(None if part == "all" else int(part) for part in text.split(","))
+
+
+def digits(args: argparse.Namespace) -> Material | None:
+    """Digit scenes: foreground masks, and the main digit's class."""
+    if not (args.teacher / "unet").is_dir() and not (args.teacher / "model_index.json").is_file():
+        say(f"digits skipped: {args.teacher} holds no teacher; `make demo-teacher` trains one, or give --teacher")
+        return None
+    root = args.work / "digits"
+    labelled, test = read_scenes(root, "train", args.num_train), read_scenes(root, "held_out", args.num_test)
+    cases = (
+        TaskCase("digits_foreground", "readout", labelled.foreground(), test.foreground(), args.mask_labels),
+        TaskCase("digits_classes", "probe", labelled, test, args.class_labels),
+        TaskCase("digits_classes_knn", "knn", labelled, test, args.class_labels),
+    )
+    return Material("digits", root / "train" / "images", args.teacher, cases, flip=False)
+
+
+def read_scenes(root: Path, part: Part, num: int) -> LabelledSet:
+    """Scenes of one part with classes and masks, written first where they are missing."""
+    folder = root / part
+    if len(list((folder / "images").rglob("*.png"))) != num:
+        say(f"writing {num} scenes to {folder}")
+        write_scenes(folder, num, seed=0, px=PX, part=part)
+    return read_labelled(folder / "images", folder / "semantic", prefix=f"{part}/")
+
+
+def read_labelled(images: Path, masks: Path | None, prefix: str) -> LabelledSet:
+    """All images of class folders at 64 px."""
+    recipe = TransformRecipe(resize="center_crop", height=PX, width=PX)
+    reader = LabelledReader(str(images), str(masks) if masks else None, recipe)
+    return reader.read(class_names_of(reader.items), say, range(len(reader.items)), prefix)
+
+
+def flowers(args: argparse.Namespace) -> Material | None:
+    """Flowers: five classes; a fifth of each class held out from everything."""
+    if not args.flowers.is_dir():
+        say(f"flowers skipped: {args.flowers} is not there; give their class folders with --flowers")
+        return None
+    root = args.work / "flowers"
+    split_folders(args.flowers, root, args.limit)
+    labelled, test = (read_labelled(root / part, None, f"{part}/") for part in ("train", "held_out"))
+    teacher = args.flowers_teacher or flowers_teacher(root, args)
+    cases = (
+        TaskCase("flowers_classes", "probe", labelled, test, args.class_labels),
+        TaskCase("flowers_classes_knn", "knn", labelled, test, args.class_labels),
+    )
+    return Material("flowers", root / "train", teacher, cases, flip=True)
+
+
+def split_folders(source: Path, root: Path, limit: int | None) -> None:
+    """Copy the images into train/ and held_out/, class folders kept, unless that is done already."""
+    if (root / "split.done").is_file():
+        return
+    files = sorted(path for path in source.glob("*/*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    files = files[:: max(1, len(files) // limit)][:limit] if limit else files
+    keys = [str(path.relative_to(source)) for path in files]
+    parts = split_by_key(keys, [path.parent.name for path in files], TEST_SHARE, seed=0)
+    for part, rows in zip(("train", "held_out"), parts, strict=True):
+        for row in rows:
+            target = root / part / keys[row]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files[row], target)
+    (root / "split.done").write_text(f"{len(parts[0])} train, {len(parts[1])} held out\n")
+    say(f"flowers: {len(parts[0])} to train, {len(parts[1])} held out")
+
+
+def flowers_teacher(root: Path, args: argparse.Namespace) -> Path:
+    """A small DDPM trained on the training flowers; goes on where it was stopped."""
+    config = TrainTeacherConfig(
+        images=str(root / "train"),
+        out=str(root / "teacher"),
+        px=PX,
+        channels=(32, 64, 96, 128, 128, 128),
+        blocks=1,
+        attention_strides=(8, 16),
+        head_channels=32,
+        norm_groups=16,
+        batch_size=32,
+        lr=4e-4,
+        ema_decay=0.999,
+        steps=args.flowers_teacher_steps,
+        threads=args.threads,
+        device=args.device,
+    )
+    say(f"training the teacher of the flowers for {config.steps} steps in {config.out}")
+    result = train_teacher(config, lambda progress: say(f"  step {progress.step}/{progress.steps}, loss {progress.loss:.4f}"))
+    return result.out
+
+
+def measure(material: Material, args: argparse.Namespace) -> None:
+    """All seeds of one data set; tables are printed and written after each."""
+    results: dict[str, list[ProbeResult]] = {}
+    timings = []
+    for seed in range(args.seeds):
+        run_dir, steps, timing = distilled(material, seed, args)
+        for case in material.cases:
+            started = time.monotonic()
+            results.setdefault(case.name, []).append(score(material, case, run_dir, steps, seed, args))
+            timing[f"{case.name}_s"] = round(time.monotonic() - started, 1)
+        timings.append({"seed": seed, **timing})
+        write(material, args, {name: ProbeResult.merge(parts) for name, parts in results.items()}, timings)
+
+
+def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[Path, int, dict[str, Any]]:
+    """Extract and distil with one seed: the run folder, its optimiser steps, and where the time went."""
+    root = args.work / material.name / f"seed{seed}"
+    say(f"{material.name}, seed {seed}: extract")
+    extracted = run_extraction(
+        ExtractConfig(
+            images=str(material.images),
+            out=str(root / "features"),
+            teacher=TeacherConfig(path=str(material.teacher)),
+            noise=NoiseConfig(seed=seed, timesteps=(args.timestep,)),
+            threads=args.threads,
+            inline=args.inline,
+            device=args.device,
+        )
+    )
+    say(f"{material.name}, seed {seed}: distil {args.student} on {extracted.num_ok} images, {extracted.size_bytes / 1e6:.0f} MB")
+    run = train(
+        DistillConfig(
+            datasets=(extracted.url,),
+            out=str(root / "run"),
+            student=StudentConfig(name=args.student),
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            seed=seed,
+            device=args.device,
+        ),
+        on_progress=lambda progress: say(f"  step {progress.step}/{progress.num_steps}, loss {progress.losses['loss']:.4f}"),
+    )
+    timing = {
+        "extract_s": round(extracted.seconds, 1),
+        "extract_img_s": round(extracted.throughput_img_s, 1),
+        "extract_stages_s": extracted.stage_seconds,
+        "distill_s": round(run.seconds, 1),
+        "distill_img_s": round(run.throughput_img_s, 1),
+        "distill_shares": run.shares,
+        "distill_losses": run.losses,
+    }
+    return Path(run.run_dir), run.num_steps, timing
+
+
+def score(material: Material, case: TaskCase, run_dir: Path, steps: int, seed: int, args: argparse.Namespace) -> ProbeResult:
+    """One seed of one table."""
+    device = pick_device(args.device)
+    student = load_student(run_dir)
+    extractors: list[FeatureExtractor | PerSeed] = [
+        raw_pixels(),
+        random_initialisation(student.spec, case.train.images, device=device),
+        teacher_extractor(TeacherConfig(path=str(material.teacher)), args.timestep, seed, device),
+        student_extractor(student, device),
+    ]
+    label = f"{case.name}, seed {seed}: "
+    config = ProbeConfig()
+    result = run_probe(case.task, extractors, case.train, case.test, case.num_labelled, [seed], config, prefixed(label))
+    if not args.supervised or case.task == "knn":  # nothing supervised about neighbours
+        return result
+    settings = SupervisedConfig(steps=steps, batch_size=args.batch_size, lr=args.lr, flip=material.flip)
+    supervised = run_supervised(
+        case.task, student.spec, case.train, case.test, case.num_labelled, [seed], settings, config, device, prefixed(label)
+    )
+    return ProbeResult.merge([result, supervised])
+
+
+def write(material: Material, args: argparse.Namespace, results: dict[str, ProbeResult], timings: list[dict[str, Any]]) -> None:
+    """Print the tables so far and write the JSON file."""
+    for name, result in results.items():
+        print(f"\n{name}\n{result.to_table()}", flush=True)
+    document = {
+        "benchmark": "probe",
+        "data": material.name,
+        "settings": {key: value for key, value in vars(args).items() if key not in PATHS},
+        "device": torch.cuda.get_device_name() if pick_device(args.device) == "cuda" else "cpu",
+        "versions": package_versions(),
+        "timings": timings,
+        "results": {name: result.to_json() for name, result in results.items()},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"probe_{material.name}.json"
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    say(f"written: {path}")
+
+
+PATHS = {"flowers", "teacher", "flowers_teacher", "work", "out"}  # where things lay says nothing about the result
+
+
+def prefixed(label: str) -> Callable[[str], None]:
+    """A progress callback that says where it is."""
+    return lambda message: say(label + message)
+
+
+def say(message: str) -> None:
+    """Progress on stderr; tables alone go to stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
