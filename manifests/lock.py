@@ -36,7 +36,7 @@ class Process(StrictModel):
     """Which process holds a lock, so that another on the same machine can see whether it lives."""
 
     host: str = Field(description="Host name, for people.")
-    boot: str = Field(description="Identity of the machine's boot; its uptime clock is shared by all containers on it.")
+    boot: str = Field(description="Identity of the machine's boot; and clock namespace; all its processes share one uptime.")
     pid_space: str = Field(description="Identity of the pid namespace: equal pids mean equal processes only inside it.")
     pid: int
     started_s: float = Field(description="Start of the process, which tells a reused pid apart.")
@@ -198,10 +198,11 @@ class Lock:
 def this_process() -> Process:
     """The identity of the calling process."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    space = Path("/proc/self/ns/pid")
+    clock, space = Path("/proc/self/ns/time"), Path("/proc/self/ns/pid")
+    booted = boot.read_text().strip() if boot.exists() else f"{platform.node()}/{psutil.boot_time():.0f}"
     return Process(
         host=platform.node(),
-        boot=boot.read_text().strip() if boot.exists() else f"{platform.node()}/{psutil.boot_time():.0f}",
+        boot=f"{booted}/{clock.readlink()}" if clock.is_symlink() else booted,
         pid_space=str(space.readlink()) if space.is_symlink() else "",
         pid=os.getpid(),
         started_s=psutil.Process().create_time(),
@@ -292,8 +293,7 @@ def _describe(record: LockRecord) -> str:
 
 
 def _uptime_s() -> float:
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.clock_gettime(clock) if clock is not None else time.monotonic()
+    return time.monotonic()  # one clock for all processes of a boot; it stands still while the machine sleeps
 
 
 def _now() -> str:
