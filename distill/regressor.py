@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dtpipe.distill.config import RegressorConfig
 from dtpipe.manifests.errors import ShapeError
 
-GROUPS = 32  # of group norm; fewer where the width does not divide
+GROUPS = 32  # of group norm; fewer where the width does not divide, or gives groups too small for a pooled map of one cell
+MIN_GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def conv_norm_relu(channels_in: int, channels_out: int, kernel: int, norm: str) 
 def _norm(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels)
-    groups = max(count for count in range(1, GROUPS + 1) if channels % count == 0)
+    fitting = [count for count in range(1, GROUPS + 1) if channels % count == 0 and channels // count >= MIN_GROUP]
+    groups = max(fitting, default=1)
     return nn.GroupNorm(groups, channels)
 
 

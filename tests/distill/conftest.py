@@ -14,7 +14,24 @@ from dtpipe.distill.checkpoint import save_checkpoint
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.datasets import OpenedData
 from dtpipe.distill.student import StudentSpec, build_student, spec_to_dict
-from dtpipe.manifests.schema import LevelSpec, ViewSpec
+from dtpipe.manifests.commit import commit_entry, merge
+from dtpipe.manifests.listing import Listing, build_listing
+from dtpipe.manifests.lock import Lock
+from dtpipe.manifests.plan import plan_digest, start_plan
+from dtpipe.manifests.schema import (
+    ComputeRecipe,
+    IndexRow,
+    LevelSpec,
+    Recipe,
+    ShardRecipe,
+    SourceRecipe,
+    TeacherRecipe,
+    TransformRecipe,
+    ViewSpec,
+)
+from dtpipe.manifests.shard_writer import ShardArrays, write_shard
+from dtpipe.manifests.storage import Store
+from dtpipe.manifests.zarr_store import write_zarr_metadata
 
 PX = 32
 
@@ -105,3 +122,55 @@ def write_student(path: Path, name: str, px: int = 64, ema: bool = False) -> Pat
         average = {key: value * 0.5 if value.is_floating_point() else value for key, value in state.items()} if ema else None
         save_checkpoint(path, {"student_spec": spec_to_dict(student.spec), "student": state, "ema": average})
     return path
+
+
+@dataclass(frozen=True)
+class _Item:
+    key: str
+    uri: str
+    label: str | None = None
+
+
+def write_dataset(root: Path, source: MemorySource, prefix: str = "images", merged: bool = True, **changes: object) -> Path:
+    """The content of a memory source as a feature dataset of 8-row shards; `changes` replace fields of the recipe.
+
+    Its rows are permuted; the sample with key `<prefix>/007.png` holds what row 7 of the source holds.
+    """
+    fields: dict[str, object] = {
+        "source": SourceRecipe(kind="folder"),
+        "transform": TransformRecipe(height=PX, width=PX),
+        "student_px": (PX, PX),
+        "teacher": TeacherRecipe(kind="random", weights_blake3="0" * 64),
+        "views": source.views,
+        "levels": source.levels,
+        "shard": ShardRecipe(samples=8),
+        "compute": ComputeRecipe(device="cpu", batch_size=2, threads=1),
+    }
+    recipe = Recipe(**{**fields, **changes})
+    store = Store(root)
+    listing = build_listing(_Item(f"{prefix}/{row:03d}.png", f"{row}", source.labels[row]) for row in range(source.num_rows))
+    with Lock.acquire(store) as lock:
+        plan, listing = start_plan(store, recipe, listing, {})
+        if recipe.shard.format == "zarr":
+            write_zarr_metadata(store, plan)
+        for shard_idx in range(plan.num_shards if merged else plan.num_shards - 1):
+            arrays = _shard_arrays(source, listing, plan.shard_rows(shard_idx), shard_idx, recipe)
+            commit_entry(store, write_shard(store, plan, plan_digest(store), shard_idx, arrays, lock.epoch, {}), lock.epoch)
+        if merged:
+            merge(store, plan, lock, {})
+    return root
+
+
+def _shard_arrays(source: MemorySource, listing: Listing, rows: range, shard_idx: int, recipe: Recipe) -> ShardArrays:
+    listed = listing.rows(rows)
+    numbers = [int(each.key[-7:-4]) for each in listed]
+    image = np.stack([source.read_image(row) * (row not in source.bad) for row in numbers])
+    levels = {}
+    for level in recipe.levels:
+        views = [
+            [source.read_level(level.name, row, view) * (row not in source.bad) for view in range(len(source.views))] for row in numbers
+        ]
+        levels[level.name] = np.array(views)
+    status = ["bad: broken" if row in source.bad else "ok" for row in numbers]
+    index = [IndexRow(row=e.row, key=e.key, shard=shard_idx, status=s, label=e.label) for e, s in zip(listed, status, strict=True)]
+    return ShardArrays(image if recipe.images == "stored" else None, levels, index)

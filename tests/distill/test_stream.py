@@ -1,0 +1,190 @@
+"""The stream delivers each good row once per epoch, its image and levels of one view, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from dtpipe.distill.batch import FeatureBatch, student_images
+from dtpipe.distill.order import StreamPosition
+from dtpipe.distill.stream import FeatureStream, StreamSettings
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError
+
+from .conftest import FLIPPED_VIEWS, MemorySource
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes: object) -> StreamSettings:
+    base = {"levels": ("l2", "l4"), "seed": 3, "epochs": 2, "batch_size": 8, "micro_batch": 3}
+    return StreamSettings(**{**base, **changes})
+
+
+def row_of(key: str) -> int:
+    return int(key[len("images/") : -len(".png")])
+
+
+def content(batches: list[FeatureBatch]) -> list[tuple[int, int, tuple[str, ...], bytes]]:
+    return [(b.epoch, b.batch_idx, b.keys, b.levels["l2"].numpy().tobytes() + b.images.numpy().tobytes()) for b in batches]
+
+
+def test_each_epoch_holds_every_good_row_once_and_no_bad_one(source):
+    batches = list(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
+    for epoch in (0, 1):
+        rows = [row_of(key) for batch in batches if batch.epoch == epoch for key in batch.keys]
+        assert sorted(rows) == source.ok_rows.tolist()
+    assert [b.keys for b in batches if b.epoch == 0] != [b.keys for b in batches if b.epoch == 1]
+
+
+def test_a_batch_holds_what_the_source_holds(source):
+    batch = next(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
+    assert batch.images.dtype == torch.uint8
+    assert set(batch.levels) == {"l2", "l4"}
+    for idx, key in enumerate(batch.keys):
+        row = row_of(key)
+        assert np.array_equal(batch.images[idx].numpy(), source.read_image(row))
+        assert np.array_equal(batch.levels["l4"][idx].numpy(), source.read_level("l4", row))
+        assert batch.labels[idx] == source.labels[row]
+
+
+def test_the_tail_is_smaller_and_micro_batches_add_up(source):
+    batches = list(FeatureStream(source, settings(epochs=1), CPU).batches(StreamPosition()))
+    assert [(b.batch_idx, len(b.keys), b.num_global, b.last) for b in batches] == [
+        (0, 3, 8, False),
+        (0, 3, 8, False),
+        (0, 2, 8, True),
+        (1, 3, 8, False),
+        (1, 3, 8, False),
+        (1, 2, 8, True),
+        (2, 3, 3, True),
+    ]
+
+
+@pytest.mark.parametrize("position", [StreamPosition(0, 1), StreamPosition(1, 0), StreamPosition(1, 2)])
+def test_a_stream_taken_up_anywhere_gives_the_rest(source, position):
+    whole = list(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
+    rest = list(FeatureStream(source, settings(), CPU).batches(position))
+    expected = [b for b in whole if (b.epoch, b.batch_idx) >= (position.epoch, position.batch_idx)]
+    assert content(rest) == content(expected)
+
+
+def test_the_position_after_a_batch_is_where_the_next_begins(source):
+    stream = FeatureStream(source, settings(), CPU)
+    ends = [batch for batch in stream.batches(StreamPosition()) if batch.last]
+    assert [stream.after(batch) for batch in ends[:-1]] == [StreamPosition(b.epoch, b.batch_idx) for b in ends[1:]]
+    assert stream.after(ends[-1]) == StreamPosition(2, 0)
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (4, 7)])
+def test_reading_ahead_changes_nothing(source, threads, prefetch):
+    plain = list(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
+    ahead = list(FeatureStream(source, settings(read_threads=threads, prefetch=prefetch), CPU).batches(StreamPosition()))
+    assert content(ahead) == content(plain)
+
+
+def test_two_ranks_see_the_samples_of_one(source):
+    whole = FeatureStream(source, settings(epochs=1), CPU).batches(StreamPosition())
+    ranks = [FeatureStream(source, settings(epochs=1, rank=rank, world=2), CPU).batches(StreamPosition()) for rank in range(2)]
+    by_batch: dict[int, list[str]] = {}
+    for batch in (batch for rank in ranks for batch in rank):
+        by_batch.setdefault(batch.batch_idx, []).extend(batch.keys)
+    expected: dict[int, list[str]] = {}
+    for batch in whole:
+        expected.setdefault(batch.batch_idx, []).extend(batch.keys)
+    assert by_batch == expected
+
+
+def test_flipped_views_come_with_flipped_images():
+    source = MemorySource(views=FLIPPED_VIEWS)
+    stream = FeatureStream(source, settings(epochs=6, micro_batch=None), CPU)
+    seen = set()
+    for batch in stream.batches(StreamPosition()):
+        for idx, key in enumerate(batch.keys):
+            row, level = row_of(key), batch.levels["l2"][idx].numpy()
+            view = next(v for v in range(4) if np.array_equal(level, source.read_level("l2", row, v)))
+            stored = source.read_image(row)
+            shown = stored[:, ::-1] if FLIPPED_VIEWS[view].flip else stored
+            assert np.array_equal(batch.images[idx].numpy(), shown)
+            seen.add(view)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_flips_without_flipped_views_are_refused(source):
+    with pytest.raises(ConfigError, match="no flipped view is stored"):
+        FeatureStream(source, settings(flip=True), CPU)
+
+
+def test_a_dataset_without_good_rows_is_refused():
+    with pytest.raises(InputError, match="no good row"):
+        FeatureStream(MemorySource(num_rows=2, bad=(0, 1)), settings(), CPU)
+
+
+def test_damage_found_by_a_reading_thread_reaches_the_loop(source, monkeypatch):
+    def damaged(*_args: object, **_kwargs: object) -> None:
+        raise DamagedDataError("shard 00003, level l2, images/003.png: checksum differs")
+
+    monkeypatch.setattr(source, "read_batch", damaged)
+    with pytest.raises(DamagedDataError, match="level l2"):
+        next(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
+
+
+def test_closing_the_iterator_ends_its_threads(source):
+    batches = FeatureStream(source, settings(), CPU).batches(StreamPosition())
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("dtpipe-read")]
+
+
+class FakeTeacher:
+    """Live levels that tell which key and draw they were made for."""
+
+    def __init__(self, source: MemorySource) -> None:
+        self.source = source
+        self.calls: list[tuple[tuple[str, ...], list[int], tuple[bool, ...]]] = []
+
+    def __call__(self, images, keys, draws, views):
+        assert images.shape[0] == len(keys) == len(draws) == len(views)
+        for image, key in zip(images, keys, strict=True):  # unflipped, in [-1, 1]
+            stored = torch.from_numpy(self.source.read_image(row_of(key))).permute(2, 0, 1)
+            torch.testing.assert_close(image, stored / 127.5 - 1)
+        self.calls.append((tuple(keys), list(draws), tuple(view.flip for view in views)))
+        values = torch.tensor([1000.0 + draw for draw in draws]).view(-1, 1, 1, 1)
+        return {spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in self.source.levels}
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_live_samples_come_in_the_same_batches_with_a_fresh_draw_per_epoch(share):
+    source = MemorySource(views=FLIPPED_VIEWS)
+    teacher = FakeTeacher(source)
+    batches = list(FeatureStream(source, settings(reencode=share, micro_batch=None), CPU, teacher).batches(StreamPosition()))
+    stored = list(FeatureStream(source, settings(micro_batch=None), CPU).batches(StreamPosition()))
+    num_live = 0
+    for batch, plain in zip(batches, stored, strict=True):
+        assert sorted(batch.keys) == sorted(plain.keys)
+        for idx, key in enumerate(batch.keys):
+            same = plain.keys.index(key)
+            assert torch.equal(batch.images[idx], plain.images[same])  # flipped or not, as the stored view would be
+            live = batch.levels["l2"][idx].flatten()[0].item() >= 1000
+            num_live += live
+            expected = torch.full_like(plain.levels["l4"][same], 1000 + 2 + batch.epoch) if live else plain.levels["l4"][same]
+            assert torch.equal(batch.levels["l4"][idx].float(), expected.float())
+    assert num_live == 38 if share == 1 else 8 < num_live < 30
+    assert num_live == sum(len(keys) for keys, _, _ in teacher.calls)
+    assert share < 1 or all(levels == [] for _, levels, _ in source.read[: len(teacher.calls)])  # nothing is read in vain
+
+
+def test_live_encoding_without_a_teacher_is_refused(source):
+    with pytest.raises(ConfigError, match=r"reencode is 0\.5 and no live teacher"):
+        FeatureStream(source, settings(reencode=0.5), CPU)
+
+
+def test_student_images_are_scaled_and_resized_with_antialiasing():
+    images = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    images[:, ::2] = 255  # stripes that a resize without antialiasing would alias
+    full = student_images(images, (8, 8))
+    assert (full.min().item(), full.max().item(), tuple(full.shape)) == (-1, 1, (1, 3, 8, 8))
+    half = student_images(images, (2, 2))
+    assert half.abs().max() < 0.2

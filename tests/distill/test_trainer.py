@@ -1,0 +1,239 @@
+"""The loop: gradients add up, runs resume bit for bit, signals and divergence leave a usable run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from dtpipe.distill.checkpoint import load_checkpoint
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.datasets import OpenedData
+from dtpipe.distill.order import StreamPosition
+from dtpipe.distill.progress import RunResult, TrainProgress
+from dtpipe.distill.run_folder import RunFolder, read_metrics
+from dtpipe.distill.student import load_student
+from dtpipe.distill.timing import StopRequest, catch_stop_signals
+from dtpipe.distill.trainer import DivergedError, Trainer, run
+from dtpipe.manifests.errors import PlanChangedError, StoppedError
+
+from .conftest import FLIPPED_VIEWS, PX, MemorySource, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def train_on(data: OpenedData, config: DistillConfig, on_progress=None) -> RunResult:
+    """`train` with data from memory."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        trainer = Trainer(config, data, CPU)
+        with RunFolder.open(config) as folder, catch_stop_signals() as stop:
+            return run(trainer, folder, stop, on_progress or (lambda _progress: None))
+
+
+def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by path."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {name: tensor for key, child in items for name, tensor in tensors(child, f"{path}/{key}").items()}
+
+
+def assert_equal_checkpoints(first: Path, second: Path) -> None:
+    one, other = tensors(load_checkpoint(first)), tensors(load_checkpoint(second))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing after it runs."""
+
+
+@pytest.mark.parametrize("changes", [{}, {"opt": "lamb", "ema_decay": 0.9, "student": {"name": "resnet10t"}}])
+def test_a_killed_and_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, changes):
+    """Killed in mid-epoch after a save, two steps later than the save."""
+    data = OpenedData(MemorySource(views=FLIPPED_VIEWS), (PX, PX), "0" * 64)
+    config = tiny_config(tmp_path / "whole", epochs=3, log_every=1, **changes)
+    train_on(data, config)
+
+    def kill(progress: TrainProgress) -> None:
+        if progress.step == 6:
+            raise Killed
+
+    broken = config.model_copy(update={"out": str(tmp_path / "broken"), "save_every_s": 1e-9})
+    with pytest.raises(Killed):
+        train_on(data, broken, kill)
+    assert load_checkpoint(tmp_path / "broken" / "last.pt")["stream"] == {"epoch": 1, "batch_idx": 2}
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "los')
+    result = train_on(data, broken)
+    assert result.resumed_step == 5
+    assert_equal_checkpoints(tmp_path / "whole" / "last.pt", tmp_path / "broken" / "last.pt")
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "broken")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 9
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, data):
+    """With group norm only; the student here has layer norms."""
+    gradients = []
+    for micro in (None, 3, 1):
+        config = tiny_config(tmp_path, student={"name": "convnext_atto"}, micro_batch=micro, regressor={"width": 8, "norm": "group"})
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            trainer = Trainer(config, data, CPU)
+        for batch in trainer.stream.batches(StreamPosition()):
+            trainer.accumulate(batch)
+            if batch.last:
+                break
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+    scale = gradients[0].abs().max()
+    for parts in gradients[1:]:
+        assert (parts - gradients[0]).abs().max() < 1e-5 * scale  # float32 sums in another order
+
+
+def test_training_lowers_the_loss_and_says_where_the_time_went(tmp_path, data):
+    result = train_on(data, tiny_config(tmp_path, epochs=12, batch_size=19, micro_batch=None, lr=4e-3, log_every=1))
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["mse"] + 10 * line["at"], rel=1e-5)
+        assert line["mse"] == pytest.approx(np.mean([line[f"mse/{name}"] for name in ("l2", "l3", "l4")]), rel=1e-5)
+        assert sum(value for name, value in line.items() if name.startswith("share/")) == pytest.approx(1, abs=1e-3)
+    assert set(result.shares) == {"data", "model", "optimiser", "save"}
+    assert (result.num_steps, result.num_samples, result.flips) == (12, 19, False)
+    assert result.losses["loss"] == lines[-1]["loss"]
+
+
+def test_a_finished_run_is_left_alone(tmp_path, data):
+    config = tiny_config(tmp_path, epochs=1)
+    first = train_on(data, config)
+    before = first.checkpoint.read_bytes()
+    again = train_on(data, config)
+    assert (again.resumed_step, again.losses) == (again.num_steps, first.losses)
+    assert first.checkpoint.read_bytes() == before
+
+
+def test_the_student_of_a_run_loads_and_is_the_average_with_ema(tmp_path, data):
+    train_on(data, tiny_config(tmp_path, ema_decay=0.5))
+    state = load_checkpoint(tmp_path / "last.pt")
+    student = load_student(tmp_path)
+    name = "net.layer1.0.conv1.weight"
+    assert torch.equal(student.state_dict()[name], state["ema"][name])
+    assert not torch.equal(state["student"][name], state["ema"][name])
+    assert student.spec.image_px == (PX, PX)
+
+
+def test_epoch_ends_are_kept(tmp_path, data):
+    train_on(data, tiny_config(tmp_path, epochs=4, keep_checkpoints=2))
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/*")) == ["epoch-00003.pt", "epoch-00004.pt"]
+
+
+def test_other_data_in_a_resumed_run_is_refused(tmp_path, data):
+    config = tiny_config(tmp_path, epochs=1)
+    train_on(data, config)
+    with pytest.raises(PlanChangedError, match="trained on other data"):
+        train_on(replace(data, digest="1" * 64), config)
+
+
+def test_a_loss_that_is_not_finite_names_the_samples_and_spoils_no_weights(tmp_path, data):
+    trainer = Trainer(tiny_config(tmp_path, micro_batch=None), data, CPU)
+    good = data.source.read_batch
+
+    def poisoned(rows, levels, view_of_row, images=True):
+        pixels, features = good(rows, levels, view_of_row, images)
+        features["l3"][0] = np.nan
+        return pixels, features
+
+    data.source.read_batch = poisoned
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    keys = next(trainer.stream.batches(StreamPosition())).keys
+    with pytest.raises(DivergedError, match="the loss is nan in step 1") as error:
+        next(trainer.steps())
+    assert all(key in str(error.value) for key in keys)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, data):
+    trainer = Trainer(tiny_config(tmp_path), data, CPU)
+    trainer.model.regressor.heads[0].weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(DivergedError, match="gradient's norm"):
+        next(trainer.steps())
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path, data):
+    trainer = Trainer(tiny_config(tmp_path, clip_grad=1e-3, micro_batch=None), data, CPU)
+    norms = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_args: norms.append(
+            torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None]).item()
+        )
+    )
+    next(trainer.steps())
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+    assert trainer.grad_norm > 1e-2  # what the log says is before clipping
+
+
+def test_a_tail_of_one_sample_trains(tmp_path):
+    source = MemorySource(num_rows=11)  # 9 good rows: a batch of 8, then one sample
+    result = train_on(OpenedData(source, (PX, PX), "0" * 64), tiny_config(tmp_path, epochs=1))
+    assert result.num_steps == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops_with_its_exit_code(tmp_path, data, number, code):
+    config = tiny_config(tmp_path, epochs=3, log_every=1)
+
+    def interrupt(progress: TrainProgress) -> None:
+        if progress.step == 2:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(StoppedError, match="after step 2 of 9") as error:
+        train_on(data, config, interrupt)
+    assert error.value.exit_code == code
+    assert load_checkpoint(tmp_path / "last.pt")["scheduler"]["step"] == 2
+    assert train_on(data, config).resumed_step == 2
+
+
+def test_handlers_are_given_back_and_a_second_signal_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert StopRequest().signal is None
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path, data):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train_on(data, tiny_config(tmp_path, epochs=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_differ(tmp_path, data):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_on(data, tiny_config(tmp_path / name, epochs=1, seed=seed))
+    assert_equal_checkpoints(tmp_path / "a" / "last.pt", tmp_path / "b" / "last.pt")
+    with pytest.raises(AssertionError):
+        assert_equal_checkpoints(tmp_path / "a" / "last.pt", tmp_path / "c" / "last.pt")
+
+
+def test_the_config_of_a_run_makes_the_run_again(tmp_path, data):
+    train_on(data, tiny_config(tmp_path, epochs=1))
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert DistillConfig(**written) == tiny_config(tmp_path, epochs=1)
+
+
+def test_config_needs_no_torch():
+    code = "import sys; import dtpipe.distill.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
