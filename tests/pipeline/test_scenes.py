@@ -28,7 +28,7 @@ def test_a_scene_is_a_function_of_seed_and_index():
 
 
 def test_masks_stay_as_they_were():
-    """Golden: masks depend on numpy's Philox, scikit-learn's digits and Pillow's integer resampling only, not on a JPEG decoder's rounding."""
+    """Golden: masks come from numpy's Philox, scikit-learn's digits and Pillow's integer resampling; no JPEG decoder rounds them."""
     digest = blake3(b"".join(scene.semantic.tobytes() + scene.instance.tobytes() for scene in iterate_scenes(16, seed=0)))
     assert digest.hexdigest()[:16] == "4765f278f060ccd4"
 
@@ -103,9 +103,9 @@ def test_files_hold_the_scenes(tmp_path: Path):
     for name in names:
         scene = make_scene(2, int(name.stem))
         assert name.parent.name == str(scene.digit)
-        np.testing.assert_array_equal(np.asarray(Image.open(images / name)), scene.image)
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "semantic" / name)), scene.semantic)
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "instance" / name)), scene.instance)
+        for kind in ("image", "semantic", "instance"):
+            with Image.open(tmp_path / kind.replace("image", "images") / name) as file:
+                np.testing.assert_array_equal(np.asarray(file), getattr(scene, kind))
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path):

@@ -1,0 +1,451 @@
+"""Diffusion teachers: features, noise and loading against independent restatements."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.ddim import alphas_cumprod, ddim_sample, ddim_timesteps, q_sample
+from dtpipe.extract.teachers.diffusion import DiffusionTeacher, load_diffusion_teacher
+from dtpipe.extract.teachers.weights import weights_digest
+from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
+from dtpipe.manifests.schema import ViewSpec
+
+PARITY = Path(__file__).resolve().parents[3] / "shared" / "parity" / "adm" / "a1_4level" / "arrays.npz"
+PX = 64
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def save_unet(folder: Path, scheduler: bool = True, **changes: object) -> Path:
+    """A UNet2DModel of six resolutions with random weights, in a folder of its own."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": PX,
+        "block_out_channels": (8, 8, 8, 16, 16, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D",) * 3 + ("AttnDownBlock2D",) * 2 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("AttnUpBlock2D",) * 2 + ("UpBlock2D",) * 3,
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+    }
+    UNet2DModel(**settings | changes).save_pretrained(folder)
+    if scheduler:
+        DDPMScheduler(num_train_timesteps=1000).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unet_folder(tmp_path_factory) -> Path:
+    return save_unet(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def teacher(unet_folder) -> DiffusionTeacher:
+    return load(unet_folder)
+
+
+@pytest.fixture
+def broken(unet_folder, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(unet_folder, tmp_path / "teacher"))
+
+
+def load(folder: Path | str, **changes: object) -> DiffusionTeacher:
+    return load_diffusion_teacher(TeacherConfig.model_validate({"path": str(folder), **changes}))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def views(*timesteps: int, flip: bool = False) -> list[ViewSpec]:
+    return [ViewSpec(draw=0, timestep=timestep, flip=flip) for timestep in timesteps]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+# What a teacher says of itself
+
+
+def test_levels_are_found_by_stride(teacher):
+    assert [(level.name, level.stride, level.channels, level.tap) for level in teacher.spec.levels] == [
+        ("l2", 4, 8, "up_blocks.3.resnets.1"),
+        ("l3", 8, 16, "up_blocks.2.attentions.1"),
+        ("l4", 16, 16, "up_blocks.1.attentions.1"),
+        ("l5", 32, 16, "up_blocks.0.resnets.1"),
+    ]
+    assert teacher.spec.image_px == (PX, PX)
+    assert teacher.spec.num_timesteps == 1000
+    assert teacher.spec.noise_shapes == {"forward": (3, -1, -1)}
+    json.dumps(teacher.spec.options)
+
+
+def test_levels_of_the_adm_256_layout_are_the_papers_blocks(tmp_path):
+    """Blocks 3, 6, 9 and 12 before their upsamplers are these modules, as the mapping of guided-diffusion's names says."""
+    folder = save_unet(
+        tmp_path,
+        block_out_channels=(8, 8, 16, 16, 32, 32),
+        layers_per_block=2,
+        down_block_types=("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+        up_block_types=("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=4,
+        out_channels=6,
+    )
+    teacher = load(folder)
+    assert {level.name: level.tap for level in teacher.spec.levels} == {
+        "l5": "up_blocks.0.attentions.2",
+        "l4": "up_blocks.1.attentions.2",
+        "l3": "up_blocks.2.attentions.2",
+        "l2": "up_blocks.3.resnets.2",
+    }
+    assert teacher.predict_noise(randn(1, 3, PX, PX), 10).shape == (1, 3, PX, PX)  # learned variances left out
+
+
+def test_the_registry_finds_the_teacher(unet_folder):
+    assert isinstance(load_teacher(TeacherConfig(path=str(unet_folder))), DiffusionTeacher)
+
+
+def test_taps_can_be_named(unet_folder):
+    teacher = load(unet_folder, taps={"l1": "up_blocks.4.resnets.0", "l2": "up_blocks.3.resnets.0"})
+    assert [(level.name, level.stride) for level in teacher.spec.levels] == [("l1", 2), ("l2", 4)]
+
+
+def test_the_weights_digest_is_of_content_not_layout(broken, teacher):
+    tensors = load_file(broken / WEIGHTS)
+    (broken / WEIGHTS).unlink()
+    torch.save(dict(reversed(tensors.items())), broken / "diffusion_pytorch_model.bin")
+    assert load(broken).spec == teacher.spec
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name].nextafter(torch.tensor(9.0))
+    assert weights_digest(tensors) != teacher.spec.weights_blake3
+
+
+def test_the_digest_tells_names_dtypes_and_shapes_apart():
+    base = {"a": torch.zeros(2, 3)}
+    others = [{"b": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 3, dtype=torch.int32)}, base | {"b": torch.zeros(0)}]
+    digests = {weights_digest(each) for each in [base, *others]}
+    assert len(digests) == 5
+    assert weights_digest({"a": torch.zeros(3, 2).T}) == weights_digest(base)
+
+
+def test_another_architecture_with_the_same_weights_is_another_teacher(broken, teacher):
+    edit_json(broken / "config.json", attention_head_dim=16)
+    other = load(broken)
+    assert other.spec.weights_blake3 == teacher.spec.weights_blake3
+    assert other.spec.options != teacher.spec.options
+
+
+# Features
+
+
+def test_features_are_those_of_one_whole_denoising_call(unet_folder, teacher):
+    """Independent: diffusers loads the folder itself, noise is added in float64, and hooks read a pass that is not stopped."""
+    images, noise = randn(2, 3, PX, PX, seed=1).clamp(-1, 1), randn(2, 2, 3, PX, PX, seed=2)
+    encoded = teacher.encode(images, {"forward": noise}, views(50, 400))
+    unet = UNet2DModel.from_pretrained(unet_folder).eval()
+    seen: dict[str, torch.Tensor] = {}
+    for level in teacher.spec.levels:
+        unet.get_submodule(level.tap).register_forward_hook(lambda _m, _i, out, name=level.name: seen.__setitem__(name, out))
+    betas = np.linspace(1e-4, 0.02, 1000)
+    for view_idx, timestep in enumerate((50, 400)):
+        kept = np.prod(1 - betas[: timestep + 1])
+        noisy = kept**0.5 * images.double() + (1 - kept) ** 0.5 * noise[:, view_idx].double()
+        with torch.inference_mode():
+            unet(noisy.float(), torch.tensor([timestep, timestep]))
+        for name, features in encoded.items():
+            assert features[:, view_idx].shape == seen[name].shape
+            assert relative(features[:, view_idx], seen[name]) < 1e-5  # x_T differs by float32 rounding
+
+
+def test_a_flipped_view_is_the_flipped_image_encoded(teacher):
+    images, noise = randn(2, 3, PX, PX, seed=1), randn(2, 1, 3, PX, PX, seed=2)
+    flipped = teacher.encode(images, {"forward": noise}, views(50, flip=True))
+    wanted = teacher.encode(images.flip(-1), {"forward": noise}, views(50))
+    plain = teacher.encode(images, {"forward": noise}, views(50))
+    for name in wanted:
+        assert torch.equal(flipped[name], wanted[name])
+        assert relative(flipped[name], plain[name].flip(-1)) > 0.05  # not the mirrored features
+
+
+def test_features_do_not_depend_on_batch_mates(teacher):
+    """Float32 convolutions pick other kernels at other batch sizes: measured at most 4e-6 of a level's largest value."""
+    images, noise = randn(8, 3, PX, PX, seed=3), randn(8, 1, 3, PX, PX, seed=4)
+    together = teacher.encode(images, {"forward": noise}, views(100))
+    for size in (1, 3):
+        alone = teacher.encode(images[2 : 2 + size], {"forward": noise[2 : 2 + size]}, views(100))
+        for name in alone:
+            assert relative(alone[name], together[name][2 : 2 + size]) < 2e-5
+
+
+def test_images_need_not_be_square(teacher):
+    encoded = teacher.encode(randn(1, 3, 32, 96), {"forward": randn(1, 1, 3, 32, 96)}, views(50))
+    assert {name: tuple(level.shape[2:]) for name, level in encoded.items()} == {
+        "l2": (8, 8, 24),
+        "l3": (16, 4, 12),
+        "l4": (16, 2, 6),
+        "l5": (16, 1, 3),
+    }
+
+
+def test_an_image_that_does_not_fit_is_refused(teacher):
+    with pytest.raises(ShapeError, match=r"48x64.*multiples of 32.*extract\.transform\.px"):
+        teacher.encode(randn(1, 3, 48, 64), {"forward": randn(1, 1, 3, 48, 64)}, views(50))
+
+
+def test_noise_of_another_shape_is_refused(teacher):
+    images = randn(2, 3, PX, PX)
+    for noise in ({"forward": randn(2, 1, 3, PX, PX)}, {"vae": randn(2, 2, 3, PX, PX)}):
+        with pytest.raises(ShapeError, match="noise"):
+            teacher.encode(images, noise, views(50, 60))
+
+
+@pytest.mark.parametrize(("timestep", "message"), [(1000, r"timestep 1000 is beyond.*0\.\.999"), (None, "needs a timestep")])
+def test_an_unknown_timestep_is_refused(teacher, timestep, message):
+    with pytest.raises(ConfigError, match=message):
+        teacher.encode(randn(1, 3, PX, PX), {"forward": randn(1, 1, 3, PX, PX)}, [ViewSpec(draw=0, timestep=timestep)])
+
+
+@pytest.mark.parametrize(("dtype", "out", "bound"), [("bfloat16", torch.float32, 0.1), ("float16", torch.float16, 0.02)])
+def test_half_precision_is_close(unet_folder, teacher, dtype, out, bound):
+    images, noise = randn(1, 3, PX, PX, seed=1), {"forward": randn(1, 1, 3, PX, PX, seed=2)}
+    exact = teacher.encode(images, noise, views(50))
+    for name, level in load(unet_folder, dtype=dtype).encode(images, noise, views(50)).items():
+        assert level.dtype == out
+        assert 0 < relative(level.float(), exact[name]) < bound
+
+
+# The diffusion process
+
+
+def test_noise_is_added_as_the_formula_says():
+    schedule = alphas_cumprod(LINEAR)
+    images, noise = randn(1, 3, 4, 4, seed=1), randn(1, 3, 4, 4, seed=2)
+    for timestep in (0, 1, 50, 150, 999):
+        kept = 1.0
+        for step in range(timestep + 1):  # 0-based: timestep 0 is one noise step
+            kept *= 1 - (1e-4 + (0.02 - 1e-4) * step / 999)
+        wanted = kept**0.5 * images.double() + (1 - kept) ** 0.5 * noise.double()
+        torch.testing.assert_close(q_sample(schedule, images, timestep, noise).double(), wanted, rtol=0, atol=5e-7)  # float32 rounding
+
+
+@pytest.mark.skipif(not PARITY.exists(), reason="parity arrays are not here")
+def test_noise_is_added_as_guided_diffusion_does():
+    arrays = np.load(PARITY)
+    schedule = alphas_cumprod(LINEAR)
+    np.testing.assert_allclose(schedule, arrays["sched:alphas_cumprod"], rtol=1e-13)
+    images, noise = torch.from_numpy(arrays["q:x0"]), torch.from_numpy(arrays["q:noise"])
+    for index, timestep in enumerate(arrays["q:t"]):
+        each = slice(index, index + 1) if len(images) == len(arrays["q:t"]) else slice(None)
+        found = q_sample(schedule, images[each], int(timestep), noise[each])
+        np.testing.assert_allclose(found.numpy().squeeze(), arrays["q:x_t"][index].squeeze(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_schedules_are_those_of_diffusers(name):
+    scheduler = DDPMScheduler(num_train_timesteps=200, beta_schedule=name, beta_start=0.001, beta_end=0.01)
+    ours = alphas_cumprod(scheduler.config)
+    np.testing.assert_allclose(ours, scheduler.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9)  # theirs is float32
+    trained = DDPMScheduler(num_train_timesteps=2, trained_betas=[0.1, 0.2])
+    np.testing.assert_allclose(alphas_cumprod(trained.config), [0.9, 0.72])
+
+
+def test_an_unknown_schedule_is_named():
+    with pytest.raises(TeacherError, match="'sigmoid'"):
+        alphas_cumprod({"beta_schedule": "sigmoid"})
+
+
+def test_ddim_follows_the_flow_of_a_gaussian():
+    """For data N(0, s^2) the best noise estimate is known, and the flow scales x_T by s / sqrt(a s^2 + 1 - a), a at T."""
+    schedule, spread = alphas_cumprod(LINEAR | {"num_train_timesteps": 10_000, "beta_start": 1e-5, "beta_end": 0.002}), 0.25
+
+    def best_noise(noisy: torch.Tensor, timestep: int) -> torch.Tensor:
+        kept = schedule[timestep]
+        return noisy * float((1 - kept) ** 0.5 / (kept * spread**2 + 1 - kept))
+
+    start = randn(1, 1, 8, 8).double()
+    found = ddim_sample(best_noise, schedule, start, 10_000)
+    last = schedule[-1]
+    wanted = start * float(spread / (last * spread**2 + 1 - last) ** 0.5)
+    assert relative(found, wanted) < 0.002  # steps of finite size
+    assert relative(ddim_sample(best_noise, schedule, start, 10), wanted) > 0.02
+
+
+def test_ddim_timesteps_hold_both_ends():
+    assert ddim_timesteps(1000, 5) == [999, 749, 500, 250, 0]
+    assert ddim_timesteps(4, 100) == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_each_kind_of_prediction_gives_the_noise(unet_folder, prediction):
+    """A network that answers exactly, in its own terms, must lead to the noise that was added."""
+    teacher = load(unet_folder)
+    clean, noise = randn(2, 3, PX, PX, seed=5), randn(2, 3, PX, PX, seed=6)
+    kept = float(teacher.schedule[300])
+    answers = {"epsilon": noise, "v_prediction": kept**0.5 * noise - (1 - kept) ** 0.5 * clean, "sample": clean}
+    teacher.prediction = prediction
+    teacher._call = lambda *_: (answers[prediction],)
+    torch.testing.assert_close(teacher.predict_noise(teacher.noised(clean, noise, 300), 300), noise, rtol=0, atol=1e-5)
+
+
+def test_a_sample_depends_on_its_seed_and_index_only(teacher):
+    three, one = teacher.sample(3, seed=1, steps=3), teacher.sample(1, seed=1, steps=3)
+    assert three.shape == (3, PX, PX, 3)
+    assert three.dtype == np.uint8
+    assert np.abs(three[:1].astype(int) - one).max() <= 1  # rounding
+    assert (three[0] != three[1]).any()
+    assert (teacher.sample(1, seed=2, steps=3) != one).any()
+
+
+# Loading
+
+
+def test_a_pipeline_folder_and_its_unet_folder_are_one_teacher(tiny_teacher):
+    whole, part = load(tiny_teacher), load(tiny_teacher / "unet")
+    assert whole.spec == part.spec
+    assert [level.name for level in whole.spec.levels] == ["l2", "l3"]
+
+
+def test_old_attention_names_are_read(broken, teacher):
+    renamed = {}
+    for name, tensor in load_file(broken / WEIGHTS).items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    save_file(renamed, broken / WEIGHTS)
+    assert load(broken).spec.weights_blake3 == teacher.spec.weights_blake3
+
+
+def delete(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def change(name, **changes):
+    return lambda folder: edit_json(folder / name, **changes)
+
+
+def cut(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def edit_weights(edit):
+    def damage(folder):
+        tensors = load_file(folder / WEIGHTS)
+        edit(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return damage
+
+
+DAMAGES = {
+    "no config": (delete("config.json"), "config.json"),
+    "config is no JSON": (write("config.json", b"\xff{"), "not readable as JSON"),
+    "config is a list": (write("config.json", b"[]"), "not an object"),
+    "another class": (change("config.json", _class_name="UNet2DConditionModel"), "UNet2DConditionModel, not a UNet2DModel"),
+    "an impossible network": (change("config.json", block_out_channels=[7, 7]), "cannot build"),
+    "latent input": (change("config.json", in_channels=4), "takes 4 channels"),
+    "class-conditional": (change("config.json", num_class_embeds=10), "class-conditional"),
+    "no size": (change("config.json", sample_size=None), "sample_size is None"),
+    "no weights": (delete(WEIGHTS), "holds none of"),
+    "weights cut": (cut, "not readable as weights"),
+    "weights empty": (write(WEIGHTS, b""), "not readable as weights"),
+    "tensor missing": (edit_weights(lambda tensors: tensors.pop("conv_in.bias")), "conv_in.bias is missing"),
+    "tensor too many": (edit_weights(lambda tensors: tensors.update(extra=torch.zeros(1))), "extra is unexpected"),
+    "wrong shape": (edit_weights(lambda tensors: tensors.update({"conv_in.bias": torch.zeros(3)})), r"conv_in.bias has shape \(3,\)"),
+    "not finite": (
+        edit_weights(lambda tensors: tensors["conv_in.bias"].fill_(float("nan"))),
+        "conv_in.bias holds values that are not finite",
+    ),
+    "no schedule": (delete("scheduler_config.json"), "noise schedule is unknown"),
+    "another process": (change("scheduler_config.json", _class_name="KarrasVeScheduler"), "KarrasVeScheduler is not variance-preserving"),
+    "another target": (change("scheduler_config.json", prediction_type="flow"), "prediction_type is 'flow'"),
+    "zero terminal SNR": (change("scheduler_config.json", rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    "another schedule": (change("scheduler_config.json", beta_schedule="laplace"), "'laplace'"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_cannot_be_used_is_one_sentence(broken, damage):
+    apply, message = DAMAGES[damage]
+    apply(broken)
+    with pytest.raises(TeacherError, match=message) as caught:
+        load(broken)
+    assert "\n" not in str(caught.value)
+
+
+class Attack:
+    def __reduce__(self):
+        return (Path.touch, (Path("attacked"),))
+
+
+def test_a_pickle_is_never_executed(broken, monkeypatch):
+    monkeypatch.chdir(broken)
+    (broken / WEIGHTS).unlink()
+    for content in (pickle.dumps(Attack()), None):
+        path = broken / "diffusion_pytorch_model.bin"
+        path.write_bytes(content) if content else torch.save({"conv_in.bias": Attack()}, path)
+        with pytest.raises(TeacherError, match="not readable as weights"):
+            load(broken)
+    assert not (broken / "attacked").exists()
+
+
+def test_a_file_is_refused(unet_folder):
+    with pytest.raises(TeacherError, match="is a file"):
+        load(unet_folder / WEIGHTS)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(TeacherError, match="no such folder"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "0123abc"])
+def test_a_hub_repository_needs_a_commit(revision):
+    with pytest.raises(TeacherError, match=r"somebody/teacher: no such folder; .* commit \(40 hex digits\)"):
+        load("somebody/teacher", revision=revision)
+
+
+def test_a_cached_hub_repository_is_read_offline(unet_folder, teacher, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "ab" * 20
+    with pytest.raises(TeacherError, match="cannot be had from the hub or its cache"):
+        load("somebody/teacher", revision=commit)
+    shutil.copytree(unet_folder, tmp_path / "models--somebody--teacher" / "snapshots" / commit)
+    assert load("somebody/teacher", revision=commit).spec == teacher.spec
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_the_cpus_features(unet_folder, teacher):
+    images, noise = randn(2, 3, PX, PX, seed=1), randn(2, 1, 3, PX, PX, seed=2)
+    config = TeacherConfig(path=str(unet_folder))
+    found = load_diffusion_teacher(config, "cuda").encode(images.cuda(), {"forward": noise.cuda()}, views(50))
+    for name, wanted in teacher.encode(images, {"forward": noise}, views(50)).items():
+        assert relative(found[name].cpu(), wanted) < 1e-4
