@@ -45,12 +45,14 @@ class LocalFiles:
         """Each (name, offset, size); shorter where the file ends."""
         return [self._read_range(*wanted) for wanted in ranges]
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes) -> ObjectStat:
         """Write or replace a file whole."""
         path = self.root / name
         with _temporary(path, data) as temporary:
+            written = _stat_of(temporary.stat())  # before others can replace it; a rename keeps inode and time
             temporary.replace(path)
         _sync_folder(path.parent)
+        return written
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file whole unless it exists; True if this call made it."""
@@ -75,7 +77,7 @@ class LocalFiles:
         found = (self.root / name).stat()
         if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(name)
-        return ObjectStat(size=found.st_size, identity=f"{found.st_mtime_ns}-{found.st_ino}")
+        return _stat_of(found)
 
     def stats(self, prefix: str) -> dict[str, ObjectStat]:
         """All files whose name starts with prefix, temporary ones too."""
@@ -118,6 +120,10 @@ class LocalFiles:
 def _raise_unless_gone(err: OSError) -> None:
     if not isinstance(err, FileNotFoundError):
         raise err
+
+
+def _stat_of(found: os.stat_result) -> ObjectStat:
+    return ObjectStat(size=found.st_size, identity=f"{found.st_mtime_ns}-{found.st_ino}")
 
 
 @contextlib.contextmanager

@@ -51,9 +51,11 @@ class RemoteFiles:
         found = self._fs.cat_ranges(paths, starts, ends, on_error="return")
         return [self._range_or_raise(part, *wanted) for part, wanted in zip(found, ranges, strict=True)]
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes) -> ObjectStat:
         """Write or replace an object whole."""
-        self._fs.pipe_file(self._path(name), data)
+        answer = self._fs.pipe_file(self._path(name), data)
+        etag = answer.get("ETag") if isinstance(answer, dict) else None  # of this very write; uploads in parts do not tell
+        return ObjectStat(len(data), etag.strip('"')) if etag else self.stat(name)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless it exists; True if this call made it. A request that was repeated after a lost answer says False."""

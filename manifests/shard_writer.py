@@ -59,14 +59,14 @@ def write_shard(
     """
     objects = []
     for encoded in encode_shard(plan, shard_idx, arrays):
-        store.write(encoded.name, encoded.data)
+        written = store.write(encoded.name, encoded.data)
         fault_point("shard.object")
         objects.append(
             ObjectEntry(
                 name=encoded.name,
                 size_bytes=len(encoded.data),
                 blake3=blake3_hex(encoded.data),
-                identity=store.identity(encoded.name),
+                identity=written.identity,
                 arrays=encoded.arrays,
             )
         )

@@ -30,7 +30,7 @@ class MissingObjectError(DamagedDataError):
 class _Files(Protocol):
     def read(self, name: str) -> bytes: ...
     def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]: ...
-    def write(self, name: str, data: bytes) -> None: ...
+    def write(self, name: str, data: bytes) -> ObjectStat: ...
     def create(self, name: str, data: bytes) -> bool: ...
     def stat(self, name: str) -> ObjectStat: ...
     def stats(self, prefix: str) -> dict[str, ObjectStat]: ...
@@ -86,10 +86,13 @@ class Store:
             parts = iter(self._files.read_ranges(wanted) if wanted else [])
         return [self._whole(next(parts) if each[2] else b"", *each) for each in ranges]
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write an object whole, replacing it if it exists. It is durable when this returns."""
+    def write(self, name: str, data: bytes) -> ObjectStat:
+        """Write an object whole, replacing it if it exists. It is durable when this returns.
+
+        Returns size and identity of what this call wrote, which `stat` gives only if nobody wrote in between.
+        """
         with self._writing(name):
-            self._files.write(name, data)
+            return self._files.write(name, data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object whole unless it exists; True if this call made it.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dtpipe.manifests import local_files
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, ManifestError, StoreError
 from dtpipe.manifests.local_files import LocalFiles, is_temporary
 from dtpipe.manifests.storage import MissingObjectError, Store
@@ -69,10 +71,30 @@ def test_rename_keeps_the_bytes(store_url):
 def test_identity_changes_with_other_bytes_of_the_same_size(store_url):
     store = Store(store_url)
     store.write("object", b"aaaa")
-    before = store.identity("object")
-    assert store.identity("object") == before
-    store.write("object", b"bbbb")
-    assert store.identity("object") != before
+    before = store.stat("object")
+    assert store.stat("object") == before
+    assert store.write("object", b"bbbb") == store.stat("object")
+    assert store.stat("object").size == before.size
+    assert store.identity("object") != before.identity
+
+
+def test_write_tells_of_its_own_bytes_when_another_writes_right_after(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+
+    def zombie(folder):
+        (folder / "aside").write_bytes(b"zombie")
+        (folder / "aside").replace(folder / "object")
+
+    monkeypatch.setattr(local_files, "_sync_folder", zombie)  # the step after the name was published
+    written = store.write("object", b"ours!!")
+    assert store.read("object") == b"zombie"
+    assert store.identity("object") != written.identity
+
+
+def test_write_tells_the_etag_of_its_own_bytes_over_s3(s3_url, monkeypatch):
+    monkeypatch.setattr(Store, "stat", None)  # asking afterwards might tell of another's
+    written = Store(s3_url).write("object", b"ours!!")
+    assert written.identity == hashlib.md5(b"ours!!").hexdigest()  # what S3 documents for one plain PUT
 
 
 def test_missing_objects_are_named(store_url):

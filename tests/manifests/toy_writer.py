@@ -78,13 +78,11 @@ def write_shard(store: Store, plan: Plan, listing: Listing, shard_idx: int, epoc
     for part in range(2):
         name = f"data/{shard_idx:05d}-{part}.bin"
         data = salt + object_bytes(plan, shard_idx, part)[len(salt) :]
-        store.write(name, data)
+        written = store.write(name, data)
         fault_point("shard.object")
         members = Members(offset=(0, 10), size=(10, 20), crc32c=(1, 2**32 - 1))
         objects.append(
-            ObjectEntry(
-                name=name, size_bytes=len(data), blake3=blake3(data).hexdigest(), identity=store.identity(name), arrays={"l2": members}
-            )
+            ObjectEntry(name=name, size_bytes=len(data), blake3=blake3(data).hexdigest(), identity=written.identity, arrays={"l2": members})
         )
     fault_point("shard.objects")
     rows = [
