@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 from dtpipe.manifests.errors import ConfigError, StoreError
@@ -31,15 +32,20 @@ class NodeReport:
     free_bytes: int | None  # None where the store is not a local disk
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that content may depend on."""
-    found = {"python": platform.python_version()}
+@lru_cache(maxsize=1)
+def _package_versions() -> tuple[tuple[str, str], ...]:
+    found = [("python", platform.python_version())]
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            found.append((name, version(name)))
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            found.append((name, "not installed"))
+    return tuple(found)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that content may depend on."""
+    return dict(_package_versions())
 
 
 def check_versions(driver: Mapping[str, str]) -> None:

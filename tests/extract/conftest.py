@@ -1,0 +1,138 @@
+"""A tiny real teacher, settings to extract with it, and runs in forked processes that can be killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtpipe.extract.config import ExtractConfig
+
+TINY_PX = 32
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DDPM pipeline folder: a UNet2DModel of 32 px with random weights, levels at strides 1 to 8."""
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=TINY_PX,
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownBlock2D",) * 4,
+        up_block_types=("UpBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    path = tmp_path_factory.mktemp("teacher")
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=1000)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty 32 px PNG files in three class folders."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    for idx in range(60):
+        path = root / f"class{idx % 3}" / f"{idx:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.Generator(np.random.Philox(idx)).integers(0, 256, (TINY_PX, TINY_PX, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+MakeConfig = Callable[..., ExtractConfig]
+
+
+@pytest.fixture
+def make_config(tiny_teacher: Path, image_folder: Path, tmp_path: Path) -> MakeConfig:
+    """Settings of a small inline extraction of `image_folder`; keyword arguments replace fields."""
+
+    def make(**changes: Any) -> ExtractConfig:
+        fields = {
+            "images": str(image_folder),
+            "out": str(tmp_path / "features"),
+            "teacher": {"path": str(tiny_teacher)},
+            "noise": {"timesteps": [50]},
+            "shard": {"samples": 3},
+            "batch_size": 2,
+            "inline": True,
+            "device": "cpu",
+        }
+        return ExtractConfig.model_validate({**fields, **changes})
+
+    return make
+
+
+class Runs:
+    """Starts runs as forks of one process that has torch imported, so that a run costs a fraction of a second."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        server = Path(__file__).with_name("run_server.py")
+        self._process = subprocess.Popen([sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._count = 0
+        assert self._read() == "ready"
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def _ask(self, **request: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def start(self, config: ExtractConfig, fault: str = "", action: str = "extract") -> int:
+        """Begin a run; returns its process id."""
+        pid = self._ask(action=action, config=config.model_dump(mode="json"), fault=fault, folder=str(self._folder))
+        return int(pid)
+
+    def wait(self, pid: int) -> int:
+        """Wait for the end of a run: its exit code, or minus the signal that killed it."""
+        return int(self._ask(action="wait", pid=pid))
+
+    def answer(self, pid: int) -> dict[str, Any]:
+        """What an ended run answered: its result, or its error."""
+        answer: dict[str, Any] = json.loads((self._folder / f"{pid}.json").read_text())
+        return answer
+
+    def log(self, pid: int) -> str:
+        """What a run wrote to stderr."""
+        return (self._folder / f"{pid}.log").read_text()
+
+    def finish(self, config: ExtractConfig) -> dict[str, Any]:
+        """Run to the end; the result."""
+        pid = self.start(config)
+        assert self.wait(pid) == 0, self.log(pid)
+        answer = self.answer(pid)
+        assert "digest" in answer, answer
+        return answer
+
+    def close(self) -> None:
+        """End the process that forks."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """One forking process for all kill tests."""
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.close()

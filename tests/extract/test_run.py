@@ -1,0 +1,226 @@
+"""A whole inline extraction: right features, resume, refusals, budget, and what settings make of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.noise import draw_noise
+from dtpipe.extract.progress import Progress, ProgressMeter
+from dtpipe.extract.recompute import recompute_rows
+from dtpipe.extract.resolve import make_recipe, stored_levels
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.shard_queue import ShardQueue
+from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
+from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, IncompleteError, InputError, PlanChangedError, StoreError, TeacherError
+from dtpipe.manifests.reader import FeatureDataset
+
+MakeConfig = Callable[..., ExtractConfig]
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_stored_features_are_those_of_plain_diffusers(form: str, make_config: MakeConfig, tiny_teacher: Path) -> None:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    config = make_config(
+        shard={"samples": 3, "format": form, "dtype": "float32"}, noise={"timesteps": [50, 300], "draws": 2, "flips": True}
+    )
+    dataset = FeatureDataset.open(run_extraction(config).url)
+    unet = UNet2DModel.from_pretrained(tiny_teacher / "unet").eval()
+    scheduler = DDPMScheduler.from_pretrained(tiny_teacher / "scheduler")
+    for row in (0, 4, 7):
+        pixels = torch.from_numpy(dataset.read_image(row)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        for idx, view in enumerate(dataset.views):
+            noise = torch.from_numpy(draw_noise(0, dataset.keys[row], view.draw, "forward", (3, 32, 32)))[None]
+            clean = pixels.flip(-1) if view.flip else pixels
+            expected = _levels(unet, scheduler.add_noise(clean, noise, torch.tensor([view.timestep])), view.timestep)
+            for name, level in expected.items():
+                # float32 sums in another order: oneDNN picks kernels by batch size
+                np.testing.assert_allclose(dataset.read_level(name, row, idx), level, rtol=1e-4, atol=1e-5)
+
+
+def _levels(unet: torch.nn.Module, noisy: torch.Tensor, timestep: int) -> dict[str, np.ndarray]:
+    """l2 and l3 of the tiny teacher: the last residual layer at strides 4 and 8, by a full forward pass."""
+    seen = {}
+    paths = {"l3": "up_blocks.0.resnets.1", "l2": "up_blocks.1.resnets.1"}
+    hooks = [
+        unet.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out[0].numpy()}))
+        for name, path in paths.items()
+    ]
+    with torch.inference_mode():
+        unet(noisy, timestep)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_rerun_writes_nothing_and_needs_no_listing(make_config: MakeConfig, image_folder: Path) -> None:
+    first = run_extraction(make_config())
+    assert (first.num_rows, first.num_ok, first.num_shards, first.shards_written) == (8, 8, 3, 3)
+    assert first.throughput_img_s > 0
+    (image_folder / "cat" / "new.png").write_bytes(b"appeared later")
+    again = run_extraction(make_config(decode_threads=1, retries=0))
+    assert (again.digest, again.shards_written) == (first.digest, 0)
+
+
+def test_shard_size_and_decode_threads_do_not_change_features(make_config: MakeConfig, tmp_path: Path) -> None:
+    urls = [
+        run_extraction(make_config(out=str(tmp_path / f"out{samples}"), shard={"samples": samples}, decode_threads=samples)).url
+        for samples in (1, 3, 8)
+    ]
+    datasets = [FeatureDataset.open(url) for url in urls]
+    for row in range(8):
+        for name in ("l2", "l3"):
+            values = [dataset.read_level(name, row) for dataset in datasets]
+            np.testing.assert_array_equal(values[0], values[1])  # padding and neighbours leave no trace
+            np.testing.assert_array_equal(values[0], values[2])
+
+
+def test_recomputed_features_are_the_stored_ones_before_rounding(make_config: MakeConfig, tiny_teacher: Path) -> None:
+    url = run_extraction(make_config(student_px=16)).url
+    dataset = FeatureDataset.open(url)
+    rows = [1, 6, 3]
+    assert [level.name for level in dataset.levels] == ["l1", "l2"]
+    for name, level in recompute_rows(url, str(tiny_teacher), rows).items():
+        assert level.dtype == np.float32
+        stored = np.stack([np.stack([dataset.read_level(name, row, 0)]) for row in rows])
+        np.testing.assert_array_equal(level.astype(np.float16), stored)
+
+
+def test_recompute_refuses_another_teacher(make_config: MakeConfig, tiny_teacher: Path, tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline
+
+    url = run_extraction(make_config()).url
+    pipeline = DDPMPipeline.from_pretrained(tiny_teacher)
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).add_(0.5)
+    pipeline.save_pretrained(tmp_path / "other")
+    with pytest.raises(TeacherError, match="weights digest"):
+        recompute_rows(url, str(tmp_path / "other"), [0])
+
+
+def test_another_recipe_is_refused_by_name_and_execution_settings_may_change(make_config: MakeConfig) -> None:
+    run_extraction(make_config())
+    with pytest.raises(PlanChangedError, match="batch_size: stored 2, wanted 4"):
+        run_extraction(make_config(batch_size=4))
+    with pytest.raises(PlanChangedError, match="limit"):
+        run_extraction(make_config(limit=5))
+    with pytest.raises(ConfigError, match="--fresh"):
+        run_extraction(make_config(), fresh=True)
+
+
+def test_keys_file_and_limit_choose_samples(make_config: MakeConfig, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("cat/001.png\ndog/004.png\n\n")
+    dataset = FeatureDataset.open(run_extraction(make_config(keys=str(keys))).url)
+    assert sorted(dataset.keys) == ["cat/001.png", "dog/004.png"]
+    assert run_extraction(make_config(out=str(tmp_path / "few"), limit=5)).num_rows == 5
+    with pytest.raises(InputError, match=r"extract\.keys"):
+        run_extraction(make_config(out=str(tmp_path / "none"), keys=str(tmp_path / "absent")))
+
+
+def test_bad_samples_are_named_within_the_budget_and_end_the_run_beyond_it(make_config: MakeConfig, image_folder: Path) -> None:
+    (image_folder / "cat" / "001.png").write_bytes(b"")
+    (image_folder / "dog" / "002.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ErrorBudgetError, match=r"extract\.max_bad allows 1 \(.*cat/001\.png: empty file") as caught:
+        run_extraction(make_config(max_bad=1))
+    assert caught.value.exit_code == 7
+    result = run_extraction(make_config(max_bad=2))
+    assert (result.num_ok, result.num_bad) == (6, 2)
+    assert {each.key: each.reason for each in result.bad}["cat/001.png"] == "empty file"
+    dataset = FeatureDataset.open(result.url)
+    assert dataset.status[dataset.row_of("cat/001.png")] == "bad: empty file"
+    assert run_extraction(make_config(max_bad=2)).bad == result.bad
+    assert run_extraction(make_config(max_bad=0.25)).digest == result.digest  # two of eight
+
+
+def test_progress_counts_to_the_end(make_config: MakeConfig) -> None:
+    seen: list[Progress] = []
+    run_extraction(make_config(), seen.append)
+    assert (seen[-1].shards_done, seen[-1].samples_done, seen[-1].shards_total) == (3, 8, 3)
+    assert [each.samples_done for each in seen] == sorted(each.samples_done for each in seen)
+    assert max(each.throughput_img_s for each in seen) > 0
+
+
+def test_rate_and_eta_come_from_what_was_encoded_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("dtpipe.extract.progress.time.monotonic", lambda: clock[0])
+    meter = ProgressMeter(shards_total=10, samples_total=1000)
+    meter.now()
+    for _ in range(60):
+        clock[0] += 1
+        meter.encoded(int((clock[0] - 100) * 4 + max(0, clock[0] - 130) * 4))  # 4 images/s, then 8
+        now = meter.now()
+    assert now.throughput_img_s == pytest.approx(8, rel=0.05)
+    meter.committed(200, 3, 10**6)
+    assert meter.now().eta_s == pytest.approx(800 / 8, rel=0.05)
+
+
+SPEC = TeacherSpec("toy", "0" * 64, (64, 64), (TapSpec("l2", 4, 8, "a"), TapSpec("l5", 32, 16, "b"), TapSpec("l5.b", 32, 4, "c")), 1000)
+
+
+def test_levels_are_named_by_strides_of_the_students_image() -> None:
+    levels = stored_levels(SPEC.levels, (64, 128), (32, 64), "float16")
+    assert [(level.name, level.stride, level.height, level.width) for level in levels] == [
+        ("l1", 2, 16, 32),
+        ("l4", 16, 2, 4),
+        ("l4.b", 16, 2, 4),
+    ]
+
+
+@pytest.mark.parametrize(("image_px", "student_px"), [((48, 64), (48, 64)), ((64, 64), (48, 48)), ((64, 64), (32, 64))])
+def test_sizes_that_do_not_fit_the_teacher_are_refused(image_px: tuple[int, int], student_px: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match="extract"):
+        stored_levels(SPEC.levels, image_px, student_px, "float16")
+
+
+def test_views_are_every_combination_and_timesteps_must_exist(make_config: MakeConfig) -> None:
+    recipe = make_recipe(make_config(noise={"timesteps": [50, 7], "draws": 2, "flips": True}), SPEC, "folder", "cpu")
+    assert [(view.timestep, view.draw, view.flip) for view in recipe.views] == [
+        (step, draw, flip) for step in (50, 7) for draw in (0, 1) for flip in (False, True)
+    ]
+    assert recipe.shard.samples == 3
+    assert make_recipe(make_config(shard={}), SPEC, "folder", "cpu").shard.samples == 4096  # 64 px images and small levels
+    for wrong in ([1000], [5, 5]):
+        with pytest.raises(ConfigError, match=r"extract\.noise\.timesteps"):
+            make_recipe(make_config(noise={"timesteps": wrong}), SPEC, "folder", "cpu")
+
+
+def test_queue_retries_then_sets_aside_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("dtpipe.extract.shard_queue.time.monotonic", lambda: clock[0])
+    queue = ShardQueue([4, 5], retries=1)
+    task = queue.take()
+    assert task is not None
+    assert queue.fail(task, RuntimeError("boom"), alone=True)
+    other = queue.take()
+    assert other is not None
+    assert other.shard_idx == 5
+    assert queue.take() is None  # shard 4 pauses
+    clock[0] = 1.0
+    assert queue.take(share=True) is None  # and wants a worker of its own
+    assert queue.take() is task
+    assert not queue.fail(task, RuntimeError("boom"))
+    queue.put_back(other)
+    assert queue.take() is other
+    with pytest.raises(ErrorBudgetError, match=r"1 shards failed 2 times each \(shard 4: RuntimeError: boom"):
+        queue.raise_if_failed()
+
+
+def test_queue_ends_the_run_where_no_shard_would_fare_better() -> None:
+    queue = ShardQueue([0, 1, 2], retries=1)
+    first, second, third = (queue.take() for _ in range(3))
+    assert first and second and third
+    with pytest.raises(ConfigError, match="wrong"):
+        queue.fail(first, ConfigError("wrong"))
+    full = StoreError("disk full")
+    assert queue.fail(second, full)
+    with pytest.raises(StoreError, match="disk full"):
+        queue.fail(second, full)
+    assert not queue.fail(third, IncompleteError("another attempt committed other content"))  # the merge decides
+    queue.raise_if_failed()
