@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 
 from dtpipe.manifests.arrays import KEY, stored_arrays
 from dtpipe.manifests.canonical import blake3_hex, dump_record, load_record
@@ -28,11 +27,10 @@ from dtpipe.manifests.tables import (
     LISTING_FILE,
     SHARDS_FILE,
     SHARDS_SCHEMA,
-    ShardTable,
     decode_index,
     decode_table,
-    encode_index,
-    encode_shards,
+    index_table,
+    shards_table,
 )
 from dtpipe.manifests.tar_store import encode_key
 from dtpipe.manifests.zarr_store import zarr_metadata
@@ -157,7 +155,7 @@ def _check_entries(store: Store, plan: Plan, plan_blake3: str, manifest: Manifes
             continue
         try:
             entries[shard_idx] = load_entry(store, plan, plan_blake3, shard_idx)
-            chunk_tables(plan, _table_of([entries[shard_idx]]), store.where(name))
+            chunk_tables(plan, shards_table([entries[shard_idx]]), store.where(name))
         except DamagedDataError as err:
             entries.pop(shard_idx, None)
             problems.append(Problem(name, reason(err), "extract", shard_idx))
@@ -183,17 +181,16 @@ def _check_tables(store: Store, plan: Plan, manifest: Manifest, entries: Mapping
             data = store.read(name)
             if name not in manifest.files or blake3_hex(data) != manifest.files[name].blake3:
                 problems.append(Problem(name, f"is not the file that {MANIFEST_FILE} names", "merge"))
-            elif len(entries) == plan.num_shards and not _table_fits(name, data, list(entries.values()), plan):
+            elif len(entries) == plan.num_shards and not _table_fits(name, data, list(entries.values())):
                 problems.append(Problem(name, "says other than the entries in commits/", "merge"))
         except DamagedDataError as err:
             problems.append(Problem(name, reason(err), "merge"))
 
 
-def _table_fits(name: str, data: bytes, entries: Sequence[ShardEntry], plan: Plan) -> bool:
+def _table_fits(name: str, data: bytes, entries: Sequence[ShardEntry]) -> bool:
     if name == INDEX_FILE:
-        return bool(decode_index(data, name).equals(decode_index(encode_index(entries), name)))
-    stored = ShardTable.decode(data, plan.num_shards, name)
-    return stored.all_objects() == ShardTable.decode(encode_shards(entries), plan.num_shards, name).all_objects()
+        return bool(decode_index(data, name).equals(index_table(entries)))
+    return bool(decode_table(data, SHARDS_SCHEMA, name).equals(shards_table(entries)))
 
 
 def check_sizes(store: Store, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> None:
@@ -237,7 +234,7 @@ def check_chunks(store: Store, plan: Plan, entries: Mapping[int, ShardEntry], pr
     good = [entry for shard_idx, entry in entries.items() if shard_idx not in damaged]
     keys = {row.row: row.key for entry in good for row in entry.rows}
     names = [keys.get(row, "") for row in range(plan.num_rows)]
-    reader = ChunkReader(store, plan, chunk_tables(plan, _table_of(good), store.url), names)
+    reader = ChunkReader(store, plan, chunk_tables(plan, shards_table(good), store.url), names)
     num_chunks = 0
     for entry in good:
         for row in entry.rows:
@@ -269,7 +266,3 @@ def _row_problems(reader: ChunkReader, plan: Plan, entry: ShardEntry, row: int) 
                 yield reader.tables[KEY].objects[entry.shard] or "", f"key.json of {place} says otherwise than the index"
         except DamagedDataError as err:
             yield reader.tables[KEY].objects[entry.shard] or "", reason(err)
-
-
-def _table_of(entries: Sequence[ShardEntry]) -> pa.Table:
-    return decode_table(encode_shards(entries), SHARDS_SCHEMA, "entries")

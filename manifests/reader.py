@@ -24,7 +24,7 @@ from dtpipe.manifests.listing import read_listing
 from dtpipe.manifests.plan import PLAN_FILE, load_plan, plan_digest
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.storage import MissingObjectError, Store
-from dtpipe.manifests.tables import INDEX_FILE, SHARDS_FILE, SHARDS_SCHEMA, decode_index, decode_table, encode_shards
+from dtpipe.manifests.tables import INDEX_FILE, SHARDS_FILE, SHARDS_SCHEMA, decode_index, decode_table, shards_table
 
 MISSING = "missing"  # status of a row whose shard is not written yet
 
@@ -259,8 +259,8 @@ def _open_partial(store: Store, manifest: Manifest | None) -> FeatureDataset:
                 raise ManifestError(
                     f"{store.url}: shard {entry.shard} has {row.key!r} in row {row.row}, the listing {listing.keys[row.row]!r}; {_REPAIR}"
                 )
-    shards = decode_table(encode_shards(entries), SHARDS_SCHEMA, store.url)
-    return _assemble(store, plan, manifest, Samples(listing.keys, listing.labels, tuple(status)), shards)
+    samples = Samples(listing.keys, listing.labels, tuple(status))
+    return _assemble(store, plan, manifest, samples, shards_table(entries))
 
 
 _REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"

@@ -83,17 +83,26 @@ def decode_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
     return table
 
 
-def encode_shards(entries: Iterable[ShardEntry]) -> bytes:
-    """shards.parquet: one row per object, its arrays' chunks in list columns."""
+def shards_table(entries: Iterable[ShardEntry]) -> pa.Table:
+    """One row per object, its arrays' chunks in list columns."""
     rows = [_object_row(entry.shard, stored) for entry in sorted(entries, key=lambda each: each.shard) for stored in entry.objects]
-    return encode_table(pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA))
+    return pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
+
+
+def encode_shards(entries: Iterable[ShardEntry]) -> bytes:
+    """shards.parquet: `shards_table` as bytes."""
+    return encode_table(shards_table(entries))
+
+
+def index_table(entries: Iterable[ShardEntry]) -> pa.Table:
+    """One row per sample."""
+    rows = [row for entry in sorted(entries, key=lambda each: each.shard) for row in entry.rows]
+    return pa.table({name: [getattr(row, name) for row in rows] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
 
 
 def encode_index(entries: Iterable[ShardEntry]) -> bytes:
-    """index.parquet: one row per sample."""
-    rows = [row for entry in sorted(entries, key=lambda each: each.shard) for row in entry.rows]
-    columns = {name: [getattr(row, name) for row in rows] for name in INDEX_SCHEMA.names}
-    return encode_table(pa.table(columns, schema=INDEX_SCHEMA))
+    """index.parquet: `index_table` as bytes."""
+    return encode_table(index_table(entries))
 
 
 def decode_index(data: bytes, where: str) -> pa.Table:

@@ -109,20 +109,20 @@ def _array_document(spec: ArraySpec, plan: Plan) -> dict[str, Any]:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.shape(samples))}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0.0 if spec.dtype.kind == "f" else 0,
-        "codecs": [_sharding([*row_axes, *spec.chunk_shape], plan.recipe.codec.zstd_level)],
+        "codecs": [_sharding([*row_axes, *spec.chunk_shape], spec.dtype.itemsize, plan.recipe.codec.zstd_level)],
         "dimension_names": axes,
         "attributes": {},
         "storage_transformers": [],
     }
 
 
-def _sharding(chunk_shape: list[int], zstd_level: int) -> dict[str, Any]:
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
+def _sharding(chunk_shape: list[int], item_bytes: int, zstd_level: int) -> dict[str, Any]:
+    little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
     zstd = {"name": "zstd", "configuration": {"level": zstd_level, "checksum": False}}
     checksum = {"name": "crc32c"}
     configuration = {
         "chunk_shape": chunk_shape,
-        "codecs": [little, zstd, checksum],
+        "codecs": [little if item_bytes > 1 else {"name": "bytes"}, zstd, checksum],
         "index_codecs": [little, checksum],
         "index_location": "end",
     }
