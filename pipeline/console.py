@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PLAIN_EVERY_S = 5.0
+QUIET_S = 60.0  # a line that says nothing new is repeated only so often
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -105,17 +106,22 @@ class ProgressLine:
         self._every_s = every_s
         self._bar: Progress | None = None
         self._printed_at = time.monotonic()
-        self._last = ""
+        self._shown = self._pending = ""
+        self._complete = False
 
     def update(self, done: int, total: int, text: str) -> None:
         """`done` of `total` units are ready; `text` says rates and counts."""
         if self._terminal:
             self._draw(done, total, text)
             return
-        self._last = f"{self._label}: {done}/{total}  {text}"
+        line = f"{self._label}: {done}/{total}  {text}"
         now = time.monotonic()
-        if now - self._printed_at >= self._every_s or done >= total:
-            self._flush(now)
+        waited_s = now - self._printed_at
+        if (done >= total and not self._complete) or (waited_s >= self._every_s and (line != self._shown or waited_s >= QUIET_S)):
+            self._print(line, now)
+        elif not self._complete:
+            self._pending = line
+        self._complete = done >= total
 
     def event(self, text: str) -> None:
         """Something worth a line of its own, above the bar."""
@@ -124,10 +130,9 @@ class ProgressLine:
         else:
             print(f"{self._label}: {text}", file=sys.stderr, flush=True)
 
-    def _flush(self, now: float) -> None:
-        if self._last:
-            print(self._last, file=sys.stderr, flush=True)
-        self._printed_at, self._last = now, ""
+    def _print(self, line: str, now: float) -> None:
+        print(line, file=sys.stderr, flush=True)
+        self._printed_at, self._shown, self._pending = now, line, ""
 
     def _draw(self, done: int, total: int, text: str) -> None:
         if self._bar is None:
@@ -142,7 +147,8 @@ class ProgressLine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._flush(time.monotonic())
+        if self._pending:
+            self._print(self._pending, time.monotonic())
 
 
 def _live_bar() -> Progress:

@@ -113,7 +113,11 @@ def _store(url: str) -> Iterator[Finding]:
     from dtpipe.manifests.storage import Store
 
     try:
-        Store(url).probe()
+        store = Store(url)
+        is_new = store.local is not None and not store.local.exists()
+        store.probe()
+        if is_new and store.local is not None:
+            store.local.rmdir()  # leave things as they were
         yield Finding("store", "ok", f"{url}: wrote, read back and deleted a probe")
     except DtpipeError as err:
         yield Finding("store", "wrong", _line(err), exit_code=err.exit_code)

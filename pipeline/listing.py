@@ -25,7 +25,7 @@ def _sources() -> Rows:
 def _codecs() -> Rows:
     from dtpipe.manifests import codec
 
-    return _texts(codec.codecs())
+    return _texts(codec.CODECS)
 
 
 def _tasks() -> Rows:
@@ -54,7 +54,7 @@ def _texts(registry: object) -> Rows:
 def _text(entry: object) -> str:
     if isinstance(entry, str):
         return entry
-    text = getattr(entry, "reads", None) or getattr(entry, "says", None) or entry.__doc__ or ""
+    text = getattr(entry, "reads", None) or getattr(entry, "summary", None) or entry.__doc__ or ""
     return str(text).strip().splitlines()[0] if text else ""
 
 

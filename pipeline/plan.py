@@ -78,7 +78,7 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
     configure_torch(recipe.compute)
     images, keys, prepare_s = _probe_images(resolved, recipe.compute.batch_size)
     levels, teacher_s, device_bytes = _probe_teacher(resolved, images, keys)
-    coded_bytes, code_s = _probe_codec(recipe, images, levels)
+    coded_bytes, code_s = _probe_codec(recipe, images, keys, levels)
     num_samples = len(resolved.listing)
     raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
     workers = _workers(config, recipe.compute.device)
@@ -90,7 +90,7 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
         views=len(recipe.views),
         levels=_bytes_by_array(recipe),
         raw_bytes=raw * num_samples,
-        stored_bytes=round(coded_bytes / len(keys) * num_samples),
+        stored_bytes=coded_bytes * num_samples,
         free_bytes=free_bytes(Store(config.out)),
         device=recipe.compute.device,
         workers=workers,
@@ -145,6 +145,24 @@ def _probe_teacher(
     levels = {name: features.float().cpu().numpy().astype(dtypes[name]) for name, features in encoded.items()}
     seconds = (time.perf_counter() - started) / recipe.compute.batch_size
     return levels, seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def _probe_codec(
+    recipe: Recipe, images: NDArray[np.uint8], keys: Sequence[str], levels: dict[str, NDArray[np.generic]]
+) -> tuple[int, float]:
+    """Stored bytes per sample and seconds per sample, from a shard of the probe's images that is never written."""
+    from dtpipe.manifests.canonical import blake3_hex
+    from dtpipe.manifests.schema import IndexRow, Plan
+    from dtpipe.manifests.shard_writer import ShardArrays, encode_shard
+
+    num = len(keys)
+    small = recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})})
+    plan = Plan(recipe=small, num_rows=num, num_shards=1, listing_blake3=blake3_hex(b""))
+    rows = [IndexRow(row=row, key=key, shard=0) for row, key in enumerate(keys)]
+    arrays = ShardArrays(images if recipe.images == "stored" else None, levels, rows)
+    started = time.perf_counter()
+    size = sum(len(encoded.data) for encoded in encode_shard(plan, 0, arrays) if blake3_hex(encoded.data))
+    return size // num, (time.perf_counter() - started) / num
 
 
 def _bytes_by_array(recipe: Recipe) -> dict[str, int]:

@@ -1,0 +1,116 @@
+"""`dtpipe verify`: is a feature dataset what was written?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, IncompleteError
+from dtpipe.pipeline.console import Console, format_bytes
+
+if TYPE_CHECKING:
+    from dtpipe.manifests.verify import Recompute, RepairResult, VerifyReport
+
+LEVELS = ("listing", "digest", "decode", "recompute")
+SHOWN_PROBLEMS = 20
+HELP = """Check a feature dataset against its manifest.
+
+Levels, each with those before it: listing (metadata, names and sizes), digest (every object's bytes), decode (every chunk), recompute
+(run the teacher again on a few samples). --repair sends damaged shards back to work; the next extract writes just those.
+
+\b
+Example:
+  dtpipe verify features/
+  dtpipe verify features/ --level recompute --rows 64
+  dtpipe verify features/ --repair
+"""
+
+
+class ProblemsFoundError(DamagedDataError):
+    """Something is wrong with a dataset; the problems were printed."""
+
+
+@click.command("verify", help=HELP)
+@click.argument("url")
+@click.option("--level", type=click.Choice(LEVELS), default="digest", show_default=True, help="How deep to look.")
+@click.option("--repair", is_flag=True, help="Send damaged shards back to work; deletes nothing.")
+@click.option("--rows", default=16, show_default=True, type=click.IntRange(1), metavar="N", help="Samples to recompute.")
+@click.option("--tolerance", default=1e-3, show_default=True, type=float, metavar="X", help="Relative error allowed when recomputing.")
+@click.option("--teacher", metavar="PATH|NAME", help="Teacher to recompute with, if it has moved since the extraction.")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to recompute.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(url: str, level: str, repair: bool, rows: int, tolerance: float, teacher: str | None, device: str, as_json: bool) -> None:
+    """Verify, or repair, and exit with 4 when something is wrong, 5 when work is left."""
+    console = Console(as_json)
+    if repair:
+        if level == "recompute":
+            raise ConfigError("--repair works on stored bytes; choose --level listing, digest or decode")
+        _repair(console, url, level)
+        return
+    from dtpipe.manifests.verify import verify
+
+    recompute = _recompute(url, teacher, device) if level == "recompute" else None
+    report = verify(url, level, recompute, rows, tolerance)  # type: ignore[arg-type]
+    _print(console, report)
+    console.document(_document(report))
+    outcome = _outcome(report)
+    if outcome is not None:
+        raise outcome
+
+
+def _recompute(url: str, teacher: str | None, device: str) -> Recompute:
+    """The dataset's teacher, set up as it was for the extraction."""
+    from dtpipe.manifests.reader import FeatureDataset
+    from dtpipe.pipeline.live import open_teacher
+
+    plan = FeatureDataset.open(url, allow_incomplete=True).plan
+    found = open_teacher(plan, {"path": teacher} if teacher else {}, device, exact=True)
+    return lambda images, keys: {name: features.float().cpu().numpy() for name, features in found.encode(images, keys).items()}
+
+
+def _print(console: Console, report: VerifyReport) -> None:
+    state = "complete" if report.complete else f"unfinished, {report.num_shards_missing} shards missing"
+    checked = f"{report.num_shards} shards, {report.num_objects} objects, {format_bytes(report.size_bytes)}"
+    if report.num_chunks:
+        checked += f", {report.num_chunks} chunks decoded"
+    console.pairs({"dataset": report.url, "state": state, "checked": f"{checked} (level {report.level})"})
+    if report.max_relative_error:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in report.max_relative_error.items())
+        console.result(f"recomputed {report.num_recomputed} samples; largest relative error: {errors}")
+    if report.strays:
+        console.result(f"{len(report.strays)} objects belong to nothing and do no harm, e.g. {report.strays[0]}")
+    for problem in report.problems[:SHOWN_PROBLEMS]:
+        console.result(f"problem: {problem}")
+    if len(report.problems) > SHOWN_PROBLEMS:
+        console.result(f"and {len(report.problems) - SHOWN_PROBLEMS} more; --json lists them all")
+    console.result("nothing is wrong" if report.ok else f"{len(report.problems)} problems")
+
+
+def _document(report: VerifyReport) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(report), "max_relative_error": dict(report.max_relative_error), "ok": report.ok}
+
+
+def _outcome(report: VerifyReport) -> DtpipeError | None:
+    if report.problems:
+        return ProblemsFoundError(
+            f"{report.url} has {len(report.problems)} problems; run `dtpipe verify --repair {report.url}`, then extract again"
+        )
+    if not report.complete:
+        return IncompleteError(f"{report.url} is unfinished; run the same `dtpipe extract` again")
+    return None
+
+
+def _repair(console: Console, url: str, level: str) -> None:
+    from dtpipe.manifests.verify import repair
+
+    result: RepairResult = repair(url, level)  # type: ignore[arg-type]
+    shards = ", ".join(map(str, result.shards)) or "none"
+    console.pairs({"dataset": result.url, "sent back": f"shards {shards}", "rewritten": ", ".join(result.rewritten) or "nothing"})
+    for problem in result.left:
+        console.result(f"left: {problem}")
+    if result.shards or result.left:
+        console.result("next: run the same `dtpipe extract` again; it writes what is missing and merges")
+    console.document(result)
