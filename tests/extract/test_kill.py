@@ -222,7 +222,7 @@ def test_kill_on_ray(victim: str, config: Make, runs: Any, unbroken: Any) -> Non
     digest = unbroken("zarr")
     settings = config(inline=False, workers=2)
     driver = runs.start(settings)
-    _wait_for(lambda: done_shards(settings.out))
+    _wait_for(lambda: done_shards(settings.out), timeout_s=180)  # Ray starts slowly on a busy machine
     family = psutil.Process(driver).children(recursive=True)
     actors = [each for each in family if "ExtractActor" in _command(each)]
     for each in {"an actor": actors[:1], "the driver": [], "everything": family}[victim]:

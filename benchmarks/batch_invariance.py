@@ -1,0 +1,109 @@
+"""How far do features move when only the batch size, the thread count or a row's neighbours change?
+
+Each setting encodes the same images with the same noise; its error against the first setting is, per level, the largest
+difference over the largest value of the sample: in the teacher's own float32, and after rounding to the stored dtype,
+which is what `dtpipe verify --level recompute` compares with its tolerance.
+
+    python benchmarks/batch_invariance.py --images DIR --teacher DIR [--out-json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from random_teacher import write_random_teacher
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.decode import RowReader, StageSeconds
+from dtpipe.extract.encode import configure_torch, encode_rows
+from dtpipe.extract.preflight import package_versions
+from dtpipe.extract.resolve import Resolved, resolve_recipe
+from dtpipe.manifests.schema import Recipe
+from dtpipe.manifests.verify import relative_error
+
+Features = Mapping[str, NDArray[np.float32]]
+
+
+def load_images(resolved: Resolved) -> tuple[NDArray[np.uint8], list[str]]:
+    """The source's good images at the recipe's size, and their keys."""
+    reader = RowReader(resolved.source, resolved.listing, resolved.recipe, resolved.teacher.spec, resolved.config.source.max_pixels)
+    rows = [reader.prepare(row, StageSeconds()) for row in range(len(resolved.listing))]
+    good = [row for row in rows if row.image is not None]
+    return np.stack([row.image for row in good if row.image is not None]), [row.index.key for row in good]
+
+
+def features_of(resolved: Resolved, recipe: Recipe, images: NDArray[np.uint8], keys: list[str]) -> Features:
+    """Features computed as the recipe's compute settings say."""
+    configure_torch(recipe.compute)
+    encoded = encode_rows(resolved.teacher, recipe, images, keys, device=recipe.compute.device)
+    return {name: level.float().cpu().numpy() for name, level in encoded.items()}
+
+
+def errors(recipe: Recipe, reference: Features, other: Features) -> dict[str, dict[str, float]]:
+    """Largest relative error by level, before and after rounding."""
+    found = {}
+    for level in recipe.levels:
+        pairs = list(zip(reference[level.name], other[level.name], strict=True))
+        plain = max(float(np.abs(one - two).max() / np.abs(one).max()) for one, two in pairs)
+        stored = max(relative_error(level, recipe, one.astype(level.dtype), two) for one, two in pairs)
+        found[level.name] = {"float32": plain, level.dtype: stored}
+    return found
+
+
+def measure(config: ExtractConfig, batch_sizes: list[int], threads: list[int]) -> dict[str, Any]:
+    """Every batch size with every thread count, and the images in reverse order, against the first of each."""
+    resolved = resolve_recipe(config)
+    images, keys = load_images(resolved)
+    cases: dict[str, Any] = {}
+    reference: Features | None = None
+    for batch_size in batch_sizes:
+        for count in threads:
+            compute = resolved.recipe.compute.model_copy(update={"batch_size": batch_size, "threads": count})
+            recipe = resolved.recipe.model_copy(update={"compute": compute})
+            found = features_of(resolved, recipe, images, keys)
+            reference = found if reference is None else reference
+            cases[f"batch {batch_size}, threads {count}"] = errors(recipe, reference, found)
+            turned = features_of(resolved, recipe, images[::-1].copy(), keys[::-1])
+            same = all(np.array_equal(found[name], turned[name][::-1]) for name in found)
+            cases[f"batch {batch_size}, threads {count}"]["equal bits with other neighbours"] = same
+    names = [level.name for level in resolved.recipe.levels]
+    kinds = list(next(iter(cases.values()))[names[0]])
+    worst = {name: {kind: max(case[name][kind] for case in cases.values()) for kind in kinds} for name in names}
+    machine = {"processor": platform.processor() or platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {"num_images": len(keys), "max_relative_error": worst, "cases": cases, "machine": machine, "versions": package_versions()}
+
+
+def main() -> int:
+    """Parse, measure, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="image source")
+    parser.add_argument("--teacher", help="teacher folder; default: a small UNet with random weights")
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 3, 8, 32])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out-json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = args.teacher or str(write_random_teacher(Path(folder) / "teacher"))
+        fields = {"images": args.images, "out": f"{folder}/features", "teacher": {"path": teacher}, "noise": {"timesteps": [50]}}
+        config = ExtractConfig.model_validate({**fields, "limit": args.limit, "device": args.device, "inline": True})
+        report = json.dumps(measure(config, args.batch_sizes, args.threads), indent=2)
+    print(report)
+    if args.out_json:
+        args.out_json.write_text(report + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""How busy is the teacher? Images/s of a whole extraction over a bare forward loop of the same teacher, in one run.
+
+The bare loop runs before and after the extraction, on the same device, threads, batch size and views, with images and
+noise ready in memory; its two speeds show how steady the machine was. The extraction's speed counts from when the
+first worker is ready, so that loading the teacher is left out of both.
+
+    python benchmarks/extract_overhead.py --images DIR --teacher DIR --batch-size 32 [--ray] [--out-json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from random_teacher import write_random_teacher
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.encode import configure_torch, encode_batch, row_noise, stack_noise
+from dtpipe.extract.preflight import package_versions
+from dtpipe.extract.resolve import Resolved, resolve_recipe
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.teachers.base import load_teacher
+
+
+def bare_img_s(resolved: Resolved, seconds: float) -> float:
+    """Images per second of nothing but the teacher's forward passes."""
+    recipe, device = resolved.recipe, resolved.recipe.compute.device
+    configure_torch(recipe.compute)
+    teacher = load_teacher(resolved.config.teacher, device)
+    size, px = recipe.compute.batch_size, (recipe.transform.height, recipe.transform.width)
+    images = np.random.default_rng(0).integers(0, 256, (size, *px, 3), dtype=np.uint8)
+    noise = stack_noise([row_noise(0, str(idx), recipe.views, teacher.spec, px) for idx in range(size)], teacher.spec, size)
+
+    def batches(num: int) -> float:
+        begun_s = time.perf_counter()
+        for _ in range(num):
+            encode_batch(teacher, images, noise, levels=recipe.levels, views=recipe.views, device=device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun_s
+
+    batches(2)  # warm up
+    num = max(1, round(seconds / batches(1)))
+    return num * size / batches(num)
+
+
+def measure(config: ExtractConfig, seconds: float) -> dict[str, Any]:
+    """Bare loop, extraction, bare loop."""
+    resolved = resolve_recipe(config)
+    before = bare_img_s(resolved, seconds)
+    result = run_extraction(config)
+    after = bare_img_s(resolved, seconds)
+    bare = (before + after) / 2
+    return {
+        "bare_img_s": [round(before, 2), round(after, 2)],
+        "extract_img_s": round(result.throughput_img_s, 2),
+        "ratio": round(result.throughput_img_s / bare, 3),
+        "num_rows": result.num_rows,
+        "size_bytes": result.size_bytes,
+        "stage_seconds": result.stage_seconds,
+        "recipe": resolved.recipe.model_dump(mode="json"),
+        "inline": config.inline,
+        "machine": {"processor": platform.processor() or platform.machine(), "versions": package_versions()},
+    }
+
+
+def main() -> int:
+    """Parse, measure, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="image source")
+    parser.add_argument("--teacher", help="teacher folder; default: a small UNet with random weights")
+    parser.add_argument("--px", type=int, help="image side in px; default: the teacher's")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the forward pass")
+    parser.add_argument("--decode-threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, help="rows per shard")
+    parser.add_argument("--format", default="zarr", choices=["zarr", "webdataset"])
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--ray", action="store_true", help="one Ray actor instead of in this process")
+    parser.add_argument("--seconds", type=float, default=10, help="length of each bare loop")
+    parser.add_argument("--out-json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = args.teacher or str(write_random_teacher(Path(folder) / "teacher", args.px or 64))
+        config = ExtractConfig.model_validate(
+            {
+                "images": args.images,
+                "out": f"{folder}/features",
+                "teacher": {"path": teacher, "dtype": args.dtype},
+                "transform": {"px": args.px},
+                "noise": {"timesteps": [50]},
+                "shard": {"format": args.format, "samples": args.samples},
+                **{name: getattr(args, name) for name in ("batch_size", "threads", "decode_threads", "limit", "device")},
+                "inline": not args.ray,
+                "workers": 1 if args.ray else None,
+            }
+        )
+        report = json.dumps(measure(config, args.seconds), indent=2)
+    print(report)
+    if args.out_json:
+        args.out_json.write_text(report + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
