@@ -84,7 +84,7 @@ class Trainer:
             with self.watch.time("model"):
                 parts.append((batch, self.accumulate(batch)))
                 if batch.last:
-                    self._check_finite(parts)
+                    self._check_step(parts)
             if batch.last:
                 with self.watch.time("optimiser"):
                     self.update(batch)
@@ -154,18 +154,15 @@ class Trainer:
         if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
 
-    def _check_finite(self, parts: list[tuple[FeatureBatch, Tensor]]) -> None:
-        """The one wait for the device in a step: losses of all parts and the norm of the gradient."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+    def _check_step(self, parts: list[tuple[FeatureBatch, Tensor]]) -> None:
+        """Clip the gradient; then the one wait for the device in a step: losses of all parts and the gradient's norm."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
         *losses, self.grad_norm = torch.stack([*(loss for _, loss in parts), norm]).tolist()
         for (batch, _), loss in zip(parts, losses, strict=True):
             if not math.isfinite(loss):
                 raise _diverged(f"the loss is {loss}", self.step, batch.keys)
         if not math.isfinite(self.grad_norm):
             raise _diverged(f"the gradient's norm is {self.grad_norm}", self.step, [key for batch, _ in parts for key in batch.keys])
-        if self.config.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_grad, norm)
 
 
 def _ignore(_progress: TrainProgress) -> None:
