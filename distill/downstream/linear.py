@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize  # type: ignore[import-untyped]
 from torch import Tensor
+
+Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -77,22 +82,24 @@ def _round_units(gram: Tensor, curvature: float, l2: float) -> Tensor:
 def _minimise(
     features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor, l2: float, units: Tensor, max_iter: int
 ) -> tuple[Tensor, Tensor]:
-    """L-BFGS in units that make it need tens of iterations, not thousands."""
-    scaled: Tensor = torch.linalg.solve(units, weight, left=False)
-    scaled.requires_grad_()
-    bias = bias.clone().requires_grad_()
-    tolerance = 1e-11 if features.dtype == torch.float64 else 1e-7
-    optimizer = torch.optim.LBFGS(
-        [scaled, bias], max_iter=max_iter, tolerance_grad=1e-5, tolerance_change=tolerance, line_search_fn="strong_wolfe"
-    )
+    """scipy's L-BFGS, in units that make it need tens of iterations, not thousands; features stay on their device."""
+    num_classes, size = weight.shape
+    truth = F.one_hot(targets, num_classes).to(features.dtype)  # (n, K)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        own = scaled @ units
-        loss = F.cross_entropy(features @ own.T + bias, targets) + 0.5 * l2 * own.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    def unpack(values: Vector) -> tuple[Tensor, Tensor]:
+        both = torch.from_numpy(values).to(features).view(num_classes, size + 1)
+        return both[:, :size] @ units, both[:, size]
 
-    with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return (scaled @ units).detach(), bias.detach()
+    def objective(values: Vector) -> tuple[float, Vector]:
+        own_weight, own_bias = unpack(values)
+        log_shares = F.log_softmax(features @ own_weight.T + own_bias, dim=1)
+        loss = 0.5 * l2 * own_weight.square().sum() - (truth * log_shares).sum() / len(features)
+        residual = (log_shares.exp() - truth) / len(features)
+        slope = (residual.T @ features + l2 * own_weight) @ units.T
+        return loss.item(), torch.cat([slope, residual.sum(dim=0)[:, None]], dim=1).flatten().cpu().double().numpy()
+
+    start = torch.cat([torch.linalg.solve(units, weight, left=False), bias[:, None]], dim=1).flatten().cpu().double().numpy()
+    precise = features.dtype == torch.float64
+    options = {"maxiter": max_iter, "gtol": 1e-8 if precise else 1e-5, "ftol": 1e-13 if precise else 1e-7}
+    with torch.no_grad():
+        return unpack(minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x)
