@@ -73,7 +73,7 @@ def _header(name: str, size: int) -> bytes:
 
 def _encode_png(image: NDArray[np.generic]) -> bytes:
     sink = io.BytesIO()
-    Image.fromarray(image).save(sink, "PNG", compress_level=1)  # 2-4 times as fast as the default, a few % larger
+    Image.fromarray(image).save(sink, "PNG", compress_level=1)  # on photographs half the time of the default, 3 % larger
     return sink.getvalue()
 
 
