@@ -48,9 +48,7 @@ class Teacher(Protocol):
 
     spec: TeacherSpec
 
-    def encode(
-        self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]
-    ) -> dict[str, Tensor]:
+    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
         """Features of real images, each level at its own resolution.
 
         Shapes: images (B, 3, H, W) float32 in [-1, 1], unflipped, on the teacher's device; noise[stream]
