@@ -188,7 +188,7 @@ def test_a_flipped_view_is_the_flipped_image_encoded(teacher):
 
 
 def test_features_do_not_depend_on_batch_mates(teacher):
-    """Float32 convolutions pick other kernels at other batch sizes: measured at most 1.1e-6 (trained weights) of a level's largest value."""
+    """Float32 convolutions pick other kernels at other batch sizes: at most 1.1e-6 of the largest value with trained weights."""
     images, noise = randn(8, 3, PX, PX, seed=3), randn(8, 1, 3, PX, PX, seed=4)
     together = teacher.encode(images, {"forward": noise}, views(100))
     for size in (1, 3):
