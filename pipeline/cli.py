@@ -72,10 +72,10 @@ class DtpipeGroup(click.Group):
     ) -> Any:
         """Run a command line; in standalone mode, exit with the code its outcome calls for."""
         if not standalone_mode:
-            return super().main(args, prog_name, complete_var, False, **extra)
+            return super().main(args, prog_name or "dtpipe", complete_var, False, **extra)
         try:
             _arm_faults(os.environ.get(FAULT_VARIABLE))
-            result = super().main(args, prog_name, complete_var, False, **extra)
+            result = super().main(args, prog_name or "dtpipe", complete_var, False, **extra)
         except BaseException as err:
             _leave(err)
         sys.exit(result if isinstance(result, int) else 0)
@@ -116,7 +116,7 @@ def _leave(err: BaseException) -> NoReturn:
     sys.exit(1)
 
 
-@click.group(cls=DtpipeGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group("dtpipe", cls=DtpipeGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dtpipe", prog_name="dtpipe")
 def main() -> None:
     """Pre-train image backbones with the features of a generative teacher, offline.
