@@ -199,11 +199,16 @@ def flowers_teacher(root: Path, args: argparse.Namespace) -> Path:
         lr=4e-4,
         ema_decay=0.999,
         steps=args.flowers_teacher_steps,
+        sample_steps=50,
         threads=args.threads,
         device=args.device,
     )
+    done = root / f"teacher.{config.steps}.done"
+    if done.is_file():
+        return Path(config.out)
     say(f"training the teacher of the flowers for {config.steps} steps in {config.out}")
     result = train_teacher(config, lambda progress: say(f"  step {progress.step}/{progress.steps}, loss {progress.loss:.4f}"))
+    done.touch()
     return result.out
 
 
