@@ -137,9 +137,9 @@ class Cluster:
             raise next(iter(self._left_out.values()))
         cap = min(most_workers(usable, self._shape, self._config.workers), len(self._queue) + self._busy())
         have = Counter(member.node.node_id for member in self._members)
+        wanted = place_workers(usable, self._shape, cap)
         for node in usable:
-            wanted = place_workers(usable, self._shape, cap)[node.node_id]
-            for _ in range(min(wanted - have[node.node_id], cap - len(self._members))):
+            for _ in range(min(wanted[node.node_id] - have[node.node_id], cap - len(self._members))):
                 self._start(node)
 
     def _start(self, node: Node) -> None:
