@@ -100,5 +100,5 @@ def _print_result(console: Console, result: RunResult) -> None:
         }
     )
     console.result(f"next: dtpipe eval {result.run_dir} probe --images LABELLED")
-    console.result(f"      dtpipe export {result.run_dir} --out student.safetensors")
+    console.result(f"      dtpipe export {result.run_dir} --out student/")
     console.document(result)
