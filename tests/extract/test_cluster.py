@@ -157,7 +157,10 @@ def test_killed_and_hung_workers_are_replaced_and_their_shards_tried_again(ray_c
     hung = Once(2, lambda: os.kill(min(writers(str(tmp_path / "hung"))), signal.SIGSTOP))  # one that has more shards in hand
     assert run_extraction(ray_config(out=str(tmp_path / "hung"), shard_deadline_s=3), hung).digest == expected
     assert hung.said("it took longer than extract.shard_deadline_s (3 s)")
-    assert not actors()
+    stopped = actors()
+    for each in stopped:
+        each.resume()  # Ray's kill reaches a stopped process only when it wakes
+    assert not psutil.wait_procs(stopped, timeout=60)[1]
 
 
 @pytest.mark.slow
