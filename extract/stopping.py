@@ -42,12 +42,10 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def raise_if_requested(self, where: str) -> None:
-        """Raises: StoppedError with exit code 128 + the signal's number."""
+    def raise_if_requested(self, where: str, kept: str = "committed shards are kept") -> None:
+        """Raises: StoppedError, which says what is `kept`, with exit code 128 + the signal's number."""
         if self.signal is None:
             return
-        error = StoppedError(
-            f"{where}: stopped by {signal.Signals(self.signal).name}; committed shards are kept, run the same command to go on"
-        )
+        error = StoppedError(f"{where}: stopped by {signal.Signals(self.signal).name}; {kept}, run the same command to go on")
         error.exit_code = 128 + self.signal
         raise error

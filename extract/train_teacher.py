@@ -20,6 +20,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from dtpipe.extract.stopping import StopRequest
 from dtpipe.extract.teachers.ddim import alphas_cumprod
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_state import TrainState, resume_or_start, save_checkpoint, update_ema
@@ -62,12 +63,11 @@ class TrainTeacherResult:
 def train_teacher(
     config: TrainTeacherConfig,
     on_progress: Callable[[TrainTeacherProgress], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
 ) -> TrainTeacherResult:
     """Train, or go on training, and write the teacher with its sample grid into `config.out`.
 
-    `should_stop` is asked after each step; the teacher is written from the moving average in any case.
-    Raises: PlanChangedError when `config.out` holds a teacher of other settings; InputError without usable images.
+    Raises: PlanChangedError when `config.out` holds a teacher of other settings; InputError without usable images;
+    StoppedError after SIGTERM or SIGINT, once the state is saved.
     """
     import torch
 
@@ -80,8 +80,11 @@ def train_teacher(
     out = _prepare_folder(config)
     state = resume_or_start(config, device)
     started = time.monotonic()
-    _train(config, state, images, device, on_progress, should_stop or (lambda: False))
-    save_checkpoint(config, state)
+    with StopRequest() as stop:
+        _train(config, state, images, device, on_progress, stop)
+        path = save_checkpoint(config, state)
+    if state.step < config.steps:
+        stop.raise_if_requested(f"step {state.step} of {config.steps}", f"{path} is saved")
     seconds = time.monotonic() - started
     samples = export_teacher(out, out, device=device)
     finished = state.step >= config.steps
@@ -94,13 +97,13 @@ def _train(
     images: NDArray[np.uint8],
     device: str,
     on_progress: Callable[[TrainTeacherProgress], None] | None,
-    should_stop: Callable[[], bool],
+    stop: StopRequest,
 ) -> None:
     import torch
 
     started, first = time.monotonic(), state.step
     schedule = torch.from_numpy(alphas_cumprod({"num_train_timesteps": config.timesteps})).to(device)
-    while state.step < config.steps and not should_stop():
+    while state.step < config.steps and not stop.requested:
         seconds = time.monotonic() - started
         if config.max_hours and seconds > config.max_hours * 3600:
             break

@@ -42,7 +42,7 @@ def command(call: Call) -> None:
     from dtpipe.extract.train_teacher import train_teacher
 
     with ProgressLine("train-teacher") as line:
-        result = train_teacher(config, lambda progress: _show(line, progress))
+        result = train_teacher(config, lambda progress: _show(line, progress, config.batch_size))
     for reason in result.bad:
         call.console.note(f"left out: {reason}")
     call.console.pairs(
@@ -63,7 +63,7 @@ def command(call: Call) -> None:
     call.console.document(result)
 
 
-def _show(line: ProgressLine, progress: TrainTeacherProgress) -> None:
-    left_s = (progress.steps - progress.step) * progress.seconds / max(progress.step, 1)
+def _show(line: ProgressLine, progress: TrainTeacherProgress, batch_size: int) -> None:
+    left_s = (progress.steps - progress.step) * batch_size / progress.throughput_img_s
     text = f"loss {progress.loss:.4f}  lr {progress.lr:.2e}  {progress.throughput_img_s:.1f} img/s  ETA {format_seconds(left_s)}"
     line.update(progress.step, progress.steps, text)

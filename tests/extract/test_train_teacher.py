@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from dtpipe.extract.train_config import EXECUTION, TrainTeacherConfig
 from dtpipe.extract.train_export import export_teacher, tile
 from dtpipe.extract.train_state import CHECKPOINT, load_checkpoint, resume_or_start
 from dtpipe.extract.train_teacher import learning_rate, train_step, train_teacher
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError, PlanChangedError
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError, PlanChangedError, StoppedError
 
 TINY = {
     "px": 16,
@@ -89,13 +90,18 @@ def test_the_teacher_holds_the_moving_average(config):
     assert any((saved["ema"][name] != saved["unet"][name]).any() for name in saved["ema"])
 
 
-def test_a_stopped_run_goes_the_way_of_an_unbroken_one(config, tmp_path):
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_the_way_of_an_unbroken_one(config, tmp_path, number, exit_code):
     unbroken = changed(config, out=str(tmp_path / "unbroken"))
     train_teacher(unbroken)
-    asked = iter([False, False, False, True])
-    first = train_teacher(config, should_stop=lambda: next(asked))
-    assert (first.finished, first.step) == (False, 3)
-    assert (first.out / "unet" / "config.json").exists()  # a teacher even so
+
+    def stop(progress):
+        if progress.step == 3:
+            signal.raise_signal(number)
+
+    with pytest.raises(StoppedError, match=f"step 3 of 6: stopped by {number.name}; .*last.pt is saved") as caught:
+        train_teacher(changed(config, log_every=1, checkpoint_every=100), stop)
+    assert caught.value.exit_code == exit_code
     assert train_teacher(config).finished
     assert_equal_weights(config, unbroken)
 
