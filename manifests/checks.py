@@ -15,7 +15,7 @@ import numpy as np
 from dtpipe.manifests.arrays import KEY, stored_arrays
 from dtpipe.manifests.canonical import blake3_hex, dump_record, load_record
 from dtpipe.manifests.chunks import ChunkReader, ChunkRequest, chunk_tables
-from dtpipe.manifests.commit import MANIFEST_FILE, commit_name, committed_shards, load_entry, load_manifest, object_blake3
+from dtpipe.manifests.commit import MANIFEST_FILE, commit_name, committed_shards, load_entry, load_manifest, object_blake3, object_stat
 from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.listing import read_listing
 from dtpipe.manifests.lock import LockRecord
@@ -198,7 +198,7 @@ def check_sizes(store: Store, entries: Mapping[int, ShardEntry], problems: list[
     stats = store.stats("data")
     for entry in entries.values():
         for stored in entry.objects:
-            found = stats.get(stored.name)
+            found = object_stat(store, stats, stored.name)
             if found is None:
                 problems.append(Problem(stored.name, "is missing", "extract", entry.shard))
             elif found.size != stored.size_bytes:

@@ -170,6 +170,16 @@ def object_fits(store: Store, stored: ObjectEntry, found: ObjectStat | None) -> 
     return found.identity == stored.identity or object_blake3(store, stored.name, found.size) == stored.blake3
 
 
+def object_stat(store: Store, stats: Mapping[str, ObjectStat], name: str) -> ObjectStat | None:
+    """Size and identity of an object by the listing `stats`, or by asking for it alone; None when it is missing."""
+    if name in stats:
+        return stats[name]
+    try:
+        return store.stat(name)  # outside `data`, or behind a link that listings do not follow
+    except MissingObjectError:
+        return None
+
+
 def object_blake3(store: Store, name: str, size: int) -> str:
     """blake3 of an object of `size` bytes, read in blocks."""
     digest = blake3()
@@ -197,7 +207,7 @@ def _send_back_misfits(store: Store, entries: list[ShardEntry], lock: Lock) -> N
     stats = store.stats("data")
 
     def fits(entry: ShardEntry) -> bool:
-        return all(object_fits(store, stored, _stat(store, stats, stored.name)) for stored in entry.objects)
+        return all(object_fits(store, stored, object_stat(store, stats, stored.name)) for stored in entry.objects)
 
     misfits = [entry.shard for entry, fit in zip(entries, _together(fits, entries), strict=True) if not fit]
     for shard_idx in misfits:
@@ -209,15 +219,6 @@ def _send_back_misfits(store: Store, entries: list[ShardEntry], lock: Lock) -> N
             f"{store.url}: objects of {len(misfits)} shards are missing or were changed after their commit ({_some(misfits)}); "
             "they were sent back to work: run the same `dtpipe extract` again"
         )
-
-
-def _stat(store: Store, stats: Mapping[str, ObjectStat], name: str) -> ObjectStat | None:
-    if name in stats:
-        return stats[name]
-    try:
-        return store.stat(name)  # outside `data`, or behind a link that listings do not follow
-    except MissingObjectError:
-        return None
 
 
 def _metadata_files(store: Store, recipe: Recipe) -> dict[str, FileEntry]:

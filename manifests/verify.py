@@ -99,15 +99,19 @@ def verify(
         raise ConfigError(f"verify level {level!r} is unknown; choose one of {', '.join(LEVELS)}")
     if not (store.exists(MANIFEST_FILE) or store.exists(PLAN_FILE)):
         raise InputError(f"{store.url} holds no feature dataset (no {MANIFEST_FILE}, no {PLAN_FILE}); check the path")
+    if level == "recompute" and recompute is None:
+        raise ConfigError("verify level recompute needs the teacher; name it with --teacher")
     problems: list[Problem] = []
     found = check_metadata(store, problems)
+    if level == "recompute" and found.plan and found.plan.recipe.images != "stored":
+        raise ConfigError(f"{store.url} stores no images, so its features cannot be recomputed from it; verify with --level decode")
     check_sizes(store, found.entries, problems)
     depth = LEVELS.index(level)
     if depth >= 1:
         check_digests(store, found.entries, problems)
     num_chunks = check_chunks(store, found.plan, found.entries, problems) if depth >= 2 and found.plan else 0
     num_recomputed, errors = 0, dict[str, float]()
-    if depth >= 3:
+    if recompute and depth >= 3:
         num_recomputed, errors = _check_recompute(store, recompute, rows, tolerance, problems)
     return _report(store, level, found, problems, num_chunks, num_recomputed, errors)
 
@@ -120,7 +124,7 @@ def repair(url: str | os.PathLike[str], level: VerifyLevel = "digest", stale_s: 
     if level == "recompute":
         raise ConfigError("repair works on stored bytes: choose listing, digest or decode")
     store = Store(url)
-    problems = verify(url, level).problems  # before the lock, so that a wrong URL is left as it is
+    problems = verify(url, "listing").problems  # before the lock: a wrong URL is left as it is, and taking a lock removes damaged ones
     with Lock.acquire(store, stale_s) as lock:
         problems = (*(each for each in problems if each.name.startswith(LOCK_FOLDER)), *verify(url, level).problems)
         found = check_metadata(store, [])
@@ -167,18 +171,14 @@ def _mark_incomplete(store: Store, lock: Lock, found: Found, problems: Sequence[
 
 
 def _check_recompute(
-    store: Store, recompute: Recompute | None, rows: int, tolerance: float, problems: list[Problem]
+    store: Store, recompute: Recompute, rows: int, tolerance: float, problems: list[Problem]
 ) -> tuple[int, dict[str, float]]:
     """Rows compared, and the largest relative error by level."""
-    if recompute is None:
-        raise ConfigError("verify level recompute needs the teacher; name it with --teacher")
     try:
         dataset = FeatureDataset.open(store.url, allow_incomplete=True)
     except DtpipeError as err:
         problems.append(Problem(MANIFEST_FILE, f"nothing was recomputed: {reason(err)}", "nobody"))
         return 0, {}
-    if dataset.recipe.images != "stored":
-        raise ConfigError(f"{store.url} stores no images, so its features cannot be recomputed from it; verify with --level decode")
     damaged = {each.shard for each in problems}
     samples = dataset.recipe.shard.samples
     good = [int(row) for row in dataset.ok_rows if int(row) // samples not in damaged]

@@ -66,6 +66,31 @@ def test_recompute_needs_a_teacher_and_stored_images(root: Path, maker: ModuleTy
         verify(tmp_path / "bare", "recompute", teacher(maker))
 
 
+def test_recompute_says_what_it_lacks_before_it_reads_the_objects(
+    maker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker.write_shards(str(tmp_path), maker.Settings(images="joined"))
+    monkeypatch.setattr("dtpipe.manifests.verify.check_digests", lambda *_: pytest.fail("an hour of reading, for nothing"))
+    for recompute in (None, teacher(maker)):
+        with pytest.raises(ConfigError, match=r"needs the teacher|stores no images"):
+            verify(tmp_path, "recompute", recompute)
+
+
+def test_objects_behind_a_link_to_another_disk_are_sound(root: Path, tmp_path: Path) -> None:
+    folder = next(path for path in (root / "data", root / "data.zarr") if path.exists())
+    moved = folder.rename(tmp_path / "another-disk")
+    folder.symlink_to(moved, target_is_directory=True)
+    assert verify(root).problems == ()
+    assert repair(root, stale_s=1).shards == ()
+
+
+def test_repair_reads_the_objects_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("dtpipe.manifests.verify.check_digests", lambda *_: seen.append(1))
+    repair(root, stale_s=1)
+    assert seen == [1]
+
+
 def test_levels_see_more_and_more(root: Path) -> None:
     path = max(
         (path for path in root.rglob("*") if path.is_file() and "data" in str(path.relative_to(root))), key=lambda p: p.stat().st_size
