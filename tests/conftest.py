@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.fsync = lambda _: None  # takes 10 ms a file on a disk, and no test can see it: a killed process loses nothing of the page cache
+
 REPO = Path(__file__).resolve().parent.parent
 
 
