@@ -54,7 +54,7 @@ class ExportConfig(StrictModel):
     """Which student to write, for whom."""
 
     checkpoint: str = Field(description="Run folder or checkpoint.")
-    out: str = Field(description="Folder to write: model.safetensors and config.json.")
+    out: str = Field(description="Folder to write: model.safetensors, config.json and export.yaml, these settings.")
     layout: Literal["timm", "torchvision"] = Field(default="timm", description="Whose names the weights take.")
 
 

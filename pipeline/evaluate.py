@@ -15,7 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from dtpipe.extract.config import NoiseConfig, TeacherConfig
-from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
+from dtpipe.manifests.errors import ConfigError, DtpipeError, StoreError
 from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
@@ -239,5 +239,5 @@ def _write(config: EvalConfig, task: str, result: ProbeResult) -> Path:
         temporary.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as err:
-        raise InputError(f"{path} cannot be written: {err}; choose another --out") from err
+        raise StoreError(f"{path} cannot be written: {err}; choose another --out") from err
     return path

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dtpipe.manifests.codec import decode_level
 from dtpipe.manifests.commit import load_entries
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import InputError, StoreError
 from dtpipe.manifests.plan import plan_digest
 from dtpipe.manifests.reader import FeatureDataset
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
@@ -242,5 +242,5 @@ def _write(path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     except OSError as err:
-        raise InputError(f"{path}: cannot be written ({err.strerror}); choose another file") from err
+        raise StoreError(f"{path}: cannot be written ({err.strerror}); choose another file") from err
     return path

@@ -22,7 +22,7 @@ from dtpipe.manifests.schema import Manifest, Plan
 from dtpipe.pipeline import figures
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.console import format_bytes
-from dtpipe.pipeline.history import read_commands
+from dtpipe.pipeline.history import read_commands, rebuild_command
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,7 +83,7 @@ def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]
         "curves_caption": _curves_caption(metrics),
         "maps": _maps(run, settings, config, leave_out),
         "samples": _samples(config, leave_out),
-        "commands": [record["command"] for record in read_commands(run)],
+        "commands": [*(each["command"] for each in datasets if each["command"]), *(each["command"] for each in read_commands(run))],
         "datasets": datasets,
         "config": yaml.safe_dump({"distill": settings.model_dump(mode="json")}, sort_keys=False),
         "notes": notes,
@@ -212,6 +212,7 @@ def _samples(config: ReportConfig, leave_out: Callable[[str, DtpipeError], None]
 
 def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]) -> list[dict[str, Any]]:
     from dtpipe.manifests.reader import FeatureDataset
+    from dtpipe.pipeline.commands.extract import FLAGS
 
     shown = []
     for url in urls:
@@ -220,11 +221,13 @@ def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]
         except DtpipeError as err:
             leave_out(f"dataset {url}", err)
             continue
+        settings = dataset.plan.provenance.get("config")
         shown.append(
             {
                 "url": url,
                 "facts": _dataset_facts(dataset.plan, dataset.manifest),
-                "config": yaml.safe_dump({"extract": dataset.plan.provenance.get("config")}, sort_keys=False),
+                "command": rebuild_command("extract", "extract", settings, FLAGS) if settings else None,
+                "config": yaml.safe_dump({"extract": settings}, sort_keys=False),
             }
         )
     return shown

@@ -228,14 +228,20 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
     for problem in err.errors(include_url=False):
         key = _known_prefix(model, problem["loc"], section)
         if problem["type"] == "missing":
-            missing.append(f"{names[key]} ({key})" if key in names else key)
+            missing.append(_spelled(key, names))
         elif not (key in found and problem["type"] == "too_short"):  # an item was wrong; pydantic also counts it as absent
             found.setdefault(key, []).append(_problem_text(problem))
-    parts = [f"{' and '.join(missing)} must be given"] if missing else []
+    parts = [f"{', '.join(missing)} must be given"] if missing else []
     parts += [
         " or ".join(dict.fromkeys(texts)) if key == section else f"{key}{' or '.join(dict.fromkeys(texts))}" for key, texts in found.items()
     ]
     return "; ".join(parts[:4])
+
+
+def _spelled(key: str, names: Mapping[str, str]) -> str:
+    """A missing key as the command line gives it; a section that is missing as a whole, by its first key with a flag."""
+    flagged = key if key in names else next((name for name in names if name.startswith(f"{key}.")), None)
+    return key if flagged is None else f"{names[flagged]} ({flagged})"
 
 
 def _problem_text(problem: ErrorDetails) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dtpipe.manifests.errors import StoreError
 from dtpipe.pipeline.options import Call, Flag, settings_command
+from dtpipe.pipeline.resolve import dump
 
 FLAGS = (
     Flag("checkpoint", "export.checkpoint", "CKPT"),
@@ -24,7 +26,11 @@ def command(call: Call) -> None:
     config = call.settings("export")
     from dtpipe.distill.export import export_student
 
-    result = export_student(config.checkpoint, config.out, config.layout)
+    try:
+        result = export_student(config.checkpoint, config.out, config.layout)
+        (result.path.parent / "export.yaml").write_text(dump(config, "export"), encoding="utf-8")
+    except OSError as err:
+        raise StoreError(f"{config.out} cannot be written: {err}; choose another --out") from err
     call.console.pairs(
         {
             "wrote": result.path,

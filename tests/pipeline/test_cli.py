@@ -66,7 +66,7 @@ def test_unknown_command_is_one_line_with_a_near_match() -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["extract"], 2, ["--images (extract.images)", "must be given"]),
+        (["extract"], 2, ["--images (extract.images), --out (extract.out), --teacher (extract.teacher.path) must be given"]),
         (["extract", "--imagess", "a"], 2, ["--imagess"]),
         (["extract", "-s", "extract.noise.step=3"], 2, ["unknown key", "extract.noise.timesteps"]),
         (["extract", "-c", "imagenett"], 2, ["no such preset", "imagenet"]),
@@ -209,9 +209,12 @@ def test_distill_eval_export_report_follow_each_other(features: Path, image_fold
     assert names == {"raw pixels", "random initialisation", "teacher", "distilled"}
     assert json.loads((run_dir / "eval" / "probe.json").read_text())["config"]["images"] == str(image_folder)
     assert document("export", run_dir, "--out", tmp_path / "export")["layout"] == "timm"
+    assert "layout: timm" in (tmp_path / "export" / "export.yaml").read_text()
+    assert run("export", run_dir, "--out", image_folder / "cat" / "001.png").exit_code == 8
     assert run("report", run_dir, "--num-images", 2).exit_code == 0
     page = (run_dir / "report.html").read_text()
     assert "random initialisation" in page
+    assert f"dtpipe extract --images {image_folder}" in page
     assert page.count("data:image/png;base64,") == 2 * (1 + 2 * 4)
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.run_folder import RunFolder
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.resolve import (
     SECTIONS,
@@ -97,7 +99,7 @@ def test_unknown_key_in_a_file_names_file_and_near_match(tmp_path: Path) -> None
 def test_missing_values_name_their_flags() -> None:
     with pytest.raises(ConfigError) as caught:
         validate({}, "extract", {"extract.images": "--images"})
-    assert str(caught.value) == "--images (extract.images) and extract.out and extract.teacher must be given"
+    assert str(caught.value) == "--images (extract.images), extract.out, extract.teacher must be given"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,12 @@ def test_dumped_settings_read_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump(config, "extract"))
     assert validate(gather([str(path)], {}, {}), "extract") == config
+
+
+def test_the_config_of_a_run_reads_back_equal(tmp_path: Path) -> None:
+    config = DistillConfig(datasets=("blüten",), out=str(tmp_path), epochs=3, warmup_epochs=1, loss={"at_weight": 5})
+    RunFolder.open(config).__exit__(None, None, None)
+    assert validate(gather([str(tmp_path / "config.yaml")], {}, {}), "distill") == config
 
 
 @pytest.mark.parametrize("section", SECTIONS)
