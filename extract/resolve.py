@@ -7,7 +7,7 @@ command goes on with it on whatever machine it runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherSpec, load_tea
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.listing import Listing, build_listing
-from dtpipe.manifests.plan import PLAN_FILE, bytes_per_sample, load_plan, shard_samples_for
+from dtpipe.manifests.plan import bytes_per_sample, find_plan, shard_samples_for
 from dtpipe.manifests.schema import (
     CodecRecipe,
     ComputeRecipe,
@@ -45,32 +45,38 @@ class Resolved:
     source: Source
     selection: Mapping[str, Any]
     """What chose the rows but is no content; compared when a dataset is gone on with."""
+    listed: Listing | None
+    """The listing of a dataset that is to begin."""
 
     @cached_property
     def listing(self) -> Listing:
-        """The samples by row; lists the source when first asked."""
-        source = self.recipe.source
-        keys = None if self.config.keys is None else _read_keys(self.config.keys)
-        return build_listing(self.source.list(), source.order, source.seed, self.config.limit, keys)
+        """The samples by row; where a dataset is there already, lists the source when first asked."""
+        return self.listed or _list_source(self.config, self.source)
 
 
-def resolve_recipe(config: ExtractConfig, *, cluster_has_gpus: bool | None = None) -> Resolved:
-    """Look at teacher, source and existing output and fix all that determines the content; writes nothing.
+def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gpus: Callable[[], bool | None] | None = None) -> Resolved:
+    """Look at existing output, source and teacher, the cheapest first, and fix all that determines the content; writes nothing.
 
-    cluster_has_gpus: what a connected Ray cluster says; None asks this machine.
+    fresh: refuse a dataset that is there. cluster_has_gpus: asked only where the recipe depends on it; None asks this machine.
     Raises: ConfigError, InputError, TeacherError.
     """
-    store = Store(config.out)
-    stored = load_plan(store).recipe if store.exists(PLAN_FILE) else None
-    device = _device(config, stored, cluster_has_gpus)
-    teacher = load_teacher(config.teacher, device if config.inline else "cpu")
+    plan = find_plan(Store(config.out), fresh)
+    stored = plan.recipe if plan else None
     kind = stored.source.kind if stored and config.source.kind == "auto" else config.source.kind
     source = open_source(config.images, kind)
+    listed = None if stored else _list_source(config, source)
     selection = {
         "limit": config.limit,
         "keys_blake3": None if config.keys is None else blake3_hex("\n".join(_read_keys(config.keys)).encode()),
     }
-    return Resolved(config, make_recipe(config, teacher.spec, source.kind, device), teacher, source, selection)
+    device = _device(config, stored, cluster_has_gpus)
+    teacher = load_teacher(config.teacher, device if config.inline else "cpu")
+    return Resolved(config, make_recipe(config, teacher.spec, source.kind, device), teacher, source, selection, listed)
+
+
+def _list_source(config: ExtractConfig, source: Source) -> Listing:
+    keys = None if config.keys is None else _read_keys(config.keys)
+    return build_listing(source.list(), config.source.order, config.source.seed, config.limit, keys)
 
 
 def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, device: str) -> Recipe:
@@ -147,17 +153,18 @@ def max_bad_samples(config: ExtractConfig, num_rows: int) -> int:
     return config.max_bad if isinstance(config.max_bad, int) else math.floor(config.max_bad * num_rows)
 
 
-def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: bool | None) -> str:
+def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: Callable[[], bool | None] | None) -> str:
     """Device type: as asked, as the dataset began, or by what there is."""
     if config.device != "auto":
         return config.device
     if stored is not None:
         return stored.compute.device
-    if cluster_has_gpus is None:
+    has_gpus = cluster_has_gpus() if cluster_has_gpus else None
+    if has_gpus is None:
         import torch
 
-        cluster_has_gpus = torch.cuda.is_available()
-    return "cuda" if cluster_has_gpus else "cpu"
+        has_gpus = torch.cuda.is_available()
+    return "cuda" if has_gpus else "cpu"
 
 
 def _sides(px: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from dtpipe.manifests.commit import MANIFEST_FILE, load_entries, load_manifest, 
 from dtpipe.manifests.errors import ErrorBudgetError, IncompleteError
 from dtpipe.manifests.faults import FAULT_VARIABLE
 from dtpipe.manifests.lock import Lock
-from dtpipe.manifests.plan import PLAN_FILE, plan_digest, start_plan
+from dtpipe.manifests.plan import plan_digest, start_plan
 from dtpipe.manifests.schema import Manifest, Plan
 from dtpipe.manifests.storage import Store
 from dtpipe.manifests.zarr_store import write_zarr_metadata
@@ -82,7 +82,7 @@ class _Extraction:
 
     def run(self, fresh: bool) -> ExtractResult:
         """Plan, extract, merge."""
-        resolved = resolve_recipe(self.config, cluster_has_gpus=self._cluster_has_gpus())
+        resolved = resolve_recipe(self.config, fresh=fresh, cluster_has_gpus=self._cluster_has_gpus)
         self.stop.raise_if_requested(self.config.out)
         with Lock.acquire(self.store, self.config.lock_stale_s) as lock:
             provenance = _provenance(self.config)
@@ -92,8 +92,8 @@ class _Extraction:
         return self._result(manifest)
 
     def _cluster_has_gpus(self) -> bool | None:
-        """What the cluster says where the recipe depends on it; None where it does not, or there is no cluster."""
-        if self.config.inline or self.config.device != "auto" or self.store.exists(PLAN_FILE):
+        """What the cluster says; None for a run without one."""
+        if self.config.inline:
             return None
         from dtpipe.extract import cluster
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtpipe.manifests.faults import fault_point
+
+_TEMPORARY = re.compile(r"\.probe-[0-9a-f]{16}|\..+\.[0-9a-f]{12}\.tmp")  # no looser: these files are swept, those of others are not ours
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,7 @@ class ObjectStat:
 
 def is_temporary(name: str) -> bool:
     """True for names that are no part of a dataset: half-written files and probes."""
-    base = name.rpartition("/")[2]
-    return base.startswith(".") and (base.endswith(".tmp") or base.startswith(".probe-"))
+    return _TEMPORARY.fullmatch(name.rpartition("/")[2]) is not None
 
 
 @dataclass(frozen=True)

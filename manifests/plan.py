@@ -40,8 +40,8 @@ def start_plan(
     Raises: PlanChangedError when the output holds another recipe, selection or (given as a value, without a selection)
     listing, naming what differs; ConfigError for `fresh` where output exists, or a folder with foreign files.
     """
-    if not store.exists(PLAN_FILE):
-        _refuse_foreign(store)
+    plan = find_plan(store, fresh)
+    if plan is None:
         found = listing() if callable(listing) else listing
         plan = _new_plan(recipe, found, write_listing(store, found), {**provenance, SELECTION: dict(selection or {})})
         fault_point("plan.listing")
@@ -49,11 +49,22 @@ def start_plan(
         if store.create(PLAN_FILE, data) or store.read(PLAN_FILE) == data:
             fault_point("plan.created")
             return plan, found
-    elif fresh:
-        raise ConfigError(f"{store.url} holds a dataset and --fresh was given; choose another --out, or leave --fresh out to go on with it")
-    plan = load_plan(store)
+        plan = load_plan(store)
     _refuse_changes(store, plan, recipe, selection)
     return plan, _stored_listing(store, plan, listing, selection)
+
+
+def find_plan(store: Store, fresh: bool = False) -> Plan | None:
+    """The plan of the dataset that is there, or None where one can begin. Writes nothing: call it before anything is spent.
+
+    Raises: ConfigError for `fresh` where a dataset is, or a folder with foreign files; ManifestError for a damaged plan.
+    """
+    if not store.exists(PLAN_FILE):
+        _refuse_foreign(store)
+        return None
+    if fresh:
+        raise ConfigError(f"{store.url} holds a dataset and --fresh was given; choose another --out, or leave --fresh out to go on with it")
+    return load_plan(store)
 
 
 def load_plan(store: Store) -> Plan:

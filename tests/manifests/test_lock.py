@@ -273,9 +273,10 @@ def test_a_forked_child_does_not_release(tmp_path):
 def test_litter_of_a_killed_writer_is_swept(tmp_path):
     store = Store(tmp_path)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / ".00001.tar.abcdef.tmp").write_bytes(b"half")
+    (tmp_path / "data" / ".00001.tar.0123456789ab.tmp").write_bytes(b"half")
+    (tmp_path / "data" / ".notes.tmp").write_bytes(b"somebody else's")
     Lock.acquire(store).release()
-    assert list((tmp_path / "data").iterdir()) == []
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".notes.tmp"]
 
 
 def test_a_read_only_store_cannot_be_locked():

@@ -311,10 +311,11 @@ def test_created_files_follow_the_umask(tmp_path):
 
 
 def test_temporary_names():
-    assert is_temporary("commits/.00001.json.abc.tmp")
-    assert is_temporary(".probe-12")
-    assert not is_temporary("commits/00001.json")
-    assert not is_temporary("data/.hidden")
+    assert is_temporary("commits/.00001.json.0123456789ab.tmp")
+    assert is_temporary(".probe-0123456789abcdef")
+    assert is_temporary("..probe-0123456789abcdef.0123456789ab.tmp")
+    for name in ("commits/00001.json", "data/.hidden", ".bashrc.tmp", ".~lock.thesis.odt.tmp", ".probe-my-notes"):  # not ours to sweep
+        assert not is_temporary(name)
 
 
 def test_memory_and_s3_agree_with_fsspec(store_url):
