@@ -25,7 +25,7 @@ class SourceConfig(StrictModel):
 class TransformConfig(StrictModel):
     """How an image becomes the teacher's input."""
 
-    resize: Resize = Field(default="center_crop", description="center_crop (guided-diffusion's), stretch, or none.")
+    resize: Resize = Field(default="center_crop", description="How an image comes to that size; center_crop is guided-diffusion's.")
     px: int | tuple[int, int] | None = Field(default=None, description="Side, or height and width, in px; default: the teacher's.")
     filter: Filter = Field(default="bicubic", description="Resampling filter.")
     antialias: bool = Field(default=True, description="Widen the filter when shrinking.")
@@ -45,7 +45,9 @@ class NoiseConfig(StrictModel):
     """Which noise the teacher sees; each combination of draw, timestep and flip is one view."""
 
     seed: int = Field(default=0, ge=0, description="Seed of all noise draws.")
-    timesteps: tuple[int, ...] = Field(default=(150,), min_length=1, description="Diffusion timesteps, 0-based.")
+    timesteps: tuple[int, ...] = Field(
+        default=(150,), min_length=1, description="Diffusion timesteps at which the teacher is read, 0-based."
+    )
     draws: int = Field(default=1, ge=1, description="Stored noise draws per image and timestep.")
     flips: bool = Field(default=False, description="Also store the flipped image's features, as views of their own.")
 
@@ -63,8 +65,8 @@ class ShardConfig(StrictModel):
 class ExtractConfig(StrictModel):
     """All settings of one extraction."""
 
-    images: str = Field(description="URL of the image source.")
-    out: str = Field(description="URL of the feature dataset to write.")
+    images: str = Field(description="Folder or URL of the images.")
+    out: str = Field(description="Folder or URL of the feature dataset to write.")
     source: SourceConfig = SourceConfig()
     transform: TransformConfig = TransformConfig()
     teacher: TeacherConfig
@@ -73,7 +75,7 @@ class ExtractConfig(StrictModel):
     student_px: int | tuple[int, int] | None = Field(default=None, description="Student's image size in px; default: the stored one.")
     batch_size: int = Field(default=32, ge=1, description="Images per forward pass of the teacher.")
     threads: int = Field(default=1, ge=1, description="CPU threads per worker for the forward pass.")
-    limit: int | None = Field(default=None, ge=1, description="Take only the first rows.")
+    limit: int | None = Field(default=None, ge=1, description="Use only so many samples: the first of the order.")
     keys: str | None = Field(default=None, description="File with one key per line: take only these samples.")
     max_bad: int | float = Field(default=0.01, ge=0, description="Bad samples allowed: an integer is a count, a fraction a share.")
     inline: bool = Field(default=False, description="Run in this process, without Ray.")

@@ -55,6 +55,7 @@ class ProgressMeter:
     workers: int = 0
     size_bytes: int = 0
     _encoded: int = 0  # samples encoded by this run, in flight included
+    _committed: int = 0  # by this run
     _started_s: float = field(default_factory=time.monotonic)
     _ready_s: float | None = None
     _window: list[tuple[float, int]] = field(default_factory=list)
@@ -65,6 +66,8 @@ class ProgressMeter:
         self.samples_done += num_rows
         self.num_bad += num_bad
         self.size_bytes += size_bytes
+        self._committed += num_rows
+        self.encoded(self._committed)
 
     def encoded(self, num_rows: int) -> None:
         """Note how many samples this run has encoded so far, shards in flight included."""

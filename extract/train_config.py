@@ -17,10 +17,10 @@ EXECUTION = frozenset(
 class TrainTeacherConfig(StrictModel):
     """Which DDPM, on which images, for how long."""
 
-    images: str = Field(description="URL of the image source.")
+    images: str = Field(description="Folder or URL of the images.")
     out: str = Field(description="Folder of the teacher; also holds the checkpoint to resume from.")
     kind: str = Field(default="auto", description="Source kind (`dtpipe list sources`), or auto.")
-    limit: int | None = Field(default=None, ge=1, description="Use only the first so many images.")
+    limit: int | None = Field(default=None, ge=1, description="Use only so many images, spread evenly over the sorted listing.")
     px: int = Field(default=256, ge=8, description="Side of the images in px; a multiple of the network's total stride.")
     resize: Resize = Field(default="center_crop", description="How an image comes to that size.")
     filter: Filter = Field(default="bicubic", description="Resampling filter.")
@@ -42,7 +42,7 @@ class TrainTeacherConfig(StrictModel):
     grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm.")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay per step of the weights' moving average.")
     seed: int = Field(default=0, ge=0, description="Seed of weights, order, timesteps and noise.")
-    max_hours: float | None = Field(default=None, gt=0, description="Stop after so long; the same command goes on.")
+    max_hours: float | None = Field(default=None, gt=0, description="Stop after so long and write the teacher; the same command goes on.")
     checkpoint_every: int = Field(default=1000, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(default=50, ge=1, description="Steps between lines of metrics.jsonl.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's own choice.")

@@ -185,7 +185,9 @@ def load_images(config: TrainTeacherConfig) -> tuple[NDArray[np.uint8], tuple[st
 
     source = open_source(config.images, config.kind)
     recipe = TransformRecipe(resize=config.resize, height=config.px, width=config.px, filter=config.filter)
-    items = sorted(source.list(), key=lambda item: item.key)[: config.limit]
+    items = sorted(source.list(), key=lambda item: item.key)
+    if config.limit and config.limit < len(items):
+        items = [items[idx] for idx in np.linspace(0, len(items) - 1, config.limit).astype(int)]  # some of every class folder
     kept: list[NDArray[np.uint8]] = []
     bad: list[str] = []
     for item in items:

@@ -18,7 +18,7 @@ import click
 from dtpipe.manifests.errors import DtpipeError
 
 COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe --help`), in the order of use
-    "list": ("catalogue", "Say which teachers, sources, codecs, tasks, presets there are."),
+    "list": ("catalogue", "Name the teachers, sources, codecs, tasks, presets and students there are."),
     "doctor": ("doctor", "Check this machine, a store, a teacher."),
     "train-teacher": ("train_teacher", "Train a small DDPM on your own images."),
     "plan": ("plan", "Bytes, hours and memory of an extraction, before anything is spent."),
@@ -123,7 +123,8 @@ def main() -> None:
 
     \b
     Try it:     dtpipe demo
-    Your own:   dtpipe extract --images photos/ --teacher teacher/ --out features/
+    Your own:   dtpipe train-teacher --images photos/ --out teacher/
+                dtpipe extract --images photos/ --teacher teacher/ --out features/
                 dtpipe distill features/ --student resnet50 --out runs/r50
     """
 

@@ -74,8 +74,10 @@ def _is_many(field: FieldInfo) -> bool:
     return "tuple[str" in str(field.annotation) or "list[str" in str(field.annotation)
 
 
-def _help(field: FieldInfo, key: str) -> str:
+def _help(field: FieldInfo, key: str, section: str) -> str:
     text = field.description or key
+    if field.is_required() and key.startswith(f"{section}."):
+        return f"{text} [required]"
     if field.is_required() or field.default is None or field.default == ():
         return text
     default = field.default
@@ -85,12 +87,12 @@ def _help(field: FieldInfo, key: str) -> str:
     return f"{text} [default: {shown}]"
 
 
-def _add_flag(function: Callable[..., Any], flag: Flag) -> Callable[..., Any]:
+def _add_flag(function: Callable[..., Any], flag: Flag, section: str) -> Callable[..., Any]:
     field = check_key(flag.key, flag.name)
     if flag.positional:
         many = _is_many(field)
         return click.argument(flag.parameter, metavar=flag.metavar, nargs=-1 if many else 1, required=False)(function)
-    text = _help(field, flag.key)
+    text = _help(field, flag.key, section)
     if _is_bool(field):
         names = f"{flag.name}/--no-{flag.name[2:]}" if field.default else flag.name
         return click.option(names, flag.parameter, is_flag=True, default=None, help=text)(function)
@@ -119,7 +121,8 @@ def settings_command(
     """Decorator: a click command that resolves its settings and calls the function with a `Call`.
 
     The function's docstring is the help; `example` is one or more command lines shown below it. switches: flags of one
-    use that are no settings (`--fresh`), with their help; they arrive as keyword arguments.
+    use that are no settings (`--fresh`), with their help; they arrive as keyword arguments. The first flag's section is
+    the command's own: its required keys are marked.
     """
     switches = switches or {}
 
@@ -135,7 +138,7 @@ def settings_command(
         for switch, text in reversed(list(switches.items())):
             callback = click.option(switch, is_flag=True, help=text)(callback)
         for flag in reversed(flags):
-            callback = _add_flag(callback, flag)
+            callback = _add_flag(callback, flag, flags[0].key.split(".")[0])
         callback.__doc__ = function.__doc__
         body = "\n".join(f"  {line}" for line in example.strip().splitlines())
         return click.command(name, help=f"{inspect.cleandoc(function.__doc__ or '')}\n\n\b\nExample:\n{body}")(callback)

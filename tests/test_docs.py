@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from dtpipe.pipeline.cli import COMMANDS, main
@@ -74,7 +72,8 @@ def test_every_command_line_in_the_readme_parses() -> None:
 
 
 @pytest.mark.slow
-def test_runnable_blocks_of_the_readme_run(tmp_path: Path) -> None:
+def test_runnable_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     rng = np.random.Generator(np.random.Philox(0))
     for folder in ("photos", "labelled"):
         for idx in range(24):
@@ -88,14 +87,7 @@ def test_runnable_blocks_of_the_readme_run(tmp_path: Path) -> None:
         small = tmp_path / f"{words[0]}.yaml"
         small.write_text(SMALL.get(words[0], ""))
         extra = ["-c", str(small)] if words[0] in SMALL else []
-        done = subprocess.run(
-            [sys.executable, "-m", "dtpipe.pipeline.cli", *words, *extra],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"dtpipe {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        done = CliRunner().invoke(main, [*words, *extra])
+        assert done.exit_code == 0, f"dtpipe {shlex.join(words)}\n{done.output}"
     assert (tmp_path / "runs" / "r50" / "report.html").is_file()
     assert (tmp_path / "r50" / "model.safetensors").is_file()

@@ -7,7 +7,7 @@ import click
 from dtpipe.pipeline.console import Console
 from dtpipe.pipeline.listing import KINDS, catalogue
 
-HELP = """Say which teachers, sources, codecs, tasks, presets there are.
+HELP = """Name the teachers, sources, codecs, tasks, presets and students there are.
 
 \b
 Example:

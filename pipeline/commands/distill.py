@@ -33,7 +33,7 @@ FLAGS = (
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
     Flag("--allow-incomplete", "distill.allow_incomplete"),
     Flag("--seed", "distill.seed", "N"),
-    Flag("--device", "distill.device", "DEVICE"),
+    Flag("--device", "distill.device", "auto|cpu|cuda"),
 )
 EXAMPLE = """
 dtpipe distill features/ --student resnet50 --out runs/r50

@@ -22,9 +22,9 @@ FLAGS = (
     Flag("--teacher", "eval.teacher", "PATH|NAME"),
     Flag("--timestep", "eval.timestep", "T"),
     Flag("--px", "eval.px", "PX"),
-    Flag("--resize", "eval.resize", "RULE"),
+    Flag("--resize", "eval.resize", "center_crop|stretch|none"),
     Flag("--limit", "eval.limit", "N"),
-    Flag("--device", "eval.device", "DEVICE"),
+    Flag("--device", "eval.device", "auto|cpu|cuda"),
     Flag("--out", "eval.out", "FILE"),
 )
 EXAMPLE = """

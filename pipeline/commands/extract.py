@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dtpipe.pipeline.console import Console, ProgressLine, format_bytes, format_seconds
-from dtpipe.pipeline.options import Call, Flag, settings_command
+from dtpipe.pipeline.options import Call, Flag, command_line, settings_command
 
 if TYPE_CHECKING:
     from dtpipe.extract.progress import Progress
@@ -17,7 +17,7 @@ FLAGS = (
     Flag("--out", "extract.out", "URL"),
     Flag("--revision", "extract.teacher.revision", "COMMIT"),
     Flag("--px", "extract.transform.px", "PX"),
-    Flag("--resize", "extract.transform.resize", "RULE"),
+    Flag("--resize", "extract.transform.resize", "center_crop|stretch|none"),
     Flag("--student-px", "extract.student_px", "PX"),
     Flag("--timesteps", "extract.noise.timesteps", "T,T"),
     Flag("--draws", "extract.noise.draws", "K"),
@@ -27,7 +27,7 @@ FLAGS = (
     Flag("--limit", "extract.limit", "N"),
     Flag("--keys", "extract.keys", "FILE"),
     Flag("--max-bad", "extract.max_bad", "N|SHARE"),
-    Flag("--device", "extract.device", "DEVICE"),
+    Flag("--device", "extract.device", "auto|cpu|cuda"),
     Flag("--inline", "extract.inline"),
     Flag("--workers", "extract.workers", "N"),
     Flag("--ray-address", "extract.ray_address", "ADDRESS"),
@@ -58,7 +58,7 @@ def command(call: Call, fresh: bool) -> None:
     from dtpipe.extract.run import run_extraction
 
     with ProgressLine("extract") as line:
-        result = run_extraction(config, on_progress=ProgressText(call.console, line), fresh=fresh)
+        result = run_extraction(config, ProgressText(call.console, line), fresh, command_line())
     _print_result(call.console, result)
 
 

@@ -14,7 +14,7 @@ FLAGS = (
     Flag("--images", "train_teacher.images", "URL"),
     Flag("--out", "train_teacher.out", "DIR"),
     Flag("--px", "train_teacher.px", "PX"),
-    Flag("--resize", "train_teacher.resize", "RULE"),
+    Flag("--resize", "train_teacher.resize", "center_crop|stretch|none"),
     Flag("--channels", "train_teacher.channels", "C,C"),
     Flag("--attention-strides", "train_teacher.attention_strides", "S,S"),
     Flag("--steps", "train_teacher.steps", "N"),
@@ -24,7 +24,7 @@ FLAGS = (
     Flag("--dtype", "train_teacher.dtype", "float32|float16"),
     Flag("--limit", "train_teacher.limit", "N"),
     Flag("--seed", "train_teacher.seed", "N"),
-    Flag("--device", "train_teacher.device", "DEVICE"),
+    Flag("--device", "train_teacher.device", "auto|cpu|cuda"),
 )
 EXAMPLE = """
 dtpipe train-teacher --images photos/ --out teacher/

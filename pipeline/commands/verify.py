@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dtpipe.manifests.verify import Recompute, RepairResult, VerifyReport
 
 LEVELS = ("listing", "digest", "decode", "recompute")
+DEVICES = ("auto", "cpu", "cuda")
 SHOWN_PROBLEMS = 20
 HELP = """Check a feature dataset against its manifest.
 
@@ -33,12 +34,14 @@ class ProblemsFoundError(DamagedDataError):
 
 @click.command("verify", help=HELP)
 @click.argument("url")
-@click.option("--level", type=click.Choice(LEVELS), default="digest", show_default=True, help="How deep to look.")
+@click.option("--level", type=click.Choice(LEVELS), metavar="|".join(LEVELS), default="digest", show_default=True, help="How deep to look.")
 @click.option("--repair", is_flag=True, help="Send damaged shards back to work; deletes nothing.")
 @click.option("--rows", default=16, show_default=True, type=click.IntRange(1), metavar="N", help="Samples to recompute.")
 @click.option("--tolerance", default=1e-3, show_default=True, type=float, metavar="X", help="Relative error allowed when recomputing.")
 @click.option("--teacher", metavar="PATH|NAME", help="Teacher to recompute with, if it has moved since the extraction.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to recompute.")
+@click.option(
+    "--device", type=click.Choice(DEVICES), metavar="|".join(DEVICES), default="auto", show_default=True, help="Where to recompute."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(url: str, level: str, repair: bool, rows: int, tolerance: float, teacher: str | None, device: str, as_json: bool) -> None:
     """Verify, or repair, and exit with 4 when something is wrong, 5 when work is left."""

@@ -109,9 +109,7 @@ class _Demo:
             self._step("train-teacher", *settings, "--images", config.images, "--out", teacher, *limit)
         self._extract_and_distill(config.images, teacher, limit)
         if source.kind == "class_folder":
-            self.console.result(
-                "your folder has class folders: a linear probe of their names, on images that distillation saw without names"
-            )
+            self.console.result("your images lie in class folders: a linear probe of the folders' names, which distillation did not see")
             self._step(
                 "eval", self.run, "probe", "--images", config.images, "--seeds", 1, "--teacher", teacher, "--limit", config.num_images
             )
