@@ -19,6 +19,8 @@ import yaml
 from dtpipe.distill.config import EXECUTION, DistillConfig
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, PlanChangedError, StoreError
 
+SECTION = "distill"  # of the settings document, so that `-c <run>/config.yaml` reads it
+
 
 class RunFolder:
     """A run folder held by this process; a context manager."""
@@ -77,22 +79,23 @@ class RunFolder:
                 raise PlanChangedError(
                     f"{self.path} holds a run with other settings: {'; '.join(changes)}; choose another --out or set them back"
                 )
-        _write_whole(file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        _write_whole(file, yaml.safe_dump({SECTION: config.model_dump(mode="json")}, sort_keys=False, allow_unicode=True))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The resolved config of a run folder, as plain values.
+    """The resolved `distill` section of a run folder's config.yaml, as plain values.
 
-    Raises: InputError when there is none or it is not a mapping.
+    Raises: InputError when there is none or it is not the config of a run.
     """
     file = path / "config.yaml"
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as err:
         raise InputError(f"{file}: the run's config cannot be read: {err}; choose another --out") from err
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: not the config of a run; choose another --out")
-    return values
+    section = values.get(SECTION) if isinstance(values, dict) else None
+    if not isinstance(section, dict):
+        raise InputError(f"{file}: not the config of a run, which has a section `{SECTION}:`; choose another --out")
+    return section
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

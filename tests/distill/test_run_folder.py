@@ -80,9 +80,10 @@ def test_metrics_of_steps_taken_again_are_dropped_with_a_line_cut_short(tmp_path
 
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "config.yaml").write_text("- not a mapping\n")
-    with pytest.raises(InputError, match=r"config\.yaml"):
-        RunFolder.open(config(tmp_path))
+    for text in ("- not a mapping\n", "epochs: 3\n", "distill: 3\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(InputError, match=r"config\.yaml: not the config of a run"):
+            RunFolder.open(config(tmp_path))
 
 
 def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path):
