@@ -1,5 +1,7 @@
 """The feature regressor: FPN with pyramid pooling on the last level, and a 1x1 convolution to each teacher level.
 
+As UPerNet's decoder (arXiv 1807.10221; mmseg's UPerHead), whose last level is the pyramid pooling's own 3x3 convolution.
+
 The one place where a level changes its spatial size to the teacher's is `FeatureRegressor.forward`.
 """
 
@@ -73,6 +75,8 @@ class PyramidPooling(nn.Module):
 class FeatureRegressor(nn.Module):
     """Student levels to teacher levels (appendix D.1): laterals, top-down path, output convolutions, 1x1 heads.
 
+    With pyramid pooling the last level has no output convolution of its own: the pooling ends in one.
+
     Every student level from the finest target's stride on takes part, so the whole backbone is trained even where the
     teacher has no level of the coarsest strides.
     """
@@ -88,10 +92,14 @@ class FeatureRegressor(nn.Module):
         self.laterals = nn.ModuleList(conv_norm_relu(c, config.width, 1, config.norm) for c in channels[:-1])
         last = PyramidPooling(channels[-1], config.width, config.ppm_scales, config.norm) if config.ppm else None
         self.laterals.append(last or conv_norm_relu(channels[-1], config.width, 1, config.norm))
-        self.outputs = nn.ModuleDict(
-            {str(i): conv_norm_relu(config.width, config.width, 3, config.norm) for i in sorted(set(self.level_of))}
-        )
+        self.outputs = nn.ModuleDict({str(i): self._output(i, len(channels) - 1, config) for i in sorted(set(self.level_of))})
         self.heads = nn.ModuleList(nn.Conv2d(config.width, target.channels, 1) for target in targets)
+
+    @staticmethod
+    def _output(idx: int, last: int, config: RegressorConfig) -> nn.Module:
+        if config.ppm and idx == last:
+            return nn.Identity()
+        return conv_norm_relu(config.width, config.width, 3, config.norm)
 
     def forward(self, levels: Sequence[Tensor]) -> dict[str, Tensor]:
         """Student levels, finest first, to f_r by teacher level.

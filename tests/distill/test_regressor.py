@@ -70,6 +70,27 @@ def test_coarse_levels_reach_fine_ones_and_not_the_other_way_round():
     assert torch.equal(regressor(fine)["l5"], before["l5"])
 
 
+def test_it_is_upernets_decoder_with_a_head_per_level():
+    """Forward pass of mmseg's UPerHead, restated: all but the top level have a lateral and an output convolution."""
+    wanted = targets(("l2", 4, 3, (16, 24)), ("l3", 8, 4, (8, 12)), ("l4", 16, 5, (4, 6)), ("l5", 32, 6, (2, 3)))
+    regressor, levels = FeatureRegressor(STRIDES, CHANNELS, wanted, RegressorConfig(width=8)), student_levels()
+    ppm = regressor.laterals[-1]
+    pooled = [branch(nn.AdaptiveAvgPool2d(scale)(levels[3])) for scale, branch in zip((1, 2, 3, 6), ppm.branches, strict=True)]
+    laterals = [regressor.laterals[i](levels[i]) for i in range(3)]
+    laterals.append(ppm.join(torch.cat([levels[3], *(bilinear(each, levels[3]) for each in pooled)], dim=1)))
+    for i in (3, 2, 1):
+        laterals[i - 1] = laterals[i - 1] + bilinear(laterals[i], laterals[i - 1])
+    merged = [*(regressor.outputs[str(i)](laterals[i]) for i in range(3)), laterals[3]]
+    for level, each, head in zip(wanted, merged, regressor.heads, strict=True):
+        torch.testing.assert_close(regressor(levels)[level.name], head(each))
+    kernels = sorted(module.kernel_size[0] for module in regressor.modules() if isinstance(module, nn.Conv2d))
+    assert kernels == [1] * (3 + 4 + 4) + [3] * (3 + 1)  # laterals, pooled maps and heads; outputs and the pooling's own
+
+
+def bilinear(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return nn.functional.interpolate(level, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
 def test_pyramid_pooling_is_mean_pooling_at_each_scale():
     """Identity convolutions leave only the pooling: with one scale of 1, the branch is the mean over the image."""
     ppm = PyramidPooling(3, 3, (1,), "batch").eval()
