@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dtpipe.distill import export
 from dtpipe.distill.export import ExportError, export_student
-from dtpipe.distill.student import load_student
+from dtpipe.distill.student import Student, StudentSpec, build_student, load_student
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError
 
 from .conftest import write_student
@@ -99,6 +99,44 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(tmp_path, monkeypa
     with pytest.raises(ExportError, match="differs from the student"):
         export_student(checkpoint, tmp_path / "export")
     assert list((tmp_path / "export").iterdir()) == []
+
+
+def perturbed(name: str) -> Student:
+    """A student in which every weight matters: nothing is left at zero, one or 1e-6 as initialisation leaves it."""
+    generator = torch.Generator().manual_seed(0)
+    student = build_student(StudentSpec(name, 4, (32, 32))).eval()
+    for tensor in student.net.state_dict().values():
+        if tensor.is_floating_point() and tensor.ndim == 1:  # biases, scales, statistics; kernels are random already
+            tensor.add_(torch.rand(tensor.shape, generator=generator) + 0.25)
+    return student
+
+
+@pytest.mark.parametrize(("name", "layout"), [("resnet18", "torchvision"), ("resnet10t", "timm"), ("convnext_atto", "timm")])
+def test_the_check_of_an_export_sees_every_tensor(tmp_path, name, layout):
+    """Any trained tensor in another's place is found, not only those that reach the last level."""
+    student = perturbed(name)
+    weights, untrained = export.full_weights(student)
+    save_file(weights, tmp_path / "model.safetensors")
+    reloaded = export._reload(tmp_path / "model.safetensors", student, layout)
+    assert export.compare(student, reloaded) < 1e-3
+    model = reloaded.func.__self__ if layout == "timm" else torch.nn.ModuleList(reloaded.args[0])
+    unread = {tensor.data_ptr() for tensor_name, tensor in model.state_dict().items() if tensor_name in untrained}
+    for tensor_name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or tensor.data_ptr() in unread:
+            continue
+        faithful = tensor.clone()
+        tensor.copy_(faithful.flatten().roll(1).view_as(faithful) if tensor.numel() > 1 else faithful * 2)
+        with pytest.raises(ExportError, match=r"differs from the student by .* at stride"):
+            export.compare(student, reloaded)
+            pytest.fail(tensor_name)
+        tensor.copy_(faithful)
+    assert export.compare(student, reloaded) < 1e-3  # all are back
+
+
+def test_an_export_without_a_stage_of_a_levels_shape_is_refused():
+    student = perturbed("resnet10t")
+    with pytest.raises(ExportError, match="by inf at stride 8"):
+        export.compare(student, lambda images: [level for level in student.net(images) if level.shape[-1] != 4])
 
 
 def test_an_unknown_or_damaged_export_is_named(tmp_path):
