@@ -20,7 +20,7 @@ class FeatureBatch:
     images: Tensor
     """(B, H, W, 3) uint8; flipped where the levels are those of the flipped image."""
     levels: dict[str, Tensor]
-    """Level name to (B, C, h, w), in the dtype they are stored in."""
+    """Level name to (B, C, h, w), in the dtype they are stored in, or a wider one where the live teacher gives that."""
     keys: tuple[str, ...]
     labels: tuple[str | None, ...]
     epoch: int
@@ -29,7 +29,8 @@ class FeatureBatch:
     num_global: int
     """Samples in that global batch over all ranks: the weight of this part is len(keys) / num_global."""
     last: bool
-    """True for the last part of the global batch on this rank: the optimiser steps after it."""
+    """True for the last part of the global batch on this rank: the optimiser steps after it. A rank without a sample in
+    the epoch's tail gets one part with no keys, no images and no levels."""
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

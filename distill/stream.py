@@ -119,8 +119,10 @@ class FeatureStream:
         return _ReadPart(to_device(images, self.device), on_device, to_device(flip, self.device), rows, live_views)
 
     def _read_rows(self, rows: np.ndarray, view: np.ndarray, num_stored: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Images of all rows, levels of the first `num_stored`."""
+        """Images of all rows, levels of the first `num_stored`; nothing of an empty part."""
         names = self.settings.levels
+        if len(rows) == 0:
+            return np.zeros((0, 0, 0, 3), np.uint8), {}
         if num_stored == len(rows):
             return self.source.read_batch(rows, names, view)
         images, _ = self.source.read_batch(rows[num_stored:], (), view[num_stored:])
@@ -146,6 +148,10 @@ class FeatureStream:
         count = len(read.live_views)
         images = scaled(read.images[-count:])  # (M, 3, H, W)
         fresh = self.live(images, keys[-count:], [view.draw for view in read.live_views], read.live_views)
-        if not read.levels:
-            return {name: fresh[name] for name in self.settings.levels}
-        return {name: torch.cat([read.levels[name], fresh[name].to(read.levels[name].dtype)]) for name in self.settings.levels}
+        names = self.settings.levels
+        if absent := [name for name in names if name not in fresh]:
+            raise ConfigError(
+                f"the live teacher gives levels {sorted(fresh)}, and {absent} are regressed too; leave them out with "
+                "-s distill.levels=..., or set distill.reencode to 0"
+            )
+        return {name: torch.cat([read.levels[name], fresh[name]]) if read.levels else fresh[name] for name in names}

@@ -92,7 +92,12 @@ class Trainer:
                 yield batch
 
     def accumulate(self, batch: FeatureBatch) -> Tensor:
-        """Add the gradients of a part of a global batch, weighted by its share of the samples; its loss, on the device."""
+        """Add the gradients of a part of a global batch, weighted by its share of the samples; its loss, on the device.
+
+        A part without samples adds nothing; so the sum over parts and ranks is the gradient of the global batch.
+        """
+        if not batch.keys:
+            return torch.zeros((), device=self.device)
         weight = len(batch.keys) / batch.num_global
         images = student_images(batch.images, self.image_px)
         with norms_for(self.model, len(batch.keys)):

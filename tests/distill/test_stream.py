@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dtpipe.distill.batch import FeatureBatch, student_images
-from dtpipe.distill.order import StreamPosition
+from dtpipe.distill.order import StreamPosition, draw_samples, key_hashes
 from dtpipe.distill.stream import FeatureStream, StreamSettings
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError
 
@@ -174,6 +174,34 @@ def test_live_samples_come_in_the_same_batches_with_a_fresh_draw_per_epoch(share
     assert num_live == 38 if share == 1 else 8 < num_live < 30
     assert num_live == sum(len(keys) for keys, _, _ in teacher.calls)
     assert share < 1 or all(levels == [] for _, levels, _ in source.read[: len(teacher.calls)])  # nothing is read in vain
+
+
+def test_live_features_do_not_depend_on_the_stored_ones_beside_them():
+    """Stored levels are float16 here; a live one stays as exact as the teacher made it, in any company."""
+    source = MemorySource()
+
+    def live(_images, keys, _draws, _views):
+        values = torch.tensor([0.1 + row_of(key) for key in keys]).view(-1, 1, 1, 1)
+        return {spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in source.levels}
+
+    for micro_batch in (1, 3, None):
+        num_exact = 0
+        for batch in FeatureStream(source, settings(reencode=0.5, micro_batch=micro_batch, epochs=1), CPU, live).batches(StreamPosition()):
+            made = torch.tensor([0.1 + row_of(key) for key in batch.keys]).view(-1, 1, 1, 1)
+            num_exact += int((batch.levels["l2"] == made).flatten(1).all(dim=1).sum())
+        assert num_exact == sum(live_rows(source))
+
+
+def live_rows(source: MemorySource) -> list[bool]:
+    """Which good rows are encoded anew in epoch 0 at a share of a half."""
+    hashes = key_hashes([source.keys[row] for row in source.ok_rows])
+    return draw_samples(hashes, settings().seed, 0, source.views, False, 0.5).live.tolist()
+
+
+def test_levels_that_the_live_teacher_does_not_give_are_refused(source):
+    live = FakeTeacher(MemorySource(levels=source.levels[:2]))
+    with pytest.raises(ConfigError, match=r"live teacher gives levels \['l2', 'l3'\], and \['l4'\] are regressed"):
+        next(FeatureStream(source, settings(levels=("l2", "l4"), reencode=1.0), CPU, live).batches(StreamPosition()))
 
 
 def test_live_encoding_without_a_teacher_is_refused(source):
