@@ -18,7 +18,7 @@ from dtpipe.manifests.plan import bytes_per_sample
 from dtpipe.manifests.schema import Plan, Recipe
 from dtpipe.manifests.storage import Store
 
-PACKAGES = ("dtpipe", "torch", "numpy", "pillow", "diffusers", "zarr")  # the ones that the bytes of a dataset may depend on
+PACKAGES = ("dtpipe", "torch", "numpy", "pillow", "diffusers", "numcodecs")  # the ones that the bytes of a dataset may depend on
 SHARDS_IN_HAND = 2  # a worker writes one shard while it encodes the next
 
 

@@ -7,6 +7,7 @@ command goes on with it on whatever machine it runs.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,6 +147,18 @@ def _stored_level(tap: TapSpec, image_px: tuple[int, int], student_px: tuple[int
     suffix = tap.name.partition(".")[1] + tap.name.partition(".")[2]
     name = f"l{int(math.log2(stride))}{suffix}"
     return LevelSpec(name=name, stride=stride, channels=tap.channels, height=height, width=width, dtype=dtype, tap=tap.tap)
+
+
+def with_whole_paths(config: ExtractConfig) -> ExtractConfig:
+    """The settings with paths that mean the same in other folders: of workers, and of those who read the record later."""
+    teacher = config.teacher.model_copy(update={"path": whole_path(config.teacher.path)})
+    keys = None if config.keys is None else whole_path(config.keys)
+    return config.model_copy(update={"images": whole_path(config.images), "teacher": teacher, "keys": keys})
+
+
+def whole_path(path: str) -> str:
+    """An existing local path from the root; a URL, or a name that is no path, as it is."""
+    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100  drops `..`, follows no links
 
 
 def max_bad_samples(config: ExtractConfig, num_rows: int) -> int:

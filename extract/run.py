@@ -17,7 +17,7 @@ from typing import Any
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.preflight import check_space, free_bytes, package_versions, recipe_bytes_per_sample
 from dtpipe.extract.progress import BadSample, OnProgress, ProgressMeter
-from dtpipe.extract.resolve import Resolved, max_bad_samples, resolve_recipe
+from dtpipe.extract.resolve import Resolved, max_bad_samples, resolve_recipe, with_whole_paths
 from dtpipe.extract.shard_queue import ShardQueue
 from dtpipe.extract.stopping import StopRequest
 from dtpipe.manifests.commit import MANIFEST_FILE, load_entries, load_manifest, merge, pending_shards
@@ -53,12 +53,14 @@ class ExtractResult:
     """prepare, extract, merge: wall clock. wait_for_decode, teacher, write: sums over shards, which overlap; decode: over threads."""
 
 
-def run_extraction(config: ExtractConfig, on_progress: OnProgress | None = None, fresh: bool = False) -> ExtractResult:
-    """Write the feature dataset of `config`, or finish it.
+def run_extraction(
+    config: ExtractConfig, on_progress: OnProgress | None = None, fresh: bool = False, command: str | None = None
+) -> ExtractResult:
+    """Write the feature dataset of `config`, or finish it. `command` is the command line, for the record in plan and manifest.
 
     Raises: DtpipeError of the kind that fits; StoppedError after SIGTERM or SIGINT.
     """
-    extraction = _Extraction(config, on_progress)
+    extraction = _Extraction(config, on_progress, command)
     try:
         with extraction.stop:
             return extraction.run(fresh)
@@ -69,8 +71,8 @@ def run_extraction(config: ExtractConfig, on_progress: OnProgress | None = None,
 class _Extraction:
     """One run's state: what is planned, counted and timed."""
 
-    def __init__(self, config: ExtractConfig, on_progress: OnProgress | None) -> None:
-        self.config, self.on_progress = config, on_progress
+    def __init__(self, config: ExtractConfig, on_progress: OnProgress | None, command: str | None) -> None:
+        self.config, self.on_progress, self.command = with_whole_paths(config), on_progress, command
         self.stop = StopRequest()
         self.store = Store(config.out)
         self.started_s = time.monotonic()
@@ -85,8 +87,7 @@ class _Extraction:
         resolved = resolve_recipe(self.config, fresh=fresh, cluster_has_gpus=self._cluster_has_gpus)
         self.stop.raise_if_requested(self.config.out)
         with Lock.acquire(self.store, self.config.lock_stale_s) as lock:
-            provenance = _provenance(self.config)
-            plan, _ = start_plan(self.store, resolved.recipe, lambda: resolved.listing, provenance, fresh, resolved.selection)
+            plan, _ = start_plan(self.store, resolved.recipe, lambda: resolved.listing, self._provenance(), fresh, resolved.selection)
             self._timed("prepare", self.started_s)
             manifest = self._finished(plan) or self._extract_and_merge(plan, resolved, lock)
         return self._result(manifest)
@@ -133,7 +134,7 @@ class _Extraction:
             self._timed("extract", begun_s)
             begun_s = time.monotonic()
             try:
-                return merge(self.store, plan, lock, {**_provenance(self.config), "stage_seconds": dict(self.stage_seconds)})
+                return merge(self.store, plan, lock, {**self._provenance(), "stage_seconds": dict(self.stage_seconds)})
             except IncompleteError as err:
                 if merge_round == MERGE_ROUNDS - 1:
                     raise
@@ -243,6 +244,16 @@ class _Extraction:
     def _timed(self, stage: str, since_s: float) -> None:
         self.stage_seconds[stage] += time.monotonic() - since_s  # type: ignore[assignment]  # Counter of floats
 
+    def _provenance(self) -> dict[str, Any]:
+        """Who wrote this, when, with what command and settings; kept beside the content and outside its digest."""
+        return {
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "versions": package_versions(),
+            "command": self.command,
+            "config": self.config.model_dump(mode="json"),
+        }
+
     def _result(self, manifest: Manifest) -> ExtractResult:
         totals = manifest.totals
         return ExtractResult(
@@ -259,13 +270,3 @@ class _Extraction:
             throughput_img_s=self.rows_written / self.working_s if self.working_s else 0.0,
             stage_seconds={name: round(value, 3) for name, value in self.stage_seconds.items()},
         )
-
-
-def _provenance(config: ExtractConfig) -> dict[str, Any]:
-    """Who wrote this, when, with what; kept beside the content and outside its digest."""
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": platform.node(),
-        "versions": package_versions(),
-        "config": config.model_dump(mode="json"),
-    }

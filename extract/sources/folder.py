@@ -29,7 +29,10 @@ EXTENSIONS = frozenset(
 )
 _MAX_FILE_BYTES = 2**31
 _QUOTED = "file-bytes:"  # URI of a local path that is not valid Unicode
-_TRY_AGAIN = frozenset({errno.EINTR, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT})
+_TRY_AGAIN = frozenset(
+    {errno.EINTR, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+    | {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+)
 
 
 class FolderSource:
@@ -67,8 +70,17 @@ class FolderSource:
         return dict(self._ignored)
 
     def read(self, uri: str) -> bytes:
-        """Bytes of one sample. Raises: BadImage when the file is gone or unreadable, InputError when the store fails."""
-        return _read_local(uri) if self._local else self._read_remote(uri)
+        """Bytes of one sample. Raises: BadImage when this file is gone or unreadable, InputError when the whole folder or store is."""
+        if not self._local:
+            return self._read_remote(uri)
+        try:
+            return _read_local(uri)
+        except OSError as err:
+            if err.errno in _TRY_AGAIN:
+                raise InputError(f"{uri}: {err.strerror}; run again") from err
+            if not _holds_anything(self._root):
+                raise InputError(f"{uri}: {err.strerror}, and {self.url} is gone or empty: is it mounted? then run again") from err
+            raise BadImage(f"unreadable: {err.strerror}") from err
 
     def has_only_class_folders(self) -> bool:
         """True when every image lies in a sub-folder."""
@@ -77,9 +89,9 @@ class FolderSource:
     def _read_remote(self, uri: str) -> bytes:
         try:
             return bytes(self._fs.cat_file(self._fs._strip_protocol(uri)))
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as err:
+        except (FileNotFoundError, IsADirectoryError) as err:
             raise BadImage(f"unreadable: {type(err).__name__}") from err
-        except OSError as err:
+        except OSError as err:  # PermissionError too: what was listed may be read, unless credentials have expired
             raise InputError(f"{uri}: {type(err).__name__}: {err}; run again when the store answers") from err
 
     def _walked(self) -> Sequence[tuple[str, str]]:
@@ -208,18 +220,23 @@ def _local_uri(path: str) -> str:
 
 
 def _read_local(uri: str) -> bytes:
-    path = os.fsdecode(unquote_to_bytes(uri[len(_QUOTED) :])) if uri.startswith(_QUOTED) else uri
+    """Raises: BadImage for what is no file or too large, and OSError."""
+    path = Path(os.fsdecode(unquote_to_bytes(uri[len(_QUOTED) :])) if uri.startswith(_QUOTED) else uri)
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BadImage("unreadable: not a regular file")
+    if found.st_size > _MAX_FILE_BYTES:
+        raise BadImage(f"file of {found.st_size} bytes is over the limit of {_MAX_FILE_BYTES}")
+    return path.read_bytes()
+
+
+def _holds_anything(folder: str) -> bool:
+    """False for a folder that is gone, empty as a mount point without its mount is, or out of reach."""
     try:
-        found = Path(path).stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise BadImage("unreadable: not a regular file")
-        if found.st_size > _MAX_FILE_BYTES:
-            raise BadImage(f"file of {found.st_size} bytes is over the limit of {_MAX_FILE_BYTES}")
-        return Path(path).read_bytes()
-    except OSError as err:
-        if err.errno in _TRY_AGAIN:
-            raise InputError(f"{uri}: {err.strerror}; run again") from err
-        raise BadImage(f"unreadable: {err.strerror}") from err
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,12 @@ from typing import Any
 import pytest
 
 from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.resolve import whole_path
 from dtpipe.extract.run import run_extraction
+from dtpipe.extract.worker import WorkerContext
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
+from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.manifests.verify import verify
 
 MakeConfig = Callable[..., ExtractConfig]
 
@@ -68,3 +74,29 @@ def test_fresh_is_refused_before_the_teacher_is_loaded(make_config: MakeConfig, 
     monkeypatch.setattr("dtpipe.extract.resolve.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     with pytest.raises(ConfigError, match="--fresh"):
         run_extraction(make_config(), fresh=True)
+
+
+def test_workers_in_other_folders_get_whole_paths(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_config()
+    monkeypatch.chdir(tmp_path)
+    config = make_config(
+        images=os.path.relpath(whole.images), out=os.path.relpath(whole.out), teacher={"path": os.path.relpath(whole.teacher.path)}
+    )
+    seen: list[WorkerContext] = []
+    monkeypatch.setattr("dtpipe.extract.worker.ShardWorker", lambda context, _: seen.append(context) or pytest.exit)
+    with contextlib.suppress(AttributeError):  # what stands in for a worker does no work
+        run_extraction(config)
+    assert (seen[0].images, seen[0].out, seen[0].teacher.path) == (whole.images, whole.out, whole.teacher.path)
+    assert whole_path("s3://bucket/photos") == "s3://bucket/photos"
+    assert whole_path("google/ddpm-celebahq-256") == "google/ddpm-celebahq-256"  # no such folder here: a hub id
+
+
+def test_command_and_settings_stand_in_plan_and_manifest(make_config: MakeConfig) -> None:
+    url = run_extraction(make_config(), command="dtpipe extract --out features").url
+    run_extraction(make_config(), command="dtpipe extract --again")
+    dataset = FeatureDataset.open(url)
+    assert dataset.manifest is not None
+    for provenance in (dataset.plan.provenance, dataset.manifest.provenance):
+        assert provenance["command"] == "dtpipe extract --out features"
+        assert ExtractConfig.model_validate(provenance["config"]) == make_config()
+    assert verify(url).ok

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import socket
 import unicodedata
 from collections.abc import Iterator
@@ -244,6 +246,48 @@ def test_object_that_has_gone_is_a_bad_sample_and_a_failing_store_is_not(memory_
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
     with pytest.raises(InputError, match=r"reset by peer.*run again") as caught:
+        source.read(source.list()[0].uri)
+    assert not isinstance(caught.value, BadImage)
+
+
+def test_image_that_is_gone_is_bad_and_a_lost_mount_is_not(tmp_path: Path) -> None:
+    """With the images' folder gone, or empty as a mount point is, every good image would be written off."""
+    source = open_source(str(touch(tmp_path / "mount", "a/1.png", "a/2.png")))
+    gone, kept = (item.uri for item in source.list())
+    Path(gone).unlink()
+    with pytest.raises(BadImage, match="No such file"):
+        source.read(gone)
+    shutil.rmtree(tmp_path / "mount" / "a")
+    for wrong in (gone, kept):
+        with pytest.raises(InputError, match=r"mount.*run again") as caught:
+            source.read(wrong)
+        assert not isinstance(caught.value, BadImage)
+    (tmp_path / "mount").rmdir()
+    with pytest.raises(InputError, match="mount") as caught:
+        source.read(kept)
+    assert not isinstance(caught.value, BadImage)
+
+
+def test_transport_errors_are_no_fault_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(touch(tmp_path, "a/1.png")))
+
+    def unreachable(_: Path) -> bytes:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(Path, "read_bytes", unreachable)
+    with pytest.raises(InputError, match="not connected") as caught:
+        source.read(source.list()[0].uri)
+    assert not isinstance(caught.value, BadImage)
+
+
+def test_expired_credentials_are_no_fault_of_the_image(memory_images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(memory_images)
+
+    def refuse(*_: object, **__: object) -> bytes:
+        raise PermissionError("The provided token has expired")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", refuse)
+    with pytest.raises(InputError, match="token has expired") as caught:
         source.read(source.list()[0].uri)
     assert not isinstance(caught.value, BadImage)
 
