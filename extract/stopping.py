@@ -1,7 +1,9 @@
-"""SIGTERM and SIGINT as a request: the run finishes what is nearly done and ends cleanly; a second signal hurries it."""
+"""SIGTERM and SIGINT as a request: the run finishes what is nearly done and ends cleanly; a second signal hurries it, a third
+ends the process."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -31,6 +33,9 @@ class StopRequest:
         self.signal = number
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  the signature of a handler
+        if self.urgent:  # something hangs, such as a read; what was published is whole even after a kill
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.request(number)
 
     def __enter__(self) -> StopRequest:
