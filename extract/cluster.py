@@ -33,7 +33,10 @@ OBJECT_STORE_BYTES = 128 * 1024**2  # of a local Ray; results are small and feat
 
 
 def connect(address: str | None) -> bool:
-    """Join the cluster at `address` or RAY_ADDRESS, or start a local one; False if this process was connected already."""
+    """Join the cluster at `address` or RAY_ADDRESS, or start a local one; False if this process was connected already.
+
+    Raises: IncompleteError when Ray does not answer.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = _ray()
@@ -42,7 +45,11 @@ def connect(address: str | None) -> bool:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except Exception as err:  # Ray raises bare exceptions as well
+        what = "Ray does not start here" if address == "local" else f"the Ray cluster at {address} does not answer"
+        raise IncompleteError(f"{what} ({_first_line(err)}); run again, or work without Ray: --inline") from err
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray sets one of its own, which would end the run at once
             signal.signal(number, handler)

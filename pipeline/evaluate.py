@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +58,10 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     student = load_student(config.checkpoint)
     train, test = load_sets(config, student.spec.image_px, note)
     note(f"{len(train)} images to draw labels from, {len(test)} held out")
-    note_overlap(config, test, note)
     extractors = _extractors(config, train, note)
     numbers = label_counts(config, task, train)
     result = compare.run_probe(task, extractors, train, test, numbers, range(config.seed, config.seed + config.seeds), config.probe, note)
+    result = replace(result, notes=(*result.notes, *overlap_notes(config, test)))
     return Evaluation(result, _write(config, task, result))
 
 
@@ -115,20 +115,19 @@ def label_counts(config: EvalConfig, task: str, train: LabelledSet) -> list[int 
     return [*(num for num in few if num < len(train)), None]
 
 
-def note_overlap(config: EvalConfig, test: LabelledSet, note: Note) -> None:
-    """Say so when held-out images were part of distillation: they had no labels there, but were seen."""
+def overlap_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
+    """What to say when held-out images were part of distillation: they had no labels there, but were seen."""
     plan_url = _dataset_url(config.checkpoint)
     if plan_url is None or config.test_images:
-        return
+        return []
     from dtpipe.manifests.reader import FeatureDataset
 
     try:
         seen = set(FeatureDataset.open(plan_url, allow_incomplete=True).keys)
     except DtpipeError:
-        return
+        return []
     shared = len(seen & set(test.keys))
-    if shared:
-        note(f"{shared} of {len(test)} held-out images have keys of the distillation dataset; are they the same images? give --test-images")
+    return [f"{shared} of the held-out images have keys of the distillation dataset: seen there, without labels"] if shared else []
 
 
 def _dataset_url(checkpoint: str) -> str | None:

@@ -22,7 +22,7 @@ from dtpipe.manifests.schema import Manifest, Plan
 from dtpipe.pipeline import figures
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.console import format_bytes
-from dtpipe.pipeline.history import read_commands, rebuild_command
+from dtpipe.pipeline.history import read_commands
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +76,7 @@ def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]
     datasets = _datasets(settings.datasets, leave_out)
     return {
         "title": f"{settings.student.name}, distilled",
-        "subtitle": f"run {run.resolve().name} · features from {', '.join(settings.datasets)}",
+        "subtitle": f"{run} · features from {', '.join(settings.datasets)}",
         "facts": _facts(settings, metrics),
         "scores": _scores(run),
         "curves": _curves(metrics),
@@ -155,12 +155,13 @@ def _scores(run: Path) -> list[dict[str, Any]]:
             cells.setdefault(summary["extractor"], {})[summary["num_labelled"]] = (summary["mean"], summary["std"] or 0.0)
         rows = {name: [by_num.get(num) for num in numbers] for name, by_num in cells.items()}
         seeds = max(summary["num_seeds"] for summary in best)
+        spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
         found.append(
             {
                 "title": f"{document['task']}: {document['metric']}",
                 "numbers": [f"{num} labelled" for num in numbers],
                 "rows": {name: [_cell(cell, seeds) for cell in row] for name, row in rows.items()},
-                "caption": f"{document['num_test']} held-out images; {seeds} seed{'s' if seeds > 1 else ''}. {' '.join(document['notes'])}",
+                "caption": " ".join([f"{document['num_test']} held-out images; {spread}.", *(f"{note}." for note in document["notes"])]),
                 "figure": Markup(figures.scores(path.stem, numbers, rows, document["metric"])),
             }
         )
@@ -212,7 +213,6 @@ def _samples(config: ReportConfig, leave_out: Callable[[str, DtpipeError], None]
 
 def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]) -> list[dict[str, Any]]:
     from dtpipe.manifests.reader import FeatureDataset
-    from dtpipe.pipeline.commands.extract import FLAGS
 
     shown = []
     for url in urls:
@@ -221,13 +221,13 @@ def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]
         except DtpipeError as err:
             leave_out(f"dataset {url}", err)
             continue
-        settings = dataset.plan.provenance.get("config")
+        provenance = dataset.plan.provenance
         shown.append(
             {
                 "url": url,
                 "facts": _dataset_facts(dataset.plan, dataset.manifest),
-                "command": rebuild_command("extract", "extract", settings, FLAGS) if settings else None,
-                "config": yaml.safe_dump({"extract": settings}, sort_keys=False),
+                "command": provenance.get("command"),
+                "config": yaml.safe_dump({"extract": provenance.get("config")}, sort_keys=False),
             }
         )
     return shown

@@ -49,10 +49,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def features(image_folder: Path, teacher: Path, tmp_path: Path) -> Path:
+def features(image_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A feature dataset of eight images, written by the command."""
     out = tmp_path / "features"
-    result = run("extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL)
+    words = ["extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL]
+    monkeypatch.setattr(sys, "argv", ["dtpipe", *map(str, words)])  # what records of commands go by
+    result = run(*words)
     assert result.exit_code == 0, result.output
     return out
 
