@@ -30,13 +30,9 @@ from dtpipe.distill.run_folder import RunFolder, read_metrics
 from dtpipe.distill.stream import FeatureStream, LiveTeacher, StreamSettings
 from dtpipe.distill.student import spec_to_dict
 from dtpipe.distill.timing import StopRequest, Stopwatch, catch_stop_signals
-from dtpipe.manifests.errors import DtpipeError, PlanChangedError, StoppedError
+from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedError
 
 NUM_KEYS_SHOWN = 8
-
-
-class DivergedError(DtpipeError):
-    """The loss or its gradient is not finite; the weights are as before the step."""
 
 
 def train(config: DistillConfig, live: LiveTeacher | None = None, on_progress: OnProgress | None = None, fresh: bool = False) -> RunResult:

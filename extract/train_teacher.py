@@ -24,7 +24,7 @@ from dtpipe.extract.stopping import StopRequest
 from dtpipe.extract.teachers.ddim import alphas_cumprod
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_state import TrainState, resume_or_start, save_checkpoint, update_ema
-from dtpipe.manifests.errors import ConfigError, InputError, StoreError
+from dtpipe.manifests.errors import ConfigError, DivergedError, InputError, StoreError
 from dtpipe.manifests.schema import TransformRecipe
 
 if TYPE_CHECKING:
@@ -122,7 +122,10 @@ def _train(
 
 
 def train_step(config: TrainTeacherConfig, state: TrainState, images: NDArray[np.uint8], schedule: Tensor, device: str) -> float:
-    """One step of the simple loss, E |eps - eps_theta(x_t, t)|^2; returns the loss."""
+    """One step of the simple loss, E |eps - eps_theta(x_t, t)|^2; returns the loss.
+
+    Raises: DivergedError when the loss or its gradient is not finite.
+    """
     import torch
     from torch.nn import functional
 
@@ -134,7 +137,12 @@ def train_step(config: TrainTeacherConfig, state: TrainState, images: NDArray[np
     loss = functional.mse_loss(state.unet(noisy, timesteps).sample, noise)
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
-    torch.nn.utils.clip_grad_norm_(state.unet.parameters(), config.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(state.unet.parameters(), config.grad_clip)
+    if not torch.isfinite(loss.detach() + norm):
+        raise DivergedError(
+            f"{config.out}: in step {state.step + 1} the loss is {loss.item():g} and the gradient's norm {norm.item():g}; "
+            "train anew in another --out with a lower train_teacher.lr or a longer train_teacher.warmup_steps"
+        )
     state.optimizer.step()
     state.step += 1
     update_ema(state, min(config.ema_decay, state.step / (state.step + 9)))

@@ -73,6 +73,10 @@ class StoreError(DtpipeError):
     exit_code = 8
 
 
+class DivergedError(DtpipeError):
+    """A loss or its gradient is not finite; the weights are as before the step."""
+
+
 class StoppedError(DtpipeError):
     """A signal asked the run to stop and it did so cleanly."""
 

@@ -19,7 +19,7 @@ from dtpipe.extract.train_config import EXECUTION, TrainTeacherConfig
 from dtpipe.extract.train_export import export_teacher, tile
 from dtpipe.extract.train_state import CHECKPOINT, load_checkpoint, resume_or_start
 from dtpipe.extract.train_teacher import learning_rate, train_step, train_teacher
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError, PlanChangedError, StoppedError
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, DivergedError, InputError, PlanChangedError, StoppedError
 
 TINY = {
     "px": 16,
@@ -268,3 +268,11 @@ def test_execution_settings_are_fields():
 def test_tiles_fill_rows():
     images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     np.testing.assert_array_equal(tile(images)[::2, ::2, 0], [[0, 1], [2, 0]])
+
+
+def test_training_that_diverges_stops_and_writes_no_teacher(config):
+    wild = changed(config, lr=1e30, warmup_steps=0, checkpoint_every=1)
+    with pytest.raises(DivergedError, match=r"in step 2 the loss is .*lower train_teacher\.lr"):
+        train_teacher(wild)
+    assert load_checkpoint(Path(wild.out) / CHECKPOINT)["step"] == 1
+    assert not (Path(wild.out) / "unet").exists()
