@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,27 +118,26 @@ def label_counts(config: EvalConfig, task: str, train: LabelledSet) -> list[int 
 
 def overlap_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
     """What to say when held-out images were part of distillation: they had no labels there, but were seen."""
-    plan_url = _dataset_url(config.checkpoint)
-    if plan_url is None or config.test_images:
+    if config.test_images:
         return []
     from dtpipe.manifests.reader import FeatureDataset
 
-    try:
-        seen = set(FeatureDataset.open(plan_url, allow_incomplete=True).keys)
-    except DtpipeError:
-        return []
+    seen: set[str] = set()
+    for url in _dataset_urls(config.checkpoint):
+        with suppress(DtpipeError):  # a dataset that is gone cannot be compared
+            seen.update(FeatureDataset.open(url, allow_incomplete=True).keys)
     shared = len(seen & set(test.keys))
     return [f"{shared} of the held-out images have keys of the distillation dataset: seen there, without labels"] if shared else []
 
 
-def _dataset_url(checkpoint: str) -> str | None:
+def _dataset_urls(checkpoint: str) -> list[str]:
+    """What a run was trained on; empty for a checkpoint that is no run folder."""
     from dtpipe.distill.run_folder import read_config
 
     try:
-        datasets = read_config(Path(checkpoint)).get("datasets")
+        return [str(url) for url in read_config(Path(checkpoint)).get("datasets") or ()]
     except DtpipeError:
-        return None
-    return str(datasets[0]) if datasets else None
+        return []
 
 
 def _extractors(config: EvalConfig, train: LabelledSet, note: Note) -> list[FeatureExtractor | PerSeed]:
@@ -179,9 +179,9 @@ def _recorded_plan(checkpoint: str) -> Plan | None:
     from dtpipe.manifests.plan import load_plan
     from dtpipe.manifests.storage import Store
 
-    url = _dataset_url(checkpoint)
+    urls = _dataset_urls(checkpoint)
     try:
-        return load_plan(Store(url)) if url else None
+        return load_plan(Store(urls[0])) if urls else None
     except DtpipeError:
         return None
 

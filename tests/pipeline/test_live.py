@@ -6,13 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.noise import draw_noise
+from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.plan import load_plan
-from dtpipe.manifests.schema import Plan
+from dtpipe.manifests.schema import LevelSpec, Plan, ViewSpec
 from dtpipe.manifests.storage import Store
-from dtpipe.pipeline.live import open_teacher
+from dtpipe.pipeline.live import RecipeTeacher, open_teacher
 
 
 @pytest.fixture
@@ -39,3 +42,32 @@ def test_only_the_teacher_of_the_recipe_is_opened(plan: Plan, monkeypatch: pytes
 def test_a_dataset_without_a_record_asks_for_its_teacher(plan: Plan) -> None:
     with pytest.raises(ConfigError, match="--teacher"):
         open_teacher(plan.model_copy(update={"provenance": {}}), {}, "cpu")
+
+
+class EchoTeacher:
+    """Levels that hold image plus noise plus timestep, mirrored where the view is; one tap of the image's size."""
+
+    spec = TeacherSpec("echo", "0" * 64, (4, 4), (TapSpec("l0", 1, 3, "tap"),), 1000, {"forward": (3, -1, -1)})
+
+    def encode(self, images, noise, views):  # type: ignore[no-untyped-def]
+        shown = [(images.flip(-1) if view.flip else images) + noise["forward"][:, idx] + view.timestep for idx, view in enumerate(views)]
+        return {"l0": torch.stack(shown, dim=1)}
+
+
+def test_live_features_belong_to_their_key_draw_and_view(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views mixed within a batch; the reference is the definition, written out for one image at a time."""
+    monkeypatch.setattr("dtpipe.extract.teachers.base.load_teacher", lambda _config, _device: EchoTeacher())
+    level = LevelSpec(name="l0", stride=1, channels=3, height=4, width=4, tap="tap", dtype="float32")
+    teacher = plan.recipe.teacher.model_copy(update={"weights_blake3": "0" * 64})
+    recipe = plan.recipe.model_copy(update={"levels": (level,), "teacher": teacher})
+    opened = RecipeTeacher(recipe, TeacherConfig(path="echo"), "cpu")
+    pixels = torch.randint(0, 256, (4, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    images = pixels.float() / 127.5 - 1
+    keys, draws = ["a.png", "b.png", "c.png", "d.png"], [7, 7, 8, 7]
+    views = [ViewSpec(draw=0, timestep=at, flip=flip) for at, flip in ((50, False), (50, True), (50, True), (150, False))]
+    live = opened.live(images, keys, draws, views)["l0"]
+    assert live.shape == (4, 3, 4, 4)
+    for idx, view in enumerate(views):
+        noise = torch.from_numpy(draw_noise(recipe.noise_seed, keys[idx], draws[idx], "forward", (3, 4, 4)))
+        shown = images[idx].flip(-1) if view.flip else images[idx]
+        torch.testing.assert_close(live[idx], shown + noise + view.timestep)
