@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from dtpipe.extract.train_config import EXECUTION, TrainTeacherConfig
 from dtpipe.manifests.errors import DamagedDataError, PlanChangedError, StoreError
 
@@ -115,13 +117,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch raises many types for a damaged file
         raise DamagedDataError(f"{path}: not a readable checkpoint ({type(err).__name__}); delete it to start again") from err
+    if not isinstance(content, dict):
+        raise DamagedDataError(f"{path}: holds a {type(content).__name__}, no checkpoint of a teacher; name another --out")
     missing = {"config", "unet", "ema", "optimizer", "step", "losses"} - set(content)
     if missing:
         raise DamagedDataError(f"{path}: checkpoint lacks {sorted(missing)}; delete it to start again")
-    return content
+    try:
+        TrainTeacherConfig.model_validate_json(content["config"])
+    except ValidationError as err:
+        where = ".".join(map(str, err.errors()[0]["loc"]))
+        raise DamagedDataError(
+            f"{path}: its settings are not this version's ({where}: {err.errors()[0]['msg']}); delete it to start again"
+        ) from err
+    return dict(content)
 
 
 def _refuse_other_settings(config: TrainTeacherConfig, saved: TrainTeacherConfig, path: Path) -> None:
