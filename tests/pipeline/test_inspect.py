@@ -11,7 +11,7 @@ from PIL import Image
 
 from dtpipe.extract.sources import SourceItem
 from dtpipe.manifests.commit import commit_entry, merge
-from dtpipe.manifests.errors import DamagedDataError, InputError
+from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
 from dtpipe.manifests.listing import build_listing
 from dtpipe.manifests.lock import Lock
 from dtpipe.manifests.plan import plan_digest, start_plan
@@ -197,7 +197,7 @@ def test_damaged_level_is_not_drawn(tmp_path: Path) -> None:
 
 def test_unwritable_picture_names_the_file(url: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match=r"x\.png: cannot be written"):
+    with pytest.raises(StoreError, match=r"x\.png: cannot be written"):
         render_sample(url, "dog/04.png", tmp_path / "file" / "x.png")
 
 
