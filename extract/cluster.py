@@ -20,12 +20,11 @@ from typing import Any
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.placement import Node, WorkerShape, live_nodes, most_workers, place_workers
 from dtpipe.extract.progress import ProgressMeter
-from dtpipe.extract.shard_queue import ShardQueue, Task
+from dtpipe.extract.shard_queue import SHARDS_IN_HAND, ShardQueue, Task
 from dtpipe.extract.stopping import SIGNALS, StopRequest
 from dtpipe.extract.worker import ShardDroppedError, ShardSummary, WorkerContext
 from dtpipe.manifests.errors import DtpipeError, IncompleteError
 
-SHARDS_IN_HAND = 2  # per worker: one in the teacher, one in the writer
 REFRESH_S = 2.0  # between looks at which nodes there are
 TICK_S = 0.5
 PREPARE_CRASHES = 3  # a node on which so many workers died while preparing is left out

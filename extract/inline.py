@@ -7,12 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from dtpipe.extract.progress import ProgressMeter
-from dtpipe.extract.shard_queue import ShardQueue, Task
+from dtpipe.extract.shard_queue import SHARDS_IN_HAND, ShardQueue, Task
 from dtpipe.extract.stopping import StopRequest
 from dtpipe.extract.worker import ShardDroppedError, ShardSummary, ShardWorker, summarize
 from dtpipe.manifests.schema import ShardEntry
 
-SHARDS_IN_HAND = 2  # one in the teacher, one in the writer
 TICK_S = 0.5
 
 

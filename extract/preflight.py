@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
+from dtpipe.extract.shard_queue import SHARDS_IN_HAND
 from dtpipe.manifests.errors import ConfigError, StoreError
 from dtpipe.manifests.plan import bytes_per_sample
 from dtpipe.manifests.schema import Plan, Recipe
 from dtpipe.manifests.storage import Store
 
 PACKAGES = ("dtpipe", "torch", "numpy", "pillow", "diffusers", "numcodecs")  # the ones that the bytes of a dataset may depend on
-SHARDS_IN_HAND = 2  # a worker writes one shard while it encodes the next
 
 
 @dataclass(frozen=True)

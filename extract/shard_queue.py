@@ -14,6 +14,7 @@ from dtpipe.manifests.errors import ConfigError, DtpipeError, ErrorBudgetError, 
 
 FATAL = (ConfigError, ErrorBudgetError, MissingPackageError)  # no other shard would fare better
 LONGEST_PAUSE_S = 60.0
+SHARDS_IN_HAND = 2  # per worker: one in the teacher, one in the writer; it never holds more in memory
 
 
 @dataclass

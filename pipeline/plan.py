@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.shard_queue import SHARDS_IN_HAND
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.plan import bytes_per_sample
 from dtpipe.manifests.schema import LevelSpec, Recipe
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from dtpipe.extract.resolve import Resolved
 
 PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
-SHARDS_IN_HAND = 2  # a worker encodes one shard while it writes another
 
 
 @dataclass(frozen=True)
