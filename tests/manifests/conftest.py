@@ -70,6 +70,15 @@ def toy() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def unbroken(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bytes]]:
+    """The digest and the merged files of a toy dataset that nothing disturbed."""
+    root = tmp_path_factory.mktemp("unbroken")
+    manifest, written = toy.extract(str(root))
+    assert written == [0, 1, 2, 3]
+    return manifest.digest, toy.content_of(root)
+
+
+@pytest.fixture(scope="session")
 def maker() -> ModuleType:
     """`golden/make.py` as a module: writes small datasets whose values follow from names."""
     return _load(Path(__file__).parent.parent / "golden" / "make.py")

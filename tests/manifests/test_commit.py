@@ -1,15 +1,7 @@
 from __future__ import annotations
 
 import io
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 from blake3 import blake3
@@ -25,38 +17,12 @@ from dtpipe.manifests.commit import (
     pending_shards,
     reject_entry,
 )
-from dtpipe.manifests.errors import IncompleteError, LockHeldError, ManifestError, StoreError
+from dtpipe.manifests.errors import IncompleteError, LockHeldError, ManifestError
 from dtpipe.manifests.lock import Lock
 from dtpipe.manifests.plan import plan_digest, start_plan
 from dtpipe.manifests.schema import LevelSpec, ShardRecipe
 from dtpipe.manifests.storage import MissingObjectError, Store
 from dtpipe.manifests.tables import ShardTable, decode_index, decode_table, index_rows
-
-SCRIPT = Path(__file__).with_name("toy_writer.py")
-WRITER_STEPS = (
-    "lock.acquired", "plan.listing", "plan.created", "shard.object:5", "shard.objects:2", "commit.before:3", "commit.after:2",
-    "merge.shards", "merge.index", "merge.before_manifest", "merge.after",
-    *(f"store.temporary:{nth}" for nth in (1, 4, 6, 8, 12, 18)),
-)  # fmt: skip
-
-
-def run_writer(url, spec=""):
-    return subprocess.run([sys.executable, str(SCRIPT), str(url), spec], capture_output=True, text=True, check=False, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def unbroken(toy, tmp_path_factory):
-    """The digest and the merged files of a run that nothing disturbed."""
-    root = tmp_path_factory.mktemp("unbroken")
-    manifest, written = toy.extract(str(root))
-    assert written == [0, 1, 2, 3]
-    return manifest.digest, content_of(root)
-
-
-def content_of(root):
-    """Bytes of all that holds no times: objects and merged tables."""
-    files = [path for path in sorted(root.rglob("*")) if path.suffix in (".bin", ".parquet")]
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture
@@ -256,7 +222,7 @@ def test_objects_changed_after_their_commit_are_sent_back_and_mended(tmp_path, t
     assert store.exists("commits/00001.json.rejected")
     manifest, written = toy.extract(str(tmp_path))
     assert (manifest.digest, written) == (unbroken[0], [1])
-    assert {name: data for name, data in content_of(tmp_path).items() if name != "data/aside"} == unbroken[1]
+    assert {name: data for name, data in toy.content_of(tmp_path).items() if name != "data/aside"} == unbroken[1]
 
 
 def test_objects_written_again_with_equal_bytes_are_not_redone(tmp_path, toy, unbroken):
@@ -293,83 +259,11 @@ def test_rejected_entries_are_all_kept(begun, toy):
 
 def test_merging_again_changes_nothing_but_times(tmp_path, toy):
     first, _ = toy.extract(str(tmp_path))
-    before = content_of(tmp_path)
+    before = toy.content_of(tmp_path)
     second, written = toy.extract(str(tmp_path))
     assert written == []
     assert second.model_copy(update={"provenance": {}}) == first.model_copy(update={"provenance": {}})
-    assert content_of(tmp_path) == before
-
-
-@pytest.mark.parametrize("spec", WRITER_STEPS)
-def test_a_kill_at_each_step_costs_at_most_one_shard(tmp_path, toy, unbroken, spec):
-    killed = run_writer(tmp_path, spec)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert f"fault point {spec.partition(':')[0]}: kill" in killed.stderr
-    committed = len(list((tmp_path / "commits").glob("*.json"))) if (tmp_path / "commits").exists() else 0
-    begun_shards = {path.name[:5] for path in (tmp_path / "data").glob("[0-9]*")} if (tmp_path / "data").exists() else set()
-    assert len(begun_shards) - committed <= 1
-    manifest, written = toy.extract(str(tmp_path))
-    assert manifest.digest == unbroken[0]
-    assert len(written) == 4 - committed
-    assert content_of(tmp_path) == unbroken[1]
-    assert not [path for path in tmp_path.rglob("*.tmp") if path.parent.name != "lock" and ".probe-" not in path.name]
-
-
-def test_kills_in_the_merge_that_sends_back(tmp_path, toy, unbroken):
-    toy.extract(str(tmp_path))
-    for shard_idx in (1, 3):
-        damage_rewritten(Store(tmp_path), f"data/{shard_idx:05d}-0.bin")
-    killed = run_writer(tmp_path, "merge.rejected")
-    assert killed.returncode == -signal.SIGKILL
-    assert len(list((tmp_path / "commits").glob("*.rejected"))) == 1
-    unfinished = run_writer(tmp_path)
-    assert (unfinished.returncode, "sent back" in unfinished.stderr) == (5, True)
-    assert run_writer(tmp_path).stdout.split()[-1] == unbroken[0]
-    assert content_of(tmp_path) == unbroken[1]
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments(tmp_path, toy, unbroken):
-    rng, kills = random.Random(0), 0
-    while (done := run_writer(tmp_path, f"store.temporary:{rng.randint(1, 14)}")).returncode == -signal.SIGKILL:
-        kills += 1
-        if kills == 10:
-            break
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    assert kills >= 5
-    assert toy.extract(str(tmp_path))[0].digest == unbroken[0]
-    assert content_of(tmp_path) == unbroken[1]
-
-
-def stop_at(url, spec, stale_s=60.0):
-    """A writer that has stopped itself at a step."""
-    command = [sys.executable, str(SCRIPT), str(url), spec, str(stale_s)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
-            return process
-        time.sleep(0.02)
-    process.kill()
-    raise AssertionError(f"the writer never stopped at {spec}: {process.communicate()}")
-
-
-@pytest.mark.parametrize("spec", ["shard.object:3", "shard.objects:2", "commit.before:2", "store.temporary:6", "merge.before_manifest:1"])
-def test_a_zombie_that_wakes_after_its_successor_finished_changes_nothing(tmp_path, toy, unbroken, spec):
-    zombie = stop_at(tmp_path, f"{spec}:stop", stale_s=0.3)
-    try:
-        time.sleep(0.5)
-        manifest, _ = toy.extract(str(tmp_path), stale_s=0.1)
-        assert manifest.digest == unbroken[0]
-    finally:
-        os.kill(zombie.pid, signal.SIGCONT)
-    _, stderr = zombie.communicate(timeout=60)
-    # past its last check a writer may still publish: an equal manifest, or an entry that the merge looks at again
-    allowed = {"merge.before_manifest:1": 0, "store.temporary:6": StoreError.exit_code}  # the latter's temporary file was swept
-    assert zombie.returncode == allowed.get(spec, LockHeldError.exit_code), stderr
-    again, written = toy.extract(str(tmp_path))
-    assert (again.digest, written) == (unbroken[0], [])
-    assert content_of(tmp_path) == unbroken[1]
+    assert toy.content_of(tmp_path) == before
 
 
 def test_a_zombie_that_writes_other_bytes_between_commit_and_merge_is_noticed(begun, toy, unbroken):
@@ -382,13 +276,4 @@ def test_a_zombie_that_writes_other_bytes_between_commit_and_merge_is_noticed(be
     assert pending_shards(store, plan) == [2]
     commit_entry(store, toy.write_shard(store, plan, listing, 2, lock.epoch), lock.epoch)
     assert merge(store, plan, lock, {}).digest == unbroken[0]
-    assert content_of(store.local) == unbroken[1]
-
-
-def test_two_writers_at_once_are_one(tmp_path, unbroken):
-    first = stop_at(tmp_path, "shard.object:3:stop")
-    second = run_writer(tmp_path)  # the first one's heartbeat is fresh
-    os.kill(first.pid, signal.SIGCONT)
-    stdout, stderr = first.communicate(timeout=60)
-    assert (second.returncode, "LockHeldError" in second.stderr) == (2, True), second.stderr
-    assert (first.returncode, stdout.split()[-1]) == (0, unbroken[0]), stderr
+    assert toy.content_of(store.local) == unbroken[1]
