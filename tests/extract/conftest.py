@@ -95,9 +95,9 @@ class Runs:
         self._process.stdin.flush()
         return self._read()
 
-    def start(self, config: ExtractConfig, fault: str = "", action: str = "extract") -> int:
-        """Begin a run; returns its process id."""
-        pid = self._ask(action=action, config=config.model_dump(mode="json"), fault=fault, folder=str(self._folder))
+    def start(self, config: ExtractConfig, fault: str = "", action: str = "extract", sync: bool = False) -> int:
+        """Begin a run; returns its process id. With `sync` it writes at the pace of a disk, and so can be killed in between."""
+        pid = self._ask(action=action, config=config.model_dump(mode="json"), fault=fault, folder=str(self._folder), sync=sync)
         return int(pid)
 
     def wait(self, pid: int) -> int:

@@ -1,7 +1,8 @@
 """Forks a run per request: torch is imported once here, never used here, and each child starts in milliseconds.
 
-Requests are JSON lines on stdin, answers JSON lines on stdout: {action: extract | repair, config, fault, folder} gives the
-child's process id, {action: wait, pid} its exit code. A child writes folder/PID.json and, as its stderr, folder/PID.log.
+Requests are JSON lines on stdin, answers JSON lines on stdout: {action: extract | repair, config, fault, folder, sync}
+gives the child's process id, {action: wait, pid} its exit code. A child writes folder/PID.json and, as its stderr,
+folder/PID.log. Without `sync` nothing is synced to disk, which no killed process can notice.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = (
-    *("torch", "diffusers", "pyarrow.parquet", "pyarrow.dataset", "ray", "dtpipe.extract.run", "dtpipe.extract.worker", "dtpipe.extract.inline"),
-    *("dtpipe.extract.cluster", "dtpipe.extract.actor", "dtpipe.extract.teachers.diffusion", "dtpipe.manifests.verify"),
+    *("torch", "diffusers", "pyarrow.parquet", "pyarrow.dataset", "ray", "dtpipe.extract.run", "dtpipe.extract.worker"),
+    *("dtpipe.extract.inline", "dtpipe.extract.cluster", "dtpipe.extract.actor", "dtpipe.extract.teachers.diffusion"),
+    "dtpipe.manifests.verify",
 )
 
 
@@ -61,6 +63,8 @@ def _run(request: dict[str, Any]) -> None:
     from dtpipe.manifests.verify import repair
 
     os.setpgid(0, 0)
+    if not request["sync"]:
+        os.fsync = lambda _: None
     stem = Path(request["folder"]) / str(os.getpid())
     log = os.open(f"{stem}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)

@@ -138,7 +138,7 @@ def test_twenty_random_kills_of_an_inline_run(config: Make, runs: Any, unbroken:
     midway = 0
     for number in range(20):
         settings = config(out=str(tmp_path / f"killed{number}"))
-        pid = runs.start(settings)
+        pid = runs.start(settings, sync=True)
         _wait_for(lambda out=settings.out: begun_shards(out))
         time.sleep(rng.uniform(0, 0.8 * window_s))
         os.kill(pid, signal.SIGKILL)
@@ -150,7 +150,7 @@ def test_twenty_random_kills_of_an_inline_run(config: Make, runs: Any, unbroken:
 
 def _writing_seconds(settings: ExtractConfig, runs: Any) -> float:
     """Seconds between the first object and the last commit of an unbroken run."""
-    pid = runs.start(settings)
+    pid = runs.start(settings, sync=True)
     _wait_for(lambda: begun_shards(settings.out))
     started_s = time.monotonic()
     _wait_for(lambda: len(done_shards(settings.out)) == NUM_SHARDS)
@@ -206,7 +206,7 @@ def test_second_extract_is_refused_and_a_stale_lock_is_taken_over(config: Make, 
 def test_signal_stops_an_inline_run_cleanly(number: int, exit_code: int, config: Make, runs: Any, unbroken: Any) -> None:
     digest = unbroken("zarr")
     settings = config()
-    pid = runs.start(settings)
+    pid = runs.start(settings, sync=True)
     _wait_for(lambda: done_shards(settings.out))
     os.kill(pid, number)
     assert runs.wait(pid) == 0
