@@ -1,7 +1,7 @@
 """Settings of `dtpipe extract`, one pydantic model.
 
 A field either belongs to the recipe (it changes the content of the dataset; another value into the same output is
-refused) or to execution (it may change between runs of the same dataset); `EXECUTION` names the latter.
+refused) or to execution (it may change between runs of the same dataset); `make_recipe` says which it reads.
 """
 
 from __future__ import annotations
@@ -96,9 +96,3 @@ class ExtractConfig(StrictModel):
         if isinstance(self.max_bad, float) and self.max_bad > 1:
             raise ValueError(f"extract.max_bad is {self.max_bad}; write a count as an integer and a share as a fraction up to 1")
         return self
-
-
-EXECUTION = frozenset(
-    {"images", "out", "inline", "workers", "gpus_per_worker", "cpus_per_worker", "decode_threads", "ray_address", "retries"}
-    | {"shard_deadline_s", "worker_wait_s", "stop_grace_s", "lock_stale_s", "max_bad"}
-)
