@@ -4,7 +4,7 @@ Each setting encodes the same images with the same noise; its error against the 
 difference over the largest value of the sample: in the teacher's own float32, and after rounding to the stored dtype,
 which is what `dtpipe verify --level recompute` compares with its tolerance.
 
-    python benchmarks/batch_invariance.py --images DIR --teacher DIR [--out-json FILE]
+    python benchmarks/batch_invariance.py [--images DIR] [--teacher DIR] [--out-json FILE]
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from dtpipe.extract.preflight import package_versions
 from dtpipe.extract.resolve import Resolved, resolve_recipe
 from dtpipe.manifests.schema import Recipe
 from dtpipe.manifests.verify import relative_error
+from dtpipe.pipeline.demo.scenes import write_scenes
 
+NUM_SCENES = 256
 Features = Mapping[str, NDArray[np.float32]]
 
 
@@ -86,7 +88,7 @@ def measure(config: ExtractConfig, batch_sizes: list[int], threads: list[int]) -
 def main() -> int:
     """Parse, measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="image source")
+    parser.add_argument("--images", help="image source; default: 256 digit scenes")
     parser.add_argument("--teacher", help="teacher folder; default: a small UNet with random weights")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 3, 8, 32])
@@ -95,8 +97,9 @@ def main() -> int:
     parser.add_argument("--out-json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        images = args.images or str(write_scenes(Path(folder) / "scenes", NUM_SCENES, seed=0))
         teacher = args.teacher or str(write_random_teacher(Path(folder) / "teacher"))
-        fields = {"images": args.images, "out": f"{folder}/features", "teacher": {"path": teacher}, "noise": {"timesteps": [50]}}
+        fields = {"images": images, "out": f"{folder}/features", "teacher": {"path": teacher}, "noise": {"timesteps": [50]}}
         config = ExtractConfig.model_validate({**fields, "limit": args.limit, "device": args.device, "inline": True})
         report = json.dumps(measure(config, args.batch_sizes, args.threads), indent=2)
     print(report)

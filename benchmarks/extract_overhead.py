@@ -4,7 +4,7 @@ The bare loop runs before and after the extraction, on the same device, threads,
 noise ready in memory; its two speeds show how steady the machine was. The extraction's speed counts from when the
 first worker is ready, so that loading the teacher is left out of both.
 
-    python benchmarks/extract_overhead.py --images DIR --teacher DIR --batch-size 32 [--ray] [--out-json FILE]
+    python benchmarks/extract_overhead.py [--images DIR] [--teacher DIR] [--batch-size 32] [--ray] [--out-json FILE]
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from dtpipe.extract.preflight import package_versions
 from dtpipe.extract.resolve import Resolved, resolve_recipe
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.pipeline.demo.scenes import write_scenes
+
+NUM_SCENES = 256
 
 
 def bare_img_s(resolved: Resolved, seconds: float) -> float:
@@ -75,7 +78,7 @@ def measure(config: ExtractConfig, seconds: float) -> dict[str, Any]:
 def main() -> int:
     """Parse, measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="image source")
+    parser.add_argument("--images", help="image source; default: 256 digit scenes")
     parser.add_argument("--teacher", help="teacher folder; default: a small UNet with random weights")
     parser.add_argument("--px", type=int, help="image side in px; default: the teacher's")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -91,10 +94,11 @@ def main() -> int:
     parser.add_argument("--out-json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        images = args.images or str(write_scenes(Path(folder) / "scenes", NUM_SCENES, seed=0))
         teacher = args.teacher or str(write_random_teacher(Path(folder) / "teacher", args.px or 64))
         config = ExtractConfig.model_validate(
             {
-                "images": args.images,
+                "images": images,
                 "out": f"{folder}/features",
                 "teacher": {"path": teacher, "dtype": args.dtype},
                 "transform": {"px": args.px},

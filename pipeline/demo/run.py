@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -137,15 +138,18 @@ class _Demo:
         started = time.monotonic()
         stdout = sys.stderr if self.console.as_json else None
         with subprocess.Popen([sys.executable, "-m", "dtpipe.pipeline.cli", *args], stdout=stdout) as process:
+            before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
             try:
                 code = process.wait()
             except KeyboardInterrupt:  # the terminal sends it to the command as well
                 process.wait()
                 raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
         self.result.seconds[args[0]] = time.monotonic() - started
         if code:
             error = DemoStepError(f"the demo stopped at `dtpipe {args[0]}`, which exited with {code}; its message stands above")
-            error.exit_code = code
+            error.exit_code = code if code > 0 else 128 - code  # a command that a signal ended has its negative number
             raise error
 
     def _finish(self, task: str) -> DemoResult:
