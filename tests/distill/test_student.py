@@ -72,7 +72,7 @@ def test_micro_batches_of_one_need_a_model_without_batch_norm(tmp_path):
     levels = [level_spec("l2", 4, 4)]
     with pytest.raises(ConfigError, match="batch norm"):
         build_distiller(tiny_config(tmp_path, micro_batch=1), levels, (32, 32))
-    free = tiny_config(tmp_path, micro_batch=1, student={"name": "convnext_atto"}, regressor={"norm": "group", "width": 8})
+    free = tiny_config(tmp_path, micro_batch=1, student={"name": "test_convnext"}, regressor={"norm": "group", "width": 8})
     build_distiller(free, levels, (32, 32))
 
 

@@ -12,7 +12,7 @@ from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.supervised import _flip, _steps, run_supervised, train_supervised
 from dtpipe.distill.student import StudentSpec
 
-SPEC = StudentSpec("resnet10t", 4, (32, 32))
+SPEC = StudentSpec("test_resnet", 4, (32, 32))
 
 
 def bright_halves(num: int, seed: int) -> LabelledSet:
@@ -29,7 +29,7 @@ def bright_halves(num: int, seed: int) -> LabelledSet:
 
 def test_both_heads_learn_and_stand_in_one_table() -> None:
     train, test = bright_halves(16, 0), bright_halves(12, 1)
-    config = SupervisedConfig(steps=25, batch_size=8, lr=3e-3)
+    config = SupervisedConfig(steps=60, batch_size=8, lr=3e-3)
     for task in ("probe", "readout"):
         supervised = run_supervised(task, SPEC, train, test, [8], [0], config)
         probed = run_probe(task, [raw_pixels()], train, test, [8], [0])
