@@ -73,7 +73,9 @@ class DistillConfig(StrictModel):
         default=None, ge=0, description="Linear warm-up; default: a fifth of the epochs, the paper's 20 of 100."
     )
     warmup_steps: int | None = Field(default=None, ge=0, description="Warm-up in optimiser steps instead of epochs.")
-    clip_grad: float | None = Field(default=None, gt=0, description="Largest gradient norm; default: no clipping.")
+    clip_grad: float | None = Field(
+        default=None, gt=0, description="Largest gradient norm; default: no clipping, beyond that to 1 which is part of LAMB."
+    )
     flip: bool | None = Field(default=None, description="Horizontal flips, from stored flipped views; default: when there are any.")
     reencode: float = Field(default=0.0, ge=0, le=1, description="Share of samples whose features the live teacher makes anew.")
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Keep an exponential moving average of the student.")
