@@ -60,7 +60,6 @@ def command(call: Call, fresh: bool) -> None:
         return
     from dtpipe.distill.trainer import train
 
-    call.console.note(f"learning rate {config.peak_lr:g} for batches of {config.batch_size}")
     live = _live_teacher(config, (call.document.get("extract") or {}).get("teacher") or {}) if config.reencode else None
     with ProgressLine("distill") as line:
         result = train(config, live, on_progress=lambda progress: _show(line, progress), fresh=fresh)
@@ -88,7 +87,7 @@ def _show(line: ProgressLine, progress: TrainProgress) -> None:
 
 def _print_result(console: Console, result: RunResult) -> None:
     shares = ", ".join(f"{share:.0%} {name}" for name, share in result.shares.items())
-    done = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples"
+    done = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples, peak learning rate {result.peak_lr:g}"
     resumed = f", from step {result.resumed_step}" if result.resumed_step else ""
     console.pairs(
         {
