@@ -71,6 +71,8 @@ def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gp
         "keys_blake3": None if config.keys is None else blake3_hex("\n".join(_read_keys(config.keys)).encode()),
     }
     device = _device(config, stored, cluster_has_gpus)
+    if config.inline and device == "cuda":
+        _require_gpu()
     teacher = load_teacher(config.teacher, device if config.inline else "cpu")
     return Resolved(config, make_recipe(config, teacher.spec, source.kind, device), teacher, source, selection, listed)
 
@@ -178,6 +180,13 @@ def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: Call
 
         has_gpus = torch.cuda.is_available()
     return "cuda" if has_gpus else "cpu"
+
+
+def _require_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("the dataset is to be made with device cuda and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu")
 
 
 def _sides(px: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -37,7 +37,7 @@ Note = Callable[[str], None]
 def write_report(config: ReportConfig, note: Note) -> Path:
     """Write the page and return where it is.
 
-    Raises: InputError when `run` holds no run; StoreError when the page cannot be written.
+    Raises: InputError when `run` holds no run, TeacherError when `teacher` is none; StoreError when the page cannot be written.
     """
     run = Path(config.run)
     context = build_context(run, config, note)
@@ -82,7 +82,7 @@ def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]
         "curves": _curves(metrics),
         "curves_caption": _curves_caption(metrics),
         "maps": _maps(run, settings, config, leave_out),
-        "samples": _samples(config, leave_out),
+        "samples": _samples(config),
         "commands": [*(each["command"] for each in datasets if each["command"]), *(each["command"] for each in read_commands(run))],
         "datasets": datasets,
         "config": yaml.safe_dump({"distill": settings.model_dump(mode="json")}, sort_keys=False),
@@ -189,7 +189,7 @@ def _maps(run: Path, settings: DistillConfig, config: ReportConfig, leave_out: C
     return {"images": images, "errors": shown.errors}
 
 
-def _samples(config: ReportConfig, leave_out: Callable[[str, DtpipeError], None]) -> Any:
+def _samples(config: ReportConfig) -> Any:
     if config.teacher is None:
         return None
     from dtpipe.extract.config import TeacherConfig
@@ -197,11 +197,7 @@ def _samples(config: ReportConfig, leave_out: Callable[[str, DtpipeError], None]
     from dtpipe.pipeline.feature_maps import tile
     from dtpipe.pipeline.live import pick_device
 
-    try:
-        teacher: Any = load_teacher(TeacherConfig(path=config.teacher), pick_device("auto"))
-    except DtpipeError as err:
-        leave_out("samples of the teacher", err)
-        return None
+    teacher: Any = load_teacher(TeacherConfig(path=config.teacher), pick_device("auto"))
     if not hasattr(teacher, "sample"):
         return None
     images = np.asarray(teacher.sample(config.num_samples, config.seed, config.sample_steps))
