@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 Vector = npt.NDArray[np.float64]
@@ -101,5 +102,6 @@ def _minimise(
     start = torch.cat([torch.linalg.solve(units, weight, left=False), bias[:, None]], dim=1).flatten().cpu().double().numpy()
     precise = features.dtype == torch.float64
     options = {"maxiter": max_iter, "gtol": 1e-8 if precise else 1e-5, "ftol": 1e-13 if precise else 1e-7}
-    with torch.no_grad():
+    # scipy's BLAS and torch each keep threads that spin while waiting; on few cores they take turns at starving each other.
+    with torch.no_grad(), threadpool_limits(1, user_api="blas"):
         return unpack(minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x)
