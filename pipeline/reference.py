@@ -18,7 +18,8 @@ WIDTH = 110
 
 def help_text(name: str) -> str:
     """The help page of one command, as a wide terminal shows it."""
-    group = click.Context(main, info_name="dtpipe", max_content_width=WIDTH, terminal_width=WIDTH)
+    settings = {**main.context_settings, "max_content_width": WIDTH, "terminal_width": WIDTH}  # as `main` itself gives its commands
+    group = click.Context(main, info_name="dtpipe", **settings)
     command = main.get_command(group, name)
     assert command is not None
     context = click.Context(command, info_name=name, parent=group, max_content_width=WIDTH, terminal_width=WIDTH)

@@ -42,7 +42,7 @@ def commands_in(text: str) -> Iterator[list[str]]:
 
 def parse(words: list[str]) -> None:
     """Parse one command line without running it; click raises on an unknown command, flag or choice."""
-    group = click.Context(main, info_name="dtpipe")
+    group = click.Context(main, info_name="dtpipe", **main.context_settings)
     command = main.get_command(group, words[0])
     assert command is not None, words[0]
     command.make_context(words[0], words[1:], parent=group)
