@@ -10,7 +10,6 @@ which is what `dtpipe verify --level recompute` compares with its tolerance.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import RESULTS, publish, write_random_teacher
 from numpy.typing import NDArray
-from random_teacher import write_random_teacher
 
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.decode import RowReader, StageSeconds
@@ -94,17 +93,14 @@ def main() -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 3, 8, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out-json", type=Path)
+    parser.add_argument("--out-json", type=Path, default=RESULTS / "batch_invariance.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         images = args.images or str(write_scenes(Path(folder) / "scenes", NUM_SCENES, seed=0))
         teacher = args.teacher or str(write_random_teacher(Path(folder) / "teacher"))
         fields = {"images": images, "out": f"{folder}/features", "teacher": {"path": teacher}, "noise": {"timesteps": [50]}}
         config = ExtractConfig.model_validate({**fields, "limit": args.limit, "device": args.device, "inline": True})
-        report = json.dumps(measure(config, args.batch_sizes, args.threads), indent=2)
-    print(report)
-    if args.out_json:
-        args.out_json.write_text(report + "\n")
+        publish(measure(config, args.batch_sizes, args.threads), args.out_json)
     return 0
 
 

@@ -10,7 +10,6 @@ first worker is ready, so that loading the teacher is left out of both.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_teacher import write_random_teacher
+from common import RESULTS, publish, write_random_teacher
 
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import configure_torch, encode_batch, row_noise, stack_noise
@@ -30,7 +29,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.pipeline.demo.scenes import write_scenes
 
-NUM_SCENES = 256
+NUM_SCENES = 2048
 
 
 def bare_img_s(resolved: Resolved, seconds: float) -> float:
@@ -78,7 +77,7 @@ def measure(config: ExtractConfig, seconds: float) -> dict[str, Any]:
 def main() -> int:
     """Parse, measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="image source; default: 256 digit scenes")
+    parser.add_argument("--images", help="image source; default: 2,048 digit scenes")
     parser.add_argument("--teacher", help="teacher folder; default: a small UNet with random weights")
     parser.add_argument("--px", type=int, help="image side in px; default: the teacher's")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -91,7 +90,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--ray", action="store_true", help="one Ray actor instead of in this process")
     parser.add_argument("--seconds", type=float, default=10, help="length of each bare loop")
-    parser.add_argument("--out-json", type=Path)
+    parser.add_argument("--out-json", type=Path, default=RESULTS / "extract_overhead.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         images = args.images or str(write_scenes(Path(folder) / "scenes", NUM_SCENES, seed=0))
@@ -109,10 +108,7 @@ def main() -> int:
                 "workers": 1 if args.ray else None,
             }
         )
-        report = json.dumps(measure(config, args.seconds), indent=2)
-    print(report)
-    if args.out_json:
-        args.out_json.write_text(report + "\n")
+        publish(measure(config, args.seconds), args.out_json)
     return 0
 
 

@@ -1,12 +1,25 @@
-"""A UNet2DModel with random weights, for measuring speed and rounding where weights do not matter."""
+"""What the benchmarks share: where results lie, and a teacher with random weights."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def publish(document: Mapping[str, Any], path: Path) -> None:
+    """Print a result, and keep it as JSON at `path`."""
+    text = json.dumps(document, indent=1, allow_nan=False)
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_random_teacher(path: Path, px: int = 64, width: int = 32) -> Path:
-    """Write a DDPM pipeline folder with levels at strides 4 to 32 and return it."""
+    """Write a DDPM pipeline folder (random weights, for speed and rounding) with levels at strides 4 to 32 and return it."""
     import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
