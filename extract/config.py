@@ -6,7 +6,7 @@ refused) or to execution (it may change between runs of the same dataset); `make
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,7 @@ class TeacherConfig(StrictModel):
     revision: str | None = Field(default=None, description="Commit of a hub repository; needed for hub ids.")
     taps: dict[str, str] | None = Field(default=None, description="Level name to module path; default: found by stride.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="Arithmetic of the forward pass.")
+    options: dict[str, Any] = Field(default={}, description="Settings of the teacher's family (`dtpipe list teachers`).")
 
 
 class NoiseConfig(StrictModel):

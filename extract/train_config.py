@@ -42,6 +42,9 @@ class TrainTeacherConfig(StrictModel):
     grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm.")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Decay per step of the weights' moving average.")
     seed: int = Field(default=0, ge=0, description="Seed of weights, order, timesteps and noise.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Arithmetic of the network in training; bfloat16 is autocast, weights stay float32."
+    )
     max_hours: float | None = Field(default=None, gt=0, description="Stop after so long and write the teacher; the same command goes on.")
     checkpoint_every: int = Field(default=1000, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(default=50, ge=1, description="Steps between lines of metrics.jsonl.")

@@ -134,7 +134,9 @@ def train_step(config: TrainTeacherConfig, state: TrainState, images: NDArray[np
     noisy = kept.sqrt().float().view(-1, 1, 1, 1) * clean + (1 - kept).sqrt().float().view(-1, 1, 1, 1) * noise
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
-    loss = functional.mse_loss(state.unet(noisy, timesteps).sample, noise)
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        predicted = state.unet(noisy, timesteps).sample
+    loss = functional.mse_loss(predicted.float(), noise)
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     norm = torch.nn.utils.clip_grad_norm_(state.unet.parameters(), config.grad_clip)

@@ -1,17 +1,20 @@
 """What a teacher is, and the registry that finds one by kind.
 
-A teacher holds frozen weights in memory and turns images and noise into feature levels. It draws no noise and knows
-no keys: noise comes in as an argument, so that features never depend on batch size, order or machine.
+A teacher holds frozen weights in memory. One that encodes turns images and noise into feature levels; one that
+synthesizes makes images and their features from noise alone. It draws no noise and knows no keys: noise comes in as an
+argument, so that features never depend on batch size, order or machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from dtpipe.manifests.errors import TeacherError
-from dtpipe.manifests.schema import ViewSpec
+from pydantic import ValidationError
+
+from dtpipe.manifests.errors import ConfigError, TeacherError
+from dtpipe.manifests.schema import StrictModel, ViewSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,10 +44,12 @@ class TeacherSpec:
     noise_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Stream name to the shape of one draw; a leading -1, -1 after channels means the image's own height and width."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    synthesizes: bool = False
+    """True for a GAN: it makes its own images, and cannot encode others."""
 
 
 class Teacher(Protocol):
-    """A frozen generative model, loaded on its device."""
+    """A frozen generative model, loaded on its device; one of the two methods raises, `spec.synthesizes` says which."""
 
     spec: TeacherSpec
 
@@ -56,9 +61,44 @@ class Teacher(Protocol):
         """
         ...
 
+    def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images made from noise, and the features they were made through.
+
+        Shapes: noise[stream] (B, *shape) float32 -> images (B, 3, H, W) in [-1, 1], {level: (B, C, h, w)}, on the device.
+        """
+        ...
+
+
+def makes_no_images(kind: str) -> TeacherError:
+    """What `synthesize` of a teacher raises that only encodes."""
+    return TeacherError(f"a {kind} teacher encodes images and makes none; give --images instead of --num-samples")
+
+
+def takes_no_images(kind: str) -> TeacherError:
+    """What `encode` of a teacher raises that only synthesizes."""
+    return TeacherError(f"a {kind} teacher makes its own images and cannot encode others; give --num-samples instead of --images")
+
 
 Loader = Callable[["TeacherConfig", str], Teacher]  # config, device -> teacher
 Matcher = Callable[[str], bool]  # does this path look like one of ours?
+
+
+class NoOptions(StrictModel):
+    """Options of a family that has none."""
+
+
+@dataclass(frozen=True)
+class PublishedTeacher:
+    """One checkpoint that its authors published: `dtpipe list teachers` names it, and its name can stand for its path."""
+
+    name: str
+    url: str
+    licence: str
+    levels: str
+    """Level, stride and channels in short: `l2 256, l3 512, l4 512, l5 1024`."""
+    image_px: tuple[int, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Family options that this file needs."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +110,9 @@ class TeacherKind:
     """One sentence for `dtpipe list teachers`: which files it reads."""
     matches: Matcher
     load: Loader
+    options: type[StrictModel] = NoOptions
+    """What `extract.teacher.options` may hold."""
+    published: tuple[PublishedTeacher, ...] = ()
 
 
 _KINDS: dict[str, TeacherKind] = {}
@@ -104,3 +147,17 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
         f"{config.path}: no teacher family recognises this path; `dtpipe list teachers` says what each reads, "
         f"or name one with -s extract.teacher.kind=..."
     )
+
+
+Options = TypeVar("Options", bound=StrictModel)
+
+
+def parse_options(config: TeacherConfig, model: type[Options]) -> Options:
+    """`extract.teacher.options` as a family's own settings. Raises: ConfigError that names the option."""
+    try:
+        return model.model_validate(config.options)
+    except ValidationError as err:
+        first = err.errors()[0]
+        name = ".".join(("extract.teacher.options", *map(str, first["loc"])))
+        known = ", ".join(model.model_fields) or "none"
+        raise ConfigError(f"{name}: {first['msg']} (found {first['input']!r}); options of this teacher: {known}") from err

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, register_teacher
+from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, makes_no_images, register_teacher
 from dtpipe.extract.teachers.ddim import Schedule, alphas_cumprod, ddim_sample, q_sample, to_pixels
 from dtpipe.extract.teachers.diffusers_files import UNetFiles, find_unet, is_unet_path
 from dtpipe.extract.teachers.weights import load_strictly, read_weights, weights_digest
@@ -63,6 +63,10 @@ class DiffusionTeacher:
                 for name, level in self._levels(noisy, _timestep(view)).items():
                     encoded[name].append(level)
         return {name: torch.stack(levels, dim=1) for name, levels in encoded.items()}
+
+    def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Raises: TeacherError; the paper's diffusion teachers encode."""
+        raise makes_no_images(self.spec.kind)
 
     def noised(self, images: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """x_T of q(x_T | x_0). Shapes: (B, 3, H, W) both -> the same, float32."""

@@ -19,6 +19,7 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.decode import BATCHES_AHEAD, BatchQueue, StageSeconds
 from dtpipe.extract.encode import cast_level
 from dtpipe.extract.resolve import max_bad_samples, resolve_recipe
+from dtpipe.extract.teachers.base import makes_no_images
 from dtpipe.extract.transforms import BadImage
 from dtpipe.extract.worker import ShardDroppedError, ShardWorker, WorkerContext
 from dtpipe.manifests.codec import encode_level
@@ -71,6 +72,9 @@ class Wrapped:
 
     def encode(self, images: torch.Tensor, noise: Mapping[str, torch.Tensor], views: Sequence[Any]) -> dict[str, torch.Tensor]:
         return self._then(self._teacher.encode(images, noise, views))
+
+    def synthesize(self, noise: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        raise makes_no_images("wrapped")
 
 
 def test_shard_is_committed_once_and_not_done_again(open_worker: OpenWorker) -> None:

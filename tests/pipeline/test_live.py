@@ -10,7 +10,7 @@ import torch
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
+from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, makes_no_images
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.plan import load_plan
 from dtpipe.manifests.schema import LevelSpec, Plan, ViewSpec
@@ -52,6 +52,9 @@ class EchoTeacher:
     def encode(self, images, noise, views):  # type: ignore[no-untyped-def]
         shown = [(images.flip(-1) if view.flip else images) + noise["forward"][:, idx] + view.timestep for idx, view in enumerate(views)]
         return {"l0": torch.stack(shown, dim=1)}
+
+    def synthesize(self, noise):  # type: ignore[no-untyped-def]
+        raise makes_no_images("echo")
 
 
 def test_live_features_belong_to_their_key_draw_and_view(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
