@@ -21,9 +21,9 @@ from dtpipe.manifests.shard_writer import ShardArrays
 class CodedBatch:
     """One batch of rows on its way from the device; without `start` it has no features (all rows bad)."""
 
-    def __init__(self, rows: Sequence[IndexRow], images: NDArray[np.uint8]) -> None:
+    def __init__(self, rows: Sequence[IndexRow], images: NDArray[np.uint8] | Tensor) -> None:
         self.rows = list(rows)
-        self.images = images  # [n, H, W, 3], zeros where bad
+        self._images = torch.as_tensor(images)  # (n, H, W, 3), zeros where bad
         self._host: dict[str, tuple[Tensor, Tensor]] = {}
         self._copied: torch.cuda.Event | None = None
 
@@ -32,6 +32,7 @@ class CodedBatch:
 
         Shapes: {level: (B, V, C, h, w)}, B at least the number of rows; the rest is padding.
         """
+        self._images = _copy_to_host(self._images)
         for name, level in features.items():
             coded, fits = cast_level(level[: len(self.rows)], dtypes[name])
             self._host[name] = (_copy_to_host(coded), _copy_to_host(fits))
@@ -45,6 +46,11 @@ class CodedBatch:
         if self._copied is not None:
             self._copied.synchronize()
         return {name: (coded.numpy(), fits.numpy()) for name, (coded, fits) in self._host.items()}
+
+    def images(self) -> NDArray[np.uint8]:
+        """[n, H, W, 3]; valid after `levels`."""
+        images: NDArray[np.uint8] = self._images.numpy()
+        return images
 
 
 def _copy_to_host(values: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ class ShardBuffer:
 
     def take(self, batch: CodedBatch) -> None:
         """Append one batch. A row whose features are not finite in the stored dtype becomes a bad sample, all zeros."""
-        start, levels = len(self.rows), batch.levels()
+        start, levels, images = len(self.rows), batch.levels(), batch.images()
         for idx, index_row in enumerate(batch.rows):
             row = index_row
             unfit = [name for name, (_, fits) in levels.items() if not fits[idx]]
@@ -81,7 +87,7 @@ class ShardBuffer:
             if row.status != "ok":
                 continue
             if self._images is not None:
-                self._images[start + idx] = batch.images[idx]
+                self._images[start + idx] = images[idx]
             for name, (coded, _) in levels.items():
                 self._levels[name][start + idx] = coded[idx]
 

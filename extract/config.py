@@ -66,8 +66,10 @@ class ShardConfig(StrictModel):
 class ExtractConfig(StrictModel):
     """All settings of one extraction."""
 
-    images: str = Field(description="Folder or URL of the images.")
+    images: str | None = Field(default=None, description="Folder, archive or URL of the images.")
+    num_samples: int | None = Field(default=None, ge=1, description="In place of images: so many that the teacher (a GAN) makes itself.")
     out: str = Field(description="Folder or URL of the feature dataset to write.")
+    save_png: str | None = Field(default=None, description="Folder to write the stored images to as PNG files too, when all is done.")
     source: SourceConfig = SourceConfig()
     transform: TransformConfig = TransformConfig()
     teacher: TeacherConfig
@@ -91,6 +93,12 @@ class ExtractConfig(StrictModel):
     stop_grace_s: float = Field(default=60, ge=0, description="After SIGTERM or SIGINT, how long nearly finished shards may take.")
     lock_stale_s: float = Field(default=120, gt=0, description="A lock without a heartbeat for so long is taken over.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the teacher runs.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ExtractConfig:
+        if (self.images is None) == (self.num_samples is None):
+            raise ValueError("give either extract.images, or extract.num_samples for a teacher that makes its own images")
+        return self
 
     @model_validator(mode="after")
     def _max_bad_share(self) -> ExtractConfig:

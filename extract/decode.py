@@ -32,7 +32,7 @@ READ_PAUSE_S = 0.2  # before the second try; four times as long before each furt
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """One row ready for the teacher; `image` and `noise` are None exactly when the index row is bad."""
+    """One row ready for the teacher; a bad one has neither image nor noise, a synthesized one no image yet."""
 
     index: IndexRow
     image: NDArray[np.uint8] | None
@@ -69,14 +69,17 @@ class RowReader:
         """
         started_s = time.perf_counter()
         key, recipe = self.listing.keys[row], self.recipe
+        image_px = (recipe.transform.height, recipe.transform.width)
         found: dict[str, Any] = {"row": row, "key": key, "shard": row // recipe.shard.samples, "label": self.listing.labels[row]}
+        image = None
         try:
-            decoded = decode_image(self._read(key, self.listing.uris[row]), self.max_pixels)
-            found |= {"original_height": decoded.shape[0], "original_width": decoded.shape[1]}
-            image = resize_image(decoded, recipe.transform)
+            if not recipe.synthesized:
+                decoded = decode_image(self._read(key, self.listing.uris[row]), self.max_pixels)
+                found |= {"original_height": decoded.shape[0], "original_width": decoded.shape[1]}
+                image = resize_image(decoded, recipe.transform)
         except BadImage as err:
             return PreparedRow(IndexRow(**found, status=f"bad: {err}"), None, None)
-        noise = row_noise(recipe.noise_seed, key, recipe.views, self.teacher, (recipe.transform.height, recipe.transform.width))
+        noise = row_noise(recipe.noise_seed, key, recipe.views, self.teacher, image_px)
         seconds.add("decode", started_s)
         return PreparedRow(IndexRow(**found), image, noise)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.teachers.base import Teacher, TeacherSpec
-from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.schema import ComputeRecipe, LevelSpec, Recipe, ViewSpec
 
 RowNoise = Mapping[str, NDArray[np.float32]]  # stream -> [K, *shape], one entry per distinct draw
@@ -74,11 +74,11 @@ def encode_batch(
     level_of_tap = {level.tap: level.name for level in teacher.spec.levels}
     encoded = {level.name: features[level_of_tap[level.tap]] for level in levels}
     for level in levels:
-        _check_shape(encoded[level.name], level, (len(images), len(views)))
+        check_shape(encoded[level.name], level, (len(images), len(views)))
     return encoded
 
 
-def _check_shape(features: Tensor, level: LevelSpec, leading: tuple[int, int]) -> None:
+def check_shape(features: Tensor, level: LevelSpec, leading: tuple[int, int]) -> None:
     """The teacher must give the recipe's shape, or everything stored would be mislabelled."""
     expected = (*leading, level.channels, level.height, level.width)
     if tuple(features.shape) != expected:
@@ -110,6 +110,8 @@ def encode_rows(
     Shapes: images [N, H, W, 3] uint8 -> {level: (N, V, C, h, w)} on the device, in the teacher's output dtype.
     """
     views = recipe.views if views is None else views
+    if recipe.synthesized:
+        return _synthesized_rows(teacher, recipe, keys, views, device)
     size = recipe.compute.batch_size
     parts: dict[str, list[Tensor]] = {level.name: [] for level in recipe.levels}
     for start in range(0, len(keys), size):
@@ -120,6 +122,15 @@ def encode_rows(
         for name, features in encoded.items():
             parts[name].append(features[: len(noise)])
     return {name: torch.cat(features) for name, features in parts.items()}
+
+
+def _synthesized_rows(teacher: Teacher, recipe: Recipe, keys: Sequence[str], views: Sequence[ViewSpec], device: str) -> dict[str, Tensor]:
+    """Features of a synthesized dataset follow from its keys; another view of the same image there is none."""
+    from dtpipe.extract.synthesize import synthesize_rows
+
+    if tuple(views) != recipe.views:
+        raise ConfigError("the dataset is synthesized: its images have no other noise draws or flips, so nothing can be encoded again")
+    return synthesize_rows(teacher, recipe, keys, device)[1]
 
 
 def stack_noise(noise: Sequence[RowNoise | None], spec: TeacherSpec, batch_size: int) -> dict[str, NDArray[np.float32]]:

@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.sources import Source, open_source
-from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherSpec, load_teacher
+from dtpipe.extract.sources import Source
+from dtpipe.extract.sources.synthesized import open_images
+from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherSpec, load_teacher, makes_no_images, takes_no_images
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.listing import Listing, build_listing
 from dtpipe.manifests.plan import bytes_per_sample, find_plan, shard_samples_for
 from dtpipe.manifests.schema import (
+    SYNTHESIZED,
     CodecRecipe,
     ComputeRecipe,
     LevelSpec,
+    Order,
     Recipe,
     ShardRecipe,
     SourceRecipe,
@@ -64,11 +67,12 @@ def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gp
     plan = find_plan(Store(config.out), fresh)
     stored = plan.recipe if plan else None
     kind = stored.source.kind if stored and config.source.kind == "auto" else config.source.kind
-    source = open_source(config.images, kind)
+    source = open_images(config.images, config.num_samples, kind)
     listed = None if stored else _list_source(config, source)
     selection = {
         "limit": config.limit,
         "keys_blake3": None if config.keys is None else blake3_hex("\n".join(_read_keys(config.keys)).encode()),
+        **({"num_samples": config.num_samples} if config.num_samples else {}),
     }
     device = _device(config, stored, cluster_has_gpus)
     if config.inline and device == "cuda":
@@ -79,21 +83,31 @@ def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gp
 
 def _list_source(config: ExtractConfig, source: Source) -> Listing:
     keys = None if config.keys is None else _read_keys(config.keys)
-    return build_listing(source.list(), config.source.order, config.source.seed, config.limit, keys)
+    return build_listing(source.list(), _order(config, source.kind), config.source.seed, config.limit, keys)
+
+
+def _order(config: ExtractConfig, source_kind: str) -> Order:
+    """Synthesized samples are independent draws, so they stay in the order of their numbers."""
+    return "container" if source_kind == SYNTHESIZED else config.source.order
 
 
 def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, device: str) -> Recipe:
     """The recipe that settings and a teacher give. Raises: ConfigError when they do not fit each other."""
     image_px = _sides(config.transform.px) or spec.image_px
+    check_role(spec, source_kind, image_px)
     student_px = _sides(config.student_px) or image_px
     levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
     views = make_views(config, spec)
     samples = config.shard.samples or shard_samples_for(bytes_per_sample(levels, len(views), image_px))
     transform = config.transform
     return Recipe(
-        source=SourceRecipe(kind=source_kind, order=config.source.order, seed=config.source.seed),
+        source=SourceRecipe(kind=source_kind, order=_order(config, source_kind), seed=config.source.seed),
         transform=TransformRecipe(
-            resize=transform.resize, height=image_px[0], width=image_px[1], filter=transform.filter, antialias=transform.antialias
+            resize="none" if spec.synthesizes else transform.resize,
+            height=image_px[0],
+            width=image_px[1],
+            filter=transform.filter,
+            antialias=transform.antialias,
         ),
         student_px=student_px,
         teacher=TeacherRecipe(kind=spec.kind, weights_blake3=spec.weights_blake3, options=dict(spec.options)),
@@ -112,6 +126,8 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
     Raises: ConfigError for a timestep that the teacher does not have, or one given twice.
     """
     noise = config.noise
+    if spec.synthesizes and (noise.draws > 1 or noise.flips):
+        raise ConfigError("a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples")
     timesteps: tuple[int | None, ...] = noise.timesteps
     if spec.num_timesteps is None:
         timesteps = (None,)
@@ -123,6 +139,18 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
         )
     flips = (False, True) if noise.flips else (False,)
     return tuple(ViewSpec(draw=draw, timestep=step, flip=flip) for step in timesteps for draw in range(noise.draws) for flip in flips)
+
+
+def check_role(spec: TeacherSpec, source_kind: str, image_px: tuple[int, int]) -> None:
+    """A teacher that synthesizes needs numbered samples, one that encodes needs images. Raises: ConfigError, TeacherError."""
+    if spec.synthesizes and source_kind != SYNTHESIZED:
+        raise takes_no_images(spec.kind)
+    if not spec.synthesizes and source_kind == SYNTHESIZED:
+        raise makes_no_images(spec.kind)
+    if spec.synthesizes and image_px != spec.image_px:
+        raise ConfigError(
+            f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher makes {spec.image_px[0]}x{spec.image_px[1]} px"
+        )
 
 
 def stored_levels(
@@ -154,8 +182,8 @@ def _stored_level(tap: TapSpec, image_px: tuple[int, int], student_px: tuple[int
 def with_whole_paths(config: ExtractConfig) -> ExtractConfig:
     """The settings with paths that mean the same in other folders: of workers, and of those who read the record later."""
     teacher = config.teacher.model_copy(update={"path": whole_path(config.teacher.path)})
-    keys = None if config.keys is None else whole_path(config.keys)
-    return config.model_copy(update={"images": whole_path(config.images), "teacher": teacher, "keys": keys})
+    keys, images = (None if path is None else whole_path(path) for path in (config.keys, config.images))
+    return config.model_copy(update={"images": images, "teacher": teacher, "keys": keys})
 
 
 def whole_path(path: str) -> str:

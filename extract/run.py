@@ -152,6 +152,7 @@ class _Extraction:
         context = WorkerContext(
             out=self.store.url,
             images=self.config.images,
+            num_samples=self.config.num_samples,
             source_kind=plan.recipe.source.kind,
             teacher=self.config.teacher,
             device=plan.recipe.compute.device,

@@ -23,7 +23,8 @@ from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.decode import BatchQueue, PreparedRow, RowReader, StageSeconds
 from dtpipe.extract.encode import configure_torch, encode_batch, stack_noise
 from dtpipe.extract.progress import BadSample
-from dtpipe.extract.sources import open_source
+from dtpipe.extract.sources.synthesized import open_images
+from dtpipe.extract.synthesize import synthesize_batch
 from dtpipe.extract.teachers.base import Teacher, load_teacher
 from dtpipe.manifests.commit import commit_entry, commit_name, load_entry
 from dtpipe.manifests.errors import ErrorBudgetError, TeacherError
@@ -47,12 +48,13 @@ class WorkerContext:
     """All that a worker needs besides what the dataset's plan says; small, and travels to Ray workers."""
 
     out: str
-    images: str
+    images: str | None
     source_kind: str
     teacher: TeacherConfig
     device: str
     epoch: int
     max_bad: int  # bad samples that the whole dataset may have
+    num_samples: int | None = None  # in place of images
     decode_threads: int = 2
     max_pixels: int = 128_000_000
     fault: str | None = None  # armed fault hook, `name` or `name:n`
@@ -121,7 +123,7 @@ class ShardWorker:
         configure_torch(self.recipe.compute)
         self.teacher = teacher if teacher is not None else load_teacher(context.teacher, context.device)
         check_weights(self.teacher, self.recipe, context.teacher.path)
-        source = open_source(context.images, context.source_kind)
+        source = open_images(context.images, context.num_samples, context.source_kind)
         self.reader = RowReader(
             source, read_listing(self.store, self.plan.listing_blake3), self.recipe, self.teacher.spec, context.max_pixels
         )
@@ -181,14 +183,19 @@ class ShardWorker:
     def _encode_batch(self, batch: Sequence[PreparedRow], dtypes: Mapping[str, str]) -> CodedBatch:
         """Start one batch on the device. Bad rows and padding are zeros, so that a row's place never matters."""
         recipe, size = self.recipe, self.recipe.compute.batch_size
+        rows, device = [row.index for row in batch], self.context.device
+        noise = stack_noise([row.noise for row in batch], self.teacher.spec, size)
+        if recipe.synthesized:
+            made, features = synthesize_batch(self.teacher, recipe, noise, device)
+            coded = CodedBatch(rows, made[: len(batch)])
+            coded.start(features, dtypes)
+            return coded
         images = np.zeros((size, recipe.transform.height, recipe.transform.width, 3), np.uint8)
         for idx, row in enumerate(batch):
             if row.image is not None:
                 images[idx] = row.image
-        coded = CodedBatch([row.index for row in batch], images[: len(batch)])
+        coded = CodedBatch(rows, images[: len(batch)])
         if any(row.image is not None for row in batch):
-            noise = stack_noise([row.noise for row in batch], self.teacher.spec, size)
-            device = self.context.device
             features = encode_batch(self.teacher, images, noise, levels=recipe.levels, views=recipe.views, device=device)
             coded.start(features, dtypes)
         return coded

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT: Final = "dtpipe-features/1"
+SYNTHESIZED: Final = "synthesized"  # source kind of images that the teacher makes itself
 IMAGE = "image"  # name of the array that holds the stored images
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="blake3, 64 hexadecimal digits.")]
@@ -111,6 +112,11 @@ class Recipe(StrictModel):
     codec: CodecRecipe = CodecRecipe()
     shard: ShardRecipe
     compute: ComputeRecipe
+
+    @property
+    def synthesized(self) -> bool:
+        """True when the teacher made the images too."""
+        return self.source.kind == SYNTHESIZED
 
 
 class Plan(StrictModel):

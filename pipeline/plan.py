@@ -107,9 +107,13 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
 
 def _probe_images(resolved: Resolved, num: int) -> tuple[NDArray[np.uint8], list[str], float]:
     """The first good images of the listing, their keys, and the seconds per image it took to prepare them."""
+    from dtpipe.extract.synthesize import synthesize_rows
     from dtpipe.extract.transforms import BadImage, decode_image, resize_image
 
     listing, recipe = resolved.listing, resolved.recipe
+    if recipe.synthesized:
+        keys = list(listing.keys[:num])
+        return synthesize_rows(resolved.teacher, recipe, keys, recipe.compute.device)[0].cpu().numpy(), keys, 0.0
     images: list[NDArray[np.uint8]] = []
     keys: list[str] = []
     started = time.perf_counter()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 FLAGS = (
     Flag("--images", "extract.images", "URL"),
+    Flag("--num-samples", "extract.num_samples", "N"),
+    Flag("--save-png", "extract.save_png", "DIR"),
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
     Flag("--out", "extract.out", "URL"),
     Flag("--revision", "extract.teacher.revision", "COMMIT"),
@@ -34,6 +36,7 @@ FLAGS = (
 )
 EXAMPLE = """
 dtpipe extract --images photos/ --teacher teacher/ --out features/
+dtpipe extract --num-samples 50000 --teacher network-snapshot.pkl --out features/ --save-png images/
 dtpipe extract -c imagenet --images s3://bucket/photos --teacher adm256/ --out s3://bucket/features
 """
 SHOWN_BAD = 10
@@ -59,6 +62,11 @@ def command(call: Call, fresh: bool) -> None:
 
     with ProgressLine("extract") as line:
         result = run_extraction(config, ProgressText(call.console, line), fresh, command_line())
+    if config.save_png is not None:
+        from dtpipe.pipeline.save_images import save_images
+
+        num = save_images(result.url, config.save_png)
+        call.console.note(f"wrote {num} images to {config.save_png}")
     _print_result(call.console, result)
 
 

@@ -231,7 +231,7 @@ def test_reading_is_tried_again_before_the_shard_fails(open_worker: OpenWorker, 
 
 def test_unreadable_sample_is_bad_and_named(open_worker: OpenWorker) -> None:
     class Gone:
-        def read(self, uri: str) -> bytes:  # noqa: ARG002
+        def read(self, uri: str) -> bytes:
             raise BadImage("unreadable: No such file or directory")
 
     worker = open_worker(max_bad=8)

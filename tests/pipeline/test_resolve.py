@@ -98,8 +98,8 @@ def test_unknown_key_in_a_file_names_file_and_near_match(tmp_path: Path) -> None
 
 def test_missing_values_name_their_flags() -> None:
     with pytest.raises(ConfigError) as caught:
-        validate({}, "extract", {"extract.images": "--images"})
-    assert str(caught.value) == "--images (extract.images), extract.out, extract.teacher must be given"
+        validate({}, "extract", {"extract.out": "--out"})
+    assert str(caught.value) == "--out (extract.out), extract.teacher must be given"
 
 
 @pytest.mark.parametrize(

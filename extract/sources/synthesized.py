@@ -1,0 +1,39 @@
+"""No images at all: N numbered samples that a teacher makes itself (`dtpipe extract --num-samples N`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dtpipe.extract.sources.base import Source, SourceItem, open_source
+from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.schema import SYNTHESIZED
+
+
+class SynthesizedSource:
+    """Samples z/000000000 .. in this order; each key is its own URI, and nothing can be read."""
+
+    kind = SYNTHESIZED
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def list(self) -> Sequence[SourceItem]:
+        """All samples."""
+        return [SourceItem(key, key) for key in (f"z/{idx:09d}" for idx in range(self.num_samples))]
+
+    def ignored(self) -> Mapping[str, int]:
+        """Nothing."""
+        return {}
+
+    def read(self, uri: str) -> bytes:
+        """Raises: InputError, always."""
+        raise InputError(f"{uri} is made by the teacher and has no file; `dtpipe inspect` writes it as PNG")
+
+
+def open_images(images: str | None, num_samples: int | None, kind: str) -> Source:
+    """The source that settings name, or the numbered samples of a synthesized dataset. Raises: ConfigError, InputError."""
+    if images is None:
+        return SynthesizedSource(num_samples or 0)
+    if kind == SYNTHESIZED:
+        raise ConfigError(f"{images}: this dataset is synthesized; run the command that began it, with --num-samples")
+    return open_source(images, kind)

@@ -1,0 +1,35 @@
+"""The stored images of a feature dataset as PNG files, under their keys: `dtpipe extract --save-png DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from dtpipe.manifests.errors import InputError, StoreError
+from dtpipe.manifests.reader import FeatureDataset
+
+
+def save_images(url: str, folder: str | Path) -> int:
+    """Write every good image as `<folder>/<key>.png`; files already there are written again. Returns how many.
+
+    Raises: InputError for a key that is no path below the folder; StoreError when the folder cannot be written;
+    DamagedDataError when a stored byte changed.
+    """
+    dataset = FeatureDataset.open(url)
+    rows = dataset.ok_rows
+    for row in rows:
+        path, image = _path_below(Path(folder), dataset.keys[row]), Image.fromarray(dataset.read_image(int(row)))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        except OSError as err:
+            raise StoreError(f"{path}: cannot be written ({err}); make room or name another --save-png") from err
+    return len(rows)
+
+
+def _path_below(folder: Path, key: str) -> Path:
+    parts = PurePosixPath(key)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise InputError(f"key {key!r} leads out of {folder}; its image is not written as a file, read it with dtpipe's reader")
+    return folder / f"{key}.png"

@@ -1,0 +1,173 @@
+"""Synthesized datasets: a GAN's images and features from numbered keys, against a plain forward pass of the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.noise import draw_noise
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.teachers import base
+from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, load_teacher, register_teacher, takes_no_images
+from dtpipe.extract.teachers.taps import TapReader
+from dtpipe.extract.teachers.weights import weights_digest
+from dtpipe.manifests.errors import ConfigError, PlanChangedError, TeacherError
+from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.manifests.verify import verify
+from dtpipe.pipeline.save_images import save_images
+
+MakeConfig = Callable[..., ExtractConfig]
+PX = 32
+
+
+def network() -> nn.Sequential:
+    """z (B, 6, 1, 1) -> image (B, 3, 32, 32); layers 0, 2, 4 have strides 8, 4, 2."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.ConvTranspose2d(6, 12, 4, 1),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(12, 8, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(8, 8, 4, 2, 1),
+            nn.Tanh(),
+            nn.ConvTranspose2d(8, 3, 4, 2, 1),
+        )
+
+
+class TinyGan:
+    """A GAN whose first latent value above 2 gives an image that is not finite."""
+
+    def __init__(self) -> None:
+        self.network = network().eval()
+        taps = (TapSpec("l2", 4, 8, "2"), TapSpec("l3", 8, 12, "0"))
+        digest = weights_digest(self.network.state_dict())
+        self.spec = TeacherSpec("tiny_gan", digest, (PX, PX), taps, noise_shapes={"z": (6,)}, synthesizes=True)
+
+    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: object) -> dict[str, Tensor]:
+        raise takes_no_images("tiny_gan")
+
+    def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images: list[Tensor] = []
+        reader = TapReader(self.network, {level.name: level.tap for level in self.spec.levels})
+        levels = reader.read(lambda: images.append(self.network(noise["z"][:, :, None, None])), stop_early=False)
+        made = images[0] * 2
+        made[noise["z"][:, 0] > 2] = float("inf")
+        return made, levels
+
+
+@pytest.fixture(autouse=True)
+def gan() -> Iterator[None]:
+    """The family, known during one test."""
+    register_teacher(TeacherKind("tiny_gan", "nothing", lambda path: False, lambda config, device: TinyGan()))
+    yield
+    del base._KINDS["tiny_gan"]
+
+
+@pytest.fixture
+def make_synthetic(make_config: MakeConfig) -> MakeConfig:
+    """Settings of a small synthesized dataset."""
+
+    def make(**changes: object) -> ExtractConfig:
+        teacher = {"path": "tiny", "kind": "tiny_gan"}
+        return make_config(**{"images": None, "num_samples": 10, "teacher": teacher, "batch_size": 4, "max_bad": 1.0, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_images_and_features_are_those_of_a_plain_forward_pass(form: str, make_synthetic: MakeConfig) -> None:
+    result = run_extraction(make_synthetic(shard={"samples": 3, "format": form, "dtype": "float32"}))
+    dataset = FeatureDataset.open(result.url)
+    assert list(dataset.keys) == [f"z/{idx:09d}" for idx in range(10)]
+    assert [level.name for level in dataset.levels] == ["l2", "l3"]
+    net = network()
+    for row in dataset.ok_rows:
+        latent = torch.from_numpy(draw_noise(0, f"z/{row:09d}", 0, "z", (6,)))
+        with torch.inference_mode():
+            deep = net[0](latent[None, :, None, None])
+            middle = net[2](net[1](deep))
+            image = 2 * net[3:](middle)[0]
+        pixels = np.rint((np.clip(image.numpy(), -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
+        assert np.abs(dataset.read_image(row).astype(int) - pixels).max() <= 1
+        np.testing.assert_allclose(dataset.read_level("l3", row), deep[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(dataset.read_level("l2", row), middle[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_that_is_not_finite_is_a_bad_sample_with_its_reason(make_synthetic: MakeConfig) -> None:
+    dataset = FeatureDataset.open(run_extraction(make_synthetic(num_samples=80)).url)
+    broken = [idx for idx in range(80) if draw_noise(0, f"z/{idx:09d}", 0, "z", (6,))[0] > 2]
+    assert broken
+    assert [row for row in range(80) if dataset.status[row] != "ok"] == broken
+    assert "not finite" in dataset.status[broken[0]]
+
+
+def test_the_digest_depends_on_nothing_but_the_plan_and_survives_a_second_run(make_synthetic: MakeConfig, tmp_path: Path) -> None:
+    config = make_synthetic()
+    first = run_extraction(config)
+    again = run_extraction(config)
+    other = run_extraction(make_synthetic(out=str(tmp_path / "other"), decode_threads=4))
+    assert first.digest == again.digest == other.digest
+    assert again.shards_written == 0
+
+
+def test_recompute_finds_the_stored_features(make_synthetic: MakeConfig) -> None:
+    config = make_synthetic()
+    url = run_extraction(config).url
+    teacher = load_teacher(config.teacher)
+    recipe = FeatureDataset.open(url).recipe
+    report = verify(
+        url, "recompute", lambda images, keys: {name: each.numpy() for name, each in encode_rows(teacher, recipe, images, keys).items()}
+    )
+    assert report.ok and report.num_recomputed > 0
+    assert max(report.max_relative_error.values()) < 1e-3
+
+
+def test_png_files_hold_the_stored_images(make_synthetic: MakeConfig, tmp_path: Path) -> None:
+    url = run_extraction(make_synthetic()).url
+    dataset = FeatureDataset.open(url)
+    assert save_images(url, tmp_path / "png") == len(dataset.ok_rows) == len(list((tmp_path / "png").rglob("*.png")))
+    row = int(dataset.ok_rows[0])
+    with Image.open(tmp_path / "png" / f"{dataset.keys[row]}.png") as image:
+        assert np.array_equal(np.asarray(image), dataset.read_image(row))
+
+
+def test_another_number_of_samples_into_the_same_output_is_refused(make_synthetic: MakeConfig) -> None:
+    run_extraction(make_synthetic())
+    with pytest.raises(PlanChangedError, match="num_samples"):
+        run_extraction(make_synthetic(num_samples=12))
+
+
+def test_roles_that_do_not_fit_are_refused(make_synthetic: MakeConfig, make_config: MakeConfig, image_folder: Path) -> None:
+    with pytest.raises(TeacherError, match="--num-samples instead of --images"):
+        run_extraction(make_synthetic(images=str(image_folder), num_samples=None))
+    with pytest.raises(TeacherError, match="--images instead of --num-samples"):
+        run_extraction(make_config(images=None, num_samples=4))
+    with pytest.raises(ConfigError, match="one view"):
+        run_extraction(make_synthetic(noise={"draws": 2}))
+    with pytest.raises(ConfigError, match="makes 32x32"):
+        run_extraction(make_synthetic(transform={"px": 64}))
+    with pytest.raises(ValueError, match=r"extract.images, or extract.num_samples"):
+        make_synthetic(images=str(image_folder))
+
+
+def test_a_synthesized_image_has_no_second_draw(make_synthetic: MakeConfig) -> None:
+    config = make_synthetic()
+    dataset = FeatureDataset.open(run_extraction(config).url)
+    views = [dataset.recipe.views[0].model_copy(update={"draw": 1})]
+    with pytest.raises(ConfigError, match="no other noise draws"):
+        encode_rows(
+            load_teacher(TeacherConfig(path="tiny", kind="tiny_gan")),
+            dataset.recipe,
+            dataset.read_image(0)[None],
+            ["z/000000000"],
+            views=views,
+        )
