@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -28,6 +30,8 @@ from dtpipe.manifests.errors import DtpipeError, IncompleteError
 REFRESH_S = 2.0  # between looks at which nodes there are
 TICK_S = 0.5
 PREPARE_CRASHES = 3  # a node on which so many workers died while preparing is left out
+CONNECT_S = 10.0  # for a cluster's first answer
+_HOST_AND_PORT = re.compile(r"^(?:ray://)?(?P<host>[^/]+):(?P<port>\d+)$")
 OBJECT_STORE_BYTES = 128 * 1024**2  # of a local Ray; results are small and features never go there
 
 
@@ -42,6 +46,7 @@ def connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    check_answers(address)
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
@@ -53,6 +58,19 @@ def connect(address: str | None) -> bool:
         for number, handler in handlers.items():  # Ray sets one of its own, which would end the run at once
             signal.signal(number, handler)
     return True
+
+
+def check_answers(address: str) -> None:
+    """See that something listens at host:port, since Ray itself tries for minutes. Raises: IncompleteError."""
+    found = _HOST_AND_PORT.match(address)
+    if not found:  # `local`, `auto`: Ray knows
+        return
+    try:
+        socket.create_connection((found["host"].strip("[]"), int(found["port"])), CONNECT_S).close()
+    except (OSError, OverflowError) as err:
+        raise IncompleteError(
+            f"the Ray cluster at {address} does not answer ({err}); start it with `ray start --head`, or give no address to use this machine alone"
+        ) from err
 
 
 def disconnect() -> None:

@@ -98,13 +98,16 @@ def _ray_address(address: str | None) -> Iterator[Finding]:
         return
     import ray
 
+    from dtpipe.extract.cluster import check_answers
+
     try:
+        check_answers(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_nodes = len(ray.nodes())  # type: ignore[no-untyped-call]
         yield Finding("ray cluster", "ok", f"{address}: {have.get('CPU', 0):.0f} CPUs, {have.get('GPU', 0):.0f} GPUs, {num_nodes} nodes")
     except Exception as err:
-        yield Finding("ray cluster", "wrong", f"{address}: {_line(err)}", "start it with `ray start --head`, or unset RAY_ADDRESS", 3)
+        yield Finding("ray cluster", "wrong", _line(err), "start it with `ray start --head`, or unset RAY_ADDRESS", 3)
     finally:
         ray.shutdown()
 

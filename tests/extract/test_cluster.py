@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +63,15 @@ def test_node_with_other_versions_is_refused() -> None:
     check_versions(package_versions())
     with pytest.raises(ConfigError, match=r"has torch .* \(driver: 0\.0\.1\); install the same"):
         check_versions({**package_versions(), "torch": "0.0.1"})
+
+
+def test_cluster_that_does_not_answer_is_said_at_once(make_config: MakeConfig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(IncompleteError, match=f"127.0.0.1:{port} does not answer"):
+        run_extraction(make_config(inline=False, ray_address=f"127.0.0.1:{port}"))
+    assert time.monotonic() - started < 30  # Ray alone tries for more than a minute
 
 
 def test_full_disk_is_said_before_work(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
