@@ -153,7 +153,7 @@ class ProgressLine:
 
 def _live_bar() -> Progress:
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", "ETA", TimeRemainingColumn())
+    columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}")
     return Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=RichConsole(stderr=True))

@@ -83,7 +83,7 @@ class ProgressText:
         eta = format_seconds(progress.eta_s) if progress.eta_s is not None else "?"
         text = (
             f"{progress.throughput_img_s:.1f} img/s  {progress.throughput_mb_s:.1f} MB/s  ETA {eta}  "
-            f"{progress.num_bad} bad  {progress.workers} workers"
+            f"{progress.num_bad} bad  {progress.workers} worker{'' if progress.workers == 1 else 's'}"
         )
         self._line.update(progress.samples_done, progress.samples_total, text)
 
