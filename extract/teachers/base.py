@@ -135,7 +135,10 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
 
     Raises: TeacherError when no family, or the wrong one, recognises the path.
     """
+    from dtpipe.extract.teachers.published import locate
+
     kinds = teacher_kinds()
+    config = locate(config, kinds)
     if config.kind != "auto":
         if config.kind not in kinds:
             raise TeacherError(f"teacher kind {config.kind!r} is unknown; choose one of {sorted(kinds)}")
