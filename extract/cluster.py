@@ -69,7 +69,8 @@ def check_answers(address: str) -> None:
         socket.create_connection((found["host"].strip("[]"), int(found["port"])), CONNECT_S).close()
     except (OSError, OverflowError) as err:
         raise IncompleteError(
-            f"the Ray cluster at {address} does not answer ({err}); start it with `ray start --head`, or give no address to use this machine alone"
+            f"the Ray cluster at {address} does not answer ({err}); "
+            f"start it with `ray start --head`, or give no address to use this machine alone"
         ) from err
 
 

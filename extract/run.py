@@ -20,12 +20,12 @@ from dtpipe.extract.progress import BadSample, OnProgress, ProgressMeter
 from dtpipe.extract.resolve import Resolved, max_bad_samples, resolve_recipe, with_whole_paths
 from dtpipe.extract.shard_queue import ShardQueue
 from dtpipe.extract.stopping import StopRequest
-from dtpipe.manifests.commit import MANIFEST_FILE, load_entries, load_manifest, merge, pending_shards
+from dtpipe.manifests.commit import MANIFEST_FILE, commit_name, load_entries, load_entry, load_manifest, merge, pending_shards
 from dtpipe.manifests.errors import ErrorBudgetError, IncompleteError
 from dtpipe.manifests.faults import FAULT_VARIABLE
 from dtpipe.manifests.lock import Lock
 from dtpipe.manifests.plan import plan_digest, start_plan
-from dtpipe.manifests.schema import Manifest, Plan
+from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, Manifest, Plan
 from dtpipe.manifests.storage import Store
 from dtpipe.manifests.zarr_store import write_zarr_metadata
 
@@ -49,6 +49,8 @@ class ExtractResult:
     size_bytes: int
     seconds: float
     throughput_img_s: float  # of this run's shards, from when the first worker was ready
+    float32_error: dict[str, float] = field(default_factory=dict)
+    """By level, where the teacher ran in lower precision; see `extract.precision`."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """prepare, extract, merge: wall clock. wait_for_decode, teacher, write: sums over shards, which overlap; decode: over threads."""
 
@@ -134,7 +136,7 @@ class _Extraction:
             self._timed("extract", begun_s)
             begun_s = time.monotonic()
             try:
-                return merge(self.store, plan, lock, {**self._provenance(), "stage_seconds": dict(self.stage_seconds)})
+                return merge(self.store, plan, lock, {**self._provenance(), **self._found(plan)})
             except IncompleteError as err:
                 if merge_round == MERGE_ROUNDS - 1:
                     raise
@@ -245,6 +247,14 @@ class _Extraction:
     def _timed(self, stage: str, since_s: float) -> None:
         self.stage_seconds[stage] += time.monotonic() - since_s  # type: ignore[assignment]  # Counter of floats
 
+    def _found(self, plan: Plan) -> dict[str, Any]:
+        """What was measured on the way, for the manifest."""
+        measured = {}
+        if plan.recipe.compute.dtype != "float32" and self.store.exists(commit_name(MEASURED_SHARD)):
+            entry = load_entry(self.store, plan, plan_digest(self.store), MEASURED_SHARD)
+            measured = {FLOAT32_ERROR: entry.provenance.get(FLOAT32_ERROR, {})}
+        return {"stage_seconds": dict(self.stage_seconds), **measured}
+
     def _provenance(self) -> dict[str, Any]:
         """Who wrote this, when, with what command and settings; kept beside the content and outside its digest."""
         return {
@@ -269,5 +279,6 @@ class _Extraction:
             size_bytes=totals.size_bytes,
             seconds=time.monotonic() - self.started_s,
             throughput_img_s=self.rows_written / self.working_s if self.working_s else 0.0,
+            float32_error=manifest.provenance.get(FLOAT32_ERROR, {}),
             stage_seconds={name: round(value, 3) for name, value in self.stage_seconds.items()},
         )

@@ -22,6 +22,7 @@ from dtpipe.extract.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.decode import BatchQueue, PreparedRow, RowReader, StageSeconds
 from dtpipe.extract.encode import configure_torch, encode_batch, stack_noise
+from dtpipe.extract.precision import float32_error
 from dtpipe.extract.progress import BadSample
 from dtpipe.extract.sources.synthesized import open_images
 from dtpipe.extract.synthesize import synthesize_batch
@@ -31,7 +32,7 @@ from dtpipe.manifests.errors import ErrorBudgetError, TeacherError
 from dtpipe.manifests.listing import read_listing
 from dtpipe.manifests.lock import check_epoch
 from dtpipe.manifests.plan import load_plan, plan_digest
-from dtpipe.manifests.schema import IndexRow, Recipe, ShardEntry
+from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, IndexRow, Recipe, ShardEntry
 from dtpipe.manifests.shard_writer import ShardArrays, write_shard
 from dtpipe.manifests.storage import Store
 
@@ -211,14 +212,22 @@ class ShardWorker:
         if len(bad) > self.context.max_bad:
             raise ErrorBudgetError(budget_message(f"shard {shard_idx}", len(bad), self.context.max_bad, bad))
 
+    def _measured(self, shard_idx: int, arrays: ShardArrays) -> dict[str, object]:
+        """What low precision costs, once per dataset."""
+        if shard_idx != MEASURED_SHARD or self.recipe.compute.dtype == "float32":
+            return {}
+        with self._teacher_turn:
+            return {FLOAT32_ERROR: float32_error(self.context.teacher, self.recipe, arrays, self.context.device)}
+
     def _publish(self, shard_idx: int, arrays: ShardArrays, seconds: StageSeconds, started_s: float) -> ShardEntry:
         """Write the objects, then the entry, if the dataset is still ours."""
+        measured = self._measured(shard_idx, arrays)
         check_epoch(self.store, self.context.epoch)
         wrote_s = time.perf_counter()
         entry = write_shard(self.store, self.plan, self.plan_blake3, shard_idx, arrays, self.context.epoch, {})
         seconds.add("write", wrote_s)
         seconds.add("shard", started_s)
-        provenance = {"host": os.uname().nodename, "pid": os.getpid(), "device": self.context.device, "seconds": seconds.values}
+        provenance = {"host": os.uname().nodename, "pid": os.getpid(), "device": self.context.device, "seconds": seconds.values, **measured}
         entry = entry.model_copy(update={"provenance": {**entry.provenance, **provenance}})
         commit_entry(self.store, entry, self.context.epoch)
         return entry

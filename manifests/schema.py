@@ -11,6 +11,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT: Final = "dtpipe-features/1"
+FLOAT32_ERROR: Final = "float32_error"  # in provenance: by level, how far low precision is from float32
+MEASURED_SHARD: Final = 0  # whose entry holds it
 SYNTHESIZED: Final = "synthesized"  # source kind of images that the teacher makes itself
 IMAGE = "image"  # name of the array that holds the stored images
 

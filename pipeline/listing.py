@@ -3,17 +3,75 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
+from dtpipe.pipeline.console import format_bytes
 from dtpipe.pipeline.resolve import load_document, preset_names
 
+if TYPE_CHECKING:
+    from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind
+
 Rows = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Published:
+    """One checkpoint that can be named instead of given by path."""
+
+    name: str
+    kind: str
+    px: tuple[int, int]
+    levels: str
+    size_bytes: int  # of one view's float16 levels and the uint8 image
+    licence: str
+    url: str
+    cached: bool
+
+    @property
+    def size(self) -> str:
+        return format_bytes(self.size_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def published_teachers(match: str | None = None) -> list[Published]:
+    """Every published checkpoint of every family, by name; `match` is a shell pattern."""
+    from dtpipe.extract.teachers.base import teacher_kinds
+    from dtpipe.extract.teachers.published import cached_file
+
+    found = [
+        Published(each.name, kind.kind, each.image_px, each.levels, _bytes(each), each.licence, each.url, cached_file(each) is not None)
+        for kind in teacher_kinds().values()
+        for each in kind.published
+    ]
+    return sorted((each for each in found if fnmatch.fnmatch(each.name, match or "*")), key=lambda each: each.name)
+
+
+def _bytes(published: PublishedTeacher) -> int:
+    """Bytes of one image and its levels, `l2 256, l3 512`: channels * (height * width / 4^n), two bytes each."""
+    height, width = published.image_px
+    levels = (part.split() for part in published.levels.split(","))
+    per_cell = [(int(name[1]), int(channels)) for name, channels in levels]
+    return 3 * height * width + sum(2 * channels * height * width // (1 << 2 * level) for level, channels in per_cell)
 
 
 def _teachers() -> Rows:
     from dtpipe.extract.teachers.base import teacher_kinds
 
-    return {name: kind.reads for name, kind in sorted(teacher_kinds().items())}
+    return {name: kind.reads + _options(kind) for name, kind in sorted(teacher_kinds().items())}
+
+
+def _options(kind: TeacherKind) -> str:
+    """The family's own settings with their defaults."""
+    fields = [
+        f"{name} ({json.dumps(field.get_default(call_default_factory=True), default=str)})"
+        for name, field in kind.options.model_fields.items()
+    ]
+    return f" Options: {', '.join(fields)}." if fields else ""
 
 
 def _sources() -> Rows:

@@ -112,8 +112,8 @@ def _probe_images(resolved: Resolved, num: int) -> tuple[NDArray[np.uint8], list
 
     listing, recipe = resolved.listing, resolved.recipe
     if recipe.synthesized:
-        keys = list(listing.keys[:num])
-        return synthesize_rows(resolved.teacher, recipe, keys, recipe.compute.device)[0].cpu().numpy(), keys, 0.0
+        made, _ = synthesize_rows(resolved.teacher, recipe, listing.keys[:num], recipe.compute.device)
+        return made.cpu().numpy(), list(listing.keys[:num]), 0.0
     images: list[NDArray[np.uint8]] = []
     keys: list[str] = []
     started = time.perf_counter()

@@ -63,17 +63,26 @@ def fetch(published: PublishedTeacher) -> Path:
     Raises: TeacherError offline, when the authors' page has no direct link, and when the download fails or the cached
     file is not the one that was fetched.
     """
-    name = PurePosixPath(urlparse(published.url).path).name
-    path = cache_folder() / published.name / name
+    path = _cache_path(published)
     if path.is_file():
         _check_unchanged(path)
         return path
-    if PurePosixPath(name).suffix not in FILE_ENDINGS:
+    if path.suffix not in FILE_ENDINGS:
         raise TeacherError(f"{published.name}: its authors give it by hand at {published.url}; download it and give its path")
     if os.environ.get(OFFLINE_VARIABLE, "").upper() in {"1", "TRUE", "YES", "ON"}:
         raise TeacherError(f"{published.name} is not at {path}, and {OFFLINE_VARIABLE} is set; download {published.url} and put it there")
     _download(published, path)
     return path
+
+
+def cached_file(published: PublishedTeacher) -> Path | None:
+    """The checkpoint in the cache, None when it is not there or on the hub, which has a cache of its own."""
+    path = _cache_path(published)
+    return path if path.is_file() else None
+
+
+def _cache_path(published: PublishedTeacher) -> Path:
+    return cache_folder() / published.name / PurePosixPath(urlparse(published.url).path).name
 
 
 def _download(published: PublishedTeacher, path: Path) -> None:

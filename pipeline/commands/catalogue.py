@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dtpipe.pipeline.console import Console
-from dtpipe.pipeline.listing import KINDS, catalogue
+from dtpipe.pipeline.listing import KINDS, catalogue, published_teachers
 
 HELP = """Name the teachers, sources, codecs, tasks, presets and students there are.
 
@@ -31,6 +31,26 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
         console.result(f"{name}:")
         for entry, text in rows.items():
             console.result(f"  {entry:<16} {text}".rstrip())
+    if kind == "teachers":
+        _print_published(console, match)
     if kind is None:
         console.result("students: any timm model that gives features; `dtpipe list students` names them")
-    console.document(found)
+    console.document({**found, "published": [each.to_json() for each in published_teachers(match)]} if kind == "teachers" else found)
+
+
+def _print_published(console: Console, match: str | None) -> None:
+    """Checkpoints whose names stand for their files; `size` is of float16 features and the image, of one view."""
+    rows = published_teachers(match)
+    if not rows:
+        return
+    console.result("\npublished: give the name as --teacher; it is fetched once, from where its authors put it")
+    console.table(
+        ("name", "kind", "px", "levels and channels", "per image", "licence", "here"),
+        [
+            (each.name, each.kind, f"{each.px[0]}x{each.px[1]}", each.levels, each.size, each.licence, "yes" if each.cached else "")
+            for each in rows
+        ],
+    )
+    console.result("from:")
+    for each in rows:
+        console.result(f"  {each.name}: {each.url}")

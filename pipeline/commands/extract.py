@@ -98,6 +98,9 @@ def _print_result(console: Console, result: ExtractResult) -> None:
             "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s",
         }
     )
+    if result.float32_error:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in result.float32_error.items())
+        console.result(f"against float32, the largest relative error is: {errors}")
     for bad in result.bad[:SHOWN_BAD]:
         console.result(f"  bad: {bad.key}: {bad.reason}")
     if result.num_bad > SHOWN_BAD:

@@ -94,6 +94,22 @@ def test_recomputed_features_are_the_stored_ones_before_rounding(make_config: Ma
         np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_low_precision_costs_stands_in_the_manifest(dtype: str, make_config: MakeConfig, tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = {"path": str(tiny_teacher), "dtype": dtype}
+    low = run_extraction(make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}))
+    exact = run_extraction(make_config(out=str(tmp_path / "exact"), shard={"samples": 3, "dtype": "float32"}))
+    assert exact.float32_error == {}
+    one, other = FeatureDataset.open(low.url), FeatureDataset.open(exact.url)
+    for level in one.levels:
+        found = np.stack([one.read_level(level.name, row) for row in range(3)])  # the first shard
+        wanted = np.stack([other.read_level(level.name, row) for row in range(3)])
+        expected = np.abs(found - wanted).max() / np.abs(wanted).max()
+        assert 0 < expected < 0.05
+        assert low.float32_error[level.name] == pytest.approx(expected, rel=0.01)
+    assert one.manifest is not None and one.manifest.provenance["float32_error"] == low.float32_error
+
+
 def test_another_recipe_is_refused_by_name_and_execution_settings_may_change(make_config: MakeConfig) -> None:
     run_extraction(make_config())
     with pytest.raises(PlanChangedError, match="batch_size: stored 2, wanted 4"):

@@ -1,0 +1,34 @@
+"""How far features computed in low precision are from float32: measured once per dataset, on its own first images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.manifests.schema import Recipe
+from dtpipe.manifests.shard_writer import ShardArrays
+
+NUM_COMPARED = 8
+
+
+def float32_error(config: TeacherConfig, recipe: Recipe, arrays: ShardArrays, device: str) -> Mapping[str, float]:
+    """By level: largest difference of a shard's first features to those of the same teacher in float32, over the largest of these.
+
+    Loads the teacher a second time, in float32, for as long as this takes. Empty without good samples, or where images are not stored.
+    """
+    good = [idx for idx, row in enumerate(arrays.rows) if row.status == "ok"][:NUM_COMPARED]
+    if not good or arrays.image is None:
+        return {}
+    keys = [arrays.rows[idx].key for idx in good]
+    teacher = load_teacher(config.model_copy(update={"dtype": "float32"}), device)
+    exact = encode_rows(teacher, recipe, arrays.image[good], keys, device=device)
+    errors = {}
+    for name, features in exact.items():
+        wanted = features.double().cpu().numpy()
+        largest = float(np.abs(wanted).max()) or 1.0
+        errors[name] = float(np.abs(arrays.levels[name][good].astype(np.float64) - wanted).max()) / largest
+    return errors
