@@ -29,11 +29,14 @@ class OpenedData:
 def open_data(config: DistillConfig) -> OpenedData:
     """Open the datasets, joined by key or one after the other.
 
-    Raises: what the readers raise; ConfigError when student sizes differ and none is set.
+    Raises: what the readers raise; ConfigError when student sizes differ and none is set, or nothing stores the images.
     """
     from dtpipe.manifests.reader import FeatureDataset
 
     parts = [FeatureDataset.open(url, allow_incomplete=config.allow_incomplete) for url in config.datasets]
+    without = [part.url for part in parts if part.recipe.images != "stored"]
+    if without and (len(without) == len(parts) or not config.join):
+        raise ConfigError(f"{without[0]} stores no images; join it with the dataset that has them (--join)")
     source = _compose(parts, config)
     sizes = {part.recipe.student_px for part in parts}
     if len(sizes) > 1 and config.student_px is None:

@@ -59,6 +59,9 @@ class ShardConfig(StrictModel):
     format: ShardFormat = Field(default="zarr", description="zarr (v3, sharded) or webdataset (tars).")
     samples: int | None = Field(default=None, ge=1, description="Rows per shard; default: the power of two in 16..4096 nearest 256 MiB.")
     dtype: StoredDtype = Field(default="float16", description="Stored dtype of feature levels.")
+    images: Literal["stored", "joined"] = Field(
+        default="stored", description="joined: leave the images out, since another dataset of the same keys has them (distill --join)."
+    )
     codec: str = Field(default="cast", description="Codec of feature levels (`dtpipe list codecs`).")
     zstd_level: int = Field(default=3, ge=1, le=19, description="Compression level of zstd.")
 

@@ -98,7 +98,7 @@ def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, devi
     student_px = _sides(config.student_px) or image_px
     levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
     views = make_views(config, spec)
-    samples = config.shard.samples or shard_samples_for(bytes_per_sample(levels, len(views), image_px))
+    samples = config.shard.samples or shard_samples_for(bytes_per_sample(levels, len(views), image_px if config.shard.images == "stored" else None))
     transform = config.transform
     return Recipe(
         source=SourceRecipe(kind=source_kind, order=_order(config, source_kind), seed=config.source.seed),
@@ -114,6 +114,7 @@ def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, devi
         noise_seed=config.noise.seed,
         views=views,
         levels=levels,
+        images=config.shard.images,
         codec=CodecRecipe(name=config.shard.codec, zstd_level=config.shard.zstd_level),
         shard=ShardRecipe(format=config.shard.format, samples=samples),
         compute=ComputeRecipe(device=device, dtype=config.teacher.dtype, batch_size=config.batch_size, threads=config.threads),

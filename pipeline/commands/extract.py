@@ -67,7 +67,7 @@ def command(call: Call, fresh: bool) -> None:
 
         num = save_images(result.url, config.save_png)
         call.console.note(f"wrote {num} images to {config.save_png}")
-    _print_result(call.console, result)
+    _print_result(call.console, result, config.shard.images == "joined")
 
 
 class ProgressText:
@@ -88,7 +88,7 @@ class ProgressText:
         self._line.update(progress.samples_done, progress.samples_total, text)
 
 
-def _print_result(console: Console, result: ExtractResult) -> None:
+def _print_result(console: Console, result: ExtractResult, joined: bool) -> None:
     console.pairs(
         {
             "wrote": result.url,
@@ -105,5 +105,6 @@ def _print_result(console: Console, result: ExtractResult) -> None:
         console.result(f"  bad: {bad.key}: {bad.reason}")
     if result.num_bad > SHOWN_BAD:
         console.result(f"  and {result.num_bad - SHOWN_BAD} more; `dtpipe inspect {result.url}` lists them")
-    console.result(f"next: dtpipe distill {result.url} --student resnet50 --out runs/first")
+    others = "DATASET_WITH_IMAGES --join " if joined else ""
+    console.result(f"next: dtpipe distill {result.url} {others}--student resnet50 --out runs/first")
     console.document(result)

@@ -92,6 +92,9 @@ def test_joined_levels_train_side_by_side_and_images_come_from_the_one_that_has_
     assert {"mse/l3", "mse/l3.b", "mse/l2"} <= set(result.losses)
     with pytest.raises(ConfigError, match="join"):
         train(run_config(tmp_path / "alone", second, epochs=1))
+    assert not (tmp_path / "alone").exists()  # nothing was begun, so the mended command is not another run
+    with pytest.raises(ConfigError, match="second stores no images"):
+        open_data(run_config(tmp_path / "run", first, second))
 
 
 def test_concatenated_datasets_train_one_after_the_other(tmp_path, source):

@@ -18,6 +18,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shard_queue import ShardQueue
 from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, load_teacher
 from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, IncompleteError, InputError, PlanChangedError, StoreError
+from dtpipe.manifests.join import JoinedDataset
 from dtpipe.manifests.reader import FeatureDataset
 
 MakeConfig = Callable[..., ExtractConfig]
@@ -92,6 +93,18 @@ def test_recomputed_features_are_the_stored_ones_before_rounding(make_config: Ma
         assert level.dtype == torch.float32
         stored = np.stack([np.stack([dataset.read_level(name, row, 0)]) for row in rows])
         np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_images_that_another_dataset_has_can_be_left_out(form: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    whole = FeatureDataset.open(run_extraction(make_config()).url)
+    shard = {"samples": 4, "format": form, "images": "joined"}
+    bare = FeatureDataset.open(run_extraction(make_config(out=str(tmp_path / "bare"), shard=shard, noise={"timesteps": [300]})).url)
+    assert not [path for path in (tmp_path / "bare").rglob("*") if path.name == "image" or "image.png" in path.name]
+    both = JoinedDataset([bare, whole])
+    assert both.num_rows == whole.num_rows
+    for row in range(both.num_rows):
+        assert np.array_equal(both.read_image(row), whole.read_image(whole.row_of(both.keys[row])))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
