@@ -17,7 +17,7 @@ def test_a_checkpoint_loads_with_weights_only(tmp_path):
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["step"] == 4
     assert torch.equal(load_checkpoint(tmp_path / "last.pt")["weights"]["a"], torch.arange(3))
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert os.listdir(tmp_path) == ["last.pt"]  # noqa: PTH208  no temporary file is left
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -30,7 +30,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="No space left"):
         save_checkpoint(tmp_path / "last.pt", {"step": 2})
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
-    assert os.listdir(tmp_path) == ["last.pt"]
+    assert os.listdir(tmp_path) == ["last.pt"]  # noqa: PTH208
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])

@@ -90,4 +90,4 @@ def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
         RunFolder.open(config(tmp_path / "file" / "run"))
-    assert os.listdir(tmp_path) == ["file"]
+    assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
