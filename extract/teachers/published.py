@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 from blake3 import blake3
 
+from dtpipe.extract.teachers.remote import fetch_remote, is_url
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ FILE_ENDINGS = frozenset({".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors"
 
 
 def locate(config: TeacherConfig, kinds: dict[str, TeacherKind]) -> TeacherConfig:
-    """The settings with a published name replaced by its file, family and options; others come back as they are.
+    """The settings with a URL replaced by its local copy, and a published name by its file, family and options.
 
     Raises: TeacherError when the file cannot be had.
     """
@@ -42,6 +43,8 @@ def locate(config: TeacherConfig, kinds: dict[str, TeacherKind]) -> TeacherConfi
                 path, revision = _place(published, config)
                 options = {**published.options, **config.options}
                 return config.model_copy(update={"path": path, "revision": revision, "kind": kind.kind, "options": options})
+    if is_url(config.path):
+        return config.model_copy(update={"path": str(fetch_remote(config.path, cache_folder()))})
     return config
 
 
@@ -87,7 +90,7 @@ def _cache_path(published: PublishedTeacher) -> Path:
 
 def _download(published: PublishedTeacher, path: Path) -> None:
     """Fetch beside its place, record, then move there: a file without its record is never taken for whole."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urlopen(published.url, timeout=TIMEOUT_S) as response, partial.open("wb") as file:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 from blake3 import blake3
 
-from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind
 from dtpipe.extract.teachers.published import fetch, locate
 from dtpipe.manifests.errors import TeacherError
@@ -121,3 +123,35 @@ def test_hub_entries_become_id_and_commit_and_paths_stay(tmp_path: Path) -> None
     config = TeacherConfig(path=str(tmp_path / "tiny"))
     assert locate(config, kinds("https://example.org/model.pt")) is config
     assert locate(TeacherConfig(path="tiny", kind="biggan"), kinds("https://example.org/model.pt")).path == "tiny"
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_teacher_behind_a_url_is_copied_once_and_again_when_it_changes(as_file: bool, cache: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/bucket/teacher/unet/config.json": b"{}", "/bucket/teacher/unet/model.safetensors": WEIGHTS})
+    url = "memory://bucket/teacher/unet/model.safetensors" if as_file else "memory://bucket/teacher"
+    found = Path(locate(TeacherConfig(path=url), {}).path)
+    file = found if as_file else found / "unet" / "model.safetensors"
+    assert file.read_bytes() == WEIGHTS
+    assert found.is_relative_to(cache)
+    assert (found.name == "model.safetensors") == as_file
+    assert Path(locate(TeacherConfig(path=url), {}).path) == found
+    memory.pipe("/bucket/teacher/unet/model.safetensors", WEIGHTS[:-5])
+    again = Path(locate(TeacherConfig(path=url), {}).path)
+    assert (again if as_file else again / "unet" / "model.safetensors").read_bytes() == WEIGHTS[:-5]
+    assert not list((cache / "remote").glob(".*"))
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_url_without_a_teacher_is_said() -> None:
+    with pytest.raises(TeacherError, match=r"nothing lies there|cannot be read"):
+        locate(TeacherConfig(path="memory://nowhere/teacher"), {})
+
+
+def test_a_teacher_behind_a_url_extracts(tiny_teacher: Path, make_config: Callable[..., ExtractConfig]) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tiny_teacher), "/bucket/tiny", recursive=True)
+    there = run_extraction(make_config(teacher={"path": "memory://bucket/tiny"}))
+    here = run_extraction(make_config(teacher={"path": str(tiny_teacher)}, out=there.url + "2"))
+    assert there.digest == here.digest
+    memory.rm("/bucket", recursive=True)

@@ -1,0 +1,75 @@
+"""A teacher that lies behind a URL (s3://, gs://, https:// ..): copied once into the local cache.
+
+The copy's name follows from the URL and from what the store says about each file (size, etag or time), so that a file
+that was replaced is fetched again and an old copy is never mistaken for it.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dtpipe.manifests.canonical import blake3_hex, canonical_json
+from dtpipe.manifests.errors import MissingPackageError, TeacherError
+
+_IDENTITY = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+
+
+def is_url(path: str) -> bool:
+    """True for `protocol://..`; a bare path or a hub id is none."""
+    return "://" in path
+
+
+def fetch_remote(url: str, cache: Path) -> Path:
+    """The local copy of a file or folder.
+
+    Raises: TeacherError when there is nothing, or it cannot be read; MissingPackageError for a protocol without its package.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, root = url_to_fs(url)
+        found = _files(fs, root)
+    except ImportError as err:
+        raise MissingPackageError(f"{url}: {err}") from err
+    except Exception as err:  # each file system raises its own
+        raise TeacherError(f"{url}: cannot be read ({type(err).__name__}: {err}); check the URL and your credentials") from err
+    if not found:
+        raise TeacherError(f"{url}: nothing lies there; check the path of your teacher")
+    copy = cache / "remote" / blake3_hex(canonical_json([url, found]))[:16]
+    name = str(posixpath.basename(root.rstrip("/")))
+    if not copy.is_dir():
+        _copy(fs, root, name, found, copy, url)
+    return copy / name
+
+
+def _files(fs: Any, root: str) -> dict[str, list[Any]]:
+    """Path below the root (empty for the root itself) to size and what else tells one content from another."""
+    listed = fs.find(root, detail=True)
+    return {
+        "" if path == root else posixpath.relpath(path, root): [info["size"], *(str(info[name]) for name in _IDENTITY if info.get(name))]
+        for path, info in sorted(listed.items())
+        if info["type"] == "file"
+    }
+
+
+def _copy(fs: Any, root: str, name: str, found: dict[str, list[Any]], copy: Path, url: str) -> None:
+    """Copy beside the place, then move there in one step; of two processes that do so, the first one's copy stays."""
+    partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
+    try:
+        for path, (size, *_) in found.items():
+            target = partial / name / path if path else partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(f"{root}/{path}" if path else root, str(target))
+            if size is not None and target.stat().st_size != size:
+                raise OSError(f"{path or name} came with {target.stat().st_size} of {size} bytes")
+        if not copy.is_dir():
+            partial.rename(copy)
+    except Exception as err:  # each file system raises its own
+        if not copy.is_dir():
+            raise TeacherError(f"{url}: cannot be copied to {copy} ({type(err).__name__}: {err}); make room, or run again") from err
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
