@@ -1,4 +1,4 @@
-"""The diffusion process a teacher was trained for: its noise schedule, q(x_t | x_0), and DDIM sampling.
+"""The diffusion process a teacher was trained for: its noise schedule, q(x_t | x_0), DDIM sampling and its inversion.
 
 Timesteps are 0-based: 0 is one noise step, as in guided-diffusion and diffusers. The schedule is kept in float64 on
 the host and rounded to float32 only where it meets an image.
@@ -6,7 +6,8 @@ the host and rounded to float32 only where it meets an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,13 +74,41 @@ def ddim_sample(predict_noise: Callable[[Tensor, int], Tensor], schedule: Schedu
     order = ddim_timesteps(len(schedule), steps)
     current = start
     for timestep, following in zip(order, [*order[1:], None], strict=True):
-        kept = schedule[timestep]
-        noise = predict_noise(current, timestep)
-        clean = ((current - float((1 - kept) ** 0.5) * noise) / float(kept**0.5)).clamp(-1, 1)
-        noise = (current - float(kept**0.5) * clean) / float((1 - kept) ** 0.5)
         after = schedule[following] if following is not None else 1.0
-        current = float(after**0.5) * clean + float((1 - after) ** 0.5) * noise
+        current = _ddim_step(current, predict_noise(current, timestep), schedule[timestep], after, clip=True)
     return current
+
+
+def ddim_invert(
+    predict_noise: Callable[[Tensor, int], Tensor], schedule: Schedule, images: Tensor, path: Sequence[int], clip: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(T, x_T) at each timestep of `path`, ascending, by deterministic DDIM run backwards from the images.
+
+    The noise of a step is predicted at the timestep that x is at; the images are taken to be at the first timestep of `path`.
+    `clip`: clip x_0 to [-1, 1] at each step.
+    Shapes: images (B, C, H, W) -> the same.
+    Source: guided-diffusion's `ddim_reverse_sample`, `path` being its timestep_map. diffusers' DDIMInverseScheduler is another
+    rule: it predicts at the timestep that x goes to, and starts from a noiseless image.
+    """
+    current = images
+    yield path[0], current
+    for timestep, following in pairwise(path):
+        current = _ddim_step(current, predict_noise(current, timestep), schedule[timestep], schedule[following], clip)
+        yield following, current
+
+
+def predict_clean(noisy: Tensor, noise: Tensor, kept: float) -> Tensor:
+    """x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a), `kept` = a. Shapes: (B, C, H, W) both -> the same."""
+    return (noisy - float((1 - kept) ** 0.5) * noise) / float(kept**0.5)
+
+
+def _ddim_step(current: Tensor, noise: Tensor, kept: float, after: float, clip: bool) -> Tensor:
+    """From the noise level of alphas_cumprod `kept` to that of `after`, in either direction."""
+    clean = predict_clean(current, noise, kept)
+    if clip:
+        clean = clean.clamp(-1, 1)
+        noise = (current - float(kept**0.5) * clean) / float((1 - kept) ** 0.5)
+    return float(after**0.5) * clean + float((1 - after) ** 0.5) * noise
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:

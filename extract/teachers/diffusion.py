@@ -1,27 +1,31 @@
-"""Pixel diffusion models as diffusers writes them: kind `ddpm`.
+"""Diffusion teachers: an image goes to timestep T, then ONE denoising call is made and the decoder's levels are read.
 
-An image is noised to timestep T by q(x_T | x_0), then ONE denoising call is made and the decoder's levels are read
-(DreamTeacher, section 3.1). The noise is an argument. Read: a `UNet2DModel` folder, a `DDPMPipeline` folder, or a hub
-repository of either at a pinned commit.
+The image is noised by q(x_T | x_0), the noise being an argument, or carried there by deterministic DDIM inversion
+(DreamTeacher, section 3.1). `DiffusionTeacher` serves every family whose network is a `UNet2DModel`; kind `ddpm`, here,
+reads what diffusers writes: a `UNet2DModel` folder, a `DDPMPipeline` folder, or a hub repository of either at a pinned
+commit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, makes_no_images, register_teacher
-from dtpipe.extract.teachers.ddim import Schedule, alphas_cumprod, ddim_sample, q_sample, to_pixels
+from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, makes_no_images, parse_options, register_teacher
+from dtpipe.extract.teachers.ddim import Schedule, alphas_cumprod, ddim_invert, ddim_sample, q_sample, to_pixels
 from dtpipe.extract.teachers.diffusers_files import UNetFiles, find_unet, is_unet_path
+from dtpipe.extract.teachers.unet_precision import compute_in
 from dtpipe.extract.teachers.weights import load_strictly, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
-from dtpipe.manifests.schema import ViewSpec
+from dtpipe.manifests.schema import StrictModel, ViewSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,10 +36,68 @@ FORWARD = "forward"  # the noise stream of q(x_T | x_0)
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention before diffusers 0.14
 
 
+class EncodingOptions(StrictModel):
+    """How an image comes to timestep T; options of every diffusion teacher."""
+
+    encoding: Literal["stochastic", "ddim_inversion"] = Field(
+        default="stochastic",
+        description="stochastic: noise is added; ddim_inversion: deterministic, T / inversion_stride whole passes.",
+    )
+    ensemble: int = Field(default=1, ge=1, description="Noise draws per view whose features are averaged (DIFT); stochastic only.")
+    inversion_stride: int = Field(default=10, ge=1, description="Timesteps per step of DDIM inversion; every T must be a multiple.")
+    clip_denoised: bool = Field(default=False, description="DDIM inversion: clip each predicted image to [-1, 1].")
+    channels_last: bool = Field(default=False, description="Keep tensors as NHWC in memory, which GPUs may run faster in half precision.")
+
+    @model_validator(mode="after")
+    def _one_encoding(self) -> EncodingOptions:
+        if self.inverts and self.ensemble > 1:
+            raise ValueError("ensemble averages over noise draws, and ddim_inversion has none; leave one out")
+        return self
+
+    @property
+    def inverts(self) -> bool:
+        """True for ddim_inversion."""
+        return self.encoding == "ddim_inversion"
+
+    @property
+    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The `TeacherSpec.noise_shapes` of this encoding."""
+        if self.inverts:
+            return {}
+        return {FORWARD: (3, -1, -1) if self.ensemble == 1 else (self.ensemble, 3, -1, -1)}
+
+    def recipe(self) -> dict[str, Any]:
+        """What of this is content of a dataset; nothing by default, so that datasets made before these options keep their digest."""
+        names = ("encoding", "inversion_stride", "clip_denoised") if self.inverts else ("ensemble",) if self.ensemble > 1 else ()
+        return {name: getattr(self, name) for name in names} | ({"channels_last": True} if self.channels_last else {})
+
+
+@dataclass(frozen=True)
+class LoadedUNet:
+    """A checkpoint's UNet2DModel on the CPU, with all that a teacher says of it."""
+
+    unet: nn.Module
+    weights_blake3: str
+    image_px: tuple[int, int]
+    scheduler: Mapping[str, Any]
+    """Noise schedule and what the network predicts, as a diffusers scheduler config."""
+    options: Mapping[str, Any]
+    """Content of the recipe besides the weights and the encoding."""
+    where: str
+
+
 class DiffusionTeacher:
     """A frozen UNet2DModel on its device."""
 
-    def __init__(self, unet: nn.Module, schedule: Schedule, spec: TeacherSpec, total_stride: int, prediction: str) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        schedule: Schedule,
+        spec: TeacherSpec,
+        total_stride: int,
+        prediction: str,
+        encoding: EncodingOptions,
+    ) -> None:
         from dtpipe.extract.teachers.taps import TapReader
 
         self.unet = unet
@@ -43,26 +105,22 @@ class DiffusionTeacher:
         self.spec = spec
         self.total_stride = total_stride
         self.prediction = prediction
+        self.encoding = encoding
         self._reader = TapReader(unet, {level.name: level.tap for level in spec.levels})
 
     def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
-        """Decoder features of noised images, one denoising call per view, stopped after the last tap.
+        """Decoder features at each view's timestep, the last denoising call stopped after the last tap.
 
-        Shapes: images (B, 3, H, W) float32 in [-1, 1]; noise["forward"] (B, V, 3, H, W) -> {level: (B, V, C, h, w)},
-        float32, or float16 where the teacher runs in it.
+        Shapes: images (B, 3, H, W) float32 in [-1, 1]; noise["forward"] (B, V, 3, H, W), or (B, V, m, 3, H, W) for an ensemble of
+        m, or none for ddim_inversion -> {level: (B, V, C, h, w)}, float32, or float16 where the teacher runs in it.
         Raises: ShapeError when the sides are no multiple of the total stride; ConfigError for an unknown timestep.
         """
         import torch
 
         self._check_input(images, noise, views)
-        encoded: dict[str, list[Tensor]] = {level.name: [] for level in self.spec.levels}
         with torch.inference_mode(), _exact_convolutions(images):
-            for view_idx, view in enumerate(views):
-                shown = images.flip(-1) if view.flip else images
-                noisy = self.noised(shown, noise[FORWARD][:, view_idx], _timestep(view))
-                for name, level in self._levels(noisy, _timestep(view)).items():
-                    encoded[name].append(level)
-        return {name: torch.stack(levels, dim=1) for name, levels in encoded.items()}
+            encoded = self._by_inversion(images, views) if self.encoding.inverts else list(self._by_noise(images, noise[FORWARD], views))
+            return {level.name: torch.stack([levels[level.name] for levels in encoded], dim=1) for level in self.spec.levels}
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises: TeacherError; the paper's diffusion teachers encode."""
@@ -93,6 +151,25 @@ class DiffusionTeacher:
         with torch.inference_mode(), _exact_convolutions(start):
             return to_pixels(ddim_sample(self.predict_noise, self.schedule, start, steps))
 
+    def _by_noise(self, images: Tensor, noise: Tensor, views: Sequence[ViewSpec]) -> Iterator[dict[str, Tensor]]:
+        """Levels of each view, the mean over its noise draws."""
+        for view_idx, view in enumerate(views):
+            draws = noise[:, view_idx].reshape(len(images), -1, *images.shape[1:])  # (B, m, 3, H, W)
+            shown, timestep = _shown(images, view), _timestep(view)
+            yield _mean_levels(self._levels(self.noised(shown, draw, timestep), timestep) for draw in draws.unbind(1))
+
+    def _by_inversion(self, images: Tensor, views: Sequence[ViewSpec]) -> list[dict[str, Tensor]]:
+        """Levels of each view; the views of one flip share a trajectory."""
+        found: dict[tuple[bool, int], dict[str, Tensor]] = {}
+        options = self.encoding
+        for first in {view.flip: view for view in views}.values():
+            wanted = {_timestep(view) for view in views if view.flip == first.flip}
+            path = range(0, max(wanted) + 1, options.inversion_stride)
+            for timestep, noisy in ddim_invert(self.predict_noise, self.schedule, _shown(images, first), path, options.clip_denoised):
+                if timestep in wanted:
+                    found[first.flip, timestep] = self._levels(noisy, timestep)
+        return [found[view.flip, _timestep(view)] for view in views]
+
     def _levels(self, noisy: Tensor, timestep: int) -> dict[str, Tensor]:
         import torch
 
@@ -100,7 +177,11 @@ class DiffusionTeacher:
         return {name: level.float() if level.dtype == torch.bfloat16 else level for name, level in levels.items()}
 
     def _call(self, noisy: Tensor, timestep: int) -> Any:
-        return self.unet(noisy.to(next(self.unet.parameters()).dtype), timestep, return_dict=False)
+        import torch
+
+        if self.encoding.channels_last:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        return self.unet(noisy, timestep, return_dict=False)
 
     def _check_input(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> None:
         height, width = images.shape[-2:]
@@ -108,12 +189,39 @@ class DiffusionTeacher:
             raise ShapeError(
                 f"images are {height}x{width}; this teacher needs sides that are multiples of {self.total_stride}: set extract.transform.px"
             )
-        wanted = (len(images), len(views), *images.shape[1:])
+        if late := [view.timestep for view in views if _timestep(view) >= len(self.schedule)]:
+            raise ConfigError(f"timestep {late[0]} is beyond this teacher's {len(self.schedule)} (0..{len(self.schedule) - 1}); lower it")
+        if self.encoding.inverts:
+            _check_inversion(views, self.encoding.inversion_stride)
+            return
+        members = (self.encoding.ensemble,) if self.encoding.ensemble > 1 else ()
+        wanted = (len(images), len(views), *members, *images.shape[1:])
         found = tuple(noise[FORWARD].shape) if FORWARD in noise else None
         if found != wanted:
             raise ShapeError(f"noise[{FORWARD!r}] is {found}, images and views ask for {wanted}")
-        if late := [view.timestep for view in views if _timestep(view) >= len(self.schedule)]:
-            raise ConfigError(f"timestep {late[0]} is beyond this teacher's {len(self.schedule)} (0..{len(self.schedule) - 1}); lower it")
+
+
+def _check_inversion(views: Sequence[ViewSpec], stride: int) -> None:
+    if odd := [view.timestep for view in views if _timestep(view) % stride]:
+        raise ConfigError(
+            f"timestep {odd[0]} is no multiple of the inversion's stride {stride}; change extract.noise.timesteps or "
+            f"extract.teacher.options.inversion_stride"
+        )
+    if len({(view.timestep, view.flip) for view in views}) < len(views):
+        raise ConfigError("ddim_inversion has no noise, so all draws of an image are equal; leave out extract.noise.draws")
+
+
+def _shown(images: Tensor, view: ViewSpec) -> Tensor:
+    return images.flip(-1) if view.flip else images
+
+
+def _mean_levels(members: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean over an ensemble, summed in float32; a single member is given back as it is."""
+    count, first = 1, next(members)
+    total = first
+    for count, levels in enumerate(members, 2):  # noqa: B007  the last one is the number of members
+        total = {name: level.float() + levels[name].float() for name, level in total.items()}
+    return first if count == 1 else {name: (total[name] / count).to(level.dtype) for name, level in first.items()}
 
 
 def _timestep(view: ViewSpec) -> int:
@@ -136,30 +244,44 @@ def load_diffusion_teacher(config: TeacherConfig, device: str = "cpu") -> Diffus
 
     Raises: TeacherError when it is missing, damaged, or a network that this family cannot represent.
     """
-    import torch
-
+    encoding = parse_options(config, EncodingOptions)
     files = find_unet(config.path, config.revision)
     tensors = _modern_names(read_weights(files.weights))
-    digest = weights_digest(tensors)
     unet = _build(files)
     load_strictly(unet, tensors, files.weights)
-    unet = unet.requires_grad_(False).eval()
+    options = {"scheduler": files.scheduler, "unet_blake3": blake3_hex(canonical_json(files.architecture))}
+    loaded = LoadedUNet(unet, weights_digest(tensors), files.image_px, files.scheduler, options, str(files.folder))
+    return make_teacher("ddpm", loaded, config, encoding, device)
+
+
+def make_teacher(kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding: EncodingOptions, device: str) -> DiffusionTeacher:
+    """A loaded network as a teacher on its device, in the arithmetic and memory layout asked for.
+
+    Raises: TeacherError when a tap is unknown, the decoder has no level, or the network cannot run in half precision.
+    """
+    import torch
+
+    unet: Any = loaded.unet.requires_grad_(False).eval()
     total_stride = 2 ** sum(block.downsamplers is not None for block in unet.down_blocks)
     levels = _levels_of(unet, total_stride, config.taps)
     if not levels:
-        raise TeacherError(f"{files.folder}: the decoder has none of the strides 4, 8, 16, 32; name taps in extract.teacher.taps")
+        raise TeacherError(f"{loaded.where}: the decoder has none of the strides 4, 8, 16, 32; name taps in extract.teacher.taps")
+    schedule = alphas_cumprod(loaded.scheduler)
     spec = TeacherSpec(
-        kind="ddpm",
-        weights_blake3=digest,
-        image_px=files.image_px,
+        kind=kind,
+        weights_blake3=loaded.weights_blake3,
+        image_px=loaded.image_px,
         levels=tuple(levels.values()),
-        num_timesteps=files.num_timesteps,
-        noise_shapes={FORWARD: (3, -1, -1)},
-        options={"scheduler": files.scheduler, "unet_blake3": blake3_hex(canonical_json(files.architecture))},
+        num_timesteps=len(schedule),
+        noise_shapes=encoding.noise_shapes,
+        options={**loaded.options, **encoding.recipe()},
     )
-    dtype = getattr(torch, config.dtype)
-    cast = torch.nn.Module.to(unet, device=device, dtype=dtype)
-    return DiffusionTeacher(cast, alphas_cumprod(files.scheduler), spec, total_stride, files.scheduler["prediction_type"])
+    if config.dtype != "float32":
+        compute_in(unet, getattr(torch, config.dtype), loaded.where)
+    placed = torch.nn.Module.to(unet, device=device)
+    if encoding.channels_last:
+        placed = placed.to(memory_format=torch.channels_last)
+    return DiffusionTeacher(placed, schedule, spec, total_stride, loaded.scheduler["prediction_type"], encoding)
 
 
 def _build(files: UNetFiles) -> Any:
@@ -183,20 +305,18 @@ def _modern_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _levels_of(unet: Any, total_stride: int, taps: Mapping[str, str] | None) -> dict[str, TapSpec]:
-    """Levels found by stride on the smallest input that the network takes, or at the named taps."""
+    """Levels found by stride, or at the named taps, on a copy of the network that has shapes and no values."""
     import torch
 
     from dtpipe.extract.teachers.taps import find_levels, named_levels
 
-    tiny = torch.zeros(1, 3, total_stride, total_stride)
-
-    def forward() -> object:
-        return unet(tiny, 0)
-
-    with torch.inference_mode():
+    side = 2 * total_stride  # group norms refuse a single value per group
+    with torch.device("meta"), torch.inference_mode():
+        shapes = type(unet).from_config(unet.config).eval()
+        blank = torch.zeros(1, 3, side, side)
         if taps:
-            return named_levels(unet, forward, total_stride, taps)
-        return find_levels(unet, forward, total_stride, _decoder_layers(unet))
+            return named_levels(shapes, lambda: shapes(blank, 0), side, taps)
+        return find_levels(shapes, lambda: shapes(blank, 0), side, _decoder_layers(shapes))
 
 
 def _decoder_layers(unet: Any) -> list[str]:
@@ -215,5 +335,6 @@ register_teacher(
         reads="A diffusers UNet2DModel or DDPMPipeline folder, or a hub id of one with a pinned revision.",
         matches=is_unet_path,
         load=load_diffusion_teacher,
+        options=EncodingOptions,
     )
 )
