@@ -15,16 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.base import load_teacher
-from dtpipe.extract.teachers.ddim import alphas_cumprod, ddim_sample, ddim_timesteps, q_sample
 from dtpipe.extract.teachers.diffusion import DiffusionTeacher, load_diffusion_teacher
 from dtpipe.extract.teachers.weights import weights_digest
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import ViewSpec
 
-PARITY = Path(__file__).resolve().parents[3] / "shared" / "parity" / "adm" / "a1_4level" / "arrays.npz"
 PX = 64
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -234,65 +231,7 @@ def test_half_precision_is_close(unet_folder, teacher, dtype, out, bound):
         assert 0 < relative(level.float(), exact[name]) < bound
 
 
-# The diffusion process
-
-
-def test_noise_is_added_as_the_formula_says():
-    schedule = alphas_cumprod(LINEAR)
-    images, noise = randn(1, 3, 4, 4, seed=1), randn(1, 3, 4, 4, seed=2)
-    for timestep in (0, 1, 50, 150, 999):
-        kept = 1.0
-        for step in range(timestep + 1):  # 0-based: timestep 0 is one noise step
-            kept *= 1 - (1e-4 + (0.02 - 1e-4) * step / 999)
-        wanted = kept**0.5 * images.double() + (1 - kept) ** 0.5 * noise.double()
-        torch.testing.assert_close(q_sample(schedule, images, timestep, noise).double(), wanted, rtol=0, atol=5e-7)  # float32 rounding
-
-
-@pytest.mark.skipif(not PARITY.exists(), reason="parity arrays are not here")
-def test_noise_is_added_as_guided_diffusion_does():
-    arrays = np.load(PARITY)
-    schedule = alphas_cumprod(LINEAR)
-    np.testing.assert_allclose(schedule, arrays["sched:alphas_cumprod"], rtol=1e-13)
-    images, noise = torch.from_numpy(arrays["q:x0"]), torch.from_numpy(arrays["q:noise"])
-    for index, timestep in enumerate(arrays["q:t"]):
-        each = slice(index, index + 1) if len(images) == len(arrays["q:t"]) else slice(None)
-        found = q_sample(schedule, images[each], int(timestep), noise[each])
-        np.testing.assert_allclose(found.numpy().squeeze(), arrays["q:x_t"][index].squeeze(), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_schedules_are_those_of_diffusers(name):
-    scheduler = DDPMScheduler(num_train_timesteps=200, beta_schedule=name, beta_start=0.001, beta_end=0.01)
-    ours = alphas_cumprod(scheduler.config)
-    np.testing.assert_allclose(ours, scheduler.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9)  # theirs is float32
-    trained = DDPMScheduler(num_train_timesteps=2, trained_betas=[0.1, 0.2])
-    np.testing.assert_allclose(alphas_cumprod(trained.config), [0.9, 0.72])
-
-
-def test_an_unknown_schedule_is_named():
-    with pytest.raises(TeacherError, match="'sigmoid'"):
-        alphas_cumprod({"beta_schedule": "sigmoid"})
-
-
-def test_ddim_follows_the_flow_of_a_gaussian():
-    """For data N(0, s^2) the best noise estimate is known, and the flow scales x_T by s / sqrt(a s^2 + 1 - a), a at T."""
-    schedule, spread = alphas_cumprod(LINEAR | {"num_train_timesteps": 10_000, "beta_start": 1e-5, "beta_end": 0.002}), 0.25
-
-    def best_noise(noisy: torch.Tensor, timestep: int) -> torch.Tensor:
-        kept = schedule[timestep]
-        return noisy * float((1 - kept) ** 0.5 / (kept * spread**2 + 1 - kept))
-
-    start = randn(1, 1, 8, 8).double()
-    found = ddim_sample(best_noise, schedule, start, 10_000)
-    last = schedule[-1]
-    wanted = start * float(spread / (last * spread**2 + 1 - last) ** 0.5)
-    assert relative(found, wanted) < 0.002  # steps of finite size
-    assert relative(ddim_sample(best_noise, schedule, start, 10), wanted) > 0.02
-
-
-def test_ddim_timesteps_hold_both_ends():
-    assert ddim_timesteps(1000, 5) == [999, 749, 500, 250, 0]
-    assert ddim_timesteps(4, 100) == [3, 2, 1, 0]
+# Sampling
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
