@@ -199,8 +199,12 @@ def test_files_are_recognised_by_their_tensors_names(file, weights, tmp_path):
     (tmp_path / "folder.pt").mkdir()
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("readme", "nothing")
+    with zipfile.ZipFile(tmp_path / "damaged.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000))
+    damaged = (tmp_path / "damaged.pt").read_bytes()
+    (tmp_path / "damaged.pt").write_bytes(damaged[:50] + b"\xff" * 4 + damaged[54:])
     file.rename(tmp_path / "weights.ckpt")
-    for path in [*tmp_path.iterdir(), tmp_path / "nowhere.pt", Path("https://example.org/a.pt")]:
+    for path in [*tmp_path.iterdir(), tmp_path / "nowhere.pt", Path("https://example.org/a.pt"), Path("a" * 300 + ".pt")]:
         assert not is_adm_file(str(path)), path
 
 
