@@ -98,7 +98,9 @@ def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, devi
     student_px = _sides(config.student_px) or image_px
     levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
     views = make_views(config, spec)
-    samples = config.shard.samples or shard_samples_for(bytes_per_sample(levels, len(views), image_px if config.shard.images == "stored" else None))
+    samples = config.shard.samples or shard_samples_for(
+        bytes_per_sample(levels, len(views), image_px if config.shard.images == "stored" else None)
+    )
     transform = config.transform
     return Recipe(
         source=SourceRecipe(kind=source_kind, order=_order(config, source_kind), seed=config.source.seed),
@@ -129,6 +131,7 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
     noise = config.noise
     if spec.synthesizes and (noise.draws > 1 or noise.flips):
         raise ConfigError("a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples")
+    _check_inversion(config, spec)
     timesteps: tuple[int | None, ...] = noise.timesteps
     if spec.num_timesteps is None:
         timesteps = (None,)
@@ -140,6 +143,19 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
         )
     flips = (False, True) if noise.flips else (False,)
     return tuple(ViewSpec(draw=draw, timestep=step, flip=flip) for step in timesteps for draw in range(noise.draws) for flip in flips)
+
+
+def _check_inversion(config: ExtractConfig, spec: TeacherSpec) -> None:
+    """A deterministic encoding has one draw, and stops at multiples of its stride. Raises: ConfigError."""
+    if spec.num_timesteps is None:
+        return
+    if not spec.noise_shapes and config.noise.draws > 1:
+        raise ConfigError(f"extract.noise.draws is {config.noise.draws}, and this teacher's encoding has no noise; leave it out")
+    stride = int(spec.options.get("inversion_stride", 1))
+    if odd := [step for step in config.noise.timesteps if step % stride]:
+        raise ConfigError(
+            f"extract.noise.timesteps has {odd[0]}, no multiple of extract.teacher.options.inversion_stride {stride}; change one"
+        )
 
 
 def check_role(spec: TeacherSpec, source_kind: str, image_px: tuple[int, int]) -> None:

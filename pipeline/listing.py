@@ -62,16 +62,21 @@ def _bytes(published: PublishedTeacher) -> int:
 def _teachers() -> Rows:
     from dtpipe.extract.teachers.base import teacher_kinds
 
-    return {name: kind.reads + _options(kind) for name, kind in sorted(teacher_kinds().items())}
+    return _texts(teacher_kinds())
+
+
+def teacher_options(match: str | None = None) -> dict[str, str]:
+    """What `extract.teacher.options` may hold, by family, with defaults."""
+    from dtpipe.extract.teachers.base import teacher_kinds
+
+    kinds = {name: kind for name, kind in sorted(teacher_kinds().items()) if fnmatch.fnmatch(name, match or "*")}
+    return {name: _options(kind) for name, kind in kinds.items() if kind.options.model_fields}
 
 
 def _options(kind: TeacherKind) -> str:
     """The family's own settings with their defaults."""
-    fields = [
-        f"{name} ({json.dumps(field.get_default(call_default_factory=True), default=str)})"
-        for name, field in kind.options.model_fields.items()
-    ]
-    return f" Options: {', '.join(fields)}." if fields else ""
+    fields = kind.options.model_fields.items()
+    return ", ".join(name if field.is_required() else f"{name}={json.dumps(field.default, default=str)}" for name, field in fields)
 
 
 def _sources() -> Rows:

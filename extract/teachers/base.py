@@ -124,9 +124,16 @@ def register_teacher(kind: TeacherKind) -> None:
 
 
 def teacher_kinds() -> dict[str, TeacherKind]:
-    """All registered families by kind."""
-    from dtpipe.extract.teachers import diffusion  # noqa: F401  one import line per family
+    """All registered families by kind, those of installed plugins too."""
+    from dtpipe.extract.teachers import (  # noqa: F401  one line per family
+        adm,
+        diffusion,
+        module,
+        vae,
+    )
+    from dtpipe.extract.teachers.plugins import load_plugins
 
+    load_plugins()
     return dict(_KINDS)
 
 

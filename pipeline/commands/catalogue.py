@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dtpipe.pipeline.console import Console
-from dtpipe.pipeline.listing import KINDS, catalogue, published_teachers
+from dtpipe.pipeline.listing import KINDS, catalogue, published_teachers, teacher_options
 
 HELP = """Name the teachers, sources, codecs, tasks, presets and students there are.
 
@@ -32,10 +32,18 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
         for entry, text in rows.items():
             console.result(f"  {entry:<16} {text}".rstrip())
     if kind == "teachers":
+        _print_options(console, match)
         _print_published(console, match)
     if kind is None:
         console.result("students: any timm model that gives features; `dtpipe list students` names them")
     console.document({**found, "published": [each.to_json() for each in published_teachers(match)]} if kind == "teachers" else found)
+
+
+def _print_options(console: Console, match: str | None) -> None:
+    """What each family may be told, wrapped."""
+    console.result("\noptions, as -s extract.teacher.options.NAME=VALUE:")
+    for kind, text in teacher_options(match).items():
+        console.result(click.wrap_text(text, 110, f"  {kind:<16} ", " " * 19))
 
 
 def _print_published(console: Console, match: str | None) -> None:
