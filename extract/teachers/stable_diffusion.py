@@ -280,7 +280,7 @@ def _decoder_layers(unet: Any) -> list[str]:
 
 
 _OPENRAIL = "CreativeML OpenRAIL-M"
-_LEVELS = "l2 320, l3 640, l4 1280, l5 1280 of a student at half the size"
+_LEVELS = "l3 320, l4 640, l5 1280, l6 1280"  # of the teacher's image; l2 to l5 of a student's at half the size
 
 register_teacher(
     TeacherKind(
