@@ -31,7 +31,7 @@ class Source(Protocol):
         ...
 
     def list(self) -> Sequence[SourceItem]:
-        """All samples, sorted by key.
+        """All samples: in the container's order where it has one (tar, Parquet), else sorted by key.
 
         Raises: InputError when there is none, or the source cannot be listed.
         """
@@ -58,7 +58,9 @@ class SourceKind:
     """One sentence for `dtpipe list sources`: what it reads."""
     open: Callable[[str], Source]
     recognise: Callable[[str], Source | None]
-    """The source at a URL of unknown kind, or None; may list it to find out."""
+    """The source at a URL of unknown kind, or None. Cheap: looks at the name and at what lies right below it."""
+    asked_last: bool = False
+    """True for folders, which take whatever the others do not; `recognise` may then list, and say what is wrong."""
 
 
 _KINDS: dict[str, SourceKind] = {}
@@ -71,9 +73,9 @@ def register_source(kind: SourceKind) -> None:
 
 def source_kinds() -> dict[str, SourceKind]:
     """All registered kinds by name."""
-    from dtpipe.extract.sources import folder  # noqa: F401  one import line per file
+    from dtpipe.extract.sources import folder, lmdb_store, parquet, webdataset_tar, zip_archive  # noqa: F401  one name per file
 
-    return dict(_KINDS)
+    return dict(sorted(_KINDS.items(), key=lambda item: item[1].asked_last))
 
 
 def open_source(url: str, kind: str = "auto") -> Source:

@@ -177,6 +177,11 @@ def test_file_instead_of_folder_says_so(tmp_path: Path) -> None:
         open_source(str(tmp_path / "1.png"))
 
 
+def test_containers_are_asked_before_folders() -> None:
+    assert list(source_kinds())[-2:] == ["class_folder", "folder"]
+    assert {"zip", "webdataset", "parquet", "lmdb"} <= set(source_kinds())
+
+
 def test_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it is empty"):
         open_source(str(tmp_path))

@@ -1,0 +1,109 @@
+"""Which columns of a Parquet schema hold the images, their paths and their labels, by what the schema itself says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dtpipe.manifests.errors import InputError
+
+_IMAGE_NAMES = ("image", "img", "jpg", "png")  # taken first where several columns could be the images
+_LABEL_NAMES = ("label", "labels")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns to read, nested ones with a dot."""
+
+    image: str
+    path: str | None
+    label: str | None
+    label_names: tuple[str, ...] | None  # of Hugging Face's ClassLabel, by number
+
+    def label_of(self, value: object, where: str) -> str | None:
+        """A label as text; None for a null, and for -1, which Hugging Face gives unlabelled rows.
+
+        Raises: InputError for a number that has no name.
+        """
+        if self.label_names is None or not isinstance(value, int):
+            return None if value is None else str(value)
+        if value == -1:
+            return None
+        if not 0 <= value < len(self.label_names):
+            raise InputError(f"{where}: label {value} is not among the {len(self.label_names)} names of column {self.label}; mend the file")
+        return self.label_names[value]
+
+
+def find_columns(where: str, schema: Any) -> Columns:
+    """The image column: a struct with binary `bytes`, else plain binary; with several, the one named image, img, jpg or png.
+
+    Labels: the column `label` or `labels`, else the only one that is a ClassLabel; of numbers or text, else there are none.
+    Raises: InputError when no column can be the images, or several can.
+    """
+    import pyarrow as pa
+
+    features = _features(schema)
+    structs = [field.name for field in schema if pa.types.is_struct(field.type) and _has_bytes(field.type)]
+    image = _choose(where, structs or [field.name for field in schema if _is_binary(field.type)], schema)
+    kind = schema.field(image).type
+    path = f"{image}.path" if pa.types.is_struct(kind) and _is_text(kind, "path") else None
+    label = _label(schema, features)
+    names = features.get(label, {}).get("names") if label else None
+    return Columns(
+        image=f"{image}.bytes" if pa.types.is_struct(kind) else image,
+        path=path,
+        label=label,
+        label_names=tuple(map(str, names)) if isinstance(names, list) else None,
+    )
+
+
+def _choose(where: str, candidates: list[str], schema: Any) -> str:
+    if len(candidates) == 1:
+        return candidates[0]
+    named = [name for name in _IMAGE_NAMES if name in candidates]
+    if named:
+        return named[0]
+    if candidates:
+        raise InputError(f"{where}: columns {', '.join(candidates)} could all be the images; rename the right one to `image`")
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise InputError(f"{where}: no column of images, only {columns}; they are a struct with `bytes`, or binary")
+
+
+def _label(schema: Any, features: dict[str, dict[str, Any]]) -> str | None:
+    import pyarrow as pa
+
+    classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
+    wanted = [*_LABEL_NAMES, *(classes if len(classes) == 1 else [])]
+    for name in wanted:
+        if name in schema.names:
+            kind = schema.field(name).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                return name
+    return None
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """Hugging Face's description of the columns; empty where there is none that can be read."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _has_bytes(struct: Any) -> bool:
+    return any(struct.field(idx).name == "bytes" and _is_binary(struct.field(idx).type) for idx in range(struct.num_fields))
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(struct: Any, name: str) -> bool:
+    import pyarrow as pa
+
+    return any(struct.field(idx).name == name and pa.types.is_string(struct.field(idx).type) for idx in range(struct.num_fields))
