@@ -78,7 +78,9 @@ class ExtractConfig(StrictModel):
     teacher: TeacherConfig
     noise: NoiseConfig = NoiseConfig()
     shard: ShardConfig = ShardConfig()
-    student_px: int | tuple[int, int] | None = Field(default=None, description="Student's image size in px; default: the stored one.")
+    student_px: int | tuple[int, int] | None = Field(
+        default=None, description="Student's image size in px; default: the stored one, half of it for Stable Diffusion."
+    )
     batch_size: int = Field(default=32, ge=1, description="Images per forward pass of the teacher.")
     threads: int = Field(default=1, ge=1, description="CPU threads per worker for the forward pass.")
     limit: int | None = Field(default=None, ge=1, description="Use only so many samples: the first of the order.")

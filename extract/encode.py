@@ -47,8 +47,8 @@ def row_noise(seed: int, key: str, views: Sequence[ViewSpec], spec: TeacherSpec,
 
 
 def _noise_shape(shape: tuple[int, ...], image_px: tuple[int, int]) -> tuple[int, ...]:
-    """A spec's shape with its trailing -1, -1 replaced by the image's height and width."""
-    return (*shape[:-2], *image_px) if shape[-2:] == (-1, -1) else tuple(shape)
+    """A spec's shape with a trailing -n, -n replaced by an n-th of the image's height and width."""
+    return (*shape[:-2], *(px // -size if size < 0 else size for px, size in zip(image_px, shape[-2:], strict=False)))
 
 
 def encode_batch(

@@ -95,7 +95,7 @@ def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, devi
     """The recipe that settings and a teacher give. Raises: ConfigError when they do not fit each other."""
     image_px = _sides(config.transform.px) or spec.image_px
     check_role(spec, source_kind, image_px)
-    student_px = _sides(config.student_px) or image_px
+    student_px = _sides(config.student_px) or (image_px[0] // spec.student_scale, image_px[1] // spec.student_scale)
     levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
     views = make_views(config, spec)
     samples = config.shard.samples or shard_samples_for(

@@ -42,10 +42,12 @@ class TeacherSpec:
     levels: tuple[TapSpec, ...]
     num_timesteps: int | None = None  # None: not a diffusion model
     noise_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Stream name to the shape of one draw; a leading -1, -1 after channels means the image's own height and width."""
+    """Stream name to the shape of one draw; a trailing -n, -n means an n-th of the image's own height and width."""
     options: Mapping[str, Any] = field(default_factory=dict)
     synthesizes: bool = False
     """True for a GAN: it makes its own images, and cannot encode others."""
+    student_scale: int = 1
+    """The student's image is by default so many times smaller than the teacher's, for the levels to be l2 to l5."""
 
 
 class Teacher(Protocol):
@@ -129,6 +131,7 @@ def teacher_kinds() -> dict[str, TeacherKind]:
         adm,
         diffusion,
         module,
+        stable_diffusion,
         vae,
     )
     from dtpipe.extract.teachers.plugins import load_plugins

@@ -58,7 +58,7 @@ def embed_prompt(root: Path, prompt: str, width: int) -> TextEmbedding:
         import transformers  # noqa: F401
     except ImportError as err:
         raise MissingPackageError(
-            "a Stable Diffusion teacher embeds its prompt with the package transformers; `pip install transformers`, or give the "
+            "a Stable Diffusion teacher embeds its prompt with the package transformers; `pip install 'dtpipe[sd]'`, or give the "
             "embedding as extract.teacher.options.text_embedding"
         ) from err
     folder = root / "text_encoder"

@@ -224,6 +224,7 @@ def _spec(files: PipelineFiles, options: StableDiffusionOptions, levels: Mapping
         image_px=files.image_px,
         levels=tuple(levels.values()),
         num_timesteps=int(files.scheduler["num_train_timesteps"]),
+        student_scale=_student_scale(files),
         noise_shapes={FORWARD: latent} | ({POSTERIOR: latent} if options.latent == "sampled" else {}),
         options={
             "scheduler": files.scheduler,

@@ -46,7 +46,7 @@ def foreign_output(tmp_path: Path) -> dict[str, Any]:
     ("wrong", "error", "says"),
     [
         (no_images, InputError, "nowhere: no such folder"),
-        (empty_folder, InputError, "no image in this folder"),
+        (empty_folder, InputError, "no image in it"),
         (unknown_key, InputError, r"cat/999\.png"),
         (foreign_output, ConfigError, r"thesis\.tex"),
     ],

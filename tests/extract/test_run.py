@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,8 @@ def test_rate_and_eta_come_from_what_was_encoded_lately(monkeypatch: pytest.Monk
     assert meter.now().eta_s == pytest.approx(800 / 8, rel=0.05)
 
 
-SPEC = TeacherSpec("toy", "0" * 64, (64, 64), (TapSpec("l2", 4, 8, "a"), TapSpec("l5", 32, 16, "b"), TapSpec("l5.b", 32, 4, "c")), 1000)
+TAPS = (TapSpec("l2", 4, 8, "a"), TapSpec("l5", 32, 16, "b"), TapSpec("l5.b", 32, 4, "c"))
+SPEC = TeacherSpec("toy", "0" * 64, (64, 64), TAPS, 1000, {"forward": (3, -1, -1)})
 
 
 def test_levels_are_named_by_strides_of_the_students_image() -> None:
@@ -208,6 +210,15 @@ def test_views_are_every_combination_and_timesteps_must_exist(make_config: MakeC
     for wrong in ([1000], [5, 5]):
         with pytest.raises(ConfigError, match=r"extract\.noise\.timesteps"):
             make_recipe(make_config(noise={"timesteps": wrong}), SPEC, "folder", "cpu")
+
+
+def test_a_deterministic_encoding_has_one_draw_and_stops_at_its_stride(make_config: MakeConfig) -> None:
+    spec = replace(SPEC, noise_shapes={}, options={"inversion_stride": 10})
+    assert make_recipe(make_config(noise={"timesteps": [50, 150]}), spec, "folder", "cpu").views
+    with pytest.raises(ConfigError, match="has no noise"):
+        make_recipe(make_config(noise={"draws": 2}), spec, "folder", "cpu")
+    with pytest.raises(ConfigError, match=r"has 55, no multiple of .*inversion_stride 10"):
+        make_recipe(make_config(noise={"timesteps": [50, 55]}), spec, "folder", "cpu")
 
 
 def test_queue_retries_then_sets_aside_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.extract.teachers.stable_diffusion import StableDiffusionTeacher, load_stable_diffusion
 from dtpipe.manifests.errors import ConfigError, MissingPackageError, ShapeError, TeacherError
+from dtpipe.manifests.reader import FeatureDataset
 from dtpipe.manifests.schema import ViewSpec
 
 _spec = importlib.util.spec_from_file_location("sd_pipelines", Path(__file__).with_name("sd_pipelines.py"))
@@ -194,7 +199,7 @@ def test_an_embedding_file_stands_for_the_prompt(folder, tmp_path, monkeypatch):
     teacher = load(folder, text_embedding=str(tmp_path / "text.safetensors"))
     found = teacher.encode(images(), noise(), [view()])
     assert all(relative(found[name], wanted[name]) < 1e-5 for name in wanted)  # the encoder's last bits move with memory alignment
-    with pytest.raises(MissingPackageError, match=r"pip install transformers.*text_embedding"):
+    with pytest.raises(MissingPackageError, match=r"pip install .dtpipe.sd.*text_embedding"):
         load(folder)
 
 
@@ -212,6 +217,30 @@ print(teacher.spec.options["text_blake3"])
 """)
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert len(result.stdout.strip()) == 64, result.stderr
+
+
+# Datasets
+
+
+@pytest.mark.parametrize("latent", ["mean", "sampled"])
+def test_a_dataset_has_the_papers_levels_for_a_student_of_half_the_size(folder, make_config, latent):
+    config = make_config(
+        teacher={"path": str(folder), "options": {"latent": latent}}, noise={"timesteps": [50], "flips": True}, shard={"samples": 8}
+    )
+    dataset = FeatureDataset.open(run_extraction(config).url)
+    assert dataset.recipe.student_px == (32, 32)
+    assert (dataset.recipe.transform.height, dataset.recipe.transform.width) == (64, 64)
+    assert [(level.name, level.stride, level.channels) for level in dataset.levels] == [
+        ("l2", 4, 8),
+        ("l3", 8, 16),
+        ("l4", 16, 24),
+        ("l5", 32, 32),
+    ]
+    images, _ = dataset.read_batch(range(8), (), [0] * 8)
+    again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, dataset.keys)
+    for name, level in again.items():
+        stored = np.stack([[dataset.read_level(name, row, view) for view in range(2)] for row in range(8)])
+        np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)
 
 
 # Precision
