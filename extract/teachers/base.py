@@ -132,6 +132,7 @@ def teacher_kinds() -> dict[str, TeacherKind]:
         diffusion,
         module,
         stable_diffusion,
+        stylegan2,
         vae,
     )
     from dtpipe.extract.teachers.plugins import load_plugins
