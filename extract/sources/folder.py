@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
 from dtpipe.extract.sources.files import Place, find_files, local_path, open_place
-from dtpipe.extract.sources.names import MAX_FILE_BYTES, in_class_folders, key_of, labelled_by_folder, no_images, takes
+from dtpipe.extract.sources.names import CONTAINERS, MAX_FILE_BYTES, in_class_folders, key_of, labelled_by_folder, no_images, takes
 from dtpipe.extract.transforms import BadImage
 from dtpipe.manifests.errors import InputError
 
@@ -24,7 +24,6 @@ _TRY_AGAIN = frozenset(
     {errno.EINTR, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
     | {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
 )
-_ARCHIVES = (".zip", ".tar", ".parquet", ".mdb")
 
 
 class FolderSource:
@@ -97,7 +96,7 @@ def _open_folder(url: str) -> Place:
     place = open_place(url)
     if place.is_file and not place.is_folder:
         raise InputError(
-            f"{url}: is a file, and its name ends in none of {', '.join(_ARCHIVES)}; "
+            f"{url}: is a file, and its name ends in none of {', '.join(CONTAINERS)}; "
             "give the folder that the images lie in, or name what it is with extract.source.kind"
         )
     if not place.is_folder:

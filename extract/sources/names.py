@@ -16,6 +16,7 @@ EXTENSIONS = frozenset(
         *("jp2", "j2k", "jpx", "jpc", "j2c", "ppm", "pgm", "pbm", "pnm", "pfm", "tga", "ico", "icns", "sgi", "dds", "pcx"),
     )
 )
+CONTAINERS = (".zip", ".tar", ".parquet", ".mdb")  # endings of files that hold images, each a source of its own
 MAX_FILE_BYTES = 2**31  # of one image, unpacked
 
 
@@ -69,4 +70,7 @@ def labelled_by_folder(files: Sequence[tuple[str, str]]) -> list[SourceItem]:
 def no_images(url: str, ignored: Counter[str]) -> InputError:
     """What to say of a source without a sample."""
     seen = ", ".join(f"{count} {name}" for name, count in ignored.most_common(5)) or "it is empty"
+    packed = [name for name in CONTAINERS if name in ignored]
+    if packed:
+        return InputError(f"{url}: no image in it ({seen}); name a {' or '.join(packed)} file itself, or the folder right above such files")
     return InputError(f"{url}: no image in it ({seen}); images are files that end in {', '.join(sorted(EXTENSIONS))}")

@@ -137,7 +137,9 @@ def _check_groups(path: str, metadata: pq.FileMetaData, columns: Columns) -> Non
                 f"to read one; write the file with row groups of at most {MAX_GROUP_BYTES / 2**30:.0f} GiB (row_group_size=100, say)"
             )
     if nulls and nulls == metadata.num_rows:
-        raise InputError(f"{path}: column {columns.image} is empty, so the images lie elsewhere; write the file with the images embedded")
+        raise InputError(
+            f"{path}: column {columns.image} is empty, so the images lie elsewhere; write it with the images embedded (`push_to_hub` does)"
+        )
 
 
 def _values(table: pa.Table, column: str | None) -> list[Any] | None:

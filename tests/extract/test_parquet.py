@@ -20,7 +20,7 @@ import pytest
 from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.group_cache import GroupCache
 from dtpipe.extract.sources.parquet import ParquetSource
-from dtpipe.extract.transforms import BadImage
+from dtpipe.extract.transforms import BadImage, decode_image
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.listing import permutation
 
@@ -37,6 +37,15 @@ def write(path: Path, metadata: dict[str, str] | None = None, **columns: Any) ->
 
 def images(*data: bytes | None, field: str = "bytes") -> pa.Array:
     return pa.array([None if each is None else {field: each} for each in data], pa.struct({field: pa.binary()}))
+
+
+def test_file_written_by_hugging_face_datasets() -> None:
+    """See the fixture's README."""
+    source = open_source(str(Path(__file__).with_name("fixtures") / "sources" / "imagefolder.parquet"))
+    assert labels(source) == {f"{idx}.png": "cat" if idx % 2 else "dog" for idx in (1, 3, 5, 0, 2, 4)}
+    for key, data in contents(source).items():
+        rng = np.random.Generator(np.random.Philox(int(key.removesuffix(".png"))))
+        np.testing.assert_array_equal(decode_image(data, 64), rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
 
 
 def test_paths_are_keys_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -93,7 +102,7 @@ def test_pattern_takes_one_split(tmp_path: Path) -> None:
     assert list(contents(open_source(f"{tmp_path}/data/train-*.parquet"))) == ["train.png"]
     assert len(open_source(str(tmp_path / "data")).list()) == 2
     assert len(open_source(str(tmp_path), "parquet").list()) == 2
-    with pytest.raises(InputError, match=r"no image in it \(2 \.parquet\)"):
+    with pytest.raises(InputError, match=r"no image in it \(2 \.parquet\); name a \.parquet file itself, or the folder right above"):
         open_source(str(tmp_path)).list()
 
 
