@@ -23,6 +23,7 @@ from dtpipe.extract.teachers.adm_config import (
 )
 from dtpipe.extract.teachers.adm_keys import published_shapes, unet_tensors
 from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, parse_options, register_teacher
+from dtpipe.extract.teachers.checkpoint_names import names_tensors
 from dtpipe.extract.teachers.diffusion import DiffusionTeacher, LoadedUNet, make_teacher
 from dtpipe.extract.teachers.weights import weights_digest
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -32,36 +33,12 @@ if TYPE_CHECKING:
 
     from dtpipe.extract.config import TeacherConfig
 
-HEAD_BYTES = 1 << 22  # enough for the names of a checkpoint's tensors
 _MARKS = ("input_blocks.0.0.weight", "time_embed.0.weight")  # whole names: latent diffusion files have them behind a prefix
 
 
 def is_adm_file(path: str) -> bool:
     """True for a torch file whose tensors have guided-diffusion's names. Its pickle is searched, not loaded."""
-    file = Path(path)
-    try:
-        head = _pickle_head(file) if file.suffix in (".pt", ".pth") and file.is_file() else b""
-    except Exception:  # a damaged archive raises many types, a strange name others; neither is ours
-        return False
-    return all(any(_as_pickled(name, code) in head for code in (b"X", b"\x8c")) for name in _MARKS)
-
-
-def _pickle_head(file: Path) -> bytes:
-    """The beginning of the pickled part: all names and none of the weights, in files of torch 1.6 and later."""
-    if not zipfile.is_zipfile(file):
-        with file.open("rb") as whole:
-            return whole.read(HEAD_BYTES)
-    with zipfile.ZipFile(file) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if not pickles:
-            return b""
-        with archive.open(pickles[0]) as part:
-            return part.read(HEAD_BYTES)
-
-
-def _as_pickled(name: str, code: bytes) -> bytes:
-    """A whole string as pickle protocols 2 and 4 write it: with its length, so that a longer name does not match."""
-    return code + len(name).to_bytes(4 if code == b"X" else 1, "little") + name.encode()
+    return Path(path).suffix in (".pt", ".pth") and names_tensors(Path(path), _MARKS)
 
 
 def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTeacher:

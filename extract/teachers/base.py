@@ -129,7 +129,9 @@ def teacher_kinds() -> dict[str, TeacherKind]:
     """All registered families by kind, those of installed plugins too."""
     from dtpipe.extract.teachers import (  # noqa: F401  one line per family
         adm,
+        biggan,
         diffusion,
+        icgan,
         module,
         stable_diffusion,
         stylegan2,

@@ -21,7 +21,7 @@ def names_tensors(path: Path, names: Iterable[str]) -> bool:
         head = _pickle_head(path) if path.suffix in TORCH_ENDINGS else b""
     except Exception:  # a damaged archive raises many types, a strange file name others
         return False
-    return all(any(_as_pickled(name, code) in head for code in (b"X", b"\x8c")) for name in names)
+    return all(any(mark in head for mark in pickled_name(name)) for name in names)
 
 
 def _safetensors_names(path: Path) -> set[str]:
@@ -44,6 +44,6 @@ def _pickle_head(path: Path) -> bytes:
             return part.read(HEAD_BYTES)
 
 
-def _as_pickled(name: str, code: bytes) -> bytes:
+def pickled_name(name: str) -> tuple[bytes, bytes]:
     """A whole string as pickle protocols 2 and 4 write it: with its length, so that a longer name does not match."""
-    return code + len(name).to_bytes(4 if code == b"X" else 1, "little") + name.encode()
+    return b"X" + len(name).to_bytes(4, "little") + name.encode(), b"\x8c" + len(name).to_bytes(1, "little") + name.encode()

@@ -7,7 +7,6 @@ the network is our own, in `stylegan2_network`.
 from __future__ import annotations
 
 import mmap
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +23,7 @@ from dtpipe.extract.teachers.base import (
     register_teacher,
     takes_no_images,
 )
+from dtpipe.extract.teachers.checkpoint_names import names_tensors, pickled_name
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
 
@@ -199,37 +199,17 @@ def _levels(network: Generator, options: StyleGan2Options, config: TeacherConfig
 def is_stylegan2_file(path: str) -> bool:
     """True for a snapshot whose pickle has StyleGAN2's names. It is searched, not loaded."""
     file = Path(path)
+    if file.suffix in (".pt", ".pth"):
+        return names_tensors(file, ("g_ema", "convs.0.conv.modulation.weight"))
     try:
-        if file.suffix == ".pkl" and file.is_file():
-            with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return data.find(b"dnnlib.tflib.network", 0, 1 << 12) >= 0 or any(
-                    data.find(mark, 0, HEAD_BYTES) >= 0 for mark in _pickled("noise_strength")
-                )
-        if file.suffix in (".pt", ".pth") and file.is_file():
-            head = _pickle_head(file)
-            return all(any(mark in head for mark in _pickled(name)) for name in ("g_ema", "convs.0.conv.modulation.weight"))
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):  # what an empty or damaged file raises
-        pass
-    return False
-
-
-def _pickle_head(file: Path) -> bytes:
-    """The beginning of the pickled part of a torch file, which has the tensors' names."""
-    if not zipfile.is_zipfile(file):
-        with file.open("rb") as whole:
-            return whole.read(HEAD_BYTES)
-    with zipfile.ZipFile(file) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if not pickles:
-            return b""
-        with archive.open(pickles[0]) as part:
-            return part.read(HEAD_BYTES)
-
-
-def _pickled(name: str) -> tuple[bytes, bytes]:
-    """A string as pickle writes it, before protocol 4 and since: with its length, so that mere source text does not match."""
-    size = len(name)
-    return b"X" + size.to_bytes(4, "little") + name.encode(), b"\x8c" + size.to_bytes(1, "little") + name.encode()
+        if file.suffix != ".pkl" or not file.is_file():
+            return False
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return data.find(b"dnnlib.tflib.network", 0, 1 << 12) >= 0 or any(
+                data.find(mark, 0, HEAD_BYTES) >= 0 for mark in pickled_name("noise_strength")
+            )
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return False
 
 
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
