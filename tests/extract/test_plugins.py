@@ -172,8 +172,6 @@ def test_images_are_extracted_with_an_installed_teacher(site: Path, image_folder
 import json, sys
 import numpy as np
 sys.path.insert(0, {str(site)!r})
-from dtpipe.extract.teachers.plugins import load_plugins
-load_plugins()
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.reader import FeatureDataset
