@@ -1,11 +1,12 @@
 """What changes while a teacher is trained: network, moving average, optimiser, step; and its checkpoint.
 
 A checkpoint is one torch file that loads with `weights_only=True`; it is replaced in one move, so a killed run leaves
-the one before.
+the one before. Nothing in it depends on how many processes trained.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,67 +14,65 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from dtpipe.extract.train_config import EXECUTION, TrainTeacherConfig
+from dtpipe.extract.train_network import build_unet, start_from
 from dtpipe.manifests.errors import DamagedDataError, PlanChangedError, StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CHECKPOINT = "last.pt"
+_KEYS = frozenset({"config", "unet", "ema", "optimizer", "step", "losses"})
+_LATER_KEYS: dict[str, Any] = {"classes": [], "scaler": None, "started_from": None}  # what older checkpoints lack
 
 
 @dataclass
 class TrainState:
-    """All that changes during training."""
+    """All that changes during training, and what it began with."""
 
     unet: nn.Module
     ema: dict[str, Tensor]
     optimizer: Any
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    scaler: Any = None
+    """Of the loss in float16 (torch.amp.GradScaler)."""
+    classes: tuple[str, ...] = ()
+    started_from: str | None = None
+    """Digest of the weights of `init_from`."""
+    forward: Any = None
+    """The network as training calls it: itself, or a wrapper of several processes around it."""
 
 
-def build_unet(config: TrainTeacherConfig) -> nn.Module:
-    """A fresh diffusers UNet2DModel, its weights a function of the seed."""
-    import torch
-    from diffusers import UNet2DModel
+def resume_or_start(
+    config: TrainTeacherConfig, device: str, saved: dict[str, Any] | None = None, classes: tuple[str, ...] = ()
+) -> TrainState:
+    """The state of a checkpoint's content, or a fresh one.
 
-    attention = [2**level in config.attention_strides for level in range(len(config.channels))]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        unet = UNet2DModel(
-            sample_size=config.px,
-            layers_per_block=config.blocks,
-            block_out_channels=config.channels,
-            down_block_types=tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in attention),
-            up_block_types=tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)),
-            attention_head_dim=config.head_channels,
-            norm_num_groups=config.norm_groups,
-            norm_eps=1e-5,
-        )
-    model: nn.Module = unet
-    return model
-
-
-def resume_or_start(config: TrainTeacherConfig, device: str) -> TrainState:
-    """The state of the last checkpoint in `config.out`, or a fresh one.
-
-    Raises: PlanChangedError when the checkpoint was made with other settings.
+    Raises: PlanChangedError when the images have other classes than the checkpoint's; TeacherError as `start_from`.
     """
     import torch
 
-    unet = build_unet(config).to(device).train()
+    unet = build_unet(config, len(classes)).to(device).train()
+    started_from = start_from(config, unet, config.init_from) if config.init_from and not saved else None
     ema = {name: value.detach().clone() for name, value in unet.state_dict().items()}
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    state = TrainState(unet, ema, optimizer)
-    path = Path(config.out) / CHECKPOINT
-    if path.exists():
-        saved = load_checkpoint(path)
-        _refuse_other_settings(config, TrainTeacherConfig.model_validate_json(saved["config"]), path)
-        unet.load_state_dict(saved["unet"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state.ema = {name: value.to(device) for name, value in saved["ema"].items()}
-        state.step, state.losses = saved["step"], saved["losses"]
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device) if config.precision == "float16" else None
+    state = TrainState(unet, ema, optimizer, scaler=scaler, classes=classes, started_from=started_from, forward=unet)
+    if saved:
+        _restore(state, saved, device, config.out)
     return state
+
+
+def _restore(state: TrainState, saved: dict[str, Any], device: str, where: str) -> None:
+    if list(state.classes) != saved["classes"]:
+        changed = sorted(set(state.classes) ^ set(saved["classes"]))
+        raise PlanChangedError(f"{where}/{CHECKPOINT} was made with other classes, {changed} differ; give the same images or another --out")
+    state.unet.load_state_dict(saved["unet"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.ema = {name: value.to(device) for name, value in saved["ema"].items()}
+    state.step, state.losses, state.started_from = saved["step"], saved["losses"], saved["started_from"]
+    if state.scaler is not None and saved["scaler"]:
+        state.scaler.load_state_dict(saved["scaler"])
 
 
 def update_ema(state: TrainState, decay: float) -> None:
@@ -85,7 +84,7 @@ def update_ema(state: TrainState, decay: float) -> None:
 
 
 def save_checkpoint(config: TrainTeacherConfig, state: TrainState) -> Path:
-    """Write `last.pt` into `config.out`, in one move.
+    """Write `last.pt` into `config.out`: beside it, brought to disk, then in one move.
 
     Raises: StoreError when the folder is full or unwritable.
     """
@@ -100,13 +99,32 @@ def save_checkpoint(config: TrainTeacherConfig, state: TrainState) -> Path:
         "optimizer": state.optimizer.state_dict(),
         "step": state.step,
         "losses": state.losses,
+        "classes": list(state.classes),
+        "scaler": state.scaler.state_dict() if state.scaler is not None else None,
+        "started_from": state.started_from,
     }
     try:
-        torch.save(content, partial)
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as err:
         raise StoreError(f"{path}: cannot write the checkpoint ({err}); make room and run the same command again") from err
     return path
+
+
+def find_checkpoint(config: TrainTeacherConfig) -> dict[str, Any] | None:
+    """The content of the checkpoint in `config.out`, if there is one.
+
+    Raises: PlanChangedError when it was made with other settings; DamagedDataError as `load_checkpoint`.
+    """
+    path = Path(config.out) / CHECKPOINT
+    if not path.exists():
+        return None
+    content = load_checkpoint(path)
+    _refuse_other_settings(config, TrainTeacherConfig.model_validate_json(content["config"]), path)
+    return content
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -122,8 +140,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedDataError(f"{path}: not a readable checkpoint ({type(err).__name__}); delete it to start again") from err
     if not isinstance(content, dict):
         raise DamagedDataError(f"{path}: holds a {type(content).__name__}, no checkpoint of a teacher; name another --out")
-    missing = {"config", "unet", "ema", "optimizer", "step", "losses"} - set(content)
-    if missing:
+    if missing := _KEYS - set(content):
         raise DamagedDataError(f"{path}: checkpoint lacks {sorted(missing)}; delete it to start again")
     try:
         TrainTeacherConfig.model_validate_json(content["config"])
@@ -132,7 +149,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedDataError(
             f"{path}: its settings are not this version's ({where}: {err.errors()[0]['msg']}); delete it to start again"
         ) from err
-    return dict(content)
+    return _LATER_KEYS | content
 
 
 def _refuse_other_settings(config: TrainTeacherConfig, saved: TrainTeacherConfig, path: Path) -> None:

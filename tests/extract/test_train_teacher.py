@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -10,36 +11,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dtpipe.extract import train_teacher as module
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.base import load_teacher
-from dtpipe.extract.teachers.ddim import alphas_cumprod
 from dtpipe.extract.train_config import EXECUTION, TrainTeacherConfig
 from dtpipe.extract.train_export import export_teacher, tile
-from dtpipe.extract.train_state import CHECKPOINT, load_checkpoint, resume_or_start
-from dtpipe.extract.train_teacher import learning_rate, train_step, train_teacher
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, DivergedError, InputError, PlanChangedError, StoppedError
+from dtpipe.extract.train_state import CHECKPOINT, load_checkpoint
+from dtpipe.extract.train_step import train_step
+from dtpipe.extract.train_teacher import drop_lines_after, train_teacher
+from dtpipe.manifests.errors import (
+    ConfigError,
+    DamagedDataError,
+    DivergedError,
+    InputError,
+    LockHeldError,
+    PlanChangedError,
+    StoppedError,
+    StoreError,
+)
+from dtpipe.manifests.lock import Lock
+from dtpipe.manifests.storage import Store
 
-TINY = {
-    "px": 16,
-    "channels": (8, 8, 16),
-    "blocks": 1,
-    "attention_strides": (4,),
-    "head_channels": 8,
-    "norm_groups": 4,
-    "steps": 6,
-    "batch_size": 3,
-    "lr": 1e-3,
-    "warmup_steps": 2,
-    "ema_decay": 0.5,
-    "checkpoint_every": 2,
-    "log_every": 2,
-    "num_samples": 3,
-    "sample_steps": 2,
-    "device": "cpu",
-    "threads": 1,
-}
+TINY = json.loads((Path(__file__).parent / "fixtures" / "train" / "tiny.json").read_text())
 
 
 @pytest.fixture
@@ -158,79 +153,11 @@ def test_a_damaged_checkpoint_is_named(config):
 
 def test_half_precision_weights_are_written_as_such(config, tmp_path):
     train_teacher(changed(config, steps=1, dtype="float16"))
-    from safetensors.torch import load_file
-
     found = load_file(Path(config.out) / "unet" / "diffusion_pytorch_model.safetensors")
     saved = load_checkpoint(Path(config.out) / CHECKPOINT)["ema"]
     assert all(torch.equal(value, saved[name].half()) for name, value in found.items())
     export_teacher(Path(config.out), tmp_path / "elsewhere", "float32")
     assert load_teacher(TeacherConfig(path=str(tmp_path / "elsewhere"))).spec.image_px == (16, 16)
-
-
-def test_a_step_follows_the_papers_loss(config):
-    """Loss, gradient clipping and AdamW of one step, restated by hand in float64."""
-    images, _ = module.load_images(config)
-    state = resume_or_start(config, "cpu")
-    clean, timesteps, noise = module._draw_batch(config, images, 0)
-    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, config.timesteps))[timesteps.numpy()].reshape(-1, 1, 1, 1)
-    noisy = kept**0.5 * clean.double().numpy() + (1 - kept) ** 0.5 * noise.double().numpy()
-    reference = resume_or_start(config, "cpu").unet.double()
-    predicted = reference(torch.from_numpy(noisy), timesteps).sample
-    wanted = ((predicted - noise.double()) ** 2).mean()
-    gradients = torch.autograd.grad(wanted, list(reference.parameters()))
-    schedule = torch.from_numpy(alphas_cumprod({"num_train_timesteps": config.timesteps}))
-    before = {name: value.detach().clone() for name, value in state.unet.named_parameters()}
-    loss = train_step(config, state, images, schedule, "cpu")
-    assert abs(loss - wanted.item()) < 1e-5 * wanted.item()
-    scale = min(1.0, config.grad_clip / sum(float(each.square().sum()) for each in gradients) ** 0.5)
-    for (name, value), gradient in zip(state.unet.named_parameters(), gradients, strict=True):
-        clear = (gradient * scale).abs() > 1e-5  # AdamW's first step is lr * sign, where the gradient exceeds eps and rounding
-        moved = (value.detach() - before[name])[clear].double()
-        step = -learning_rate(config, 0) * (gradient * scale / ((gradient * scale).abs() + 1e-8))[clear]
-        torch.testing.assert_close(moved, step, rtol=2e-2, atol=1e-7)
-
-
-def test_training_learns():
-    """On one image the loss falls well below one, the loss of a network that predicts nothing."""
-    image = np.zeros((1, 16, 16, 3), np.uint8)
-    image[:, :8] = 200
-    settings = TINY | {"images": "", "out": "nowhere", "steps": 150, "batch_size": 8, "lr": 3e-3}
-    config = TrainTeacherConfig.model_validate(settings)
-    state = resume_or_start(config, "cpu")
-    schedule = torch.from_numpy(alphas_cumprod({"num_train_timesteps": config.timesteps}))
-    losses = [train_step(config, state, image, schedule, "cpu") for _ in range(config.steps)]
-    assert np.mean(losses[:5]) > 0.8
-    assert np.mean(losses[-20:]) < 0.35
-
-
-def test_every_image_is_used_once_per_epoch(config):
-    images = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
-    config = changed(config, batch_size=3, flip=False)
-    drawn = torch.cat([module._draw_batch(config, images, step)[0][:, 0, 0, 0] for step in range(16)])
-    rows = ((drawn + 1) * 127.5).round().int().tolist()
-    for epoch in range(6):
-        assert sorted(rows[epoch * 8 : epoch * 8 + 8]) == list(range(8))
-    assert rows[:8] != rows[8:16]
-
-
-def test_flips_are_drawn_per_image(config):
-    images = np.zeros((1, 16, 16, 3), np.uint8)
-    images[:, :, :8] = 255
-    left = torch.cat([module._draw_batch(config, images, step)[0][:, 0, 0, 0] for step in range(40)]) > 0
-    assert 0.3 < left.float().mean() < 0.7
-
-
-def test_learning_rate_rises_holds_and_falls(config):
-    config = changed(config, steps=10, warmup_steps=2, decay_steps=4, lr=1.0)
-    assert [learning_rate(config, step) for step in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-
-
-def test_bad_images_are_named_and_left_out(config, image_folder):
-    (image_folder / "cat" / "broken.png").write_bytes(b"no image")
-    images, bad = module.load_images(config)
-    assert len(images) == 8
-    assert len(bad) == 1
-    assert bad[0].startswith("cat/broken.png: ")
 
 
 def test_a_source_without_a_readable_image_is_refused(config, tmp_path):
@@ -244,6 +171,12 @@ def test_a_source_without_a_readable_image_is_refused(config, tmp_path):
     ("changes", "message"),
     [
         ({"px": 18}, "multiple of 4"),
+        ({"px": (16, 18)}, r"px is \(16, 18\); 3 resolutions need a multiple of 4"),
+        ({"px": 4}, "8 or more"),
+        ({"channels": (8, 8)}, "at least 3 items"),
+        ({"label_dropout": 0.1}, "set class_conditional too"),
+        ({"max_bad": 1.5}, "share as a fraction up to 1"),
+        ({"out": "s3://bucket/teacher"}, "local or mounted folder"),
         ({"channels": (8, 10, 16)}, r"\[10\]; each must be a multiple of norm_groups"),
         ({"attention_strides": (3, 8)}, r"\[3, 8\]"),
         ({"steps": 0}, "steps"),
@@ -261,6 +194,12 @@ def test_a_gpu_that_is_not_there_is_named(config, monkeypatch):
         train_teacher(changed(config, device="cuda"))
 
 
+def test_float16_needs_a_gpu(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"precision is float16, which trains on a GPU only; use bfloat16"):
+        train_teacher(changed(config, precision="float16"))
+
+
 def test_execution_settings_are_fields():
     assert set(TrainTeacherConfig.model_fields) >= EXECUTION
 
@@ -276,3 +215,120 @@ def test_training_that_diverges_stops_and_writes_no_teacher(config):
         train_teacher(wild)
     assert load_checkpoint(Path(wild.out) / CHECKPOINT)["step"] == 1
     assert not (Path(wild.out) / "unet").exists()
+
+
+def test_images_need_not_be_square(config):
+    result = train_teacher(changed(config, px=(8, 16), resize="stretch", steps=1))
+    assert load_teacher(TeacherConfig(path=str(result.out))).spec.image_px == (8, 16)
+    with Image.open(result.samples) as grid:
+        assert grid.size == (32, 16)
+
+
+def test_one_side_of_a_square_may_be_spelled_twice(config):
+    train_teacher(changed(config, px=(16, 16), steps=1))
+    assert train_teacher(changed(config, steps=1)).finished
+
+
+def test_a_class_conditional_teacher_says_its_classes(config):
+    result = train_teacher(changed(config, class_conditional=True, label_dropout=0.5, steps=2))
+    assert json.loads((result.out / "classes.json").read_text()) == {"classes": ["cat", "dog"], "null_class": 2}
+    assert json.loads((result.out / "unet" / "config.json").read_text())["num_class_embeds"] == 3
+    assert load_file(result.out / "unet" / "diffusion_pytorch_model.safetensors")["class_embedding.weight"].shape[0] == 3
+    assert result.samples.exists()
+
+
+def test_a_class_conditional_run_goes_the_way_of_an_unbroken_one(config, tmp_path):
+    config = changed(config, class_conditional=True)
+    unbroken = changed(config, out=str(tmp_path / "unbroken"))
+    train_teacher(unbroken)
+    train_teacher(changed(config, steps=3))
+    result = train_teacher(config)
+    assert_equal_weights(config, unbroken)
+    assert json.loads((result.out / "classes.json").read_text()) == {"classes": ["cat", "dog"], "null_class": None}
+
+
+def test_other_classes_than_the_checkpoints_are_refused(config, image_folder):
+    config = changed(config, class_conditional=True)
+    train_teacher(changed(config, steps=1))
+    (image_folder / "dog").rename(image_folder / "hound")
+    with pytest.raises(PlanChangedError, match=r"last\.pt was made with other classes, \['dog', 'hound'\] differ"):
+        train_teacher(config)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(config):
+    Path(config.out).mkdir()
+    message = r"teacher is being written by process \d+ on .*; wait for it, or stop it"
+    with Lock.acquire(Store(config.out)), pytest.raises(LockHeldError, match=message):
+        train_teacher(config)
+    assert train_teacher(config).finished
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(config):
+    Path(config.out).mkdir()
+    pid = os.fork()
+    if not pid:
+        Lock.acquire(Store(config.out))
+        os._exit(0)  # as a kill does: nothing is released
+    os.waitpid(pid, 0)
+    assert train_teacher(config).finished
+
+
+def test_a_run_that_lost_its_lock_writes_no_more(config):
+    def take_over(progress):
+        if progress.step == 2:
+            next((Path(config.out) / "lock").iterdir()).unlink()
+
+    with pytest.raises(LockHeldError, match="somebody removed the lock"):
+        train_teacher(config, take_over)
+    assert not (Path(config.out) / CHECKPOINT).exists()
+
+
+def test_metrics_hold_each_step_once_after_a_kill(config, monkeypatch):
+    def die(at, state, *rest):
+        if state.step == 5:
+            raise KeyboardInterrupt
+        return train_step(at, state, *rest)
+
+    config = changed(config, log_every=1)
+    monkeypatch.setattr(module, "train_step", die)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(config)
+    monkeypatch.undo()
+    metrics = Path(config.out) / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == 5  # one more than the checkpoint
+    with metrics.open("a") as file:
+        file.write('{"step": 6, "lo')
+    train_teacher(config)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_lines_past_a_step_and_broken_ones_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n[7]\n{"step": 3}\n{"step": 9}\n{"step": 2}')
+    drop_lines_after(path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_training_starts_from_the_weights_of_another_teacher(config, tmp_path, monkeypatch):
+    first = train_teacher(config).out
+    config = changed(config, out=str(tmp_path / "second"), init_from=str(first), px=8, seed=3)
+    seen = {}
+
+    def look(at, state, *rest):
+        seen.setdefault(state.step, {name: value.clone() for name, value in state.unet.state_dict().items()})
+        return train_step(at, state, *rest)
+
+    monkeypatch.setattr(module, "train_step", look)
+    second = train_teacher(changed(config, steps=2)).out
+    exported = load_file(first / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, exported[name]) for name, value in seen[0].items())
+    digest = json.loads((second / "train.json").read_text())["started_from_weights_blake3"]
+    assert digest == load_teacher(TeacherConfig(path=str(first))).spec.weights_blake3
+    first.rename(tmp_path / "moved")  # the weights are needed once
+    assert train_teacher(config).finished
+
+
+def test_a_folder_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot make the folder"):
+        train_teacher(changed(config, out=str(tmp_path / "file" / "teacher")))
