@@ -17,7 +17,9 @@ class SourceConfig(StrictModel):
     """Where images come from and in which order they become rows."""
 
     kind: str = Field(default="auto", description="Source kind (`dtpipe list sources`), or auto: by what the URL holds.")
-    order: Order = Field(default="permuted", description="Rows: a seeded permutation of the listing, or container order.")
+    order: Order | Literal["auto"] = Field(
+        default="auto", description="Rows: permuted (seeded), or container order; auto: container for tars and Parquet."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the permutation.")
     max_pixels: int = Field(default=128_000_000, ge=1, description="Images with more pixels are bad samples.")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.sources import Source
+from dtpipe.extract.sources import Source, source_kinds
 from dtpipe.extract.sources.synthesized import open_images
 from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherSpec, load_teacher, makes_no_images, takes_no_images
 from dtpipe.manifests.canonical import blake3_hex
@@ -87,8 +87,10 @@ def _list_source(config: ExtractConfig, source: Source) -> Listing:
 
 
 def _order(config: ExtractConfig, source_kind: str) -> Order:
-    """Synthesized samples are independent draws, so they stay in the order of their numbers."""
-    return "container" if source_kind == SYNTHESIZED else config.source.order
+    """As asked, or as the source is best read. Synthesized samples are independent draws and stay in the order of their numbers."""
+    if source_kind == SYNTHESIZED:
+        return "container"
+    return source_kinds()[source_kind].order if config.source.order == "auto" else config.source.order
 
 
 def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, device: str) -> Recipe:
@@ -199,13 +201,19 @@ def _stored_level(tap: TapSpec, image_px: tuple[int, int], student_px: tuple[int
 def with_whole_paths(config: ExtractConfig) -> ExtractConfig:
     """The settings with paths that mean the same in other folders: of workers, and of those who read the record later."""
     teacher = config.teacher.model_copy(update={"path": whole_path(config.teacher.path)})
-    keys, images = (None if path is None else whole_path(path) for path in (config.keys, config.images))
+    keys = None if config.keys is None else whole_path(config.keys)
+    images = None if config.images is None else whole_source(config.images)
     return config.model_copy(update={"images": images, "teacher": teacher, "keys": keys})
 
 
 def whole_path(path: str) -> str:
     """An existing local path from the root; a URL, or a name that is no path, as it is."""
     return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100  drops `..`, follows no links
+
+
+def whole_source(url: str) -> str:
+    """A local path from the root, be it a pattern or a folder in an archive; a URL as it is."""
+    return url if "://" in url or "::" in url else os.path.abspath(url)  # noqa: PTH100  drops `..`, follows no links
 
 
 def max_bad_samples(config: ExtractConfig, num_rows: int) -> int:

@@ -84,7 +84,7 @@ class LabelledReader:
         self.images, self.masks, self.recipe = images, masks, recipe
         self.source = open_source(images, source_kind)
         self.items: Sequence[SourceItem] = self.source.list()
-        self.mask_source: Source | None = open_source(masks, "folder") if masks else None
+        self.mask_source: Source | None = open_source(masks) if masks else None
         self.mask_uris = {_stem(item.key): item.uri for item in self.mask_source.list()} if self.mask_source else {}
 
     def read(self, class_names: Sequence[str], note: Callable[[str], None], rows: Sequence[int], prefix: str = "") -> LabelledSet:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.schema import Order
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class SourceKind:
     open: Callable[[str], Source]
     recognise: Callable[[str], Source | None]
     """The source at a URL of unknown kind, or None. Cheap: looks at the name and at what lies right below it."""
+    order: Order = "permuted"
+    """Order of rows unless `extract.source.order` names one: containers that are read in runs keep their own."""
     asked_last: bool = False
     """True for folders, which take whatever the others do not; `recognise` may then list, and say what is wrong."""
 

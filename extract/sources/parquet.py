@@ -175,8 +175,9 @@ def _recognise(url: str) -> ParquetSource | None:
 register_source(
     SourceKind(
         kind="parquet",
-        reads="Images in Parquet files as Hugging Face writes them: a file, a folder or a pattern; best with source.order=container.",
+        reads="Images in Parquet files as Hugging Face writes them: a file, a folder or a pattern.",
         open=ParquetSource,
         recognise=_recognise,
+        order="container",  # a row is only had by decoding its whole row group
     )
 )

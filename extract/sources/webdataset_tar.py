@@ -212,5 +212,6 @@ register_source(
         reads="Images in one tar, a folder of tars or a pattern (train-{0000..0099}.tar); labels from .cls or .json's `label` beside them.",
         open=TarSource,
         recognise=_recognise,
+        order="container",  # tars are written in a random order, to be read in runs
     )
 )

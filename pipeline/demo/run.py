@@ -109,8 +109,8 @@ class _Demo:
             settings = ["-c", "demo_teacher", "--steps", config.teacher_steps, "--seed", config.seed]
             self._step("train-teacher", *settings, "--images", config.images, "--out", teacher, *limit)
         self._extract_and_distill(config.images, teacher, limit)
-        if source.kind == "class_folder":
-            self.console.result("your images lie in class folders: a linear probe of the folders' names, which distillation did not see")
+        if all(item.label is not None for item in source.list()):
+            self.console.result("your images have labels: a linear probe of them, which distillation did not see")
             self._step(
                 "eval", self.run, "probe", "--images", config.images, "--seeds", 1, "--teacher", teacher, "--limit", config.num_images
             )

@@ -78,7 +78,7 @@ def test_every_container_gives_the_dataset_of_its_folder(
     assert source.kind == kind
     assert contents(source) == contents(open_source(str(folder)))
     expected = FeatureDataset.open(run_extraction(make_config(images=str(folder), max_bad=1)).url)
-    config = make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"))
+    config = make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"), source={"order": "permuted"})
     first = run_extraction(config)
     dataset = FeatureDataset.open(first.url)
     assert (first.num_ok, first.num_bad, dataset.recipe.source.kind) == (8, 1, kind)
@@ -89,11 +89,15 @@ def test_every_container_gives_the_dataset_of_its_folder(
         run_extraction(make_config(images=str(path), max_bad=0, out=str(tmp_path / "strict")))
 
 
-def test_container_order_is_that_of_the_container(files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "own"), [("parquet", True), ("webdataset", True), ("zip", False)])
+def test_tars_and_parquet_keep_their_order_and_others_are_permuted(
+    kind: str, own: bool, files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path
+) -> None:
     shuffled = dict(reversed(files.items()))
-    path = PACKERS["parquet"](tmp_path, shuffled)
-    config = make_config(images=str(path), max_bad=1, source={"order": "container"})
-    assert list(FeatureDataset.open(run_extraction(config).url).keys) == list(shuffled)
+    path = PACKERS[kind](tmp_path, shuffled)
+    dataset = FeatureDataset.open(run_extraction(make_config(images=str(path), max_bad=1)).url)
+    assert dataset.recipe.source.order == ("container" if own else "permuted")
+    assert (list(dataset.keys) == list(shuffled)) == own
 
 
 @pytest.mark.slow
