@@ -33,7 +33,7 @@ from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.supervised import run_supervised
 from dtpipe.distill.student import load_student
 from dtpipe.distill.trainer import train
-from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig
+from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.preflight import package_versions
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.train_config import TrainTeacherConfig
@@ -236,6 +236,7 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
             images=str(material.images),
             out=str(root / "features"),
             teacher=TeacherConfig(path=str(material.teacher)),
+            transform=TransformConfig(px=PX),
             noise=NoiseConfig(seed=seed, timesteps=(args.timestep,)),
             threads=args.threads,
             inline=args.inline,
@@ -275,7 +276,7 @@ def score(material: Material, case: TaskCase, run_dir: Path, steps: int, seed: i
     extractors: list[FeatureExtractor | PerSeed] = [
         raw_pixels(),
         random_initialisation(student.spec, case.train.images, device=device),
-        teacher_extractor(TeacherConfig(path=str(material.teacher)), args.timestep, seed, device),
+        teacher_extractor(TeacherConfig(path=str(material.teacher)), args.timestep, seed, device, (PX, PX)),
         student_extractor(student, device),
     ]
     label = f"{case.name}, seed {seed}: "

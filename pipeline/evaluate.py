@@ -167,7 +167,8 @@ def _teacher_extractor(config: EvalConfig, device: str, note: Note) -> FeatureEx
         return None
     timestep = config.timestep if config.timestep is not None else _recorded_timestep(plan)
     try:
-        return teacher_extractor(TeacherConfig.model_validate(settings), timestep, config.seed, device)
+        px = (plan.recipe.transform.height, plan.recipe.transform.width) if plan else None
+        return teacher_extractor(TeacherConfig.model_validate(settings), timestep, config.seed, device, px)
     except DtpipeError as err:
         if config.teacher:
             raise
@@ -190,29 +191,34 @@ def _recorded_timestep(plan: Plan | None) -> int | None:
     return plan.recipe.views[0].timestep if plan else NoiseConfig().timesteps[0]
 
 
-def teacher_extractor(config: TeacherConfig, timestep: int | None, seed: int, device: str, name: str = TEACHER) -> FeatureExtractor:
+def teacher_extractor(
+    config: TeacherConfig, timestep: int | None, seed: int, device: str, image_px: tuple[int, int] | None = None, name: str = TEACHER
+) -> FeatureExtractor:
     """A teacher's own features at one timestep as an extractor.
 
-    The noise of an image follows from its content, since an extractor sees no keys. Images of another size than the
-    teacher's are resized on the device.
+    The noise of an image follows from its content, since an extractor sees no keys. Images of another size than `image_px`
+    (default: the teacher's own) are resized on the device. Raises: TeacherError for a teacher that makes its own images.
     """
     import torch
     from torch.nn.functional import interpolate
 
     from dtpipe.distill.downstream.base import FeatureExtractor
     from dtpipe.extract.encode import row_noise
-    from dtpipe.extract.teachers.base import load_teacher
+    from dtpipe.extract.teachers.base import load_teacher, takes_no_images
 
     teacher = load_teacher(config, device)
     spec = teacher.spec
+    if spec.synthesizes:
+        raise takes_no_images(spec.kind)
+    size = image_px or spec.image_px
     views = [ViewSpec(draw=0, timestep=timestep if spec.num_timesteps is not None else None)]
 
     def encode(images: Tensor) -> dict[str, Tensor]:
         keys = [blake3(image.numpy().tobytes()).hexdigest() for image in images.contiguous()]
         pixels = images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
-        if tuple(pixels.shape[-2:]) != spec.image_px:
-            pixels = interpolate(pixels, size=spec.image_px, mode="bilinear", antialias=True).clamp(-1, 1)
-        rows = [row_noise(seed, key, views, spec, spec.image_px) for key in keys]
+        if tuple(pixels.shape[-2:]) != size:
+            pixels = interpolate(pixels, size=size, mode="bilinear", antialias=True).clamp(-1, 1)
+        rows = [row_noise(seed, key, views, spec, size) for key in keys]
         noise = {stream: torch.from_numpy(np.stack([row[stream] for row in rows])).to(device) for stream in spec.noise_shapes}
         features = teacher.encode(pixels, noise, views)
         return {level: values[:, 0] for level, values in features.items()}

@@ -43,6 +43,13 @@ class UNetFiles:
     scheduler: Mapping[str, Any]
     """Noise schedule and what the network predicts."""
     image_px: tuple[int, int]
+    null_class: int | None = None
+    """The class that stands for none, of a class-conditional network that was trained with one."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of a class-conditional network, the null class counted; None for others."""
+        return self.architecture.get("num_class_embeds")
 
     @property
     def num_timesteps(self) -> int:
@@ -73,7 +80,9 @@ def find_unet(path: str, revision: str | None = None) -> UNetFiles:
     if config.get("_class_name") != "UNet2DModel":
         raise TeacherError(f"{folder}/config.json: holds a {config.get('_class_name', 'config without _class_name')}, not a UNet2DModel")
     _check_takes_images(config, folder)
-    return UNetFiles(folder, _weights_file(folder), _architecture(config), _scheduler(root, folder), _image_px(config, folder))
+    return UNetFiles(
+        folder, _weights_file(folder), _architecture(config), _scheduler(root, folder), _image_px(config, folder), _null_class(root)
+    )
 
 
 def _network_folder(root: Path) -> Path:
@@ -113,8 +122,18 @@ def _check_takes_images(config: Mapping[str, Any], folder: Path) -> None:
         raise TeacherError(
             f"{folder}/config.json: the network takes {config['in_channels']} channels; kind ddpm needs one that takes RGB images"
         )
-    if config.get("class_embed_type") or config.get("num_class_embeds"):
-        raise TeacherError(f"{folder}/config.json: the network is class-conditional; kind ddpm needs an unconditional one")
+    if config.get("class_embed_type"):
+        raise TeacherError(
+            f"{folder}/config.json: the network takes classes as {config['class_embed_type']}; kind ddpm knows class numbers only"
+        )
+
+
+def _null_class(root: Path) -> int | None:
+    """What `dtpipe train-teacher` writes in classes.json; None where there is no such file or no such class."""
+    null = read_json(root / "classes.json").get("null_class") if (root / "classes.json").is_file() else None
+    if null is not None and not isinstance(null, int):
+        raise TeacherError(f"{root}/classes.json: null_class is {null!r}, not the number of a class; train or export the teacher again")
+    return null
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -70,6 +70,14 @@ class EncodingOptions(StrictModel):
         """What of this is content of a dataset; nothing by default, so that datasets made before these options keep their digest."""
         names = ("encoding", "inversion_stride", "clip_denoised") if self.inverts else ("ensemble",) if self.ensemble > 1 else ()
         return {name: getattr(self, name) for name in names} | ({"channels_last": True} if self.channels_last else {})
+
+
+class DdpmOptions(EncodingOptions):
+    """Options of kind `ddpm`."""
+
+    class_label: int | None = Field(
+        default=None, ge=0, description="For a class-conditional network: the class that all images get; default: its null class."
+    )
 
 
 @dataclass(frozen=True)
@@ -244,14 +252,42 @@ def load_diffusion_teacher(config: TeacherConfig, device: str = "cpu") -> Diffus
 
     Raises: TeacherError when it is missing, damaged, or a network that this family cannot represent.
     """
-    encoding = parse_options(config, EncodingOptions)
+    options = parse_options(config, DdpmOptions)
     files = find_unet(config.path, config.revision)
+    label = _class_label(options.class_label, files)
     tensors = _modern_names(read_weights(files.weights))
     unet = _build(files)
     load_strictly(unet, tensors, files.weights)
-    options = {"scheduler": files.scheduler, "unet_blake3": blake3_hex(canonical_json(files.architecture))}
-    loaded = LoadedUNet(unet, weights_digest(tensors), files.image_px, files.scheduler, options, str(files.folder))
-    return make_teacher("ddpm", loaded, config, encoding, device)
+    content: dict[str, Any] = {"scheduler": files.scheduler, "unet_blake3": blake3_hex(canonical_json(files.architecture))}
+    if label is not None:
+        unet, content = _of_one_class(unet, files, label), {**content, "class_label": label}
+    loaded = LoadedUNet(unet, weights_digest(tensors), files.image_px, files.scheduler, content, str(files.folder))
+    return make_teacher("ddpm", loaded, config, options, device)
+
+
+def _class_label(label: int | None, files: UNetFiles) -> int | None:
+    """The class that all images get; None for an unconditional network. Raises: ConfigError when the two do not fit."""
+    if files.num_classes is None:
+        if label is not None:
+            raise ConfigError(f"{files.folder}: the network is not class-conditional; leave out extract.teacher.options.class_label")
+        return None
+    chosen = files.null_class if label is None else label
+    if chosen is None or chosen >= files.num_classes:
+        raise ConfigError(
+            f"{files.folder}: the network is class-conditional; give all images one class, 0 to {files.num_classes - 1}, with "
+            f"-s extract.teacher.options.class_label=... (found {chosen}), or train it with label_dropout, which adds a null class"
+        )
+    return chosen
+
+
+def _of_one_class(unet: Any, files: UNetFiles, label: int) -> Any:
+    """The unconditional network that a class-conditional one is for one class: its embedding joins the timestep's bias."""
+    tensors = unet.state_dict()
+    embedding = tensors.pop("class_embedding.weight")
+    tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"] + embedding[label]
+    single = _build(replace(files, architecture={**files.architecture, "num_class_embeds": None}))
+    single.load_state_dict(tensors)
+    return single
 
 
 def make_teacher(kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding: EncodingOptions, device: str) -> DiffusionTeacher:
@@ -335,6 +371,6 @@ register_teacher(
         reads="A diffusers UNet2DModel or DDPMPipeline folder, or a hub id of one with a pinned revision.",
         matches=is_unet_path,
         load=load_diffusion_teacher,
-        options=EncodingOptions,
+        options=DdpmOptions,
     )
 )

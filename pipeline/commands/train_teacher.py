@@ -17,18 +17,23 @@ FLAGS = (
     Flag("--resize", "train_teacher.resize", "center_crop|stretch|none"),
     Flag("--channels", "train_teacher.channels", "C,C"),
     Flag("--attention-strides", "train_teacher.attention_strides", "S,S"),
+    Flag("--class-conditional", "train_teacher.class_conditional"),
+    Flag("--init-from", "train_teacher.init_from", "DIR"),
+    Flag("--precision", "train_teacher.precision", "float32|bfloat16|float16"),
     Flag("--steps", "train_teacher.steps", "N"),
     Flag("--batch-size", "train_teacher.batch_size", "N"),
     Flag("--lr", "train_teacher.lr", "LR"),
     Flag("--max-hours", "train_teacher.max_hours", "H"),
     Flag("--dtype", "train_teacher.dtype", "float32|float16"),
     Flag("--limit", "train_teacher.limit", "N"),
+    Flag("--max-bad", "train_teacher.max_bad", "N|SHARE"),
     Flag("--seed", "train_teacher.seed", "N"),
     Flag("--device", "train_teacher.device", "auto|cpu|cuda"),
 )
 EXAMPLE = """
 dtpipe train-teacher --images photos/ --out teacher/
 dtpipe train-teacher --images photos/ --out teacher/ --px 64 --channels 64,128,128,256 --steps 20000
+torchrun --nproc-per-node 8 --no-python dtpipe train-teacher -c adm_teacher --images photos/ --out teacher/
 """
 
 
@@ -37,12 +42,15 @@ def command(call: Call) -> None:
     """Train a small DDPM on your own images.
 
     Writes a diffusers folder that `dtpipe extract --teacher` takes, and a grid of samples to look at. Run it again to go on.
+    Under torchrun, several GPUs share each batch.
     """
     config = call.settings("train_teacher")
     from dtpipe.extract.train_teacher import train_teacher
 
     with ProgressLine("train-teacher") as line:
         result = train_teacher(config, lambda progress: _show(line, progress, config.batch_size))
+    if result.rank:
+        return  # of several processes the first speaks for all
     for reason in result.bad:
         call.console.note(f"left out: {reason}")
     call.console.pairs(

@@ -307,7 +307,8 @@ DAMAGES = {
     "another class": (change("config.json", _class_name="UNet2DConditionModel"), "UNet2DConditionModel, not a UNet2DModel"),
     "an impossible network": (change("config.json", block_out_channels=[7, 7]), "cannot build"),
     "latent input": (change("config.json", in_channels=4), "takes 4 channels"),
-    "class-conditional": (change("config.json", num_class_embeds=10), "class-conditional"),
+    "classes without numbers": (change("config.json", class_embed_type="timestep"), "takes classes as timestep"),
+    "no number of a null class": (write("classes.json", b'{"null_class": "none"}'), "null_class is 'none'"),
     "no size": (change("config.json", sample_size=None), "sample_size is None"),
     "no weights": (delete(WEIGHTS), "holds none of"),
     "weights cut": (cut, "not readable as weights"),
@@ -334,6 +335,35 @@ def test_a_checkpoint_that_cannot_be_used_is_one_sentence(broken, damage):
     with pytest.raises(TeacherError, match=message) as caught:
         load(broken)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("label", "null", "used"), [(None, 2, 2), (0, 2, 0), (1, None, 1)])
+def test_a_class_conditional_network_sees_one_class(tmp_path, label, null, used):
+    """As the network says with its class given in the call; by default its null class."""
+    folder = save_unet(tmp_path, num_class_embeds=3)
+    (folder / "classes.json").write_text(json.dumps({"classes": ["cat", "dog"], "null_class": null}))
+    teacher = load(folder, options={} if label is None else {"class_label": label})
+    assert teacher.spec.options["class_label"] == used
+    network, noisy = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval(), randn(2, 3, PX, PX)
+    with torch.no_grad():
+        by_class = [network(noisy, 50, torch.full((2,), each)).sample for each in range(3)]
+    errors = [float((teacher.predict_noise(noisy, 50) - each).abs().max()) for each in by_class]
+    assert errors.pop(used) < 1e-5
+    assert min(errors) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("classes", "label", "message"),
+    [
+        (3, None, r"give all images one class, 0 to 2, with .*class_label=\.\.\. \(found None\)"),
+        (3, 3, "found 3"),
+        (None, 0, "not class-cond"),
+    ],
+)
+def test_a_class_that_does_not_fit_the_network_is_refused(tmp_path, classes, label, message):
+    folder = save_unet(tmp_path, num_class_embeds=classes)
+    with pytest.raises(ConfigError, match=message):
+        load(folder, options={} if label is None else {"class_label": label})
 
 
 class Attack:
