@@ -14,7 +14,7 @@ from PIL import Image
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.ddim import ddim_sample, to_pixels
-from dtpipe.extract.teachers.diffusion import load_diffusion_teacher
+from dtpipe.extract.teachers.ddpm import load_ddpm_teacher
 from dtpipe.extract.teachers.weights import load_strictly, read_weights
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_network import build_unet, noise_schedule, null_class
@@ -75,7 +75,7 @@ def _record(config: TrainTeacherConfig, saved: dict[str, Any]) -> dict[str, Any]
 def _samples(config: TrainTeacherConfig, folder: Path, num_classes: int, device: str) -> NDArray[np.uint8]:
     """Images of the teacher in `folder`, uint8 [N, H, W, 3]; with classes, one of each in turn."""
     if not num_classes:
-        return load_diffusion_teacher(TeacherConfig(path=str(folder)), device).sample(config.num_samples, config.seed, config.sample_steps)
+        return load_ddpm_teacher(TeacherConfig(path=str(folder)), device).sample(config.num_samples, config.seed, config.sample_steps)
     import torch
 
     unet: Any = build_unet(config, num_classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small tensors are fastest on one thread
@@ -13,6 +14,9 @@ import pytest
 from PIL import Image
 
 os.fsync = lambda _: None  # takes 10 ms a file on a disk, and no test can see it: a killed process loses nothing of the page cache
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what the tests start would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -130,7 +130,7 @@ def teacher_kinds() -> dict[str, TeacherKind]:
     from dtpipe.extract.teachers import (  # noqa: F401  one line per family
         adm,
         biggan,
-        diffusion,
+        ddpm,
         icgan,
         module,
         stable_diffusion,

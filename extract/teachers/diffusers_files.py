@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dtpipe.extract.teachers.hub import HUB_ID, download
 from dtpipe.extract.teachers.weights import read_json
 from dtpipe.manifests.errors import TeacherError
 
-HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-COMMIT = re.compile(r"^[0-9a-f]{40}$")
+if TYPE_CHECKING:
+    from torch import Tensor
+
 WEIGHT_NAMES = tuple(f"diffusion_pytorch_model{end}" for end in (".safetensors", ".fp16.safetensors", ".bin"))
+HUB_FILES = ("*.json", *(f"{folder}{name}" for folder in ("", "unet/") for name in WEIGHT_NAMES))
+_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention before diffusers 0.14
 VP_SCHEDULERS = frozenset(
     {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"}
     | {"UniPCMultistepScheduler", "DEISMultistepScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler"}
@@ -72,7 +75,7 @@ def find_unet(path: str, revision: str | None = None) -> UNetFiles:
 
     Raises: TeacherError when a part is missing, or the network or its scheduler is of another kind.
     """
-    root = Path(path) if Path(path).exists() else _download(path, revision)
+    root = Path(path) if Path(path).exists() else download(path, revision, HUB_FILES)
     if not root.is_dir():
         raise TeacherError(f"{path}: is a file; give the folder of a diffusers UNet2DModel or DDPMPipeline")
     folder = _network_folder(root)
@@ -81,7 +84,7 @@ def find_unet(path: str, revision: str | None = None) -> UNetFiles:
         raise TeacherError(f"{folder}/config.json: holds a {config.get('_class_name', 'config without _class_name')}, not a UNet2DModel")
     _check_takes_images(config, folder)
     return UNetFiles(
-        folder, _weights_file(folder), _architecture(config), _scheduler(root, folder), _image_px(config, folder), _null_class(root)
+        folder, weights_file(folder), _architecture(config), _scheduler(root, folder), image_px_of(config, folder), _null_class(root)
     )
 
 
@@ -89,32 +92,12 @@ def _network_folder(root: Path) -> Path:
     return root / "unet" if (root / "unet").is_dir() else root
 
 
-def _download(path: str, revision: str | None) -> Path:
-    """A snapshot of a hub repository at one commit; the offline switch of huggingface_hub is respected."""
-    if not HUB_ID.match(path):
-        raise TeacherError(f"{path}: no such folder")
-    if revision is None or not COMMIT.match(revision):
-        raise TeacherError(
-            f"{path}: no such folder; for a hub repository of this name give its commit (40 hex digits) as "
-            f"-s extract.teacher.revision=..., since branches and tags move (found {revision!r})"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", *(f"{folder}{name}" for folder in ("", "unet/") for name in WEIGHT_NAMES)]
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except Exception as err:  # network, access and cache errors of many libraries
-        reason = str(err).strip().splitlines()[0][:160] if str(err).strip() else type(err).__name__
-        raise TeacherError(
-            f"{path} at {revision[:12]}: cannot be had from the hub or its cache ({reason}); download it and give the folder"
-        ) from err
-
-
-def _weights_file(folder: Path) -> Path:
-    for name in WEIGHT_NAMES:
+def weights_file(folder: Path, names: tuple[str, ...] = WEIGHT_NAMES) -> Path:
+    """The first of `names` that the folder holds. Raises: TeacherError."""
+    for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise TeacherError(f"{folder}: holds none of {', '.join(WEIGHT_NAMES)}; save the model as one file (safetensors)")
+    raise TeacherError(f"{folder}: holds none of {', '.join(names)}; save the model as one file (safetensors)")
 
 
 def _check_takes_images(config: Mapping[str, Any], folder: Path) -> None:
@@ -144,7 +127,7 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in known}
 
 
-def _image_px(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+def image_px_of(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     px = config.get("sample_size")
     if isinstance(px, int):
         return px, px
@@ -173,3 +156,16 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
     if kept["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
         raise TeacherError(f"{found[0]}: prediction_type is {kept['prediction_type']!r}; epsilon, v_prediction and sample are known")
     return kept
+
+
+def modern_name(name: str) -> str:
+    """A tensor's name in today's spelling; attention had another one before diffusers 0.14."""
+    parts = name.split(".")
+    if "attentions" in parts and len(parts) > 1:
+        parts[-2] = _RENAMED.get(parts[-2], parts[-2])
+    return ".".join(parts)
+
+
+def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under `modern_name`."""
+    return {modern_name(name): tensor for name, tensor in tensors.items()}

@@ -1,9 +1,7 @@
 """Diffusion teachers: an image goes to timestep T, then ONE denoising call is made and the decoder's levels are read.
 
 The image is noised by q(x_T | x_0), the noise being an argument, or carried there by deterministic DDIM inversion
-(DreamTeacher, section 3.1). `DiffusionTeacher` serves every family whose network is a `UNet2DModel`; kind `ddpm`, here,
-reads what diffusers writes: a `UNet2DModel` folder, a `DDPMPipeline` folder, or a hub repository of either at a pinned
-commit.
+(DreamTeacher, section 3.1). `DiffusionTeacher` serves every family whose network is a `UNet2DModel`.
 """
 
 from __future__ import annotations
@@ -11,19 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, makes_no_images, parse_options, register_teacher
+from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, makes_no_images
 from dtpipe.extract.teachers.ddim import Schedule, alphas_cumprod, ddim_invert, ddim_sample, q_sample, to_pixels
-from dtpipe.extract.teachers.diffusers_files import UNetFiles, find_unet, is_unet_path
 from dtpipe.extract.teachers.unet_precision import compute_in
-from dtpipe.extract.teachers.weights import load_strictly, read_weights, weights_digest
-from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
 
@@ -33,7 +28,6 @@ if TYPE_CHECKING:
     from dtpipe.extract.config import TeacherConfig
 
 FORWARD = "forward"  # the noise stream of q(x_T | x_0)
-_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention before diffusers 0.14
 
 
 class EncodingOptions(StrictModel):
@@ -70,14 +64,6 @@ class EncodingOptions(StrictModel):
         """What of this is content of a dataset; nothing by default, so that datasets made before these options keep their digest."""
         names = ("encoding", "inversion_stride", "clip_denoised") if self.inverts else ("ensemble",) if self.ensemble > 1 else ()
         return {name: getattr(self, name) for name in names} | ({"channels_last": True} if self.channels_last else {})
-
-
-class DdpmOptions(EncodingOptions):
-    """Options of kind `ddpm`."""
-
-    class_label: int | None = Field(
-        default=None, ge=0, description="For a class-conditional network: the class that all images get; default: its null class."
-    )
 
 
 @dataclass(frozen=True)
@@ -247,49 +233,6 @@ def _exact_convolutions(images: Tensor) -> Any:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def load_diffusion_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTeacher:
-    """The teacher that `config` names, frozen and in eval mode.
-
-    Raises: TeacherError when it is missing, damaged, or a network that this family cannot represent.
-    """
-    options = parse_options(config, DdpmOptions)
-    files = find_unet(config.path, config.revision)
-    label = _class_label(options.class_label, files)
-    tensors = _modern_names(read_weights(files.weights))
-    unet = _build(files)
-    load_strictly(unet, tensors, files.weights)
-    content: dict[str, Any] = {"scheduler": files.scheduler, "unet_blake3": blake3_hex(canonical_json(files.architecture))}
-    if label is not None:
-        unet, content = _of_one_class(unet, files, label), {**content, "class_label": label}
-    loaded = LoadedUNet(unet, weights_digest(tensors), files.image_px, files.scheduler, content, str(files.folder))
-    return make_teacher("ddpm", loaded, config, options, device)
-
-
-def _class_label(label: int | None, files: UNetFiles) -> int | None:
-    """The class that all images get; None for an unconditional network. Raises: ConfigError when the two do not fit."""
-    if files.num_classes is None:
-        if label is not None:
-            raise ConfigError(f"{files.folder}: the network is not class-conditional; leave out extract.teacher.options.class_label")
-        return None
-    chosen = files.null_class if label is None else label
-    if chosen is None or chosen >= files.num_classes:
-        raise ConfigError(
-            f"{files.folder}: the network is class-conditional; give all images one class, 0 to {files.num_classes - 1}, with "
-            f"-s extract.teacher.options.class_label=... (found {chosen}), or train it with label_dropout, which adds a null class"
-        )
-    return chosen
-
-
-def _of_one_class(unet: Any, files: UNetFiles, label: int) -> Any:
-    """The unconditional network that a class-conditional one is for one class: its embedding joins the timestep's bias."""
-    tensors = unet.state_dict()
-    embedding = tensors.pop("class_embedding.weight")
-    tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"] + embedding[label]
-    single = _build(replace(files, architecture={**files.architecture, "num_class_embeds": None}))
-    single.load_state_dict(tensors)
-    return single
-
-
 def make_teacher(kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding: EncodingOptions, device: str) -> DiffusionTeacher:
     """A loaded network as a teacher on its device, in the arithmetic and memory layout asked for.
 
@@ -320,26 +263,6 @@ def make_teacher(kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding:
     return DiffusionTeacher(placed, schedule, spec, total_stride, loaded.scheduler["prediction_type"], encoding)
 
 
-def _build(files: UNetFiles) -> Any:
-    from diffusers import UNet2DModel
-
-    try:
-        return UNet2DModel(**files.architecture)
-    except Exception as err:  # the constructor raises what its parts raise
-        raise TeacherError(f"{files.folder}/config.json: diffusers cannot build this UNet2DModel ({err}); check the file") from err
-
-
-def _modern_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Old attention names in today's spelling."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        if "attentions" in parts:
-            parts[-2] = _RENAMED.get(parts[-2], parts[-2])
-        renamed[".".join(parts)] = tensor
-    return renamed
-
-
 def _levels_of(unet: Any, total_stride: int, taps: Mapping[str, str] | None) -> dict[str, TapSpec]:
     """Levels found by stride, or at the named taps, on a copy of the network that has shapes and no values."""
     import torch
@@ -363,14 +286,3 @@ def _decoder_layers(unet: Any) -> list[str]:
         for kind in ("resnets", "attentions")
         for idx, _ in enumerate(getattr(block, kind, None) or [])
     ]
-
-
-register_teacher(
-    TeacherKind(
-        kind="ddpm",
-        reads="A diffusers UNet2DModel or DDPMPipeline folder, or a hub id of one with a pinned revision.",
-        matches=is_unet_path,
-        load=load_diffusion_teacher,
-        options=DdpmOptions,
-    )
-)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.teachers.diffusers_files import COMMIT, HUB_ID, VP_SCHEDULERS, WEIGHT_NAMES
+from dtpipe.extract.teachers.diffusers_files import VP_SCHEDULERS, modern_name, weights_file
+from dtpipe.extract.teachers.hub import download
 from dtpipe.extract.teachers.weights import read_json, read_weights
 from dtpipe.manifests.errors import TeacherError
 
@@ -30,7 +31,6 @@ _INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encod
 """Settings of U-Nets that take more than a latent, a timestep and a text, as SDXL's does."""
 
 _HUB_FILES = ("model_index.json", "*/*.json", "tokenizer/*", "*/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
-_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # the VAE's attention before diffusers 0.14
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,12 @@ def find_pipeline(path: str, revision: str | None = None) -> PipelineFiles:
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    root = Path(path) if Path(path).exists() else _download(path, revision)
+    root = Path(path) if Path(path).exists() else download(path, revision, _HUB_FILES)
     unet = _component(root / "unet", UNet2DConditionModel)
     vae = _component(root / "vae", AutoencoderKL)
     _check_unet(unet)
     _check_vae(vae, unet)
     return PipelineFiles(root, unet, vae, _betas(root / "scheduler" / "scheduler_config.json"))
-
-
-def weights_file(folder: Path, names: tuple[str, ...] = WEIGHT_NAMES) -> Path:
-    """The first of `names` that the folder holds. Raises: TeacherError."""
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise TeacherError(f"{folder}: holds none of {', '.join(names)}; save the model as one file (safetensors)")
 
 
 def build(kind: str, component: Component) -> Any:
@@ -147,13 +139,13 @@ def open_weights(path: Path, keep: Callable[[str], bool] = lambda _: True) -> Ma
     from safetensors import safe_open
 
     if path.suffix != ".safetensors":
-        return {_modern_name(name): tensor for name, tensor in read_weights(path).items() if keep(name)}
+        return {modern_name(name): tensor for name, tensor in read_weights(path).items() if keep(name)}
     try:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if keep(name)]  # noqa: SIM118  the file is no mapping
     except Exception as err:  # the library raises many types for a damaged file
         raise TeacherError(f"{path}: not readable as weights ({err}); download or export the teacher again") from err
-    return StoredTensors(path, {_modern_name(name): name for name in names})
+    return StoredTensors(path, {modern_name(name): name for name in names})
 
 
 def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: str) -> None:
@@ -177,13 +169,6 @@ def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Pat
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise TeacherError(f"{where}: weights do not fit their config: {'; '.join(problems[:3])}{more}; use files of one checkpoint")
     network.load_state_dict(values, assign=True)
-
-
-def _modern_name(name: str) -> str:
-    parts = name.split(".")
-    if "attentions" in parts and len(parts) > 1:
-        parts[-2] = _RENAMED.get(parts[-2], parts[-2])
-    return ".".join(parts)
 
 
 def _component(folder: Path, kind: Any) -> Component:
@@ -240,23 +225,3 @@ def _betas(path: Path) -> dict[str, Any]:
     if config.get("rescale_betas_zero_snr"):
         raise TeacherError(f"{path}: rescale_betas_zero_snr is set; that schedule is not supported")
     return {name: config.get(name, default) for name, default in _BETAS.items()}
-
-
-def _download(path: str, revision: str | None) -> Path:
-    """A snapshot of a hub repository at one commit; the offline switch of huggingface_hub is respected."""
-    if not HUB_ID.match(path):
-        raise TeacherError(f"{path}: no such folder")
-    if revision is None or not COMMIT.match(revision):
-        raise TeacherError(
-            f"{path}: no such folder; for a hub repository of this name give its commit (40 hex digits) as "
-            f"-s extract.teacher.revision=..., since branches and tags move (found {revision!r})"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except Exception as err:  # network, access and cache errors of many libraries
-        reason = str(err).strip().splitlines()[0][:160] if str(err).strip() else type(err).__name__
-        raise TeacherError(
-            f"{path} at {revision[:12]}: cannot be had from the hub or its cache ({reason}); download it and give the folder"
-        ) from err

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.teachers.sd_files import TEXT_WEIGHT_NAMES, weights_file
+from dtpipe.extract.teachers.diffusers_files import weights_file
+from dtpipe.extract.teachers.sd_files import TEXT_WEIGHT_NAMES
 from dtpipe.extract.teachers.weights import load_strictly, read_json, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import ConfigError, MissingPackageError, TeacherError

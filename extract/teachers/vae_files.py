@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.teachers.diffusers_files import _download, _image_px, _weights_file
-from dtpipe.extract.teachers.diffusion import _modern_names
+from dtpipe.extract.teachers.diffusers_files import WEIGHT_NAMES, image_px_of, modern_names, weights_file
+from dtpipe.extract.teachers.hub import download
 from dtpipe.extract.teachers.weights import load_strictly, read_json, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import TeacherError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 PIPELINE_PARTS = ("vae", "vqvae", "movq")  # what pipelines call their autoencoder's folder
 FULLY_CONVOLUTIONAL_PX = (256, 256)  # where the config names no size, as AutoencoderTiny's never does
+HUB_FILES = ("*.json", *(f"{folder}{name}" for folder in ("", *(f"{part}/" for part in PIPELINE_PARTS)) for name in WEIGHT_NAMES))
 TAESD_ENDINGS = (".safetensors", ".pth")
 
 
@@ -48,7 +49,7 @@ def read_autoencoder(path: str, revision: str | None) -> Autoencoder:
 
     Raises: TeacherError when a part is missing or damaged, or the network is another.
     """
-    root = Path(path) if Path(path).exists() else _download(path, revision)
+    root = Path(path) if Path(path).exists() else download(path, revision, HUB_FILES)
     encoders = _taesd_encoders(root)
     if len(encoders) > 1:
         raise TeacherError(f"{root}: holds {len(encoders)} autoencoders; give the file of one, such as {encoders[0]}")
@@ -72,10 +73,10 @@ def _read_diffusers(folder: Path) -> Autoencoder:
         raise TeacherError(f"{folder}/config.json: holds a {name}; kind vae reads {', '.join(AUTOENCODERS)}")
     if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
         raise TeacherError(f"{folder}/config.json: the network does not take and give RGB images; kind vae needs one that does")
-    weights = _weights_file(folder)
+    weights = weights_file(folder)
     network, architecture = _build(name, config, folder)
-    tensors = _modern_names(read_weights(weights))
-    image_px = _image_px(config, folder) if config.get("sample_size") else FULLY_CONVOLUTIONAL_PX
+    tensors = modern_names(read_weights(weights))
+    image_px = image_px_of(config, folder) if config.get("sample_size") else FULLY_CONVOLUTIONAL_PX
     return _loaded(network, tensors, weights, name, architecture, image_px)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.base import load_teacher
-from dtpipe.extract.teachers.diffusion import DiffusionTeacher, load_diffusion_teacher
+from dtpipe.extract.teachers.ddpm import load_ddpm_teacher
+from dtpipe.extract.teachers.diffusion import DiffusionTeacher
 from dtpipe.extract.teachers.weights import weights_digest
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import ViewSpec
@@ -63,7 +64,7 @@ def broken(unet_folder, tmp_path) -> Path:
 
 
 def load(folder: Path | str, **changes: object) -> DiffusionTeacher:
-    return load_diffusion_teacher(TeacherConfig.model_validate({"path": str(folder), **changes}))
+    return load_ddpm_teacher(TeacherConfig.model_validate({"path": str(folder), **changes}))
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -415,6 +416,6 @@ def test_a_cached_hub_repository_is_read_offline(unet_folder, teacher, tmp_path,
 def test_a_gpu_gives_the_cpus_features(unet_folder, teacher):
     images, noise = randn(2, 3, PX, PX, seed=1), randn(2, 1, 3, PX, PX, seed=2)
     config = TeacherConfig(path=str(unet_folder))
-    found = load_diffusion_teacher(config, "cuda").encode(images.cuda(), {"forward": noise.cuda()}, views(50))
+    found = load_ddpm_teacher(config, "cuda").encode(images.cuda(), {"forward": noise.cuda()}, views(50))
     for name, wanted in teacher.encode(images, {"forward": noise}, views(50)).items():
         assert relative(found[name].cpu(), wanted) < 1e-4

@@ -15,7 +15,8 @@ from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.ddim import alphas_cumprod, ddim_invert, ddim_sample, ddim_timesteps, q_sample
-from dtpipe.extract.teachers.diffusion import DiffusionTeacher, load_diffusion_teacher
+from dtpipe.extract.teachers.ddpm import load_ddpm_teacher
+from dtpipe.extract.teachers.diffusion import DiffusionTeacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.reader import FeatureDataset
 from dtpipe.manifests.schema import ViewSpec
@@ -43,7 +44,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.fixture
 def load(tiny_teacher: Path) -> Callable[..., DiffusionTeacher]:
     def loaded(dtype: str = "float32", **options: Any) -> DiffusionTeacher:
-        return load_diffusion_teacher(TeacherConfig.model_validate({"path": str(tiny_teacher), "dtype": dtype, "options": options}))
+        return load_ddpm_teacher(TeacherConfig.model_validate({"path": str(tiny_teacher), "dtype": dtype, "options": options}))
 
     return loaded
 
@@ -258,9 +259,9 @@ def test_blocks_that_half_precision_was_not_checked_for_are_refused(tmp_path):
     UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, **blocks).save_pretrained(tmp_path)
     DDPMScheduler().save_pretrained(tmp_path)
     config = TeacherConfig(path=str(tmp_path), taps={"l1": "up_blocks.0.resnets.0"})
-    assert load_diffusion_teacher(config).spec.levels
+    assert load_ddpm_teacher(config).spec.levels
     with pytest.raises(TeacherError, match=r"SkipDownBlock2D run in float32 only; leave out extract\.teacher\.dtype"):
-        load_diffusion_teacher(config.model_copy(update={"dtype": "float16"}))
+        load_ddpm_teacher(config.model_copy(update={"dtype": "float16"}))
 
 
 # Whole extractions

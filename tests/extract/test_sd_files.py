@@ -147,7 +147,7 @@ def test_a_text_embedding_has_one_row_per_token(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of this process alone is read from Linux's /proc")
 def test_weights_are_in_memory_once_while_they_load(tmp_path):
-    """100 MB in float16 become 200 MB in float32, in a process of its own, whose peak grows by less than 1.3 times that."""
+    """100 MB in float16 become 200 MB in float32, and a second copy would make 400; the mapped pages of the file may count too."""
     save_file({f"{idx}.weight": torch.zeros(1024, 1024, dtype=torch.float16) for idx in range(50)}, tmp_path / "w.safetensors")
     script = tmp_path / "load.py"
     script.write_text(f"""
@@ -165,7 +165,7 @@ assign_weights(network, tensors, path, "cpu")
 print(peak_mib() - before)
 """)
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert 150 < float(result.stdout) < 1.3 * 200
+    assert 150 < float(result.stdout) < 200 + 100 + 20
 
 
 # What does not fit
