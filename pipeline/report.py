@@ -23,6 +23,7 @@ from dtpipe.pipeline import figures
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.console import format_bytes
 from dtpipe.pipeline.history import read_commands
+from dtpipe.pipeline.inspect import view_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -231,7 +232,7 @@ def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]
 
 def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:
     recipe = plan.recipe
-    views = [f"timestep {view.timestep}, draw {view.draw}{', flipped' if view.flip else ''}" for view in recipe.views]
+    views = [view_name(view) for view in recipe.views]
     facts = {
         "teacher": f"{recipe.teacher.kind}, weights {recipe.teacher.weights_blake3[:16]}",
         "images": f"{recipe.transform.width}x{recipe.transform.height} px, {recipe.transform.resize}",
