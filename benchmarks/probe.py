@@ -5,6 +5,8 @@ distilled, random initialisation, raw pixels, the teacher's own features, and a 
 
     python benchmarks/probe.py --data digits                   # masks and classes of digit scenes
     python benchmarks/probe.py --data flowers --flowers DIR    # five classes of flowers, at 64 px
+    python benchmarks/probe.py --data flowers --flowers-teacher taef2/ --flowers-teacher-options '{"pool_missing": true}' \\
+        --flips --epochs 30 --lr 2e-3                          # the same with a published autoencoder as the teacher
 
 Digit scenes are drawn by dtpipe; held-out ones use other digits and other parts of the photographs. Of the flowers a
 fifth is held out by key, and a teacher is trained on the rest when none is given. Everything is kept under --work, so
@@ -68,7 +70,7 @@ class Material:
 
     name: str
     images: Path
-    teacher: Path
+    teacher: TeacherConfig
     cases: tuple[TaskCase, ...]
     flip: bool
     """Whether a mirrored image is still of its class; the supervised student may use that."""
@@ -95,6 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, default=REPO / "pipeline" / "demo" / "teacher", help="teacher of the digit scenes")
     parser.add_argument("--flowers-teacher", type=Path, help="teacher of the flowers; default: trained here")
     parser.add_argument("--flowers-teacher-steps", type=int, default=10_000, help="steps of that training, batches of 32")
+    parser.add_argument("--flowers-teacher-options", type=json.loads, default={}, help="options of its family, as JSON")
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-probe", help="datasets, runs and teachers")
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results", help="folder of the JSON files")
     parser.add_argument("--seeds", type=int, default=3)
@@ -102,6 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-test", type=int, default=1000, help="held-out scenes")
     parser.add_argument("--limit", type=int, help="use only so many flowers")
     parser.add_argument("--student", default="resnet10t", help="any timm model with features_only")
+    parser.add_argument("--flips", action="store_true", help="store mirrored views too, where a mirrored image keeps its class")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of distilled and supervised students")
@@ -132,7 +136,7 @@ def digits(args: argparse.Namespace) -> Material | None:
         TaskCase("digits_classes", "probe", labelled, test, args.class_labels),
         TaskCase("digits_classes_knn", "knn", labelled, test, args.class_labels),
     )
-    return Material("digits", root / "train" / "images", args.teacher, cases, flip=False)
+    return Material("digits", root / "train" / "images", TeacherConfig(path=str(args.teacher)), cases, flip=False)
 
 
 def read_scenes(root: Path, part: Part, num: int) -> LabelledSet:
@@ -159,7 +163,8 @@ def flowers(args: argparse.Namespace) -> Material | None:
     root = args.work / "flowers"
     split_folders(args.flowers, root, args.limit)
     labelled, test = (read_labelled(root / part, None, f"{part}/") for part in ("train", "held_out"))
-    teacher = args.flowers_teacher or flowers_teacher(root, args)
+    path = args.flowers_teacher or flowers_teacher(root, args)
+    teacher = TeacherConfig(path=str(path), options=args.flowers_teacher_options)
     cases = (
         TaskCase("flowers_classes", "probe", labelled, test, args.class_labels),
         TaskCase("flowers_classes_knn", "knn", labelled, test, args.class_labels),
@@ -235,9 +240,9 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
         ExtractConfig(
             images=str(material.images),
             out=str(root / "features"),
-            teacher=TeacherConfig(path=str(material.teacher)),
+            teacher=material.teacher,
             transform=TransformConfig(px=PX),
-            noise=NoiseConfig(seed=seed, timesteps=(args.timestep,)),
+            noise=NoiseConfig(seed=seed, timesteps=(args.timestep,), flips=args.flips and material.flip),
             threads=args.threads,
             inline=args.inline,
             device=args.device,
@@ -276,7 +281,7 @@ def score(material: Material, case: TaskCase, run_dir: Path, steps: int, seed: i
     extractors: list[FeatureExtractor | PerSeed] = [
         raw_pixels(),
         random_initialisation(student.spec, case.train.images, device=device),
-        teacher_extractor(TeacherConfig(path=str(material.teacher)), args.timestep, seed, device, (PX, PX)),
+        teacher_extractor(material.teacher, args.timestep, seed, device, (PX, PX)),
         student_extractor(student, device),
     ]
     label = f"{case.name}, seed {seed}: "
