@@ -73,4 +73,4 @@ def no_images(url: str, ignored: Counter[str]) -> InputError:
     packed = [name for name in CONTAINERS if name in ignored]
     if packed:
         return InputError(f"{url}: no image in it ({seen}); name a {' or '.join(packed)} file itself, or the folder right above such files")
-    return InputError(f"{url}: no image in it ({seen}); images are files that end in {', '.join(sorted(EXTENSIONS))}")
+    return InputError(f"{url}: no image in it ({seen}); images are files that end in .jpg, .png, .webp, .tif and the like")

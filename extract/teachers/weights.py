@@ -7,6 +7,7 @@ the same weights are stored in another layout.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is an error
+            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # both libraries raise many types for a damaged file
         raise TeacherError(f"{path}: not readable as weights ({_first_line(err)}); download or export the teacher again") from err
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
@@ -84,4 +86,6 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path
 
 def _first_line(err: Exception) -> str:
     text = str(err).strip() or type(err).__name__
+    if text.startswith("Weights only load failed"):  # torch goes on about how to run what is in the file
+        return "it holds other things than tensors, none of which was run"
     return text.splitlines()[0][:160]
