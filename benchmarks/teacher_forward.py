@@ -6,11 +6,18 @@ makes its own images needs the whole pass, so its ratio is 1. float16 and bfloat
 the same images. On a GPU the share of the chip's peak is given too, when --peak-tflops says what that is.
 
     python benchmarks/teacher_forward.py --teacher demo=pipeline/demo/teacher [--teacher NAME=PATH ..] [--out-json FILE]
+
+The full-size ones have random weights, as benchmarks/full_size.py leaves them under runs/benchmark-full-size/:
+
+    python benchmarks/teacher_forward.py --batch-size 1 --repeats 3 --teacher demo=pipeline/demo/teacher \\
+        --teacher adm_256=runs/benchmark-full-size/256x256_diffusion_uncond.pt \\
+        --teacher sd_1_4=runs/benchmark-full-size/sd14 --options 'sd_1_4={"text_embedding": "text.safetensors"}'
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -22,7 +29,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from common import RESULTS, publish
+from common import REPO, RESULTS, publish
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +41,6 @@ from dtpipe.extract.teachers.base import Teacher, load_teacher
 from dtpipe.extract.teachers.taps import TapReader
 from dtpipe.pipeline.live import pick_device
 
-REPO = Path(__file__).resolve().parent.parent
 LOW_PRECISION = ("float16", "bfloat16")
 
 
@@ -106,7 +112,7 @@ def relative_errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) ->
 
 def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one teacher."""
-    config = TeacherConfig(path=path)
+    config = TeacherConfig(path=path, options=args.options.get(name, {}))
     case = make_case(config, args.batch_size, args.timestep, args.device)
     exact = {level: each.cpu() for level, each in case.run().items()}  # warm-up too
     case.run_whole()
@@ -139,6 +145,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", action="append", metavar="NAME=PATH", help="a teacher to measure; default: the demo's")
+    parser.add_argument("--options", action="append", default=[], metavar="NAME=JSON", help="options of that teacher's family")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--timestep", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
@@ -154,6 +161,7 @@ def main() -> int:
     """Measure every teacher and write one JSON document."""
     args = parse()
     args.device = pick_device(args.device)
+    args.options = {name: json.loads(text) for name, _, text in (each.partition("=") for each in args.options)}
     torch.set_num_threads(args.threads)
     named = [each.partition("=")[::2] for each in args.teacher or [f"demo={REPO / 'pipeline' / 'demo' / 'teacher'}"]]
     teachers = {name: measure(name, path, args) for name, path in named}
