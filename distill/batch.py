@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,18 +26,13 @@ class FeatureBatch:
     batch_idx: int
     """Which global batch of the epoch this is part of."""
     num_global: int
-    """Samples in that global batch over all ranks: the weight of this part is len(keys) / num_global."""
+    """Samples in that global batch over all ranks."""
+    weight: float
+    """Share of the global batch that this part is; 0 where a rank has no sample left and repeats one."""
+    smallest: int
+    """Samples in the smallest part of the global batch on any rank."""
     last: bool
-    """True for the last part of the global batch on this rank: the optimiser steps after it. A rank without a sample in
-    the epoch's tail gets one part with no keys, no images and no levels."""
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A numpy array as a tensor on the device; copies to a GPU do not wait. Any shape and dtype."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    """True for the last part of the global batch on this rank: the optimiser steps after it."""
 
 
 def flip_where(images: Tensor, flip: Tensor) -> Tensor:

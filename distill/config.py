@@ -82,6 +82,13 @@ class DistillConfig(StrictModel):
     precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 autocast where the GPU has it.")
     seed: int = Field(default=0, ge=0, description="Seed of initial weights, order, flips and views.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the student trains.")
+    train_workers: int | None = Field(default=None, ge=1, description="Train on so many Ray workers, one GPU each where there are any.")
+    ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
+    max_restarts: int = Field(default=3, ge=0, description="How often Ray Train starts the workers again after one has died.")
+    sync_bn: bool = Field(default=False, description="Batch norm statistics over all GPUs; default: of each micro-batch on its own.")
+    channels_last: bool = Field(default=True, description="Weights and images in channels-last memory layout, which GPUs prefer.")
+    compile: bool = Field(default=False, description="Compile student and regressor with torch.compile: a slow start, faster steps.")
+    tensorboard: bool = Field(default=False, description="Write the lines of metrics.jsonl to tensorboard/ too.")
     read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
     prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead.")
     log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")
@@ -113,5 +120,11 @@ class DistillConfig(StrictModel):
         return round(epochs * steps_per_epoch)
 
 
-EXECUTION = frozenset({"datasets", "out", "device", "read_threads", "prefetch", "log_every", "save_every_s", "keep_checkpoints"})
+EXECUTION = frozenset(
+    {
+        *("datasets", "out", "device", "channels_last", "compile", "read_threads", "prefetch", "train_workers"),
+        *("ray_address", "max_restarts"),
+        *("tensorboard", "log_every", "save_every_s", "keep_checkpoints"),
+    }
+)
 """Fields that may change between the parts of one run. `datasets` may move: their content is compared by digest."""

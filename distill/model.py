@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.order import num_parts
 from dtpipe.distill.regressor import FeatureRegressor, TargetLevel
 from dtpipe.distill.student import Student, StudentSpec, build_student, check_strides
 from dtpipe.manifests.errors import ConfigError
@@ -50,7 +51,7 @@ def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, i
     return (px, px) if isinstance(px, int) else px
 
 
-def build_distiller(config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int]) -> Distiller:
+def build_distiller(config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1) -> Distiller:
     """Student and regressor with initial weights from torch's global generator, which the caller seeds.
 
     Raises: ConfigError when the student cannot be built, lacks a stride, or the micro-batch is too small for its norms.
@@ -60,16 +61,41 @@ def build_distiller(config: DistillConfig, levels: Sequence[LevelSpec], image_px
     student = build_student(StudentSpec(config.student.name, min(strides), image_px), config.student.pretrained)
     check_strides(config.student.name, student, strides, [level.name for level in levels])
     distiller = Distiller(student, FeatureRegressor(student.strides, student.channels, targets, config.regressor))
-    _check_micro_batch(distiller, config)
+    _check_parts(distiller, config, num_ranks)
     return distiller
 
 
-def _check_micro_batch(model: nn.Module, config: DistillConfig) -> None:
-    if min(config.micro_batch or config.batch_size, config.batch_size) == 1 and any(True for _ in _batch_norms(model)):
+def _check_parts(model: nn.Module, config: DistillConfig, num_ranks: int) -> None:
+    if num_parts(config.batch_size, config.micro_batch, num_ranks)[1] == 1 and any(True for _ in _batch_norms(model)):
         raise ConfigError(
             f"student {config.student.name} or the regressor uses batch norm, which has no statistics of single samples; "
-            "use micro-batches of 2 or more, or a student without batch norm and distill.regressor.norm=group"
+            "use micro-batches of 2 or more on each device, or a student without batch norm and distill.regressor.norm=group"
         )
+
+
+def synchronise_norms(model: Distiller, device: torch.device) -> Distiller:
+    """Batch norms whose statistics are those of the global micro-batch, over all ranks.
+
+    Raises: ConfigError on the CPU, where torch has none.
+    """
+    if device.type != "cuda":
+        raise ConfigError("distill.sync_bn needs GPUs; leave it out, or use distill.regressor.norm=group and a student without batch norm")
+    converted: Distiller = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def freeze_unused(model: Distiller, device: torch.device) -> None:
+    """Exclude weights that take no part in any level, such as finer laterals where only coarse levels are taught.
+
+    Ranks would wait for the gradients of these; without gradients they never change anyway.
+    """
+    training = model.training
+    outputs = model.eval()(torch.zeros(1, 3, *model.student.spec.image_px, device=device))
+    torch.stack([level.sum() for level in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad(set_to_none=True)
+    model.train(training)
 
 
 def _batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
@@ -78,7 +104,7 @@ def _batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
 
 @contextmanager
 def norms_for(model: nn.Module, num_samples: int) -> Iterator[None]:
-    """Let batch norms use their running statistics while a single sample passes, as the tail of an epoch may be one.
+    """Let batch norms use their running statistics while a single sample passes on some rank, as in the tail of an epoch.
 
     The statistics of one sample are undefined where a level is one cell, and misleading elsewhere.
     """
@@ -99,7 +125,9 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("distill.device is cuda and torch finds no GPU; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())  # by number: each thread has a current GPU of its own
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

@@ -33,6 +33,10 @@ class Part:
     epoch: int
     batch_idx: int
     num_global: int
+    weight: float
+    """Share of the global batch; 0 where a rank has no sample of it left and repeats one."""
+    smallest: int
+    """Samples in the smallest part of the global batch on any rank, so that all ranks treat their norms alike."""
     last: bool
 
 
@@ -62,6 +66,13 @@ def num_batches(num_samples: int, batch_size: int) -> int:
     return -(-num_samples // batch_size)
 
 
+def num_parts(num_samples: int, micro_batch: int | None, world: int) -> tuple[int, int]:
+    """Micro-batches that every rank cuts its slice of a global batch into, and samples in the smallest of them all."""
+    largest_slice = num_batches(num_samples, world)
+    count = num_batches(largest_slice, micro_batch or largest_slice)
+    return count, max(1, num_samples // world // count)
+
+
 def cut(rows: np.ndarray, num_parts: int, idx: int) -> np.ndarray:
     """One of `num_parts` consecutive slices whose sizes differ by at most one."""
     size, extra = divmod(len(rows), num_parts)
@@ -74,16 +85,20 @@ def epoch_parts(
 ) -> Iterator[Part]:
     """The parts of one epoch that a rank reads, from a position on.
 
-    Each global batch is cut into one slice per rank, and that into micro-batches of equal size (to one sample).
-    A rank whose slice of the tail is empty gets one empty part, so that every rank takes the same steps.
+    Each global batch is cut into one slice per rank, and that into as many micro-batches on every rank, whose sizes differ
+    by at most one: ranks that wait for each other in a part have one each. A rank without samples for a part repeats the
+    batch's last one with weight 0.
     """
     order = rows[epoch_order(len(rows), seed, start.epoch)]
     for batch_idx in range(start.batch_idx, num_batches(len(rows), batch_size)):
         batch = order[batch_idx * batch_size : (batch_idx + 1) * batch_size]
         mine = cut(batch, world, rank)
-        count = max(1, num_batches(len(mine), micro_batch or batch_size))
+        count, smallest = num_parts(len(batch), micro_batch, world)
         for idx in range(count):
-            yield Part(cut(mine, count, idx), start.epoch, batch_idx, len(batch), idx == count - 1)
+            part = cut(mine, count, idx)
+            weight = len(part) / len(batch)
+            part = part if len(part) else batch[-1:]
+            yield Part(part, start.epoch, batch_idx, len(batch), weight, smallest, idx == count - 1)
 
 
 def key_hashes(keys: Sequence[str]) -> np.ndarray:
@@ -99,6 +114,14 @@ def mix(bits: np.ndarray) -> np.ndarray:
         bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(bits ^ (bits >> np.uint64(31)))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's generator in one optimiser step of one rank, so that a resumed run needs none of the numbers drawn before."""
+    bits = np.zeros(1, np.uint64)
+    for value in (seed, step, rank):
+        bits = mix(bits ^ np.array([value % 2**64], np.uint64))
+    return int(bits[0] >> np.uint64(1))
 
 
 def draw_samples(hashes: np.ndarray, seed: int, epoch: int, views: Sequence[ViewSpec], flips: bool, live_share: float) -> SampleDraws:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dtpipe.distill.losses import FeatureLoss
+from dtpipe.distill.ranks import Ranks
 from dtpipe.distill.timing import Stopwatch
 
 
@@ -30,7 +31,8 @@ class TrainProgress:
     throughput_img_s: float
     remaining_s: float
     shares: dict[str, float]
-    """Share of the time in `data` (waiting), `model` (forward and backward), `optimiser` and `save`."""
+    """Share of the time in `data` (waiting for it), `transfer` to the device, `teacher` (live), `model` (forward and backward),
+    `optimiser` and `save`."""
 
     def record(self) -> dict[str, Any]:
         """The line as plain values."""
@@ -38,6 +40,14 @@ class TrainProgress:
         losses = values.pop("losses")
         shares = {f"share/{name}": round(share, 4) for name, share in values.pop("shares").items()}
         return {**values, **losses, **shares}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> TrainProgress:
+        """Inverse of `record`."""
+        own = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        shares = {name.removeprefix("share/"): value for name, value in record.items() if name.startswith("share/")}
+        losses = {name: value for name, value in record.items() if name not in own and not name.startswith("share/")}
+        return cls(**own, losses=losses, shares=shares)
 
 
 OnProgress = Callable[[TrainProgress], None]
@@ -61,6 +71,9 @@ class RunResult:
     flips: bool
     """Whether images were flipped."""
     peak_lr: float
+    rank: int = 0
+    """Of the process that says this."""
+    num_ranks: int = 1
 
 
 class Meter:
@@ -70,7 +83,7 @@ class Meter:
         self.num_steps = 0
         self.num_images = 0
         self._watch = watch
-        self._before = dict(watch.seconds)
+        self._before = watch.seconds()
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
@@ -86,15 +99,15 @@ class Meter:
         self.num_steps += 1
         self.num_images += num_images
 
-    def losses(self) -> dict[str, float]:
-        """Mean per step of each loss."""
+    def losses(self, ranks: Ranks) -> dict[str, float]:
+        """Mean per step of each loss, over the samples of all ranks."""
         if self._sums is None:
             return {}
-        return dict(zip(self._names, (self._sums / self.num_steps).tolist(), strict=True))
+        return dict(zip(self._names, (ranks.sum(self._sums) / self.num_steps).tolist(), strict=True))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by activity."""
-        return {activity: total - self._before.get(activity, 0.0) for activity, total in self._watch.seconds.items()}
+        return {activity: total - self._before.get(activity, 0.0) for activity, total in self._watch.seconds().items()}
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:

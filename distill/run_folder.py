@@ -19,6 +19,7 @@ import yaml
 from dtpipe.distill.config import EXECUTION, DistillConfig
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, PlanChangedError, StoreError
 
+LAST = "last.pt"
 SECTION = "distill"  # of the settings document, so that `-c <run>/config.yaml` reads it
 
 
@@ -28,7 +29,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: TextIO) -> None:
         self.path, self._lock = path, lock
         self.metrics = path / "metrics.jsonl"
-        self.last = path / "last.pt"
+        self.last = path / LAST
 
     @classmethod
     def open(cls, config: DistillConfig, fresh: bool = False) -> RunFolder:
@@ -56,7 +57,11 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.close()  # the operating system drops the lock with the file, also when the process is killed
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the folder; the operating system does so too, when this one is killed."""
+        self._lock.close()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -16,14 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtpipe.distill.batch import FeatureBatch, flip_where, scaled, to_device
+from dtpipe.distill.batch import FeatureBatch, flip_where, scaled
 from dtpipe.distill.order import Part, StreamPosition, draw_samples, epoch_parts, key_hashes, num_batches, use_flips
+from dtpipe.distill.timing import Stopwatch
+from dtpipe.distill.transfer import DeviceCopies, Sent
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.manifests.schema import ViewSpec
+from dtpipe.manifests.schema import IMAGE, ViewSpec
 
 if TYPE_CHECKING:
     from dtpipe.manifests.reader import FeatureSource
 
+FLIP = "flip"
 LiveTeacher = Callable[[Tensor, Sequence[str], Sequence[int], Sequence[ViewSpec]], Mapping[str, Tensor]]
 """The teacher run live: images (B, 3, H, W) float32 in [-1, 1], unflipped; then one key, noise draw and view per image
 -> {level: (B, C, h, w)}. Passed in by whoever knows both stages."""
@@ -48,11 +51,10 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class _ReadPart:
-    """A part as the reading threads leave it: on the device, stored samples first, live ones after them."""
+    """A part as the reading threads leave it: on its way to the device, stored samples first, live ones after them."""
 
-    images: Tensor
-    levels: dict[str, Tensor]
-    flip: Tensor
+    sent: Sent
+    """`image` and `flip` of all samples, and the levels of the stored ones."""
     rows: np.ndarray
     live_views: tuple[ViewSpec, ...]
 
@@ -60,9 +62,21 @@ class _ReadPart:
 class FeatureStream:
     """Batches of a feature dataset in the order of (seed, epoch); bad rows are left out."""
 
-    def __init__(self, source: FeatureSource, settings: StreamSettings, device: torch.device, live: LiveTeacher | None = None) -> None:
-        """Raises: ConfigError on flips or live encoding that cannot be had; InputError when no row is good."""
+    def __init__(
+        self,
+        source: FeatureSource,
+        settings: StreamSettings,
+        device: torch.device,
+        live: LiveTeacher | None = None,
+        watch: Stopwatch | None = None,
+    ) -> None:
+        """`watch` is charged for transfers and the live teacher.
+
+        Raises: ConfigError on flips or live encoding that cannot be had; InputError when no row is good.
+        """
         self.source, self.settings, self.device, self.live = source, settings, device, live
+        self._watch = watch or Stopwatch(device)
+        self._copies = DeviceCopies(device)
         self.rows = np.asarray(source.ok_rows, dtype=np.int64)
         if len(self.rows) == 0:
             raise InputError("the dataset has no good row; `dtpipe inspect` lists the bad ones")
@@ -107,7 +121,7 @@ class FeatureStream:
             yield from epoch_parts(self.rows, position, s.seed, s.batch_size, s.micro_batch, s.rank, s.world)
 
     def _read(self, part: Part) -> _ReadPart:
-        """Read one part and bring it to the device; runs in a thread."""
+        """Read one part and send it to the device; runs in a thread."""
         s = self.settings
         draws = draw_samples(self._hashes[part.rows], s.seed, part.epoch, self.views, self.flips, s.reencode)
         by_origin = np.argsort(draws.live, kind="stable")
@@ -115,14 +129,11 @@ class FeatureStream:
         num_stored = len(rows) - int(draws.live.sum())
         images, levels = self._read_rows(rows, view, num_stored)
         live_views = tuple(self._live_view(part.epoch, idx) for idx in view[num_stored:])
-        on_device = {name: to_device(level, self.device) for name, level in levels.items()}
-        return _ReadPart(to_device(images, self.device), on_device, to_device(flip, self.device), rows, live_views)
+        return _ReadPart(self._copies.send({IMAGE: images, FLIP: flip, **levels}), rows, live_views)
 
     def _read_rows(self, rows: np.ndarray, view: np.ndarray, num_stored: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Images of all rows, levels of the first `num_stored`; nothing of an empty part."""
+        """Images of all rows, levels of the first `num_stored`."""
         names = self.settings.levels
-        if len(rows) == 0:
-            return np.zeros((0, 0, 0, 3), np.uint8), {}
         if num_stored == len(rows):
             return self.source.read_batch(rows, names, view)
         images, _ = self.source.read_batch(rows[num_stored:], (), view[num_stored:])
@@ -138,20 +149,26 @@ class FeatureStream:
         """Add live levels and flip the images; runs where the training loop runs."""
         read = future.result()
         keys = tuple(self._keys[row] for row in read.rows)
-        levels = self._with_live(read, keys) if read.live_views else read.levels
-        images = flip_where(read.images, read.flip) if self.flips else read.images
+        with self._watch.time("transfer"):
+            levels = dict(self._copies.receive(read.sent))
+        images, flip = levels.pop(IMAGE), levels.pop(FLIP)
+        if read.live_views:
+            with self._watch.time("teacher"):
+                levels = self._with_live(images, levels, keys, read.live_views)
+        images = flip_where(images, flip) if self.flips else images
         labels = tuple(self._labels[row] for row in read.rows)
-        return FeatureBatch(images, levels, keys, labels, part.epoch, part.batch_idx, part.num_global, part.last)
+        return FeatureBatch(
+            images, levels, keys, labels, part.epoch, part.batch_idx, part.num_global, part.weight, part.smallest, part.last
+        )
 
-    def _with_live(self, read: _ReadPart, keys: tuple[str, ...]) -> dict[str, Tensor]:
+    def _with_live(self, images: Tensor, levels: dict[str, Tensor], keys: tuple[str, ...], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
+        """Levels of all samples of a part, whose last ones have none yet."""
         assert self.live is not None  # refused in __init__
-        count = len(read.live_views)
-        images = scaled(read.images[-count:])  # (M, 3, H, W)
-        fresh = self.live(images, keys[-count:], [view.draw for view in read.live_views], read.live_views)
+        fresh = self.live(scaled(images[-len(views) :]), keys[-len(views) :], [view.draw for view in views], views)
         names = self.settings.levels
         if absent := [name for name in names if name not in fresh]:
             raise ConfigError(
                 f"the live teacher gives levels {sorted(fresh)}, and {absent} are regressed too; leave them out with "
                 "-s distill.levels=..., or set distill.reencode to 0"
             )
-        return {name: torch.cat([read.levels[name], fresh[name]]) if read.levels else fresh[name] for name in names}
+        return {name: torch.cat([levels[name], fresh[name]]) if levels else fresh[name] for name in names}

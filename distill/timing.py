@@ -5,39 +5,55 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+import torch
+
+IDLE = "data"  # the activity that is left: the device has nothing to do, since it waits for data
 
 
-@dataclass
 class Stopwatch:
-    """Seconds by activity. On a GPU work is queued, so an activity is charged until the next synchronisation."""
+    """Seconds that a device spends on each activity; what is left of the wall clock it waited for data.
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    On a GPU, whose work is queued, activities lie between events on its stream, which are read only when asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
 
     @contextmanager
     def time(self, activity: str) -> Iterator[None]:
         """Charge the block to an activity."""
-        start = time.perf_counter()
+        start = self._mark()
         try:
             yield
         finally:
-            self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start
+            self._spans.append((activity, start, self._mark()))
 
-    def waits(self, activity: str, items: Iterable[T]) -> Iterator[T]:
-        """Charge the wait for each item to an activity."""
-        iterator = iter(items)
-        while True:
-            with self.time(activity):
-                item = next(iterator, None)
-            if item is None:
-                return
-            yield item
+    def seconds(self) -> dict[str, float]:
+        """Seconds by activity since the watch was made; waits for the device."""
+        if self._spans and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        for activity, start, end in self._spans:
+            spent = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+            self._seconds[activity] = self._seconds.get(activity, 0.0) + spent
+        self._spans.clear()
+        idle = time.perf_counter() - self._started - sum(self._seconds.values())
+        return {IDLE: max(0.0, idle), **self._seconds}
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """The training loop: stream -> student and regressor -> loss -> optimiser, resumable at every step.
 
-The state of a run is (weights, optimiser, position, random numbers); all of it is in last.pt, so a run that was killed
-and goes on takes the same steps, bit for bit on a CPU with as many threads.
+The state of a run is (weights, optimiser, position), since random numbers are a function of (seed, step, rank); all of it is
+in last.pt, so a run that was killed and goes on takes the same steps, bit for bit on a CPU with as many threads, and the same
+batches on any number of ranks.
 """
 
 from __future__ import annotations
@@ -9,24 +10,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 from signal import Signals
 from typing import Any
 
 import torch
 from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtpipe.distill.batch import FeatureBatch, student_images
 from dtpipe.distill.checkpoint import keep_epoch, load_checkpoint, save_checkpoint
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.datasets import OpenedData, open_data
 from dtpipe.distill.losses import feature_loss
-from dtpipe.distill.model import build_distiller, choose_levels, norms_for, pick_device, pick_precision, student_size
+from dtpipe.distill.model import (
+    build_distiller,
+    choose_levels,
+    freeze_unused,
+    norms_for,
+    pick_device,
+    pick_precision,
+    student_size,
+    synchronise_norms,
+)
 from dtpipe.distill.optim import build_optimizer, learning_rate, set_learning_rate
-from dtpipe.distill.order import StreamPosition
+from dtpipe.distill.order import StreamPosition, step_seed
 from dtpipe.distill.progress import Meter, OnProgress, RunResult, TrainProgress, shares
-from dtpipe.distill.run_folder import RunFolder, read_metrics
+from dtpipe.distill.ranks import Ranks, join_ranks
+from dtpipe.distill.run_folder import LAST, RunFolder, read_metrics
 from dtpipe.distill.stream import FeatureStream, LiveTeacher, StreamSettings
 from dtpipe.distill.student import spec_to_dict
 from dtpipe.distill.timing import StopRequest, Stopwatch, catch_stop_signals
@@ -35,39 +47,67 @@ from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedErro
 NUM_KEYS_SHOWN = 8
 
 
-def train(config: DistillConfig, live: LiveTeacher | None = None, on_progress: OnProgress | None = None, fresh: bool = False) -> RunResult:
+def train(
+    config: DistillConfig,
+    live: LiveTeacher | None = None,
+    on_progress: OnProgress | None = None,
+    fresh: bool = False,
+    stop: StopRequest | None = None,
+) -> RunResult:
     """Train a student as `config` says, going on where an earlier call with the same config stopped.
+
+    A stop is asked for by signals, or by `stop` where no signal arrives.
 
     Raises: ConfigError, PlanChangedError and LockHeldError before any work; DivergedError on a loss that is not finite;
     StoppedError after SIGTERM or SIGINT, once the state is saved; what the readers raise on damaged data.
     """
-    device = pick_device(config.device)
-    data = open_data(config)
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        trainer = Trainer(config, data, device, live)
-        with RunFolder.open(config, fresh) as folder, catch_stop_signals() as stop:
-            return run(trainer, folder, stop, on_progress or _ignore)
+    with join_ranks(config.device) as ranks:
+        device = pick_device(config.device)
+        data = open_data(config)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            trainer = Trainer(config, data, device, live, ranks)
+            with ExitStack() as stack, catch_stop_signals() as signals:
+                folder = hold_folder(config, fresh, ranks, stack)
+                return run(trainer, folder, stop or signals, on_progress or _ignore)
+
+
+def hold_folder(config: DistillConfig, fresh: bool, ranks: Ranks, stack: ExitStack) -> RunFolder | None:
+    """The run folder, held by the first rank until `stack` closes; None on the others. Raises: as `RunFolder.open`, on all."""
+    held: list[RunFolder] = []
+    ranks.first(lambda: held.append(stack.enter_context(RunFolder.open(config, fresh))))
+    return held[0] if held else None
 
 
 class Trainer:
     """Model, optimiser and stream of one run, and the steps over them."""
 
-    def __init__(self, config: DistillConfig, data: OpenedData, device: torch.device, live: LiveTeacher | None = None) -> None:
-        self.config, self.data, self.device = config, data, device
+    def __init__(
+        self, config: DistillConfig, data: OpenedData, device: torch.device, live: LiveTeacher | None = None, ranks: Ranks | None = None
+    ) -> None:
+        self.config, self.data, self.device, self.ranks = config, data, device, ranks or Ranks()
         levels = choose_levels(data.source.levels, config.levels)
         self.image_px = student_size(config, data.student_px)
-        self.model = build_distiller(config, levels, self.image_px).to(device).train()
+        self.model = build_distiller(config, levels, self.image_px, self.ranks.size).to(device).train()
+        if config.sync_bn:
+            self.model = synchronise_norms(self.model, device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if self.ranks.size > 1:
+            freeze_unused(self.model, device)
+        network: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        self.network = self.ranks.wrap(network, device)
         self.ema = ModelEmaV3(self.model.student, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.optimizer = build_optimizer(self.model, config)
-        self.stream = FeatureStream(data.source, _stream_settings(config, tuple(level.name for level in levels)), device, live)
+        self.watch = Stopwatch(device)
+        settings = _stream_settings(config, tuple(level.name for level in levels), self.ranks)
+        self.stream = FeatureStream(data.source, settings, device, live, self.watch)
         self.num_steps = config.epochs * self.stream.batches_per_epoch
         self.num_warmup = config.num_warmup_steps(self.stream.batches_per_epoch)
         self.precision = pick_precision(config.precision, device)
         self.position = StreamPosition()
         self.step = 0
         self.grad_norm = 0.0
-        self.watch = Stopwatch()
         self.meter = Meter(self.watch)
 
     def steps(self) -> Generator[FeatureBatch, None, None]:
@@ -76,7 +116,9 @@ class Trainer:
         Raises: DivergedError naming the samples when a loss or a gradient is not finite.
         """
         parts: list[tuple[FeatureBatch, Tensor]] = []
-        for batch in self.watch.waits("data", self.stream.batches(self.position)):
+        for batch in self.stream.batches(self.position):
+            if not parts:
+                torch.manual_seed(step_seed(self.config.seed, self.step, self.ranks.rank))
             with self.watch.time("model"):
                 parts.append((batch, self.accumulate(batch)))
                 if batch.last:
@@ -90,18 +132,15 @@ class Trainer:
     def accumulate(self, batch: FeatureBatch) -> Tensor:
         """Add the gradients of a part of a global batch, weighted by its share of the samples; its loss, on the device.
 
-        A part without samples adds nothing; so the sum over parts and ranks is the gradient of the global batch.
+        The sum over parts and ranks is the gradient of the global batch; the mean that ranks take of it is undone here.
         """
-        if not batch.keys:
-            return torch.zeros((), device=self.device)
-        weight = len(batch.keys) / batch.num_global
         images = student_images(batch.images, self.image_px)
-        with norms_for(self.model, len(batch.keys)):
+        with norms_for(self.model, batch.smallest), self.ranks.part(self.network, batch.last):
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                regressed = self.model(images)
+                regressed = self.network(images)
             loss = feature_loss(regressed, batch.levels, self.config.loss)
-            (loss.total * weight).backward()  # type: ignore[no-untyped-call]
-        self.meter.add(loss, weight)
+            (loss.total * (batch.weight * self.ranks.size)).backward()  # type: ignore[no-untyped-call]
+        self.meter.add(loss, batch.weight)
         return loss.total.detach()
 
     def update(self, batch: FeatureBatch) -> None:
@@ -131,7 +170,6 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"step": self.step, "num_steps": self.num_steps, "num_warmup": self.num_warmup},
             "stream": {"epoch": self.position.epoch, "batch_idx": self.position.batch_idx},
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None},
         }
 
     def restore(self, state: dict[str, Any], where: str) -> None:
@@ -151,30 +189,27 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["scheduler"]["step"]
         self.position = StreamPosition(**state["stream"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
 
     def _check_step(self, parts: list[tuple[FeatureBatch, Tensor]]) -> None:
         """Clip the gradient; then the one wait for the device in a step: losses of all parts and the gradient's norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
         *losses, self.grad_norm = torch.stack([*(loss for _, loss in parts), norm]).tolist()
-        for (batch, _), loss in zip(parts, losses, strict=True):
-            if not math.isfinite(loss):
-                raise _diverged(f"the loss is {loss}", self.step, batch.keys)
-        if not math.isfinite(self.grad_norm):
-            raise _diverged(f"the gradient's norm is {self.grad_norm}", self.step, [key for batch, _ in parts for key in batch.keys])
+        bad = next(((batch, loss) for (batch, _), loss in zip(parts, losses, strict=True) if not math.isfinite(loss)), None)
+        if bad is None and math.isfinite(self.grad_norm):
+            return
+        keys = bad[0].keys if bad else [key for batch, _ in parts for key in batch.keys]
+        found = self.ranks.gather((bad is None, f"the loss is {bad[1]}" if bad else f"the gradient's norm is {self.grad_norm}", keys))
+        _, what, named = min(found, key=lambda each: each[0])  # a rank whose loss it is, before those that got its gradients
+        raise _diverged(what, self.step, named)
 
 
 def _ignore(_progress: TrainProgress) -> None:
     pass
 
 
-def run(trainer: Trainer, folder: RunFolder, stop: StopRequest, on_progress: OnProgress) -> RunResult:
-    """Take the steps that are left in a folder, logging and saving on the way; see `train`."""
-    if folder.last.exists():
-        trainer.restore(load_checkpoint(folder.last), str(folder.last))
-    folder.drop_metrics_after(trainer.step)
+def run(trainer: Trainer, folder: RunFolder | None, stop: StopRequest, on_progress: OnProgress) -> RunResult:
+    """Take the steps that are left in a folder, logging and saving on the way; see `train`. Only the first rank has the folder."""
+    _resume(trainer, folder)
     resumed, started, saved, num_images = trainer.step, time.perf_counter(), time.monotonic(), 0
     with closing(trainer.steps()) as steps:
         for batch in steps:
@@ -182,17 +217,29 @@ def run(trainer: Trainer, folder: RunFolder, stop: StopRequest, on_progress: OnP
             done = trainer.step == trainer.num_steps
             if done or trainer.step % trainer.config.log_every == 0:
                 _report(trainer, folder, batch, on_progress)
-            if trainer.position.batch_idx == 0 or stop.signal is not None or time.monotonic() - saved > trainer.config.save_every_s:
+            number, due = trainer.ranks.most(stop.signal or 0, time.monotonic() - saved > trainer.config.save_every_s)
+            if trainer.position.batch_idx == 0 or number or due:
                 _save(trainer, folder)
                 saved = time.monotonic()
-            if stop.signal is not None and not done:
-                raise _stopped(stop.signal, trainer, folder)
+            if number and not done:
+                raise _stopped(Signals(number), trainer)
     return _result(trainer, folder, resumed, time.perf_counter() - started, num_images)
 
 
-def _report(trainer: Trainer, folder: RunFolder, batch: FeatureBatch, on_progress: OnProgress) -> None:
+def _resume(trainer: Trainer, folder: RunFolder | None) -> None:
+    """Take up the checkpoint that the first rank finds."""
+    state = trainer.ranks.first(lambda: load_checkpoint(folder.last) if folder and folder.last.exists() else None)
+    if state is not None:
+        trainer.restore(state, str(Path(trainer.config.out) / LAST))
+    if folder:
+        folder.drop_metrics_after(trainer.step)
+
+
+def _report(trainer: Trainer, folder: RunFolder | None, batch: FeatureBatch, on_progress: OnProgress) -> None:
     meter, trainer.meter = trainer.meter, Meter(trainer.watch)
-    seconds = meter.seconds()
+    seconds, losses = meter.seconds(), meter.losses(trainer.ranks)
+    if folder is None:
+        return
     spent = sum(seconds.values())
     progress = TrainProgress(
         step=trainer.step,
@@ -201,7 +248,7 @@ def _report(trainer: Trainer, folder: RunFolder, batch: FeatureBatch, on_progres
         num_epochs=trainer.config.epochs,
         lr=trainer.optimizer.param_groups[0]["lr"],
         grad_norm=trainer.grad_norm,
-        losses=meter.losses(),
+        losses=losses,
         throughput_img_s=meter.num_images / spent,
         remaining_s=(trainer.num_steps - trainer.step) * spent / meter.num_steps,
         shares=shares(seconds),
@@ -210,18 +257,22 @@ def _report(trainer: Trainer, folder: RunFolder, batch: FeatureBatch, on_progres
     on_progress(progress)
 
 
-def _save(trainer: Trainer, folder: RunFolder) -> None:
-    with trainer.watch.time("save"):
+def _save(trainer: Trainer, folder: RunFolder | None) -> None:
+    def write() -> None:
+        assert folder is not None  # this is the first rank
         save_checkpoint(folder.last, trainer.state())
         if trainer.position.batch_idx == 0:
             keep_epoch(folder.last, trainer.position.epoch, trainer.config.keep_checkpoints)
 
+    with trainer.watch.time("save"):
+        trainer.ranks.first(write)
 
-def _result(trainer: Trainer, folder: RunFolder, resumed: int, seconds: float, num_images: int) -> RunResult:
-    last_line = read_metrics(folder.path)[-1]
+
+def _result(trainer: Trainer, folder: RunFolder | None, resumed: int, seconds: float, num_images: int) -> RunResult:
+    last_line = trainer.ranks.first(lambda: read_metrics(folder.path)[-1] if folder else {})
     return RunResult(
-        run_dir=folder.path,
-        checkpoint=folder.last,
+        run_dir=Path(trainer.config.out),
+        checkpoint=Path(trainer.config.out) / LAST,
         num_steps=trainer.num_steps,
         num_epochs=trainer.config.epochs,
         num_samples=len(trainer.stream.rows),
@@ -229,13 +280,15 @@ def _result(trainer: Trainer, folder: RunFolder, resumed: int, seconds: float, n
         losses={name: value for name, value in last_line.items() if name.split("/")[0] in ("loss", "mse", "at")},
         seconds=seconds,
         throughput_img_s=num_images / seconds,
-        shares=shares(trainer.watch.seconds),
+        shares=shares(trainer.watch.seconds()),
         flips=trainer.stream.flips,
         peak_lr=trainer.config.peak_lr,
+        rank=trainer.ranks.rank,
+        num_ranks=trainer.ranks.size,
     )
 
 
-def _stream_settings(config: DistillConfig, levels: tuple[str, ...]) -> StreamSettings:
+def _stream_settings(config: DistillConfig, levels: tuple[str, ...], ranks: Ranks) -> StreamSettings:
     return StreamSettings(
         levels=levels,
         seed=config.seed,
@@ -246,6 +299,8 @@ def _stream_settings(config: DistillConfig, levels: tuple[str, ...]) -> StreamSe
         reencode=config.reencode,
         read_threads=config.read_threads,
         prefetch=config.prefetch,
+        rank=ranks.rank,
+        world=ranks.size,
     )
 
 
@@ -257,9 +312,10 @@ def _diverged(what: str, step: int, keys: Sequence[str]) -> DivergedError:
     )
 
 
-def _stopped(number: Signals, trainer: Trainer, folder: RunFolder) -> StoppedError:
+def _stopped(number: Signals, trainer: Trainer) -> StoppedError:
     error = StoppedError(
-        f"stopped by {number.name} after step {trainer.step} of {trainer.num_steps}; {folder.last} is saved, run again to go on"
+        f"stopped by {number.name} after step {trainer.step} of {trainer.num_steps}; {Path(trainer.config.out) / LAST} is saved, "
+        "run again to go on"
     )
     error.exit_code = 128 + number  # 143 for SIGTERM, 130 for SIGINT
     return error

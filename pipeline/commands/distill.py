@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.pipeline.console import Console, ProgressLine, format_seconds
@@ -11,7 +12,8 @@ from dtpipe.pipeline.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
     from dtpipe.distill.config import DistillConfig
-    from dtpipe.distill.progress import RunResult, TrainProgress
+    from dtpipe.distill.progress import OnProgress, RunResult, TrainProgress
+    from dtpipe.distill.ray_train import LiveOpener
     from dtpipe.distill.stream import LiveTeacher
 
 FLAGS = (
@@ -34,10 +36,14 @@ FLAGS = (
     Flag("--allow-incomplete", "distill.allow_incomplete"),
     Flag("--seed", "distill.seed", "N"),
     Flag("--device", "distill.device", "auto|cpu|cuda"),
+    Flag("--train-workers", "distill.train_workers", "N"),
+    Flag("--ray-address", "distill.ray_address", "ADDRESS"),
 )
 EXAMPLE = """
 dtpipe distill features/ --student resnet50 --out runs/r50
 dtpipe distill -c imagenet s3://bucket/features --student convnext_base --out runs/convnext --micro-batch 64
+torchrun --nproc-per-node 8 --no-python dtpipe distill features/ --student resnet50 --out runs/r50
+dtpipe distill features/ --student resnet50 --out /shared/runs/r50 --train-workers 16 --ray-address HEAD:6379
 """
 
 
@@ -47,7 +53,8 @@ dtpipe distill -c imagenet s3://bucket/features --student convnext_base --out ru
 def command(call: Call, fresh: bool) -> None:
     """Pre-train a student on feature datasets.
 
-    Run it again after a crash: it goes on in mid-epoch and takes the same steps. --teacher is needed with --reencode only,
+    Run it again after a crash: it goes on in mid-epoch and takes the same steps. Several GPUs share each batch under torchrun, or
+    as Ray workers, which need --out on a disk that all nodes share. --teacher is needed with --reencode only,
     and there only when the teacher has moved since the extraction.
     """
     config = call.settings("distill")
@@ -58,13 +65,30 @@ def command(call: Call, fresh: bool) -> None:
         print_training(call.console, plan)
         call.console.document(plan)
         return
-    from dtpipe.distill.trainer import train
-
-    live = _live_teacher(config, (call.document.get("extract") or {}).get("teacher") or {}) if config.reencode else None
+    teacher = (call.document.get("extract") or {}).get("teacher") or {}
+    open_live = partial(_live_teacher, given=teacher) if config.reencode else None
     with ProgressLine("distill") as line:
-        result = train(config, live, on_progress=lambda progress: _show(line, progress), fresh=fresh)
+        result = _train(config, open_live, lambda progress: _show(line, progress), fresh)
+    if result.rank:
+        return  # the first process says it for all
     record_command(result.run_dir)
     _print_result(call.console, result)
+
+
+def _train(config: DistillConfig, open_live: LiveOpener | None, on_progress: OnProgress, fresh: bool) -> RunResult:
+    """In this process, which may be one of torchrun's, or on Ray workers."""
+    if config.train_workers is None:
+        from dtpipe.distill.trainer import train
+
+        return train(config, open_live(config) if open_live else None, on_progress, fresh)
+    from dtpipe.distill.ray_train import train_on_ray
+    from dtpipe.extract.cluster import connect, disconnect, has_gpus
+
+    connect(config.ray_address)
+    try:
+        return train_on_ray(config, config.train_workers, has_gpus() and config.device != "cpu", open_live, on_progress, fresh)
+    finally:
+        disconnect()
 
 
 def _live_teacher(config: DistillConfig, given: Mapping[str, Any]) -> LiveTeacher:
@@ -89,6 +113,7 @@ def _print_result(console: Console, result: RunResult) -> None:
     shares = ", ".join(f"{share:.0%} {name}" for name, share in result.shares.items())
     done = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples, peak learning rate {result.peak_lr:g}"
     resumed = f", from step {result.resumed_step}" if result.resumed_step else ""
+    done += f", on {result.num_ranks} devices" if result.num_ranks > 1 else ""
     console.pairs(
         {
             "run": result.run_dir,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtpipe.distill.order import StreamPosition, cut, draw_samples, epoch_order, epoch_parts, key_hashes, mix, use_flips
+from dtpipe.distill.order import StreamPosition, cut, draw_samples, epoch_order, epoch_parts, key_hashes, mix, step_seed, use_flips
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import ViewSpec
 
@@ -50,12 +50,37 @@ def test_ranks_and_micro_batches_partition_the_same_global_batches(num, batch, m
             parts = [p for p in epoch_parts(rows, StreamPosition(2), 5, batch, micro, rank, world) if p.batch_idx == expected.batch_idx]
             assert [p.last for p in parts] == [False] * (len(parts) - 1) + [True]
             assert all(p.num_global == len(expected.rows) for p in parts)
-            sizes = [len(p.rows) for p in parts]
+            assert all(p.weight in (0, len(p.rows) / p.num_global) for p in parts)
+            counted = [p.rows if p.weight else p.rows[:0] for p in parts]
+            sizes = list(map(len, counted))
             assert max(sizes) - min(sizes) <= 1
             assert micro is None or max(sizes) <= micro
-            ranks.append(np.concatenate([p.rows for p in parts]))
-        assert np.concatenate(ranks).tolist() == expected.rows.tolist()
-        assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+            assert all(len(p.rows) == 1 for p in parts if not p.weight)  # a repeated one that counts for nothing
+            ranks.append((np.concatenate(counted), parts))
+        assert np.concatenate([rows for rows, _ in ranks]).tolist() == expected.rows.tolist()
+        assert max(len(rows) for rows, _ in ranks) - min(len(rows) for rows, _ in ranks) <= 1
+        every = [part for _, parts in ranks for part in parts]
+        assert len({len(parts) for _, parts in ranks}) == 1  # ranks wait for each other in every part
+        assert {p.smallest for p in every} == {min(len(p.rows) for p in every)}
+
+
+def test_three_runs_on_two_one_and_three_ranks_see_every_key_once_per_epoch():
+    """Broken off in the middle of the first and of the second epoch."""
+    rows, seen = np.arange(53) * 7, {0: Counter(), 1: Counter()}
+    for start, end, world in [((0, 0), (0, 3), 2), ((0, 3), (1, 2), 1), ((1, 2), (2, 0), 3)]:
+        for rank in range(world):
+            for epoch in range(start[0], 2):
+                at = StreamPosition(*start) if epoch == start[0] else StreamPosition(epoch)
+                for part in epoch_parts(rows, at, 9, 10, 3, rank, world):
+                    if (part.epoch, part.batch_idx) < end and part.weight:
+                        seen[epoch].update(part.rows.tolist())
+    assert seen == {0: Counter(rows.tolist()), 1: Counter(rows.tolist())}
+
+
+def test_the_seed_of_a_step_differs_by_seed_step_and_rank():
+    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(4)}
+    assert len(seeds) == 240
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_an_epoch_taken_up_in_the_middle_goes_on_with_the_same_batches():

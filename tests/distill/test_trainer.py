@@ -137,7 +137,7 @@ def test_training_lowers_the_loss_and_says_where_the_time_went(tmp_path, data):
         assert line["loss"] == pytest.approx(line["mse"] + 10 * line["at"], rel=1e-5)
         assert line["mse"] == pytest.approx(np.mean([line[f"mse/{name}"] for name in ("l2", "l3", "l4")]), rel=1e-5)
         assert sum(value for name, value in line.items() if name.startswith("share/")) == pytest.approx(1, abs=1e-3)
-    assert set(result.shares) == {"data", "model", "optimiser", "save"}
+    assert set(result.shares) == {"data", "transfer", "model", "optimiser", "save"}
     assert (result.num_steps, result.num_samples, result.flips) == (12, 19, False)
     assert result.losses["loss"] == lines[-1]["loss"]
 
