@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from dtpipe.distill.losses import FeatureLoss
 from dtpipe.distill.ranks import Ranks
-from dtpipe.distill.timing import Stopwatch
+from dtpipe.distill.timing import IDLE, Stopwatch
+
+MOST_WAITING = 0.05
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,16 @@ class TrainProgress:
     shares: dict[str, float]
     """Share of the time in `data` (waiting for it), `transfer` to the device, `teacher` (live), `model` (forward and backward),
     `optimiser` and `save`."""
+    advice: str | None = None
+    """What to change, when the device waits too long for data."""
 
     def record(self) -> dict[str, Any]:
         """The line as plain values."""
         values = asdict(self)
         losses = values.pop("losses")
         shares = {f"share/{name}": round(share, 4) for name, share in values.pop("shares").items()}
-        return {**values, **losses, **shares}
+        advice = {} if self.advice is None else {"advice": self.advice}
+        return {**{name: value for name, value in values.items() if name != "advice"}, **losses, **shares, **advice}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrainProgress:
@@ -108,6 +114,19 @@ class Meter:
     def seconds(self) -> dict[str, float]:
         """Seconds by activity."""
         return {activity: total - self._before.get(activity, 0.0) for activity, total in self._watch.seconds().items()}
+
+
+def waiting_advice(shares: Mapping[str, float], read_threads: int, prefetch: int) -> str | None:
+    """One sentence on what to change, when more than `MOST_WAITING` of the time is spent waiting for data; else None."""
+    waiting = shares.get(IDLE, 0.0)
+    if waiting <= MOST_WAITING:
+        return None
+    cpus = os.cpu_count() or 1
+    if read_threads < cpus:
+        what = f"raise distill.read_threads from {read_threads} to up to {cpus}"
+    else:
+        what = f"raise distill.prefetch from {prefetch}, or bring the dataset to a faster disk"
+    return f"{waiting:.0%} of the time goes by waiting for data: {what}"
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import yaml
 
 from dtpipe.distill.config import EXECUTION, DistillConfig
+from dtpipe.distill.tensorboard import ScalarWriter
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, PlanChangedError, StoreError
 
 LAST = "last.pt"
@@ -28,6 +29,7 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: TextIO) -> None:
         self.path, self._lock = path, lock
+        self._scalars: ScalarWriter | None = None
         self.metrics = path / "metrics.jsonl"
         self.last = path / LAST
 
@@ -62,17 +64,26 @@ class RunFolder:
     def close(self) -> None:
         """Let another process have the folder; the operating system does so too, when this one is killed."""
         self._lock.close()
+        if self._scalars is not None:
+            self._scalars.close()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and to TensorBoard's events where they are kept."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+        if self._scalars is not None:
+            self._scalars.add(record)
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget lines of steps that a resumed run takes again, and a last line that was cut short."""
+    def take_up(self, step: int, tensorboard: bool) -> None:
+        """Go on after a step: forget lines of steps that are taken again, and a last line that was cut short.
+
+        Raises: MissingPackageError when TensorBoard's events are wanted and cannot be written.
+        """
         if self.metrics.exists():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step]
             _write_whole(self.metrics, "".join(kept))
+        if tensorboard:
+            self._scalars = ScalarWriter(self.path, step + 1)
 
     def _take_config(self, config: DistillConfig, fresh: bool) -> None:
         file = self.path / "config.yaml"

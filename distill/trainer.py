@@ -36,7 +36,7 @@ from dtpipe.distill.model import (
 )
 from dtpipe.distill.optim import build_optimizer, learning_rate, set_learning_rate
 from dtpipe.distill.order import StreamPosition, step_seed
-from dtpipe.distill.progress import Meter, OnProgress, RunResult, TrainProgress, shares
+from dtpipe.distill.progress import Meter, OnProgress, RunResult, TrainProgress, shares, waiting_advice
 from dtpipe.distill.ranks import Ranks, join_ranks
 from dtpipe.distill.run_folder import LAST, RunFolder, read_metrics
 from dtpipe.distill.stream import FeatureStream, LiveTeacher, StreamSettings
@@ -231,8 +231,7 @@ def _resume(trainer: Trainer, folder: RunFolder | None) -> None:
     state = trainer.ranks.first(lambda: load_checkpoint(folder.last) if folder and folder.last.exists() else None)
     if state is not None:
         trainer.restore(state, str(Path(trainer.config.out) / LAST))
-    if folder:
-        folder.drop_metrics_after(trainer.step)
+    trainer.ranks.first(lambda: folder.take_up(trainer.step, trainer.config.tensorboard) if folder else None)
 
 
 def _report(trainer: Trainer, folder: RunFolder | None, batch: FeatureBatch, on_progress: OnProgress) -> None:
@@ -240,7 +239,7 @@ def _report(trainer: Trainer, folder: RunFolder | None, batch: FeatureBatch, on_
     seconds, losses = meter.seconds(), meter.losses(trainer.ranks)
     if folder is None:
         return
-    spent = sum(seconds.values())
+    spent, spent_on = sum(seconds.values()), shares(seconds)
     progress = TrainProgress(
         step=trainer.step,
         num_steps=trainer.num_steps,
@@ -251,7 +250,8 @@ def _report(trainer: Trainer, folder: RunFolder | None, batch: FeatureBatch, on_
         losses=losses,
         throughput_img_s=meter.num_images / spent,
         remaining_s=(trainer.num_steps - trainer.step) * spent / meter.num_steps,
-        shares=shares(seconds),
+        shares=spent_on,
+        advice=waiting_advice(spent_on, trainer.config.read_threads, trainer.config.prefetch),
     )
     folder.log(progress.record())
     on_progress(progress)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dtpipe.distill.ray_train import LiveOpener
     from dtpipe.distill.stream import LiveTeacher
 
+SHOWN_SHARE = 0.005
 FLAGS = (
     Flag("url", "distill.datasets", "URL..."),
     Flag("--student", "distill.student.name", "TIMM_NAME"),
@@ -104,13 +105,17 @@ def _show(line: ProgressLine, progress: TrainProgress) -> None:
     losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items() if "/" not in name)
     text = (
         f"epoch {progress.epoch}/{progress.num_epochs}  {losses}  lr {progress.lr:.2e}  "
-        f"{progress.throughput_img_s:.1f} img/s  ETA {format_seconds(progress.remaining_s)}"
+        f"{progress.throughput_img_s:.1f} img/s ({_shares(progress.shares)})  ETA {format_seconds(progress.remaining_s)}"
     )
-    line.update(progress.step, progress.num_steps, text)
+    line.update(progress.step, progress.num_steps, text + (f"; {progress.advice}" if progress.advice else ""))
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    """Where the time went, what took next to nothing left out."""
+    return ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share >= SHOWN_SHARE)
 
 
 def _print_result(console: Console, result: RunResult) -> None:
-    shares = ", ".join(f"{share:.0%} {name}" for name, share in result.shares.items())
     done = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples, peak learning rate {result.peak_lr:g}"
     resumed = f", from step {result.resumed_step}" if result.resumed_step else ""
     done += f", on {result.num_ranks} devices" if result.num_ranks > 1 else ""
@@ -120,7 +125,7 @@ def _print_result(console: Console, result: RunResult) -> None:
             "checkpoint": result.checkpoint,
             "trained": done + resumed,
             "losses": "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items() if "/" not in name) or "-",
-            "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s ({shares})",
+            "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s ({_shares(result.shares)})",
         }
     )
     console.result(f"next: dtpipe eval {result.run_dir} probe --images LABELLED")

@@ -11,7 +11,7 @@ import pytest
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.run_folder import RunFolder, changed_fields, read_config, read_metrics
-from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, PlanChangedError, StoreError
+from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, MissingPackageError, PlanChangedError, StoreError
 
 
 def config(out, **changes) -> DistillConfig:
@@ -73,7 +73,7 @@ def test_metrics_of_steps_taken_again_are_dropped_with_a_line_cut_short(tmp_path
             folder.log({"step": step, "loss": 1 / step})
         with folder.metrics.open("a") as file:
             file.write('{"step": 40, "lo')
-        folder.drop_metrics_after(20)
+        folder.take_up(20, tensorboard=False)
         assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20]
         folder.log({"step": 30, "loss": 0.5})
     assert [json.loads(line)["loss"] for line in folder.metrics.read_text().splitlines()] == [0.1, 0.05, 0.5]
@@ -91,3 +91,23 @@ def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path):
     with pytest.raises(StoreError, match="cannot be written"):
         RunFolder.open(config(tmp_path / "file" / "run"))
     assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
+
+
+def test_tensorboard_gets_the_scalars_of_each_line_and_a_resumed_run_purges_what_it_takes_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, lines in ((0, (2, 4, 6)), (4, (6, 8))):
+        with RunFolder.open(config(tmp_path)) as folder:
+            folder.take_up(first, tensorboard=True)
+            for step in lines:
+                folder.log({"step": step, "num_steps": 8, "loss": step / 2 + first, "share/data": 0.25, "advice": "none"})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "share/data"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 1.0), (4, 2.0), (6, 7.0), (8, 8.0)]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with RunFolder.open(config(tmp_path)) as folder, pytest.raises(MissingPackageError, match=r"pip install 'dtpipe\[tensorboard\]'"):
+        folder.take_up(0, tensorboard=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import yaml
 from dtpipe.distill.checkpoint import load_checkpoint
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.datasets import OpenedData
+from dtpipe.distill.model import build_distiller
 from dtpipe.distill.order import StreamPosition
 from dtpipe.distill.progress import RunResult, TrainProgress
 from dtpipe.distill.run_folder import RunFolder, read_metrics
@@ -24,7 +26,7 @@ from dtpipe.distill.stream import FeatureStream
 from dtpipe.distill.student import load_student
 from dtpipe.distill.timing import StopRequest, catch_stop_signals
 from dtpipe.distill.trainer import Trainer, run
-from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedError
+from dtpipe.manifests.errors import ConfigError, DivergedError, PlanChangedError, StoppedError
 
 from .conftest import FLIPPED_VIEWS, PX, MemorySource, tiny_config
 
@@ -264,3 +266,25 @@ def test_the_config_of_a_run_makes_the_run_again(tmp_path, data):
 def test_config_needs_no_torch():
     code = "import sys; import dtpipe.distill.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_channels_last_and_compiled_training_take_the_same_steps(tmp_path, data, monkeypatch):
+    """Compiled as on a GPU but for the last stage, which writes C++ for minutes here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    losses = {}
+    for name, changes in {"plain": {"channels_last": False}, "last": {}, "compiled": {"compile": True}}.items():
+        train_on(data, tiny_config(tmp_path / name, epochs=1, log_every=1, **changes))
+        losses[name] = [line["loss"] for line in read_metrics(tmp_path / name)]
+    assert losses["last"] == pytest.approx(losses["plain"], rel=1e-4)  # float32 sums in another order
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert load_student(tmp_path / "compiled").spec.name == "test_resnet"
+
+
+def test_synchronised_norms_are_refused_without_a_gpu(tmp_path, data):
+    with pytest.raises(ConfigError, match="sync_bn needs GPUs"):
+        Trainer(tiny_config(tmp_path, sync_bn=True), data, CPU)
+
+
+def test_parts_of_one_sample_per_device_are_refused_with_batch_norm(tmp_path, data):
+    with pytest.raises(ConfigError, match="micro-batches of 2 or more on each device"):
+        build_distiller(tiny_config(tmp_path, micro_batch=None), data.source.levels, (PX, PX), num_ranks=5)  # 8 samples: 2, 2, 2, 1, 1
