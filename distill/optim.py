@@ -12,7 +12,7 @@ from dtpipe.distill.config import DistillConfig
 
 
 def build_optimizer(model: nn.Module, config: DistillConfig) -> Optimizer:
-    """timm's AdamW or LAMB over all parameters; weight decay is left off biases and norms."""
+    """timm's AdamW or LAMB over all parameters; weight decay is left off biases, norms and what `no_weight_decay` of the model names."""
     optimizer: Optimizer = create_optimizer_v2(
         model, opt=config.opt, lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas
     )
