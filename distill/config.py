@@ -27,22 +27,30 @@ class RegressorConfig(StrictModel):
     """The module between student and teacher levels; thrown away after training."""
 
     width: int = Field(default=256, ge=1, description="Channels inside the regressor.")
-    ppm: bool = Field(default=True, description="Pyramid pooling on the last level (FPN+PPM); without it plain FPN.")
-    ppm_scales: tuple[int, ...] = Field(default=(1, 2, 3, 6), min_length=1, description="Cells per side of each pooled map.")
+    kind: str = Field(default="fpn_ppm", description="fpn, fpn_attention, pafpn or fpn_ppm: the rows of the paper's table 8.")
+    ppm_scales: tuple[int, ...] = Field(default=(1, 2, 3, 6), min_length=1, description="Cells per side of each pooled map of fpn_ppm.")
     norm: Literal["batch", "group"] = Field(default="batch", description="Norm inside the regressor.")
 
 
 class LossConfig(StrictModel):
-    """Equations (1)-(3): L_feat = mse_weight * L_MSE + at_weight * L_AT."""
+    """Equations (1)-(3): L_feat = mse_weight * L_MSE + at_weight * L_AT. A weight `<name>_weight` belongs to loss `<name>` of `LOSSES`."""
 
     mse_weight: float = Field(default=1.0, ge=0, description="Weight of equation (1).")
     at_weight: float = Field(default=10.0, ge=0, description="lambda_AT, the weight of equation (2).")
-    whiten: Literal["layer", "channel"] = Field(default="layer", description="LayerNorm of teacher levels over (C,H,W), or per position.")
+    cosine_weight: float = Field(default=0.0, ge=0, description="Weight of the cosine distance, which is not in the paper.")
+    whiten: Literal["layer", "channel", "none"] = Field(
+        default="layer", description="LayerNorm of teacher levels over (C,H,W), over C per position, or none; AT takes them as they are."
+    )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by loss, 0 where it is off."""
+        return {name.removesuffix("_weight"): getattr(self, name) for name in type(self).model_fields if name.endswith("_weight")}
 
     @model_validator(mode="after")
     def _some_loss(self) -> LossConfig:
-        if self.mse_weight == 0 and self.at_weight == 0:
-            raise ValueError("distill.loss.mse_weight and distill.loss.at_weight are both 0; nothing is left to train on")
+        if not any(self.weights.values()):
+            raise ValueError(f"all of distill.loss.{{{','.join(self.weights)}}}_weight are 0; nothing is left to train on")
         return self
 
 
@@ -68,7 +76,7 @@ class DistillConfig(StrictModel):
     lr_scale: Literal["none", "linear"] = Field(default="none", description="linear: multiply lr by batch_size/256.")
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end of the cosine.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Momentum terms of the optimiser.")
-    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay; none on biases and norms.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay; none on biases, norms and position embeddings.")
     warmup_epochs: float | None = Field(
         default=None, ge=0, description="Linear warm-up; default: a fifth of the epochs, the paper's 20 of 100."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dtpipe.distill.student import Student, build_student, load_student, model_options, spec_from_dict, spec_to_dict
+from dtpipe.distill.student import Student, build_student, load_student, model_options, spec_from_dict, spec_to_dict, student_name
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, InputError
 
 WEIGHTS = "model.safetensors"
@@ -88,7 +88,7 @@ def full_weights(student: Student) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     trained = student.net.state_dict()
     weights, untrained = {}, []
     for name, initial in full.state_dict().items():
-        alias = _alias(name, trained)
+        alias = student_name(name, trained)
         if alias is None:
             untrained.append(name)
         weights[name] = (initial if alias is None else trained.pop(alias)).detach().cpu().clone().contiguous()
@@ -151,15 +151,10 @@ def _student_names(student: Student, weights: Mapping[str, Tensor]) -> dict[str,
     wanted = set(student.net.state_dict())
     named = {}
     for name, tensor in weights.items():
-        alias = _alias(name, wanted)
+        alias = student_name(name, wanted)
         if alias is not None:
             named[alias] = tensor
     return named
-
-
-def _alias(name: str, names: Collection[str]) -> str | None:
-    """A full model's name in a `features_only` model: as it is, after `model.`, or with its first two parts joined by `_`."""
-    return next((alias for alias in (name, f"model.{name}", name.replace(".", "_", 1)) if alias in names), None)
 
 
 def _full_model(student: Student) -> nn.Module:

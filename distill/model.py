@@ -16,6 +16,8 @@ from dtpipe.distill.student import Student, StudentSpec, build_student, check_st
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec
 
+POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few models of timm leave them out of theirs
+
 
 class Distiller(nn.Module):
     """Images to f_r. Everything that has gradients is in here, so that a data-parallel wrapper needs only this."""
@@ -29,6 +31,10 @@ class Distiller(nn.Module):
         """Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {level: (B, C, h, w)} of the teacher's sizes."""
         regressed: dict[str, Tensor] = self.regressor(self.student(images))
         return regressed
+
+    def no_weight_decay(self) -> set[str]:
+        """Patterns of names of parameters that timm's optimisers spare from weight decay, beside biases and norms."""
+        return {f"student.{name}" for name in self.student.no_weight_decay()} | POSITIONS
 
 
 def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> tuple[LevelSpec, ...]:

@@ -13,7 +13,10 @@ from dtpipe.distill.config import DistillConfig
 
 
 def build_optimizer(model: nn.Module, config: DistillConfig) -> Optimizer:
-    """timm's AdamW or LAMB over all parameters; weight decay is left off biases and norms. On a GPU, AdamW is one fused kernel."""
+    """timm's AdamW or LAMB over all parameters; weight decay is left off biases, norms and what `no_weight_decay` of the model names.
+
+    On a GPU, AdamW is one fused kernel.
+    """
     on_gpu = next(model.parameters()).device.type == "cuda"
     fused: dict[str, Any] = {"fused": True} if on_gpu and config.opt == "adamw" else {}
     optimizer: Optimizer = create_optimizer_v2(

@@ -30,7 +30,7 @@ class TrainProgress:
     lr: float
     grad_norm: float
     losses: dict[str, float]
-    """`loss`, `mse`, `at`, and `mse/l2`, `at/l2`, .. per level."""
+    """`loss`; `mse`, `at`, .. of the losses that are on; and `mse/l2`, `at/l2`, .. per level."""
     throughput_img_s: float
     remaining_s: float
     shares: dict[str, float]
@@ -95,7 +95,7 @@ class Meter:
 
     def add(self, loss: FeatureLoss, weight: float) -> None:
         """Count the losses of a part that is `weight` of its global batch."""
-        named = {"loss": loss.total.detach(), "mse": loss.mse, "at": loss.at} | loss.levels
+        named = {"loss": loss.total.detach()} | loss.terms | loss.levels
         values = torch.stack(list(named.values())) * weight
         self._names = list(named)
         self._sums = values if self._sums is None else self._sums + values

@@ -1,24 +1,22 @@
-"""The feature regressor: FPN with pyramid pooling on the last level, and a 1x1 convolution to each teacher level.
+"""The feature regressor: laterals, top-down path, output convolutions, and a 1x1 convolution to each teacher level.
 
-As UPerNet's decoder (arXiv 1807.10221; mmseg's UPerHead), whose last level is the pyramid pooling's own 3x3 convolution.
+As FPN (arXiv 1612.03144); the default, with pyramid pooling, is UPerNet's decoder (arXiv 1807.10221; mmseg's UPerHead).
+The rows of the paper's table 8 differ in what `REGRESSORS` names; another variant is a function or module and a line there.
 
 The one place where a level changes its spatial size to the teacher's is `FeatureRegressor.forward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtpipe.distill.blocks import BottomUpPath, PyramidPooling, SelfAttention, conv_norm_relu, resize
 from dtpipe.distill.config import RegressorConfig
-from dtpipe.manifests.errors import ShapeError
-
-GROUPS = 32  # of group norm; fewer where the width does not divide, or gives groups too small for a pooled map of one cell
-MIN_GROUP = 4
+from dtpipe.distill.pyramid import PYRAMID_STRIDES, SimplePyramid
+from dtpipe.manifests.errors import ConfigError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -31,89 +29,111 @@ class TargetLevel:
     size: tuple[int, int]
 
 
-def conv_norm_relu(channels_in: int, channels_out: int, kernel: int, norm: str) -> nn.Sequential:
-    """Convolution that keeps the size, norm, ReLU. Shapes: (B, channels_in, H, W) -> (B, channels_out, H, W)."""
-    conv = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, _norm(norm, channels_out), nn.ReLU(inplace=True))
+@dataclass(frozen=True)
+class RegressorKind:
+    """What one variant adds to laterals, top-down path and output convolutions."""
+
+    summary: str
+    coarsest: Callable[[int, RegressorConfig], nn.Module]
+    """Makes the lateral of the coarsest level: (B, channels, H, W) -> (B, width, H, W)."""
+    smooth_coarsest: bool = True
+    """Whether the coarsest level has an output convolution; not where its lateral ends in one."""
+    path: Callable[[int, RegressorConfig], nn.Module] | None = None
+    """Makes what follows the output convolutions: that many levels of (B, width, H_i, W_i), finest first -> the same."""
 
 
-def _norm(norm: str, channels: int) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    fitting = [count for count in range(1, GROUPS + 1) if channels % count == 0 and channels // count >= MIN_GROUP]
-    groups = max(fitting, default=1)
-    return nn.GroupNorm(groups, channels)
+def _lateral(channels: int, config: RegressorConfig) -> nn.Module:
+    return conv_norm_relu(channels, config.width, 1, config.norm)
 
 
-def _resize(level: Tensor, size: Sequence[int]) -> Tensor:
-    if list(level.shape[-2:]) == list(size):
-        return level
-    return F.interpolate(level, size=tuple(size), mode="bilinear", align_corners=False)
+def _attending(channels: int, config: RegressorConfig) -> nn.Module:
+    return nn.Sequential(_lateral(channels, config), SelfAttention(config.width, config.norm))
 
 
-class PyramidPooling(nn.Module):
-    """Context of the whole image at several scales, joined with the level it came from.
+def _pooling(channels: int, config: RegressorConfig) -> nn.Module:
+    return PyramidPooling(channels, config.width, config.ppm_scales, config.norm)
 
-    Source: Zhao et al., arXiv 1612.01105, section 3.2; as the last lateral of UPerNet (arXiv 1807.10221).
-    """
 
-    def __init__(self, channels_in: int, width: int, scales: Sequence[int], norm: str) -> None:
-        super().__init__()
-        self.scales = tuple(scales)
-        self.branches = nn.ModuleList(conv_norm_relu(channels_in, width, 1, norm) for _ in self.scales)
-        self.join = conv_norm_relu(channels_in + len(self.scales) * width, width, 3, norm)
+def _bottom_up(num_levels: int, config: RegressorConfig) -> nn.Module:
+    return BottomUpPath(num_levels, config.width, config.norm)
 
-    def forward(self, level: Tensor) -> Tensor:
-        """Shapes: (B, channels_in, H, W) -> (B, width, H, W)."""
-        parts = [level]
-        for scale, branch in zip(self.scales, self.branches, strict=True):
-            parts.append(_resize(branch(F.adaptive_avg_pool2d(level, scale)), level.shape[-2:]))
-        joined: Tensor = self.join(torch.cat(parts, dim=1))
-        return joined
+
+REGRESSORS = {
+    "fpn": RegressorKind("feature pyramid network: laterals, top-down path, output convolutions", _lateral),
+    "fpn_attention": RegressorKind("FPN with a self-attention layer on the coarsest level", _attending),
+    "pafpn": RegressorKind("FPN followed by PANet's bottom-up path", _lateral, path=_bottom_up),
+    "fpn_ppm": RegressorKind("FPN with pyramid pooling on the coarsest level: the paper's choice", _pooling, smooth_coarsest=False),
+}
 
 
 class FeatureRegressor(nn.Module):
-    """Student levels to teacher levels (appendix D.1): laterals, top-down path, output convolutions, 1x1 heads.
-
-    With pyramid pooling the last level has no output convolution of its own: the pooling ends in one.
+    """Student levels to teacher levels (appendix D.1 and table 8): laterals, top-down path, output convolutions, 1x1 heads.
 
     Every student level from the finest target's stride on takes part, so the whole backbone is trained even where the
-    teacher has no level of the coarsest strides.
+    teacher has no level of the coarsest strides. A student with a single level first goes through a simple pyramid.
     """
 
     def __init__(self, strides: Sequence[int], channels: Sequence[int], targets: Sequence[TargetLevel], config: RegressorConfig) -> None:
         """`strides` and `channels` of the student's levels, finest first.
 
-        Raises: ShapeError when a target's stride is not among the student's.
+        Raises: ConfigError for a kind that is not in `REGRESSORS`; ShapeError when a target has a stride that the student has not.
         """
         super().__init__()
+        kind = _find_kind(config.kind)
         self.targets = tuple(targets)
+        self.pyramid = _pyramid(strides, channels, targets, config)
+        if self.pyramid is not None:
+            strides, channels = _pyramid_strides(targets), self.pyramid.channels
         self.level_of = [_index_of(target, strides) for target in targets]
-        self.laterals = nn.ModuleList(conv_norm_relu(c, config.width, 1, config.norm) for c in channels[:-1])
-        last = PyramidPooling(channels[-1], config.width, config.ppm_scales, config.norm) if config.ppm else None
-        self.laterals.append(last or conv_norm_relu(channels[-1], config.width, 1, config.norm))
-        self.outputs = nn.ModuleDict({str(i): self._output(i, len(channels) - 1, config) for i in sorted(set(self.level_of))})
+        last = len(channels) - 1
+        self.laterals = nn.ModuleList(_lateral(c, config) for c in channels[:-1])
+        self.laterals.append(kind.coarsest(channels[-1], config))
+        smoothed = range(max(self.level_of) + 1) if kind.path else sorted(set(self.level_of))
+        bare = set() if kind.smooth_coarsest else {last}
+        self.outputs = nn.ModuleDict(
+            {str(i): nn.Identity() if i in bare else conv_norm_relu(config.width, config.width, 3, config.norm) for i in smoothed}
+        )
+        self.path = kind.path(len(smoothed), config) if kind.path else None
         self.heads = nn.ModuleList(nn.Conv2d(config.width, target.channels, 1) for target in targets)
-
-    @staticmethod
-    def _output(idx: int, last: int, config: RegressorConfig) -> nn.Module:
-        if config.ppm and idx == last:
-            return nn.Identity()
-        return conv_norm_relu(config.width, config.width, 3, config.norm)
 
     def forward(self, levels: Sequence[Tensor]) -> dict[str, Tensor]:
         """Student levels, finest first, to f_r by teacher level.
 
         Shapes: levels[i] (B, channels[i], H_i, W_i) -> {name: (B, target.channels, *target.size)}.
         """
+        if self.pyramid is not None:
+            levels = self.pyramid(levels[0])
         merged = [lateral(level) for lateral, level in zip(self.laterals, levels, strict=True)]  # (B, width, H_i, W_i)
         for i in range(len(merged) - 2, -1, -1):
-            merged[i] = merged[i] + _resize(merged[i + 1], merged[i].shape[-2:])
-        smooth = {idx: output(merged[int(idx)]) for idx, output in self.outputs.items()}
+            merged[i] = merged[i] + resize(merged[i + 1], merged[i].shape[-2:])
+        smooth = {int(idx): output(merged[int(idx)]) for idx, output in self.outputs.items()}
+        if self.path is not None:
+            smooth = dict(enumerate(self.path(list(smooth.values()))))
         regressed = {}
         for target, idx, head in zip(self.targets, self.level_of, self.heads, strict=True):
-            regressed[target.name] = head(_resize(smooth[str(idx)], target.size))  # a 1x1 commutes with the resize
+            regressed[target.name] = head(resize(smooth[idx], target.size))  # a 1x1 commutes with the resize
         return regressed
+
+
+def _find_kind(name: str) -> RegressorKind:
+    if name not in REGRESSORS:
+        raise ConfigError(f"distill.regressor.kind is {name!r}; choose one of {', '.join(REGRESSORS)}")
+    return REGRESSORS[name]
+
+
+def _pyramid(
+    strides: Sequence[int], channels: Sequence[int], targets: Sequence[TargetLevel], config: RegressorConfig
+) -> SimplePyramid | None:
+    """A simple pyramid where the student has one level and the targets are more than that."""
+    if len(strides) > 1 or {target.stride for target in targets} <= set(strides):
+        return None
+    return SimplePyramid(strides[0], channels[0], _pyramid_strides(targets), config.norm)
+
+
+def _pyramid_strides(targets: Sequence[TargetLevel]) -> tuple[int, ...]:
+    """From the finest target's on."""
+    finest = min(target.stride for target in targets)
+    return tuple(stride for stride in PYRAMID_STRIDES if stride >= finest)
 
 
 def _index_of(target: TargetLevel, strides: Sequence[int]) -> int:

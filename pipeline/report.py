@@ -130,7 +130,8 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Any:
         return {name.removeprefix(strip): (steps, [line[name] for line in metrics]) for name in names if name in metrics[0]}
 
     per_level = [name for name in metrics[0] if name.startswith("mse/")]
-    panels = {"loss": panel(["loss", "mse", "at"]), "squared error by level": panel(per_level, "mse/"), "learning rate": panel(["lr"])}
+    losses = dict.fromkeys(name.partition("/")[0] for name in metrics[0] if "/" in name and not name.startswith("share/"))
+    panels = {"loss": panel(["loss", *losses]), "squared error by level": panel(per_level, "mse/"), "learning rate": panel(["lr"])}
     return Markup(figures.curves({title: lines for title, lines in panels.items() if lines}))
 
 

@@ -112,12 +112,12 @@ def tiny_config(out: Path, **changes: object) -> DistillConfig:
     return DistillConfig(**{**base, **changes})
 
 
-def write_student(path: Path, name: str, px: int = 64, ema: bool = False) -> Path:
+def write_student(path: Path, name: str, px: tuple[int, int] = (64, 64), ema: bool = False) -> Path:
     """A checkpoint as a run leaves it, of a student with random weights and moved batch norms."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        student = build_student(StudentSpec(name, 4, (px, px))).train()
-        student(torch.rand(2, 3, px, px))
+        student = build_student(StudentSpec(name, 4, px)).train()
+        student(torch.rand(2, 3, *px))
         state = student.state_dict()
         average = {key: value * 0.5 if value.is_floating_point() else value for key, value in state.items()} if ema else None
         save_checkpoint(path, {"student_spec": spec_to_dict(student.spec), "student": state, "ema": average})

@@ -50,19 +50,31 @@ def test_snippets_load_exports_in_a_process_without_dtpipe(tmp_path):
         torch.testing.assert_close(pooled[name], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_intermediates_of_the_full_model_are_the_students_levels(tmp_path, name):
-    """Also where timm's features_only model names its weights otherwise."""
-    result = export_student(write_student(tmp_path / "last.pt", name), tmp_path / "export")
-    options = {"img_size": (64, 64)} if "224" in name else {}
-    model = timm.create_model(name, num_classes=0, checkpoint_path=str(result.path), **options).eval()
+@pytest.mark.parametrize(
+    ("name", "px"),
+    [
+        ("convnext_atto", (64, 64)),
+        ("mobilenetv3_small_050", (64, 64)),
+        ("hrnet_w18_small", (64, 64)),
+        ("vit_tiny_patch16_224", (64, 96)),
+        ("eva02_tiny_patch14_224", (56, 70)),
+        ("swin_tiny_patch4_window7_224", (64, 96)),
+        ("pvt_v2_b0", (64, 96)),
+    ],
+)
+def test_intermediates_of_the_full_model_are_the_students_levels(tmp_path, name, px):
+    """Also where timm's features_only model names its weights otherwise, and where a model is tied to one image size."""
+    result = export_student(write_student(tmp_path / "last.pt", name, px), tmp_path / "export")
+    options = {"img_size": px} if "224" in name else {}
+    model = timm.create_model(name, num_classes=0, **options).eval()
+    model.load_state_dict(load_file(result.path))
     student = load_student(tmp_path)
-    images = torch.rand(2, 3, 64, 64)
+    images = torch.rand(2, 3, *px)
     with torch.no_grad():
         theirs = model.forward_intermediates(student.normalise(images), intermediates_only=True)
         for level in student(images):
             assert any(level.shape == other.shape and torch.allclose(level, other, rtol=1e-4, atol=1e-5) for other in theirs)
-    assert all(part.startswith(("norm", "head", "conv_head", "fc_norm")) for part in result.untrained)
+    assert all(part.startswith(("norm", "head", "conv_head", "fc_norm", "downsamp_modules", "final_layer")) for part in result.untrained)
 
 
 def test_timms_local_dir_loader_reads_the_folder(tmp_path):
@@ -72,7 +84,10 @@ def test_timms_local_dir_loader_reads_the_folder(tmp_path):
     assert model.pretrained_cfg["mean"] == pytest.approx([0.485, 0.456, 0.406])
 
 
-@pytest.mark.parametrize(("name", "layout"), [("resnet18", "torchvision"), ("convnext_atto", "timm"), ("vit_tiny_patch16_224", "timm")])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("resnet18", "torchvision"), ("convnext_atto", "timm"), ("test_vit", "timm"), ("swin_tiny_patch4_window7_224", "timm")],
+)
 def test_load_student_reads_exports(tmp_path, name, layout):
     write_student(tmp_path / "run" / "last.pt", name)
     result = export_student(tmp_path / "run", tmp_path / "export", layout)

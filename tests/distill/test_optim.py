@@ -10,7 +10,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.model import build_distiller
 from dtpipe.distill.optim import build_optimizer, learning_rate, set_learning_rate
+
+from .conftest import level_spec, tiny_config
 
 BASE = {"datasets": ("features",), "out": "run"}
 
@@ -45,6 +48,25 @@ def test_weight_decay_spares_biases_and_norms(opt):
     assert decay[id(model[0].weight)] == 0.05
     assert [decay[id(p)] for p in (model[0].bias, model[1].weight, model[1].bias)] == [0, 0, 0]
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [
+        ("test_vit", {"cls_token", "pos_embed"}),
+        ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
+        ("hiera_tiny_224", {"pos_embed"}),
+        ("visformer_tiny", {"pos_embed1", "pos_embed2", "pos_embed3"}),  # not among what timm names
+        ("test_resnet", set()),
+    ],
+)
+def test_weight_decay_spares_positions_and_class_tokens(name, spared, tmp_path):
+    config = tiny_config(tmp_path, student={"name": name})
+    model = build_distiller(config, [level_spec("l4", 16, 3)], (64, 64))
+    decay = {id(p): group["weight_decay"] for group in build_optimizer(model, config).param_groups for p in group["params"]}
+    tensors = [(key, p) for key, p in model.named_parameters() if p.ndim > 1]
+    assert {key.rpartition(".")[2] for key, p in tensors if decay[id(p)] == 0} == spared
+    assert all(decay[id(p)] == 0.05 for key, p in tensors if key.endswith("weight"))
 
 
 def test_adamw_takes_the_step_of_its_formula():

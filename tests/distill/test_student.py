@@ -55,9 +55,10 @@ def test_missing_strides_are_refused_listing_what_the_model_has(tmp_path):
     levels = [level_spec("l0", 1, 4), level_spec("l2", 4, 4), level_spec("l3", 8, 4)]
     with pytest.raises(ConfigError, match=r"no level of stride \[1\].*it has \[2, 4, 8, 16, 32\]; keep l2,l3"):
         build_distiller(tiny_config(tmp_path), levels, (32, 32))
-    config = tiny_config(tmp_path, student={"name": "vit_tiny_patch16_224"})
-    with pytest.raises(ConfigError, match=r"it has \[16\]"):
-        build_distiller(config, levels[1:], (32, 32))
+    with pytest.raises(ConfigError, match=r"no level of stride \[1\].*it has \[4, 8, 16, 32\]; keep l2,l3"):
+        build_distiller(tiny_config(tmp_path, student={"name": "test_vit"}), levels, (32, 32))
+    with pytest.raises(ConfigError, match=r"no level of stride \[4, 8\].*it has \[16, 32, 64\]; choose another student"):
+        build_distiller(tiny_config(tmp_path, student={"name": "efficientvit_m0"}), levels[1:], (64, 64))
 
 
 def test_levels_are_chosen_by_name_and_ordered_by_stride():

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image
 
+from dtpipe.distill.checkpoint import save_checkpoint
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.downstream.base import LabelledSet
+from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.run_folder import RunFolder
+from dtpipe.distill.student import StudentSpec, build_student, spec_to_dict
 from dtpipe.manifests.reader import FeatureDataset
 from dtpipe.pipeline.config import EvalConfig
-from dtpipe.pipeline.evaluate import overlap_notes
+from dtpipe.pipeline.evaluate import evaluate, overlap_notes
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1_zarr"
 
@@ -29,3 +34,34 @@ def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: 
     assert notes[0].startswith("2 of the held-out images")
     assert overlap_notes(config, labelled("unseen.png")) == []
     assert overlap_notes(config.model_copy(update={"test_images": "others"}), labelled(*keys[:2])) == []
+
+
+@pytest.mark.parametrize(("name", "px"), [("test_vit", 32), ("eva02_tiny_patch14_224", 28)])
+def test_a_plain_transformer_is_scored_on_its_one_level(name: str, px: int, tmp_path: Path) -> None:
+    """Images of two colours, 32 px; patches of 14 px count as stride 16, so that the level is l4."""
+    student = build_student(StudentSpec(name, 4, (px, px)))
+    save_checkpoint(tmp_path / "last.pt", {"student_spec": spec_to_dict(student.spec), "student": student.state_dict(), "ema": None})
+    rng = np.random.default_rng(0)
+    for idx in range(24):
+        image, mask = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8), np.zeros((32, 32), np.uint8)
+        image[:16, :, idx % 2] += 170
+        mask[:16] = 1
+        for folder, array in (("images", image), ("masks", mask)):
+            path = tmp_path / folder / "ab"[idx % 2] / f"{idx}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+    probe = ProbeConfig(max_iter=20, l2_grid=(0.1,), folds=2)
+    for masks in (None, str(tmp_path / "masks")):
+        config = EvalConfig(
+            checkpoint=str(tmp_path),
+            task="probe",
+            images=str(tmp_path / "images"),
+            masks=masks,
+            labelled=("all",),
+            seeds=1,
+            probe=probe,
+            px=32,
+        )
+        scores = [score for score in evaluate(config, lambda _text: None).result.scores if score.extractor == "distilled"]
+        assert {score.level for score in scores} == {"l4"}
+        assert scores[0].value > 0.9
