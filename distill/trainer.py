@@ -20,14 +20,15 @@ from torch import Tensor
 from dtpipe.distill.batch import FeatureBatch, student_images
 from dtpipe.distill.checkpoint import keep_epoch, load_checkpoint, save_checkpoint
 from dtpipe.distill.config import DistillConfig
-from dtpipe.distill.datasets import OpenedData, open_data
+from dtpipe.distill.datasets import OpenedData, OpenSource, open_data
+from dtpipe.distill.live import LiveTeacher, OpenLive
 from dtpipe.distill.losses import feature_loss
 from dtpipe.distill.model import build_distiller, choose_levels, norms_for, pick_device, pick_precision, student_size
 from dtpipe.distill.optim import build_optimizer, learning_rate, set_learning_rate
 from dtpipe.distill.order import StreamPosition
 from dtpipe.distill.progress import Meter, OnProgress, RunResult, TrainProgress, shares
 from dtpipe.distill.run_folder import RunFolder, read_metrics
-from dtpipe.distill.stream import FeatureStream, LiveTeacher, StreamSettings
+from dtpipe.distill.stream import FeatureStream, StreamSettings
 from dtpipe.distill.student import spec_to_dict
 from dtpipe.distill.timing import StopRequest, Stopwatch, catch_stop_signals
 from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedError
@@ -35,18 +36,27 @@ from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedErro
 NUM_KEYS_SHOWN = 8
 
 
-def train(config: DistillConfig, live: LiveTeacher | None = None, on_progress: OnProgress | None = None, fresh: bool = False) -> RunResult:
+def train(
+    config: DistillConfig,
+    live: OpenLive | None = None,
+    on_progress: OnProgress | None = None,
+    fresh: bool = False,
+    open_source: OpenSource = open_data,
+) -> RunResult:
     """Train a student as `config` says, going on where an earlier call with the same config stopped.
+
+    `live` opens the teacher where samples are encoded anew; `open_source` gives the data, by default that of the datasets.
 
     Raises: ConfigError, PlanChangedError and LockHeldError before any work; DivergedError on a loss that is not finite;
     StoppedError after SIGTERM or SIGINT, once the state is saved; what the readers raise on damaged data.
     """
     device = pick_device(config.device)
-    data = open_data(config)
+    data = open_source(config)
+    teacher = live(data.source, device) if live is not None else None
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        trainer = Trainer(config, data, device, live)
-        with RunFolder.open(config, fresh) as folder, catch_stop_signals() as stop:
+        trainer = Trainer(config, data, device, teacher)
+        with RunFolder.open(config, fresh, data) as folder, catch_stop_signals() as stop:
             return run(trainer, folder, stop, on_progress or _ignore)
 
 
@@ -60,7 +70,8 @@ class Trainer:
         self.model = build_distiller(config, levels, self.image_px).to(device).train()
         self.ema = ModelEmaV3(self.model.student, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.optimizer = build_optimizer(self.model, config)
-        self.stream = FeatureStream(data.source, _stream_settings(config, tuple(level.name for level in levels)), device, live)
+        settings = stream_settings(config, tuple(level.name for level in levels))
+        self.stream = FeatureStream(data.source, settings, device, live, data.sampling)
         self.num_steps = config.epochs * self.stream.batches_per_epoch
         self.num_warmup = config.num_warmup_steps(self.stream.batches_per_epoch)
         self.precision = pick_precision(config.precision, device)
@@ -99,7 +110,7 @@ class Trainer:
         with norms_for(self.model, len(batch.keys)):
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 regressed = self.model(images)
-            loss = feature_loss(regressed, batch.levels, self.config.loss)
+            loss = feature_loss(regressed, batch.levels, self.config.loss, self.data.level_weights)
             (loss.total * weight).backward()  # type: ignore[no-untyped-call]
         self.meter.add(loss, weight)
         return loss.total.detach()
@@ -224,7 +235,7 @@ def _result(trainer: Trainer, folder: RunFolder, resumed: int, seconds: float, n
         checkpoint=folder.last,
         num_steps=trainer.num_steps,
         num_epochs=trainer.config.epochs,
-        num_samples=len(trainer.stream.rows),
+        num_samples=trainer.stream.epoch_size,
         resumed_step=resumed,
         losses={name: value for name, value in last_line.items() if name.split("/")[0] in ("loss", "mse", "at")},
         seconds=seconds,
@@ -235,7 +246,8 @@ def _result(trainer: Trainer, folder: RunFolder, resumed: int, seconds: float, n
     )
 
 
-def _stream_settings(config: DistillConfig, levels: tuple[str, ...]) -> StreamSettings:
+def stream_settings(config: DistillConfig, levels: tuple[str, ...]) -> StreamSettings:
+    """What of a run's settings its stream goes by."""
     return StreamSettings(
         levels=levels,
         seed=config.seed,
@@ -243,6 +255,7 @@ def _stream_settings(config: DistillConfig, levels: tuple[str, ...]) -> StreamSe
         batch_size=config.batch_size,
         micro_batch=config.micro_batch,
         flip=config.flip,
+        equivariant=config.equivariant,
         reencode=config.reencode,
         read_threads=config.read_threads,
         prefetch=config.prefetch,

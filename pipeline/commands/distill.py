@@ -1,25 +1,28 @@
-"""`dtpipe distill`: feature datasets in, a run folder with a pre-trained student out."""
+"""`dtpipe distill`: feature datasets in, or images and a teacher; a run folder with a pre-trained student out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dtpipe.pipeline.console import Console, ProgressLine, format_seconds
 from dtpipe.pipeline.history import record_command
 from dtpipe.pipeline.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
-    from dtpipe.distill.config import DistillConfig
     from dtpipe.distill.progress import RunResult, TrainProgress
-    from dtpipe.distill.stream import LiveTeacher
 
 FLAGS = (
     Flag("url", "distill.datasets", "URL..."),
     Flag("--student", "distill.student.name", "TIMM_NAME"),
     Flag("--out", "distill.out", "DIR"),
     Flag("--join", "distill.join"),
+    Flag("--sample-weights", "distill.sample_weights", "W,W"),
+    Flag("--loss-weights", "distill.loss_weights", "W,W"),
     Flag("--levels", "distill.levels", "L2,L3"),
+    Flag("--keys", "distill.keys", "FILE"),
+    Flag("--include", "distill.include", "GLOB", repeatable=True),
+    Flag("--exclude", "distill.exclude", "GLOB", repeatable=True),
+    Flag("--limit", "distill.limit", "N"),
     Flag("--student-px", "distill.student_px", "PX"),
     Flag("--pretrained", "distill.student.pretrained"),
     Flag("--epochs", "distill.epochs", "N"),
@@ -29,14 +32,21 @@ FLAGS = (
     Flag("--lr", "distill.lr", "LR"),
     Flag("--warmup-epochs", "distill.warmup_epochs", "N"),
     Flag("--weight-decay", "distill.weight_decay", "WD"),
+    Flag("--equivariant", "distill.equivariant"),
     Flag("--reencode", "distill.reencode", "P"),
+    Flag("--images", "extract.images", "URL"),
+    Flag("--num-samples", "extract.num_samples", "N"),
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
+    Flag("--timesteps", "extract.noise.timesteps", "T,T"),
+    Flag("--max-bad", "extract.max_bad", "N|SHARE"),
     Flag("--allow-incomplete", "distill.allow_incomplete"),
     Flag("--seed", "distill.seed", "N"),
     Flag("--device", "distill.device", "auto|cpu|cuda"),
 )
 EXAMPLE = """
 dtpipe distill features/ --student resnet50 --out runs/r50
+dtpipe distill features/ --out runs/half-live --reencode 0.5
+dtpipe distill --images photos/ --teacher teacher/ --out runs/live
 dtpipe distill -c imagenet s3://bucket/features --student convnext_base --out runs/convnext --micro-batch 64
 """
 
@@ -47,33 +57,28 @@ dtpipe distill -c imagenet s3://bucket/features --student convnext_base --out ru
 def command(call: Call, fresh: bool) -> None:
     """Pre-train a student on feature datasets.
 
-    Run it again after a crash: it goes on in mid-epoch and takes the same steps. --teacher is needed with --reencode only,
-    and there only when the teacher has moved since the extraction.
+    Run it again after a crash: it goes on in mid-epoch and takes the same steps. With --reencode, --teacher is needed only
+    when the teacher has moved since the extraction. Without a dataset, give --images (or --num-samples) and --teacher: every
+    sample is encoded live, with new noise in each epoch, as the `extract` settings say.
     """
-    config = call.settings("distill")
+    from dtpipe.pipeline.training_inputs import training_inputs
+
+    inputs = training_inputs(call)
     if call.dry_run:
         from dtpipe.pipeline.training_plan import plan_training, print_training
 
-        plan = plan_training(config)
+        plan = plan_training(inputs.config, inputs.open_live, inputs.unchecked)
         print_training(call.console, plan)
         call.console.document(plan)
         return
     from dtpipe.distill.trainer import train
 
-    live = _live_teacher(config, (call.document.get("extract") or {}).get("teacher") or {}) if config.reencode else None
+    for warning in inputs.warnings():
+        call.console.note(warning)
     with ProgressLine("distill") as line:
-        result = train(config, live, on_progress=lambda progress: _show(line, progress), fresh=fresh)
+        result = train(inputs.config, inputs.open_live, lambda progress: _show(line, progress), fresh, inputs.open_source)
     record_command(result.run_dir)
     _print_result(call.console, result)
-
-
-def _live_teacher(config: DistillConfig, given: Mapping[str, Any]) -> LiveTeacher:
-    from dtpipe.manifests.plan import load_plan
-    from dtpipe.manifests.storage import Store
-    from dtpipe.pipeline.live import open_teacher
-
-    plan = load_plan(Store(config.datasets[0]))
-    return open_teacher(plan, given, config.device).live
 
 
 def _show(line: ProgressLine, progress: TrainProgress) -> None:
