@@ -43,6 +43,16 @@ def flip_where(images: Tensor, flip: Tensor) -> Tensor:
     return torch.where(flip[:, None, None, None], images.flip(2), images)
 
 
+def mirror_where(level: Tensor, mirror: Tensor) -> Tensor:
+    """Mirror the samples of a level that `mirror` names, left to right.
+
+    Differs: features of a flipped image are not these (module `pipeline.flip_error` measures by how much); used on request only.
+
+    Shapes: level (B, C, h, w), mirror (B,) bool -> (B, C, h, w).
+    """
+    return torch.where(mirror[:, None, None, None], level.flip(-1), level)
+
+
 def scaled(images: Tensor) -> Tensor:
     """Stored images as a network takes them. Shapes: (B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)

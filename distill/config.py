@@ -6,7 +6,7 @@ carried out; `EXECUTION` names the latter.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,10 +57,24 @@ class LossConfig(StrictModel):
 class DistillConfig(StrictModel):
     """All settings of one distillation run."""
 
-    datasets: tuple[str, ...] = Field(min_length=1, description="URLs of feature datasets; several are concatenated, or joined.")
+    datasets: tuple[str, ...] = Field(
+        default=(), description="URLs of feature datasets, concatenated or joined; none: the teacher runs live over images."
+    )
     out: str = Field(description="Run folder to write.")
     join: bool = Field(default=False, description="Join the datasets by key (other levels of the same images) instead of concatenating.")
-    allow_incomplete: bool = Field(default=False, description="Train on what an unfinished dataset holds so far.")
+    sample_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        default=None, min_length=1, description="Passes over each concatenated dataset per epoch; of 0.5, other halves in each. Default: 1."
+    )
+    loss_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, description="Weight in the loss of each joined dataset's levels. Default: all levels weigh the same."
+    )
+    keys: str | None = Field(default=None, description="File with one key per line: train on these samples only.")
+    include: tuple[str, ...] = Field(default=(), description="Shell pattern of keys to train on, e.g. 'cat/*'; `*` also matches `/`.")
+    exclude: tuple[str, ...] = Field(default=(), description="Shell pattern of keys to leave out.")
+    limit: int | None = Field(default=None, ge=1, description="Train on so many samples, chosen by a hash of their keys.")
+    allow_incomplete: bool = Field(
+        default=False, description="Train on the shards that an unfinished dataset has; a resumed run keeps to those."
+    )
     levels: tuple[str, ...] | None = Field(default=None, min_length=1, description="Levels to regress; default: all of the dataset.")
     student: StudentConfig = StudentConfig()
     student_px: int | tuple[int, int] | None = Field(default=None, description="Student's image size in px; default: the dataset's.")
@@ -85,6 +99,9 @@ class DistillConfig(StrictModel):
         default=None, gt=0, description="Largest gradient norm; default: no clipping, beyond that to 1 which is part of LAMB."
     )
     flip: bool | None = Field(default=None, description="Horizontal flips, from stored flipped views; default: when there are any.")
+    equivariant: bool = Field(
+        default=False, description="Mirror stored features for flips where no flipped views are stored; they are not the true ones."
+    )
     reencode: float = Field(default=0.0, ge=0, le=1, description="Share of samples whose features the live teacher makes anew.")
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Keep an exponential moving average of the student.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 autocast where the GPU has it.")
@@ -115,6 +132,23 @@ class DistillConfig(StrictModel):
             raise ValueError(f"distill.min_lr {self.min_lr} is above the peak learning rate {self.peak_lr}")
         return self
 
+    @model_validator(mode="after")
+    def _weights_fit(self) -> DistillConfig:
+        num = len(self.datasets)
+        if self.sample_weights is not None and self.join:
+            raise ValueError("distill.sample_weights are for datasets one after the other; with --join give distill.loss_weights")
+        if self.loss_weights is not None and not self.join:
+            raise ValueError("distill.loss_weights are for datasets joined by key; without --join give distill.sample_weights")
+        if self.loss_weights is not None and not any(self.loss_weights):
+            raise ValueError("distill.loss_weights are all 0; nothing is left to train on")
+        for name in ("sample_weights", "loss_weights"):
+            weights = getattr(self, name)
+            if weights is not None and len(weights) != num:
+                raise ValueError(f"distill.{name} has {len(weights)} values for {num} dataset{'' if num == 1 else 's'}; give one each")
+        if self.equivariant and self.flip is False:
+            raise ValueError("distill.equivariant mirrors features for flips, and distill.flip is off; leave one of them out")
+        return self
+
     @property
     def peak_lr(self) -> float:
         """Learning rate at the end of the warm-up, after `lr_scale`."""
@@ -130,9 +164,10 @@ class DistillConfig(StrictModel):
 
 EXECUTION = frozenset(
     {
-        *("datasets", "out", "device", "channels_last", "compile", "read_threads", "prefetch", "train_workers"),
-        *("ray_address", "max_restarts"),
+        *("datasets", "keys", "allow_incomplete", "out", "device", "channels_last", "compile", "read_threads", "prefetch"),
+        *("train_workers", "ray_address", "max_restarts"),
         *("tensorboard", "log_every", "save_every_s", "keep_checkpoints"),
     }
 )
-"""Fields that may change between the parts of one run. `datasets` may move: their content is compared by digest."""
+"""Fields that may change between the parts of one run. Datasets and the file of keys may move: their content is compared
+with the run folder's data.json, which also says which shards of an unfinished dataset belong to the run."""

@@ -127,14 +127,15 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def draw_samples(hashes: np.ndarray, seed: int, epoch: int, views: Sequence[ViewSpec], flips: bool, live_share: float) -> SampleDraws:
     """Flip, view and whether to encode anew, for samples given by the hashes of their keys.
 
-    A flip has probability 1/2; a view is uniform among those with that flip; `live_share` is the chance of a live one.
+    A flip has probability 1/2; a view is uniform among those with that flip, or among the unflipped where no flipped one is
+    stored; `live_share` is the chance of a live one.
     """
     bits = mix(hashes ^ mix(np.array([seed % 2**64], np.uint64)) ^ mix(mix(np.array([epoch], np.uint64))))
     flip = (bits >> np.uint64(63)).astype(bool) & flips
     share = mix(bits)
     live = (share >> np.uint64(11)).astype(np.float64) / 2.0**53 < live_share
     uniform = (bits >> np.uint64(16)) & MASK
-    view = np.where(flip, _pick(uniform, views, True), _pick(uniform, views, False))
+    view = np.where(flip, _pick(uniform, views, any(view.flip for view in views)), _pick(uniform, views, False))
     return SampleDraws(flip, view, live)
 
 
@@ -145,17 +146,19 @@ def _pick(uniform: np.ndarray, views: Sequence[ViewSpec], flip: bool) -> np.ndar
     return matching[((uniform * np.uint64(len(matching))) >> np.uint64(32)).astype(np.int64)]
 
 
-def use_flips(views: Sequence[ViewSpec], wanted: bool | None, where: str) -> bool:
+def use_flips(views: Sequence[ViewSpec], wanted: bool | None, where: str, otherwise: bool = False) -> bool:
     """Whether samples are flipped: as wanted, or, without a wish, when both flipped and unflipped views are stored.
 
-    Raises: ConfigError when flips are wanted and not stored, or nothing unflipped is stored.
+    `otherwise` is true where features of flipped images can be had without stored ones.
+    Raises: ConfigError when flips are wanted and cannot be had, or nothing unflipped is stored.
     """
     stored = {view.flip for view in views}
     if False not in stored:
         raise ConfigError(f"{where}: every stored view is of the flipped image; extract unflipped views too")
-    if wanted and True not in stored:
+    if wanted and True not in stored and not otherwise:
         raise ConfigError(
-            f"{where}: distill.flip is on and no flipped view is stored; features of a flipped image are not flipped features, "
-            "so extract again with -s extract.noise.flips=true into a new output, or leave distill.flip out"
+            f"{where}: distill.flip is on and no flipped view is stored; features of a flipped image are not flipped features, so "
+            "extract again with -s extract.noise.flips=true into a new output, leave distill.flip out, or mirror the stored features "
+            "all the same with --equivariant"
         )
     return True in stored if wanted is None else wanted

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dtpipe.distill.losses import FeatureLoss
-from dtpipe.distill.ranks import Ranks
+from dtpipe.distill.ranks import ALONE, Ranks
 from dtpipe.distill.timing import IDLE, Stopwatch
 
 MOST_WAITING = 0.05
@@ -105,7 +105,7 @@ class Meter:
         self.num_steps += 1
         self.num_images += num_images
 
-    def losses(self, ranks: Ranks) -> dict[str, float]:
+    def losses(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """Mean per step of each loss, over the samples of all ranks."""
         if self._sums is None:
             return {}

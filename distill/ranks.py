@@ -95,6 +95,9 @@ def _told(sentence: str, exit_code: int) -> DtpipeError:
     return error
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun's environment names, joined until the end; those that Ray Train has joined; else one alone.

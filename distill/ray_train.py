@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.datasets import OpenSource, open_data
+from dtpipe.distill.live import OpenLive
 from dtpipe.distill.progress import OnProgress, RunResult, TrainProgress
 from dtpipe.distill.run_folder import RunFolder, read_metrics
-from dtpipe.distill.stream import LiveTeacher
 from dtpipe.distill.timing import StopRequest, catch_stop_signals
 from dtpipe.distill.trainer import train
 from dtpipe.manifests.errors import DtpipeError, IncompleteError, MissingPackageError
 
-LiveOpener = Callable[[DistillConfig], LiveTeacher]
 STOP, END, STORE = ".stop", ".end.json", ".ray"
 POLL_S = 0.5
 
@@ -35,13 +35,14 @@ def train_on_ray(
     config: DistillConfig,
     num_workers: int,
     gpus: bool,
-    open_live: LiveOpener | None = None,
+    live: OpenLive | None = None,
     on_progress: OnProgress | None = None,
     fresh: bool = False,
+    open_source: OpenSource = open_data,
 ) -> RunResult:
     """`train` on `num_workers` workers of the Ray cluster that this process is connected to.
 
-    `open_live` is sent to the workers, each of which opens a teacher of its own.
+    `live` and `open_source` are sent to the workers, each of which opens a teacher and the data for itself.
     Raises: as `train`; MissingPackageError without Ray Train; IncompleteError when workers died too often, or cannot share the folder.
     """
     config = config.model_copy(update={"out": str(Path(config.out).absolute())})
@@ -49,7 +50,7 @@ def train_on_ray(
     RunFolder.open(config, fresh).close()  # what is wrong with it is said before any worker starts
     for name in (STOP, END):
         (folder / name).unlink(missing_ok=True)
-    trainer = _make_trainer(config, num_workers, gpus, open_live)
+    trainer = _make_trainer(config, num_workers, gpus, {"live": live, "open_source": open_source})
     with catch_stop_signals() as stop, ThreadPoolExecutor(1, thread_name_prefix="dtpipe-ray-train") as pool:
         fitted = pool.submit(trainer.fit)
         _watch(folder, stop, fitted.done, on_progress)
@@ -58,7 +59,7 @@ def train_on_ray(
     return _read_end(folder, error)
 
 
-def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, open_live: LiveOpener | None) -> Any:
+def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, openers: dict[str, Any]) -> Any:
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -66,7 +67,7 @@ def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, open_live
         raise MissingPackageError(f"Ray Train cannot be imported ({err}); pip install 'dtpipe[train]', or use torchrun") from err
     return TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "open_live": open_live},
+        train_loop_config={"config": config.model_dump(mode="json"), **openers},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
         run_config=RunConfig(
@@ -77,7 +78,7 @@ def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, open_live
 
 def _worker(given: dict[str, Any]) -> None:
     """One worker. A run that has ended, well or not, is not begun again when Ray restarts its workers."""
-    config, open_live = DistillConfig.model_validate(given["config"]), given["open_live"]
+    config = DistillConfig.model_validate(given["config"])
     folder = Path(config.out)
     if (folder / END).exists():
         return
@@ -85,7 +86,7 @@ def _worker(given: dict[str, Any]) -> None:
     stop = StopRequest()
     threading.Thread(target=_await_stop, args=(folder, stop), daemon=True).start()
     try:
-        result = train(config, open_live(config) if open_live else None, stop=stop)
+        result = train(config, given["live"], open_source=given["open_source"], stop=stop)
     except IncompleteError:  # another worker is lost: Ray starts all anew
         raise
     except DtpipeError as err:

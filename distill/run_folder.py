@@ -1,4 +1,4 @@
-"""The output folder of a run: config.yaml, metrics.jsonl, last.pt, checkpoints/; one process at a time writes it.
+"""The output folder of a run: config.yaml, data.json, metrics.jsonl, last.pt, checkpoints/; one process at a time writes it.
 
 A folder belongs to one config: resuming with another is refused, except for fields that only say how a run is carried
 out.
@@ -12,13 +12,17 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
 from dtpipe.distill.config import EXECUTION, DistillConfig
+from dtpipe.distill.data_record import DATA_FILE, refuse_other_data
 from dtpipe.distill.tensorboard import ScalarWriter
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, PlanChangedError, StoreError
+
+if TYPE_CHECKING:
+    from dtpipe.distill.datasets import OpenedData
 
 LAST = "last.pt"
 SECTION = "distill"  # of the settings document, so that `-c <run>/config.yaml` reads it
@@ -34,10 +38,10 @@ class RunFolder:
         self.last = path / LAST
 
     @classmethod
-    def open(cls, config: DistillConfig, fresh: bool = False) -> RunFolder:
-        """Create the folder, or take up the run that lies in it, and write the resolved config beside it.
+    def open(cls, config: DistillConfig, fresh: bool = False, data: OpenedData | None = None) -> RunFolder:
+        """Create the folder, or take up the run that lies in it, and write the resolved config, and what `data` is, beside it.
 
-        Raises: ConfigError when `fresh` and a run exists; PlanChangedError naming fields that differ; LockHeldError
+        Raises: ConfigError when `fresh` and a run exists; PlanChangedError naming fields or data that differ; LockHeldError
         while another process trains here; StoreError when the folder cannot be written.
         """
         path = Path(config.out)
@@ -49,7 +53,7 @@ class RunFolder:
         try:
             _hold(lock, path)
             folder = cls(path, lock)
-            folder._take_config(config, fresh)
+            folder._take_config(config, fresh, data)
         except BaseException:
             lock.close()
             raise
@@ -81,11 +85,11 @@ class RunFolder:
         """
         if self.metrics.exists():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step]
-            _write_whole(self.metrics, "".join(kept))
+            write_whole(self.metrics, "".join(kept))
         if tensorboard:
             self._scalars = ScalarWriter(self.path, step + 1)
 
-    def _take_config(self, config: DistillConfig, fresh: bool) -> None:
+    def _take_config(self, config: DistillConfig, fresh: bool, data: OpenedData | None) -> None:
         file = self.path / "config.yaml"
         if fresh and (file.exists() or self.last.exists()):
             raise ConfigError(f"{self.path} already holds a run; drop --fresh to go on with it, or choose another --out")
@@ -95,11 +99,15 @@ class RunFolder:
                 raise PlanChangedError(
                     f"{self.path} holds a run with other settings: {'; '.join(changes)}; choose another --out or set them back"
                 )
-        _write_whole(file, yaml.safe_dump({SECTION: config.model_dump(mode="json")}, sort_keys=False, allow_unicode=True))
+        if data is not None:
+            refuse_other_data(self.path, data.record)
+            write_whole(self.path / DATA_FILE, json.dumps(data.record, indent=1) + "\n")
+        sections = {SECTION: config.model_dump(mode="json"), **(data.sections if data is not None else {})}
+        write_whole(file, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The resolved `distill` section of a run folder's config.yaml, as plain values.
+def read_config(path: Path, section: str = SECTION) -> dict[str, Any]:
+    """A resolved section of a run folder's config.yaml, as plain values; empty for another than `distill` that is not there.
 
     Raises: InputError when there is none or it is not the config of a run.
     """
@@ -108,10 +116,10 @@ def read_config(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as err:
         raise InputError(f"{file}: the run's config cannot be read: {err}; choose another --out") from err
-    section = values.get(SECTION) if isinstance(values, dict) else None
-    if not isinstance(section, dict):
+    if not isinstance(values, dict) or not isinstance(values.get(SECTION), dict):
         raise InputError(f"{file}: not the config of a run, which has a section `{SECTION}:`; choose another --out")
-    return section
+    found: dict[str, Any] = values.get(section) or {}
+    return found
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -123,7 +131,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def changed_fields(old: Mapping[str, Any], config: DistillConfig) -> list[str]:
     """`distill.x: old -> new` for each field that decides the result and differs."""
-    before, after = _flat(old), _flat(config.model_dump(mode="json"))
+    defaults = _flat(DistillConfig(out="").model_dump(mode="json"))  # of fields that did not exist when the run began
+    before, after = defaults | _flat(old), _flat(config.model_dump(mode="json"))
     names = sorted(name for name in before.keys() | after.keys() if name.split(".")[0] not in EXECUTION)
     return [f"distill.{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)]
 
@@ -142,7 +151,8 @@ def _hold(lock: TextIO, path: Path) -> None:
         raise LockHeldError(f"{path}: another process trains in this folder; wait for it, or choose another --out") from err
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all. Raises: StoreError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -6,30 +6,29 @@ The position counts whole global batches: a run that stopped within one repeats 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtpipe.distill.batch import FeatureBatch, flip_where, scaled
+from dtpipe.distill.batch import FeatureBatch, flip_where, mirror_where
+from dtpipe.distill.live import LiveSamples, LiveTeacher
 from dtpipe.distill.order import Part, StreamPosition, draw_samples, epoch_parts, key_hashes, num_batches, use_flips
+from dtpipe.distill.sampling import Sampling, pass_hashes
 from dtpipe.distill.timing import Stopwatch
 from dtpipe.distill.transfer import DeviceCopies, Sent
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.manifests.schema import IMAGE, ViewSpec
+from dtpipe.manifests.schema import IMAGE
 
 if TYPE_CHECKING:
     from dtpipe.manifests.reader import FeatureSource
 
-FLIP = "flip"
-LiveTeacher = Callable[[Tensor, Sequence[str], Sequence[int], Sequence[ViewSpec]], Mapping[str, Tensor]]
-"""The teacher run live: images (B, 3, H, W) float32 in [-1, 1], unflipped; then one key, noise draw and view per image
--> {level: (B, C, h, w)}. Passed in by whoever knows both stages."""
+FLIP, MIRROR = "flip", "mirror"
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class StreamSettings:
     batch_size: int
     micro_batch: int | None = None
     flip: bool | None = None
+    equivariant: bool = False
     reencode: float = 0.0
     read_threads: int = 2
     prefetch: int = 4
@@ -54,9 +54,11 @@ class _ReadPart:
     """A part as the reading threads leave it: on its way to the device, stored samples first, live ones after them."""
 
     sent: Sent
-    """`image` and `flip` of all samples, and the levels of the stored ones."""
+    """`image`, `flip` and, where levels are mirrored, `mirror` of all samples; the levels of the stored ones."""
     rows: np.ndarray
-    live_views: tuple[ViewSpec, ...]
+    live: LiveSamples
+    prepared: Any
+    """What the live teacher prepared; None without live samples."""
 
 
 class FeatureStream:
@@ -68,6 +70,7 @@ class FeatureStream:
         settings: StreamSettings,
         device: torch.device,
         live: LiveTeacher | None = None,
+        sampling: Sampling | None = None,
         watch: Stopwatch | None = None,
     ) -> None:
         """`watch` is charged for transfers and the live teacher.
@@ -77,21 +80,31 @@ class FeatureStream:
         self.source, self.settings, self.device, self.live = source, settings, device, live
         self._watch = watch or Stopwatch(device)
         self._copies = DeviceCopies(device)
-        self.rows = np.asarray(source.ok_rows, dtype=np.int64)
+        self.sampling = sampling or Sampling(np.asarray(source.ok_rows, dtype=np.int64), source.num_rows)
+        self.rows = self.sampling.rows
         if len(self.rows) == 0:
             raise InputError("the dataset has no good row; `dtpipe inspect` lists the bad ones")
         if settings.reencode > 0 and live is None:
             raise ConfigError(f"distill.reencode is {settings.reencode:g} and no live teacher was given; set it to 0")
         self.views = tuple(source.views)
-        self.flips = use_flips(self.views, settings.flip, "distill.datasets")
-        self.num_stored_draws = 1 + max(view.draw for view in self.views)
+        self._exact_live = live is not None and not live.makes_images
+        otherwise = settings.equivariant or (settings.reencode == 1 and self._exact_live)
+        wanted = True if settings.equivariant else settings.flip
+        self.flips = use_flips(self.views, wanted, "distill.datasets", otherwise)
+        self.mirrors = self.flips and not any(view.flip for view in self.views)
+        """Whether stored levels are mirrored for flipped images."""
         self._keys, self._labels = source.keys, source.labels
         self._hashes = key_hashes(self._keys)
 
     @property
+    def epoch_size(self) -> int:
+        """Samples per epoch; a sample that comes twice counts twice."""
+        return self.sampling.epoch_size
+
+    @property
     def batches_per_epoch(self) -> int:
         """Global batches, and so optimiser steps, of an epoch."""
-        return num_batches(len(self.rows), self.settings.batch_size)
+        return num_batches(self.epoch_size, self.settings.batch_size)
 
     def after(self, batch: FeatureBatch) -> StreamPosition:
         """The position once the global batch of `batch` is done."""
@@ -118,18 +131,24 @@ class FeatureStream:
         s = self.settings
         for epoch in range(start.epoch, s.epochs):
             position = start if epoch == start.epoch else StreamPosition(epoch)
-            yield from epoch_parts(self.rows, position, s.seed, s.batch_size, s.micro_batch, s.rank, s.world)
+            entries = self.sampling.entries(self._hashes, s.seed, epoch)
+            yield from epoch_parts(entries, position, s.seed, s.batch_size, s.micro_batch, s.rank, s.world)
 
     def _read(self, part: Part) -> _ReadPart:
-        """Read one part and send it to the device; runs in a thread."""
+        """Read one part, send it to the device, and prepare its live samples; runs in a thread."""
         s = self.settings
-        draws = draw_samples(self._hashes[part.rows], s.seed, part.epoch, self.views, self.flips, s.reencode)
+        rows, passes = self.sampling.split(part.rows)
+        draws = draw_samples(pass_hashes(self._hashes[rows], passes), s.seed, part.epoch, self.views, self.flips, s.reencode)
         by_origin = np.argsort(draws.live, kind="stable")
-        rows, flip, view = part.rows[by_origin], draws.flip[by_origin], draws.view[by_origin]
-        num_stored = len(rows) - int(draws.live.sum())
+        rows, view, passes = (each[by_origin] for each in (rows, draws.view, passes))
+        flip, live = draws.flip[by_origin], draws.live[by_origin]
+        num_stored = len(rows) - int(live.sum())
         images, levels = self._read_rows(rows, view, num_stored)
-        live_views = tuple(self._live_view(part.epoch, idx) for idx in view[num_stored:])
-        return _ReadPart(self._copies.send({IMAGE: images, FLIP: flip, **levels}), rows, live_views)
+        fresh = part.epoch * self.sampling.max_passes + passes
+        samples = LiveSamples(self._keys_of(rows), view, flip, fresh).take(np.arange(num_stored, len(rows)))
+        prepared = self.live.prepare(samples) if self.live is not None and len(samples) else None
+        mirror = {MIRROR: flip & ~(live & self._exact_live)} if self.mirrors else {}
+        return _ReadPart(self._copies.send({IMAGE: images, FLIP: flip, **mirror, **levels}), rows, samples, prepared)
 
     def _read_rows(self, rows: np.ndarray, view: np.ndarray, num_stored: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Images of all rows, levels of the first `num_stored`."""
@@ -142,33 +161,37 @@ class FeatureStream:
         stored_images, levels = self.source.read_batch(rows[:num_stored], names, view[:num_stored])
         return np.concatenate([stored_images, images]), levels
 
-    def _live_view(self, epoch: int, view_idx: int) -> ViewSpec:
-        return self.views[view_idx].model_copy(update={"draw": self.num_stored_draws + epoch})
+    def _keys_of(self, rows: np.ndarray) -> tuple[str, ...]:
+        return tuple(self._keys[row] for row in rows)
 
     def _finish(self, part: Part, future: Future[_ReadPart]) -> FeatureBatch:
-        """Add live levels and flip the images; runs where the training loop runs."""
+        """Add live levels, then flip; runs where the training loop runs."""
         read = future.result()
-        keys = tuple(self._keys[row] for row in read.rows)
         with self._watch.time("transfer"):
             levels = dict(self._copies.receive(read.sent))
-        images, flip = levels.pop(IMAGE), levels.pop(FLIP)
-        if read.live_views:
+        images, flip, mirror = levels.pop(IMAGE), levels.pop(FLIP), levels.pop(MIRROR, None)
+        if len(read.live):
             with self._watch.time("teacher"):
-                levels = self._with_live(images, levels, keys, read.live_views)
+                images, levels = self._with_live(read, images, levels)
+        if mirror is not None:
+            levels = {name: mirror_where(level, mirror) for name, level in levels.items()}
         images = flip_where(images, flip) if self.flips else images
-        labels = tuple(self._labels[row] for row in read.rows)
+        keys, labels = self._keys_of(read.rows), tuple(self._labels[row] for row in read.rows)
         return FeatureBatch(
             images, levels, keys, labels, part.epoch, part.batch_idx, part.num_global, part.weight, part.smallest, part.last
         )
 
-    def _with_live(self, images: Tensor, levels: dict[str, Tensor], keys: tuple[str, ...], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
-        """Levels of all samples of a part, whose last ones have none yet."""
+    def _with_live(self, read: _ReadPart, images: Tensor, levels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images and levels with the live samples after the stored ones."""
         assert self.live is not None  # refused in __init__
-        fresh = self.live(scaled(images[-len(views) :]), keys[-len(views) :], [view.draw for view in views], views)
+        num_stored = len(read.rows) - len(read.live)
+        shown = images[num_stored:]
+        made, fresh = self.live.encode(shown, read.live, read.prepared)
         names = self.settings.levels
         if absent := [name for name in names if name not in fresh]:
             raise ConfigError(
                 f"the live teacher gives levels {sorted(fresh)}, and {absent} are regressed too; leave them out with "
                 "-s distill.levels=..., or set distill.reencode to 0"
             )
-        return {name: torch.cat([levels[name], fresh[name]]) if levels else fresh[name] for name in names}
+        images = images if made is shown else torch.cat([images[:num_stored], made]) if num_stored else made
+        return images, {name: torch.cat([levels[name], fresh[name]]) if levels else fresh[name] for name in names}

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from dtpipe.distill.batch import FeatureBatch, student_images
 from dtpipe.distill.checkpoint import keep_epoch, load_checkpoint, save_checkpoint
 from dtpipe.distill.config import DistillConfig
-from dtpipe.distill.datasets import OpenedData, open_data
+from dtpipe.distill.datasets import OpenedData, OpenSource, open_data
+from dtpipe.distill.live import LiveTeacher, OpenLive
 from dtpipe.distill.losses import feature_loss
 from dtpipe.distill.model import (
     build_distiller,
@@ -37,9 +38,9 @@ from dtpipe.distill.model import (
 from dtpipe.distill.optim import build_optimizer, learning_rate, set_learning_rate
 from dtpipe.distill.order import StreamPosition, step_seed
 from dtpipe.distill.progress import Meter, OnProgress, RunResult, TrainProgress, shares, waiting_advice
-from dtpipe.distill.ranks import Ranks, join_ranks
+from dtpipe.distill.ranks import ALONE, Ranks, join_ranks
 from dtpipe.distill.run_folder import LAST, RunFolder, read_metrics
-from dtpipe.distill.stream import FeatureStream, LiveTeacher, StreamSettings
+from dtpipe.distill.stream import FeatureStream, StreamSettings
 from dtpipe.distill.student import spec_to_dict
 from dtpipe.distill.timing import StopRequest, Stopwatch, catch_stop_signals
 from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedError
@@ -49,13 +50,15 @@ NUM_KEYS_SHOWN = 8
 
 def train(
     config: DistillConfig,
-    live: LiveTeacher | None = None,
+    live: OpenLive | None = None,
     on_progress: OnProgress | None = None,
     fresh: bool = False,
+    open_source: OpenSource = open_data,
     stop: StopRequest | None = None,
 ) -> RunResult:
     """Train a student as `config` says, going on where an earlier call with the same config stopped.
 
+    `live` opens the teacher where samples are encoded anew; `open_source` gives the data, by default that of the datasets.
     A stop is asked for by signals, or by `stop` where no signal arrives.
 
     Raises: ConfigError, PlanChangedError and LockHeldError before any work; DivergedError on a loss that is not finite;
@@ -63,19 +66,27 @@ def train(
     """
     with join_ranks(config.device) as ranks:
         device = pick_device(config.device)
-        data = open_data(config)
+        data = _open_in_turn(ranks, open_source, config)
+        teacher = live(data.source, device) if live is not None else None
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            trainer = Trainer(config, data, device, live, ranks)
+            trainer = Trainer(config, data, device, teacher, ranks)
             with ExitStack() as stack, catch_stop_signals() as signals:
-                folder = hold_folder(config, fresh, ranks, stack)
+                folder = _hold_folder(config, fresh, data, ranks, stack)
                 return run(trainer, folder, stop or signals, on_progress or _ignore)
 
 
-def hold_folder(config: DistillConfig, fresh: bool, ranks: Ranks, stack: ExitStack) -> RunFolder | None:
+def _open_in_turn(ranks: Ranks, open_source: OpenSource, config: DistillConfig) -> OpenedData:
+    """The data, opened by the first rank before the others, who find what it left in the run folder. Raises: on all ranks."""
+    opened: list[OpenedData] = []
+    ranks.first(lambda: opened.append(open_source(config)))
+    return opened[0] if opened else open_source(config)
+
+
+def _hold_folder(config: DistillConfig, fresh: bool, data: OpenedData, ranks: Ranks, stack: ExitStack) -> RunFolder | None:
     """The run folder, held by the first rank until `stack` closes; None on the others. Raises: as `RunFolder.open`, on all."""
     held: list[RunFolder] = []
-    ranks.first(lambda: held.append(stack.enter_context(RunFolder.open(config, fresh))))
+    ranks.first(lambda: held.append(stack.enter_context(RunFolder.open(config, fresh, data))))
     return held[0] if held else None
 
 
@@ -83,9 +94,9 @@ class Trainer:
     """Model, optimiser and stream of one run, and the steps over them."""
 
     def __init__(
-        self, config: DistillConfig, data: OpenedData, device: torch.device, live: LiveTeacher | None = None, ranks: Ranks | None = None
+        self, config: DistillConfig, data: OpenedData, device: torch.device, live: LiveTeacher | None = None, ranks: Ranks = ALONE
     ) -> None:
-        self.config, self.data, self.device, self.ranks = config, data, device, ranks or Ranks()
+        self.config, self.data, self.device, self.ranks = config, data, device, ranks
         levels = choose_levels(data.source.levels, config.levels)
         self.image_px = student_size(config, data.student_px)
         self.model = build_distiller(config, levels, self.image_px, self.ranks.size).to(device).train()
@@ -100,8 +111,8 @@ class Trainer:
         self.ema = ModelEmaV3(self.model.student, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.optimizer = build_optimizer(self.model, config)
         self.watch = Stopwatch(device)
-        settings = _stream_settings(config, tuple(level.name for level in levels), self.ranks)
-        self.stream = FeatureStream(data.source, settings, device, live, self.watch)
+        settings = stream_settings(config, tuple(level.name for level in levels), self.ranks)
+        self.stream = FeatureStream(data.source, settings, device, live, data.sampling, self.watch)
         self.num_steps = config.epochs * self.stream.batches_per_epoch
         self.num_warmup = config.num_warmup_steps(self.stream.batches_per_epoch)
         self.precision = pick_precision(config.precision, device)
@@ -138,7 +149,7 @@ class Trainer:
         with norms_for(self.model, batch.smallest), self.ranks.part(self.network, batch.last):
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 regressed = self.network(images)
-            loss = feature_loss(regressed, batch.levels, self.config.loss)
+            loss = feature_loss(regressed, batch.levels, self.config.loss, self.data.level_weights)
             (loss.total * (batch.weight * self.ranks.size)).backward()  # type: ignore[no-untyped-call]
         self.meter.add(loss, batch.weight)
         return loss.total.detach()
@@ -275,7 +286,7 @@ def _result(trainer: Trainer, folder: RunFolder | None, resumed: int, seconds: f
         checkpoint=Path(trainer.config.out) / LAST,
         num_steps=trainer.num_steps,
         num_epochs=trainer.config.epochs,
-        num_samples=len(trainer.stream.rows),
+        num_samples=trainer.stream.epoch_size,
         resumed_step=resumed,
         losses={name: value for name, value in last_line.items() if name.split("/")[0] in ("loss", "mse", "at")},
         seconds=seconds,
@@ -288,7 +299,8 @@ def _result(trainer: Trainer, folder: RunFolder | None, resumed: int, seconds: f
     )
 
 
-def _stream_settings(config: DistillConfig, levels: tuple[str, ...], ranks: Ranks) -> StreamSettings:
+def stream_settings(config: DistillConfig, levels: tuple[str, ...], ranks: Ranks = ALONE) -> StreamSettings:
+    """What of a run's settings its stream goes by."""
     return StreamSettings(
         levels=levels,
         seed=config.seed,
@@ -296,6 +308,7 @@ def _stream_settings(config: DistillConfig, levels: tuple[str, ...], ranks: Rank
         batch_size=config.batch_size,
         micro_batch=config.micro_batch,
         flip=config.flip,
+        equivariant=config.equivariant,
         reencode=config.reencode,
         read_threads=config.read_threads,
         prefetch=config.prefetch,

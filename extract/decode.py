@@ -74,7 +74,7 @@ class RowReader:
         image = None
         try:
             if not recipe.synthesized:
-                decoded = decode_image(self._read(key, self.listing.uris[row]), self.max_pixels)
+                decoded = self._decode(row)
                 found |= {"original_height": decoded.shape[0], "original_width": decoded.shape[1]}
                 image = resize_image(decoded, recipe.transform)
         except BadImage as err:
@@ -82,6 +82,16 @@ class RowReader:
         noise = row_noise(recipe.noise_seed, key, recipe.views, self.teacher, image_px)
         seconds.add("decode", started_s)
         return PreparedRow(IndexRow(**found), image, noise)
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """The teacher's input of one row. Shapes: -> [H, W, 3] uint8.
+
+        Raises: BadImage; InputError when reading fails for a reason that may pass.
+        """
+        return resize_image(self._decode(row), self.recipe.transform)
+
+    def _decode(self, row: int) -> NDArray[np.uint8]:
+        return decode_image(self._read(self.listing.keys[row], self.listing.uris[row]), self.max_pixels)
 
     def _read(self, key: str, uri: str) -> bytes:
         """Bytes of one sample; a failure that may pass is tried again before it fails the shard."""

@@ -65,11 +65,22 @@ def encode_batch(
     Shapes: images [B, H, W, 3] uint8, noise {stream: [B, K, *shape]} -> {level: (B, V, C, h, w)} on the device.
     Raises: ShapeError when the teacher's features are not what the recipe says.
     """
+    on_device = {stream: torch.from_numpy(each).to(device) for stream, each in noise.items()}
+    return encode_on_device(teacher, torch.from_numpy(images).to(device), on_device, levels=levels, views=views)
+
+
+def encode_on_device(
+    teacher: Teacher, images: Tensor, noise: Mapping[str, Tensor], *, levels: Sequence[LevelSpec], views: Sequence[ViewSpec]
+) -> dict[str, Tensor]:
+    """As `encode_batch`, of tensors that are on the device already.
+
+    Shapes: images (B, H, W, 3) uint8, noise {stream: (B, K, *shape)} -> {level: (B, V, C, h, w)}.
+    """
     draws = distinct_draws(views)
-    draw_of_view = torch.tensor([draws.index(view.draw) for view in views], device=device)
-    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # (B, 3, H, W)
+    draw_of_view = torch.tensor([draws.index(view.draw) for view in views], device=images.device)
+    pixels = images.permute(0, 3, 1, 2)  # (B, 3, H, W)
     with torch.inference_mode():
-        view_noise = {stream: torch.from_numpy(each).to(device).index_select(1, draw_of_view) for stream, each in noise.items()}
+        view_noise = {stream: each.index_select(1, draw_of_view) for stream, each in noise.items()}
         features = teacher.encode(pixels.float() / 127.5 - 1.0, view_noise, views)
     level_of_tap = {level.tap: level.name for level in teacher.spec.levels}
     encoded = {level.name: features[level_of_tap[level.tap]] for level in levels}

@@ -19,8 +19,8 @@ from dtpipe.extract.sources import Source, source_kinds
 from dtpipe.extract.sources.synthesized import open_images
 from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherSpec, load_teacher, makes_no_images, takes_no_images
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.manifests.listing import Listing, build_listing
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.listing import Listing, build_listing, read_key_file
 from dtpipe.manifests.plan import bytes_per_sample, find_plan, shard_samples_for
 from dtpipe.manifests.schema import (
     SYNTHESIZED,
@@ -55,7 +55,7 @@ class Resolved:
     @cached_property
     def listing(self) -> Listing:
         """The samples by row; where a dataset is there already, lists the source when first asked."""
-        return self.listed or _list_source(self.config, self.source)
+        return self.listed or list_source(self.config, self.source)
 
 
 def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gpus: Callable[[], bool | None] | None = None) -> Resolved:
@@ -68,10 +68,10 @@ def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gp
     stored = plan.recipe if plan else None
     kind = stored.source.kind if stored and config.source.kind == "auto" else config.source.kind
     source = open_images(config.images, config.num_samples, kind)
-    listed = None if stored else _list_source(config, source)
+    listed = None if stored else list_source(config, source)
     selection = {
         "limit": config.limit,
-        "keys_blake3": None if config.keys is None else blake3_hex("\n".join(_read_keys(config.keys)).encode()),
+        "keys_blake3": None if config.keys is None else blake3_hex("\n".join(read_key_file(config.keys, "extract.keys")).encode()),
         **({"num_samples": config.num_samples} if config.num_samples else {}),
     }
     device = _device(config, stored, cluster_has_gpus)
@@ -81,8 +81,9 @@ def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gp
     return Resolved(config, make_recipe(config, teacher.spec, source.kind, device), teacher, source, selection, listed)
 
 
-def _list_source(config: ExtractConfig, source: Source) -> Listing:
-    keys = None if config.keys is None else _read_keys(config.keys)
+def list_source(config: ExtractConfig, source: Source) -> Listing:
+    """The samples that the settings choose, by row. Raises: InputError as the source and `build_listing` do."""
+    keys = None if config.keys is None else read_key_file(config.keys, "extract.keys")
     return build_listing(source.list(), _order(config, source.kind), config.source.seed, config.limit, keys)
 
 
@@ -244,12 +245,3 @@ def _require_gpu() -> None:
 
 def _sides(px: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return (px, px) if isinstance(px, int) else px
-
-
-def _read_keys(path: str) -> list[str]:
-    """Keys of a `--keys` file, one per line. Raises: InputError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"extract.keys: {path} cannot be read ({err}); give a UTF-8 text file with one key per line") from err
-    return [line for line in lines if line.strip()]

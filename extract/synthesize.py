@@ -28,8 +28,13 @@ def synthesize_batch(
     Shapes: noise {stream: [B, 1, *shape]} -> (B, H, W, 3) uint8, {level: (B, 1, C, h, w)}, on the device.
     Raises: ShapeError when the teacher gives other shapes than the recipe says.
     """
+    return synthesize_on_device(teacher, recipe, {stream: torch.from_numpy(each).to(device) for stream, each in noise.items()})
+
+
+def synthesize_on_device(teacher: Teacher, recipe: Recipe, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `synthesize_batch`, of noise that is on the device already. Shapes: noise {stream: (B, 1, *shape)} -> the same."""
     with torch.inference_mode():
-        images, features = teacher.synthesize({stream: torch.from_numpy(each[:, 0]).to(device) for stream, each in noise.items()})
+        images, features = teacher.synthesize({stream: each[:, 0] for stream, each in noise.items()})
         level_of_tap = {level.tap: level.name for level in teacher.spec.levels}
         broken = ~torch.isfinite(images).flatten(1).all(dim=1)
         made = {level.name: features[level_of_tap[level.tap]].unsqueeze(1) for level in recipe.levels}

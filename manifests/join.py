@@ -21,7 +21,7 @@ _SHOWN = 3  # keys listed in a message
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where one view of a joined level lies."""
 
     part: int
@@ -47,8 +47,8 @@ class JoinedDataset:
         self._samples = self._join_samples()
         self.image_px, self.num_rows, self.ok_rows = first.image_px, first.num_rows, self._samples.ok_rows()
         self.keys, self.labels, self.status = self._samples.keys, self._samples.labels, self._samples.status
-        same = all(_levels_of(part.recipe) == _levels_of(first.recipe) for part in parts)
-        self.levels, self.views, self._places = _join_views(parts) if same else _join_levels(parts)
+        self.along_views = all(_levels_of(part.recipe) == _levels_of(first.recipe) for part in parts)
+        self.levels, self.views, self.places = _join_views(parts) if self.along_views else _join_levels(parts)
 
     def row_of(self, key: str) -> int:
         """Row of a key. Raises: InputError for an unknown one."""
@@ -78,7 +78,7 @@ class JoinedDataset:
 
     def _read_joined(self, level: LevelSpec, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.generic]:
         """One level of all rows, each from the part that its view lies in."""
-        places = [self._places[level.name, int(view)] for view in views]
+        places = [self.places[level.name, int(view)] for view in views]
         out: NDArray[np.generic] | None = None
         for part_idx in sorted({place.part for place in places}):
             chosen = np.array([idx for idx, place in enumerate(places) if place.part == part_idx], np.int64)
@@ -128,6 +128,10 @@ class ConcatDataset:
         self.ok_rows = Samples(self.keys, self.labels, self.status).ok_rows()
         self._row_of = {key: row for row, key in enumerate(self.keys)}
 
+    def part_of(self, rows: Integers) -> NDArray[np.int64]:
+        """Which of `parts` each row lies in. Shapes: [B] -> [B]."""
+        return np.searchsorted(self._starts, np.asarray(rows, np.int64), side="right") - 1
+
     def row_of(self, key: str) -> int:
         """Row of a key. Raises: InputError for an unknown one."""
         if key not in self._row_of:
@@ -153,7 +157,7 @@ class ConcatDataset:
             raise ConfigError(f"{len(wanted)} rows and {len(views)} views were asked for; give one view per row")
         if outside := [row for row in wanted if not 0 <= row < self.num_rows]:
             raise InputError(f"{_urls(self.parts)} have no row {outside[0]}; they have rows 0 to {self.num_rows - 1}")
-        part_of_row = np.searchsorted(self._starts, wanted, side="right") - 1
+        part_of_row = self.part_of(wanted)
         out: dict[str, NDArray[np.generic]] = {}
         for idx in sorted(set(part_of_row.tolist())) or [0]:
             chosen = np.flatnonzero(part_of_row == idx)
@@ -170,10 +174,10 @@ def _levels_of(recipe: Recipe) -> tuple[object, ...]:
     return recipe.teacher, recipe.levels, recipe.codec
 
 
-def _join_views(parts: Sequence[FeatureDataset]) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], _Place]]:
+def _join_views(parts: Sequence[FeatureDataset]) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], Place]]:
     """The views of all parts one after the other, of the same levels."""
     views: list[ViewSpec] = []
-    places: dict[tuple[str, int], _Place] = {}
+    places: dict[tuple[str, int], Place] = {}
     seeds: dict[tuple[ViewSpec, int], FeatureDataset] = {}
     for part_idx, part in enumerate(parts):
         for view_idx, view in enumerate(part.views):
@@ -184,21 +188,21 @@ def _join_views(parts: Sequence[FeatureDataset]) -> tuple[tuple[LevelSpec, ...],
                     "join only one of them"
                 )
             for level in part.levels:
-                places[level.name, len(views)] = _Place(part_idx, level.name, view_idx)
+                places[level.name, len(views)] = Place(part_idx, level.name, view_idx)
             views.append(view)
     return parts[0].levels, tuple(views), places
 
 
-def _join_levels(parts: Sequence[FeatureDataset]) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], _Place]]:
+def _join_levels(parts: Sequence[FeatureDataset]) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], Place]]:
     """The levels of all parts side by side, under names that are free."""
     _refuse_other_flips(parts)
     levels: dict[str, LevelSpec] = {}
-    places: dict[tuple[str, int], _Place] = {}
+    places: dict[tuple[str, int], Place] = {}
     for part_idx, part in enumerate(parts):
         for level in part.levels:
             name = _free_name(level.name, levels)
             levels[name] = level.model_copy(update={"name": name})
-            places.update({(name, view): _Place(part_idx, level.name, view) for view in range(len(part.views))})
+            places.update({(name, view): Place(part_idx, level.name, view) for view in range(len(part.views))})
     return tuple(levels.values()), parts[0].views, places
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -126,6 +127,30 @@ def read_listing(store: Store, listing_blake3: str) -> Listing:
     return Listing(*(tuple(table[name].to_pylist()) for name in ("key", "uri", "label")))
 
 
+def read_key_file(path: str, field: str) -> list[str]:
+    """Keys of a `--keys` file, one per line; `field` is the setting that names it. Raises: InputError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise InputError(f"{field}: {path} cannot be read ({err}); give a UTF-8 text file with one key per line") from err
+    return [line for line in lines if line.strip()]
+
+
+def normal_keys(keys: Iterable[str]) -> set[str]:
+    """Keys in the form that listings hold, Unicode NFC."""
+    return {unicodedata.normalize("NFC", key) for key in keys}
+
+
+def missing_keys(wanted: set[str], keys: Iterable[str]) -> str:
+    """`2 of 9 wanted keys: 'a.png', 'b.png'` for those that are not among `keys`; empty when all are."""
+    lost = sorted(wanted.difference(keys))
+    if not lost:
+        return ""
+    shown = ", ".join(repr(key) for key in lost[:_SHOWN])
+    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return f"{len(lost)} of {len(wanted)} wanted keys ({shown}{more})"
+
+
 def _normal_key(key: str, uri: str) -> str:
     normal = unicodedata.normalize("NFC", key)
     try:
@@ -146,9 +171,7 @@ def _refuse_duplicates(samples: Sequence[tuple[str, str, str | None]]) -> None:
 
 
 def _select(samples: list[tuple[str, str, str | None]], keys: Iterable[str]) -> list[tuple[str, str, str | None]]:
-    wanted = {unicodedata.normalize("NFC", key) for key in keys}
-    chosen = [sample for sample in samples if sample[0] in wanted]
-    if lost := sorted(wanted - {sample[0] for sample in chosen}):
-        shown = ", ".join(repr(key) for key in lost[:_SHOWN])
-        raise InputError(f"{len(lost)} of {len(wanted)} wanted keys are not in the source: {shown}; check `--keys` against `--images`")
-    return chosen
+    wanted = normal_keys(keys)
+    if lost := missing_keys(wanted, (sample[0] for sample in samples)):
+        raise InputError(f"{lost} are not in the source; check `--keys` against `--images`")
+    return [sample for sample in samples if sample[0] in wanted]

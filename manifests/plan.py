@@ -18,6 +18,7 @@ from dtpipe.manifests.storage import LOCK_FOLDER, MissingObjectError, Store
 from dtpipe.manifests.tables import LISTING_FILE
 
 PLAN_FILE = "plan.json"
+ABSENT = "<absent>"
 SELECTION = "selection"  # key of a plan's provenance
 TARGET_SHARD_BYTES = 256 * 2**20
 MIN_SHARD_SAMPLES, MAX_SHARD_SAMPLES = 16, 4096
@@ -96,10 +97,10 @@ def shard_samples_for(sample_bytes: int) -> int:
 
 
 def recipe_changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
-    """Fields in which two JSON documents differ: (dotted name, stored, wanted), with `<absent>` where one has none."""
+    """Fields in which two JSON documents differ: (dotted name, stored, wanted), with `ABSENT` where one has none."""
     changes: list[tuple[str, Any, Any]] = []
     for name in [*stored, *(name for name in wanted if name not in stored)]:
-        changes += _value_changes(f"{path}{name}", stored.get(name, "<absent>"), wanted.get(name, "<absent>"))
+        changes += _value_changes(f"{path}{name}", stored.get(name, ABSENT), wanted.get(name, ABSENT))
     return changes
 
 

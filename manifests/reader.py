@@ -7,8 +7,8 @@ request. Bad rows are never handed out.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -83,13 +83,21 @@ class FeatureDataset:
         self._ok_rows = samples.ok_rows()
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str], allow_incomplete: bool = False) -> FeatureDataset:
+    def open(cls, url: str | os.PathLike[str], allow_incomplete: bool = False, shards: Collection[int] | None = None) -> FeatureDataset:
         """Open a dataset and check manifest, plan, index and shard table against their digests.
 
-        With `allow_incomplete` an unfinished dataset opens with the shards it has; rows of others have status `missing`.
-        Raises: InputError when there is none; IncompleteError when it is unfinished; ManifestError naming what is damaged.
+        With `allow_incomplete` an unfinished dataset opens with the shards it has; rows of others have status `missing`. So
+        have rows that are not of `shards`, where that is given.
+        Raises: InputError when there is none; IncompleteError when it is unfinished, or lacks one of `shards`; ManifestError
+        naming what is damaged.
         """
-        store = Store(url)
+        dataset = cls._open(Store(url), allow_incomplete)
+        if shards is not None:
+            dataset._keep_shards(shards)
+        return dataset
+
+    @classmethod
+    def _open(cls, store: Store, allow_incomplete: bool) -> FeatureDataset:
         manifest = _find_manifest(store)
         if manifest is not None and manifest.complete:
             return _open_complete(store, manifest)
@@ -151,6 +159,12 @@ class FeatureDataset:
         """Rows that can be read, in order."""
         return self._ok_rows
 
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Shards that are committed, or of these the ones it was opened with."""
+        size = self.recipe.shard.samples
+        return tuple(sorted({row // size for row, status in enumerate(self.status) if status != MISSING}))
+
     def row_of(self, key: str) -> int:
         """Row of a key. Raises: InputError for an unknown one."""
         if key not in self._row_of:
@@ -196,6 +210,15 @@ class FeatureDataset:
     def read_chunk_bytes(self, array: str, row: int, view: int = 0) -> bytes:
         """The checked bytes of one chunk as they lie in the store, of any row that was written; for verification."""
         return self._chunks.read_bytes(array, row, view)
+
+    def _keep_shards(self, shards: Collection[int]) -> None:
+        """Rows of other shards count as missing."""
+        if lost := sorted(set(shards) - set(self.shards)):
+            raise IncompleteError(f"{self.url}: shard {lost[0]} is needed and not committed; run the same `dtpipe extract` again")
+        size, kept = self.recipe.shard.samples, set(shards)
+        status = tuple(each if row // size in kept else MISSING for row, each in enumerate(self.status))
+        self._samples = replace(self._samples, status=status)
+        self._ok_rows = self._samples.ok_rows()
 
     def _check(self, rows: Sequence[int], levels: Sequence[str], views: Sequence[int], images: bool) -> None:
         names = [level.name for level in self.levels]

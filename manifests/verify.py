@@ -21,6 +21,7 @@ from dtpipe.manifests.commit import COMMIT_FOLDER, MANIFEST_FILE, REJECTED, comm
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
 from dtpipe.manifests.faults import fault_point
 from dtpipe.manifests.lock import Lock
+from dtpipe.manifests.measured import MEASURED_FILE
 from dtpipe.manifests.plan import PLAN_FILE
 from dtpipe.manifests.reader import FeatureDataset
 from dtpipe.manifests.schema import LevelSpec, Recipe
@@ -241,7 +242,7 @@ def _report(
 
 def _is_ours(name: str, found: Found) -> bool:
     """True for metadata with a known name, and for objects of shards whose entry could not be read."""
-    if name in (MANIFEST_FILE, PLAN_FILE, LISTING_FILE, SHARDS_FILE, INDEX_FILE) or name.startswith(LOCK_FOLDER):
+    if name in (MANIFEST_FILE, PLAN_FILE, LISTING_FILE, SHARDS_FILE, INDEX_FILE, MEASURED_FILE) or name.startswith(LOCK_FOLDER):
         return True
     if name.endswith("zarr.json"):
         return True

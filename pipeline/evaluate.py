@@ -6,7 +6,7 @@ The table always holds raw pixels and the random initialisation of the same stud
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,7 +122,7 @@ def overlap_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
         return []
     from dtpipe.manifests.reader import FeatureDataset
 
-    seen: set[str] = set()
+    seen: set[str] = _live_keys(config.checkpoint)
     for url in _dataset_urls(config.checkpoint):
         with suppress(DtpipeError):  # a dataset that is gone cannot be compared
             seen.update(FeatureDataset.open(url, allow_incomplete=True).keys)
@@ -138,6 +138,36 @@ def _dataset_urls(checkpoint: str) -> list[str]:
         return [str(url) for url in read_config(Path(checkpoint)).get("datasets") or ()]
     except DtpipeError:
         return []
+
+
+def _live_settings(checkpoint: str) -> dict[str, Any]:
+    """The `extract` section of a run that was trained without a dataset; empty for any other."""
+    from dtpipe.distill.run_folder import read_config
+
+    try:
+        return read_config(Path(checkpoint), "extract")
+    except DtpipeError:
+        return {}
+
+
+def _live_px(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    px = settings.get("transform", {}).get("px")
+    return (px, px) if isinstance(px, int) else px and tuple(px)
+
+
+def _live_keys(checkpoint: str) -> set[str]:
+    """Keys of the images of live training, as far as they are still there."""
+    from dtpipe.extract.config import ExtractConfig
+    from dtpipe.extract.resolve import list_source
+    from dtpipe.extract.sources.synthesized import open_images
+
+    settings = _live_settings(checkpoint)
+    if not settings.get("images"):
+        return set()
+    with suppress(DtpipeError, ValueError):
+        extract = ExtractConfig.model_validate({**settings, "out": checkpoint})
+        return set(list_source(extract, open_images(extract.images, None, extract.source.kind)).keys)
+    return set()
 
 
 def _extractors(config: EvalConfig, train: LabelledSet, note: Note) -> list[FeatureExtractor | PerSeed]:
@@ -159,15 +189,16 @@ def _extractors(config: EvalConfig, train: LabelledSet, note: Note) -> list[Feat
 def _teacher_extractor(config: EvalConfig, device: str, note: Note) -> FeatureExtractor | None:
     """The teacher asked for, else the one that made the dataset, if it is still there."""
     plan = _recorded_plan(config.checkpoint)
-    settings: dict[str, Any] = recorded_teacher(plan) if plan else {}
+    live = _live_settings(config.checkpoint)
+    settings: dict[str, Any] = recorded_teacher(plan) if plan else live.get("teacher", {})
     if config.teacher:
         settings = {"path": config.teacher}
     if "path" not in settings:
         note("the run does not say where its teacher is, so the teacher's own features are not scored; give --teacher")
         return None
-    timestep = config.timestep if config.timestep is not None else _recorded_timestep(plan)
+    timestep = config.timestep if config.timestep is not None else _recorded_timestep(plan, live)
     try:
-        px = (plan.recipe.transform.height, plan.recipe.transform.width) if plan else None
+        px = (plan.recipe.transform.height, plan.recipe.transform.width) if plan else _live_px(live)
         return teacher_extractor(TeacherConfig.model_validate(settings), timestep, config.seed, device, px)
     except DtpipeError as err:
         if config.teacher:
@@ -187,8 +218,8 @@ def _recorded_plan(checkpoint: str) -> Plan | None:
         return None
 
 
-def _recorded_timestep(plan: Plan | None) -> int | None:
-    return plan.recipe.views[0].timestep if plan else NoiseConfig().timesteps[0]
+def _recorded_timestep(plan: Plan | None, live: Mapping[str, Any]) -> int | None:
+    return plan.recipe.views[0].timestep if plan else NoiseConfig.model_validate(live.get("noise", {})).timesteps[0]
 
 
 def teacher_extractor(

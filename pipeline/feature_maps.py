@@ -5,7 +5,7 @@ Teacher and student are shown in one PCA basis per level, over all images shown,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,11 @@ from dtpipe.pipeline.pca import pca_to_rgb
 
 if TYPE_CHECKING:
     from dtpipe.distill.config import DistillConfig
+    from dtpipe.distill.datasets import OpenedData
     from dtpipe.distill.model import Distiller
 
 Picture = NDArray[np.uint8]
+Read = Callable[[NDArray[np.int64], Sequence[str]], tuple[NDArray[np.uint8], Mapping[str, NDArray[np.generic]]]]
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,25 @@ def load_distiller(run: Path, config: DistillConfig, levels: Sequence[Any], imag
 
 
 def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> ShownMaps:
-    """Maps of a few images of the run's dataset, chosen by `seed`; the first unflipped view.
+    """Maps of a few images of the run's data, chosen by `seed`; the first unflipped view, or of live training its first draw.
 
-    Raises: what the dataset's readers raise.
+    Raises: what the dataset's readers raise, or what loading the live teacher raises.
     """
     import torch
 
     from dtpipe.distill.batch import student_images
-    from dtpipe.distill.datasets import open_data
     from dtpipe.distill.losses import whiten
     from dtpipe.distill.model import choose_levels, student_size
 
-    data = open_data(config)
+    data, read = _open(run, config)
     levels = choose_levels(data.source.levels, config.levels)
     names = [level.name for level in levels]
     image_px = student_size(config, data.student_px)
     model = load_distiller(run, config, levels, image_px)
-    ok_rows = np.asarray(data.source.ok_rows)
+    rows = np.asarray(data.sampling.rows if data.sampling else data.source.ok_rows)
     generator = np.random.Generator(np.random.Philox(seed))
-    rows = np.sort(generator.choice(ok_rows, size=min(num_images, len(ok_rows)), replace=False))
-    view = next((idx for idx, each in enumerate(data.source.views) if not each.flip), 0)
-    images, stored = data.source.read_batch(rows, names, np.full(len(rows), view))
+    rows = np.sort(generator.choice(rows, size=min(num_images, len(rows)), replace=False))
+    images, stored = read(rows, names)
     with torch.inference_mode():
         regressed = model(student_images(torch.from_numpy(images), image_px))
         teacher = {name: whiten(torch.from_numpy(stored[name]), config.loss.whiten) for name in names}
@@ -85,6 +85,40 @@ def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> S
         for idx, row in enumerate(rows)
     ]
     return ShownMaps(shown, errors)
+
+
+def _open(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
+    """The run's data, and how to read images and levels of some of its rows: stored, or encoded now on the CPU."""
+    from dtpipe.distill.datasets import open_data
+
+    config = config.model_copy(update={"out": str(run)})  # a run folder may have been moved
+    if config.datasets:
+        data = open_data(config)
+        view = next((idx for idx, each in enumerate(data.source.views) if not each.flip), 0)
+        return data, lambda rows, names: data.source.read_batch(rows, names, np.full(len(rows), view))
+    return _open_live(run, config)
+
+
+def _open_live(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
+    import torch
+
+    from dtpipe.distill.live import LiveSamples
+    from dtpipe.distill.run_folder import read_config
+    from dtpipe.pipeline.training_inputs import recorded_inputs
+
+    inputs = recorded_inputs(config.model_copy(update={"device": "cpu"}), read_config(run, "extract"))
+    data = inputs.unchecked(inputs.config)
+    assert inputs.open_live is not None  # there is no dataset
+    live = inputs.open_live(data.source, torch.device("cpu"))
+
+    def read(rows: NDArray[np.int64], _names: Sequence[str]) -> tuple[Picture, dict[str, NDArray[np.generic]]]:
+        none = np.zeros(len(rows), np.int64)
+        samples = LiveSamples(tuple(data.source.keys[row] for row in rows), none, none.astype(bool), none)
+        given, _ = data.source.read_batch(rows, (), none)
+        images, levels = live.encode(torch.from_numpy(given), samples, live.prepare(samples))
+        return images.numpy(), {name: level.float().numpy() for name, level in levels.items()}
+
+    return data, read
 
 
 def _pair(teacher: NDArray[np.float32], student: NDArray[np.float32]) -> tuple[list[Picture], list[Picture]]:

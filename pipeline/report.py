@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from dtpipe.manifests.errors import DtpipeError, InputError, StoreError
-from dtpipe.manifests.schema import Manifest, Plan
+from dtpipe.manifests.schema import Manifest, Plan, ViewSpec
 from dtpipe.pipeline import figures
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.console import format_bytes
@@ -74,10 +74,10 @@ def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]
         notes.append(f"{what} left out: {err}")
         note(notes[-1])
 
-    datasets = _datasets(settings.datasets, leave_out)
+    datasets = _datasets(settings.datasets, leave_out) if settings.datasets else _live_data(run)
     return {
         "title": f"{settings.student.name}, distilled",
-        "subtitle": f"{run} · features from {', '.join(settings.datasets)}",
+        "subtitle": f"{run} · {_origin(run, settings)}",
         "facts": _facts(settings, metrics),
         "scores": _scores(run),
         "curves": _curves(metrics),
@@ -229,6 +229,38 @@ def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]
             }
         )
     return shown
+
+
+def _origin(run: Path, settings: DistillConfig) -> str:
+    """Where the features came from, in a few words."""
+    from dtpipe.distill.run_folder import read_config
+
+    if settings.datasets:
+        return f"features from {', '.join(settings.datasets)}"
+    extract = read_config(run, "extract")
+    images = extract.get("images") or f"{extract.get('num_samples')} images of its own in each epoch"
+    return f"features of {extract.get('teacher', {}).get('path')}, encoded live over {images}; no dataset was stored"
+
+
+def _live_data(run: Path) -> list[dict[str, Any]]:
+    """What a run without a dataset was trained on, from its own records."""
+    from dtpipe.distill.data_record import read_record
+    from dtpipe.distill.run_folder import read_config
+
+    extract, record = read_config(run, "extract"), read_record(run) or {}
+    found = record.get("live")
+    if not found:
+        return []
+    transform, views = found["transform"], [ViewSpec.model_validate({**view, "draw": 0}) for view in found["views"]]
+    facts = {
+        "teacher": f"{found['teacher']['kind']}, weights {found['teacher']['weights_blake3'][:16]}",
+        "images": f"{transform['width']}x{transform['height']} px, {transform['resize']}",
+        "levels": ", ".join(f"{each['name']} ({each['channels']}x{each['height']}x{each['width']})" for each in found["levels"]),
+        "views": "; ".join(view_name(view).replace("draw 0", "a new draw in each epoch") for view in views),
+        "samples": f"{record['samples']['num']} in use, of {record['listing']['num']} listed",
+    }
+    url = extract.get("images") or "none: the teacher makes the images"
+    return [{"url": url, "facts": facts, "command": None, "config": yaml.safe_dump({"extract": extract}, sort_keys=False)}]
 
 
 def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.pipeline.console import Console, format_bytes, format_seconds
 from dtpipe.pipeline.plan import peak_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from dtpipe.distill.config import DistillConfig
+    from dtpipe.distill.datasets import OpenSource
+    from dtpipe.distill.live import LiveTeacher, OpenLive
     from dtpipe.distill.model import Distiller
+    from dtpipe.manifests.reader import FeatureSource
 
 TIMED_STEPS = 3
 
@@ -35,19 +42,50 @@ class TrainingPlan:
     epochs: int
     read_bytes: int
     """Stored bytes read per epoch."""
+    teacher_s: float | None = None
+    """Per image that is encoded live; None where none is."""
 
 
-def plan_training(config: DistillConfig) -> TrainingPlan:
-    """Time a few steps of the student on a dataset that exists. Raises: what its readers raise."""
+def plan_training(config: DistillConfig, open_live: OpenLive | None = None, open_source: OpenSource | None = None) -> TrainingPlan:
+    """Time a few steps of the student on data that exists, and the teacher where it runs live. Raises: what opening them raises."""
     from dtpipe.distill.datasets import open_data
-    from dtpipe.distill.model import choose_levels, student_size
+    from dtpipe.distill.model import choose_levels, pick_device, student_size
+    from dtpipe.distill.stream import FeatureStream
+    from dtpipe.distill.trainer import stream_settings
     from dtpipe.manifests.reader import FeatureDataset
 
-    data = open_data(config)
+    data = (open_source or open_data)(config)
     levels = choose_levels(data.source.levels, config.levels)
-    datasets = [FeatureDataset.open(url, allow_incomplete=config.allow_incomplete) for url in config.datasets]
+    device = pick_device(config.device)
+    live = open_live(data.source, device) if open_live is not None else None
+    stream = FeatureStream(data.source, stream_settings(config, tuple(level.name for level in levels)), device, live, data.sampling)
+    datasets = [FeatureDataset.open(url, allow_incomplete=True) for url in config.datasets]
     stored = sum(each.manifest.totals.size_bytes for each in datasets if each.manifest is not None)
-    return time_training(config, levels, student_size(config, data.student_px), len(data.source.ok_rows), stored)
+    plan = time_training(config, levels, student_size(config, data.student_px), stream.epoch_size, stored)
+    if live is None:
+        return plan
+    teacher_s = _time_teacher(live, data.source, min(config.micro_batch or config.batch_size, len(stream.rows)), device)
+    seconds = plan.seconds + config.reencode * teacher_s * stream.epoch_size * config.epochs
+    return replace(plan, seconds=seconds, teacher_s=teacher_s)
+
+
+def _time_teacher(live: LiveTeacher, source: FeatureSource, num: int, device: torch.device) -> float:
+    """Seconds per image of noise and a live encoding, after a warm-up."""
+    import torch
+
+    from dtpipe.distill.live import LiveSamples
+
+    keys = tuple(source.keys[row] for row in source.ok_rows[:num])
+    images = torch.zeros((len(keys), *source.image_px, 3), dtype=torch.uint8, device=device)
+    samples = LiveSamples(keys, np.zeros(len(keys), np.int64), np.zeros(len(keys), bool), np.zeros(len(keys), np.int64))
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        live.encode(images, samples, live.prepare(samples))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds[-1] / len(keys)
 
 
 def time_training(
@@ -109,11 +147,13 @@ def _time_steps(
 
 def print_training(console: Console, plan: TrainingPlan) -> None:
     """The plan as lines."""
+    live = {} if plan.teacher_s is None else {"teacher": f"{1000 * plan.teacher_s:.1f} ms per image that it encodes live"}
     console.pairs(
         {
             "student": f"{plan.student}, {plan.num_parameters / 1e6:.1f} M parameters; regressor {plan.regressor_parameters / 1e6:.1f} M",
             "training": f"about {format_seconds(plan.seconds)} for {plan.epochs} epochs, {plan.num_steps} steps ({plan.device})",
             "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
+            **live,
             "reads": f"{format_bytes(plan.read_bytes)} per epoch",
             "memory": f"about {format_bytes(plan.memory_bytes)}",
         }

@@ -1,20 +1,17 @@
-"""`dtpipe distill`: feature datasets in, a run folder with a pre-trained student out."""
+"""`dtpipe distill`: feature datasets in, or images and a teacher; a run folder with a pre-trained student out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dtpipe.pipeline.console import Console, ProgressLine, format_seconds
 from dtpipe.pipeline.history import record_command
 from dtpipe.pipeline.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
-    from dtpipe.distill.config import DistillConfig
     from dtpipe.distill.progress import OnProgress, RunResult, TrainProgress
-    from dtpipe.distill.ray_train import LiveOpener
-    from dtpipe.distill.stream import LiveTeacher
+    from dtpipe.pipeline.training_inputs import TrainingInputs
 
 SHOWN_SHARE = 0.005
 FLAGS = (
@@ -22,7 +19,13 @@ FLAGS = (
     Flag("--student", "distill.student.name", "TIMM_NAME"),
     Flag("--out", "distill.out", "DIR"),
     Flag("--join", "distill.join"),
+    Flag("--sample-weights", "distill.sample_weights", "W,W"),
+    Flag("--loss-weights", "distill.loss_weights", "W,W"),
     Flag("--levels", "distill.levels", "L2,L3"),
+    Flag("--keys", "distill.keys", "FILE"),
+    Flag("--include", "distill.include", "GLOB", repeatable=True),
+    Flag("--exclude", "distill.exclude", "GLOB", repeatable=True),
+    Flag("--limit", "distill.limit", "N"),
     Flag("--student-px", "distill.student_px", "PX"),
     Flag("--pretrained", "distill.student.pretrained"),
     Flag("--epochs", "distill.epochs", "N"),
@@ -32,8 +35,13 @@ FLAGS = (
     Flag("--lr", "distill.lr", "LR"),
     Flag("--warmup-epochs", "distill.warmup_epochs", "N"),
     Flag("--weight-decay", "distill.weight_decay", "WD"),
+    Flag("--equivariant", "distill.equivariant"),
     Flag("--reencode", "distill.reencode", "P"),
+    Flag("--images", "extract.images", "URL"),
+    Flag("--num-samples", "extract.num_samples", "N"),
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
+    Flag("--timesteps", "extract.noise.timesteps", "T,T"),
+    Flag("--max-bad", "extract.max_bad", "N|SHARE"),
     Flag("--allow-incomplete", "distill.allow_incomplete"),
     Flag("--seed", "distill.seed", "N"),
     Flag("--device", "distill.device", "auto|cpu|cuda"),
@@ -42,6 +50,8 @@ FLAGS = (
 )
 EXAMPLE = """
 dtpipe distill features/ --student resnet50 --out runs/r50
+dtpipe distill features/ --out runs/half-live --reencode 0.5
+dtpipe distill --images photos/ --teacher teacher/ --out runs/live
 dtpipe distill -c imagenet s3://bucket/features --student convnext_base --out runs/convnext --micro-batch 64
 torchrun --nproc-per-node 8 --no-python dtpipe distill features/ --student resnet50 --out runs/r50
 dtpipe distill features/ --student resnet50 --out /shared/runs/r50 --train-workers 16 --ray-address HEAD:6379
@@ -54,51 +64,48 @@ dtpipe distill features/ --student resnet50 --out /shared/runs/r50 --train-worke
 def command(call: Call, fresh: bool) -> None:
     """Pre-train a student on feature datasets.
 
-    Run it again after a crash: it goes on in mid-epoch and takes the same steps. Several GPUs share each batch under torchrun, or
-    as Ray workers, which need --out on a disk that all nodes share. --teacher is needed with --reencode only,
-    and there only when the teacher has moved since the extraction.
+    Run it again after a crash: it goes on in mid-epoch and takes the same steps. With --reencode, --teacher is needed only
+    when the teacher has moved since the extraction. Without a dataset, give --images (or --num-samples) and --teacher: every
+    sample is encoded live, with new noise in each epoch, as the `extract` settings say. Several GPUs share each batch under
+    torchrun, or as Ray workers, which need --out on a disk that all nodes share.
     """
-    config = call.settings("distill")
+    from dtpipe.pipeline.training_inputs import training_inputs
+
+    inputs = training_inputs(call)
     if call.dry_run:
         from dtpipe.pipeline.training_plan import plan_training, print_training
 
-        plan = plan_training(config)
+        plan = plan_training(inputs.config, inputs.open_live, inputs.unchecked)
         print_training(call.console, plan)
         call.console.document(plan)
         return
-    teacher = (call.document.get("extract") or {}).get("teacher") or {}
-    open_live = partial(_live_teacher, given=teacher) if config.reencode else None
+    for warning in inputs.warnings():
+        call.console.note(warning)
     with ProgressLine("distill") as line:
-        result = _train(config, open_live, lambda progress: _show(line, progress), fresh)
+        result = _train(inputs, lambda progress: _show(line, progress), fresh)
     if result.rank:
         return  # the first process says it for all
     record_command(result.run_dir)
     _print_result(call.console, result)
 
 
-def _train(config: DistillConfig, open_live: LiveOpener | None, on_progress: OnProgress, fresh: bool) -> RunResult:
+def _train(inputs: TrainingInputs, on_progress: OnProgress, fresh: bool) -> RunResult:
     """In this process, which may be one of torchrun's, or on Ray workers."""
+    config = inputs.config
     if config.train_workers is None:
         from dtpipe.distill.trainer import train
 
-        return train(config, open_live(config) if open_live else None, on_progress, fresh)
+        return train(config, inputs.open_live, on_progress, fresh, inputs.open_source)
     from dtpipe.distill.ray_train import train_on_ray
     from dtpipe.extract.cluster import connect, disconnect, has_gpus
 
+    inputs.open_source(config)  # so that what is wrong is said, and images are looked at, before workers start
     connect(config.ray_address)
     try:
-        return train_on_ray(config, config.train_workers, has_gpus() and config.device != "cpu", open_live, on_progress, fresh)
+        gpus = has_gpus() and config.device != "cpu"
+        return train_on_ray(config, config.train_workers, gpus, inputs.open_live, on_progress, fresh, inputs.open_again)
     finally:
         disconnect()
-
-
-def _live_teacher(config: DistillConfig, given: Mapping[str, Any]) -> LiveTeacher:
-    from dtpipe.manifests.plan import load_plan
-    from dtpipe.manifests.storage import Store
-    from dtpipe.pipeline.live import open_teacher
-
-    plan = load_plan(Store(config.datasets[0]))
-    return open_teacher(plan, given, config.device).live
 
 
 def _show(line: ProgressLine, progress: TrainProgress) -> None:

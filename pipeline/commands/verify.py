@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +11,13 @@ from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, 
 from dtpipe.pipeline.console import Console, format_bytes
 
 if TYPE_CHECKING:
-    from dtpipe.manifests.verify import Recompute, RepairResult, VerifyReport
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dtpipe.manifests.measured import Measured
+    from dtpipe.manifests.reader import FeatureDataset
+    from dtpipe.manifests.verify import RepairResult, VerifyReport
+    from dtpipe.pipeline.live import RecipeTeacher
 
 LEVELS = ("listing", "digest", "decode", "recompute")
 DEVICES = ("auto", "cpu", "cuda")
@@ -55,24 +62,40 @@ def command(url: str, level: str, repair: bool, rows: int, tolerance: float, tea
 
     recompute = _recompute(url, teacher, device) if level == "recompute" else None
     report = verify(url, level, recompute, rows, tolerance)  # type: ignore[arg-type]
-    _print(console, report)
-    console.document(_document(report))
+    measured = recompute.measured if recompute else None
+    _print(console, report, measured)
+    console.document({**_document(report), "flip_error": measured.flip_error if measured else {}})
     outcome = _outcome(report)
     if outcome is not None:
         raise outcome
 
 
-def _recompute(url: str, teacher: str | None, device: str) -> Recompute:
+class _Recompute:
+    """The teacher run again on some samples; where no flipped views are stored, also what mirroring features would cost."""
+
+    def __init__(self, dataset: FeatureDataset, opened: RecipeTeacher) -> None:
+        self._dataset, self._opened = dataset, opened
+        self.measured: Measured | None = None
+
+    def __call__(self, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+        from dtpipe.pipeline.flip_error import measure
+
+        recipe = self._opened.recipe
+        if not recipe.synthesized and not any(view.flip for view in recipe.views):
+            self.measured = measure(self._opened, self._dataset, images, keys)
+        return {name: features.float().cpu().numpy() for name, features in self._opened.encode(images, keys).items()}
+
+
+def _recompute(url: str, teacher: str | None, device: str) -> _Recompute:
     """The dataset's teacher, set up as it was for the extraction."""
     from dtpipe.manifests.reader import FeatureDataset
     from dtpipe.pipeline.live import open_teacher
 
-    plan = FeatureDataset.open(url, allow_incomplete=True).plan
-    found = open_teacher(plan, {"path": teacher} if teacher else {}, device, exact=True)
-    return lambda images, keys: {name: features.float().cpu().numpy() for name, features in found.encode(images, keys).items()}
+    dataset = FeatureDataset.open(url, allow_incomplete=True)
+    return _Recompute(dataset, open_teacher(dataset.plan, {"path": teacher} if teacher else {}, device, exact=True))
 
 
-def _print(console: Console, report: VerifyReport) -> None:
+def _print(console: Console, report: VerifyReport, measured: Measured | None = None) -> None:
     state = "complete" if report.complete else f"unfinished, {report.num_shards_missing} shards missing"
     checked = f"{report.num_shards} shards, {report.num_objects} objects, {format_bytes(report.size_bytes)}"
     if report.num_chunks:
@@ -81,6 +104,10 @@ def _print(console: Console, report: VerifyReport) -> None:
     if report.max_relative_error:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in report.max_relative_error.items())
         console.result(f"recomputed {report.num_recomputed} samples; largest relative error: {errors}")
+    if measured is not None:
+        from dtpipe.pipeline.flip_error import format_errors
+
+        console.result(f"mirrored features instead of encoded flips would have relative error: {format_errors(measured.flip_error)}")
     if report.strays:
         console.result(f"{len(report.strays)} objects belong to nothing and do no harm, e.g. {report.strays[0]}")
     for problem in report.problems[:SHOWN_PROBLEMS]:

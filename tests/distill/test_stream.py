@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from dtpipe.distill.batch import FeatureBatch, student_images
+from dtpipe.distill.live import LiveSamples
 from dtpipe.distill.order import StreamPosition, draw_samples, key_hashes
+from dtpipe.distill.sampling import Sampling
 from dtpipe.distill.stream import FeatureStream, StreamSettings
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError
 
-from .conftest import FLIPPED_VIEWS, MemorySource
+from .conftest import FLIPPED_VIEWS, PX, MemorySource
 
 CPU = torch.device("cpu")
 
@@ -139,20 +142,27 @@ def test_closing_the_iterator_ends_its_threads(source):
 
 
 class FakeTeacher:
-    """Live levels that tell which key and draw they were made for."""
+    """Live levels that tell which fresh draw they were made for, and calls that tell what they were asked."""
+
+    makes_images = False
 
     def __init__(self, source: MemorySource) -> None:
         self.source = source
-        self.calls: list[tuple[tuple[str, ...], list[int], tuple[bool, ...]]] = []
+        self.threads: set[str] = set()
+        self.asked: list[tuple[str, int, bool, int]] = []
 
-    def __call__(self, images, keys, draws, views):
-        assert images.shape[0] == len(keys) == len(draws) == len(views)
-        for image, key in zip(images, keys, strict=True):  # unflipped, in [-1, 1]
-            stored = torch.from_numpy(self.source.read_image(row_of(key))).permute(2, 0, 1)
-            torch.testing.assert_close(image, stored / 127.5 - 1)
-        self.calls.append((tuple(keys), list(draws), tuple(view.flip for view in views)))
-        values = torch.tensor([1000.0 + draw for draw in draws]).view(-1, 1, 1, 1)
-        return {spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in self.source.levels}
+    def prepare(self, samples: LiveSamples) -> list[str]:
+        self.threads.add(threading.current_thread().name)
+        return list(samples.keys)
+
+    def encode(self, images, samples, prepared):
+        assert list(samples.keys) == prepared
+        assert threading.current_thread() is threading.main_thread()
+        for image, key in zip(images, samples.keys, strict=True):  # as stored: uint8, unflipped
+            assert np.array_equal(image.numpy(), self.source.read_image(row_of(key)))
+        self.asked += zip(samples.keys, samples.views.tolist(), samples.flip.tolist(), samples.fresh.tolist(), strict=True)
+        values = torch.from_numpy(1000.0 + samples.fresh).float().view(-1, 1, 1, 1)
+        return images, {spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in self.source.levels}
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -169,24 +179,29 @@ def test_live_samples_come_in_the_same_batches_with_a_fresh_draw_per_epoch(share
             assert torch.equal(batch.images[idx], plain.images[same])  # flipped or not, as the stored view would be
             live = batch.levels["l2"][idx].flatten()[0].item() >= 1000
             num_live += live
-            expected = torch.full_like(plain.levels["l4"][same], 1000 + 2 + batch.epoch) if live else plain.levels["l4"][same]
+            expected = torch.full_like(plain.levels["l4"][same], 1000 + batch.epoch) if live else plain.levels["l4"][same]
             assert torch.equal(batch.levels["l4"][idx].float(), expected.float())
     assert num_live == 38 if share == 1 else 8 < num_live < 30
-    assert num_live == sum(len(keys) for keys, _, _ in teacher.calls)
-    assert share < 1 or all(levels == [] for _, levels, _ in source.read[: len(teacher.calls)])  # nothing is read in vain
+    assert num_live == len(teacher.asked)
+    assert all(FLIPPED_VIEWS[view].flip == flip for _, view, flip, _ in teacher.asked)
+    assert all(name.startswith("dtpipe-read") for name in teacher.threads)  # noise is drawn ahead
+    assert share < 1 or all(levels == [] for _, levels, _ in source.read[: len(batches)])  # nothing is read in vain
 
 
 def test_live_features_do_not_depend_on_the_stored_ones_beside_them():
     """Stored levels are float16 here; a live one stays as exact as the teacher made it, in any company."""
     source = MemorySource()
 
-    def live(_images, keys, _draws, _views):
-        values = torch.tensor([0.1 + row_of(key) for key in keys]).view(-1, 1, 1, 1)
-        return {spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in source.levels}
+    class Exact(FakeTeacher):
+        def encode(self, images, samples, prepared):
+            values = torch.tensor([0.1 + row_of(key) for key in samples.keys]).view(-1, 1, 1, 1)
+            return images, {spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in source.levels}
 
     for micro_batch in (1, 3, None):
         num_exact = 0
-        for batch in FeatureStream(source, settings(reencode=0.5, micro_batch=micro_batch, epochs=1), CPU, live).batches(StreamPosition()):
+        for batch in FeatureStream(source, settings(reencode=0.5, micro_batch=micro_batch, epochs=1), CPU, Exact(source)).batches(
+            StreamPosition()
+        ):
             made = torch.tensor([0.1 + row_of(key) for key in batch.keys]).view(-1, 1, 1, 1)
             num_exact += int((batch.levels["l2"] == made).flatten(1).all(dim=1).sum())
         assert num_exact == sum(live_rows(source))
@@ -196,6 +211,90 @@ def live_rows(source: MemorySource) -> list[bool]:
     """Which good rows are encoded anew in epoch 0 at a share of a half."""
     hashes = key_hashes([source.keys[row] for row in source.ok_rows])
     return draw_samples(hashes, settings().seed, 0, source.views, False, 0.5).live.tolist()
+
+
+class PaintingTeacher(FakeTeacher):
+    """Makes its own images, white ones with a black left column, and levels of which only the left column is not 0."""
+
+    makes_images = True
+
+    def encode(self, images, samples, prepared):
+        made = torch.full((len(samples), PX, PX, 3), 255, dtype=torch.uint8)
+        made[:, :, 0] = 0
+        levels = {spec.name: torch.zeros(len(samples), spec.channels, spec.height, spec.width) for spec in self.source.levels}
+        for level in levels.values():
+            level[..., 0] = 1
+        return made, levels
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_teacher_that_makes_images_gives_those_of_the_batch(share):
+    source = MemorySource()
+    live = 0
+    for batch in FeatureStream(source, settings(reencode=share, micro_batch=None), CPU, PaintingTeacher(source)).batches(StreamPosition()):
+        made = (batch.images[:, :, 1:] == 255).flatten(1).all(dim=1)
+        live += int(made.sum())
+        for idx, key in enumerate(batch.keys):
+            assert made[idx] or np.array_equal(batch.images[idx].numpy(), source.read_image(row_of(key)))
+            assert bool(made[idx]) == (set(batch.levels["l2"][idx, ..., 0].flatten().tolist()) == {1.0})
+    assert live == 38 if share == 1 else 8 < live < 30
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_equivariant_flips_mirror_stored_levels_and_let_the_teacher_see_the_flipped_image(share):
+    source = MemorySource()
+    teacher = FakeTeacher(source)
+    stream = FeatureStream(source, settings(equivariant=True, reencode=share, epochs=4), CPU, teacher if share else None)
+    flips = {True: 0, False: 0}
+    for batch in stream.batches(StreamPosition()):
+        for idx, key in enumerate(batch.keys):
+            stored, level = source.read_image(row_of(key)), batch.levels["l2"][idx].numpy()
+            flipped = not np.array_equal(batch.images[idx].numpy(), stored)
+            assert np.array_equal(batch.images[idx].numpy(), stored[:, ::-1] if flipped else stored)
+            if level.flatten()[0] >= 1000:
+                assert (key, 0, flipped, batch.epoch) in teacher.asked
+                continue
+            expected = source.read_level("l2", row_of(key))
+            assert np.array_equal(level, expected[..., ::-1] if flipped else expected)
+            flips[flipped] += 1
+    assert min(flips.values()) > 8
+
+
+def test_flips_need_no_stored_ones_when_every_sample_is_encoded_live():
+    source = MemorySource()
+    teacher = FakeTeacher(source)
+    list(FeatureStream(source, settings(flip=True, reencode=1.0), CPU, teacher).batches(StreamPosition()))
+    assert 8 < sum(flip for _, _, flip, _ in teacher.asked) < 30
+    with pytest.raises(ConfigError, match="no flipped view is stored"):
+        FeatureStream(source, settings(flip=True, reencode=0.9), CPU, teacher)
+    with pytest.raises(ConfigError, match="no flipped view is stored"):  # nobody can flip what a GAN makes
+        FeatureStream(source, settings(flip=True, reencode=1.0), CPU, PaintingTeacher(source))
+
+
+def test_samples_with_weights_come_as_often_and_each_pass_has_chances_of_its_own():
+    source = MemorySource(views=FLIPPED_VIEWS)
+    weights = np.where(source.ok_rows < 10, 2.0, 0.5)
+    sampling = Sampling(source.ok_rows, source.num_rows, weights)
+    teacher = FakeTeacher(source)
+    stream = FeatureStream(source, settings(reencode=1.0, epochs=2), CPU, teacher, sampling)
+    batches = list(stream.batches(StreamPosition()))
+    assert stream.epoch_size == 2 * 9 + 5
+    for epoch in (0, 1):
+        counts = Counter(row_of(key) for batch in batches if batch.epoch == epoch for key in batch.keys)
+        assert [counts[row] for row in range(10) if row != 3] == [2] * 9
+        assert sum(counts[row] for row in range(10, 21)) == 5
+    fresh = [draw for key, _, _, draw in teacher.asked if key == "images/000.png"]
+    assert sorted(fresh) == [0, 1, 2, 3]  # never the same noise twice
+    flips = {key: {flip for other, _, flip, _ in teacher.asked if other == key} for key, *_ in teacher.asked}
+    assert sum(len(each) for each in flips.values()) > len(flips) + 3
+
+
+def test_a_weighted_stream_taken_up_anywhere_gives_the_rest(source):
+    sampling = Sampling(source.ok_rows, source.num_rows, np.full(len(source.ok_rows), 1.3))
+    make = lambda: FeatureStream(source, settings(), CPU, None, sampling)  # noqa: E731
+    whole = list(make().batches(StreamPosition()))
+    rest = list(make().batches(StreamPosition(1, 2)))
+    assert content(rest) == content([b for b in whole if (b.epoch, b.batch_idx) >= (1, 2)])
 
 
 def test_levels_that_the_live_teacher_does_not_give_are_refused(source):

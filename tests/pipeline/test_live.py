@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
 
-from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, makes_no_images
-from dtpipe.manifests.errors import ConfigError, TeacherError
+from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
 from dtpipe.manifests.plan import load_plan
-from dtpipe.manifests.schema import LevelSpec, Plan, ViewSpec
+from dtpipe.manifests.schema import Plan
 from dtpipe.manifests.storage import Store
-from dtpipe.pipeline.live import RecipeTeacher, open_teacher
+from dtpipe.pipeline.live import open_teacher
+
+from .conftest import Extract, write_ddpm
 
 
 @pytest.fixture
-def plan() -> Plan:
-    return load_plan(Store(Path(__file__).parent.parent / "golden" / "v1_zarr"))
+def plan(extract: Extract) -> Plan:
+    return load_plan(Store(extract("features")))
 
 
-def test_only_the_teacher_of_the_recipe_is_opened(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, seen = ["0" * 64], list[TeacherConfig]()
-
-    def load(config: TeacherConfig, _device: str) -> SimpleNamespace:
-        seen.append(config)
-        return SimpleNamespace(spec=SimpleNamespace(weights_blake3=weights[0]))
-
-    monkeypatch.setattr("dtpipe.extract.teachers.base.load_teacher", load)
-    recorded = plan.model_copy(update={"provenance": {"config": {"teacher": {"path": "old/place", "dtype": "float16"}}}})
-    with pytest.raises(TeacherError, match=r"old/place: these weights have digest 0000.*made with abab"):
-        open_teacher(recorded, {}, "cpu")
-    weights[0] = plan.recipe.teacher.weights_blake3
-    open_teacher(recorded, {"path": "new/place"}, "cpu")
-    assert [(config.path, config.dtype) for config in seen] == [("old/place", "float16"), ("new/place", "float16")]
+def test_the_recorded_teacher_is_opened_from_where_it_is_now(plan: Plan, ddpm: Path, tmp_path: Path) -> None:
+    (moved := tmp_path / "moved").symlink_to(ddpm)
+    assert open_teacher(plan, {}, "cpu").teacher.spec == open_teacher(plan, {"path": str(moved)}, "cpu").teacher.spec
 
 
 def test_a_dataset_without_a_record_asks_for_its_teacher(plan: Plan) -> None:
@@ -44,33 +31,34 @@ def test_a_dataset_without_a_record_asks_for_its_teacher(plan: Plan) -> None:
         open_teacher(plan.model_copy(update={"provenance": {}}), {}, "cpu")
 
 
-class EchoTeacher:
-    """Levels that hold image plus noise plus timestep, mirrored where the view is; one tap of the image's size."""
-
-    spec = TeacherSpec("echo", "0" * 64, (4, 4), (TapSpec("l0", 1, 3, "tap"),), 1000, {"forward": (3, -1, -1)})
-
-    def encode(self, images, noise, views):  # type: ignore[no-untyped-def]
-        shown = [(images.flip(-1) if view.flip else images) + noise["forward"][:, idx] + view.timestep for idx, view in enumerate(views)]
-        return {"l0": torch.stack(shown, dim=1)}
-
-    def synthesize(self, noise):  # type: ignore[no-untyped-def]
-        raise makes_no_images("echo")
+def test_other_weights_are_refused(plan: Plan, other_ddpm: Path) -> None:
+    digest = plan.recipe.teacher.weights_blake3[:16]
+    with pytest.raises(
+        TeacherError, match=rf"{other_ddpm}: these weights have digest [0-9a-f]{{16}}.., the dataset was made with {digest}"
+    ):
+        open_teacher(plan, {"path": str(other_ddpm)}, "cpu")
 
 
-def test_live_features_belong_to_their_key_draw_and_view(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views mixed within a batch; the reference is the definition, written out for one image at a time."""
-    monkeypatch.setattr("dtpipe.extract.teachers.base.load_teacher", lambda _config, _device: EchoTeacher())
-    level = LevelSpec(name="l0", stride=1, channels=3, height=4, width=4, tap="tap", dtype="float32")
-    teacher = plan.recipe.teacher.model_copy(update={"weights_blake3": "0" * 64})
-    recipe = plan.recipe.model_copy(update={"levels": (level,), "teacher": teacher})
-    opened = RecipeTeacher(recipe, TeacherConfig(path="echo"), "cpu")
-    pixels = torch.randint(0, 256, (4, 3, 4, 4), generator=torch.Generator().manual_seed(0))
-    images = pixels.float() / 127.5 - 1
-    keys, draws = ["a.png", "b.png", "c.png", "d.png"], [7, 7, 8, 7]
-    views = [ViewSpec(draw=0, timestep=at, flip=flip) for at, flip in ((50, False), (50, True), (50, True), (150, False))]
-    live = opened.live(images, keys, draws, views)["l0"]
-    assert live.shape == (4, 3, 4, 4)
-    for idx, view in enumerate(views):
-        noise = torch.from_numpy(draw_noise(recipe.noise_seed, keys[idx], draws[idx], "forward", (3, 4, 4)))
-        shown = images[idx].flip(-1) if view.flip else images[idx]
-        torch.testing.assert_close(live[idx], shown + noise + view.timestep)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dtype": "bfloat16"}, r"teacher.dtype is 'bfloat16', the dataset was made with 'float32'"),
+        ({"options": {"ensemble": 2}}, r"teacher.options.ensemble is 2, the dataset was made without it"),
+        ({"options": {"encoding": "ddim_inversion"}}, r"teacher.options.encoding is 'ddim_inversion'.*options.inversion_stride is 10"),
+        ({"taps": {"l2": "up_blocks.1.resnets.0", "l3": "up_blocks.0.resnets.1"}}, r"level l2 .* read at tap up_blocks.1.resnets.1, and"),
+        ({"options": {"ensemble": "many"}}, r"options.ensemble"),
+        ({"dtype": "float64"}, r"extract.teacher: .*float64"),
+    ],
+)
+def test_other_settings_are_refused_naming_them(plan: Plan, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(DtpipeError, match=said):
+        open_teacher(plan, settings, "cpu")
+
+
+def test_another_noise_schedule_of_the_same_weights_is_refused(plan: Plan, tmp_path: Path) -> None:
+    other = write_ddpm(tmp_path / "other", beta_end=0.03)
+    with pytest.raises(TeacherError, match=r"teacher.options.scheduler.beta_end is 0.03, the dataset was made with 0.02"):
+        open_teacher(plan, {"path": str(other)}, "cpu")
+    short = write_ddpm(tmp_path / "short", num_train_timesteps=40)
+    with pytest.raises(TeacherError, match=r"num_train_timesteps is 40.*it has timesteps 0 to 39, the dataset was made at 50"):
+        open_teacher(plan, {"path": str(short)}, "cpu")
