@@ -1,0 +1,207 @@
+"""What a training step costs from cached features: against a loop on tensors in memory, and against the live teacher.
+
+The three take the same steps (model, loss, optimiser, batch size) in turns within one run, so ratios hold on a noisy machine:
+
+- memory: batches that lie on the device already. No pipeline can be faster; the gap of `cached` to it is the wait for data.
+- cached: the feature dataset, as `dtpipe distill` reads it.
+- live:   every sample encoded anew by the teacher, as the paper does it in each step of each experiment.
+
+Also how many images a second the stream alone delivers: how fast a student it could feed.
+
+    python benchmarks/distill_step.py [--teacher NAME=PATH ..] [--student resnet10t] [--batch-size 32] [--out-json FILE]
+
+On a GPU, with a teacher and a student of the size people use:
+
+    python benchmarks/distill_step.py --teacher adm_256=256x256_diffusion_uncond.pt --px 256 --student resnet50 --batch-size 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Generator, Iterator
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import REPO, RESULTS, publish
+
+from dtpipe.distill.batch import FeatureBatch
+from dtpipe.distill.config import DistillConfig, StudentConfig
+from dtpipe.distill.datasets import OpenedData, open_data
+from dtpipe.distill.order import StreamPosition
+from dtpipe.distill.trainer import Trainer
+from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.preflight import package_versions
+from dtpipe.extract.run import run_extraction
+from dtpipe.pipeline.demo.scenes import write_scenes
+from dtpipe.pipeline.live import pick_device
+from dtpipe.pipeline.live_teacher import open_live
+
+PREFETCHED = 8  # steps at the start of a turn that reading ahead has prepared; not counted
+
+
+def extracted(name: str, path: str, args: argparse.Namespace) -> str:
+    """A feature dataset of digit scenes by one teacher."""
+    out = args.work / name
+    shutil.rmtree(out, ignore_errors=True)
+    write_scenes(out / "scenes", args.num_images, seed=0, px=64, part="train")
+    noise = NoiseConfig(timesteps=(args.timestep,), flips=True)
+    config = ExtractConfig(
+        images=str(out / "scenes" / "images"),
+        out=str(out / "features"),
+        teacher=TeacherConfig(path=path),
+        transform=TransformConfig(px=args.px),
+        noise=noise,
+        inline=True,
+        threads=args.threads,
+        device=args.device,
+    )
+    return run_extraction(config).url
+
+
+def trainer_of(config: DistillConfig, data: OpenedData, device: torch.device, live: bool) -> Trainer:
+    """A trainer as `dtpipe distill` makes one."""
+    torch.manual_seed(0)
+    teacher = open_live({}, data.source, device) if live else None
+    return Trainer(config.model_copy(update={"reencode": float(live)}), data, device, teacher)
+
+
+def from_memory(trainer: Trainer) -> Trainer:
+    """The same trainer on batches that are read before it starts and lie on the device."""
+    batches = list(islice(trainer.stream.batches(StreamPosition()), trainer.stream.batches_per_epoch))
+
+    def again(_start: StreamPosition) -> Iterator[FeatureBatch]:
+        return cycle(batches)
+
+    trainer.stream.batches = again  # type: ignore[method-assign]
+    return trainer
+
+
+def seconds_per_step(steps: Generator[FeatureBatch, None, None], device: torch.device, num: int) -> float:
+    """Wall clock of one step over `num` of them, after those that reading ahead has prepared."""
+    for _ in islice(steps, PREFETCHED):
+        pass
+    wait(device)
+    started = time.perf_counter()
+    for _ in islice(steps, num):
+        pass
+    wait(device)
+    return (time.perf_counter() - started) / num
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def stream_rate(trainer: Trainer, seconds: float) -> float:
+    """Images per second that the stream alone delivers on the device."""
+    batches = trainer.stream.batches(StreamPosition())
+    next(batches)
+    num, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        num += len(next(batches).keys)
+    wait(trainer.device)
+    rate = num / (time.perf_counter() - started)
+    batches.close()  # type: ignore[attr-defined]
+    return rate
+
+
+def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one teacher."""
+    device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
+    config = DistillConfig(
+        datasets=(extracted(name, path, args),),
+        out=str(args.work / name / "run"),
+        student=StudentConfig(name=args.student),
+        epochs=100_000,
+        batch_size=args.batch_size,
+        read_threads=args.read_threads,
+        device=args.device,
+    )
+    data = open_data(config)
+    make = partial(trainer_of, config, data, device)
+    trainers = {"memory": from_memory(make(False)), "cached": make(False), "live": make(True)}
+    rate = stream_rate(make(False), seconds=5)
+    turns = {way: trainer.steps() for way, trainer in trainers.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in turns}
+    for _ in range(args.repeats):
+        for way, steps in turns.items():
+            seconds[way].append(seconds_per_step(steps, device, args.steps if way != "live" else args.live_steps))
+    for steps in turns.values():
+        steps.close()
+    median = {way: statistics.median(values) for way, values in seconds.items()}
+    found = {
+        "levels": {level.name: [level.channels, level.height, level.width] for level in data.source.levels},
+        "image_px": list(data.student_px),
+        "cached_over_memory": round(statistics.median(c / m for c, m in zip(seconds["cached"], seconds["memory"], strict=True)), 4),
+        "live_over_cached": round(statistics.median(v / c for v, c in zip(seconds["live"], seconds["cached"], strict=True)), 4),
+        "seconds_per_step": {way: round(value, 4) for way, value in median.items()},
+        "img_s": {way: round(args.batch_size / value, 1) for way, value in median.items()},
+        "shares_cached": {what: round(value, 4) for what, value in shares_of(trainers["cached"]).items()},
+        "stream_alone_img_s": round(rate, 1),
+        "stream_alone_mb_s": round(rate * bytes_per_sample(data) / 1e6, 1),
+    }
+    print(f"{name}: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def shares_of(trainer: Trainer) -> dict[str, float]:
+    """Seconds of a trainer by activity as shares, without the wait for its turn."""
+    seconds = {what: value for what, value in trainer.watch.seconds().items() if what != "data"}
+    total = sum(seconds.values())
+    return {what: value / total for what, value in seconds.items()}
+
+
+def bytes_per_sample(data: OpenedData) -> int:
+    """Bytes of an image and its levels, one view, as they lie in memory."""
+    height, width = data.source.image_px
+    return 3 * height * width + sum(2 * level.channels * level.height * level.width for level in data.source.levels)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", action="append", metavar="NAME=PATH", help="default: the demo's and the flowers'")
+    parser.add_argument("--student", default="resnet10t")
+    parser.add_argument("--px", type=int, default=64, help="images of teacher and student")
+    parser.add_argument("--num-images", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--timestep", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=20, help="steps per turn")
+    parser.add_argument("--live-steps", type=int, default=10, help="steps per turn with the live teacher")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each")
+    parser.add_argument("--read-threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-distill-step")
+    parser.add_argument("--out-json", type=Path, default=RESULTS / "distill_step.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure every teacher and write one JSON document."""
+    args = parse()
+    args.device = pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    default = [f"demo={REPO / 'pipeline' / 'demo' / 'teacher'}", f"flowers64={REPO / 'benchmarks' / 'weights' / 'flowers64'}"]
+    named = [each.partition("=")[::2] for each in args.teacher or default]
+    teachers = {name: measure(name, path, args) for name, path in named}
+    settings = {key: value for key, value in vars(args).items() if key not in ("teacher", "work", "out_json")}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    publish(
+        {"benchmark": "distill_step", "device": device, "settings": settings, "versions": package_versions(), "teachers": teachers},
+        args.out_json,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The paper's ablations in miniature, on digit scenes with the demo's teacher: tables 8, 9, 10 and 11.
+
+Each row is one change to the default run: the regressor (table 8), the loss (9), stochastic or deterministic encoding (10), the
+timestep (11). All rows share scenes, seeds, initial weights, order and labelled images, so differences are paired: what is
+printed beside a mean is the mean and the deviation of the difference to the default over seeds. Scored by the foreground IoU of a
+linear read-out of the frozen student, from few labelled scenes.
+
+    python benchmarks/variants.py [--seeds 3] [--num-train 1000] [--epochs 4] [--table 8]
+
+Everything is kept under --work: the same command goes on where it was stopped, and results are written after each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import REPO, RESULTS, publish
+from probe import PX, counts, read_scenes, say
+
+from dtpipe.distill.config import DistillConfig, LossConfig, RegressorConfig, StudentConfig
+from dtpipe.distill.downstream.base import LabelledSet, student_extractor
+from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.student import load_student
+from dtpipe.distill.trainer import train
+from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.preflight import package_versions
+from dtpipe.extract.run import run_extraction
+from dtpipe.pipeline.live import pick_device
+
+DEFAULT_T = 50
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run: which features, and how they are distilled."""
+
+    timestep: int = DEFAULT_T
+    encoding: str = "stochastic"
+    regressor: RegressorConfig = field(default_factory=RegressorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+TABLES: dict[str, dict[str, Variant]] = {
+    "8": {kind: Variant(regressor=RegressorConfig(kind=kind)) for kind in ("fpn", "fpn_attention", "pafpn", "fpn_ppm")},
+    "9": {
+        "mse": Variant(loss=LossConfig(at_weight=0)),
+        "at": Variant(loss=LossConfig(mse_weight=0)),
+        "mse + at": Variant(),
+    },
+    "10": {"stochastic": Variant(), "deterministic": Variant(encoding="ddim_inversion")},
+    "11": {f"T = {timestep}": Variant(timestep=timestep) for timestep in (20, DEFAULT_T, 150, 250, 350)},
+}
+"""Rows by the paper's table; the row that equals `Variant()` is the default that others are compared with."""
+
+
+def features_of(variant: Variant, seed: int, args: argparse.Namespace) -> str:
+    """The feature dataset that a row is distilled from; rows of equal encoding share it."""
+    out = args.work / f"features-{variant.encoding}-{variant.timestep}-seed{seed}"
+    config = ExtractConfig(
+        images=str(args.work / "digits" / "train" / "images"),
+        out=str(out),
+        teacher=TeacherConfig(path=str(args.teacher), options={"encoding": variant.encoding}),
+        transform=TransformConfig(px=PX),
+        noise=NoiseConfig(seed=seed, timesteps=(variant.timestep,)),
+        inline=True,
+        threads=args.threads,
+        device=args.device,
+    )
+    return run_extraction(config).url
+
+
+def distilled(name: str, variant: Variant, seed: int, args: argparse.Namespace) -> Path:
+    """The run folder of one row and seed."""
+    config = DistillConfig(
+        datasets=(features_of(variant, seed, args),),
+        out=str(args.work / f"run-{name}-seed{seed}"),
+        student=StudentConfig(name=args.student),
+        regressor=variant.regressor,
+        loss=variant.loss,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=seed,
+        device=args.device,
+    )
+    return Path(train(config).run_dir)
+
+
+def score(run_dir: Path, seed: int, sets: tuple[LabelledSet, LabelledSet], args: argparse.Namespace) -> dict[str, float]:
+    """Foreground IoU of the best level, by number of labelled scenes."""
+    extractor = student_extractor(load_student(run_dir), pick_device(args.device))
+    result = run_probe("readout", [extractor], *sets, args.labelled, [seed], ProbeConfig(), lambda _message: None)
+    return {str(each.num_labelled): each.value for each in result.scores if each.best}
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All rows of the tables asked for, seed by seed, so that each seed is whole before the next begins."""
+    sets = (
+        read_scenes(args.work / "digits", "train", args.num_train).foreground(),
+        read_scenes(args.work / "digits", "held_out", 1000).foreground(),
+    )
+    kept = json.loads(args.kept.read_text()) if args.kept.exists() else {}
+    for seed in range(args.seeds):
+        for table in args.table or TABLES:
+            for row, variant in TABLES[table].items():
+                name = "default" if variant == Variant() else f"{table}-{row.replace(' ', '')}"
+                if f"{name}/{seed}" not in kept:
+                    started = time.monotonic()
+                    kept[f"{name}/{seed}"] = score(distilled(name, variant, seed, args), seed, sets, args)
+                    args.kept.write_text(json.dumps(kept, indent=1))
+                    say(f"table {table}, {row}, seed {seed}: {kept[f'{name}/{seed}']} in {time.monotonic() - started:.0f} s")
+        publish_tables(kept, seed + 1, args)
+    return kept
+
+
+def publish_tables(kept: dict[str, dict[str, float]], num_seeds: int, args: argparse.Namespace) -> None:
+    """Write the tables over the seeds that are whole."""
+    tables: dict[str, Any] = {}
+    for table in args.table or TABLES:
+        for row, variant in TABLES[table].items():
+            name = "default" if variant == Variant() else f"{table}-{row.replace(' ', '')}"
+            tables.setdefault(table, {})[row] = summarise(kept, name, num_seeds)
+    settings = {key: value for key, value in vars(args).items() if key not in ("work", "teacher", "out_json", "kept")}
+    publish(
+        {"benchmark": "variants", "metric": "foreground IoU", "settings": settings, "versions": package_versions(), "tables": tables},
+        args.out_json,
+    )
+
+
+def summarise(kept: dict[str, dict[str, float]], name: str, num_seeds: int) -> dict[str, Any]:
+    """Mean and deviation of a row, and of its paired difference to the default, by number of labelled scenes."""
+    found: dict[str, Any] = {}
+    for labelled in kept[f"{name}/0"]:
+        values = [kept[f"{name}/{seed}"][labelled] for seed in range(num_seeds)]
+        base = [kept[f"default/{seed}"][labelled] for seed in range(num_seeds)]
+        found[labelled] = {"iou": spread(values), "minus_default": spread([v - b for v, b in zip(values, base, strict=True)])}
+    return found
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, sample deviation, and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {
+        "mean": round(statistics.mean(values), 4),
+        "std": None if deviation is None else round(deviation, 4),
+        "values": [round(v, 4) for v in values],
+    }
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="append", choices=list(TABLES), help="default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--teacher", type=Path, default=REPO / "pipeline" / "demo" / "teacher")
+    parser.add_argument("--student", default="resnet10t")
+    parser.add_argument("--num-train", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--labelled", type=counts, default=(20, 80), help="numbers of labelled scenes")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-variants")
+    parser.add_argument("--out-json", type=Path, default=RESULTS / "variants.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the rows that are missing; print and write the tables."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.kept = args.work / "scores.json"
+    measure(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
