@@ -106,6 +106,13 @@ def case(request) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=WHOLE)
+def whole(request) -> str:
+    if not (PARITY / request.param).exists():
+        pytest.skip("the whole parity arrays are not beside the repository")
+    return str(request.param)
+
+
 def noisy(teacher: DiffusionTeacher, data: Arrays) -> torch.Tensor:
     """x_t of both images, each at its own timestep."""
     x0, noise = torch.from_numpy(data["x0"]), torch.from_numpy(data["noise"])
@@ -164,6 +171,15 @@ def test_noise_is_added_as_guided_diffusion_does(load, case):
     assert error(noisy(teacher, data), data["x_t"]) <= 1e-6
     wanted = data["alphas_cumprod"] if case in SMALL else data["sched:alphas_cumprod"]
     np.testing.assert_allclose(teacher.schedule[:: 37 if case in SMALL else 1], wanted, rtol=1e-12)
+
+
+def test_noise_of_all_strengths_is_added_as_guided_diffusion_does(load, whole):
+    teacher, data = load(whole), arrays(whole)
+    image, noise = (torch.from_numpy(data[f"q:{name}"]) for name in ("x0", "noise"))
+    found = torch.cat([q_sample(teacher.schedule, image, int(timestep), noise) for timestep in data["q:t"]])
+    assert error(found, data["q:x_t"]) <= 1e-5
+    assert {0, 999} <= set(data["q:t"].tolist())
+    np.testing.assert_allclose(np.cumprod(1 - data["sched:betas"]), teacher.schedule, rtol=1e-12)
 
 
 def test_every_layer_gives_guided_diffusions_features(load, case):
@@ -225,6 +241,25 @@ def test_inversion_is_guided_diffusions(load, case):
         assert error(found, data[name]) <= 1e-4 * max(1, np.abs(data[name]).max() / 4)
         compared += 1
     assert compared == {"adm256_layout": 2, "plain": 2, "class_cond": 0, "a1_4level": 8, "a2_adm256_layout": 1}[case]
+
+
+def test_an_inversion_walks_guided_diffusions_timesteps_and_sees_its_images(load, whole):
+    """The last prediction of x_0 on the way; the form "25" asks for fractional strides, which come to us as a path."""
+    teacher, data = load(whole), arrays(whole)
+    names = [name for name in data if name.startswith("inv:") and ":pred_xstart:" in name]
+    assert len(names) == {"a1_4level": 3, "a2_adm256_layout": 1}[whole]
+    for name in names:
+        run, clip, calls = name.rsplit(":", 2)[0], ":clip1:" in name, int(name.rpartition(":")[2])
+        spacing = run.split(":")[1]
+        num = int(spacing.removeprefix("ddim"))
+        path = list(range(0, 1000, 1000 // num)) if spacing.startswith("ddim") else np.rint(np.linspace(0, 999, num)).astype(int).tolist()
+        assert path == data[f"{run}:timestep_map"].tolist()
+        np.testing.assert_allclose(teacher.schedule[path], data[f"{run}:alphas_cumprod"], rtol=1e-12)
+        np.testing.assert_allclose([*teacher.schedule[path[1:]], 0], data[f"{run}:alphas_cumprod_next"], rtol=1e-12)
+        with torch.inference_mode():
+            *_, (at, before) = ddim_invert(teacher.predict_noise, teacher.schedule, torch.from_numpy(data["x0"][:1]), path[:calls], clip)
+            clean = predict_clean(before, teacher.predict_noise(before, at), teacher.schedule[at])
+        assert error(clean.clamp(-1, 1) if clip else clean, data[name]) <= 1e-4
 
 
 WRONG = {
