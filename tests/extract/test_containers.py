@@ -100,6 +100,25 @@ def test_tars_and_parquet_keep_their_order_and_others_are_permuted(
     assert (list(dataset.keys) == list(shuffled)) == own
 
 
+def test_a_key_has_its_levels_in_any_container_and_order(
+    packed: tuple[str, Path], folder: Path, files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Tars and Parquet keep their own order here, in which a batch has other rows: so within rounding, not to the bit."""
+    root = tmp_path / "backwards"
+    root.mkdir()
+    path = PACKERS[packed[0]](root, dict(reversed(files.items())))
+    expected = FeatureDataset.open(run_extraction(make_config(images=str(folder), max_bad=1)).url)
+    dataset = FeatureDataset.open(run_extraction(make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"))).url)
+    assert len(dataset.ok_rows) == 8
+    for row in dataset.ok_rows:
+        other = expected.row_of(dataset.keys[row])
+        np.testing.assert_array_equal(dataset.read_image(row), expected.read_image(other))
+        for level in dataset.levels:
+            found, wanted = dataset.read_level(level.name, row), expected.read_level(level.name, other)
+            np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-3)  # a step of float16
+            assert np.abs(wanted - expected.read_level(level.name, next(each for each in expected.ok_rows if each != other))).max() > 0.1
+
+
 @pytest.mark.slow
 def test_ray_workers_read_a_zip(files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
