@@ -27,7 +27,8 @@ DICTS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
 PERSISTENT_ID = "persistent id"
 MOST = 1e9
 COPIED_BYTES = 4096  # longer byte strings stay views of the file
-_KEYS = (str, int, float, type(None))  # hashing anything nested could be made to overflow the stack
+MOST_NESTED = 16  # tuples inside tuples: to hash or show deeper ones could overflow the stack
+_KEYS = (str, int, float, type(None))
 _DTYPES = frozenset({"f2", "f4", "f8", "i4", "i8"})
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)  # what reading nonsense raises
 
@@ -138,12 +139,19 @@ class _Machine:
         return items
 
     def tuple_to_mark(self, _: object) -> None:
-        items = tuple(self.popped_to_mark())
-        self.stack.append(items)
+        self.push_tuple(tuple(self.popped_to_mark()))
 
     def tuple_of(self, size: int) -> None:
         items = tuple(self.stack.pop() for _ in range(size))
-        self.stack.append(items[::-1])
+        self.push_tuple(items[::-1])
+
+    def push_tuple(self, items: tuple[Any, ...]) -> None:
+        level = [items]
+        for _ in range(MOST_NESTED):
+            level = list({id(inner): inner for outer in level for inner in outer if type(inner) is tuple}.values())
+        if level:
+            raise self.refusal(f"nests more than {MOST_NESTED} tuples")
+        self.stack.append(items)
 
     def append(self, items: list[Any]) -> None:
         self.top(list).extend(items)
@@ -261,7 +269,7 @@ def numpy_array(record: object, where: str) -> NDArray[np.generic]:
         else:
             _, shape, dtype, fortran, data = record.state
         code, order = dtype.args[0], dtype.state[1]
-        if code not in _DTYPES or order not in "<>":
+        if not isinstance(code, str) or code not in _DTYPES or order not in ("<", ">"):
             raise ValueError(f"numbers of type {shown(code)}")
         return np.frombuffer(data, np.dtype(order + code)).reshape(shape, order="F" if fortran else "C").copy()
     except _DAMAGE as err:

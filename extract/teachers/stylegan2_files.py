@@ -116,7 +116,8 @@ def _modules(network: Record, where: str) -> Iterator[_Module]:
         if id(record) in seen:
             raise TeacherError(f"{where}: {path} is in the network twice; give a network snapshot as its authors publish it")
         seen.add(id(record))
-        yield _Module(path, str(meta.get("class_name")), state)
+        class_name = meta.get("class_name")
+        yield _Module(path, class_name if isinstance(class_name, str) else "", state)
         waiting += [(f"{path}.{name}".lstrip("."), each) for name, each in state["_modules"].items() if each is not None]
 
 

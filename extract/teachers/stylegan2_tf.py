@@ -100,9 +100,9 @@ def _arrays(network: object, prefix: str, where: str) -> Iterator[tuple[str, NDA
         raise _other(where, f"a component {shown(prefix)} that is no network")
     try:
         for name, value in network.state["variables"]:
-            if _our_name(f"{prefix}{name}") is not None:
+            if isinstance(name, str) and _our_name(f"{prefix}{name}") is not None:
                 yield f"{prefix}{name}", numpy_array(value, where)
-        components = dict(network.state["components"]) if not prefix else {}
+        components: dict[str, object] = {} if prefix else {**network.state["components"]}
     except (KeyError, TypeError, ValueError) as err:
         raise _other(where, f"no list of variables ({err})") from err
     for name, component in components.items():

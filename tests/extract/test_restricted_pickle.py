@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dtpipe.extract.teachers.restricted_pickle import Record, Symbol, numpy_array, read_pickle, read_pickles
-from dtpipe.extract.teachers.stylegan2_files import NAMES
+from dtpipe.extract.teachers.stylegan2_files import NAMES, read_checkpoint
 from dtpipe.manifests.errors import TeacherError
 
 
@@ -241,10 +241,60 @@ def test_nonsense_is_one_clear_error(data: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_key_that_would_overflow_the_stack_when_hashed_is_refused() -> None:
-    nested = b"\x80\x04})" + b"\x85" * 200_000 + b"K\x01s."
+DEEP = b")" + b"\x85" * 200_000
+"""Tuples in tuples, which Python ends without a word for when it hashes them."""
+DEEP_LIST = b"]" * 5000 + b"a" * 4999
+"""Lists in lists, which Python cannot show."""
+
+
+@pytest.mark.parametrize(
+    "data", [DEEP, b"]" + DEEP + b"a", b"}" + DEEP + b"K\x01s", b")\x940" + b"(h\x00h\x00t" * 2 + b"\x86" + b"\x85" * 16]
+)
+def test_tuples_too_deep_to_be_hashed_are_refused(data: bytes) -> None:
+    with pytest.raises(TeacherError, match="nests more than 16 tuples"):
+        read_pickles(b"\x80\x04" + data + b".", 1, NAMES, "here")
+    (found,), _ = read_pickles(b"\x80\x04)" + b"\x85" * 15 + b".", 1, NAMES, "here")
+    assert repr(found).count("(") == 16
+
+
+def test_a_key_that_holds_other_values_is_refused() -> None:
     with pytest.raises(TeacherError, match="has a tuple as a key"):
-        read_pickles(nested, 1, NAMES, "here")
+        read_pickles(b"\x80\x04})\x85K\x01s.", 1, NAMES, "here")
+
+
+def _tensorflow(variables: bytes, components: bytes) -> bytes:
+    """A StyleGAN2 of TensorFlow, as far as it is read before these parts."""
+    settings = text("version") + b"K\x04" + text("static_kwargs") + b"}"
+    state = b"}(" + settings + text("variables") + variables + text("components") + components + b"u"
+    return named("dnnlib.tflib.network", "Network") + b")\x81" + state + b"b\x94h\x00h\x00\x87."
+
+
+def _persistent(class_name: bytes) -> bytes:
+    parts = b"}(" + b"".join(text(name) + b"}" for name in ("_parameters", "_buffers", "_modules")) + b"u"
+    module = named("torch_utils.persistence", "_reconstruct_persistent_obj") + b"}("
+    return b"}" + text("G_ema") + module + text("class_name") + class_name + text("state") + parts + b"u\x85Rs."
+
+
+@pytest.mark.parametrize("deep", [DEEP, DEEP_LIST], ids=["tuples", "lists"])
+@pytest.mark.parametrize("place", ["a class", "a variable", "a component"])
+def test_a_name_too_deep_to_be_shown_is_one_clear_error(place: str, deep: bytes, tmp_path: Path) -> None:
+    pair = b"](" + deep + b"K\x01\x86e"
+    content = {
+        "a class": lambda: _persistent(deep),
+        "a variable": lambda: _tensorflow(pair, b"}"),
+        "a component": lambda: _tensorflow(b"]", pair),
+    }[place]()
+    path = tmp_path / "deep.pkl"
+    path.write_bytes(b"\x80\x04" + content)
+    with pytest.raises(TeacherError, match=r"deep.pkl: ") as refused:
+        read_checkpoint(path, ema=True)
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_of_a_type_without_a_name_are_refused() -> None:
+    dtype = Record("numpy.dtype", (((),),), (3, "<"))
+    with pytest.raises(TeacherError, match="numbers of type a tuple"):
+        numpy_array(Record("numpy.core.multiarray.scalar", (dtype, b"")), "here")
 
 
 def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
