@@ -199,6 +199,9 @@ def _teacher_extractor(config: EvalConfig, device: str, note: Note) -> FeatureEx
     timestep = config.timestep if config.timestep is not None else _recorded_timestep(plan, live)
     try:
         px = (plan.recipe.transform.height, plan.recipe.transform.width) if plan else _live_px(live)
+        if plan and plan.recipe.synthesized and not config.teacher:
+            note("the teacher's own features are not scored: it makes its own images and cannot encode these")
+            return None
         return teacher_extractor(TeacherConfig.model_validate(settings), timestep, config.seed, device, px)
     except DtpipeError as err:
         if config.teacher:

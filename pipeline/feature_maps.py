@@ -1,6 +1,7 @@
 """Pictures for the report: what teacher and student see in a few images, level by level, and samples of the teacher.
 
-Teacher and student are shown in one PCA basis per level, over all images shown, so that equal colours mean equal features.
+Teacher and student are shown in one PCA basis per level, so that equal colours mean equal features. It is the teacher's, over all
+images shown: a student far off would else take the colours for itself, and the teacher would look flat.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _open_live(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
 
 def _pair(teacher: NDArray[np.float32], student: NDArray[np.float32]) -> tuple[list[Picture], list[Picture]]:
     """Shapes: (B, C, h, w) twice -> B pictures (h, w, 3) of each."""
-    pictures = pca_to_rgb([*teacher, *student])
+    pictures = pca_to_rgb([*teacher, *student], num_deciding=len(teacher))
     return pictures[: len(teacher)], pictures[len(teacher) :]
 
 

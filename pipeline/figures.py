@@ -63,6 +63,7 @@ def curves(panels: Mapping[str, Mapping[str, Series]], log: Sequence[str] = ()) 
             axis.set_yscale("log")
         axis.set_title(title, color=INK, fontsize=10, loc="left")
         axis.set_xlabel("step", color=INK)
+        axis.set_xlim(0, 1.03 * max(steps[-1] for steps, _ in lines.values()))
         axis.locator_params(axis="x", integer=True)
         if len(lines) > 1:
             _legend(axis)

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from dtpipe.manifests.errors import DtpipeError, InputError, StoreError
-from dtpipe.manifests.schema import Manifest, Plan, ViewSpec
+from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
 from dtpipe.pipeline import figures
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.console import format_bytes
@@ -268,15 +268,22 @@ def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:
     views = [view_name(view) for view in recipe.views]
     facts = {
         "teacher": f"{recipe.teacher.kind}, weights {recipe.teacher.weights_blake3[:16]}",
-        "images": f"{recipe.transform.width}x{recipe.transform.height} px, {recipe.transform.resize}",
+        "images": images_fact(recipe),
         "levels": ", ".join(f"{level.name} ({level.channels}x{level.height}x{level.width})" for level in recipe.levels),
         "views": "; ".join(views),
     }
     if manifest is not None:
         totals = manifest.totals
-        facts["samples"] = f"{totals.num_ok} ok, {totals.num_bad} bad, in {totals.num_shards} shards, {format_bytes(totals.size_bytes)}"
+        shards = "1 shard" if totals.num_shards == 1 else f"{totals.num_shards} shards"
+        facts["samples"] = f"{totals.num_ok} ok, {totals.num_bad} bad, in {shards}, {format_bytes(totals.size_bytes)}"
         facts["digest"] = manifest.digest
     return facts
+
+
+def images_fact(recipe: Recipe) -> str:
+    """Size of a dataset's images, and how they came to it."""
+    how = "made by the teacher" if recipe.synthesized else recipe.transform.resize
+    return f"{recipe.transform.width}x{recipe.transform.height} px, {how}"
 
 
 def data_uri(image: NDArray[np.uint8]) -> str:

@@ -106,13 +106,6 @@ def case(request) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=WHOLE)
-def whole(request) -> str:
-    if not (PARITY / request.param).exists():
-        pytest.skip("the whole parity arrays are not beside the repository")
-    return str(request.param)
-
-
 def noisy(teacher: DiffusionTeacher, data: Arrays) -> torch.Tensor:
     """x_t of both images, each at its own timestep."""
     x0, noise = torch.from_numpy(data["x0"]), torch.from_numpy(data["noise"])
@@ -173,8 +166,9 @@ def test_noise_is_added_as_guided_diffusion_does(load, case):
     np.testing.assert_allclose(teacher.schedule[:: 37 if case in SMALL else 1], wanted, rtol=1e-12)
 
 
-def test_noise_of_all_strengths_is_added_as_guided_diffusion_does(load, whole):
-    teacher, data = load(whole), arrays(whole)
+@pytest.mark.parametrize("case", WHOLE, indirect=True)
+def test_noise_of_all_strengths_is_added_as_guided_diffusion_does(load, case):
+    teacher, data = load(case), arrays(case)
     image, noise = (torch.from_numpy(data[f"q:{name}"]) for name in ("x0", "noise"))
     found = torch.cat([q_sample(teacher.schedule, image, int(timestep), noise) for timestep in data["q:t"]])
     assert error(found, data["q:x_t"]) <= 1e-5
@@ -243,11 +237,12 @@ def test_inversion_is_guided_diffusions(load, case):
     assert compared == {"adm256_layout": 2, "plain": 2, "class_cond": 0, "a1_4level": 8, "a2_adm256_layout": 1}[case]
 
 
-def test_an_inversion_walks_guided_diffusions_timesteps_and_sees_its_images(load, whole):
+@pytest.mark.parametrize("case", WHOLE, indirect=True)
+def test_an_inversion_walks_guided_diffusions_timesteps_and_sees_its_images(load, case):
     """The last prediction of x_0 on the way; the form "25" asks for fractional strides, which come to us as a path."""
-    teacher, data = load(whole), arrays(whole)
+    teacher, data = load(case), arrays(case)
     names = [name for name in data if name.startswith("inv:") and ":pred_xstart:" in name]
-    assert len(names) == {"a1_4level": 3, "a2_adm256_layout": 1}[whole]
+    assert len(names) == {"a1_4level": 3, "a2_adm256_layout": 1}[case]
     for name in names:
         run, clip, calls = name.rsplit(":", 2)[0], ":clip1:" in name, int(name.rpartition(":")[2])
         spacing = run.split(":")[1]
@@ -328,8 +323,13 @@ def test_what_must_stay_in_float32_does(load, dtype):
         inside = name.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")
         kept = not inside or "norm" in name or "time_emb_proj" in name
         assert each.dtype == (torch.float32 if kept else compute), name
+    normed: set[torch.dtype] = set()
+    for module in half.unet.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda _module, args, _output: normed.add(args[0].dtype))
     images = noisy(full, data)
     seen, exact = run(half.unet, images, data), run(full.unet, images, data)
+    assert normed == {torch.float32}
     assert torch.equal(seen["emb"], exact["emb"])
     assert seen["output"].dtype == torch.float32
     assert seen["feat:middle_block"].dtype == compute

@@ -48,6 +48,16 @@ def test_shared_basis_gives_equal_features_equal_colours() -> None:
     assert not np.array_equal(one, pca_to_rgb(first))
 
 
+def test_the_first_levels_alone_can_decide_the_colours() -> None:
+    first, second, wild = level(idx=1), level(idx=2), 50 * level(height=4, width=5, idx=3)
+    wild[:, 0, 0] = first[:, 3, 3]
+    one, two, other = pca_to_rgb([first, second, wild], num_deciding=2)
+    for picture, expected in zip((one, two), pca_to_rgb([first, second]), strict=True):
+        np.testing.assert_array_equal(picture, expected)
+    np.testing.assert_array_equal(other[0, 0], one[3, 3])
+    assert set(np.unique(other[..., 0])) >= {0, 255}  # beyond the range
+
+
 def test_flat_and_thin_levels_are_grey() -> None:
     assert (pca_to_rgb(np.full((5, 4, 4), 7.0)) == 128).all()
     single = pca_to_rgb(np.linspace(0, 1, 16).reshape(1, 4, 4))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 from numpy.testing import assert_array_equal
 from PIL import Image
 
+from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.manifests.schema import SYNTHESIZED
 from dtpipe.pipeline import figures
 from dtpipe.pipeline.feature_maps import tile
-from dtpipe.pipeline.report import data_uri, render
+from dtpipe.pipeline.report import data_uri, images_fact, render
 
 
 def page(**changes: object) -> str:
@@ -59,6 +63,20 @@ def test_figures_are_svg_in_the_pages_colour() -> None:
         assert "currentColor" in svg
         assert figures.INK not in svg
     assert "distilled" in score
+
+
+def test_a_synthesized_datasets_images_are_the_teachers() -> None:
+    recipe = FeatureDataset.open(str(Path(__file__).parents[1] / "golden" / "v1_zarr")).recipe
+    made = recipe.model_copy(update={"source": recipe.source.model_copy(update={"kind": SYNTHESIZED})})
+    size = f"{recipe.transform.width}x{recipe.transform.height} px"
+    assert (images_fact(recipe), images_fact(made)) == (f"{size}, {recipe.transform.resize}", f"{size}, made by the teacher")
+
+
+def test_curves_start_at_step_nought() -> None:
+    """A short run has one line of metrics; without a common beginning its steps would be fractions."""
+    svg = figures.curves({"rate": {"lr": ([14], [0.1])}})
+    ticks = re.findall(r">([\d.]+)</text>", svg)
+    assert {"0", "14"} <= set(ticks) and not {tick for tick in ticks if tick.startswith("13")}
 
 
 def test_tile_places_images_by_row() -> None:
