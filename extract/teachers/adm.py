@@ -25,7 +25,7 @@ from dtpipe.extract.teachers.adm_keys import published_shapes, unet_tensors
 from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, parse_options, register_teacher
 from dtpipe.extract.teachers.checkpoint_names import names_tensors
 from dtpipe.extract.teachers.diffusion import DiffusionTeacher, LoadedUNet, make_teacher
-from dtpipe.extract.teachers.weights import weights_digest
+from dtpipe.extract.teachers.weights import weights_digest, why_unreadable
 from dtpipe.manifests.errors import ConfigError, TeacherError
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def _read_mapped(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as err:  # torch raises many types for a damaged file
-        reason = (str(err).strip() or type(err).__name__).splitlines()[0][:160]
-        raise TeacherError(f"{path}: not readable as weights ({reason}); download the teacher again") from err
+        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again") from err
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise TeacherError(f"{path}: holds other things than named tensors; give a plain state_dict, as guided-diffusion saves it")
     return dict(content)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import ValidationError
@@ -159,9 +161,20 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
     for kind in kinds.values():
         if kind.matches(config.path):
             return kind.load(config, device)
-    raise TeacherError(
-        f"{config.path}: no teacher family recognises this path; `dtpipe list teachers` says what each reads, "
-        f"or name one with -s extract.teacher.kind=..."
+    raise _unrecognised(config.path, kinds)
+
+
+def _unrecognised(path: str, kinds: Mapping[str, TeacherKind]) -> TeacherError:
+    if Path(path).exists():
+        return TeacherError(
+            f"{path}: no teacher family recognises this path; `dtpipe list teachers` says what each reads, "
+            f"or name one with -s extract.teacher.kind=..."
+        )
+    names = [published.name for kind in kinds.values() for published in kind.published]
+    near = ", ".join(get_close_matches(path, names, cutoff=0.7))
+    return TeacherError(
+        f"{path}: no such file or folder, and no published teacher of this name; give a path, or a name that `dtpipe list teachers` shows"
+        + (f": perhaps {near}" if near else "")
     )
 
 

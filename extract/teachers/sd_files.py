@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.diffusers_files import VP_SCHEDULERS, modern_name, weights_file
 from dtpipe.extract.teachers.hub import download
-from dtpipe.extract.teachers.weights import read_json, read_weights
+from dtpipe.extract.teachers.weights import read_json, read_weights, why_unreadable
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def open_weights(path: Path, keep: Callable[[str], bool] = lambda _: True) -> Ma
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if keep(name)]  # noqa: SIM118  the file is no mapping
     except Exception as err:  # the library raises many types for a damaged file
-        raise TeacherError(f"{path}: not readable as weights ({err}); download or export the teacher again") from err
+        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download or export the teacher again") from err
     return StoredTensors(path, {modern_name(name): name for name in names})
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dtpipe.extract.teachers.restricted_pickle import PERSISTENT_ID, Record, Symbol, is_size, read_pickle, read_pickles, shown
 from dtpipe.extract.teachers.stylegan2_keys import find_layout, from_rosinality, used_tensors
 from dtpipe.extract.teachers.stylegan2_tf import NETWORK, tensorflow_generator
+from dtpipe.extract.teachers.weights import why_unreadable
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # a training checkpoint's flags
             content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as err:  # torch raises many types for a damaged file
-        reason = (str(err).strip() or type(err).__name__).splitlines()[0][:160]
-        raise TeacherError(f"{path}: not readable as weights ({reason}); download the teacher again") from err
+        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again") from err
     name = "g_ema" if ema else "g"
     found = content.get(name) if isinstance(content, dict) else None
     if isinstance(found, dict) and "latent_avg" in content:

@@ -45,7 +45,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is an error
             content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # both libraries raise many types for a damaged file
-        raise TeacherError(f"{path}: not readable as weights ({_first_line(err)}); download or export the teacher again") from err
+        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download or export the teacher again") from err
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise TeacherError(f"{path}: holds other things than named tensors; give a plain state_dict or safetensors file")
     return dict(content)
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise TeacherError(f"{path}: not readable as JSON ({_first_line(err)}); download or export the teacher again") from err
+        raise TeacherError(f"{path}: not readable as JSON ({why_unreadable(err)}); download or export the teacher again") from err
     if not isinstance(content, dict):
         raise TeacherError(f"{path}: holds a JSON {type(content).__name__}, not an object; download or export the teacher again")
     return content
@@ -84,8 +84,13 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
 
 
-def _first_line(err: Exception) -> str:
+def why_unreadable(err: Exception) -> str:
+    """What a library says of a file that it could not read, in a few words."""
     text = str(err).strip() or type(err).__name__
+    if isinstance(err, (FileNotFoundError, NotADirectoryError)):
+        return "there is no such file"
     if text.startswith("Weights only load failed"):  # torch goes on about how to run what is in the file
         return "it holds other things than tensors, none of which was run"
+    if isinstance(err, EOFError) or text.startswith("PytorchStreamReader failed"):  # of the zip archive that torch writes
+        return "it is cut off or damaged"
     return text.splitlines()[0][:160]

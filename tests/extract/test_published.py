@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind
+from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, load_teacher
 from dtpipe.extract.teachers.published import fetch, locate
 from dtpipe.manifests.errors import TeacherError
 
@@ -58,6 +58,16 @@ def test_a_name_becomes_a_file_with_its_family_and_options(server: str, cache: P
     assert (found.kind, found.options) == ("adm", {"learn_sigma": True, "heads": 2})
     assert Path(found.path) == cache / "tiny" / "model.pt"
     assert Path(found.path).read_bytes() == WEIGHTS
+
+
+def test_a_name_or_path_that_there_is_not_is_told_from_a_file_that_nobody_reads(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match=r"adm-imagnet: no such file or folder, and no published teacher of this name; .*adm-imagenet"):
+        load_teacher(TeacherConfig(path="adm-imagnet"))
+    with pytest.raises(TeacherError, match=r"nothing/here: no such file or folder, .* `dtpipe list teachers` shows$"):
+        load_teacher(TeacherConfig(path="./nothing/here"))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(TeacherError, match=r"notes.txt: no teacher family recognises this path"):
+        load_teacher(TeacherConfig(path=str(tmp_path / "notes.txt")))
 
 
 def test_fetched_once_and_recorded(server: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
