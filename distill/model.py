@@ -14,7 +14,7 @@ from dtpipe.distill.order import num_parts
 from dtpipe.distill.regressor import FeatureRegressor, TargetLevel
 from dtpipe.distill.student import Student, StudentSpec, build_student, check_strides
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec
 
 POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few models of timm leave them out of theirs
 
@@ -38,7 +38,7 @@ class Distiller(nn.Module):
 
 
 def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> tuple[LevelSpec, ...]:
-    """The levels to regress, finest first.
+    """The levels to regress, finest first; by default all but a latent teacher's own input.
 
     Raises: ConfigError when a wanted level is not stored.
     """
@@ -46,7 +46,8 @@ def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> 
     unknown = [name for name in wanted or () if name not in by_name]
     if unknown:
         raise ConfigError(f"distill.levels names {unknown}, the dataset has {sorted(by_name)}; choose among those")
-    return tuple(sorted((by_name[name] for name in wanted or by_name), key=lambda level: (level.stride, level.name)))
+    chosen = wanted or [name for name in by_name if not name.endswith(LATENT_SUFFIX)]
+    return tuple(sorted((by_name[name] for name in chosen), key=lambda level: (level.stride, level.name)))
 
 
 def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, int]:

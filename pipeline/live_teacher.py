@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dtpipe.distill.live import LiveSamples, LiveTeacher
 from dtpipe.extract.encode import encode_on_device, row_noise, stack_noise
+from dtpipe.extract.latents import StoredLatents, stack_latents
 from dtpipe.extract.synthesize import synthesize_on_device
 from dtpipe.extract.teachers.base import Teacher, load_teacher
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
@@ -35,13 +36,17 @@ class _Chunk:
     view: ViewSpec
     noise: Mapping[str, Tensor]
     """{stream: (size, 1, *shape)} on the host, zeros where the batch is padded."""
+    latents: Mapping[bool, Tensor]
+    """{flip: (size, C, h, w)} on the host where the dataset keeps latents, else empty."""
 
 
 class RecipeLive:
     """A `LiveTeacher` for the samples of one recipe; fresh draw n is the recipe's draw `num_stored` + n."""
 
-    def __init__(self, opened: RecipeTeacher, num_stored: int) -> None:
+    def __init__(self, opened: RecipeTeacher, num_stored: int, dataset: FeatureDataset | None = None) -> None:
+        """`dataset`: where latents may be kept, which save the teacher its VAE."""
         self.opened, self.num_stored = opened, num_stored
+        self.latents = None if dataset is None else StoredLatents.find(dataset, opened.teacher.spec, opened.recipe)
         self.makes_images = opened.recipe.synthesized
 
     def prepare(self, samples: LiveSamples) -> list[_Chunk]:
@@ -51,10 +56,11 @@ class RecipeLive:
         for idx in range(len(samples)):
             groups.setdefault(self._view(samples, idx), []).append(idx)
         return [
-            _Chunk(np.array(rows[start : start + size]), view, self._noise(samples, rows[start : start + size]))
-            for view, rows in groups.items()
-            for start in range(0, len(rows), size)
+            self._chunk(samples, rows[start : start + size], view) for view, rows in groups.items() for start in range(0, len(rows), size)
         ]
+
+    def _chunk(self, samples: LiveSamples, rows: Sequence[int], view: ViewSpec) -> _Chunk:
+        return _Chunk(np.array(rows), view, self._noise(samples, rows), self._latents(samples, rows, view.flip))
 
     def encode(self, images: Tensor, samples: LiveSamples, prepared: list[_Chunk]) -> tuple[Tensor, dict[str, Tensor]]:
         """As `LiveTeacher.encode`. Shapes: images (B, H, W, 3) uint8 -> the same, {level: (B, C, h, w)}."""
@@ -81,7 +87,8 @@ class RecipeLive:
             return synthesize_on_device(teacher, recipe, noise)
         padded = images.new_zeros((recipe.compute.batch_size, *images.shape[1:]))  # (size, H, W, 3)
         padded[: len(rows)] = images[rows]
-        return padded, encode_on_device(teacher, padded, noise, levels=recipe.levels, views=[chunk.view])
+        latents = {flip: each.to(images.device, non_blocking=True) for flip, each in chunk.latents.items()}
+        return padded, encode_on_device(teacher, padded, noise, latents, levels=recipe.levels, views=[chunk.view])
 
     def _view(self, samples: LiveSamples, idx: int) -> ViewSpec:
         """What the teacher is told of a sample besides its noise."""
@@ -93,8 +100,18 @@ class RecipeLive:
         image_px = (recipe.transform.height, recipe.transform.width)
         draws = [[ViewSpec(draw=self.num_stored + int(samples.fresh[idx]))] for idx in rows]
         noise = [row_noise(recipe.noise_seed, samples.keys[idx], draw, spec, image_px) for idx, draw in zip(rows, draws, strict=True)]
-        stacked = {stream: torch.from_numpy(each) for stream, each in stack_noise(noise, spec, recipe.compute.batch_size).items()}
-        return {stream: each.pin_memory() for stream, each in stacked.items()} if self.opened.device == "cuda" else stacked
+        return {stream: self._on_host(each) for stream, each in stack_noise(noise, spec, recipe.compute.batch_size).items()}
+
+    def _latents(self, samples: LiveSamples, rows: Sequence[int], flip: bool) -> dict[bool, Tensor]:
+        if self.latents is None or flip not in self.latents.view_of_flip:
+            return {}
+        found = self.latents.read([self.latents.dataset.row_of(samples.keys[idx]) for idx in rows], flip)
+        size = self.opened.recipe.compute.batch_size
+        return {flip: self._on_host(stack_latents([{flip: each} for each in found], size)[flip])}
+
+    def _on_host(self, values: NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self.opened.device == "cuda" else tensor
 
 
 class ConcatLive:
@@ -175,7 +192,9 @@ def open_live(given: Mapping[str, Any], source: FeatureSource, device: torch.dev
     datasets = [part for part in parts if isinstance(part, FeatureDataset)]
     assert len(datasets) == len(parts), "a live teacher needs datasets with a recipe"
     opened = _open_each(datasets, given, device)
-    live = [RecipeLive(each, 1 + max(view.draw for view in each.recipe.views)) for each in opened]
+    live = [
+        RecipeLive(each, 1 + max(view.draw for view in each.recipe.views), dataset) for each, dataset in zip(opened, datasets, strict=True)
+    ]
     if isinstance(source, JoinedDataset):
         return JoinedLive(source, live)
     return ConcatLive(source, live) if isinstance(source, ConcatDataset) else live[0]
