@@ -37,11 +37,15 @@ class TrainingInputs:
     """As `open_source`, without looking at the images and writing what was found."""
     extract: ExtractConfig | None = None
     """Set where there is no dataset."""
+    unread: tuple[str, ...] = ()
+    """Settings that name images while a dataset is given, which has its own."""
 
     def warnings(self) -> Iterator[str]:
         """What a user should know before the run begins, a line each."""
         if self.extract is not None and self.extract.noise.draws > 1:
             yield f"extract.noise.draws is {self.extract.noise.draws}, and live training stores none: each epoch has a draw of its own"
+        if self.unread:
+            yield f"{' and '.join(self.unread)} {'is' if len(self.unread) == 1 else 'are'} not read: the dataset that is given has images"
         yield from _kept_shards(self.config)
         if self.config.equivariant:
             from dtpipe.pipeline.flip_error import equivariant_warnings
@@ -66,8 +70,9 @@ def training_inputs(call: Call) -> TrainingInputs:
     document = call.document
     if (document.get("distill") or {}).get("datasets"):
         config: DistillConfig = call.settings("distill")
-        given = (document.get("extract") or {}).get("teacher") or {}
-        return TrainingInputs(config, open_data, _live(given) if config.reencode else None, open_data)
+        section = document.get("extract") or {}
+        unread = tuple(f"extract.{name}" for name in ("images", "num_samples") if section.get(name))
+        return TrainingInputs(config, open_data, _live(section.get("teacher") or {}) if config.reencode else None, open_data, unread=unread)
     return _without_dataset(call)
 
 

@@ -221,6 +221,11 @@ def test_a_run_of_before_new_settings_existed_goes_on(tmp_path, source):
         assert json.loads((tmp_path / "run" / "data.json").read_text())["samples"]["num"] == 19
 
 
+def test_no_dataset_is_refused_where_nothing_else_gives_the_data(tmp_path):
+    with pytest.raises(ConfigError, match=r"distill.datasets is empty"):
+        train(config(tmp_path))
+
+
 def test_a_damaged_record_is_said(tmp_path, source):
     url = write_dataset(tmp_path / "one", source)
     (tmp_path / "run").mkdir()

@@ -157,6 +157,12 @@ def test_what_cannot_be_trained_is_one_sentence(
     assert said in found
 
 
+def test_images_beside_a_dataset_are_said_not_to_be_read(extract: Extract, image_folder: Path, tmp_path: Path) -> None:
+    result = distill(extract("features"), "--images", image_folder, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "extract.images is not read: the dataset that is given has images" in result.stderr
+
+
 def test_equivariant_training_warns_once(extract: Extract, tmp_path: Path) -> None:
     url = extract("features")
     result = distill(url, "--equivariant", "--out", tmp_path / "run", "--json")
