@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dtpipe.distill.live import LiveSamples, LiveTeacher
 from dtpipe.extract.encode import encode_on_device, row_noise, stack_noise
@@ -26,6 +24,10 @@ from dtpipe.manifests.reader import FeatureDataset, FeatureSource
 from dtpipe.manifests.schema import ViewSpec
 from dtpipe.pipeline.live import RecipeTeacher, teacher_config
 from dtpipe.pipeline.live_source import LiveSource
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class RecipeLive:
 
     def encode(self, images: Tensor, samples: LiveSamples, prepared: list[_Chunk]) -> tuple[Tensor, dict[str, Tensor]]:
         """As `LiveTeacher.encode`. Shapes: images (B, H, W, 3) uint8 -> the same, {level: (B, C, h, w)}."""
+        import torch
+
         out: dict[str, Tensor] = {}
         height, width = self.opened.recipe.transform.height, self.opened.recipe.transform.width
         made = images.new_empty((len(samples), height, width, 3)) if self.makes_images else images
@@ -96,6 +100,8 @@ class RecipeLive:
         return ViewSpec(draw=0, timestep=view.timestep, flip=bool(samples.flip[idx]) and not self.makes_images)
 
     def _noise(self, samples: LiveSamples, rows: Sequence[int]) -> dict[str, Tensor]:
+        import torch
+
         recipe, spec = self.opened.recipe, self.opened.teacher.spec
         image_px = (recipe.transform.height, recipe.transform.width)
         draws = [[ViewSpec(draw=self.num_stored + int(samples.fresh[idx]))] for idx in rows]
@@ -131,6 +137,8 @@ class ConcatLive:
         self, images: Tensor, samples: LiveSamples, prepared: list[tuple[int, NDArray[np.int64], Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `LiveTeacher.encode`."""
+        import torch
+
         made: dict[str, Tensor] = {}
         for part, chosen, inner in prepared:
             rows = torch.from_numpy(chosen).to(images.device)
@@ -170,6 +178,8 @@ class JoinedLive:
         self, images: Tensor, samples: LiveSamples, prepared: list[tuple[int, LiveSamples, NDArray[np.int64], Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `LiveTeacher.encode`."""
+        import torch
+
         out: dict[str, Tensor] = {}
         for part, inner, chosen, given in prepared:
             rows = torch.from_numpy(chosen).to(images.device)
@@ -233,6 +243,8 @@ def _open_each(datasets: Sequence[FeatureDataset], given: Mapping[str, Any], dev
 @contextmanager
 def _exact_arithmetic(device: torch.device) -> Iterator[None]:
     """On a GPU, the arithmetic of extraction, whatever training has chosen for itself."""
+    import torch
+
     if device.type != "cuda":
         yield
         return
