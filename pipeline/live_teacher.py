@@ -100,7 +100,6 @@ class RecipeLive:
         return ViewSpec(draw=0, timestep=view.timestep, flip=bool(samples.flip[idx]) and not self.makes_images)
 
     def _noise(self, samples: LiveSamples, rows: Sequence[int]) -> dict[str, Tensor]:
-        import torch
 
         recipe, spec = self.opened.recipe, self.opened.teacher.spec
         image_px = (recipe.transform.height, recipe.transform.width)
