@@ -115,6 +115,8 @@ class RecipeLive:
         return {flip: self._on_host(stack_latents([{flip: each} for each in found], size)[flip])}
 
     def _on_host(self, values: NDArray[np.generic]) -> Tensor:
+        import torch
+
         tensor = torch.from_numpy(values)
         return tensor.pin_memory() if self.opened.device == "cuda" else tensor
 
