@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.regressor import FeatureRegressor, TargetLevel
-from dtpipe.distill.student import Student, StudentSpec, build_student, check_strides
+from dtpipe.distill.student import Student, StudentSpec, build_student, check_image_size, check_strides
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec
 
@@ -59,12 +59,14 @@ def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, i
 def build_distiller(config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int]) -> Distiller:
     """Student and regressor with initial weights from torch's global generator, which the caller seeds.
 
-    Raises: ConfigError when the student cannot be built, lacks a stride, or the micro-batch is too small for its norms.
+    Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the micro-batch is
+    too small for its norms.
     """
     targets = [TargetLevel(level.name, level.stride, level.channels, (level.height, level.width)) for level in levels]
     strides = [level.stride for level in levels]
     student = build_student(StudentSpec(config.student.name, min(strides), image_px), config.student.pretrained)
     check_strides(config.student.name, student, strides, [level.name for level in levels])
+    check_image_size(student)
     distiller = Distiller(student, FeatureRegressor(student.strides, student.channels, targets, config.regressor))
     _check_micro_batch(distiller, config)
     return distiller

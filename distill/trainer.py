@@ -226,7 +226,7 @@ def _result(trainer: Trainer, folder: RunFolder, resumed: int, seconds: float, n
         num_epochs=trainer.config.epochs,
         num_samples=len(trainer.stream.rows),
         resumed_step=resumed,
-        losses={name: value for name, value in last_line.items() if name.split("/")[0] in ("loss", "mse", "at")},
+        losses={name: value for name, value in last_line.items() if name.split("/")[0] in ("loss", *trainer.config.loss.weights)},
         seconds=seconds,
         throughput_img_s=num_images / seconds,
         shares=shares(trainer.watch.seconds),
