@@ -102,9 +102,21 @@ def _presets() -> Rows:
 
 
 def _students() -> Rows:
-    import timm
+    from dtpipe.distill.catalogue import stride_text, students
 
-    return dict.fromkeys(timm.list_models(), "")
+    return {name: stride_text(strides) for name, strides in students().items()}
+
+
+def _regressors() -> Rows:
+    from dtpipe.distill.regressor import REGRESSORS
+
+    return _texts(REGRESSORS)
+
+
+def _losses() -> Rows:
+    from dtpipe.distill.losses import LOSSES
+
+    return _texts(LOSSES)
 
 
 def _texts(registry: object) -> Rows:
@@ -127,6 +139,8 @@ _CATALOGUES: dict[str, Callable[[], Rows]] = {
     "codecs": _codecs,
     "tasks": _tasks,
     "presets": _presets,
+    "regressors": _regressors,
+    "losses": _losses,
     "students": _students,
 }
 KINDS = tuple(_CATALOGUES)

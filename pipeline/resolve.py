@@ -232,9 +232,9 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
         elif not (key in found and problem["type"] == "too_short"):  # an item was wrong; pydantic also counts it as absent
             found.setdefault(key, []).append(_problem_text(problem))
     parts = [f"{', '.join(missing)} must be given"] if missing else []
-    parts += [
-        " or ".join(dict.fromkeys(texts)) if key == section else f"{key}{' or '.join(dict.fromkeys(texts))}" for key, texts in found.items()
-    ]
+    for key, texts in found.items():
+        named = key == section or texts[0].startswith(f"{key}.")  # a check of several fields names them itself
+        parts.append(("" if named else key) + " or ".join(dict.fromkeys(texts)))
     return "; ".join(parts[:4])
 
 

@@ -121,6 +121,12 @@ def test_a_wrong_value_is_one_sentence(key: str, value: object, words: list[str]
     assert all(word in message for word in words), message
 
 
+def test_a_check_of_several_fields_names_each_once() -> None:
+    values = {"distill.datasets": ["a"], "distill.out": "r", "distill.loss.mse_weight": 0, "distill.loss.at_weight": 0}
+    with pytest.raises(ConfigError, match=r"^distill.loss.mse_weight, distill.loss.at_weight, .* are all 0;"):
+        validate(gather([], {}, values), "distill")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("a: [", "not valid YAML"), ("- 1\n- 2", "not a mapping"), ("extract: 5", "not a mapping"), ("extrakt:\n  out: a", "unknown key")],
