@@ -91,7 +91,7 @@ def synchronise_norms(model: Distiller, device: torch.device) -> Distiller:
     """
     if device.type != "cuda":
         raise ConfigError("distill.sync_bn needs GPUs; leave it out, or use distill.regressor.norm=group and a student without batch norm")
-    converted: Distiller = convert_sync_batchnorm(model)
+    converted: Distiller = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
 
 
