@@ -133,6 +133,11 @@ def _read_document(name: str) -> str:
     raise ConfigError(f"-c {name}: no such file, and no such preset; presets are {', '.join(preset_names())}")
 
 
+def first_line(name: str) -> str:
+    """What a preset says it is, in its first comment."""
+    return _read_document(name).partition("\n")[0].removeprefix("# ")
+
+
 def load_document(name: str) -> dict[str, Any]:
     """One settings document, from a file or a preset; every key in it is checked.
 
