@@ -116,8 +116,8 @@ def test_a_share_of_live_samples_leaves_the_others_as_stored_whatever_the_cut(ex
     same = 0
     for at, (_, levels) in stored.items():
         same += np.array_equal(levels["l2"], by_cut[0][at][1]["l2"])
-        for other in by_cut[1:]:  # one batch size of the teacher, padded: bit for bit
-            np.testing.assert_array_equal(other[at][1]["l2"], by_cut[0][at][1]["l2"])
+        for other in by_cut[1:]:  # float32 sums in another order: the teacher's batches are of other sizes
+            np.testing.assert_allclose(other[at][1]["l2"], by_cut[0][at][1]["l2"], rtol=1e-5, atol=1e-5)
             np.testing.assert_array_equal(other[at][0], by_cut[0][at][0])
     assert 2 < same < 14
 
