@@ -19,7 +19,7 @@ PAPER_WARMUP_SHARE = 0.2  # 20 of 100 epochs
 class StudentConfig(StrictModel):
     """The backbone that is trained."""
 
-    name: str = Field(default="resnet50", description="Any timm model with `features_only` and the levels' strides.")
+    name: str = Field(default="resnet50", description="A timm model; `dtpipe list students` says at which strides each gives levels.")
     pretrained: bool = Field(default=False, description="Start from timm's published weights instead of random ones.")
 
 
@@ -50,7 +50,8 @@ class LossConfig(StrictModel):
     @model_validator(mode="after")
     def _some_loss(self) -> LossConfig:
         if not any(self.weights.values()):
-            raise ValueError(f"all of distill.loss.{{{','.join(self.weights)}}}_weight are 0; nothing is left to train on")
+            names = ", ".join(f"distill.loss.{name}_weight" for name in self.weights)
+            raise ValueError(f"{names} are all 0; nothing is left to train on")
         return self
 
 

@@ -52,8 +52,10 @@ def attention_map(level: Tensor) -> Tensor:
     return F.normalize(level.float().square().sum(dim=1).flatten(1), dim=1)
 
 
-def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+def attention_transfer(student: Tensor, teacher: Tensor, _over: str = "none") -> Tensor:
     """Equation (2) for one level: L2 distance, not squared, of the attention maps of f_r and raw f_g; mean over B.
+
+    Both are taken as they are, whatever the whitening of the other losses.
 
     Shapes: student (B, Cs, H, W), teacher (B, Ct, H, W) -> scalar float32.
     Raises: ShapeError when the spatial sizes differ.
@@ -82,7 +84,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, over: str = "layer") -> Te
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
     "mse": regression_loss,
-    "at": lambda student, teacher, _over: attention_transfer(student, teacher),
+    "at": attention_transfer,
     "cosine": cosine_distance,
 }
 """Losses of one level, as functions of f_r, f_g and `whiten`; each has a weight `<name>_weight` in LossConfig."""

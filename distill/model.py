@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.order import num_parts
 from dtpipe.distill.regressor import FeatureRegressor, TargetLevel
-from dtpipe.distill.student import Student, StudentSpec, build_student, check_strides
+from dtpipe.distill.student import Student, StudentSpec, build_student, check_image_size, check_strides
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec
 
 POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few models of timm leave them out of theirs
 
@@ -38,7 +39,7 @@ class Distiller(nn.Module):
 
 
 def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> tuple[LevelSpec, ...]:
-    """The levels to regress, finest first.
+    """The levels to regress, finest first; by default all but a latent teacher's own input.
 
     Raises: ConfigError when a wanted level is not stored.
     """
@@ -46,7 +47,8 @@ def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> 
     unknown = [name for name in wanted or () if name not in by_name]
     if unknown:
         raise ConfigError(f"distill.levels names {unknown}, the dataset has {sorted(by_name)}; choose among those")
-    return tuple(sorted((by_name[name] for name in wanted or by_name), key=lambda level: (level.stride, level.name)))
+    chosen = wanted or [name for name in by_name if not name.endswith(LATENT_SUFFIX)]
+    return tuple(sorted((by_name[name] for name in chosen), key=lambda level: (level.stride, level.name)))
 
 
 def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, int]:
@@ -60,12 +62,14 @@ def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, i
 def build_distiller(config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1) -> Distiller:
     """Student and regressor with initial weights from torch's global generator, which the caller seeds.
 
-    Raises: ConfigError when the student cannot be built, lacks a stride, or the micro-batch is too small for its norms.
+    Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the micro-batch is
+    too small for its norms.
     """
     targets = [TargetLevel(level.name, level.stride, level.channels, (level.height, level.width)) for level in levels]
     strides = [level.stride for level in levels]
     student = build_student(StudentSpec(config.student.name, min(strides), image_px), config.student.pretrained)
     check_strides(config.student.name, student, strides, [level.name for level in levels])
+    check_image_size(student)
     distiller = Distiller(student, FeatureRegressor(student.strides, student.channels, targets, config.regressor))
     _check_parts(distiller, config, num_ranks)
     return distiller
@@ -82,11 +86,12 @@ def _check_parts(model: nn.Module, config: DistillConfig, num_ranks: int) -> Non
 def synchronise_norms(model: Distiller, device: torch.device) -> Distiller:
     """Batch norms whose statistics are those of the global micro-batch, over all ranks.
 
+    By timm's converter: torch's own drops the activation that timm keeps inside some batch norms.
     Raises: ConfigError on the CPU, where torch has none.
     """
     if device.type != "cuda":
         raise ConfigError("distill.sync_bn needs GPUs; leave it out, or use distill.regressor.norm=group and a student without batch norm")
-    converted: Distiller = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    converted: Distiller = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, openers: 
         raise MissingPackageError(f"Ray Train cannot be imported ({err}); pip install 'dtpipe[train]', or use torchrun") from err
     return TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), **openers},
+        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(Path.cwd()), **openers},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
         run_config=RunConfig(
@@ -82,6 +83,8 @@ def _worker(given: dict[str, Any]) -> None:
     folder = Path(config.out)
     if (folder / END).exists():
         return
+    with suppress(OSError):  # paths are relative to where the command was given, if this node has that folder
+        os.chdir(given["folder"])
     _use_device()
     stop = StopRequest()
     threading.Thread(target=_await_stop, args=(folder, stop), daemon=True).start()

@@ -155,6 +155,26 @@ def check_strides(name: str, student: Student, wanted: Sequence[int], levels: Se
     )
 
 
+def check_image_size(student: Student) -> None:
+    """Send one black image through, so that a size which the model cannot take is refused before training.
+
+    Raises: ConfigError naming the size and timm's own.
+    """
+    name, (height, width) = student.spec.name, student.spec.image_px
+    training = student.training
+    try:
+        with torch.no_grad():
+            student.eval()(torch.zeros(1, 3, height, width))
+    except (RuntimeError, AssertionError, ValueError) as err:
+        cfg = timm.get_pretrained_cfg(name)
+        own = f" (timm's own is {cfg.input_size[1]}x{cfg.input_size[2]})" if cfg else ""
+        raise ConfigError(
+            f"student {name} cannot take images of {height}x{width} px: {str(err) or type(err).__name__}; "
+            f"give another size as distill.student_px{own}, or choose another student"
+        ) from err
+    student.train(training)
+
+
 def spec_to_dict(spec: StudentSpec) -> dict[str, Any]:
     """Plain values for a checkpoint or an export."""
     return asdict(spec) | {"image_px": list(spec.image_px)}

@@ -104,8 +104,7 @@ class Trainer:
             self.model = synchronise_norms(self.model, device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        if self.ranks.size > 1:
-            freeze_unused(self.model, device)
+        freeze_unused(self.model, device)
         network: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
         self.network = self.ranks.wrap(network, device)
         self.ema = ModelEmaV3(self.model.student, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
@@ -288,7 +287,7 @@ def _result(trainer: Trainer, folder: RunFolder | None, resumed: int, seconds: f
         num_epochs=trainer.config.epochs,
         num_samples=trainer.stream.epoch_size,
         resumed_step=resumed,
-        losses={name: value for name, value in last_line.items() if name.split("/")[0] in ("loss", "mse", "at")},
+        losses={name: value for name, value in last_line.items() if name.split("/")[0] in ("loss", *trainer.config.loss.weights)},
         seconds=seconds,
         throughput_img_s=num_images / seconds,
         shares=shares(trainer.watch.seconds()),

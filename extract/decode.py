@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.extract.encode import RowNoise, row_noise
+from dtpipe.extract.latents import Latents, StoredLatents
 from dtpipe.extract.sources import Source
 from dtpipe.extract.teachers.base import TeacherSpec
 from dtpipe.extract.transforms import BadImage, decode_image, resize_image
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import DamagedDataError, InputError
 from dtpipe.manifests.listing import Listing
 from dtpipe.manifests.schema import IndexRow, Recipe
 
@@ -37,6 +38,7 @@ class PreparedRow:
     index: IndexRow
     image: NDArray[np.uint8] | None
     noise: RowNoise | None
+    latents: Latents | None = None
 
 
 class StageSeconds:
@@ -61,6 +63,8 @@ class RowReader:
     recipe: Recipe
     teacher: TeacherSpec
     max_pixels: int
+    latents: StoredLatents | None = None
+    """Where the source has them: the teacher starts from these."""
 
     def prepare(self, row: int, seconds: StageSeconds) -> PreparedRow:
         """One row; an image that cannot be decoded comes back as bad, with its reason.
@@ -80,8 +84,9 @@ class RowReader:
         except BadImage as err:
             return PreparedRow(IndexRow(**found, status=f"bad: {err}"), None, None)
         noise = row_noise(recipe.noise_seed, key, recipe.views, self.teacher, image_px)
+        latents = self._latents(row)
         seconds.add("decode", started_s)
-        return PreparedRow(IndexRow(**found), image, noise)
+        return PreparedRow(IndexRow(**found), image, noise, latents)
 
     def image(self, row: int) -> NDArray[np.uint8]:
         """The teacher's input of one row. Shapes: -> [H, W, 3] uint8.
@@ -89,6 +94,16 @@ class RowReader:
         Raises: BadImage; InputError when reading fails for a reason that may pass.
         """
         return resize_image(self._decode(row), self.recipe.transform)
+
+    def _latents(self, row: int) -> Latents | None:
+        """Raises: InputError when the dataset that has them is damaged there."""
+        if self.latents is None:
+            return None
+        try:
+            rows = [int(self.listing.uris[row])]
+            return {flip: self.latents.read(rows, flip)[0] for flip in {view.flip for view in self.recipe.views}}
+        except DamagedDataError as err:
+            raise InputError(str(err)) from err
 
     def _decode(self, row: int) -> NDArray[np.uint8]:
         return decode_image(self._read(self.listing.keys[row], self.listing.uris[row]), self.max_pixels)

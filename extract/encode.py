@@ -7,6 +7,7 @@ runs it, or whether its batch was full: short batches are padded to the recipe's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.teachers.base import Teacher, TeacherSpec
+from dtpipe.extract.teachers.base import LatentTeacher, Teacher, TeacherSpec
 from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.schema import ComputeRecipe, LevelSpec, Recipe, ViewSpec
 
@@ -55,33 +56,45 @@ def encode_batch(
     teacher: Teacher,
     images: NDArray[np.uint8],
     noise: Mapping[str, NDArray[np.float32]],
+    latents: Mapping[bool, NDArray[np.generic]] | None = None,
     *,
     levels: Sequence[LevelSpec],
     views: Sequence[ViewSpec],
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    """Features of one batch, all views.
+    """Features of one batch, all views; from `latents` of the images where there are any.
 
-    Shapes: images [B, H, W, 3] uint8, noise {stream: [B, K, *shape]} -> {level: (B, V, C, h, w)} on the device.
+    Shapes: images [B, H, W, 3] uint8, noise {stream: [B, K, *shape]}, latents {flip: [B, C, h, w]} -> {level: (B, V, C, h, w)} on
+    the device.
     Raises: ShapeError when the teacher's features are not what the recipe says.
     """
     on_device = {stream: torch.from_numpy(each).to(device) for stream, each in noise.items()}
-    return encode_on_device(teacher, torch.from_numpy(images).to(device), on_device, levels=levels, views=views)
+    start = {flip: torch.from_numpy(each).to(device) for flip, each in (latents or {}).items()}
+    return encode_on_device(teacher, torch.from_numpy(images).to(device), on_device, start, levels=levels, views=views)
 
 
 def encode_on_device(
-    teacher: Teacher, images: Tensor, noise: Mapping[str, Tensor], *, levels: Sequence[LevelSpec], views: Sequence[ViewSpec]
+    teacher: Teacher,
+    images: Tensor,
+    noise: Mapping[str, Tensor],
+    latents: Mapping[bool, Tensor] | None = None,
+    *,
+    levels: Sequence[LevelSpec],
+    views: Sequence[ViewSpec],
 ) -> dict[str, Tensor]:
     """As `encode_batch`, of tensors that are on the device already.
 
-    Shapes: images (B, H, W, 3) uint8, noise {stream: (B, K, *shape)} -> {level: (B, V, C, h, w)}.
+    Shapes: images (B, H, W, 3) uint8, noise {stream: (B, K, *shape)}, latents {flip: (B, C, h, w)} -> {level: (B, V, C, h, w)}.
     """
     draws = distinct_draws(views)
     draw_of_view = torch.tensor([draws.index(view.draw) for view in views], device=images.device)
     pixels = images.permute(0, 3, 1, 2)  # (B, 3, H, W)
     with torch.inference_mode():
         view_noise = {stream: each.index_select(1, draw_of_view) for stream, each in noise.items()}
-        features = teacher.encode(pixels.float() / 127.5 - 1.0, view_noise, views)
+        if latents:
+            features = cast("LatentTeacher", teacher).encode_from_latents(latents, view_noise, views)
+        else:
+            features = teacher.encode(pixels.float() / 127.5 - 1.0, view_noise, views)
     level_of_tap = {level.tap: level.name for level in teacher.spec.levels}
     encoded = {level.name: features[level_of_tap[level.tap]] for level in levels}
     for level in levels:

@@ -22,8 +22,10 @@ from dtpipe.extract.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.decode import BatchQueue, PreparedRow, RowReader, StageSeconds
 from dtpipe.extract.encode import configure_torch, encode_batch, stack_noise
+from dtpipe.extract.latents import StoredLatents, stack_latents
 from dtpipe.extract.precision import float32_error
 from dtpipe.extract.progress import BadSample
+from dtpipe.extract.sources.features import FeaturesSource
 from dtpipe.extract.sources.synthesized import open_images
 from dtpipe.extract.synthesize import synthesize_batch
 from dtpipe.extract.teachers.base import Teacher, load_teacher
@@ -125,9 +127,9 @@ class ShardWorker:
         self.teacher = teacher if teacher is not None else load_teacher(context.teacher, context.device)
         check_weights(self.teacher, self.recipe, context.teacher.path)
         source = open_images(context.images, context.num_samples, context.source_kind)
-        self.reader = RowReader(
-            source, read_listing(self.store, self.plan.listing_blake3), self.recipe, self.teacher.spec, context.max_pixels
-        )
+        listing = read_listing(self.store, self.plan.listing_blake3)
+        latents = StoredLatents.find(source.dataset, self.teacher.spec, self.recipe) if isinstance(source, FeaturesSource) else None
+        self.reader = RowReader(source, listing, self.recipe, self.teacher.spec, context.max_pixels, latents)
         self.num_encoded = 0  # rows through the teacher since start; read by progress
         self._pool = ThreadPoolExecutor(context.decode_threads, thread_name_prefix="decode")
         self._teacher_turn = threading.Lock()
@@ -197,7 +199,8 @@ class ShardWorker:
                 images[idx] = row.image
         coded = CodedBatch(rows, images[: len(batch)])
         if any(row.image is not None for row in batch):
-            features = encode_batch(self.teacher, images, noise, levels=recipe.levels, views=recipe.views, device=device)
+            latents = stack_latents([row.latents for row in batch], size)
+            features = encode_batch(self.teacher, images, noise, latents, levels=recipe.levels, views=recipe.views, device=device)
             coded.start(features, dtypes)
         return coded
 

@@ -116,7 +116,7 @@ class ConcatDataset:
 
     def __init__(self, parts: Sequence[FeatureDataset]) -> None:
         """Raises: ConfigError naming what differs, or the keys that are in two datasets."""
-        _refuse_differences(parts, ("transform", "teacher", "views", "levels", "codec", "images"))
+        _refuse_differences(parts, ("transform", "teacher", "views", "levels", "codec", "images"), ", or join them with --join")
         _refuse_shared_keys(parts)
         self.parts, first = tuple(parts), parts[0]
         self._starts = np.cumsum([0, *(part.num_rows for part in parts)])
@@ -216,7 +216,7 @@ def _free_name(name: str, taken: Mapping[str, LevelSpec]) -> str:
     return free[0]
 
 
-def _refuse_differences(parts: Sequence[FeatureDataset], fields: Sequence[str]) -> None:
+def _refuse_differences(parts: Sequence[FeatureDataset], fields: Sequence[str], otherwise: str = "") -> None:
     if not parts:
         raise ConfigError("no dataset was given; name at least one")
     first = parts[0].recipe.model_dump(mode="json", include=set(fields))
@@ -224,7 +224,9 @@ def _refuse_differences(parts: Sequence[FeatureDataset], fields: Sequence[str]) 
         changes = recipe_changes(first, part.recipe.model_dump(mode="json", include=set(fields)))
         if changes:
             named = "; ".join(f"{name}: {one!r} and {other!r}" for name, one, other in changes[:5])
-            raise ConfigError(f"{parts[0].url} and {part.url} do not fit ({named}); extract one of them again with equal settings")
+            raise ConfigError(
+                f"{parts[0].url} and {part.url} do not fit ({named}); extract one of them again with equal settings{otherwise}"
+            )
 
 
 def _refuse_other_keys(parts: Sequence[FeatureDataset]) -> None:

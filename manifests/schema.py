@@ -14,6 +14,7 @@ FORMAT: Final = "dtpipe-features/1"
 FLOAT32_ERROR: Final = "float32_error"  # in provenance: by level, how far low precision is from float32
 MEASURED_SHARD: Final = 0  # whose entry holds it
 SYNTHESIZED: Final = "synthesized"  # source kind of images that the teacher makes itself
+LATENT_SUFFIX: Final = ".latent"  # of the level that holds a latent teacher's own input, which no student regresses
 IMAGE = "image"  # name of the array that holds the stored images
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="blake3, 64 hexadecimal digits.")]

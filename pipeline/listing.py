@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.pipeline.console import format_bytes
-from dtpipe.pipeline.resolve import load_document, preset_names
+from dtpipe.pipeline.resolve import first_line, preset_names
 
 if TYPE_CHECKING:
     from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind
@@ -98,13 +98,25 @@ def _tasks() -> Rows:
 
 
 def _presets() -> Rows:
-    return {name: f"settings for {', '.join(load_document(name))}" for name in preset_names()}
+    return {name: first_line(name) for name in preset_names()}
 
 
 def _students() -> Rows:
-    import timm
+    from dtpipe.distill.catalogue import stride_text, students
 
-    return dict.fromkeys(timm.list_models(), "")
+    return {name: stride_text(strides) for name, strides in students().items()}
+
+
+def _regressors() -> Rows:
+    from dtpipe.distill.regressor import REGRESSORS
+
+    return _texts(REGRESSORS)
+
+
+def _losses() -> Rows:
+    from dtpipe.distill.losses import LOSSES
+
+    return _texts(LOSSES)
 
 
 def _texts(registry: object) -> Rows:
@@ -127,6 +139,8 @@ _CATALOGUES: dict[str, Callable[[], Rows]] = {
     "codecs": _codecs,
     "tasks": _tasks,
     "presets": _presets,
+    "regressors": _regressors,
+    "losses": _losses,
     "students": _students,
 }
 KINDS = tuple(_CATALOGUES)

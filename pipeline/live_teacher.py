@@ -1,6 +1,6 @@
 """Teachers as training asks for them (`distill.live`): fresh noise draws of the samples of one dataset or of several.
 
-What is encoded live equals what `extract` would store for the same draw: the same noise, views, batch size and padding.
+What is encoded live is what `extract` would store for the same draw, but for the last bits that batches of another size round.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from dtpipe.distill.batch import flip_where
 from dtpipe.distill.live import LiveSamples, LiveTeacher
 from dtpipe.extract.encode import encode_on_device, row_noise, stack_noise
+from dtpipe.extract.latents import StoredLatents
 from dtpipe.extract.synthesize import synthesize_on_device
 from dtpipe.extract.teachers.base import Teacher, load_teacher
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
@@ -26,75 +26,105 @@ from dtpipe.manifests.schema import ViewSpec
 from dtpipe.pipeline.live import RecipeTeacher, teacher_config
 from dtpipe.pipeline.live_source import LiveSource
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Samples of one timestep and flip that go through the teacher at once."""
+    """Samples of one timestep that go through the teacher at once."""
 
     rows: NDArray[np.int64]
-    view: ViewSpec
+    timestep: int | None
     noise: Mapping[str, Tensor]
-    """{stream: (size, 1, *shape)} on the host, zeros where the batch is padded."""
+    """{stream: (n, 1, *shape)} on the host."""
+    latents: Tensor | None
+    """(n, C, h, w) on the host where the dataset keeps latents."""
 
 
 class RecipeLive:
-    """A `LiveTeacher` for the samples of one recipe; fresh draw n is the recipe's draw `num_stored` + n."""
+    """A `LiveTeacher` for the samples of one recipe; fresh draw n is the recipe's draw `num_stored` + n.
 
-    def __init__(self, opened: RecipeTeacher, num_stored: int) -> None:
+    Flipped samples go with the others: their images are flipped before the teacher sees them. Batches are at most the recipe's
+    and are not padded, so features of a sample may differ in their last bits with the company that it has.
+    """
+
+    def __init__(self, opened: RecipeTeacher, num_stored: int, dataset: FeatureDataset | None = None) -> None:
+        """`dataset`: where latents may be kept, which save the teacher its VAE."""
         self.opened, self.num_stored = opened, num_stored
+        self.latents = None if dataset is None else StoredLatents.find(dataset, opened.teacher.spec, opened.recipe)
         self.makes_images = opened.recipe.synthesized
 
     def prepare(self, samples: LiveSamples) -> list[_Chunk]:
         """Draw the noise, in batches of the recipe's size."""
         size = self.opened.recipe.compute.batch_size
-        groups: dict[ViewSpec, list[int]] = {}
-        for idx in range(len(samples)):
-            groups.setdefault(self._view(samples, idx), []).append(idx)
+        groups: dict[int | None, list[int]] = {}
+        for idx, view in enumerate(samples.views):
+            groups.setdefault(self.opened.recipe.views[view].timestep, []).append(idx)
         return [
-            _Chunk(np.array(rows[start : start + size]), view, self._noise(samples, rows[start : start + size]))
-            for view, rows in groups.items()
+            self._chunk(samples, rows[start : start + size], timestep)
+            for timestep, rows in groups.items()
             for start in range(0, len(rows), size)
         ]
 
+    def _chunk(self, samples: LiveSamples, rows: Sequence[int], timestep: int | None) -> _Chunk:
+        return _Chunk(np.array(rows), timestep, self._noise(samples, rows), self._latents(samples, rows))
+
     def encode(self, images: Tensor, samples: LiveSamples, prepared: list[_Chunk]) -> tuple[Tensor, dict[str, Tensor]]:
         """As `LiveTeacher.encode`. Shapes: images (B, H, W, 3) uint8 -> the same, {level: (B, C, h, w)}."""
+        import torch
+
         out: dict[str, Tensor] = {}
         height, width = self.opened.recipe.transform.height, self.opened.recipe.transform.width
         made = images.new_empty((len(samples), height, width, 3)) if self.makes_images else images
         with _exact_arithmetic(images.device):
             for chunk in prepared:
                 rows = torch.from_numpy(chunk.rows).to(images.device)
-                pixels, levels = self._encode_chunk(images, rows, chunk)
+                pixels, levels = self._encode_chunk(images, samples, chunk)
                 if self.makes_images:
-                    made[rows] = pixels[: len(rows)]
+                    made[rows] = pixels
                 for name, features in levels.items():
                     whole = out.setdefault(
                         name, torch.empty((len(samples), *features.shape[2:]), dtype=features.dtype, device=images.device)
                     )
-                    whole[rows] = features[: len(rows), 0]
+                    whole[rows] = features[:, 0]
         return made, out
 
-    def _encode_chunk(self, images: Tensor, rows: Tensor, chunk: _Chunk) -> tuple[Tensor, dict[str, Tensor]]:
+    def _encode_chunk(self, images: Tensor, samples: LiveSamples, chunk: _Chunk) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (n, H, W, 3) as the teacher saw or made them, {level: (n, 1, C, h, w)}."""
+        import torch
+
         recipe, teacher = self.opened.recipe, self.opened.teacher
         noise = {stream: each.to(images.device, non_blocking=True) for stream, each in chunk.noise.items()}
         if recipe.synthesized:
             return synthesize_on_device(teacher, recipe, noise)
-        padded = images.new_zeros((recipe.compute.batch_size, *images.shape[1:]))  # (size, H, W, 3)
-        padded[: len(rows)] = images[rows]
-        return padded, encode_on_device(teacher, padded, noise, levels=recipe.levels, views=[chunk.view])
-
-    def _view(self, samples: LiveSamples, idx: int) -> ViewSpec:
-        """What the teacher is told of a sample besides its noise."""
-        view = self.opened.recipe.views[samples.views[idx]]
-        return ViewSpec(draw=0, timestep=view.timestep, flip=bool(samples.flip[idx]) and not self.makes_images)
+        flip = torch.from_numpy(samples.flip[chunk.rows]).to(images.device)
+        seen = flip_where(images[torch.from_numpy(chunk.rows).to(images.device)], flip)
+        view = ViewSpec(draw=0, timestep=chunk.timestep)  # of the flipped image where `flip` says so
+        latents = None if chunk.latents is None else {False: chunk.latents.to(images.device, non_blocking=True)}
+        return seen, encode_on_device(teacher, seen, noise, latents, levels=recipe.levels, views=[view])
 
     def _noise(self, samples: LiveSamples, rows: Sequence[int]) -> dict[str, Tensor]:
         recipe, spec = self.opened.recipe, self.opened.teacher.spec
         image_px = (recipe.transform.height, recipe.transform.width)
         draws = [[ViewSpec(draw=self.num_stored + int(samples.fresh[idx]))] for idx in rows]
         noise = [row_noise(recipe.noise_seed, samples.keys[idx], draw, spec, image_px) for idx, draw in zip(rows, draws, strict=True)]
-        stacked = {stream: torch.from_numpy(each) for stream, each in stack_noise(noise, spec, recipe.compute.batch_size).items()}
-        return {stream: each.pin_memory() for stream, each in stacked.items()} if self.opened.device == "cuda" else stacked
+        return {stream: self._on_host(each) for stream, each in stack_noise(noise, spec, len(rows)).items()}
+
+    def _latents(self, samples: LiveSamples, rows: Sequence[int]) -> Tensor | None:
+        """Of each image, or of its mirror image; None where one of them is not kept."""
+        stored = self.latents
+        if stored is None or not {bool(samples.flip[idx]) for idx in rows} <= stored.view_of_flip.keys():
+            return None
+        found = [stored.read([stored.dataset.row_of(samples.keys[idx])], bool(samples.flip[idx]))[0] for idx in rows]
+        return self._on_host(np.stack(found))
+
+    def _on_host(self, values: NDArray[np.generic]) -> Tensor:
+        import torch
+
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self.opened.device == "cuda" else tensor
 
 
 class ConcatLive:
@@ -114,6 +144,8 @@ class ConcatLive:
         self, images: Tensor, samples: LiveSamples, prepared: list[tuple[int, NDArray[np.int64], Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `LiveTeacher.encode`."""
+        import torch
+
         made: dict[str, Tensor] = {}
         for part, chosen, inner in prepared:
             rows = torch.from_numpy(chosen).to(images.device)
@@ -153,6 +185,8 @@ class JoinedLive:
         self, images: Tensor, samples: LiveSamples, prepared: list[tuple[int, LiveSamples, NDArray[np.int64], Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `LiveTeacher.encode`."""
+        import torch
+
         out: dict[str, Tensor] = {}
         for part, inner, chosen, given in prepared:
             rows = torch.from_numpy(chosen).to(images.device)
@@ -175,7 +209,9 @@ def open_live(given: Mapping[str, Any], source: FeatureSource, device: torch.dev
     datasets = [part for part in parts if isinstance(part, FeatureDataset)]
     assert len(datasets) == len(parts), "a live teacher needs datasets with a recipe"
     opened = _open_each(datasets, given, device)
-    live = [RecipeLive(each, 1 + max(view.draw for view in each.recipe.views)) for each in opened]
+    live = [
+        RecipeLive(each, 1 + max(view.draw for view in each.recipe.views), dataset) for each, dataset in zip(opened, datasets, strict=True)
+    ]
     if isinstance(source, JoinedDataset):
         return JoinedLive(source, live)
     return ConcatLive(source, live) if isinstance(source, ConcatDataset) else live[0]
@@ -214,6 +250,8 @@ def _open_each(datasets: Sequence[FeatureDataset], given: Mapping[str, Any], dev
 @contextmanager
 def _exact_arithmetic(device: torch.device) -> Iterator[None]:
     """On a GPU, the arithmetic of extraction, whatever training has chosen for itself."""
+    import torch
+
     if device.type != "cuda":
         yield
         return

@@ -222,7 +222,8 @@ def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]
         provenance = dataset.plan.provenance
         shown.append(
             {
-                "url": url,
+                "title": f"Dataset {url}",
+                "settings": "settings of the extraction",
                 "facts": _dataset_facts(dataset.plan, dataset.manifest),
                 "command": provenance.get("command"),
                 "config": yaml.safe_dump({"extract": provenance.get("config")}, sort_keys=False),
@@ -259,8 +260,9 @@ def _live_data(run: Path) -> list[dict[str, Any]]:
         "views": "; ".join(view_name(view).replace("draw 0", "a new draw in each epoch") for view in views),
         "samples": f"{record['samples']['num']} in use, of {record['listing']['num']} listed",
     }
-    url = extract.get("images") or "none: the teacher makes the images"
-    return [{"url": url, "facts": facts, "command": None, "config": yaml.safe_dump({"extract": extract}, sort_keys=False)}]
+    title = f"Images {extract['images']}, encoded live" if extract.get("images") else "Images that the teacher made while training"
+    shown = {"title": title, "settings": "settings of images and teacher", "facts": facts, "command": None}
+    return [{**shown, "config": yaml.safe_dump({"extract": extract}, sort_keys=False)}]
 
 
 def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:

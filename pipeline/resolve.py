@@ -133,6 +133,11 @@ def _read_document(name: str) -> str:
     raise ConfigError(f"-c {name}: no such file, and no such preset; presets are {', '.join(preset_names())}")
 
 
+def first_line(name: str) -> str:
+    """What a preset says it is, in its first comment."""
+    return _read_document(name).partition("\n")[0].removeprefix("# ")
+
+
 def load_document(name: str) -> dict[str, Any]:
     """One settings document, from a file or a preset; every key in it is checked.
 
@@ -232,9 +237,9 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
         elif not (key in found and problem["type"] == "too_short"):  # an item was wrong; pydantic also counts it as absent
             found.setdefault(key, []).append(_problem_text(problem))
     parts = [f"{', '.join(missing)} must be given"] if missing else []
-    parts += [
-        " or ".join(dict.fromkeys(texts)) if key == section else f"{key}{' or '.join(dict.fromkeys(texts))}" for key, texts in found.items()
-    ]
+    for key, texts in found.items():
+        named = key == section or texts[0].startswith(f"{key}.")  # a check of several fields names them itself
+        parts.append(("" if named else key) + " or ".join(dict.fromkeys(texts)))
     return "; ".join(parts[:4])
 
 

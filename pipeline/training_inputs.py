@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.pipeline.console import ProgressLine
 from dtpipe.pipeline.options import Call
 from dtpipe.pipeline.resolve import validate
 
@@ -35,6 +37,8 @@ class TrainingInputs:
     """As `open_source`, without looking at the images and writing what was found."""
     extract: ExtractConfig | None = None
     """Set where there is no dataset."""
+    unread: tuple[str, ...] = ()
+    """Settings that name images while a dataset is given, which has its own."""
 
     @property
     def open_again(self) -> OpenSource:
@@ -47,10 +51,23 @@ class TrainingInputs:
         """What a user should know before the run begins, a line each."""
         if self.extract is not None and self.extract.noise.draws > 1:
             yield f"extract.noise.draws is {self.extract.noise.draws}, and live training stores none: each epoch has a draw of its own"
+        if self.unread:
+            yield f"{' and '.join(self.unread)} {'is' if len(self.unread) == 1 else 'are'} not read: the dataset that is given has images"
+        yield from _kept_shards(self.config)
         if self.config.equivariant:
             from dtpipe.pipeline.flip_error import equivariant_warnings
 
             yield from equivariant_warnings(self.config.datasets)
+
+
+def _kept_shards(config: DistillConfig) -> Iterator[str]:
+    """That a run goes on with the shards it began with, whatever has been committed since."""
+    from dtpipe.distill.data_record import read_record, recorded_shards
+
+    record = read_record(Path(config.out))
+    for idx, url in enumerate(config.datasets):
+        if shards := recorded_shards(record, idx):
+            yield f"{config.out} began when {url} was unfinished, and keeps to its {len(shards)} shard{'s'[: len(shards) > 1]} of then"
 
 
 def training_inputs(call: Call) -> TrainingInputs:
@@ -60,8 +77,9 @@ def training_inputs(call: Call) -> TrainingInputs:
     document = call.document
     if (document.get("distill") or {}).get("datasets"):
         config: DistillConfig = call.settings("distill")
-        given = (document.get("extract") or {}).get("teacher") or {}
-        return TrainingInputs(config, open_data, _live(given) if config.reencode else None, open_data)
+        section = document.get("extract") or {}
+        unread = tuple(f"extract.{name}" for name in ("images", "num_samples") if section.get(name))
+        return TrainingInputs(config, open_data, _live(section.get("teacher") or {}) if config.reencode else None, open_data, unread=unread)
     return _without_dataset(call)
 
 
@@ -85,8 +103,7 @@ def _without_dataset(call: Call) -> TrainingInputs:
     config: DistillConfig = validate({"distill": {**section, "reencode": 1.0}}, "distill", call.names)
     extract: ExtractConfig = validate({"extract": {**extract_section, "out": config.out}}, "extract", call.names)
     _refuse_dataset_settings(config)
-    on_checked = partial(_show_checked, call)
-    opened = partial(open_live_data, extract, on_checked, True)
+    opened = partial(open_live_data, extract, CheckedImages(), True)
     return TrainingInputs(config, opened, _live({}), partial(open_live_data, extract, None, False), extract)
 
 
@@ -102,15 +119,21 @@ def _live(given: Mapping[str, Any]) -> OpenLive:
     return partial(open_live, given)
 
 
-def _show_checked(call: Call, done: int, total: int, bad: Sequence[BadSample]) -> None:
-    """Progress of looking at the images, and at the end the bad ones with their reasons."""
-    call.console.note(f"distill: looked at {done}/{total} images, {len(bad)} bad")
-    if done < total:
-        return
-    for each in bad[:NUM_BAD_SHOWN]:
-        call.console.note(f"  bad: {each.key}: {each.reason}")
-    if len(bad) > NUM_BAD_SHOWN:
-        call.console.note(f"  and {len(bad) - NUM_BAD_SHOWN} more, all in checked_images.json of the run folder")
+class CheckedImages:
+    """Shows how far the look at the images is, and at its end the bad ones with their reasons."""
+
+    def __init__(self) -> None:
+        self._line = ProgressLine("images")
+
+    def __call__(self, done: int, total: int, bad: Sequence[BadSample]) -> None:
+        self._line.update(done, total, f"looked at, {len(bad)} bad")
+        if done < total:
+            return
+        for each in bad[:NUM_BAD_SHOWN]:
+            self._line.event(f"bad: {each.key}: {each.reason}")
+        if len(bad) > NUM_BAD_SHOWN:
+            self._line.event(f"and {len(bad) - NUM_BAD_SHOWN} more bad ones")
+        self._line.__exit__(None, None, None)
 
 
 def recorded_inputs(run_config: DistillConfig, extract_section: Mapping[str, Any]) -> TrainingInputs:

@@ -73,6 +73,19 @@ class Teacher(Protocol):
         ...
 
 
+class LatentTeacher(Teacher, Protocol):
+    """A teacher that works on latents of images, which can be kept and given to it in place of the images."""
+
+    def encode_from_latents(
+        self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]
+    ) -> dict[str, Tensor]:
+        """What `encode` gives for images whose latents, by flip, were kept.
+
+        Shapes: {flip: (B, C, h, w)}; noise[stream] (B, V, *shape) -> {level: (B, V, C, h', w')}.
+        """
+        ...
+
+
 def makes_no_images(kind: str) -> TeacherError:
     """What `synthesize` of a teacher raises that only encodes."""
     return TeacherError(f"a {kind} teacher encodes images and makes none; give --images instead of --num-samples")

@@ -30,7 +30,7 @@ from dtpipe.extract.teachers.sd_text import TextEmbedding, embed_prompt, read_em
 from dtpipe.extract.teachers.weights import weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
-from dtpipe.manifests.schema import StrictModel, ViewSpec
+from dtpipe.manifests.schema import LATENT_SUFFIX, StrictModel, ViewSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 KIND = "stable_diffusion"
 FORWARD, POSTERIOR = "forward", "vae"  # noise streams: of q(x_T | x_0), and of the VAE's posterior
+VAE = "vae"  # what stands for a tap where a level is the VAE's posterior
 FINEST_STRIDE = 4  # of the levels that a student is taught
 
 
@@ -53,6 +54,12 @@ class StableDiffusionOptions(StrictModel):
     latent: Literal["mean", "sampled"] = Field(default="mean", description="The VAE's posterior's mean, or a sample of it by noise draw.")
     vae_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Arithmetic of the VAE where the teacher's dtype is not float32; float16 may overflow in it."
+    )
+
+    keep_latents: bool = Field(
+        default=False,
+        description="Store the VAE's moments too, in float16, from which features are then computed: more draws, other timesteps and "
+        "live encoding skip the VAE.",
     )
 
     @model_validator(mode="after")
@@ -72,7 +79,7 @@ class StableDiffusionTeacher:
         schedule: Schedule,
         spec: TeacherSpec,
         files: PipelineFiles,
-        latent: Literal["mean", "sampled"],
+        options: StableDiffusionOptions,
     ) -> None:
         from dtpipe.extract.teachers.taps import TapReader
 
@@ -80,10 +87,11 @@ class StableDiffusionTeacher:
         self._vae = vae
         self._unet = unet
         self._schedule = schedule
-        self._latent = latent
+        self._latent = options.latent
+        self._keep = options.keep_latents
         self._total_stride = files.latent_stride * _unet_stride(unet)
         self._scaling = float(files.vae.arguments.get("scaling_factor", 0.18215))
-        self._reader = TapReader(unet, {level.name: level.tap for level in spec.levels})
+        self._reader = TapReader(unet, {level.name: level.tap for level in spec.levels if level.tap != VAE})
 
     def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
         """Decoder features of noised latents, one denoising call per view, stopped after the last tap.
@@ -97,7 +105,8 @@ class StableDiffusionTeacher:
     def encode_latents(self, images: Tensor, views: Sequence[ViewSpec]) -> dict[bool, Tensor]:
         """The VAE's posterior, which no noise changes: mean and log variance of the images, and flipped if views ask for that.
 
-        Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {flip: (B, 2 * 4, H/8, W/8)} float32.
+        Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {flip: (B, 2 * 4, H/8, W/8)} float32,
+        or float16 where latents are kept.
         Raises: ShapeError when the sides are no multiple of the total stride.
         """
         height, width = images.shape[-2:]
@@ -107,7 +116,8 @@ class StableDiffusionTeacher:
                 f"set extract.transform.px"
             )
         with arithmetic(images.device, "float32"):
-            return {flip: self._vae(images.flip(-1) if flip else images).float() for flip in {view.flip for view in views}}
+            moments = {flip: self._vae(images.flip(-1) if flip else images).float() for flip in {view.flip for view in views}}
+        return {flip: each.half() if self._keep else each for flip, each in moments.items()}
 
     def encode_from_latents(
         self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]
@@ -126,7 +136,13 @@ class StableDiffusionTeacher:
                 noisy = q_sample(self._schedule, latents, _timestep(view), noise[FORWARD][:, view_idx])
                 for name, level in self._levels(noisy, _timestep(view)).items():
                     encoded[name].append(level)
+                if self._keep:
+                    encoded[self._kept_level].append(moments[view.flip])
         return {name: torch.stack(levels, dim=1) for name, levels in encoded.items()}
+
+    @property
+    def _kept_level(self) -> str:
+        return next(level.name for level in self.spec.levels if level.tap == VAE)
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises: TeacherError; the paper's diffusion teachers encode."""
@@ -187,7 +203,7 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
     }
     set_text(unet, text.values.to(device))
     spec = _spec(files, options, levels, digests)
-    return StableDiffusionTeacher(vae, unet, alphas_cumprod(files.scheduler), spec, files, options.latent)
+    return StableDiffusionTeacher(vae, unet, alphas_cumprod(files.scheduler), spec, files, options)
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: str) -> str:
@@ -217,12 +233,13 @@ def _text(files: PipelineFiles, options: StableDiffusionOptions) -> TextEmbeddin
 
 def _spec(files: PipelineFiles, options: StableDiffusionOptions, levels: Mapping[str, TapSpec], digests: Mapping[str, str]) -> TeacherSpec:
     latent = (files.latent_channels, -files.latent_stride, -files.latent_stride)
+    taps = [*levels.values(), *([_latent_level(files)] if options.keep_latents else [])]
     networks = {"unet": files.unet.arguments, "vae": files.vae.arguments}
     return TeacherSpec(
         kind=KIND,
         weights_blake3=blake3_hex(canonical_json(digests)),
         image_px=files.image_px,
-        levels=tuple(levels.values()),
+        levels=tuple(taps),
         num_timesteps=int(files.scheduler["num_train_timesteps"]),
         student_scale=_student_scale(files),
         noise_shapes={FORWARD: latent} | ({POSTERIOR: latent} if options.latent == "sampled" else {}),
@@ -233,6 +250,12 @@ def _spec(files: PipelineFiles, options: StableDiffusionOptions, levels: Mapping
             **options.model_dump(mode="json", exclude={"text_embedding"}),
         },
     )
+
+
+def _latent_level(files: PipelineFiles) -> TapSpec:
+    """The posterior's moments as a level."""
+    stride = files.latent_stride
+    return TapSpec(f"l{stride.bit_length() - 1}{LATENT_SUFFIX}", stride, 2 * files.latent_channels, VAE)
 
 
 def _levels_of(unet: Any, files: PipelineFiles, taps: Mapping[str, str] | None) -> dict[str, TapSpec]:

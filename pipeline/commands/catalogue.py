@@ -7,7 +7,7 @@ import click
 from dtpipe.pipeline.console import Console
 from dtpipe.pipeline.listing import KINDS, catalogue, published_teachers, teacher_options
 
-HELP = """Name the teachers, sources, codecs, tasks, presets and students there are.
+HELP = """Name the teachers, sources, codecs, tasks, presets, regressors, losses and students there are.
 
 \b
 Example:
@@ -29,13 +29,14 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
     found = catalogue(kind, match)
     for name, rows in found.items():
         console.result(f"{name}:")
+        width = max(16, *map(len, rows)) if rows else 0
         for entry, text in rows.items():
-            console.result(f"  {entry:<16} {text}".rstrip())
+            console.result(f"  {entry:<{width}} {text}".rstrip())
     if kind == "teachers":
         _print_options(console, match)
         _print_published(console, match)
     if kind is None:
-        console.result("students: any timm model that gives features; `dtpipe list students` names them")
+        console.result("students: timm's models; `dtpipe list students` names them and says at which strides each gives levels")
     console.document({**found, "published": [each.to_json() for each in published_teachers(match)]} if kind == "teachers" else found)
 
 

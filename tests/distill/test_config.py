@@ -40,7 +40,7 @@ def test_linear_scaling_of_the_learning_rate_is_opt_in():
         ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs is 5 of 5"),
         ({"warmup_epochs": 1, "warmup_steps": 1}, "both set"),
         ({"batch_size": 4, "micro_batch": 8}, "micro_batch 8 is larger"),
-        ({"loss": {"mse_weight": 0, "at_weight": 0}}, "all of distill.loss.*are 0"),
+        ({"loss": {"mse_weight": 0, "at_weight": 0}}, "distill.loss.cosine_weight are all 0"),
         ({"min_lr": 1.0}, "above the peak"),
         ({"learning_rate": 1.0}, "learning_rate"),
     ],

@@ -88,10 +88,11 @@ def test_what_a_worker_finds_wrong_is_said_once_and_not_tried_again(ray, config,
 
 
 def test_sigterm_to_the_command_saves_and_stops_all_workers(config):
+    """Its paths are relative to where it is given; workers begin elsewhere."""
     settings = Path(config.out).with_name("run.yaml")
     settings.write_text(json.dumps({"distill": changed(config, epochs=2000, train_workers=2).model_dump(mode="json")}))
-    command = [Path(sys.executable).with_name("dtpipe"), "distill", "-c", settings, *config.datasets]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [Path(sys.executable).with_name("dtpipe"), "distill", "-c", settings.name, Path(config.datasets[0]).name]
+    process = subprocess.Popen(command, cwd=settings.parent, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 300
     while not (Path(config.out) / "metrics.jsonl").exists():
         assert process.poll() is None, process.stderr.read()

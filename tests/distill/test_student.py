@@ -61,6 +61,15 @@ def test_missing_strides_are_refused_listing_what_the_model_has(tmp_path):
         build_distiller(tiny_config(tmp_path, student={"name": "efficientvit_m0"}), levels[1:], (64, 64))
 
 
+def test_a_size_that_the_model_cannot_take_is_refused_before_training(tmp_path):
+    config = tiny_config(tmp_path, student={"name": "test_vit"})
+    with pytest.raises(ConfigError, match=r"patches of 16 px, which do not divide its images of 40x47 px; .*\[32,48\]"):
+        build_distiller(config, [level_spec("l2", 4, 4)], (40, 47))
+    config = tiny_config(tmp_path, student={"name": "convit_tiny"})
+    with pytest.raises(ConfigError, match=r"convit_tiny cannot take images of 64x96 px: .*timm's own is 224x224"):
+        build_distiller(config, [level_spec("l2", 4, 4)], (64, 96))
+
+
 def test_levels_are_chosen_by_name_and_ordered_by_stride():
     stored = [level_spec("l4", 16, 4), level_spec("l2", 4, 4), level_spec("l4.b", 16, 4)]
     assert [level.name for level in choose_levels(stored, None)] == ["l2", "l4", "l4.b"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 
 from dtpipe.distill.config import LossConfig
 from dtpipe.distill.datasets import OpenedData
@@ -14,12 +15,14 @@ from dtpipe.distill.model import build_distiller
 from dtpipe.distill.order import StreamPosition
 from dtpipe.distill.pyramid import SimplePyramid
 from dtpipe.distill.regressor import REGRESSORS
+from dtpipe.distill.run_folder import read_metrics
 from dtpipe.distill.student import StudentSpec, build_student
 from dtpipe.distill.trainer import Trainer
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec
 
 from .conftest import tiny_config
+from .test_trainer import train_on
 
 HEIGHT, WIDTH = 64, 96
 FOUR = tuple(
@@ -44,6 +47,18 @@ def test_each_student_serves_four_levels_of_an_oblong_image_and_is_trained_whole
     assert (model.regressor.pyramid is not None) == (name in PLAIN)
     sum(level.square().mean() for level in regressed.values()).backward()
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "regnetx_002", "test_vit"])
+def test_batch_norms_are_synchronised_by_timms_function(name, tmp_path):
+    """torch's own drops the activation that timm's batch norms hold, without a word; where nothing is shared, no number changes."""
+    model = build_distiller(tiny_config(tmp_path, student={"name": name}), FOUR, (HEIGHT, WIDTH)).train()
+    images = torch.randn(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    before = model(images)
+    synced = convert_sync_batchnorm(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in synced.modules())
+    for key, level in synced(images).items():
+        torch.testing.assert_close(level, before[key], rtol=0, atol=0)
 
 
 def test_the_pyramid_doubles_by_one_matrix_per_cell_and_halves_by_the_largest_value():
@@ -104,6 +119,14 @@ def test_each_loss_trains(tmp_path, data: OpenedData, on, whiten):
     weights = {f"{name}_weight": float(name in on) for name in LossConfig().weights}
     losses = losses_of(tiny_config(tmp_path, loss={**weights, "whiten": whiten}), data)
     assert losses[-1] < 0.97 * losses[0]
+
+
+def test_metrics_and_result_name_the_losses_that_are_on(tmp_path, data: OpenedData):
+    config = tiny_config(tmp_path, epochs=1, loss={"mse_weight": 1, "at_weight": 0, "cosine_weight": 1})
+    result = train_on(data, config)
+    wanted = {"loss", "mse", "cosine", *(f"{name}/{level}" for name in ("mse", "cosine") for level in ("l2", "l3", "l4"))}
+    assert set(result.losses) == wanted
+    assert {name for name in read_metrics(tmp_path)[-1] if name.partition("/")[0] in ("loss", *LOSSES)} == wanted
 
 
 def losses_of(config, data: OpenedData) -> list[float]:

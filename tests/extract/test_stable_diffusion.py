@@ -16,7 +16,10 @@ from safetensors.torch import save_file
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.latents import StoredLatents
+from dtpipe.extract.resolve import make_recipe
 from dtpipe.extract.run import run_extraction
+from dtpipe.extract.teachers import stable_diffusion
 from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.extract.teachers.stable_diffusion import StableDiffusionTeacher, load_stable_diffusion
 from dtpipe.manifests.errors import ConfigError, MissingPackageError, ShapeError, TeacherError
@@ -241,6 +244,63 @@ def test_a_dataset_has_the_papers_levels_for_a_student_of_half_the_size(folder, 
     for name, level in again.items():
         stored = np.stack([[dataset.read_level(name, row, view) for view in range(2)] for row in range(8)])
         np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)
+
+
+class NoVae(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the VAE ran")
+
+
+def test_kept_latents_give_other_timesteps_and_draws_without_the_vae(folder, make_config, tmp_path, monkeypatch):
+    """As extracted from the source itself, but for what rounds otherwise: the VAE's tensors lie in memory in another layout."""
+    teacher = {"path": str(folder), "options": {"keep_latents": True, "latent": "sampled"}}
+    first = make_config(teacher=teacher, noise={"timesteps": [50], "flips": True}, shard={"samples": 8})
+    kept = FeatureDataset.open(run_extraction(first).url)
+    assert [(level.name, level.channels, level.dtype) for level in kept.levels][-1] == ("l2.latent", 8, "float16")
+    other = {"teacher": teacher, "noise": {"timesteps": [150, 20], "draws": 2, "flips": True}, "shard": {"samples": 8}}
+    direct = FeatureDataset.open(run_extraction(make_config(**other, out=str(tmp_path / "direct"))).url)
+    with monkeypatch.context() as patched:
+        patched.setattr(stable_diffusion, "_vae_encoder", lambda files: _without_vae(files))
+        patched.setattr(stable_diffusion, "_load", _load_but_vae)
+        again = FeatureDataset.open(run_extraction(make_config(**other, out=str(tmp_path / "again"), images=kept.url)).url)
+    assert again.recipe.source.kind == "features"
+    assert sorted(again.keys) == sorted(direct.keys) == sorted(kept.keys)
+    for key in direct.keys:
+        rows = [dataset.row_of(key) for dataset in (direct, again)]
+        np.testing.assert_array_equal(direct.read_image(rows[0]), again.read_image(rows[1]))
+        for level in direct.levels:
+            for idx in range(len(direct.views)):
+                expected, found = direct.read_level(level.name, rows[0], idx), again.read_level(level.name, rows[1], idx)
+                np.testing.assert_allclose(found, expected, rtol=0, atol=2**-10 * np.abs(expected).max())
+
+
+def _without_vae(files: object) -> torch.nn.Module:
+    return NoVae()
+
+
+def _load_but_vae(network: torch.nn.Module, tensors: object, where: Path, device: str) -> str:
+    if not isinstance(network, NoVae):
+        stable_diffusion.assign_weights(network, tensors, where, device)
+    return stable_diffusion.weights_digest(tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reads"),
+    [
+        ({}, True),
+        ({"noise": {"timesteps": [50], "flips": True}}, False),  # flipped latents were not kept
+        ({"teacher": {"options": {}}}, False),  # features of unrounded latents are wanted
+        ({"teacher": {"options": {"keep_latents": True, "prompt": "cat"}}}, False),  # another teacher, by its digest
+    ],
+)
+def test_kept_latents_are_read_only_where_they_are_what_the_vae_would_give(folder, make_config, tmp_path, changes, reads):
+    kept = make_config(teacher={"path": str(folder), "options": {"keep_latents": True}}, noise={"timesteps": [50]}, shard={"samples": 8})
+    dataset = FeatureDataset.open(run_extraction(kept).url)
+    options = changes.get("teacher", {}).get("options", {"keep_latents": True})
+    config = make_config(teacher={"path": str(folder), "options": options}, noise=changes.get("noise", {"timesteps": [150]}))
+    spec = load_teacher(config.teacher).spec
+    found = StoredLatents.find(dataset, spec, make_recipe(config, spec, "features", "cpu"))
+    assert (found is not None) == reads
 
 
 # Precision

@@ -71,7 +71,7 @@ def test_unknown_command_is_one_line_with_a_near_match() -> None:
         (["extract"], 2, ["--out (extract.out), --teacher (extract.teacher.path) must be given"]),
         (["extract", "--imagess", "a"], 2, ["--imagess"]),
         (["extract", "-s", "extract.noise.step=3"], 2, ["unknown key", "extract.noise.timesteps"]),
-        (["extract", "-c", "imagenett"], 2, ["no such preset", "imagenet"]),
+        (["extract", "-c", "imagenett"], 2, ["no such preset", "imagenet_r50"]),
         (["extract", "--images", "nowhere", "--teacher", "TEACHER", "--out", "OUT", "--inline"], 3, ["nowhere"]),
         (["extract", "--images", "EMPTY", "--teacher", "TEACHER", "--out", "OUT", "--inline"], 3, ["EMPTY"]),
         (["extract", "--images", "IMAGES", "--teacher", "IMAGES", "--out", "OUT", "--inline"], 3, ["IMAGES"]),

@@ -16,8 +16,7 @@ from dtpipe.pipeline.listing import KINDS, catalogue, published_teachers
 def test_every_name_has_a_sentence(kind: str) -> None:
     names = catalogue(kind)[kind]
     assert names
-    if kind != "students":
-        assert all(text for text in names.values())
+    assert all(text for text in names.values())
 
 
 def test_published_teachers_say_what_one_image_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +29,13 @@ def test_published_teachers_say_what_one_image_takes(tmp_path: Path, monkeypatch
     path.parent.mkdir(parents=True)
     path.touch()
     assert published_teachers("adm-imagenet")[0].cached
+
+
+def test_list_students_says_which_levels_each_can_serve() -> None:
+    text = CliRunner().invoke(main, ["list", "students", "--match", "*vit_*m0*"]).stdout
+    assert "efficientvit_m0  strides 16, 32, 64; not for levels of stride 4, 8" in text
+    text = CliRunner().invoke(main, ["list", "students", "--match", "vit_tiny_patch16_224"]).stdout
+    assert "stride 16; a simple pyramid makes 4, 8, 16, 32" in text
 
 
 def test_every_published_teacher_is_complete() -> None:

@@ -16,10 +16,8 @@ from dtpipe.pipeline.resolve import (
     dump,
     gather,
     load_document,
-    merge,
     model_keys,
     parse_sets,
-    preset_names,
     section_model,
     validate,
 )
@@ -121,6 +119,12 @@ def test_a_wrong_value_is_one_sentence(key: str, value: object, words: list[str]
     assert all(word in message for word in words), message
 
 
+def test_a_check_of_several_fields_names_each_once() -> None:
+    values = {"distill.datasets": ["a"], "distill.out": "r", "distill.loss.mse_weight": 0, "distill.loss.at_weight": 0}
+    with pytest.raises(ConfigError, match=r"^distill.loss.mse_weight, distill.loss.at_weight, .* are all 0;"):
+        validate(gather([], {}, values), "distill")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("a: [", "not valid YAML"), ("- 1\n- 2", "not a mapping"), ("extract: 5", "not a mapping"), ("extrakt:\n  out: a", "unknown key")],
@@ -136,14 +140,6 @@ def test_a_missing_file_lists_presets() -> None:
     with pytest.raises(ConfigError, match="no such file, and no such preset") as caught:
         load_document("imagenett")
     assert "imagenet" in str(caught.value)
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_every_preset_is_valid_settings(name: str) -> None:
-    document = merge(load_document(name), {"extract": {"images": "a", "out": "b"}})
-    document["extract"].setdefault("teacher", {})["path"] = "c"
-    validate(document, "extract")
-    validate(merge(document, {"distill": {"datasets": ["b"], "out": "r"}}), "distill")
 
 
 def test_dumped_settings_read_back_equal(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""Latents that a dataset keeps beside its features, so that more draws, other timesteps and live encoding skip the VAE.
+
+They lie in it as a level of their own, `l2.latent`, rounded to float16. A teacher that keeps latents computes from the
+rounded ones, so features are the same whether its VAE ran or the latents were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.extract.teachers.base import TeacherSpec
+from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec, Recipe
+
+Latents = Mapping[bool, NDArray[np.generic]]
+"""Moments of the posterior by flip, {flip: [C, h, w]} of one sample or {flip: [B, C, h, w]} of several."""
+KEEP_LATENTS = "keep_latents"  # the option of a teacher that can read them
+
+
+@dataclass(frozen=True)
+class StoredLatents:
+    """The latents of one dataset, for a teacher that can start from them."""
+
+    dataset: FeatureDataset
+    level: LevelSpec
+    view_of_flip: Mapping[bool, int]
+
+    @classmethod
+    def find(cls, dataset: FeatureDataset, spec: TeacherSpec, recipe: Recipe) -> StoredLatents | None:
+        """Those that the VAE of this teacher made of images of the same size, for all flips that `recipe` has; None without."""
+        made = dataset.recipe
+        level = next((each for each in made.levels if each.name.endswith(LATENT_SUFFIX)), None)
+        flips = {view.flip: idx for idx, view in reversed(list(enumerate(made.views)))}
+        same = (
+            spec.options.get(KEEP_LATENTS)
+            and made.teacher.weights_blake3 == spec.weights_blake3
+            and made.teacher.options.get("vae_dtype") == spec.options.get("vae_dtype")
+            and made.compute.dtype == recipe.compute.dtype
+            and (made.transform.height, made.transform.width) == (recipe.transform.height, recipe.transform.width)
+        )
+        if level is None or not same or not {view.flip for view in recipe.views} <= flips.keys():
+            return None
+        return cls(dataset, level, flips)
+
+    def read(self, rows: Sequence[int], flip: bool) -> NDArray[np.generic]:
+        """Moments of the posterior of images, or of their mirror images, by row of the dataset. Shapes: -> [B, C, h, w].
+
+        Raises: DamagedDataError as the reader does.
+        """
+        name = self.level.name
+        return self.dataset.read_batch(rows, (name,), [self.view_of_flip[flip]] * len(rows), images=False)[1][name]
+
+
+def stack_latents(latents: Sequence[Latents | None], batch_size: int) -> dict[bool, NDArray[np.generic]]:
+    """Latents of a batch, zeros for bad rows and for padding; empty when no row has any.
+
+    Shapes: per row {flip: [C, h, w]} -> {flip: [batch_size, C, h, w]}.
+    """
+    present = next((each for each in latents if each is not None), {})
+    stacked = {flip: np.zeros((batch_size, *values.shape), values.dtype) for flip, values in present.items()}
+    for idx, each in enumerate(latents):
+        for flip, values in (each or {}).items():
+            stacked[flip][idx] = values
+    return stacked
