@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dtpipe.extract.teachers.diffusion import EncodingOptions
+from dtpipe.extract.teachers.diffusion import PixelOptions
 from dtpipe.manifests.errors import ConfigError, TeacherError
 
 Shapes = Mapping[str, tuple[int, ...]]
 GROUPS = 32  # of every group norm
 
 
-class AdmOptions(EncodingOptions):
+class AdmOptions(PixelOptions):
     """Flags that the network was trained with, by their names in guided-diffusion, and how images are encoded."""
 
     num_head_channels: int | None = Field(default=None, ge=1, description="Channels per attention head.")

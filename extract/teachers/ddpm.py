@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dtpipe.extract.teachers.base import TeacherKind, parse_options, register_teacher
 from dtpipe.extract.teachers.diffusers_files import UNetFiles, find_unet, is_unet_path, modern_names
-from dtpipe.extract.teachers.diffusion import DiffusionTeacher, EncodingOptions, LoadedUNet, make_teacher
+from dtpipe.extract.teachers.diffusion import DiffusionTeacher, LoadedUNet, PixelOptions, make_teacher
 from dtpipe.extract.teachers.weights import load_strictly, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dtpipe.extract.config import TeacherConfig
 
 
-class DdpmOptions(EncodingOptions):
+class DdpmOptions(PixelOptions):
     """Options of kind `ddpm`."""
 
     class_label: int | None = Field(

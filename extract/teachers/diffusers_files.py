@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtpipe.extract.teachers.encoding import PREDICTIONS
 from dtpipe.extract.teachers.hub import HUB_ID, download
 from dtpipe.extract.teachers.weights import read_json
 from dtpipe.manifests.errors import TeacherError
@@ -153,8 +154,8 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
     if config.get("rescale_betas_zero_snr"):
         raise TeacherError(f"{found[0]}: rescale_betas_zero_snr is set; that schedule is not supported")
     kept = _SCHEDULE_DEFAULTS | {name: config[name] for name in _SCHEDULE_KEYS if name in config}
-    if kept["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
-        raise TeacherError(f"{found[0]}: prediction_type is {kept['prediction_type']!r}; epsilon, v_prediction and sample are known")
+    if kept["prediction_type"] not in PREDICTIONS:
+        raise TeacherError(f"{found[0]}: prediction_type is {kept['prediction_type']!r}; {', '.join(PREDICTIONS)} are known")
     return kept
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.diffusers_files import VP_SCHEDULERS, modern_name, weights_file
+from dtpipe.extract.teachers.encoding import PREDICTIONS
 from dtpipe.extract.teachers.hub import download
 from dtpipe.extract.teachers.weights import read_json, read_weights, why_unreadable
 from dtpipe.manifests.errors import TeacherError
@@ -52,6 +53,8 @@ class PipelineFiles:
     vae: Component
     scheduler: Mapping[str, Any]
     """The betas that the U-Net was trained with."""
+    prediction: str
+    """What its output is, one of `PREDICTIONS`; only DDIM inversion asks."""
 
     @property
     def latent_stride(self) -> int:
@@ -91,7 +94,7 @@ def find_pipeline(path: str, revision: str | None = None) -> PipelineFiles:
     vae = _component(root / "vae", AutoencoderKL)
     _check_unet(unet)
     _check_vae(vae, unet)
-    return PipelineFiles(root, unet, vae, _betas(root / "scheduler" / "scheduler_config.json"))
+    return PipelineFiles(root, unet, vae, *_schedule(root / "scheduler" / "scheduler_config.json"))
 
 
 def build(kind: str, component: Component) -> Any:
@@ -218,10 +221,14 @@ def _check_vae(vae: Component, unet: Component) -> None:
         raise TeacherError(f"{where}: has no block_out_channels; download or export the teacher again")
 
 
-def _betas(path: Path) -> dict[str, Any]:
+def _schedule(path: Path) -> tuple[dict[str, Any], str]:
+    """Betas, and what the network predicts."""
     config = read_json(path)
     if config.get("_class_name") not in SCHEDULERS:
         raise TeacherError(f"{path}: scheduler {config.get('_class_name')} is not known to name the betas of a Stable Diffusion")
     if config.get("rescale_betas_zero_snr"):
         raise TeacherError(f"{path}: rescale_betas_zero_snr is set; that schedule is not supported")
-    return {name: config.get(name, default) for name, default in _BETAS.items()}
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise TeacherError(f"{path}: prediction_type is {prediction!r}; {', '.join(PREDICTIONS)} are known")
+    return {name: config.get(name, default) for name, default in _BETAS.items()}, prediction

@@ -1,14 +1,16 @@
 """Latent diffusion: Stable Diffusion 1 and 2 as diffusers writes them, kind `stable_diffusion`.
 
-The image goes through the VAE's encoder, its latent is noised to timestep T, and ONE denoising call under a constant
-text gives the decoder's levels. The finest of them has 8 image px per cell, so the student's image is by default half
-as large as the teacher's: strides 8, 16, 32, 64 of the one are 4, 8, 16, 32 of the other.
+The image goes through the VAE's encoder, its latent is noised, or carried by DDIM inversion, to timestep T, and ONE
+denoising call under a constant text gives the decoder's levels. The finest of them has 8 image px per cell, so the
+student's image is by default half as large as the teacher's: strides 8, 16, 32, 64 of the one are 4, 8, 16, 32 of the
+other.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,12 +27,22 @@ from dtpipe.extract.teachers.base import (
     register_teacher,
 )
 from dtpipe.extract.teachers.ddim import Schedule, alphas_cumprod, q_sample
+from dtpipe.extract.teachers.encoding import (
+    FORWARD,
+    EncodingOptions,
+    check_views,
+    levels_by_inversion,
+    mean_levels,
+    predicted_noise,
+    timestep_of,
+)
 from dtpipe.extract.teachers.sd_files import PipelineFiles, assign_weights, build, find_pipeline, is_pipeline_path, open_weights
+from dtpipe.extract.teachers.sd_levels import VAE, latent_level, levels_of, student_scale, unet_stride
 from dtpipe.extract.teachers.sd_text import TextEmbedding, embed_prompt, read_embedding
 from dtpipe.extract.teachers.weights import weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
-from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
-from dtpipe.manifests.schema import LATENT_SUFFIX, StrictModel, ViewSpec
+from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.schema import ViewSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,13 +50,11 @@ if TYPE_CHECKING:
     from dtpipe.extract.config import TeacherConfig
 
 KIND = "stable_diffusion"
-FORWARD, POSTERIOR = "forward", "vae"  # noise streams: of q(x_T | x_0), and of the VAE's posterior
-VAE = "vae"  # what stands for a tap where a level is the VAE's posterior
-FINEST_STRIDE = 4  # of the levels that a student is taught
+POSTERIOR = "vae"  # the noise stream of the VAE's posterior
 
 
-class StableDiffusionOptions(StrictModel):
-    """Settings of this family."""
+class StableDiffusionOptions(EncodingOptions):
+    """Settings of this family, and how images are encoded."""
 
     prompt: str = Field(default="", description="The text that all images are encoded under.")
     text_embedding: str | None = Field(
@@ -86,18 +96,19 @@ class StableDiffusionTeacher:
         self.spec = spec
         self._vae = vae
         self._unet = unet
-        self._schedule = schedule
-        self._latent = options.latent
+        self.schedule = schedule
+        self._options = options
         self._keep = options.keep_latents
-        self._total_stride = files.latent_stride * _unet_stride(unet)
+        self._prediction = files.prediction
+        self._total_stride = files.latent_stride * unet_stride(unet)
         self._scaling = float(files.vae.arguments.get("scaling_factor", 0.18215))
         self._reader = TapReader(unet, {level.name: level.tap for level in spec.levels if level.tap != VAE})
 
     def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
-        """Decoder features of noised latents, one denoising call per view, stopped after the last tap.
+        """Decoder features of latents at each view's timestep, the last denoising call stopped after the last tap.
 
-        Shapes: images (B, 3, H, W) float32 in [-1, 1]; noise[stream] (B, V, 4, H/8, W/8) -> {level: (B, V, C, h, w)},
-        float32, or float16 where the teacher runs in it.
+        Shapes: images (B, 3, H, W) float32 in [-1, 1]; noise[stream] (B, V, 4, H/8, W/8), or (B, V, m, 4, H/8, W/8) for an ensemble of
+        m -> {level: (B, V, C, h, w)}, float32, or float16 where the teacher runs in it.
         Raises: ShapeError when the sides are no multiple of the total stride; ConfigError for an unknown timestep.
         """
         return self.encode_from_latents(self.encode_latents(images, views), noise, views)
@@ -129,16 +140,11 @@ class StableDiffusionTeacher:
         import torch
 
         self._check(moments, noise, views)
-        encoded: dict[str, list[Tensor]] = {level.name: [] for level in self.spec.levels}
-        with arithmetic(noise[FORWARD].device, "float32"):  # lower precision is in the U-Net itself
-            for view_idx, view in enumerate(views):
-                latents = self._latents(moments[view.flip], noise, view_idx)
-                noisy = q_sample(self._schedule, latents, _timestep(view), noise[FORWARD][:, view_idx])
-                for name, level in self._levels(noisy, _timestep(view)).items():
-                    encoded[name].append(level)
-                if self._keep:
-                    encoded[self._kept_level].append(moments[view.flip])
-        return {name: torch.stack(levels, dim=1) for name, levels in encoded.items()}
+        with arithmetic(moments[views[0].flip].device, "float32"):  # lower precision is in the U-Net itself
+            by_view = self._by_inversion(moments, noise, views) if self._options.inverts else self._by_noise(moments, noise, views)
+            if self._keep:
+                by_view = [levels | {self._kept_level: moments[view.flip]} for levels, view in zip(by_view, views, strict=True)]
+            return {level.name: torch.stack([levels[level.name] for levels in by_view], dim=1) for level in self.spec.levels}
 
     @property
     def _kept_level(self) -> str:
@@ -148,33 +154,61 @@ class StableDiffusionTeacher:
         """Raises: TeacherError; the paper's diffusion teachers encode."""
         raise makes_no_images(self.spec.kind)
 
-    def _latents(self, moments: Tensor, noise: Mapping[str, Tensor], view_idx: int) -> Tensor:
+    def predict_noise(self, noisy: Tensor, timestep: int) -> Tensor:
+        """As `Denoiser.predict_noise`. Shapes: (B, 4, h, w) -> the same, float32."""
+        return predicted_noise(self._call(noisy, timestep)[0].float(), noisy, float(self.schedule[timestep]), self._prediction)
+
+    def read_levels(self, noisy: Tensor, timestep: int) -> dict[str, Tensor]:
+        """As `Denoiser.read_levels`, in float32, or float16 where the teacher runs in it."""
+        return {name: storable(level) for name, level in self._reader.read(lambda: self._call(noisy, timestep)).items()}
+
+    def _call(self, noisy: Tensor, timestep: int) -> Any:
+        import torch
+
+        if self._options.channels_last:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        return self._unet(noisy, timestep, encoder_hidden_states=None, return_dict=False)
+
+    def _by_noise(self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> list[dict[str, Tensor]]:
+        """Levels of each view, the mean over its draws; each member of an ensemble has its own sample of the posterior (as in DIFT)."""
+        by_view = []
+        for view_idx, view in enumerate(views):
+            draws, timestep = self._members(noise[FORWARD], view_idx), timestep_of(view)
+            latents = [self._latents(moments[view.flip], noise, view_idx, member) for member in range(len(draws))]
+            noisy = (q_sample(self.schedule, latent, timestep, draw) for latent, draw in zip(latents, draws, strict=True))
+            by_view.append(mean_levels(self.read_levels(each, timestep) for each in noisy))
+        return by_view
+
+    def _by_inversion(
+        self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]
+    ) -> list[dict[str, Tensor]]:
+        """Levels of each view; views of one latent share a trajectory."""
+        starts = [
+            ((view.flip, view.draw if POSTERIOR in noise else None), partial(self._latents, moments[view.flip], noise, view_idx))
+            for view_idx, view in enumerate(views)
+        ]
+        return levels_by_inversion(self, self._options, views, starts)
+
+    def _members(self, noise: Tensor, view_idx: int) -> tuple[Tensor, ...]:
+        """One draw per member. Shapes: (B, V, m, 4, h, w), or without m -> m of (B, 4, h, w)."""
+        return (noise[:, view_idx],) if self._options.ensemble == 1 else noise[:, view_idx].unbind(1)
+
+    def _latents(self, moments: Tensor, noise: Mapping[str, Tensor], view_idx: int, member: int = 0) -> Tensor:
         """Shapes: (B, 2 * 4, h, w) -> (B, 4, h, w). Source: Rombach et al., arXiv 2112.10752, section 3.1 and appendix G."""
         mean, log_variance = moments.float().chunk(2, dim=1)
-        if self._latent == "mean":
+        if self._options.latent == "mean":
             return self._scaling * mean
         deviation = log_variance.clamp(-30, 20).mul(0.5).exp()  # the bounds of the original's posterior
-        return self._scaling * (mean + deviation * noise[POSTERIOR][:, view_idx])
-
-    def _levels(self, noisy: Tensor, timestep: int) -> dict[str, Tensor]:
-        levels = self._reader.read(lambda: self._unet(noisy, timestep, encoder_hidden_states=None, return_dict=False))
-        return {name: storable(level) for name, level in levels.items()}
+        return self._scaling * (mean + deviation * self._members(noise[POSTERIOR], view_idx)[member])
 
     def _check(self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> None:
         batch, channels, height, width = moments[views[0].flip].shape
-        wanted = (batch, len(views), channels // 2, height, width)
+        wanted = (batch, len(views), *self._options.members((channels // 2, height, width)))
         for stream in self.spec.noise_shapes:
             found = tuple(noise[stream].shape) if stream in noise else None
             if found != wanted:
                 raise ShapeError(f"noise[{stream!r}] is {found}, latents and views ask for {wanted}")
-        if late := [view.timestep for view in views if _timestep(view) >= len(self._schedule)]:
-            raise ConfigError(f"timestep {late[0]} is beyond this teacher's {len(self._schedule)} (0..{len(self._schedule) - 1}); lower it")
-
-
-def _timestep(view: ViewSpec) -> int:
-    if view.timestep is None:
-        raise ConfigError("a diffusion teacher needs a timestep in every view; set extract.noise.timesteps")
-    return view.timestep
+        check_views(views, len(self.schedule), self._options, draws_differ=POSTERIOR in self.spec.noise_shapes)
 
 
 def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableDiffusionTeacher:
@@ -190,7 +224,7 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
     options = parse_options(config, StableDiffusionOptions)
     files = find_pipeline(config.path, config.revision)
     unet, vae = build("UNet2DConditionModel", files.unet), _vae_encoder(files)
-    levels = _levels_of(unet, files, config.taps)
+    levels = levels_of(unet, files, config.taps)
     text = _text(files, options)
     if config.dtype != "float32":
         compute_in(unet, getattr(torch, config.dtype))
@@ -202,6 +236,8 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
         "vae": _load(vae, open_weights(files.vae.weights, _encodes), files.vae.weights, device),
     }
     set_text(unet, text.values.to(device))
+    if options.channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
     spec = _spec(files, options, levels, digests)
     return StableDiffusionTeacher(vae, unet, alphas_cumprod(files.scheduler), spec, files, options)
 
@@ -232,8 +268,8 @@ def _text(files: PipelineFiles, options: StableDiffusionOptions) -> TextEmbeddin
 
 
 def _spec(files: PipelineFiles, options: StableDiffusionOptions, levels: Mapping[str, TapSpec], digests: Mapping[str, str]) -> TeacherSpec:
-    latent = (files.latent_channels, -files.latent_stride, -files.latent_stride)
-    taps = [*levels.values(), *([_latent_level(files)] if options.keep_latents else [])]
+    latent = options.members((files.latent_channels, -files.latent_stride, -files.latent_stride))
+    taps = [*levels.values(), *([latent_level(files)] if options.keep_latents else [])]
     networks = {"unet": files.unet.arguments, "vae": files.vae.arguments}
     return TeacherSpec(
         kind=KIND,
@@ -241,66 +277,17 @@ def _spec(files: PipelineFiles, options: StableDiffusionOptions, levels: Mapping
         image_px=files.image_px,
         levels=tuple(taps),
         num_timesteps=int(files.scheduler["num_train_timesteps"]),
-        student_scale=_student_scale(files),
-        noise_shapes={FORWARD: latent} | ({POSTERIOR: latent} if options.latent == "sampled" else {}),
+        student_scale=student_scale(files),
+        noise_shapes=({} if options.inverts else {FORWARD: latent}) | ({POSTERIOR: latent} if options.latent == "sampled" else {}),
         options={
             "scheduler": files.scheduler,
             "networks_blake3": blake3_hex(canonical_json(networks)),
             "text_blake3": digests["text"],
-            **options.model_dump(mode="json", exclude={"text_embedding"}),
+            **options.model_dump(mode="json", exclude={"text_embedding", *EncodingOptions.model_fields}),
+            **options.recipe(),
+            **({"prediction_type": files.prediction} if options.inverts else {}),  # plays no part otherwise
         },
     )
-
-
-def _latent_level(files: PipelineFiles) -> TapSpec:
-    """The posterior's moments as a level."""
-    stride = files.latent_stride
-    return TapSpec(f"l{stride.bit_length() - 1}{LATENT_SUFFIX}", stride, 2 * files.latent_channels, VAE)
-
-
-def _levels_of(unet: Any, files: PipelineFiles, taps: Mapping[str, str] | None) -> dict[str, TapSpec]:
-    """Levels found by stride, or at the named taps, on the network without values.
-
-    Raises: TeacherError when a tap is unknown or the decoder has none of the strides.
-    """
-    import torch
-
-    from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, find_levels, named_levels
-
-    side = 2 * _unet_stride(unet)
-    with torch.device("meta"), torch.inference_mode():
-        latent, text = torch.zeros(1, files.latent_channels, side, side), torch.zeros(1, 1, files.unet.arguments["cross_attention_dim"])
-
-        def forward() -> object:
-            return unet(latent, 0, text)
-
-        if taps:
-            return named_levels(unet, forward, side * files.latent_stride, taps)
-        strides = [stride * _student_scale(files) for stride in DEFAULT_STRIDES]
-        levels = find_levels(unet, forward, side * files.latent_stride, _decoder_layers(unet), strides)
-    if not levels:
-        raise TeacherError(f"{files.unet.folder}: the decoder has none of the strides {strides}; name taps in extract.teacher.taps")
-    return levels
-
-
-def _student_scale(files: PipelineFiles) -> int:
-    """How many times smaller than the image a student's must be, for the finest level to have stride 4 in it."""
-    return max(1, files.latent_stride // FINEST_STRIDE)
-
-
-def _unet_stride(unet: Any) -> int:
-    """Latent cells per cell of the coarsest level."""
-    return int(2 ** sum(block.downsamplers is not None for block in unet.down_blocks))
-
-
-def _decoder_layers(unet: Any) -> list[str]:
-    """Residual and attention layers of the up blocks, without their upsamplers."""
-    return [
-        f"up_blocks.{block_idx}.{kind}.{idx}"
-        for block_idx, block in enumerate(unet.up_blocks)
-        for kind in ("resnets", "attentions")
-        for idx, _ in enumerate(getattr(block, kind, None) or [])
-    ]
 
 
 _OPENRAIL = "CreativeML OpenRAIL-M"

@@ -83,6 +83,16 @@ def find_levels(
     return {last[stride].name: last[stride] for stride in sorted(last)}
 
 
+def decoder_layers(unet: Any) -> list[str]:
+    """Residual and attention layers of the up blocks of diffusers' U-Nets, without their upsamplers."""
+    return [
+        f"up_blocks.{block_idx}.{kind}.{idx}"
+        for block_idx, block in enumerate(unet.up_blocks)
+        for kind in ("resnets", "attentions")
+        for idx, _ in enumerate(getattr(block, kind, None) or [])
+    ]
+
+
 def named_levels(network: nn.Module, forward: Callable[[], object], input_px: int, taps: Mapping[str, str]) -> dict[str, TapSpec]:
     """Levels at the module paths that a person named.
 

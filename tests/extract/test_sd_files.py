@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.diffusers_files import is_unet_path
 from dtpipe.extract.teachers.sd_files import Component, PipelineFiles, build, find_pipeline, is_pipeline_path
+from dtpipe.extract.teachers.sd_levels import levels_of
 from dtpipe.extract.teachers.sd_text import embed_prompt, read_embedding
-from dtpipe.extract.teachers.stable_diffusion import _levels_of, load_stable_diffusion
+from dtpipe.extract.teachers.stable_diffusion import load_stable_diffusion
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
 
 _spec = importlib.util.spec_from_file_location("sd_pipelines", Path(__file__).with_name("sd_pipelines.py"))
@@ -79,11 +80,12 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
 def test_the_layout_of_stable_diffusion_1_4_has_the_papers_strides_for_half_the_image():
     """Parameters and levels of the published config, on a network without values."""
     vae = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 4}
-    files = PipelineFiles(Path("sd"), Component(Path("unet"), Path("unet/w"), SD_14_UNET), Component(Path("vae"), Path("vae/w"), vae), {})
+    parts = (Component(Path("unet"), Path("unet/w"), SD_14_UNET), Component(Path("vae"), Path("vae/w"), vae))
+    files = PipelineFiles(Path("sd"), *parts, {}, "epsilon")
     unet = build("UNet2DConditionModel", files.unet)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
     assert files.image_px == (512, 512)
-    assert [(level.name, level.stride, level.channels, level.tap) for level in _levels_of(unet, files, None).values()] == [
+    assert [(level.name, level.stride, level.channels, level.tap) for level in levels_of(unet, files, None).values()] == [
         ("l3", 8, 320, "up_blocks.3.attentions.2"),
         ("l4", 16, 640, "up_blocks.2.attentions.2"),
         ("l5", 32, 1280, "up_blocks.1.attentions.2"),
@@ -211,6 +213,7 @@ def cut(name: str) -> Callable[[Path], None]:
     [
         (without("unet/config.json"), r"unet/config\.json: not readable as JSON"),
         (without("scheduler/scheduler_config.json"), r"scheduler_config\.json: not readable as JSON"),
+        (setting("scheduler", prediction_type="flow_prediction"), "prediction_type is 'flow_prediction'; epsilon, v_prediction"),
         (without(pipelines.UNET), r"unet: holds none of diffusion_pytorch_model\.safetensors"),
         (without(pipelines.TEXT), r"text_encoder: holds none of model\.safetensors"),
         (without("tokenizer/vocab.json"), r"tokenizer: holds no vocab\.json"),
@@ -246,7 +249,7 @@ def test_a_folder_that_does_not_fit_says_where_and_why(broken, damage, says):
 @pytest.mark.parametrize(
     ("path", "options", "error", "says"),
     [
-        ("nowhere/at/all", {}, TeacherError, "nowhere/at/all: no such folder$"),
+        ("nowhere/at/all", {}, TeacherError, "nowhere/at/all: no such folder; give the path"),
         ("CompVis/stable-diffusion-v1-4", {}, TeacherError, "give its commit"),
         (None, {"prompt": "a a a a a a a a a a a"}, ConfigError, "prompt has 13 tokens, the text encoder takes 12; shorten it"),
         (None, {"prompt": "cat", "text_embedding": "x"}, ConfigError, "prompt and text_embedding are both given"),
