@@ -29,8 +29,9 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
     found = catalogue(kind, match)
     for name, rows in found.items():
         console.result(f"{name}:")
+        width = max(map(len, rows), default=0)
         for entry, text in rows.items():
-            console.result(f"  {entry:<16} {text}".rstrip())
+            console.result(f"  {entry:<{width}} {text}".rstrip())
     if kind == "teachers":
         _print_options(console, match)
         _print_published(console, match)
