@@ -29,7 +29,7 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
     found = catalogue(kind, match)
     for name, rows in found.items():
         console.result(f"{name}:")
-        width = max(16, *map(len, rows)) if rows else 0
+        width = max(map(len, rows), default=0)
         for entry, text in rows.items():
             console.result(f"  {entry:<{width}} {text}".rstrip())
     if kind == "teachers":
