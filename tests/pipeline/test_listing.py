@@ -33,7 +33,7 @@ def test_published_teachers_say_what_one_image_takes(tmp_path: Path, monkeypatch
 
 def test_list_students_says_which_levels_each_can_serve() -> None:
     text = CliRunner().invoke(main, ["list", "students", "--match", "*vit_*m0*"]).stdout
-    assert "efficientvit_m0  strides 16, 32, 64; not for levels of stride 4, 8" in text
+    assert "efficientvit_m0 strides 16, 32, 64; not for levels of stride 4, 8" in text
     text = CliRunner().invoke(main, ["list", "students", "--match", "vit_tiny_patch16_224"]).stdout
     assert "stride 16; a simple pyramid makes 4, 8, 16, 32" in text
 
