@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.pipeline.console import format_bytes
-from dtpipe.pipeline.resolve import first_line, preset_names
+from dtpipe.pipeline.resolve import preset_names, preset_summary
 
 if TYPE_CHECKING:
     from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind
@@ -98,7 +98,7 @@ def _tasks() -> Rows:
 
 
 def _presets() -> Rows:
-    return {name: first_line(name) for name in preset_names()}
+    return {name: preset_summary(name) for name in preset_names()}
 
 
 def _students() -> Rows:

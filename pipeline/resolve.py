@@ -119,9 +119,19 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that ship with the package."""
+    """Names of the presets that ship with the package, `table6` before `table10`."""
     folder = files("dtpipe.pipeline") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(names, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+
+
+def preset_summary(name: str) -> str:
+    """What a preset is: the first line of its header."""
+    return _preset_text(name).partition("\n")[0].lstrip("# ")
+
+
+def _preset_text(name: str) -> str:
+    return (files("dtpipe.pipeline") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _read_document(name: str) -> str:
@@ -129,13 +139,10 @@ def _read_document(name: str) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     if name in preset_names():
-        return (files("dtpipe.pipeline") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    raise ConfigError(f"-c {name}: no such file, and no such preset; presets are {', '.join(preset_names())}")
-
-
-def first_line(name: str) -> str:
-    """What a preset says it is, in its first comment."""
-    return _read_document(name).partition("\n")[0].removeprefix("# ")
+        return _preset_text(name)
+    near = difflib.get_close_matches(name, preset_names(), n=3)
+    advice = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"-c {name}: no such file, and no such preset; {advice}`dtpipe list presets` names them all")
 
 
 def load_document(name: str) -> dict[str, Any]:

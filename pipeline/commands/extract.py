@@ -37,7 +37,7 @@ FLAGS = (
 EXAMPLE = """
 dtpipe extract --images photos/ --teacher teacher/ --out features/
 dtpipe extract --num-samples 50000 --teacher network-snapshot.pkl --out features/ --save-png images/
-dtpipe extract -c imagenet_r50 --images s3://bucket/imagenet --out s3://bucket/features
+dtpipe extract -c imagenet_r50 --images s3://bucket/imagenet/train --out s3://bucket/features
 """
 SHOWN_BAD = 10
 

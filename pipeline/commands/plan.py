@@ -10,7 +10,7 @@ from dtpipe.pipeline.options import Call, Flag, settings_command
 FLAGS = (*extract.FLAGS, Flag("--student", "distill.student.name", "TIMM_NAME"), Flag("--epochs", "distill.epochs", "N"))
 EXAMPLE = """
 dtpipe plan --images photos/ --teacher teacher/ --out features/
-dtpipe plan -c ablation -c table8_pafpn --images imagenet/ --out features/
+dtpipe plan -c imagenet_r50 --images imagenet/train --out features/
 """
 
 

@@ -1,172 +1,176 @@
-"""Presets hold the paper's numbers, and each goes through `dtpipe plan` with a tiny teacher of its family."""
+"""Presets say what the paper says (tables 17 and 6, 8-11), and run: `dtpipe plan` on each, with tiny teachers of the right families."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+import timm
+import yaml
 from click.testing import CliRunner
+from PIL import Image
 
-from dtpipe.extract.teachers.base import teacher_kinds
-from dtpipe.extract.teachers.stylegan2_network import Layout
-from dtpipe.extract.train_config import TrainTeacherConfig
+from dtpipe.distill.config import DistillConfig
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.manifests.reader import FeatureDataset
 from dtpipe.pipeline.cli import main
-from dtpipe.pipeline.resolve import first_line, gather, load_document, preset_names, validate
+from dtpipe.pipeline.listing import published_teachers
+from dtpipe.pipeline.resolve import gather, load_document, preset_names, validate
 
-EXTRACT_TESTS = Path(__file__).resolve().parents[1] / "extract"
-PAPER = {"distill.betas": (0.9, 0.95), "distill.weight_decay": 0.05, "distill.lr": 4e-3, "distill.lr_scale": "none"}
-ADAMW = {**PAPER, "distill.opt": "adamw", "distill.batch_size": 256}
-LAMB = {**PAPER, "distill.opt": "lamb", "distill.batch_size": 2048, "distill.flip": True, "extract.noise.flips": True}
-SQUARE = {"extract.transform.px": 256, "extract.transform.resize": "center_crop"}
-FLIPS = {"distill.flip": True, "extract.noise.flips": True}
-TABLE_17: dict[str, dict[str, Any]] = {
-    "imagenet_r50": {**LAMB, **SQUARE, **FLIPS, "distill.student.name": "resnet50"},
-    "imagenet_convnext_b": {**LAMB, **SQUARE, **FLIPS, "distill.student.name": "convnext_base"},
-    "lsun": {**ADAMW, **SQUARE, **FLIPS, "distill.epochs": 100, "distill.warmup_epochs": 20, "extract.noise.timesteps": (50,)},
-    "ffhq": {**ADAMW, **SQUARE, **FLIPS, "distill.epochs": 100, "distill.warmup_epochs": 20, "extract.noise.timesteps": (50,)},
-    "bdd100k_adm": {
-        **{**ADAMW, **FLIPS, "distill.epochs": 600, "distill.warmup_epochs": 30, "extract.noise.timesteps": (50,)},
-        **{"extract.transform.px": (128, 256), "extract.transform.resize": "stretch", "distill.student.name": "resnet50"},
-    },
-    "bdd100k_stylegan2": {
-        **{**ADAMW, "distill.epochs": 600, "distill.warmup_epochs": 30, "extract.transform.px": (512, 1024)},
-        **{"extract.images": None, "distill.student.name": "resnet50"},
-    },
-}
-for each in ("imagenet_r50", "imagenet_convnext_b"):
-    TABLE_17[each] |= {"distill.epochs": 200, "distill.warmup_epochs": 30, "extract.noise.timesteps": (150,)}
-ABLATION: dict[str, Any] = {
-    **{**LAMB, **SQUARE, **FLIPS, "distill.epochs": 100, "distill.student.name": "resnet50", "extract.noise.timesteps": (150,)},
-    **{"distill.regressor.kind": "fpn_ppm", "distill.loss.mse_weight": 1.0, "distill.loss.at_weight": 10.0},
-    "extract.teacher.path": "adm-imagenet",
-}
-MADE = {"extract.images": None, "extract.num_samples": 1_281_167, "extract.noise.flips": False, "distill.flip": False}
-ROWS: dict[str, dict[str, Any]] = {
-    "table6_adm": {},
-    "table6_stable_diffusion": {"extract.teacher.path": "stable-diffusion-1.4", "extract.transform.px": 512},
-    "table6_biggan": {**MADE, "extract.teacher.path": "biggan-deepmind256", "extract.teacher.options": {"class_label": 0}},
-    "table6_icgan": {**MADE, "extract.teacher.path": "icgan-imagenet256"},
-    **{f"table8_{kind}": {"distill.regressor.kind": kind} for kind in ("fpn", "fpn_attention", "pafpn", "fpn_ppm")},
-    "table9_mse": {"distill.loss.at_weight": 0.0},
-    "table9_at": {"distill.loss.mse_weight": 0.0},
-    "table9_mse_at": {},
-    "table10_stochastic": {"extract.teacher.options": {"encoding": "stochastic"}},
-    "table10_deterministic": {"extract.teacher.options": {"encoding": "ddim_inversion", "inversion_stride": 10}},
-    **{f"table11_t{timestep}": {"extract.noise.timesteps": (timestep,)} for timestep in (50, 150, 250, 350)},
-}
-TEACHERS = ("adm_teacher", "bdd100k_teacher", "demo_teacher", "small_teacher")  # settings of train-teacher
-STACKS = {**{name: [name] for name in TABLE_17}, "ablation": ["ablation"], **{name: ["ablation", name] for name in ROWS}}
+from .paper_runs import OTHERS, ROWS, RUNS, configs, header
+from .tiny_teachers import MAKERS, TinyTeacher
+
+MakeTeacher = Callable[[str], TinyTeacher]
 
 
-def helper(name: str) -> ModuleType:
-    """A module beside the tests of extract that makes checkpoints."""
-    spec = importlib.util.spec_from_file_location(name, EXTRACT_TESTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def resolved(name: str) -> tuple[ExtractConfig, DistillConfig]:
+    run = RUNS[name]
+    source = {"extract.images": "photos"} if run.flips else {"extract.num_samples": 4}
+    given = {**source, "extract.out": "out", "distill.datasets": ["out"], "distill.out": "run"}
+    document = gather(configs(name), {}, given | ({} if run.teacher else {"extract.teacher.path": "own"}))
+    return validate(document, "extract"), validate(document, "distill")
+
+
+def test_every_preset_is_in_a_table_of_this_test() -> None:
+    assert sorted(preset_names()) == sorted([*RUNS, *OTHERS])
+
+
+# What they say
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_extraction_is_the_papers(name: str) -> None:
+    run, (extract, _) = RUNS[name], resolved(name)
+    px = extract.transform.px
+    assert ((px, px) if isinstance(px, int) else px) == run.px
+    assert extract.teacher.path == (run.teacher or "own")
+    assert extract.noise.flips == run.flips
+    assert extract.noise.draws == 1
+    assert extract.teacher.dtype == ("float16" if run.family in ("adm", "stable_diffusion") else "float32")
+    if run.timestep is not None:
+        assert extract.transform.resize == run.resize
+        assert extract.noise.timesteps == (run.timestep,)
+        assert extract.teacher.options.get("encoding", "stochastic") == run.encoding
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_distillation_is_the_papers(name: str) -> None:
+    run, (_, distill) = RUNS[name], resolved(name)
+    assert (distill.student.name, distill.student.pretrained) == (run.student, False)
+    assert (distill.opt, distill.peak_lr, distill.betas, distill.weight_decay) == (run.opt, 4e-3, (0.9, 0.95), 0.05)
+    assert (distill.batch_size, distill.epochs, distill.warmup_epochs, distill.min_lr) == (run.batch, run.epochs, run.warmup, 0)
+    assert distill.num_warmup_steps(steps_per_epoch=10) == 10 * run.warmup
+    assert (distill.regressor.kind, distill.regressor.width, distill.regressor.ppm_scales) == (run.regressor, 256, (1, 2, 3, 6))
+    assert distill.regressor.norm == "batch"
+    assert distill.loss.weights == {"mse": run.mse, "at": run.at, "cosine": 0}
+    assert (distill.flip, distill.equivariant, distill.clip_grad, distill.ema_decay) == (run.flips, False, None, None)
+    assert timm.is_model(distill.student.name)
+
+
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.teacher])
+def test_teachers_are_published_ones_of_that_size(name: str) -> None:
+    [found] = [each for each in published_teachers() if each.name == RUNS[name].teacher]
+    assert found.px == RUNS[name].px
+
+
+def test_rows_that_share_features_have_the_settings_of_the_base() -> None:
+    base, _ = resolved("ablation")
+    shared = {name for name in RUNS if resolved(name)[0] in (base, with_named_encoding(base))}
+    text = " ".join(header("ablation"))
+    assert shared == {"ablation", *(name for name in RUNS if name in text), *(name for name in ROWS if name[:7] in ("table8_", "table9_"))}
+    for name in shared & set(ROWS):
+        assert "the features of preset ablation, extracted once" in " ".join(header(name))
+
+
+def with_named_encoding(config: ExtractConfig) -> ExtractConfig:
+    """The same content: the default encoding, said."""
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"options": {"encoding": "stochastic"}})})
+
+
+# That they run
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Flags that put a tiny teacher in place of each family's, and the image size that it has."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> MakeTeacher:
+    """Tiny teachers by family, each made once; the one of BDD100K by its own preset."""
+    made: dict[str, TinyTeacher] = {}
 
-    root = tmp_path_factory.mktemp("tiny")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        blocks = {"down_block_types": ("DownBlock2D",) * 6, "up_block_types": ("UpBlock2D",) * 6}
-        unet = UNet2DModel(sample_size=64, block_out_channels=(8,) * 6, layers_per_block=1, norm_num_groups=4, **blocks)
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(root / "ddpm")
-    helper("sd_pipelines").save_pipeline(root / "sd")
-    cases, snapshots = helper("biggan_cases"), helper("stylegan2_snapshots")
-    biggan = cases.save(cases.weights("standing"), root, "biggan.pth")
-    icgan = cases.save(cases.weights("with_class"), root, "icgan.pth")
-    labels = np.array(cases.CLASSES)
-    np.save(root / "instances.npy", {"instance_features": cases.features(), "labels": labels, "image_path": ["a/1.JPEG"] * len(labels)})
-    layout = Layout(z_dim=6, w_dim=5, num_classes=0, embed_dim=0, mapping_widths=(7, 5), base_px=(4, 4), channels=(4,) * 5)
-    (root / "stylegan2.pkl").write_bytes(snapshots.dumps(snapshots.snapshot(snapshots.random_weights(layout), layout)))
-    instances = ["-s", f"extract.teacher.options={{instances: {root / 'instances.npy'}}}"]
-    return {
-        "adm": ["--teacher", str(root / "ddpm"), "--px", "64"],
-        "stable_diffusion": ["--teacher", str(root / "sd"), "--px", "64", "-s", "extract.teacher.options.text_embedding=null"],
-        "biggan": ["--teacher", str(biggan), "--px", "64", "--num-samples", "4"],
-        "icgan": ["--teacher", str(icgan), "--px", "64", "--num-samples", "4", *instances],
-        "stylegan2": ["--teacher", str(root / "stylegan2.pkl"), "--px", "64", "--num-samples", "4"],
-    }
+    def make(family: str) -> TinyTeacher:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[family] = (
+                TinyTeacher(trained(folder, "bdd100k_teacher", [32, 64]), (32, 64)) if family == "ddpm" else MAKERS[family](folder)
+            )
+        return made[family]
+
+    return make
 
 
-def family_of(stack: list[str]) -> str:
-    """The family of the teacher that presets name; those without a name are of the file's, or of the paper's own."""
-    document = gather(stack, {}, {})
-    path = document["extract"].get("teacher", {}).get("path")
-    published = {each.name: kind.kind for kind in teacher_kinds().values() for each in kind.published}
-    return "adm" if path is None and "num_samples" not in document["extract"] else published.get(path or "", "stylegan2")
+def trained(folder: Path, name: str, px: object) -> Path:
+    """The teacher that a preset of `train-teacher` makes of eight images, a few channels wide, in two steps."""
+    (folder / "images").mkdir()
+    pixels = np.random.Generator(np.random.Philox(0)).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    for idx, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / "images" / f"{idx}.png")
+    num_levels = len(load_document(name)["train_teacher"]["channels"])
+    small = {"px": px, "channels": [8] * num_levels, "head_channels": 8, "norm_groups": 4, "batch_size": 2, "steps": 2, "log_every": 1}
+    settings = folder / "small.yaml"
+    settings.write_text(yaml.safe_dump({"train_teacher": small | {"num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1}}))
+    invoke("train-teacher", "-c", name, "-c", settings, "--images", folder / "images", "--out", folder / "teacher")
+    return folder / "teacher"
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_dtpipe_plan_takes_every_preset(name: str, tiny: Mapping[str, list[str]], image_folder: Path, tmp_path: Path) -> None:
-    """All settings resolve and fit each other, on images and with a teacher of another size."""
-    family = family_of(STACKS[name])
-    images = [] if "--num-samples" in tiny[family] else ["--images", str(image_folder)]
-    small = ["--student", "test_convnext", "--batch-size", "4", "-s", "distill.micro_batch=2", "-s", "extract.inline=true"]
-    configs = [word for each in STACKS[name] for word in ("-c", each)]
-    dtype = ["-s", "extract.teacher.dtype=float32"]  # CPUs are slow at float16
-    command = ["plan", *configs, *images, *tiny[family], *small, *dtype, "--out", str(tmp_path / "features"), "--device", "cpu", "--json"]
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0, result.output
-    plan = json.loads(result.stdout)
-    document = load_document(STACKS[name][0])
-    assert plan["distill"]["epochs"] == document["distill"]["epochs"]
-    assert plan["extract"]["views"] == (1 if not images else 2)
+def invoke(*words: object) -> dict[str, Any]:
+    """A command's answer as JSON."""
+    done = CliRunner().invoke(main, [*map(str, words), "--json"])
+    assert done.exit_code == 0, done.output
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
-def value_of(settings: Any, key: str) -> Any:
-    for part in key.split(".")[1:]:
-        settings = getattr(settings, part)
-    return settings
+def arguments(name: str, teacher: TinyTeacher, images: Path, folder: Path, dtype: str = "float32", **distill: object) -> list[object]:
+    """A preset for its tiny teacher and four images."""
+    settings = teacher.settings(dtype)
+    (folder / "small.yaml").write_text(yaml.safe_dump(settings | {"distill": settings["distill"] | distill}))
+    source = ["--num-samples", 4] if teacher.synthesizes else ["--images", images, "--limit", 4]
+    presets = [word for preset in configs(name) for word in ("-c", preset)]
+    return [*presets, "-c", folder / "small.yaml", *source, "--teacher", teacher.path]
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_presets_have_the_papers_numbers(name: str) -> None:
-    document = gather(STACKS[name], {}, {})
-    if "num_samples" not in document["extract"]:
-        document["extract"]["images"] = "images"
-    document["extract"].setdefault("teacher", {}).setdefault("path", "teacher")
-    document["extract"]["out"] = document["distill"]["out"] = "out"
-    document["distill"]["datasets"] = ["features"]
-    settings = {section: validate(document, section) for section in ("extract", "distill")}
-    expected = TABLE_17[name] if name in TABLE_17 else {**ABLATION, **ROWS.get(name, {})}
-    assert {key: value_of(settings[key.split(".")[0]], key) for key in expected} == expected
-    changed = load_document(name)
-    if name in ROWS:  # a row changes its own subject, no more
-        assert {f"{section}.{key}" for section, values in changed.items() for key in values} <= {
-            *("extract.teacher", "extract.transform", "extract.noise", "extract.num_samples"),
-            *("distill.regressor", "distill.loss", "distill.flip"),
-        }
+@pytest.mark.parametrize("name", RUNS)
+def test_every_preset_plans(name: str, teacher_of: MakeTeacher, image_folder: Path, tmp_path: Path) -> None:
+    run, teacher = RUNS[name], teacher_of(RUNS[name].family)
+    plan = invoke("plan", *arguments(name, teacher, image_folder, tmp_path), "--out", tmp_path / "features")
+    extract, distill = plan["extract"], plan["distill"]
+    assert (extract["num_samples"], extract["views"]) == (4, 2 if run.flips else 1)
+    assert {"image", "l2", "l3"} <= set(extract["levels"])
+    assert extract["raw_bytes"] == 4 * sum(extract["levels"].values())
+    assert (distill["epochs"], distill["num_steps"], distill["student"]) == (run.epochs, run.epochs, "resnet10t")
+    assert not (tmp_path / "features").exists()
 
 
-@pytest.mark.parametrize("name", TEACHERS)
-def test_presets_of_teachers_are_settings_of_train_teacher(name: str) -> None:
-    document = gather([name], {}, {"train_teacher.images": "a", "train_teacher.out": "b"})
-    assert isinstance(validate(document, "train_teacher"), TrainTeacherConfig)
+@pytest.mark.parametrize(("name", "levels"), [("table6_biggan", 3), ("table8_pafpn", 4)])
+def test_rows_extract_and_distill(name: str, levels: int, teacher_of: MakeTeacher, image_folder: Path, tmp_path: Path) -> None:
+    """A plan does not look at flips; training does."""
+    short = {"epochs": 1, "warmup_epochs": 0, "batch_size": 2}
+    words = arguments(name, teacher_of(RUNS[name].family), image_folder, tmp_path, resolved(name)[0].teacher.dtype, **short)
+    invoke("extract", *words, "--out", tmp_path / "features")
+    dataset = FeatureDataset.open(str(tmp_path / "features"))
+    assert [view.flip for view in dataset.views] == ([False, True] if RUNS[name].flips else [False])
+    run = invoke("distill", *words[: words.index("-c", len(configs(name)) * 2) + 2], tmp_path / "features", "--out", tmp_path / "run")
+    assert (run["num_steps"], run["num_samples"]) == (2, 4)
+    assert len(dataset.levels) == levels
 
 
-def test_every_preset_is_checked_and_opens_with_what_it_is_its_command_hardware_and_hours() -> None:
-    assert {*STACKS, *TEACHERS, "digits"} == set(preset_names())
-    folder = Path(__file__).resolve().parents[2] / "pipeline" / "presets"
-    for name in preset_names():
-        head = "".join(line for line in (folder / f"{name}.yaml").read_text().splitlines(keepends=True) if line.startswith("#"))
-        assert first_line(name).endswith("."), name
-        assert f"-c {name}" in head, name
-        if name not in ("digits", "demo_teacher"):  # minutes on two CPU cores, as their first line says
-            assert "Hardware" in head and ("Hours" in head or "hours" in head), name
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.endswith("_teacher") and name != "bdd100k_teacher"])
+def test_teacher_presets_train(name: str, tmp_path: Path) -> None:
+    assert (trained(tmp_path, name, 32) / "model_index.json").is_file()
+
+
+def test_digits_plans(ddpm: Path, image_folder: Path, tmp_path: Path) -> None:
+    plan = invoke("plan", *arguments("digits", TinyTeacher(ddpm, 32), image_folder, tmp_path), "--out", tmp_path / "features")
+    assert plan["distill"]["epochs"] == 6
