@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, makes_no_images
+from dtpipe.extract.teachers.compiled import compile_layers
 from dtpipe.extract.teachers.ddim import Schedule, alphas_cumprod, ddim_sample, q_sample, to_pixels
 from dtpipe.extract.teachers.encoding import (
     FORWARD,
@@ -198,6 +199,8 @@ def make_teacher(kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding:
     placed = torch.nn.Module.to(unet, device=device)
     if encoding.channels_last:
         placed = placed.to(memory_format=torch.channels_last)
+    if encoding.compile:
+        compile_layers(placed, (level.tap for level in levels.values()))
     return DiffusionTeacher(placed, schedule, spec, total_stride, loaded.scheduler["prediction_type"], encoding)
 
 

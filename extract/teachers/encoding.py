@@ -34,6 +34,8 @@ class EncodingOptions(StrictModel):
     inversion_stride: int = Field(default=10, ge=1, description="Timesteps per step of DDIM inversion; every T must be a multiple.")
     channels_last: bool = Field(default=False, description="Keep tensors as NHWC in memory, which GPUs may run faster in half precision.")
 
+    compile: bool = Field(default=False, description="torch.compile the network's layers: a minute or more per worker, then faster.")
+
     @model_validator(mode="after")
     def _one_encoding(self) -> EncodingOptions:
         if self.inverts and self.ensemble > 1:
@@ -53,7 +55,8 @@ class EncodingOptions(StrictModel):
         """What of this is content of a dataset; nothing by default, so that datasets made before these options keep their digest."""
         chosen = {"encoding", "inversion_stride", "clip_denoised"} if self.inverts else {"ensemble"} if self.ensemble > 1 else set()
         names = [name for name in type(self).model_fields if name in chosen]
-        return {name: getattr(self, name) for name in names} | ({"channels_last": True} if self.channels_last else {})
+        kernels = {name: True for name in ("channels_last", "compile") if getattr(self, name)}  # they round otherwise
+        return {name: getattr(self, name) for name in names} | kernels
 
 
 class Denoiser(Protocol):

@@ -26,6 +26,7 @@ from dtpipe.extract.teachers.base import (
     parse_options,
     register_teacher,
 )
+from dtpipe.extract.teachers.compiled import compile_layers
 from dtpipe.extract.teachers.ddim import Schedule, alphas_cumprod, q_sample
 from dtpipe.extract.teachers.encoding import (
     FORWARD,
@@ -238,6 +239,8 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
     set_text(unet, text.values.to(device))
     if options.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
+    if options.compile:
+        compile_layers(unet, (level.tap for level in levels.values()))
     spec = _spec(files, options, levels, digests)
     return StableDiffusionTeacher(vae, unet, alphas_cumprod(files.scheduler), spec, files, options)
 

@@ -245,7 +245,10 @@ def test_defaults_leave_recipes_as_they_were(load):
         ({"encoding": "exact"}, r"options\.encoding: .*'ddim_inversion'"),
         ({"ensemble": 0}, r"options\.ensemble"),
         ({"inversion_stride": 0}, r"options\.inversion_stride"),
-        ({"stride": 5}, r"options\.stride.*options of this teacher: encoding, ensemble, inversion_stride, channels_last, clip_denoised"),
+        (
+            {"stride": 5},
+            r"options\.stride.*options of this teacher: encoding, ensemble, inversion_stride, channels_last, compile, clip_denoised",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_named(load, options, message):

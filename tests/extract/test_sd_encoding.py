@@ -188,6 +188,22 @@ def test_channels_last_gives_the_same_up_to_rounding(load):
     assert_close(laid_out.encode(images(), noise, [view(150)]), {name: level[:, 0] for name, level in plain.items()})
 
 
+def test_compiled_layers_give_the_same_under_the_constant_text(load, monkeypatch):
+    graphs: list[Any] = []
+    compiler = torch.compile
+
+    def traced(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiler(forward, backend=traced, **options))
+    noise = {"forward": randn(2, 1, 4, 8, 8)}
+    wanted = load().encode(images(), noise, [view(150)])
+    for _ in range(2):
+        assert_close(load(compile=True).encode(images(), noise, [view(150)]), {name: level[:, 0] for name, level in wanted.items()})
+    assert len(graphs) >= 8
+
+
 def test_a_recipe_says_what_differs_and_nothing_else(load):
     plain = load().spec.options
     assert load(encoding="stochastic", ensemble=1, inversion_stride=5).spec.options == plain
