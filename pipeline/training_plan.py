@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dtpipe.manifests.reader import FeatureSource
 
 TIMED_STEPS = 3
+CPU_IMAGES = 16  # per timed pass; a micro-batch that fills a GPU would overfill a machine without one
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class TrainingPlan:
     seconds: float
     throughput_img_s: float
     memory_bytes: int
+    """With `timed_images` at a time."""
+    timed_images: int
+    """Per pass that was timed: a micro-batch, on a CPU at most `CPU_IMAGES`."""
     device: str
     epochs: int
     read_bytes: int
@@ -64,7 +68,7 @@ def plan_training(config: DistillConfig, open_live: OpenLive | None = None, open
     plan = time_training(config, levels, student_size(config, data.student_px), stream.epoch_size, stored)
     if live is None:
         return plan
-    teacher_s = _time_teacher(live, data.source, min(config.micro_batch or config.batch_size, len(stream.rows)), device)
+    teacher_s = _time_teacher(live, data.source, min(_timed_images(config, device), len(stream.rows)), device)
     seconds = plan.seconds + config.reencode * teacher_s * stream.epoch_size * config.epochs
     return replace(plan, seconds=seconds, teacher_s=teacher_s)
 
@@ -100,9 +104,9 @@ def time_training(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = build_distiller(config, levels, image_px).to(device).train()
-    micro_batch = min(config.micro_batch or config.batch_size, config.batch_size)
-    timings = list(itertools.islice(_time_steps(model, config, levels, image_px, micro_batch), 1 + TIMED_STEPS))
-    per_image_s = min(timings[1:]) / micro_batch
+    num = _timed_images(config, device)
+    timings = list(itertools.islice(_time_steps(model, config, levels, image_px, num), 1 + TIMED_STEPS))
+    per_image_s = min(timings[1:]) / num
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     return TrainingPlan(
         student=config.student.name,
@@ -113,10 +117,16 @@ def time_training(
         seconds=per_image_s * num_samples * config.epochs,
         throughput_img_s=1 / per_image_s,
         memory_bytes=memory,
+        timed_images=num,
         device=device.type,
         epochs=config.epochs,
         read_bytes=stored_bytes,
     )
+
+
+def _timed_images(config: DistillConfig, device: torch.device) -> int:
+    micro_batch = min(config.micro_batch or config.batch_size, config.batch_size)
+    return min(micro_batch, CPU_IMAGES) if device.type == "cpu" else micro_batch
 
 
 def _time_steps(
@@ -155,6 +165,6 @@ def print_training(console: Console, plan: TrainingPlan) -> None:
             "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
             **live,
             "reads": f"{format_bytes(plan.read_bytes)} per epoch",
-            "memory": f"about {format_bytes(plan.memory_bytes)}",
+            "memory": f"about {format_bytes(plan.memory_bytes)} with {plan.timed_images} images at a time",
         }
     )

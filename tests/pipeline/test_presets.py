@@ -171,6 +171,8 @@ def test_teacher_presets_train(name: str, tmp_path: Path) -> None:
     assert (trained(tmp_path, name, 32) / "model_index.json").is_file()
 
 
-def test_digits_plans(ddpm: Path, image_folder: Path, tmp_path: Path) -> None:
-    plan = invoke("plan", *arguments("digits", TinyTeacher(ddpm, 32), image_folder, tmp_path), "--out", tmp_path / "features")
-    assert plan["distill"]["epochs"] == 6
+def test_digits_plans_and_a_cpu_times_few_images_at_once(ddpm: Path, image_folder: Path, tmp_path: Path) -> None:
+    words = arguments("digits", TinyTeacher(ddpm, 32), image_folder, tmp_path, micro_batch=None)
+    plan = invoke("plan", *words, "--out", tmp_path / "features")["distill"]
+    assert load_document("digits")["distill"]["batch_size"] == 32
+    assert (plan["epochs"], plan["timed_images"]) == (6, 16)
