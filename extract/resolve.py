@@ -134,7 +134,7 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
     noise = config.noise
     if spec.synthesizes and (noise.draws > 1 or noise.flips):
         raise ConfigError("a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples")
-    _check_inversion(config, spec)
+    _check_encoding(config, spec)
     timesteps: tuple[int | None, ...] = noise.timesteps
     if spec.num_timesteps is None:
         timesteps = (None,)
@@ -148,12 +148,12 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
     return tuple(ViewSpec(draw=draw, timestep=step, flip=flip) for step in timesteps for draw in range(noise.draws) for flip in flips)
 
 
-def _check_inversion(config: ExtractConfig, spec: TeacherSpec) -> None:
-    """A deterministic encoding has one draw, and stops at multiples of its stride. Raises: ConfigError."""
-    if spec.num_timesteps is None:
-        return
+def _check_encoding(config: ExtractConfig, spec: TeacherSpec) -> None:
+    """A deterministic encoding has one draw, and DDIM inversion stops at multiples of its stride. Raises: ConfigError."""
     if not spec.noise_shapes and config.noise.draws > 1:
         raise ConfigError(f"extract.noise.draws is {config.noise.draws}, and this teacher's encoding has no noise; leave it out")
+    if spec.num_timesteps is None:
+        return
     stride = int(spec.options.get("inversion_stride", 1))
     if odd := [step for step in config.noise.timesteps if step % stride]:
         raise ConfigError(

@@ -328,9 +328,14 @@ def test_what_must_stay_in_float32_does(load, dtype):
         if isinstance(module, torch.nn.GroupNorm):
             module.register_forward_hook(lambda _module, args, _output: normed.add(args[0].dtype))
     images = noisy(full, data)
+    taken: set[torch.dtype] = set()
+    for module in half.unet.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda _m, args, _out: taken.add(args[0].dtype))
     seen, exact = run(half.unet, images, data), run(full.unet, images, data)
     assert normed == {torch.float32}
     assert torch.equal(seen["emb"], exact["emb"])
+    assert taken and taken == {torch.float32}
     assert seen["output"].dtype == torch.float32
     assert seen["feat:middle_block"].dtype == compute
 

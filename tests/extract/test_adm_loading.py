@@ -120,6 +120,15 @@ def test_the_256_px_layout_needs_no_options():
     assert (arguments["attn_norm_num_groups"], arguments["flip_sin_to_cos"], arguments["freq_shift"]) == (32, True, 0)
 
 
+@pytest.mark.parametrize("steps", [1000, 4000, 250])
+def test_linear_betas_are_scaled_to_the_number_of_steps(file, steps):
+    """As `get_named_beta_schedule` does: with any number, the last timestep has as little of the image left."""
+    schedule = load(file, PLAIN | {"noise_schedule": "linear", "diffusion_steps": steps}).schedule
+    kept = np.cumprod([1 - (0.1 + (20 - 0.1) * step / (steps - 1)) / steps for step in range(steps)])
+    np.testing.assert_allclose(schedule, kept, rtol=1e-9)
+    assert len(schedule) == steps and np.log(schedule[-1]) == pytest.approx(-10.05, rel=0.06)
+
+
 def test_another_layout_must_be_told_what_shapes_do_not_show(file):
     with pytest.raises(ConfigError, match=r"num_head_channels or num_heads, use_new_attention_order, noise_schedule, image_px.*options"):
         load(file, {})

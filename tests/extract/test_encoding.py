@@ -192,6 +192,14 @@ def test_inversion_needs_no_noise(load):
     assert torch.isfinite(teacher.encode(torch.zeros(1, 3, PX, PX), {}, views(40))["l2"]).all()  # a padded row
 
 
+def test_the_usual_stride_is_ten_timesteps_without_clipping(load, unet):
+    teacher, images = load(encoding="ddim_inversion"), randn(1, 3, PX, PX, seed=1).clamp(-1, 1)
+    assert teacher.spec.options.items() >= {"inversion_stride": 10, "clip_denoised": False}.items()
+    wanted = levels_of(unet, inverted(unet, images, 50, 10), 50)
+    found = teacher.encode(images, {}, views(50))
+    assert all(relative(found[name][:, 0], wanted[name]) < 2e-5 for name in wanted)
+
+
 def test_a_timestep_off_the_stride_is_refused(load):
     with pytest.raises(ConfigError, match=r"timestep 50 is no multiple of the inversion's stride 20; .*inversion_stride"):
         load(**INVERSION).encode(randn(1, 3, PX, PX), {}, views(40, 50))

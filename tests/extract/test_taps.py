@@ -105,6 +105,17 @@ def test_a_module_in_a_tuple_is_read(decoder):
     assert read["l1"].shape == (2, 4, 8, 8)
 
 
+def test_a_module_that_runs_twice_is_read_the_first_time():
+    """As in a network that shares a layer: the pass ends there, or goes on, with the same level."""
+    torch.manual_seed(0)
+    shared = nn.Conv2d(3, 3, 1)
+    network = nn.Sequential(shared, nn.ReLU(), shared)
+    first = shared(IMAGES)
+    assert not torch.equal(network(IMAGES), first)
+    for stop_early in (True, False):
+        assert torch.equal(TapReader(network, {"l0": "0"}).read(lambda: network(IMAGES), stop_early)["l0"], first)
+
+
 def test_named_taps_say_their_stride(decoder):
     levels = named_levels(decoder, lambda: decoder(IMAGES), 16, {"l1": "middle.1", "l1.b": "middle.0"})
     assert [(level.name, level.stride, level.channels) for level in levels.values()] == [("l1", 2, 4), ("l1.b", 2, 5)]

@@ -349,6 +349,16 @@ def test_an_extracted_dataset_holds_the_features_of_its_draws(
     assert other.digest == result.digest
 
 
+def test_several_draws_of_a_latent_without_noise_are_refused(
+    kl_folder: Path, make_config: Callable[..., ExtractConfig], tmp_path: Path
+) -> None:
+    """They would be equal, and stored twice."""
+    config = make_config(teacher={"path": str(kl_folder)}, noise={"draws": 2})
+    with pytest.raises(ConfigError, match=r"extract\.noise\.draws is 2, and this teacher's encoding has no noise; leave it out"):
+        run_extraction(config)
+    assert not (tmp_path / "features").exists()
+
+
 @pytest.mark.skipif(not (SHARED / "weights" / "taef2").is_dir(), reason="no ../shared/weights/taef2")
 @pytest.mark.skipif(not (SHARED / "data" / "flowers5_128").is_dir(), reason="no ../shared/data/flowers5_128")
 def test_real_weights_reconstruct_photographs() -> None:
