@@ -22,7 +22,7 @@ from dtpipe.extract.teachers.adm_config import (
     unet_arguments,
 )
 from dtpipe.extract.teachers.adm_keys import published_shapes, unet_tensors
-from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, parse_options, register_teacher
+from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, architecture, parse_options, register_teacher
 from dtpipe.extract.teachers.checkpoint_names import names_tensors
 from dtpipe.extract.teachers.diffusion import DiffusionTeacher, LoadedUNet, make_teacher
 from dtpipe.extract.teachers.weights import weights_digest, why_unreadable
@@ -63,6 +63,7 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
         scheduler=(scheduler := scheduler_config(options, settings)),
         options={
             "scheduler": scheduler,
+            "network": architecture(layout),
             "num_head_channels": settings.head_channels,
             "use_new_attention_order": settings.new_attention_order,
             **({} if options.class_label is None else {"class_label": options.class_label}),

@@ -7,8 +7,9 @@ argument, so that features never depend on batch size, order or machine.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -189,6 +190,12 @@ def _unrecognised(path: str, kinds: Mapping[str, TeacherKind]) -> TeacherError:
         f"{path}: no such file or folder, and no published teacher of this name; give a path, or a name that `dtpipe list teachers` shows"
         + (f": perhaps {near}" if near else "")
     )
+
+
+def architecture(layout: Any) -> dict[str, Any]:
+    """The sizes of a network, a dataclass, as the recipe holds them: readable, and plain JSON."""
+    sizes: dict[str, Any] = json.loads(json.dumps(asdict(layout)))
+    return sizes
 
 
 Options = TypeVar("Options", bound=StrictModel)

@@ -19,6 +19,7 @@ from dtpipe.extract.teachers.base import (
     TapSpec,
     TeacherKind,
     TeacherSpec,
+    architecture,
     parse_options,
     register_teacher,
     takes_no_images,
@@ -188,7 +189,12 @@ def make_teacher(
         image_px=(layout.image_px, layout.image_px),
         levels=_levels_of(network, config.taps, options.pool_missing),
         noise_shapes={"z": (layout.z_size,), **({"label": (sampled,)} if sampled else {})},
-        options={**options.model_dump(include=set(SamplingOptions.model_fields)), "bn_eps": network.bn_eps, **conditions},
+        options={
+            **options.model_dump(include=set(SamplingOptions.model_fields)),
+            "bn_eps": network.bn_eps,
+            "network": architecture(layout),
+            **conditions,
+        },
         synthesizes=True,
     )
     on_device = [Table(table.rows.to(device), table.constant) for table in tables]

@@ -19,6 +19,7 @@ from dtpipe.extract.teachers.base import (
     TapSpec,
     TeacherKind,
     TeacherSpec,
+    architecture,
     parse_options,
     register_teacher,
     takes_no_images,
@@ -132,9 +133,7 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
         noise_shapes=_noise_shapes(layout, options),
         options={
             **options.model_dump(mode="json"),
-            "conv_clamp": layout.conv_clamp,
-            "mapping_lr": layout.mapping_lr,
-            "scaled_epsilon": layout.scaled_epsilon,
+            "network": architecture(layout),
         },
         synthesizes=True,
     )

@@ -351,3 +351,8 @@ def test_the_attention_softmax_runs_in_float32(dtype):
     found = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     rounded = (scores.to(dtype).softmax(-1) @ v).double()
     assert (found.double() - wanted).norm() < 0.5 * (rounded - wanted).norm()
+
+
+def test_the_recipe_names_the_networks_sizes(load):
+    options = load("adm256_layout").spec.options
+    assert options["network"]["widths"] == [32, 32, 64, 64, 128, 128] and options["network"]["num_res_blocks"] == 2

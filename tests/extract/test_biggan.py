@@ -189,7 +189,10 @@ def test_the_spec_says_what_was_read_and_how_images_are_made(files):
         ("l3", 8, 32, "blocks.1.0"),
         ("l4", 16, 64, "blocks.0.0"),
     ]
-    assert spec.options == {
+    options = dict(spec.options)
+    network = options.pop("network")
+    assert (network["start_px"], network["widths"][0], network["condition"], network["hierarchical"]) == (4, 64, 6, True)
+    assert options == {
         "truncation": "clamp",
         "threshold": 1.5,
         "z_scale": 1.0,
