@@ -72,7 +72,14 @@ def test_ray_workers_take_the_steps_of_one_process_although_one_is_killed(ray, c
     assert result.resumed_step >= 3  # of the process that ended it
     assert (result.num_ranks, result.num_steps) == (2, 60)
     np.testing.assert_allclose(losses(changed(config, epochs=20)), losses(one), rtol=0, atol=1e-5)
-    assert {path.name for path in Path(config.out).iterdir()} == {"config.yaml", "data.json", "metrics.jsonl", "last.pt", "checkpoints", ".lock"}
+    assert {path.name for path in Path(config.out).iterdir()} == {
+        "config.yaml",
+        "data.json",
+        "metrics.jsonl",
+        "last.pt",
+        "checkpoints",
+        ".lock",
+    }
 
 
 def test_what_a_worker_finds_wrong_is_said_once_and_not_tried_again(ray, config, tmp_path):
