@@ -136,3 +136,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     runs = Runs(tmp_path_factory.mktemp("runs"))
     yield runs
     runs.close()
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """torch.compile as in a process that never compiled."""
+    import torch
+
+    torch.ones(1, requires_grad=True).sum().backward()  # autograd starts no threads if it runs before dynamo; forks need that
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs(dynamo: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every graph that torch.compile is given from now on; they are traced as usual and run as they are, which takes no minute."""
+    import torch
+
+    seen: list[Any] = []
+
+    def keep(graph: Any, _inputs: Any) -> Any:
+        seen.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiler(forward, backend=keep, **options))
+    return seen

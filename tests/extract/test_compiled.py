@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,7 @@ from dtpipe.manifests.schema import ViewSpec
 PX = 32
 VIEWS = [ViewSpec(draw=0, timestep=50)]
 Load = Callable[..., DiffusionTeacher]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Nothing compiled before, and limits as they were."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
-        yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every graph that is compiled; they are traced as usual and then run as they are, which takes no minute."""
-    seen: list[Any] = []
-
-    def keep(graph: Any, _inputs: Any) -> Any:
-        seen.append(graph)
-        return graph.forward
-
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiler(forward, backend=keep, **options))
-    return seen
+pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 @pytest.fixture

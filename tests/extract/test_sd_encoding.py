@@ -188,15 +188,7 @@ def test_channels_last_gives_the_same_up_to_rounding(load):
     assert_close(laid_out.encode(images(), noise, [view(150)]), {name: level[:, 0] for name, level in plain.items()})
 
 
-def test_compiled_layers_give_the_same_under_the_constant_text(load, monkeypatch):
-    graphs: list[Any] = []
-    compiler = torch.compile
-
-    def traced(graph: Any, _inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiler(forward, backend=traced, **options))
+def test_compiled_layers_give_the_same_under_the_constant_text(load, graphs):
     noise = {"forward": randn(2, 1, 4, 8, 8)}
     wanted = load().encode(images(), noise, [view(150)])
     for _ in range(2):
