@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,8 +70,8 @@ def _read_all(path: str, uris: list[str]) -> list[bytes]:
 def test_other_processes_read_by_uri(tmp_path: Path, method: str) -> None:
     path = str(write_lmdb(tmp_path / "a", FILES))
     uris = [item.uri for item in open_source(path).list()]
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.starmap(_read_all, [(path, uris)] * 2) == [list(FILES.values())] * 2
+    with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:
+        assert list(pool.map(_read_all, [path] * 2, [uris] * 2)) == [list(FILES.values())] * 2
 
 
 def test_read_only_database(tmp_path: Path) -> None:
