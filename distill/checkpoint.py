@@ -26,7 +26,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
     Raises: StoreError when the disk is full or unwritable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process leaves, the next one overwrites
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

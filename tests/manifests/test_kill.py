@@ -92,9 +92,10 @@ def test_a_zombie_that_wakes_after_its_successor_finished_changes_nothing(tmp_pa
     finally:
         os.kill(zombie.pid, signal.SIGCONT)
     _, stderr = zombie.communicate(timeout=60)
-    # past its last check a writer may still publish: an equal manifest, or an entry that the merge looks at again
-    allowed = {"merge.before_manifest:1": 0, "store.temporary:6": StoreError.exit_code}  # the latter's temporary file was swept
-    assert zombie.returncode == allowed.get(spec, LockHeldError.exit_code), stderr
+    # past its last check a writer may still publish: an equal manifest, or an entry that the merge looks at again; at
+    # store.temporary its temporary file was swept, unless the lock's own thread was first there
+    allowed = {"merge.before_manifest:1": {0}, "store.temporary:6": {StoreError.exit_code, LockHeldError.exit_code}}
+    assert zombie.returncode in allowed.get(spec, {LockHeldError.exit_code}), stderr
     again, written = toy.extract(str(tmp_path))
     assert (again.digest, written) == (unbroken[0], [])
     assert toy.content_of(tmp_path) == unbroken[1]
