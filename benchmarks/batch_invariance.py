@@ -22,13 +22,13 @@ import torch
 from common import RESULTS, publish, write_random_teacher
 from numpy.typing import NDArray
 
+from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.decode import RowReader, StageSeconds
 from dtpipe.extract.encode import configure_torch, encode_rows
-from dtpipe.extract.preflight import package_versions
-from dtpipe.extract.resolve import Resolved, resolve_recipe
+from dtpipe.extract.recipe import Resolved, resolve_recipe
+from dtpipe.extract.shards.rows import RowReader, StageSeconds
+from dtpipe.manifests.check.verify import relative_error
 from dtpipe.manifests.schema import Recipe
-from dtpipe.manifests.verify import relative_error
 from dtpipe.pipeline.demo.scenes import write_scenes
 
 NUM_SCENES = 256

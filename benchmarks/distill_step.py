@@ -31,17 +31,17 @@ from typing import Any
 import torch
 from common import REPO, RESULTS, publish
 
-from dtpipe.distill.batch import FeatureBatch
 from dtpipe.distill.config import DistillConfig, StudentConfig
-from dtpipe.distill.datasets import OpenedData, open_data
-from dtpipe.distill.order import StreamPosition
+from dtpipe.distill.stream.batch import FeatureBatch
+from dtpipe.distill.stream.data import OpenedData, open_data
+from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.trainer import Trainer
+from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
-from dtpipe.extract.preflight import package_versions
 from dtpipe.extract.run import run_extraction
 from dtpipe.pipeline.demo.scenes import write_scenes
-from dtpipe.pipeline.live import pick_device
-from dtpipe.pipeline.live_teacher import open_live
+from dtpipe.pipeline.live.recorded import pick_device
+from dtpipe.pipeline.live.teacher import open_live
 
 PREFETCHED = 8  # steps at the start of a turn that reading ahead has prepared; not counted
 

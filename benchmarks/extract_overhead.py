@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from common import RESULTS, publish, write_random_teacher
 
+from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import configure_torch, encode_batch, row_noise, stack_noise
-from dtpipe.extract.preflight import package_versions
-from dtpipe.extract.resolve import Resolved, resolve_recipe
+from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.pipeline.demo.scenes import write_scenes

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from common import REPO, RESULTS, publish
 
-from dtpipe.extract.preflight import package_versions
+from dtpipe.extract.cluster.preflight import package_versions
 
 GIB = 2**30
 ADM_IMAGENET = {
@@ -55,8 +55,8 @@ def write_adm(root: Path) -> tuple[Path, int]:
     import torch
     from diffusers import UNet2DModel
 
-    from dtpipe.extract.teachers.adm_config import ADM_256, AdmLayout, AdmSettings, unet_arguments
-    from dtpipe.extract.teachers.adm_keys import published_shapes
+    from dtpipe.extract.teachers.diffusion.adm_keys import published_shapes
+    from dtpipe.extract.teachers.diffusion.adm_layout import ADM_256, AdmLayout, AdmSettings, unet_arguments
 
     layout = AdmLayout(**ADM_IMAGENET)  # type: ignore[arg-type]
     with torch.device("meta"):

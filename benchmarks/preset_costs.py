@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtpipe.distill.config import DistillConfig, RegressorConfig, StudentConfig
-from dtpipe.distill.losses import feature_loss
-from dtpipe.distill.model import build_distiller
-from dtpipe.extract.preflight import package_versions
-from dtpipe.extract.resolve import stored_levels
+from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.student.distiller import build_distiller
+from dtpipe.extract.cluster.preflight import package_versions
+from dtpipe.extract.recipe import stored_levels
 from dtpipe.extract.teachers.base import TapSpec
-from dtpipe.extract.teachers.diffusion import _decoder_layers
+from dtpipe.extract.teachers.diffusion.unet import _decoder_layers
 from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, TapReader, find_levels
-from dtpipe.manifests.plan import bytes_per_sample
 from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.write.plan import bytes_per_sample
 
 GIGA = 1e9
 BACKWARD = 3  # operations of forward and backward over those of forward; torch miscounts the backward of grouped convolutions
@@ -79,7 +79,7 @@ def adm(widths: Sequence[int], attention: Sequence[bool], head_channels: int, px
     """A guided-diffusion network in the options of the published 256 px ones."""
     from diffusers import UNet2DModel
 
-    from dtpipe.extract.teachers.adm_config import AdmLayout, AdmSettings, unet_arguments
+    from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmSettings, unet_arguments
 
     layout = AdmLayout(**{**ADM_IMAGENET, "widths": tuple(widths), "attention": tuple(attention)})  # type: ignore[arg-type]
     with torch.device("meta"):
@@ -103,8 +103,8 @@ def stable_diffusion(px: Px) -> TeacherCost:
 
 def biggan(condition: int, attention_px: int) -> TeacherCost:
     """BigGAN of 256 px and width 96, as DeepMind's and IC-GAN's."""
-    from dtpipe.extract.teachers.biggan import _block_levels
-    from dtpipe.extract.teachers.biggan_network import Generator, GeneratorLayout
+    from dtpipe.extract.teachers.biggan.network import Generator, GeneratorLayout
+    from dtpipe.extract.teachers.biggan.teacher import _block_levels
 
     widths = tuple(96 * factor for factor in (16, 16, 8, 8, 4, 2, 1))
     layout = GeneratorLayout(4, widths, tuple(side == attention_px for side in (8, 16, 32, 64, 128, 256)), 20, condition, True)
@@ -117,7 +117,7 @@ def biggan(condition: int, attention_px: int) -> TeacherCost:
 
 def stylegan2(px: Px) -> TeacherCost:
     """StyleGAN2's config-f, its constant as many times higher or wider than 4x4 as the image is not square."""
-    from dtpipe.extract.teachers.stylegan2_network import Generator, Layout
+    from dtpipe.extract.teachers.stylegan2.network import Generator, Layout
 
     num_blocks = (min(px) // 4).bit_length()
     widths = tuple(min(512, 32768 // (4 << idx)) for idx in range(num_blocks))

@@ -32,11 +32,11 @@ from dtpipe.distill.downstream.base import FeatureExtractor, LabelledSet, PerSee
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
 from dtpipe.distill.downstream.result import ProbeResult
-from dtpipe.distill.downstream.supervised import run_supervised
-from dtpipe.distill.student import load_student
+from dtpipe.distill.downstream.tuned.supervised import run_supervised
+from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
+from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
-from dtpipe.extract.preflight import package_versions
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_teacher import train_teacher
@@ -44,7 +44,7 @@ from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.demo.scenes import Part, write_scenes
 from dtpipe.pipeline.evaluate import teacher_extractor
 from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
-from dtpipe.pipeline.live import pick_device
+from dtpipe.pipeline.live.recorded import pick_device
 
 REPO = Path(__file__).resolve().parent.parent
 PX = 64

@@ -24,12 +24,12 @@ from common import RESULTS, publish
 from timm.models import model_entrypoint
 
 from dtpipe.distill.config import DistillConfig, RegressorConfig, StudentConfig
-from dtpipe.distill.export import ExportError, export_student
-from dtpipe.distill.run_folder import read_metrics
-from dtpipe.distill.student import Student, load_student
+from dtpipe.distill.engine.run_folder import read_metrics
+from dtpipe.distill.export.write import ExportError, export_student
+from dtpipe.distill.student.load import Student, load_student
 from dtpipe.distill.trainer import train
+from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.preflight import package_versions
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.demo.run import shipped_teacher

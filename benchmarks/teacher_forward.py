@@ -33,13 +33,13 @@ from common import REPO, RESULTS, publish
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.encode import row_noise
-from dtpipe.extract.preflight import package_versions
-from dtpipe.extract.resolve import make_views
+from dtpipe.extract.recipe import make_views
 from dtpipe.extract.teachers.base import Teacher, load_teacher
 from dtpipe.extract.teachers.taps import TapReader
-from dtpipe.pipeline.live import pick_device
+from dtpipe.pipeline.live.recorded import pick_device
 
 LOW_PRECISION = ("float16", "bfloat16")
 

@@ -31,14 +31,14 @@ from dtpipe.distill.config import DistillConfig, LossConfig, RegressorConfig, St
 from dtpipe.distill.downstream.base import LabelledSet, student_extractor
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig
-from dtpipe.distill.run_folder import read_metrics
-from dtpipe.distill.student import load_student
+from dtpipe.distill.engine.run_folder import read_metrics
+from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
+from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
-from dtpipe.extract.preflight import package_versions
 from dtpipe.extract.run import run_extraction
-from dtpipe.pipeline.live import pick_device
-from dtpipe.pipeline.live_teacher import open_live
+from dtpipe.pipeline.live.recorded import pick_device
+from dtpipe.pipeline.live.teacher import open_live
 
 DEFAULT_T = 50
 

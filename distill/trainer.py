@@ -19,13 +19,20 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from dtpipe.distill.batch import FeatureBatch, student_images
-from dtpipe.distill.checkpoint import keep_epoch, load_checkpoint, save_checkpoint
 from dtpipe.distill.config import DistillConfig
-from dtpipe.distill.datasets import OpenedData, OpenSource, open_data
-from dtpipe.distill.live import LiveTeacher, OpenLive
-from dtpipe.distill.losses import feature_loss
-from dtpipe.distill.model import (
+from dtpipe.distill.engine.checkpoint import keep_epoch, load_checkpoint, save_checkpoint
+from dtpipe.distill.engine.optim import build_optimizer, learning_rate, set_learning_rate
+from dtpipe.distill.engine.progress import Meter, OnProgress, RunResult, TrainProgress, shares, waiting_advice
+from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks
+from dtpipe.distill.engine.run_folder import LAST, RunFolder, read_metrics
+from dtpipe.distill.engine.timing import StopRequest, Stopwatch, catch_stop_signals
+from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.stream.batch import FeatureBatch, student_images
+from dtpipe.distill.stream.data import OpenedData, OpenSource, open_data
+from dtpipe.distill.stream.live import LiveTeacher, OpenLive
+from dtpipe.distill.stream.order import StreamPosition, step_seed
+from dtpipe.distill.stream.stream import FeatureStream, StreamSettings
+from dtpipe.distill.student.distiller import (
     build_distiller,
     choose_levels,
     freeze_unused,
@@ -35,14 +42,7 @@ from dtpipe.distill.model import (
     student_size,
     synchronise_norms,
 )
-from dtpipe.distill.optim import build_optimizer, learning_rate, set_learning_rate
-from dtpipe.distill.order import StreamPosition, step_seed
-from dtpipe.distill.progress import Meter, OnProgress, RunResult, TrainProgress, shares, waiting_advice
-from dtpipe.distill.ranks import ALONE, Ranks, join_ranks
-from dtpipe.distill.run_folder import LAST, RunFolder, read_metrics
-from dtpipe.distill.stream import FeatureStream, StreamSettings
-from dtpipe.distill.student import spec_to_dict
-from dtpipe.distill.timing import StopRequest, Stopwatch, catch_stop_signals
+from dtpipe.distill.student.load import spec_to_dict
 from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedError
 
 NUM_KEYS_SHOWN = 8

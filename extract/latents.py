@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.extract.teachers.base import TeacherSpec
-from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec, Recipe
 
 Latents = Mapping[bool, NDArray[np.generic]]

@@ -10,7 +10,7 @@ from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.manifests.schema import Recipe
-from dtpipe.manifests.shard_writer import ShardArrays
+from dtpipe.manifests.write.shard import ShardArrays
 
 NUM_COMPARED = 8
 

@@ -14,20 +14,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from dtpipe.extract.cluster.preflight import check_space, free_bytes, package_versions, recipe_bytes_per_sample
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.preflight import check_space, free_bytes, package_versions, recipe_bytes_per_sample
-from dtpipe.extract.progress import BadSample, OnProgress, ProgressMeter
-from dtpipe.extract.resolve import Resolved, max_bad_samples, resolve_recipe, with_whole_paths
-from dtpipe.extract.shard_queue import ShardQueue
+from dtpipe.extract.recipe import Resolved, max_bad_samples, resolve_recipe, with_whole_paths
+from dtpipe.extract.shards.progress import BadSample, OnProgress, ProgressMeter
+from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.stopping import StopRequest
-from dtpipe.manifests.commit import MANIFEST_FILE, commit_name, load_entries, load_entry, load_manifest, merge, pending_shards
 from dtpipe.manifests.errors import ErrorBudgetError, IncompleteError
-from dtpipe.manifests.faults import FAULT_VARIABLE
-from dtpipe.manifests.lock import Lock
-from dtpipe.manifests.plan import plan_digest, start_plan
+from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, Manifest, Plan
-from dtpipe.manifests.storage import Store
-from dtpipe.manifests.zarr_store import write_zarr_metadata
+from dtpipe.manifests.store.faults import FAULT_VARIABLE
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.commit import MANIFEST_FILE, commit_name, load_entries, load_entry, load_manifest, merge, pending_shards
+from dtpipe.manifests.write.lock import Lock
+from dtpipe.manifests.write.plan import plan_digest, start_plan
 
 __all__ = ["ExtractResult", "Resolved", "resolve_recipe", "run_extraction"]
 
@@ -98,21 +98,21 @@ class _Extraction:
         """What the cluster says; None for a run without one."""
         if self.config.inline:
             return None
-        from dtpipe.extract import cluster
+        from dtpipe.extract.cluster import ray as cluster
 
         self._connect()
         return cluster.has_gpus()
 
     def _connect(self) -> None:
         """Join or start Ray, only once something is to be done with it."""
-        from dtpipe.extract import cluster
+        from dtpipe.extract.cluster import ray as cluster
 
         self._connected = cluster.connect(self.config.ray_address) or self._connected
 
     def disconnect(self) -> None:
         """Leave Ray, if this run joined it."""
         if self._connected:
-            from dtpipe.extract import cluster
+            from dtpipe.extract.cluster import ray as cluster
 
             cluster.disconnect()
 
@@ -147,7 +147,7 @@ class _Extraction:
 
     def _extract(self, plan: Plan, resolved: Resolved, lock: Lock) -> None:
         """Write every shard that has no entry yet."""
-        from dtpipe.extract.worker import ShardSummary, WorkerContext
+        from dtpipe.extract.shards.worker import ShardSummary, WorkerContext
 
         pending = pending_shards(self.store, plan)
         meter = self._meter(plan)
@@ -186,15 +186,15 @@ class _Extraction:
     def _work(self, context: Any, resolved: Resolved, queue: ShardQueue, meter: ProgressMeter, on_shard: Any) -> None:
         """Hand the queue to one worker here, or to a cluster of them."""
         if not self.config.inline:
-            from dtpipe.extract.cluster import Cluster
+            from dtpipe.extract.cluster.ray import Cluster
 
             self._connect()
             Cluster(self.config, context, queue, meter, on_shard, self.stop).run()
             return
         import torch
 
-        from dtpipe.extract.inline import run_inline
-        from dtpipe.extract.worker import ShardWorker
+        from dtpipe.extract.cluster.inline import run_inline
+        from dtpipe.extract.shards.worker import ShardWorker
 
         threads = torch.get_num_threads()
         worker = ShardWorker(context, resolved.teacher)
@@ -215,14 +215,14 @@ class _Extraction:
         self._check_budget(meter.num_bad, max_bad)
 
     def _check_budget(self, num_bad: int, max_bad: int) -> None:
-        from dtpipe.extract.worker import budget_message
+        from dtpipe.extract.shards.worker import budget_message
 
         if num_bad > max_bad:
             raise ErrorBudgetError(budget_message(self.store.url, num_bad, max_bad, self.bad))
 
     def _meter(self, plan: Plan) -> ProgressMeter:
         """Counts that begin with what is committed already; its bad samples are remembered too."""
-        from dtpipe.extract.worker import bad_samples
+        from dtpipe.extract.shards.worker import bad_samples
 
         entries = load_entries(self.store, plan, plan_digest(self.store), partial=True)
         bad = [each for entry in entries for each in bad_samples(entry.rows)]

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.base import SourceItem
+from dtpipe.extract.sources.images import BadImage, decode_image, resize_image
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_network import null_class
-from dtpipe.extract.transforms import BadImage, decode_image, resize_image
 from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, InputError
 from dtpipe.manifests.schema import TransformRecipe
 

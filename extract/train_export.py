@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.ddim import ddim_sample, to_pixels
-from dtpipe.extract.teachers.ddpm import load_ddpm_teacher
-from dtpipe.extract.teachers.weights import load_strictly, read_weights
+from dtpipe.extract.teachers.diffusion.ddpm import load_ddpm_teacher
+from dtpipe.extract.teachers.diffusion.process import ddim_sample, to_pixels
+from dtpipe.extract.teachers.files.weights import load_strictly, read_weights
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_network import build_unet, noise_schedule, null_class
 from dtpipe.extract.train_state import CHECKPOINT, load_checkpoint

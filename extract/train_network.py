@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtpipe.extract.teachers.ddim import Schedule, alphas_cumprod
-from dtpipe.extract.teachers.diffusers_files import find_unet
-from dtpipe.extract.teachers.weights import load_strictly, read_weights, weights_digest
+from dtpipe.extract.teachers.diffusion.files import find_unet
+from dtpipe.extract.teachers.diffusion.process import Schedule, alphas_cumprod
+from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.manifests.errors import TeacherError
 

@@ -25,8 +25,8 @@ from dtpipe.extract.train_parallel import Ranks, join_ranks, ranks_of_this_machi
 from dtpipe.extract.train_state import CHECKPOINT, TrainState, find_checkpoint, resume_or_start, save_checkpoint
 from dtpipe.extract.train_step import learning_rate, train_step
 from dtpipe.manifests.errors import ConfigError, StoreError
-from dtpipe.manifests.lock import Lock
-from dtpipe.manifests.storage import Store
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.lock import Lock
 
 METRICS = "metrics.jsonl"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from dtpipe.manifests.errors import DtpipeError, MissingPackageError
-from dtpipe.pipeline.console import format_bytes
+from dtpipe.pipeline.cli.console import format_bytes
 
 State = Literal["ok", "note", "wrong"]
 REQUIRED = ("torch", "torchvision", "timm", "diffusers", "ray", "zarr", "webdataset", "fsspec", "pyarrow", "safetensors", "pillow", "numpy")
@@ -98,7 +98,7 @@ def _ray_address(address: str | None) -> Iterator[Finding]:
         return
     import ray
 
-    from dtpipe.extract.cluster import check_answers
+    from dtpipe.extract.cluster.ray import check_answers
 
     try:
         check_answers(address)
@@ -113,7 +113,7 @@ def _ray_address(address: str | None) -> Iterator[Finding]:
 
 
 def _store(url: str) -> Iterator[Finding]:
-    from dtpipe.manifests.storage import Store
+    from dtpipe.manifests.store.store import Store
 
     try:
         store = Store(url)

@@ -20,7 +20,7 @@ from dtpipe.manifests.errors import ConfigError, DtpipeError, StoreError
 from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
-from dtpipe.pipeline.live import pick_device, recorded_teacher
+from dtpipe.pipeline.live.recorded import pick_device, recorded_teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     Raises: ConfigError, InputError, TeacherError in a sentence before features are computed.
     """
     from dtpipe.distill.downstream import compare
-    from dtpipe.distill.student import load_student
+    from dtpipe.distill.student.load import load_student
 
     task = _task(config)
     student = load_student(config.checkpoint)
@@ -120,7 +120,7 @@ def overlap_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
     """What to say when held-out images were part of distillation: they had no labels there, but were seen."""
     if config.test_images:
         return []
-    from dtpipe.manifests.reader import FeatureDataset
+    from dtpipe.manifests.read.dataset import FeatureDataset
 
     seen: set[str] = _live_keys(config.checkpoint)
     for url in _dataset_urls(config.checkpoint):
@@ -132,7 +132,7 @@ def overlap_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
 
 def _dataset_urls(checkpoint: str) -> list[str]:
     """What a run was trained on; empty for a checkpoint that is no run folder."""
-    from dtpipe.distill.run_folder import read_config
+    from dtpipe.distill.engine.run_folder import read_config
 
     try:
         return [str(url) for url in read_config(Path(checkpoint)).get("datasets") or ()]
@@ -142,7 +142,7 @@ def _dataset_urls(checkpoint: str) -> list[str]:
 
 def _live_settings(checkpoint: str) -> dict[str, Any]:
     """The `extract` section of a run that was trained without a dataset; empty for any other."""
-    from dtpipe.distill.run_folder import read_config
+    from dtpipe.distill.engine.run_folder import read_config
 
     try:
         return read_config(Path(checkpoint), "extract")
@@ -158,8 +158,8 @@ def _live_px(settings: Mapping[str, Any]) -> tuple[int, int] | None:
 def _live_keys(checkpoint: str) -> set[str]:
     """Keys of the images of live training, as far as they are still there."""
     from dtpipe.extract.config import ExtractConfig
-    from dtpipe.extract.resolve import list_source
-    from dtpipe.extract.sources.synthesized import open_images
+    from dtpipe.extract.recipe import list_source
+    from dtpipe.extract.sources.numbered import open_images
 
     settings = _live_settings(checkpoint)
     if not settings.get("images"):
@@ -172,7 +172,7 @@ def _live_keys(checkpoint: str) -> set[str]:
 
 def _extractors(config: EvalConfig, train: LabelledSet, note: Note) -> list[FeatureExtractor | PerSeed]:
     from dtpipe.distill.downstream.base import random_initialisation, raw_pixels, student_extractor
-    from dtpipe.distill.student import load_student
+    from dtpipe.distill.student.load import load_student
 
     device = pick_device(config.device)
     student = load_student(config.checkpoint)
@@ -211,8 +211,8 @@ def _teacher_extractor(config: EvalConfig, device: str, note: Note) -> FeatureEx
 
 
 def _recorded_plan(checkpoint: str) -> Plan | None:
-    from dtpipe.manifests.plan import load_plan
-    from dtpipe.manifests.storage import Store
+    from dtpipe.manifests.store.store import Store
+    from dtpipe.manifests.write.plan import load_plan
 
     urls = _dataset_urls(checkpoint)
     try:

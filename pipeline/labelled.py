@@ -117,7 +117,7 @@ class LabelledReader:
         )
 
     def _read_image(self, item: SourceItem, note: Callable[[str], None]) -> NDArray[np.uint8] | None:
-        from dtpipe.extract.transforms import BadImage, decode_image, resize_image
+        from dtpipe.extract.sources.images import BadImage, decode_image, resize_image
 
         try:
             return resize_image(decode_image(self.source.read(item.uri), MAX_PIXELS), self.recipe)

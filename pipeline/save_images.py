@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from dtpipe.manifests.errors import InputError, StoreError
-from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.manifests.read.dataset import FeatureDataset
 
 
 def save_images(url: str, folder: str | Path) -> int:

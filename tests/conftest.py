@@ -19,8 +19,6 @@ os.fsync = lambda _: None  # takes 10 ms a file on a disk, and no test can see i
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what the tests start would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-REPO = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(autouse=True, scope="module")
 def signal_handlers() -> Iterator[None]:

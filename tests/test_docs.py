@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from dtpipe.pipeline.cli import COMMANDS, main
-from dtpipe.pipeline.reference import BEGIN, END, help_text, with_reference
+from dtpipe.pipeline.cli.main import COMMANDS, main
+from dtpipe.pipeline.cli.reference import BEGIN, END, help_text, with_reference
+from parts.paths import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- runnable -->\n)?```sh\n(.*?)```", re.DOTALL)
 SMALL = {  # settings that make a README command small enough for a test; they change no flag that the README shows
@@ -51,7 +51,7 @@ def parse(words: list[str]) -> None:
 def test_reference_in_the_readme_is_fresh() -> None:
     assert BEGIN in README
     assert END in README
-    assert with_reference(README) == README, "run `python -m dtpipe.pipeline.reference README.md`"
+    assert with_reference(README) == README, "run `python -m dtpipe.pipeline.cli.reference README.md`"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dtpipe.pipeline.cli import COMMANDS
+from dtpipe.pipeline.cli.main import COMMANDS
 
 HEAVY = ("torch", "ray", "timm", "diffusers", "torchvision", "pyarrow", "zarr", "matplotlib", "sklearn")
 LIMIT_S = 0.5
@@ -18,7 +18,7 @@ def run_help(*args: str) -> tuple[str, list[str]]:
     """Help text, and which heavy packages were imported to print it, in a fresh interpreter."""
     code = (
         "import sys\n"
-        "from dtpipe.pipeline.cli import main\n"
+        "from dtpipe.pipeline.cli.main import main\n"
         f"try: main({[*args, '--help']!r})\n"
         "except SystemExit: pass\n"
         f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
@@ -40,7 +40,7 @@ def test_help_takes_under_half_a_second() -> None:
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "dtpipe.pipeline.cli", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "dtpipe.pipeline.cli.main", "--help"], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert min(seconds) < LIMIT_S

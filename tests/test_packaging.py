@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+from parts.paths import REPO
+
 FOLDERS = ("manifests", "extract", "distill", "pipeline")
 
 
@@ -58,12 +59,12 @@ def test_wheel_holds_every_module(wheel_names: set[str]) -> None:
 
 
 def test_wheel_holds_the_data_that_commands_read(wheel_names: set[str]) -> None:
-    folders = ("pipeline/presets", "pipeline/templates", "pipeline/demo/teacher")
+    folders = ("pipeline/presets", "pipeline/report/templates", "pipeline/demo/teacher")
     data = {f"dtpipe/{path.relative_to(REPO)}" for folder in folders for path in (REPO / folder).rglob("*") if path.is_file()}
     assert any(name.endswith(".yaml") for name in data)
     assert any(name.endswith(".html") for name in data)
     assert any(name.endswith(".safetensors") for name in data)
-    data.add("dtpipe/distill/timm_students.json")
+    data.add("dtpipe/distill/student/timm_students.json")
     assert data - wheel_names == set()
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,8 +18,9 @@ from safetensors.torch import load_file
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.manifests.errors import TeacherError
+from parts import sd_pipelines
+from parts.paths import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(path for folder in ("manifests", "extract", "distill", "pipeline") for path in (REPO / folder).rglob("*.py"))
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
 
@@ -87,21 +86,13 @@ class Attack:
         return os.system, (f"touch {self.trap}",)
 
 
-def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("extract") / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion whose VAE is an autoencoder too, and the two files of a taesd."""
     root = tmp_path_factory.mktemp("checkpoints")
-    beside("sd_pipelines").save_pipeline(root / "sd")
+    sd_pipelines.save_pipeline(root / "sd")
     shutil.copytree(root / "sd" / "vae", root / "vae")
-    from dtpipe.extract.teachers.taesd import TinyAutoencoder
+    from dtpipe.extract.teachers.vae.taesd import TinyAutoencoder
 
     tiny = TinyAutoencoder(4, 3, pool=False)
     (root / "taesd").mkdir()

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dtpipe.distill.batch import student_images
-from dtpipe.distill.student import Student, StudentSpec, build_student
+from dtpipe.distill.stream.batch import student_images
+from dtpipe.distill.student.load import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 IGNORE = 255

@@ -21,9 +21,9 @@ from dtpipe.distill.downstream.base import (
     need_masks,
 )
 from dtpipe.distill.downstream.config import ProbeConfig
-from dtpipe.distill.downstream.knn import knn_probe
-from dtpipe.distill.downstream.probe import linear_probe
-from dtpipe.distill.downstream.readout import FOREGROUND_IOU, MEAN_IOU, count_mask_classes, dense_readout
+from dtpipe.distill.downstream.frozen.knn import knn_probe
+from dtpipe.distill.downstream.frozen.probe import linear_probe
+from dtpipe.distill.downstream.frozen.readout import FOREGROUND_IOU, MEAN_IOU, count_mask_classes, dense_readout
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.manifests.errors import ConfigError
 

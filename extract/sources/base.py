@@ -76,7 +76,7 @@ def register_source(kind: SourceKind) -> None:
 
 def source_kinds() -> dict[str, SourceKind]:
     """All registered kinds by name."""
-    from dtpipe.extract.sources import features, folder, lmdb_store, parquet, webdataset_tar, zip_archive  # noqa: F401  one name per file
+    from dtpipe.extract.sources import features, folder, lmdb, parquet, tar, zip  # noqa: F401  one name per file
 
     return dict(sorted(_KINDS.items(), key=lambda item: item[1].asked_last))
 

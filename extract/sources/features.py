@@ -13,10 +13,10 @@ from functools import cached_property
 from PIL import Image
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
-from dtpipe.extract.sources.files import open_place
-from dtpipe.manifests.commit import MANIFEST_FILE
+from dtpipe.extract.sources.places import open_place
 from dtpipe.manifests.errors import DtpipeError, InputError
-from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.write.commit import MANIFEST_FILE
 
 
 class FeaturesSource:

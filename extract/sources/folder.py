@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
-from dtpipe.extract.sources.files import Place, find_files, local_path, open_place
+from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.names import CONTAINERS, MAX_FILE_BYTES, in_class_folders, key_of, labelled_by_folder, no_images, takes
-from dtpipe.extract.transforms import BadImage
+from dtpipe.extract.sources.places import Place, find_files, local_path, open_place
 from dtpipe.manifests.errors import InputError
 
 _TRY_AGAIN = frozenset(

@@ -13,11 +13,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
-from dtpipe.extract.sources.files import changed, container_files, folder_of, is_pattern, open_place, unreadable
 from dtpipe.extract.sources.group_cache import GroupCache
+from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.names import key_of
 from dtpipe.extract.sources.parquet_columns import Columns, find_columns
-from dtpipe.extract.transforms import BadImage
+from dtpipe.extract.sources.places import changed, container_files, folder_of, is_pattern, open_place, unreadable
 from dtpipe.manifests.errors import DtpipeError, InputError
 
 if TYPE_CHECKING:

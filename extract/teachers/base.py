@@ -143,17 +143,13 @@ def register_teacher(kind: TeacherKind) -> None:
 
 def teacher_kinds() -> dict[str, TeacherKind]:
     """All registered families by kind, those of installed plugins too."""
-    from dtpipe.extract.teachers import (  # noqa: F401  one line per family
-        adm,
-        biggan,
-        ddpm,
-        icgan,
-        module,
-        stable_diffusion,
-        stylegan2,
-        vae,
-    )
+    from dtpipe.extract.teachers import module  # noqa: F401  one line per family
+    from dtpipe.extract.teachers.biggan import icgan, teacher  # noqa: F401
+    from dtpipe.extract.teachers.diffusion import adm, ddpm  # noqa: F401
     from dtpipe.extract.teachers.plugins import load_plugins
+    from dtpipe.extract.teachers.stable_diffusion import teacher as stable_diffusion  # noqa: F401
+    from dtpipe.extract.teachers.stylegan2 import teacher as stylegan2  # noqa: F401
+    from dtpipe.extract.teachers.vae import teacher as vae  # noqa: F401
 
     load_plugins()
     return dict(_KINDS)
@@ -164,7 +160,7 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
 
     Raises: TeacherError when no family, or the wrong one, recognises the path.
     """
-    from dtpipe.extract.teachers.published import locate
+    from dtpipe.extract.teachers.files.published import locate
 
     kinds = teacher_kinds()
     config = locate(config, kinds)

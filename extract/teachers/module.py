@@ -25,7 +25,7 @@ from dtpipe.extract.teachers.base import (
     register_teacher,
     takes_no_images,
 )
-from dtpipe.extract.teachers.weights import read_weights, weights_digest
+from dtpipe.extract.teachers.files.weights import read_weights, weights_digest
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
 

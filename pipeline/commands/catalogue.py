@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from dtpipe.pipeline.console import Console
-from dtpipe.pipeline.listing import KINDS, catalogue, published_teachers, teacher_options
+from dtpipe.pipeline.cli.console import Console
+from dtpipe.pipeline.cli.names import KINDS, catalogue, published_teachers, teacher_options
 
 HELP = """Name the teachers, sources, codecs, tasks, presets, regressors, losses and students there are.
 

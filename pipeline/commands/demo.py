@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dtpipe.pipeline.options import Call, Flag, settings_command
+from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 FLAGS = (
     Flag("--out", "demo.out", "DIR"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dtpipe.pipeline.console import Console, ProgressLine, format_seconds
-from dtpipe.pipeline.history import record_command
-from dtpipe.pipeline.options import Call, Flag, settings_command
+from dtpipe.pipeline.cli.console import Console, ProgressLine, format_seconds
+from dtpipe.pipeline.cli.options import Call, Flag, settings_command
+from dtpipe.pipeline.report.history import record_command
 
 if TYPE_CHECKING:
-    from dtpipe.distill.progress import OnProgress, RunResult, TrainProgress
-    from dtpipe.pipeline.training_inputs import TrainingInputs
+    from dtpipe.distill.engine.progress import OnProgress, RunResult, TrainProgress
+    from dtpipe.pipeline.live.data import TrainingInputs
 
 SHOWN_SHARE = 0.005
 FLAGS = (
@@ -69,11 +69,11 @@ def command(call: Call, fresh: bool) -> None:
     sample is encoded live, with new noise in each epoch, as the `extract` settings say. Several GPUs share each batch under
     torchrun, or as Ray workers, which need --out on a disk that all nodes share.
     """
-    from dtpipe.pipeline.training_inputs import training_inputs
+    from dtpipe.pipeline.live.data import training_inputs
 
     inputs = training_inputs(call)
     if call.dry_run:
-        from dtpipe.pipeline.training_plan import plan_training, print_training
+        from dtpipe.pipeline.plan.training import plan_training, print_training
 
         plan = plan_training(inputs.config, inputs.open_live, inputs.unchecked)
         print_training(call.console, plan)
@@ -96,8 +96,8 @@ def _train(inputs: TrainingInputs, on_progress: OnProgress, fresh: bool) -> RunR
         from dtpipe.distill.trainer import train
 
         return train(config, inputs.open_live, on_progress, fresh, inputs.open_source)
-    from dtpipe.distill.ray_train import train_on_ray
-    from dtpipe.extract.cluster import connect, disconnect, has_gpus
+    from dtpipe.distill.engine.ray import train_on_ray
+    from dtpipe.extract.cluster.ray import connect, disconnect, has_gpus
 
     inputs.open_source(config)  # so that what is wrong is said, and images are looked at, before workers start
     connect(config.ray_address)

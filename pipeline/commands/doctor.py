@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dtpipe.pipeline.console import Console
+from dtpipe.pipeline.cli.console import Console
 
 HELP = """Check this machine, a store, a teacher.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dtpipe.pipeline.history import record_command
-from dtpipe.pipeline.options import Call, Flag, settings_command
+from dtpipe.pipeline.cli.options import Call, Flag, settings_command
+from dtpipe.pipeline.report.history import record_command
 
 FLAGS = (
     Flag("checkpoint", "eval.checkpoint", "CKPT"),

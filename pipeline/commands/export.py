@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dtpipe.manifests.errors import StoreError
-from dtpipe.pipeline.options import Call, Flag, settings_command
-from dtpipe.pipeline.resolve import dump
+from dtpipe.pipeline.cli.options import Call, Flag, settings_command
+from dtpipe.pipeline.cli.settings import dump
 
 FLAGS = (
     Flag("checkpoint", "export.checkpoint", "CKPT"),
@@ -24,7 +24,7 @@ def command(call: Call) -> None:
     The file is loaded again and compared with the student before success is reported.
     """
     config = call.settings("export")
-    from dtpipe.distill.export import export_student
+    from dtpipe.distill.export.write import export_student
 
     try:
         result = export_student(config.checkpoint, config.out, config.layout)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dtpipe.pipeline.console import Console, ProgressLine, format_bytes, format_seconds
-from dtpipe.pipeline.options import Call, Flag, command_line, settings_command
+from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes, format_seconds
+from dtpipe.pipeline.cli.options import Call, Flag, command_line, settings_command
 
 if TYPE_CHECKING:
-    from dtpipe.extract.progress import Progress
     from dtpipe.extract.run import ExtractResult
+    from dtpipe.extract.shards.progress import Progress
 
 FLAGS = (
     Flag("--images", "extract.images", "URL"),
@@ -52,7 +52,7 @@ def command(call: Call, fresh: bool) -> None:
     """
     config = call.settings("extract")
     if call.dry_run:
-        from dtpipe.pipeline.plan import plan_extraction, print_extraction
+        from dtpipe.pipeline.plan.extraction import plan_extraction, print_extraction
 
         plan = plan_extraction(config)
         print_extraction(call.console, plan)

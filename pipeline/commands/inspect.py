@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.pipeline.console import Console, format_bytes
+from dtpipe.pipeline.cli.console import Console, format_bytes
 
 HELP = """Show what a feature dataset holds.
 
@@ -28,7 +28,7 @@ SHOWN_BAD, SHOWN_LABELS = 20, 12
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(url: str, sample: str | None, png: str | None, as_json: bool) -> None:
     """Print the dataset's description, or draw one sample."""
-    from dtpipe.pipeline.inspect import describe_dataset, render_sample
+    from dtpipe.pipeline.report.inspect import describe_dataset, render_sample
 
     console = Console(as_json)
     if (sample is None) != (png is None):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.commands import extract
-from dtpipe.pipeline.options import Call, Flag, settings_command
 
 FLAGS = (*extract.FLAGS, Flag("--student", "distill.student.name", "TIMM_NAME"), Flag("--epochs", "distill.epochs", "N"))
 EXAMPLE = """
@@ -20,8 +20,8 @@ def command(call: Call) -> None:
 
     Runs the actual teacher over a few of your images and writes nothing; with --student, also times training steps.
     """
-    from dtpipe.pipeline.plan import plan_recipe, print_extraction
-    from dtpipe.pipeline.training_plan import print_training, time_training
+    from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction
+    from dtpipe.pipeline.plan.training import print_training, time_training
 
     config = call.settings("extract")
     extraction, recipe = plan_recipe(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dtpipe.pipeline.options import Call, Flag, settings_command
+from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 FLAGS = (
     Flag("run", "report.run", "RUN"),
@@ -25,7 +25,7 @@ def command(call: Call) -> None:
     Scores, training curves, feature maps of teacher and student, samples of the teacher, and the commands and settings that made it.
     """
     config = call.settings("report")
-    from dtpipe.pipeline.report import write_report
+    from dtpipe.pipeline.report.page import write_report
 
     path = write_report(config, call.console.note)
     call.console.result(f"wrote {path}")

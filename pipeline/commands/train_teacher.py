@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dtpipe.pipeline.console import ProgressLine, format_seconds
-from dtpipe.pipeline.options import Call, Flag, settings_command
+from dtpipe.pipeline.cli.console import ProgressLine, format_seconds
+from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
     from dtpipe.extract.train_teacher import TrainTeacherProgress

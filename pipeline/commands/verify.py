@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, IncompleteError
-from dtpipe.pipeline.console import Console, format_bytes
+from dtpipe.pipeline.cli.console import Console, format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dtpipe.manifests.measured import Measured
-    from dtpipe.manifests.reader import FeatureDataset
-    from dtpipe.manifests.verify import RepairResult, VerifyReport
-    from dtpipe.pipeline.live import RecipeTeacher
+    from dtpipe.manifests.check.measured import Measured
+    from dtpipe.manifests.check.verify import RepairResult, VerifyReport
+    from dtpipe.manifests.read.dataset import FeatureDataset
+    from dtpipe.pipeline.live.recorded import RecipeTeacher
 
 LEVELS = ("listing", "digest", "decode", "recompute")
 DEVICES = ("auto", "cpu", "cuda")
@@ -58,7 +58,7 @@ def command(url: str, level: str, repair: bool, rows: int, tolerance: float, tea
             raise ConfigError("--repair works on stored bytes; choose --level listing, digest or decode")
         _repair(console, url, level)
         return
-    from dtpipe.manifests.verify import verify
+    from dtpipe.manifests.check.verify import verify
 
     recompute = _recompute(url, teacher, device) if level == "recompute" else None
     report = verify(url, level, recompute, rows, tolerance)  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ class _Recompute:
         self.measured: Measured | None = None
 
     def __call__(self, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:
-        from dtpipe.pipeline.flip_error import measure
+        from dtpipe.pipeline.live.flip_error import measure
 
         recipe = self._opened.recipe
         if not recipe.synthesized and not any(view.flip for view in recipe.views):
@@ -88,8 +88,8 @@ class _Recompute:
 
 def _recompute(url: str, teacher: str | None, device: str) -> _Recompute:
     """The dataset's teacher, set up as it was for the extraction."""
-    from dtpipe.manifests.reader import FeatureDataset
-    from dtpipe.pipeline.live import open_teacher
+    from dtpipe.manifests.read.dataset import FeatureDataset
+    from dtpipe.pipeline.live.recorded import open_teacher
 
     dataset = FeatureDataset.open(url, allow_incomplete=True)
     return _Recompute(dataset, open_teacher(dataset.plan, {"path": teacher} if teacher else {}, device, exact=True))
@@ -105,7 +105,7 @@ def _print(console: Console, report: VerifyReport, measured: Measured | None = N
         errors = ", ".join(f"{name} {error:.1e}" for name, error in report.max_relative_error.items())
         console.result(f"recomputed {report.num_recomputed} samples; largest relative error: {errors}")
     if measured is not None:
-        from dtpipe.pipeline.flip_error import format_errors
+        from dtpipe.pipeline.live.flip_error import format_errors
 
         console.result(f"mirrored features instead of encoded flips would have relative error: {format_errors(measured.flip_error)}")
     if report.strays:
@@ -134,7 +134,7 @@ def _outcome(report: VerifyReport) -> DtpipeError | None:
 
 
 def _repair(console: Console, url: str, level: str) -> None:
-    from dtpipe.manifests.verify import repair
+    from dtpipe.manifests.check.verify import repair
 
     result: RepairResult = repair(url, level)  # type: ignore[arg-type]
     shards = ", ".join(map(str, result.shards)) or "none"

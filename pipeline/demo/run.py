@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
+from dtpipe.pipeline.cli.console import Console, format_seconds
 from dtpipe.pipeline.config import DemoConfig
-from dtpipe.pipeline.console import Console, format_seconds
 
 MARKER = ".dtpipe-demo"
 FEW = (5, 20, 80)
@@ -137,7 +137,7 @@ class _Demo:
         self.console.result(f"\n$ {shlex.join(['dtpipe', *args])}")
         started = time.monotonic()
         stdout = sys.stderr if self.console.as_json else None
-        with subprocess.Popen([sys.executable, "-m", "dtpipe.pipeline.cli", *args], stdout=stdout) as process:
+        with subprocess.Popen([sys.executable, "-m", "dtpipe.pipeline.cli.main", *args], stdout=stdout) as process:
             before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
             try:
                 code = process.wait()

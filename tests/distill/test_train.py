@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.distill.checkpoint import load_checkpoint
-from dtpipe.distill.datasets import open_data
-from dtpipe.distill.order import StreamPosition
-from dtpipe.distill.stream import FeatureStream, StreamSettings
+from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.stream.data import open_data
+from dtpipe.distill.stream.order import StreamPosition
+from dtpipe.distill.stream.stream import FeatureStream, StreamSettings
 from dtpipe.distill.trainer import train
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, IncompleteError, PlanChangedError
 from dtpipe.manifests.schema import ShardRecipe
-
-from .conftest import FLIPPED_VIEWS, MemorySource, level_spec, tiny_config, write_dataset
-from .test_trainer import assert_equal_checkpoints
+from parts.memory import FLIPPED_VIEWS, MemorySource, level_spec, tiny_config, write_dataset
+from parts.runs import assert_equal_checkpoints
 
 TRAIN = """
 import sys, yaml, torch

@@ -8,52 +8,28 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from dtpipe.distill.checkpoint import load_checkpoint
 from dtpipe.distill.config import DistillConfig
-from dtpipe.distill.datasets import OpenedData
-from dtpipe.distill.model import build_distiller
-from dtpipe.distill.order import StreamPosition
-from dtpipe.distill.progress import RunResult, TrainProgress
-from dtpipe.distill.run_folder import RunFolder, read_metrics
-from dtpipe.distill.stream import FeatureStream
-from dtpipe.distill.student import load_student
-from dtpipe.distill.timing import StopRequest, catch_stop_signals
-from dtpipe.distill.trainer import Trainer, run
+from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.engine.progress import TrainProgress
+from dtpipe.distill.engine.run_folder import read_metrics
+from dtpipe.distill.engine.timing import StopRequest, catch_stop_signals
+from dtpipe.distill.stream.data import OpenedData
+from dtpipe.distill.stream.order import StreamPosition
+from dtpipe.distill.stream.stream import FeatureStream
+from dtpipe.distill.student.distiller import build_distiller
+from dtpipe.distill.student.load import load_student
+from dtpipe.distill.trainer import Trainer
 from dtpipe.manifests.errors import ConfigError, DivergedError, PlanChangedError, StoppedError
-
-from .conftest import FLIPPED_VIEWS, PX, MemorySource, tiny_config
+from parts.memory import FLIPPED_VIEWS, PX, MemorySource, tiny_config
+from parts.runs import assert_equal_checkpoints, train_on
 
 CPU = torch.device("cpu")
-
-
-def train_on(data: OpenedData, config: DistillConfig, on_progress=None) -> RunResult:
-    """`train` with data from memory."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        trainer = Trainer(config, data, CPU)
-        with RunFolder.open(config) as folder, catch_stop_signals() as stop:
-            return run(trainer, folder, stop, on_progress or (lambda _progress: None))
-
-
-def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by path."""
-    if isinstance(value, torch.Tensor):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return {name: tensor for key, child in items for name, tensor in tensors(child, f"{path}/{key}").items()}
-
-
-def assert_equal_checkpoints(first: Path, second: Path) -> None:
-    one, other = tensors(load_checkpoint(first)), tensors(load_checkpoint(second))
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 class Killed(BaseException):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dtpipe.extract.config import ExtractConfig
+from parts.paths import PARTS
 
 TINY_PX = 32
 
@@ -80,7 +81,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        server = Path(__file__).with_name("run_server.py")
+        server = PARTS / "run_server.py"
         self._process = subprocess.Popen([sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._count = 0
         assert self._read() == "ready"

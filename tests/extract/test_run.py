@@ -13,14 +13,14 @@ import torch
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.progress import Progress, ProgressMeter
-from dtpipe.extract.resolve import make_recipe, stored_levels
+from dtpipe.extract.recipe import make_recipe, stored_levels
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.shard_queue import ShardQueue
+from dtpipe.extract.shards.progress import Progress, ProgressMeter
+from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, load_teacher
 from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, IncompleteError, InputError, PlanChangedError, StoreError
-from dtpipe.manifests.join import JoinedDataset
-from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.join import JoinedDataset
 
 MakeConfig = Callable[..., ExtractConfig]
 
@@ -169,7 +169,7 @@ def test_progress_counts_to_the_end(make_config: MakeConfig) -> None:
 
 def test_rate_and_eta_come_from_what_was_encoded_lately(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("dtpipe.extract.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dtpipe.extract.shards.progress.time.monotonic", lambda: clock[0])
     meter = ProgressMeter(shards_total=10, samples_total=1000)
     meter.now()
     for _ in range(60):
@@ -223,7 +223,7 @@ def test_a_deterministic_encoding_has_one_draw_and_stops_at_its_stride(make_conf
 
 def test_queue_retries_then_sets_aside_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("dtpipe.extract.shard_queue.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dtpipe.extract.shards.queue.time.monotonic", lambda: clock[0])
     queue = ShardQueue([4, 5], retries=1)
     task = queue.take()
     assert task is not None

@@ -17,11 +17,11 @@ from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers import base
 from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, load_teacher, register_teacher, takes_no_images
+from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.taps import TapReader
-from dtpipe.extract.teachers.weights import weights_digest
+from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError, PlanChangedError, TeacherError
-from dtpipe.manifests.reader import FeatureDataset
-from dtpipe.manifests.verify import verify
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.save_images import save_images
 
 MakeConfig = Callable[..., ExtractConfig]

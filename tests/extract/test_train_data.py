@@ -17,8 +17,9 @@ from dtpipe.extract.sources import folder as folder_source
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_data import TrainImages, draw_batch, load_images
 from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, InputError
+from parts.paths import FIXTURES
 
-TINY = json.loads((Path(__file__).parent / "fixtures" / "train" / "tiny.json").read_text())
+TINY = json.loads((FIXTURES / "train" / "tiny.json").read_text())
 
 
 def make(images: Path | str = "", **changes: object) -> TrainTeacherConfig:

@@ -12,9 +12,9 @@ import yaml
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_network import build_unet, noise_schedule, start_from
 from dtpipe.manifests.errors import TeacherError
+from parts.paths import FIXTURES, PRESETS
 
-TINY = json.loads((Path(__file__).parent / "fixtures" / "train" / "tiny.json").read_text())
-PRESETS = Path(__file__).resolve().parents[2] / "pipeline" / "presets"
+TINY = json.loads((FIXTURES / "train" / "tiny.json").read_text())
 
 
 def make(**changes: object) -> TrainTeacherConfig:

@@ -22,10 +22,11 @@ from dtpipe.extract.train_parallel import Ranks, join_ranks
 from dtpipe.extract.train_state import CHECKPOINT, load_checkpoint
 from dtpipe.extract.train_step import train_step
 from dtpipe.manifests.errors import ConfigError, DtpipeError
-from dtpipe.manifests.lock import Lock
-from dtpipe.manifests.storage import Store
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.lock import Lock
+from parts.paths import FIXTURES
 
-TINY = json.loads((Path(__file__).parent / "fixtures" / "train" / "tiny.json").read_text())
+TINY = json.loads((FIXTURES / "train" / "tiny.json").read_text())
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes")
 
 

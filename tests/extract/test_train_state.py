@@ -14,8 +14,9 @@ from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_state import CHECKPOINT, load_checkpoint, resume_or_start, save_checkpoint
 from dtpipe.extract.train_teacher import train_teacher
 from dtpipe.manifests.errors import DamagedDataError, StoreError
+from parts import paths
 
-FIXTURES = Path(__file__).parent / "fixtures" / "train"
+FIXTURES = paths.FIXTURES / "train"
 OURS = {"config": "{}", "unet": {}, "ema": {}, "optimizer": {}, "step": 1, "losses": []}
 
 

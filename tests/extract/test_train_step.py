@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from dtpipe.extract.train_network import noise_schedule
 from dtpipe.extract.train_state import TrainState, resume_or_start
 from dtpipe.extract.train_step import learning_rate, loss_weight, train_step
 from dtpipe.manifests.errors import DivergedError
+from parts.paths import FIXTURES
 
-TINY = json.loads((Path(__file__).parent / "fixtures" / "train" / "tiny.json").read_text())
+TINY = json.loads((FIXTURES / "train" / "tiny.json").read_text())
 IMAGES = TrainImages(np.random.Generator(np.random.Philox(7)).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
 BETAS = np.linspace(1e-4, 0.02, 1000)
 

@@ -31,10 +31,11 @@ from dtpipe.manifests.errors import (
     StoppedError,
     StoreError,
 )
-from dtpipe.manifests.lock import Lock
-from dtpipe.manifests.storage import Store
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.lock import Lock
+from parts.paths import FIXTURES
 
-TINY = json.loads((Path(__file__).parent / "fixtures" / "train" / "tiny.json").read_text())
+TINY = json.loads((FIXTURES / "train" / "tiny.json").read_text())
 
 
 @pytest.fixture

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import hypothesis
 import pytest
+
+from parts import golden, toy_writer
 
 hypothesis.settings.register_profile("dtpipe", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("dtpipe")
@@ -65,8 +65,8 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def toy() -> ModuleType:
-    """`toy_writer.py` as a module."""
-    return _load(Path(__file__).with_name("toy_writer.py"))
+    """The toy writer."""
+    return toy_writer
 
 
 @pytest.fixture(scope="session")
@@ -80,15 +80,5 @@ def unbroken(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 @pytest.fixture(scope="session")
 def maker() -> ModuleType:
-    """`golden/make.py` as a module: writes small datasets whose values follow from names."""
-    return _load(Path(__file__).parent.parent / "golden" / "make.py")
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """`parts/golden.py`: writes small datasets whose values follow from names."""
+    return golden

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtpipe.distill.checkpoint import save_checkpoint
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.downstream.base import LabelledSet
 from dtpipe.distill.downstream.config import ProbeConfig
-from dtpipe.distill.run_folder import RunFolder
-from dtpipe.distill.student import StudentSpec, build_student, spec_to_dict
-from dtpipe.manifests.reader import FeatureDataset
+from dtpipe.distill.engine.checkpoint import save_checkpoint
+from dtpipe.distill.engine.run_folder import RunFolder
+from dtpipe.distill.student.load import StudentSpec, build_student, spec_to_dict
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate, overlap_notes
+from parts import paths
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "v1_zarr"
+GOLDEN = paths.GOLDEN / "v1_zarr"
 
 
 def labelled(*keys: str) -> LabelledSet:

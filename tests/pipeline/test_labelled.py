@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from dtpipe.extract.transforms import resize_image
+from dtpipe.extract.sources.images import resize_image
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.labelled import LabelledReader, class_names_of, decode_mask, resize_mask, split_by_key

@@ -1,0 +1,80 @@
+"""k nearest neighbours on pooled features, by cosine, as in InstDisc and DINO.
+
+Source: Wu et al., arXiv 1805.01978, section 3.4; facebookresearch/dino `eval_knn.py` (k = 20, temperature 0.07). Nothing is
+fitted, so that few labels are enough; the level is chosen by leaving each labelled image out in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtpipe.distill.downstream.base import Draw, FeatureExtractor, LabelledSet, count_classes, need_labels
+from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.frozen.probe import pooled_levels, pooled_rows
+from dtpipe.distill.downstream.result import Score, mark_best
+
+QUERY_ROWS = 4096  # queries whose similarities to all labelled images are held at once
+
+
+def knn_votes(
+    queries: Tensor, references: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, leave_one_out: bool = False
+) -> Tensor:
+    """Votes of the k nearest references for each query, each weighing exp(cosine / temperature).
+
+    Shapes: queries (m, D), references (n, D), labels (n,) int64 -> (m, K). With `leave_one_out` the queries are the
+    references themselves and none is its own neighbour.
+    """
+    queries, references = F.normalize(queries, dim=1), F.normalize(references, dim=1)
+    votes = queries.new_zeros(len(queries), num_classes)
+    for start in range(0, len(queries), QUERY_ROWS):
+        similarity = queries[start : start + QUERY_ROWS] @ references.T  # (rows, n)
+        if leave_one_out:
+            own = torch.arange(len(similarity), device=similarity.device)
+            similarity[own, start + own] = -torch.inf
+        nearest, idx = similarity.topk(k, dim=1)  # (rows, k)
+        weights = torch.exp((nearest - nearest[:, :1]) / temperature)  # the nearest weighs 1: no overflow, same winner
+        votes[start : start + QUERY_ROWS].scatter_add_(1, labels[idx], weights)
+    return votes
+
+
+def neighbours(num_labelled: int, num_classes: int, k: int) -> int:
+    """How many vote: `k`, but with few labels no more than there are images per class, so that no class is outvoted by count."""
+    return max(1, min(k, num_labelled // num_classes))
+
+
+def knn_probe(
+    extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
+) -> list[Score]:
+    """Held-out accuracy of every level in every draw, the best level of each draw marked."""
+    train_labels, test_labels = need_labels(train), need_labels(test)
+    num_classes = count_classes(train_labels, test_labels)
+    held_out = pooled_levels(extractor, test.images, config.batch_size, concatenated=False)
+    truth = torch.from_numpy(test_labels.astype(np.int64))
+    used, pooled = pooled_rows(extractor, train, draws, config.batch_size, concatenated=False)
+    scores = []
+    for draw in draws:
+        k = neighbours(len(draw.rows), len(np.unique(train_labels[draw.rows])), config.k)
+        candidates = []
+        for level, features in pooled.items():
+            own = features[torch.from_numpy(np.searchsorted(used, draw.rows)).to(features.device)]
+            labels = torch.from_numpy(train_labels[draw.rows].astype(np.int64)).to(own.device)
+            votes = knn_votes(held_out[level], own, labels, num_classes, k, config.temperature)
+            value = float((votes.argmax(dim=1).cpu() == truth).double().mean())
+            selection = _leave_one_out(own, labels, num_classes, k, config.temperature)
+            candidates.append(Score(extractor.name, level, len(draw.rows), draw.seed, value, selection, settings={"k": k}))
+        scores += mark_best(candidates)
+    return scores
+
+
+def _leave_one_out(features: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> float | None:
+    """Share of labelled images whose neighbours among the others are right; None where a class has a single image."""
+    if len(features) < 2 * len(set(labels.tolist())):
+        return None
+    k = min(k, len(features) - 1)
+    votes = knn_votes(features, features, labels, num_classes, k, temperature, leave_one_out=True)
+    return float((votes.argmax(dim=1) == labels).double().mean())

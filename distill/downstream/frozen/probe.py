@@ -1,0 +1,105 @@
+"""Class-label probe: a linear classifier on the pooled features of each level.
+
+The regularisation comes from a fixed grid and the best level from the candidates, both by cross-validation over the
+labelled images alone; held-out images are looked at once, by the classifiers that were chosen before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dtpipe.distill.downstream.base import Draw, FeatureExtractor, Images, IntArray, LabelledSet, batches, count_classes, need_labels
+from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
+from dtpipe.distill.downstream.result import ALL_LEVELS, Score, mark_best
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the labelled images chose: a classifier, its regularisation, and its score across folds (None: too few images)."""
+
+    classifier: LinearClassifier
+    l2: float
+    selection: float | None
+
+
+def pooled_levels(extractor: FeatureExtractor, images: Images, batch_size: int, concatenated: bool = True) -> dict[str, Tensor]:
+    """One vector per image and level, and all levels side by side. Shapes: -> {level: (N, D)} on the extractor's device."""
+    parts: dict[str, list[Tensor]] = {}
+    for _, levels in batches(extractor, images, batch_size):
+        for name, level in levels.items():
+            parts.setdefault(name, []).append(level.mean(dim=(2, 3)) if extractor.pool == "mean" else level.flatten(1))
+    pooled = {name: torch.cat(part) for name, part in parts.items()}
+    if concatenated and len(pooled) > 1:
+        pooled[ALL_LEVELS] = torch.cat(list(pooled.values()), dim=1)
+    return pooled
+
+
+def stratified_folds(labels: IntArray, num_folds: int) -> npt.NDArray[np.int64] | None:
+    """The fold of each labelled image, classes spread evenly; None when most classes have a single image."""
+    classes, counts = np.unique(labels, return_counts=True)
+    num_folds = min(num_folds, int(np.median(counts)))
+    if num_folds < 2:
+        return None
+    folds = np.zeros(len(labels), dtype=np.int64)
+    for label in classes:
+        rows = np.flatnonzero(labels == label)
+        folds[rows] = np.arange(len(rows)) % num_folds
+    return folds
+
+
+def choose_linear(features: Tensor, labels: Tensor, folds: npt.NDArray[np.int64] | None, num_classes: int, config: ProbeConfig) -> Choice:
+    """Fit on all labelled images with the regularisation that is right most often on the fold left out.
+
+    Shapes: features (n, D), labels (n,). Ties go to the stronger regularisation.
+    """
+    if folds is None:
+        l2, selection = config.l2_fallback, None
+    else:
+        correct = dict.fromkeys(sorted(config.l2_grid, reverse=True), 0)
+        for fold in range(int(folds.max()) + 1):
+            held = torch.from_numpy(folds == fold).to(features.device)
+            for value, classifier in fit_path(features[~held], labels[~held], num_classes, config.l2_grid, config.max_iter).items():
+                correct[value] += int((classifier.predict(features[held]) == labels[held]).sum())
+        l2 = max(correct, key=correct.__getitem__)
+        selection = correct[l2] / len(labels)
+    return Choice(fit_path(features, labels, num_classes, [l2], config.max_iter)[l2], l2, selection)
+
+
+def linear_probe(
+    extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
+) -> list[Score]:
+    """Held-out accuracy of every level in every draw, the best level of each draw marked. Chance: the largest class's share."""
+    train_labels, test_labels = need_labels(train), need_labels(test)
+    num_classes = count_classes(train_labels, test_labels)
+    held_out = pooled_levels(extractor, test.images, config.batch_size)
+    truth = torch.from_numpy(test_labels.astype(np.int64))
+    used, pooled = pooled_rows(extractor, train, draws, config.batch_size)
+    scores = []
+    for draw in draws:
+        labels = train_labels[draw.rows].astype(np.int64)
+        folds = stratified_folds(labels, config.folds)
+        candidates = []
+        for level, features in pooled.items():
+            own = features[torch.from_numpy(np.searchsorted(used, draw.rows)).to(features.device)]
+            choice = choose_linear(own, torch.from_numpy(labels).to(own.device), folds, num_classes, config)
+            value = float((choice.classifier.predict(held_out[level]).cpu() == truth).double().mean())
+            settings: dict[str, Any] = {"l2": choice.l2}
+            candidates.append(Score(extractor.name, level, len(draw.rows), draw.seed, value, choice.selection, settings=settings))
+        scores += mark_best(candidates)
+    return scores
+
+
+def pooled_rows(
+    extractor: FeatureExtractor, train: LabelledSet, draws: Sequence[Draw], batch_size: int, concatenated: bool = True
+) -> tuple[npt.NDArray[np.int64], dict[str, Tensor]]:
+    """Pooled features of the rows that any draw uses, computed once: those rows in ascending order, and {level: (rows, D)}."""
+    used = np.unique(np.concatenate([draw.rows for draw in draws]))
+    return used, pooled_levels(extractor, train.images[used], batch_size, concatenated)

@@ -1,0 +1,218 @@
+"""Dense read-out: a linear classifier per cell on frozen levels, brought to one stride; scored by IoU.
+
+Candidates are each level alone and all of them concatenated. Few cells are kept while fitting (`max_cells`), and
+held-out images pass once, batch by batch, through all classifiers, so memory does not grow with either set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtpipe.distill.downstream.base import IGNORE, Draw, FeatureExtractor, IntArray, LabelledSet, batches, need_masks
+from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
+from dtpipe.distill.downstream.result import ALL_LEVELS, Score, mark_best
+from dtpipe.manifests.errors import ConfigError, ShapeError
+
+FOREGROUND_IOU = "foreground IoU"
+MEAN_IOU = "mIoU"
+
+
+def masks_at_stride(masks: Tensor, stride: int, num_classes: int) -> Tensor:
+    """Each cell's most frequent class; ties go to the lower class, and a mostly ignored cell is ignored.
+
+    Shapes: masks (B, H, W) integers -> (B, H/stride, W/stride) int64.
+    Raises: ShapeError when the stride does not divide the mask.
+    """
+    if masks.shape[1] % stride or masks.shape[2] % stride:
+        raise ShapeError(f"masks are {tuple(masks.shape[1:])} px, which stride {stride} does not divide; choose another stride")
+    values = [*range(num_classes), IGNORE]
+    shares = torch.stack([F.avg_pool2d((masks == value).float()[:, None], stride)[:, 0] for value in values])  # (K+1, B, h, w)
+    return torch.tensor(values, device=masks.device)[shares.argmax(dim=0)]
+
+
+def cells_of(masks: IntArray, stride: int, num_classes: int, batch_size: int = 256) -> Tensor:
+    """`masks_at_stride` of numpy masks, a few at a time. Shapes: (N, H, W) -> (N, H/stride, W/stride) int64."""
+    chunks = [masks[start : start + batch_size] for start in range(0, len(masks), batch_size)]
+    return torch.cat([masks_at_stride(torch.from_numpy(chunk.astype(np.int64)), stride, num_classes) for chunk in chunks])
+
+
+def at_grid(level: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A level on the read-out's grid: bilinear where it is coarser, area average where it is finer.
+
+    Linear in the channels, so a per-cell classifier may be applied before or after. Shapes: (B, C, h, w) -> (B, C, *grid).
+    """
+    if tuple(level.shape[-2:]) == grid:
+        return level
+    if level.shape[-2] > grid[0]:
+        return F.adaptive_avg_pool2d(level, grid)
+    return F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
+
+
+def confusion_matrix(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+    """Counts of (true, predicted) pairs; ignored cells are left out. Any equal shapes -> (K, K) int64 on the CPU."""
+    known = truth != IGNORE
+    pairs = truth[known] * num_classes + predicted[known]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes).cpu()
+
+
+def iou_by_class(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class; NaN where it is neither there nor predicted. Shapes: (K, K) -> (K,) float64."""
+    hits = confusion.diagonal().double()
+    return hits / (confusion.sum(dim=0) + confusion.sum(dim=1) - hits)
+
+
+def iou_score(confusion: Tensor) -> float:
+    """Foreground IoU of two classes, else the mean over the classes that are there or predicted, background included."""
+    ious = iou_by_class(confusion)
+    chosen = ious[1:] if len(ious) == 2 else ious[~ious.isnan()]
+    return float(chosen.nan_to_num(0.0).mean())
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Labelled cells of one draw: features by level (n, C), targets (n,), and for each cell its image and turn in it."""
+
+    features: dict[str, Tensor]
+    targets: Tensor
+    image_idx: Tensor
+    turn: Tensor
+
+
+def draw_cells(extractor: FeatureExtractor, labelled: LabelledSet, num_classes: int, seed: int, config: ProbeConfig) -> Cells:
+    """Up to `max_cells` cells, equally many random ones of every labelled image; ignored cells are dropped."""
+    masks = need_masks(labelled)
+    grid = (masks.shape[1] // config.stride, masks.shape[2] // config.stride)
+    quota = max(1, min(grid[0] * grid[1], config.max_cells // len(labelled)))
+    generator = torch.Generator().manual_seed(seed)
+    features: dict[str, list[Tensor]] = {}
+    places: list[Tensor] = []  # per image (3, cells): target, image, turn
+    for rows, levels in batches(extractor, labelled.images, config.batch_size):
+        for offset, target in enumerate(cells_of(masks[rows], config.stride, num_classes).flatten(1)):
+            cells = torch.randperm(len(target), generator=generator)[:quota]
+            keep = target[cells] != IGNORE
+            for name, level in levels.items():
+                features.setdefault(name, []).append(_at_cells(level[offset], grid, cells[keep]))
+            image = torch.full_like(cells, rows.start + offset)
+            places.append(torch.stack([target[cells], image, torch.arange(len(cells))])[:, keep])
+    joined = {name: torch.cat(parts) for name, parts in features.items()}
+    targets, image_idx, turn = torch.cat(places, dim=1).to(next(iter(joined.values())).device)
+    return Cells(joined, targets, image_idx, turn)
+
+
+def _at_cells(level: Tensor, grid: tuple[int, int], cells: Tensor) -> Tensor:
+    """Features of some cells of one image. Shapes: level (C, h, w), cells (n,) -> (n, C)."""
+    return at_grid(level[None], grid)[0].flatten(1)[:, cells.to(level.device)].T
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A classifier on some levels: one weight (K, C) per level, and a bias (K,)."""
+
+    weights: Mapping[str, Tensor]
+    bias: Tensor
+
+    def predict(self, levels: Mapping[str, Tensor], grid: tuple[int, int]) -> Tensor:
+        """Most likely class of each cell; logits are formed at each level's own size. Shapes: {level: (B, C, h, w)} -> (B, *grid)."""
+        parts = [at_grid(torch.einsum("kc,bchw->bkhw", weight, levels[name]), grid) for name, weight in self.weights.items()]
+        return (torch.stack(parts).sum(dim=0) + self.bias[:, None, None]).argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A read-out ready to be scored: where it comes from, and what the labelled images said of it."""
+
+    draw: Draw
+    level: str
+    readout: Readout
+    l2: float
+    selection: float | None
+
+
+def fit_readouts(cells: Cells, draw: Draw, num_classes: int, config: ProbeConfig) -> list[Fitted]:
+    """A read-out for each level and for all together, each with the regularisation that whole images left out prefer."""
+    candidates = {name: [name] for name in cells.features}
+    if len(candidates) > 1:
+        candidates[ALL_LEVELS] = list(cells.features)
+    fitted = []
+    for candidate, names in candidates.items():
+        features = torch.cat([cells.features[name] for name in names], dim=1)
+        l2, selection = _choose_l2(features, cells, len(draw.rows), num_classes, config)
+        classifier = fit_path(features, cells.targets, num_classes, [l2], config.max_iter)[l2]
+        fitted.append(Fitted(draw, candidate, _split(classifier, {name: cells.features[name].shape[1] for name in names}), l2, selection))
+    return fitted
+
+
+def _split(classifier: LinearClassifier, widths: Mapping[str, int]) -> Readout:
+    parts = torch.split(classifier.weight, list(widths.values()), dim=1)
+    return Readout(dict(zip(widths, parts, strict=True)), classifier.bias)
+
+
+def _choose_l2(features: Tensor, cells: Cells, num_images: int, num_classes: int, config: ProbeConfig) -> tuple[float, float | None]:
+    num_folds = min(config.folds, num_images)
+    if num_folds < 2:
+        return config.l2_fallback, None
+    few = cells.turn < max(1, config.max_select_cells // num_images)
+    features, targets, fold_of = features[few], cells.targets[few], cells.image_idx[few] % num_folds
+    confusions = {l2: torch.zeros(num_classes, num_classes, dtype=torch.int64) for l2 in sorted(config.l2_grid, reverse=True)}
+    for fold in range(num_folds):
+        held = fold_of == fold
+        for l2, classifier in fit_path(features[~held], targets[~held], num_classes, config.l2_grid, config.max_iter).items():
+            confusions[l2] += confusion_matrix(targets[held], classifier.predict(features[held]), num_classes)
+    scores = {l2: iou_score(confusion) for l2, confusion in confusions.items()}
+    best = max(scores, key=scores.__getitem__)
+    return best, scores[best]
+
+
+def dense_readout(
+    extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
+) -> list[Score]:
+    """Held-out IoU of every level in every draw, the best level of each draw marked."""
+    num_classes = count_mask_classes(need_masks(train), need_masks(test))
+    fitted = []
+    for draw in draws:
+        cells = draw_cells(extractor, train.subset(draw.rows), num_classes, draw.seed, config)
+        fitted.append(fit_readouts(cells, draw, num_classes, config))
+    confusions = _held_out(extractor, test, [one for group in fitted for one in group], num_classes, config)
+    scores = []
+    for group in fitted:
+        own, confusions = confusions[: len(group)], confusions[len(group) :]
+        scores += mark_best([_score(extractor.name, one, confusion) for one, confusion in zip(group, own, strict=True)])
+    return scores
+
+
+def _score(extractor: str, fitted: Fitted, confusion: Tensor) -> Score:
+    ious = [None if iou != iou else iou for iou in iou_by_class(confusion).tolist()]  # NaN is not JSON
+    settings: dict[str, Any] = {"l2": fitted.l2, "iou_by_class": ious}
+    draw = fitted.draw
+    return Score(extractor, fitted.level, len(draw.rows), draw.seed, iou_score(confusion), fitted.selection, settings=settings)
+
+
+def _held_out(
+    extractor: FeatureExtractor, test: LabelledSet, fitted: Sequence[Fitted], num_classes: int, config: ProbeConfig
+) -> list[Tensor]:
+    """The confusion matrix of each read-out over all held-out images, in one pass."""
+    masks = need_masks(test)
+    grid = (masks.shape[1] // config.stride, masks.shape[2] // config.stride)
+    confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in fitted]
+    for rows, levels in batches(extractor, test.images, config.batch_size):
+        device = next(iter(levels.values())).device
+        truth = cells_of(masks[rows], config.stride, num_classes).to(device)
+        for confusion, one in zip(confusions, fitted, strict=True):
+            confusion += confusion_matrix(truth, one.readout.predict(levels, grid), num_classes)
+    return confusions
+
+
+def count_mask_classes(*masks: IntArray) -> int:
+    """Classes of the masks, background included, 255 left out. Raises: ConfigError when there is background only."""
+    largest = max(int(part[part != IGNORE].max(initial=0)) for part in masks)
+    if largest == 0:
+        raise ConfigError("the masks hold background only; a dense read-out needs a second class")
+    return largest + 1

@@ -1,0 +1,187 @@
+"""Supervised baseline: the same student, trained from scratch on the labelled images alone for as many steps.
+
+Unlike the other tasks nothing is frozen: the network is scored by its own head, a linear classifier on the last level's
+mean for classes, one per cell on all levels for masks. Images are drawn and mirrored by the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtpipe.distill.downstream.base import (
+    IGNORE,
+    FeatureExtractor,
+    Images,
+    LabelledSet,
+    check_apart,
+    count_classes,
+    need_labels,
+    need_masks,
+    random_student,
+    student_extractor,
+)
+from dtpipe.distill.downstream.compare import find_task, make_draws, metric_of
+from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
+from dtpipe.distill.downstream.frozen.readout import at_grid, cells_of, confusion_matrix, count_mask_classes, iou_score
+from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
+from dtpipe.distill.engine.optim import learning_rate, set_learning_rate
+from dtpipe.distill.stream.batch import flip_where, student_images
+from dtpipe.distill.student.load import Student, StudentSpec
+
+SUPERVISED = "supervised"
+
+
+class SupervisedNet(nn.Module):
+    """A student with a linear head: for classes when `stride` is None, else for cells of that stride."""
+
+    def __init__(self, student: Student, num_classes: int, stride: int | None) -> None:
+        super().__init__()
+        self.student = student
+        self.stride = stride
+        used = student.channels[-1:] if stride is None else student.channels
+        self.heads = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in used)
+        for head in self.heads:
+            nn.init.zeros_(head.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits. Shapes: (B, H, W, 3) uint8 -> (B, K), or (B, K, H/stride, W/stride)."""
+        levels = self.student(student_images(images, self.student.spec.image_px))
+        if self.stride is None:
+            pooled = levels[-1].mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+            return torch.flatten(self.heads[0](pooled), 1)
+        grid = (images.shape[1] // self.stride, images.shape[2] // self.stride)
+        parts = [at_grid(head(level), grid) for head, level in zip(self.heads, levels, strict=True)]
+        return torch.stack(parts).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A trained baseline. `extractor` gives its levels, for probing it like any other student."""
+
+    net: SupervisedNet
+    final_loss: float
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """The backbone without its head."""
+        return student_extractor(self.net.student, next(self.net.parameters()).device, SUPERVISED)
+
+    def predict(self, images: Images, batch_size: int = 64) -> Tensor:
+        """Most likely classes on the CPU. Shapes: (N, H, W, 3) uint8 -> (N,), or (N, h, w) for masks."""
+        self.net.eval()
+        device = next(self.net.parameters()).device
+        with torch.no_grad():
+            starts = range(0, len(images), batch_size)
+            parts = [self.net(_batch(images, slice(start, start + batch_size), device)).argmax(dim=1).cpu() for start in starts]
+        return torch.cat(parts)
+
+
+def _batch(images: Images, rows: slice | np.ndarray[tuple[int], np.dtype[np.int64]], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images[rows])).to(device)
+
+
+def train_supervised(
+    spec: StudentSpec,
+    targets: Tensor,
+    images: Images,
+    num_classes: int,
+    config: SupervisedConfig,
+    seed: int,
+    stride: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Supervised:
+    """Train a student and a head from random weights on labelled images, for `config.steps` steps of AdamW.
+
+    Shapes: images (n, H, W, 3) uint8; targets (n,) int64 classes, or (n, H/stride, W/stride) int64 cells with 255 ignored.
+    """
+    device = torch.device(device)
+    net = SupervisedNet(random_student(spec, seed), num_classes, stride).to(device).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    generator = np.random.Generator(np.random.Philox(seed))
+    loss = torch.zeros(())
+    for step, rows in enumerate(_steps(len(images), config, generator)):
+        set_learning_rate(optimizer, learning_rate(step, config.steps, round(config.warmup_share * config.steps), config.lr))
+        batch, target = _batch(images, rows, device), targets[torch.from_numpy(rows)].to(device)
+        if config.flip:
+            batch, target = _flip(batch, target, torch.from_numpy(generator.random(len(rows)) < 0.5).to(device))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(batch), target, ignore_index=IGNORE)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return Supervised(net.eval(), float(loss.detach()))
+
+
+def _steps(
+    num_images: int, config: SupervisedConfig, generator: np.random.Generator
+) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """The rows of each step: shuffled passes one after another, cut into batches. A batch norm needs two images."""
+    size = min(config.batch_size, max(num_images, 2))
+    waiting = np.empty(0, dtype=np.int64)
+    for _ in range(config.steps):
+        while len(waiting) < size:
+            waiting = np.concatenate([waiting, generator.permutation(num_images)])
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _flip(images: Tensor, targets: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+    if targets.ndim == 3:
+        targets = torch.where(flip[:, None, None], targets.flip(2), targets)
+    return flip_where(images, flip), targets
+
+
+def run_supervised(
+    task: str,
+    spec: StudentSpec,
+    train: LabelledSet,
+    test: LabelledSet,
+    num_labelled: Sequence[int | None],
+    seeds: Sequence[int],
+    config: SupervisedConfig,
+    probe: ProbeConfig | None = None,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[str], None] | None = None,
+) -> ProbeResult:
+    """The baseline's held-out scores on the draws that `run_probe` makes for `task`; merge the two results for one table.
+
+    Each seed and number of labels is a training of its own. Raises: ConfigError as `run_probe` does.
+    """
+    found, probe = find_task(task), probe or ProbeConfig()
+    check_apart(train, test)
+    metric = metric_of(found, train, test)
+    stride = probe.stride if found.needs == "masks" else None
+    scores = []
+    for draw in make_draws(found, train, num_labelled, seeds):
+        if on_progress is not None:
+            on_progress(f"{task}: {SUPERVISED}, {len(draw.rows)} labelled, seed {draw.seed}")
+        own = train.subset(draw.rows)
+        num_classes, targets, truth = _targets(own, train, test, stride)
+        trained = train_supervised(spec, targets, own.images, num_classes, config, draw.seed, stride, device)
+        value = _value(truth, trained.predict(test.images, probe.batch_size), num_classes, stride)
+        settings = {"steps": config.steps, "lr": config.lr, "final_loss": trained.final_loss}
+        scores.append(Score(SUPERVISED, HEAD, len(draw.rows), draw.seed, value, best=True, settings=settings))
+    return ProbeResult(task, metric, len(test), tuple(scores))
+
+
+def _targets(own: LabelledSet, train: LabelledSet, test: LabelledSet, stride: int | None) -> tuple[int, Tensor, Tensor]:
+    """Number of classes, what to learn from the drawn images, and the held-out truth in the same form."""
+    if stride is None:
+        num_classes = count_classes(need_labels(train), need_labels(test))
+        own_labels, truth = (torch.from_numpy(need_labels(part).astype(np.int64)) for part in (own, test))
+        return num_classes, own_labels, truth
+    num_classes = count_mask_classes(need_masks(train), need_masks(test))
+    cells = [cells_of(need_masks(part), stride, num_classes) for part in (own, test)]
+    return num_classes, cells[0], cells[1]
+
+
+def _value(truth: Tensor, predicted: Tensor, num_classes: int, stride: int | None) -> float:
+    if stride is None:
+        return float((truth == predicted).double().mean())
+    return iou_score(confusion_matrix(truth, predicted, num_classes))

@@ -1,0 +1,88 @@
+"""Checkpoints: one file with everything a run needs to go on, readable with `weights_only=True`.
+
+A file appears whole or not at all. `last.pt` is the newest; `checkpoints/` keeps a few ends of epochs.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtpipe.distill.student.load import Student, build_student, spec_from_dict
+from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
+
+FORMAT = "dtpipe-run/1"
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint beside `path`, bring it to disk, then rename it into place.
+
+    Raises: StoreError when the disk is full or unwritable.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process leaves, the next one overwrites
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as err:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{path}: the checkpoint cannot be written: {err}; free or change the disk and run again") from err
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU; no code from the file is run.
+
+    Raises: InputError when there is none or it is another kind of file; DamagedDataError when it cannot be read whole.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as err:
+        raise InputError(f"{path}: no checkpoint here; give a run folder, its last.pt or an export") from err
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as err:
+        raise DamagedDataError(f"{path}: the checkpoint cannot be read: {err}; use one of checkpoints/ beside it") from err
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of dtpipe distill ({FORMAT}); give a run folder, its last.pt or an export")
+    return state
+
+
+def keep_epoch(last: Path, epoch: int, num_kept: int) -> None:
+    """Keep `last` as the checkpoint of an epoch's end, and drop the oldest beyond `num_kept`."""
+    folder = last.parent / "checkpoints"
+    if num_kept > 0:
+        folder.mkdir(exist_ok=True)
+        temporary, target = folder / ".epoch.tmp", folder / f"epoch-{epoch:05d}.pt"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(last, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(last, temporary)
+        temporary.replace(target)
+    for old in sorted(folder.glob("epoch-*.pt"))[: -num_kept or None]:
+        old.unlink()
+
+
+def student_state(state: Mapping[str, Any], ema: bool) -> Mapping[str, Any]:
+    """Weights of the student in a checkpoint: the average where there is one and `ema` asks for it."""
+    average = state["ema"] if ema else None
+    return dict(average if average is not None else state["student"])
+
+
+def read_student(path: Path, ema: bool = True) -> Student:
+    """The student of a checkpoint in eval mode.
+
+    Raises: InputError, DamagedDataError as `load_checkpoint`.
+    """
+    state = load_checkpoint(path)
+    student = build_student(spec_from_dict(state["student_spec"]))
+    student.load_state_dict(student_state(state, ema))
+    return student.eval()

@@ -1,0 +1,135 @@
+"""What a run says about itself: lines of metrics.jsonl and the result at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtpipe.distill.engine.ranks import ALONE, Ranks
+from dtpipe.distill.engine.timing import IDLE, Stopwatch
+from dtpipe.distill.losses.features import FeatureLoss
+
+MOST_WAITING = 0.05
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """One line of metrics.jsonl; means are over the steps since the line before."""
+
+    step: int
+    num_steps: int
+    epoch: int
+    """Epochs begun, from 1."""
+    num_epochs: int
+    lr: float
+    grad_norm: float
+    losses: dict[str, float]
+    """`loss`; `mse`, `at`, .. of the losses that are on; and `mse/l2`, `at/l2`, .. per level."""
+    throughput_img_s: float
+    remaining_s: float
+    shares: dict[str, float]
+    """Share of the time in `data` (waiting for it), `transfer` to the device, `teacher` (live), `model` (forward and backward),
+    `optimiser` and `save`."""
+    advice: str | None = None
+    """What to change, when the device waits too long for data."""
+
+    def record(self) -> dict[str, Any]:
+        """The line as plain values."""
+        values = asdict(self)
+        losses = values.pop("losses")
+        shares = {f"share/{name}": round(share, 4) for name, share in values.pop("shares").items()}
+        advice = {} if self.advice is None else {"advice": self.advice}
+        return {**{name: value for name, value in values.items() if name != "advice"}, **losses, **shares, **advice}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> TrainProgress:
+        """Inverse of `record`."""
+        own = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        shares = {name.removeprefix("share/"): value for name, value in record.items() if name.startswith("share/")}
+        losses = {name: value for name, value in record.items() if name not in own and not name.startswith("share/")}
+        return cls(**own, losses=losses, shares=shares)
+
+
+OnProgress = Callable[[TrainProgress], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind. Seconds, throughput and shares are of this process, not of the parts before a resume."""
+
+    run_dir: Path
+    checkpoint: Path
+    num_steps: int
+    num_epochs: int
+    num_samples: int
+    resumed_step: int
+    losses: dict[str, float]
+    """Of the last line of metrics.jsonl."""
+    seconds: float
+    throughput_img_s: float
+    shares: dict[str, float]
+    flips: bool
+    """Whether images were flipped."""
+    peak_lr: float
+    rank: int = 0
+    """Of the process that says this."""
+    num_ranks: int = 1
+
+
+class Meter:
+    """Means of losses and shares of time since it was made; reads from the device only when asked."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.num_steps = 0
+        self.num_images = 0
+        self._watch = watch
+        self._before = watch.seconds()
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, loss: FeatureLoss, weight: float) -> None:
+        """Count the losses of a part that is `weight` of its global batch."""
+        named = {"loss": loss.total.detach()} | loss.terms | loss.levels
+        values = torch.stack(list(named.values())) * weight
+        self._names = list(named)
+        self._sums = values if self._sums is None else self._sums + values
+
+    def count_step(self, num_images: int) -> None:
+        """Count an optimiser step."""
+        self.num_steps += 1
+        self.num_images += num_images
+
+    def losses(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Mean per step of each loss, over the samples of all ranks."""
+        if self._sums is None:
+            return {}
+        return dict(zip(self._names, (ranks.sum(self._sums) / self.num_steps).tolist(), strict=True))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by activity."""
+        return {activity: total - self._before.get(activity, 0.0) for activity, total in self._watch.seconds().items()}
+
+
+def waiting_advice(shares: Mapping[str, float], read_threads: int, prefetch: int) -> str | None:
+    """One sentence on what to change, when more than `MOST_WAITING` of the time is spent waiting for data; else None."""
+    waiting = shares.get(IDLE, 0.0)
+    if waiting <= MOST_WAITING:
+        return None
+    cpus = os.cpu_count() or 1
+    if read_threads < cpus:
+        what = f"raise distill.read_threads from {read_threads} to up to {cpus}"
+    else:
+        what = f"raise distill.prefetch from {prefetch}, or bring the dataset to a faster disk"
+    return f"{waiting:.0%} of the time goes by waiting for data: {what}"
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each activity's share of all seconds charged."""
+    total = sum(seconds.values()) or 1.0
+    return {activity: value / total for activity, value in seconds.items()}

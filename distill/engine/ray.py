@@ -1,0 +1,150 @@
+"""The training loop under Ray Train: the same loop as torchrun's, on workers that Ray places and starts again when one dies.
+
+Restarts go on from last.pt, so the run folder must lie on a disk that all nodes share. Through it the processes also speak:
+the driver asks for a stop with one file, and a worker leaves the run's end in another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.progress import OnProgress, RunResult, TrainProgress
+from dtpipe.distill.engine.run_folder import RunFolder, read_metrics
+from dtpipe.distill.engine.timing import StopRequest, catch_stop_signals
+from dtpipe.distill.stream.data import OpenSource, open_data
+from dtpipe.distill.stream.live import OpenLive
+from dtpipe.distill.trainer import train
+from dtpipe.manifests.errors import DtpipeError, IncompleteError, MissingPackageError
+
+STOP, END, STORE = ".stop", ".end.json", ".ray"
+POLL_S = 0.5
+
+
+def train_on_ray(
+    config: DistillConfig,
+    num_workers: int,
+    gpus: bool,
+    live: OpenLive | None = None,
+    on_progress: OnProgress | None = None,
+    fresh: bool = False,
+    open_source: OpenSource = open_data,
+) -> RunResult:
+    """`train` on `num_workers` workers of the Ray cluster that this process is connected to.
+
+    `live` and `open_source` are sent to the workers, each of which opens a teacher and the data for itself.
+    Raises: as `train`; MissingPackageError without Ray Train; IncompleteError when workers died too often, or cannot share the folder.
+    """
+    config = config.model_copy(update={"out": str(Path(config.out).absolute())})
+    folder = Path(config.out)
+    RunFolder.open(config, fresh).close()  # what is wrong with it is said before any worker starts
+    for name in (STOP, END):
+        (folder / name).unlink(missing_ok=True)
+    trainer = _make_trainer(config, num_workers, gpus, {"live": live, "open_source": open_source})
+    with catch_stop_signals() as stop, ThreadPoolExecutor(1, thread_name_prefix="dtpipe-ray-train") as pool:
+        fitted = pool.submit(trainer.fit)
+        _watch(folder, stop, fitted.done, on_progress)
+    error = fitted.exception()
+    shutil.rmtree(folder / STORE, ignore_errors=True)
+    return _read_end(folder, error)
+
+
+def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, openers: dict[str, Any]) -> Any:
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ImportError as err:
+        raise MissingPackageError(f"Ray Train cannot be imported ({err}); pip install 'dtpipe[train]', or use torchrun") from err
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(Path.cwd()), **openers},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
+        run_config=RunConfig(
+            name="run", storage_path=str(Path(config.out) / STORE), failure_config=FailureConfig(max_failures=config.max_restarts)
+        ),
+    )
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """One worker. A run that has ended, well or not, is not begun again when Ray restarts its workers."""
+    config = DistillConfig.model_validate(given["config"])
+    folder = Path(config.out)
+    if (folder / END).exists():
+        return
+    with suppress(OSError):  # paths are relative to where the command was given, if this node has that folder
+        os.chdir(given["folder"])
+    _use_device()
+    stop = StopRequest()
+    threading.Thread(target=_await_stop, args=(folder, stop), daemon=True).start()
+    try:
+        result = train(config, given["live"], open_source=given["open_source"], stop=stop)
+    except IncompleteError:  # another worker is lost: Ray starts all anew
+        raise
+    except DtpipeError as err:
+        _write_end(folder, {"error": type(err).__name__, "sentence": str(err), "exit_code": err.exit_code})
+        raise
+    if result.rank == 0:
+        _write_end(folder, {**asdict(result), "run_dir": str(result.run_dir), "checkpoint": str(result.checkpoint)})
+
+
+def _use_device() -> None:
+    import torch
+    from ray.train.torch import get_device
+
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _await_stop(folder: Path, stop: StopRequest) -> None:
+    while stop.signal is None:
+        time.sleep(POLL_S)
+        if (folder / STOP).exists():
+            stop.signal = signal.Signals(int((folder / STOP).read_text() or signal.SIGTERM))
+
+
+def _watch(folder: Path, stop: StopRequest, done: Callable[[], bool], on_progress: OnProgress | None) -> None:
+    """Until the run ends, pass a stop on to the workers, and their lines of metrics.jsonl to who asked."""
+    asked, shown = False, len(read_metrics(folder))
+    while not done():
+        time.sleep(POLL_S)
+        if stop.signal is not None and not asked:
+            asked = True
+            (folder / STOP).write_text(str(int(stop.signal)))
+        lines = read_metrics(folder)
+        if len(lines) > shown and on_progress:
+            on_progress(TrainProgress.from_record(lines[-1]))
+        shown = len(lines)
+
+
+def _write_end(folder: Path, end: dict[str, Any]) -> None:
+    temporary = folder / f"{END}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(end))
+    temporary.replace(folder / END)
+
+
+def _read_end(folder: Path, error: BaseException | None) -> RunResult:
+    if not (folder / END).exists():
+        reason = str(error).strip().splitlines()[-1][:200] if error else f"{folder} is not on a disk that all nodes share"
+        raise IncompleteError(f"Ray Train gave up ({reason}); run the same command again to go on from the last checkpoint") from error
+    end = json.loads((folder / END).read_text())
+    (folder / END).unlink()
+    (folder / STOP).unlink(missing_ok=True)
+    if "sentence" in end:
+        told = DtpipeError(end["sentence"])
+        told.exit_code = end["exit_code"]
+        raise told
+    paths = {name: Path(end[name]) for name in ("run_dir", "checkpoint")}
+    return RunResult(**{**end, **paths})

@@ -1,0 +1,215 @@
+"""The trained backbone as others load it: timm or torchvision layout, safetensors, without dtpipe.
+
+An export is loaded again into a clean model of the other library and compared with the student on random images
+before success is reported. Either way the model takes images normalised with the `mean` and `std` in config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dtpipe.distill.student.load import Student, build_student, load_student, model_options, spec_from_dict, spec_to_dict, student_name
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, InputError
+
+WEIGHTS = "model.safetensors"
+TORCHVISION_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # timm's blocks and keys are torchvision's
+TOLERANCE = 1e-5  # of a level's largest value: the same operations in float32, perhaps by another kernel
+
+Layout = Literal["timm", "torchvision"]
+Reloaded = Callable[[Tensor], Sequence[Tensor]]
+"""A model of the other library: images, normalised as timm does, to what its stages give, (B, C, h, w) each."""
+
+
+class ExportError(DtpipeError):
+    """An export, loaded again, does not compute what the student computes; nothing was left behind."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where the export lies and how to load it."""
+
+    path: Path
+    layout: Layout
+    num_parameters: int
+    max_difference: float
+    """Largest absolute difference between the student's levels and the reloaded export's on random images."""
+    untrained: tuple[str, ...]
+    """Parameters of the full timm model that the student does not have, at their initial values."""
+    snippet: str
+    """Python that loads it."""
+
+
+def export_student(checkpoint: str | Path, out: str | Path, layout: Layout = "timm", ema: bool = True) -> ExportResult:
+    """Write the student of a run or checkpoint into folder `out` as model.safetensors and config.json.
+
+    Raises: InputError on a checkpoint that cannot be used; ConfigError when the layout has no place for the student;
+    ExportError when the reloaded export differs.
+    """
+    student = load_student(checkpoint, ema)
+    if layout == "torchvision" and student.spec.name not in TORCHVISION_NAMES:
+        raise ConfigError(
+            f"student {student.spec.name} has no torchvision counterpart with the same layers; those with one are "
+            f"{', '.join(TORCHVISION_NAMES)}; export it in timm's layout"
+        )
+    weights, untrained = full_weights(student)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".{os.getpid()}.{WEIGHTS}"  # load_file and timm go by the suffix
+    save_file(weights, temporary, metadata=_metadata(student, layout))
+    try:
+        difference = compare(student, _reload(temporary, student, layout))
+        (out / "config.json").write_text(json.dumps(_hub_config(student), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(out / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
+    count = sum(tensor.numel() for tensor in weights.values())
+    return ExportResult(out / WEIGHTS, layout, count, difference, untrained, _snippet(out / WEIGHTS, student, layout))
+
+
+def full_weights(student: Student) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """State dict of timm's full model without classifier, with the student's weights, and the names it has no weights for.
+
+    Raises: ExportError when a weight of the student has no place in the full model.
+    """
+    full = _full_model(student)
+    trained = student.net.state_dict()
+    weights, untrained = {}, []
+    for name, initial in full.state_dict().items():
+        alias = student_name(name, trained)
+        if alias is None:
+            untrained.append(name)
+        weights[name] = (initial if alias is None else trained.pop(alias)).detach().cpu().clone().contiguous()
+    if trained:
+        raise ExportError(f"{student.spec.name}: weights {sorted(trained)[:3]} have no place in timm's full model; export is not possible")
+    return weights, tuple(untrained)
+
+
+def compare(student: Student, reloaded: Reloaded) -> float:
+    """Largest absolute difference of any level between a student and a reloaded model, on random images.
+
+    Each level is compared with the stage of its shape that is closest to it.
+
+    Raises: ExportError naming the stride of a level beyond the tolerance.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, *student.spec.image_px, generator=generator) * 2 - 1
+    with torch.inference_mode():
+        levels, stages = student(images), reloaded(student.normalise(images))
+    largest = 0.0
+    for stride, level in zip(student.strides, levels, strict=True):
+        difference = min((float((level - stage).abs().max()) for stage in stages if stage.shape == level.shape), default=math.inf)
+        if not difference <= TOLERANCE * level.abs().max().item():
+            raise ExportError(
+                f"{student.spec.name}: the reloaded export differs from the student by {difference:g} at stride {stride}; "
+                "nothing was exported"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def is_export(path: Path) -> bool:
+    """Whether a path is an export: a folder with model.safetensors, or such a file."""
+    return path.suffix == ".safetensors" or (path / WEIGHTS).is_file()
+
+
+def read_export(path: Path) -> Student:
+    """The student of an export, in eval mode.
+
+    Raises: InputError when the file was not exported by dtpipe; DamagedDataError when it cannot be read.
+    """
+    path = path / WEIGHTS if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        weights = load_file(path)
+    except FileNotFoundError as err:
+        raise InputError(f"{path}: no such export") from err
+    except (SafetensorError, OSError) as err:
+        raise DamagedDataError(f"{path}: the export cannot be read: {err}; export again") from err
+    if "dtpipe_student" not in metadata:
+        raise InputError(f"{path}: holds no student of dtpipe; give a run folder, its last.pt or an export")
+    student = build_student(spec_from_dict(json.loads(metadata["dtpipe_student"])))
+    student.net.load_state_dict(_student_names(student, weights))
+    return student.eval()
+
+
+def _student_names(student: Student, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The full model's weights under the names of the student's `features_only` model."""
+    wanted = set(student.net.state_dict())
+    named = {}
+    for name, tensor in weights.items():
+        alias = student_name(name, wanted)
+        if alias is not None:
+            named[alias] = tensor
+    return named
+
+
+def _full_model(student: Student) -> nn.Module:
+    model: nn.Module = timm.create_model(student.spec.name, num_classes=0, **model_options(student.spec))
+    return model.eval()
+
+
+def _reload(path: Path, student: Student, layout: Layout) -> Reloaded:
+    """A clean model of the other library with the exported weights."""
+    if layout == "timm":
+        model: Any = timm.create_model(student.spec.name, num_classes=0, checkpoint_path=str(path), **model_options(student.spec))
+        if not hasattr(model, "forward_intermediates"):
+            raise ExportError(f"{student.spec.name}: timm's model does not show its levels, so the export cannot be checked")
+        return partial(model.eval().forward_intermediates, intermediates_only=True)
+    import torchvision
+
+    resnet = getattr(torchvision.models, student.spec.name)()
+    resnet.fc = nn.Identity()
+    resnet.load_state_dict(load_file(path))
+    return partial(_each_output, list(resnet.eval().children())[:-2])  # without pooling and fc
+
+
+def _each_output(modules: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
+    """What each module gives when they run one after the other."""
+    outputs = [images]
+    for module in modules:
+        outputs.append(module(outputs[-1].clone()))  # a ReLU may work in place
+    return outputs[1:]
+
+
+def _metadata(student: Student, layout: Layout) -> dict[str, str]:
+    return {"format": "pt", "layout": layout, "dtpipe_student": json.dumps(spec_to_dict(student.spec))}
+
+
+def _hub_config(student: Student) -> dict[str, Any]:
+    """config.json as timm's hub and `local-dir:` loaders read it."""
+    height, width = student.spec.image_px
+    return {
+        "architecture": student.spec.name,
+        "num_classes": 0,
+        "model_args": model_options(student.spec),
+        "pretrained_cfg": {
+            "input_size": [3, height, width],
+            "mean": student.mean.flatten().tolist(),
+            "std": student.std.flatten().tolist(),
+            "num_classes": 0,
+        },
+    }
+
+
+def _snippet(path: Path, student: Student, layout: Layout) -> str:
+    name, options = student.spec.name, "".join(f", {key}={value!r}" for key, value in model_options(student.spec).items())
+    if layout == "timm":
+        return f"import timm\nmodel = timm.create_model({name!r}, num_classes=0, checkpoint_path={str(path)!r}{options})\n"
+    return (
+        "import torch, torchvision\nfrom safetensors.torch import load_file\n"
+        f"model = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\nmodel.load_state_dict(load_file({str(path)!r}))\n"
+    )

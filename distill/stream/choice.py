@@ -1,0 +1,74 @@
+"""Which samples of the data are trained on: by a file of keys, by patterns, and up to a limit.
+
+One rule: what names nothing is an error, since a mistyped key or pattern would otherwise train on other data than meant.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.stream.order import key_hashes
+from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.write.listing import missing_keys, normal_keys, read_key_file
+
+if TYPE_CHECKING:
+    from dtpipe.manifests.read.dataset import FeatureSource
+
+Rows = NDArray[np.int64]
+
+
+def select_rows(source: FeatureSource, config: DistillConfig) -> Rows:
+    """Good rows that the settings choose, ascending.
+
+    `limit` takes the keys with the smallest hashes: the same samples in every dataset of these images, whatever its order,
+    and those of a smaller limit are among those of a larger one.
+    Raises: InputError for a key that is not in the data, or when no row is left; ConfigError for a pattern that matches none.
+    """
+    wanted = np.ones(source.num_rows, dtype=bool)
+    if config.keys is not None:
+        wanted &= _in_file(source.keys, config.keys)
+    if config.include:
+        wanted &= _matching(source.keys, config.include, "include")
+    if config.exclude:
+        wanted &= ~_matching(source.keys, config.exclude, "exclude")
+    ok_rows = np.asarray(source.ok_rows, dtype=np.int64)
+    rows = ok_rows[wanted[ok_rows]]
+    if len(rows) == 0:
+        raise InputError(_nothing_left(len(ok_rows), int(wanted.sum())))
+    if config.limit is not None and config.limit < len(rows):
+        hashes = key_hashes([source.keys[row] for row in rows])
+        rows = np.sort(rows[np.argsort(hashes, kind="stable")[: config.limit]])
+    return rows
+
+
+def _nothing_left(num_ok: int, num_wanted: int) -> str:
+    if num_ok == 0:
+        return "the data has no good sample to train on; `dtpipe inspect` lists the bad ones, and says which shards are missing"
+    if num_wanted == 0:
+        return "--keys, --include and --exclude together leave no sample to train on; widen one of them"
+    return f"each of the {num_wanted} samples chosen is bad or not written yet; `dtpipe inspect` says why, or choose others"
+
+
+def _in_file(keys: Sequence[str], path: str) -> NDArray[np.bool_]:
+    wanted = normal_keys(read_key_file(path, "distill.keys"))
+    if lost := missing_keys(wanted, keys):
+        raise InputError(f"{path}: {lost} are not in the data; check --keys against `dtpipe inspect`")
+    return np.array([key in wanted for key in keys], dtype=bool)
+
+
+def _matching(keys: Sequence[str], patterns: Sequence[str], field: str) -> NDArray[np.bool_]:
+    found = np.zeros(len(keys), dtype=bool)
+    for pattern in patterns:
+        matches = re.compile(fnmatch.translate(pattern)).match
+        here = np.array([matches(key) is not None for key in keys], dtype=bool)
+        if not here.any():
+            raise ConfigError(f"distill.{field}: pattern {pattern!r} matches no key; keys look like {keys[0]!r}")
+        found |= here
+    return found

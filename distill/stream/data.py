@@ -1,0 +1,158 @@
+"""Opening the feature datasets of a config as one, with a record that says whether a resumed run sees the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from blake3 import blake3
+
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.stream.choice import select_rows
+from dtpipe.distill.stream.record import read_record, recorded_shards
+from dtpipe.distill.stream.sampling import Sampling
+from dtpipe.manifests.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dtpipe.manifests.read.dataset import FeatureDataset, FeatureSource
+
+Shards = Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """What a run trains on."""
+
+    source: FeatureSource
+    student_px: tuple[int, int]
+    digest: str
+    """Of the datasets' contents and the rows in use, not of where they lie."""
+    sampling: Sampling | None = None
+    """Rows in use and their passes per epoch; None: each good row once."""
+    level_weights: Mapping[str, float] | None = None
+    """Weight in the loss by level; None: all weigh the same."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What goes into the run folder's data.json."""
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """Other sections of settings that the data follows from, to stand in the run's config.yaml."""
+
+
+OpenSource = Callable[[DistillConfig], OpenedData]
+"""Gives a run its data; each process of a run calls it for itself, so it can be pickled."""
+
+
+def open_data(config: DistillConfig) -> OpenedData:
+    """Open the datasets, joined by key or one after the other, and choose the rows to train on.
+
+    Of a dataset that was unfinished when the run in `out` began, the shards of then are read and no others.
+    Raises: what the readers raise; ConfigError when student sizes differ and none is set, or nothing stores the images;
+    InputError when no sample is left.
+    """
+    if not config.datasets:
+        raise ConfigError("distill.datasets is empty; name a feature dataset, or images and a teacher to train without one")
+    parts, shards = _open_parts(config)
+    without = [part.url for part in parts if part.recipe.images != "stored"]
+    if without and (len(without) == len(parts) or not config.join):
+        raise ConfigError(f"{without[0]} stores no images; join it with the dataset that has them (--join)")
+    source = _compose(parts, config)
+    sizes = {part.recipe.student_px for part in parts}
+    if len(sizes) > 1 and config.student_px is None:
+        raise ConfigError(f"the datasets were made for student sizes {sorted(sizes)}; set distill.student_px")
+    rows = select_rows(source, config)
+    contents = [_content(part, each) for part, each in zip(parts, shards, strict=True)]
+    return OpenedData(
+        source,
+        min(sizes),
+        _digest(contents, rows),
+        Sampling(rows, source.num_rows, _row_weights(source, rows, config)),
+        _level_weights(source, config),
+        _record(contents, shards, rows),
+    )
+
+
+def _open_parts(config: DistillConfig) -> tuple[list[FeatureDataset], list[Shards]]:
+    """The datasets, and for each that is or was unfinished the shards that the run keeps to."""
+    from dtpipe.manifests.read.dataset import FeatureDataset
+
+    recorded = read_record(Path(config.out))
+    parts: list[FeatureDataset] = []
+    shards: list[Shards] = []
+    for idx, url in enumerate(config.datasets):
+        kept: Shards = recorded_shards(recorded, idx)
+        part = FeatureDataset.open(url, config.allow_incomplete, kept)
+        if kept is None and (part.manifest is None or not part.manifest.complete):
+            kept = list(part.shards)
+        parts.append(part)
+        shards.append(kept)
+    return parts, shards
+
+
+def _compose(parts: Sequence[FeatureDataset], config: DistillConfig) -> FeatureSource:
+    from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
+
+    if len(parts) == 1:
+        return parts[0]
+    return JoinedDataset(parts) if config.join else ConcatDataset(parts)
+
+
+def _row_weights(source: FeatureSource, rows: np.ndarray, config: DistillConfig) -> np.ndarray | None:
+    """Passes per epoch by row in use."""
+    from dtpipe.manifests.read.join import ConcatDataset
+
+    if config.sample_weights is None:
+        return None
+    part = source.part_of(rows) if isinstance(source, ConcatDataset) else np.zeros(len(rows), np.int64)
+    weights = np.array(config.sample_weights)[part]
+    if Sampling(rows, source.num_rows, weights).epoch_size == 0:
+        raise ConfigError(f"distill.sample_weights {list(config.sample_weights)} of {len(rows)} samples leave none; raise them")
+    return weights
+
+
+def _level_weights(source: FeatureSource, config: DistillConfig) -> dict[str, float] | None:
+    """The weight of each level in use: that of the dataset it is of."""
+    from dtpipe.manifests.read.join import JoinedDataset
+
+    if config.loss_weights is None:
+        return None
+    if isinstance(source, JoinedDataset) and source.along_views:
+        raise ConfigError(
+            "distill.loss_weights weigh levels, and the joined datasets hold the same levels of one teacher, as views of which each "
+            "sample sees one; leave --loss-weights out"
+        )
+    part_of = {name: place.part for (name, _), place in source.places.items()} if isinstance(source, JoinedDataset) else {}
+    names = config.levels or tuple(level.name for level in source.levels)
+    weights = {name: config.loss_weights[part_of.get(name, 0)] for name in names}
+    if not any(weights.values()):
+        raise ConfigError(f"distill.loss_weights give all of {list(weights)} the weight 0; nothing is left to train on")
+    return weights
+
+
+def _content(part: FeatureDataset, shards: Shards) -> str:
+    """A digest of the content; of a dataset that was unfinished when the run began, of its plan."""
+    if part.manifest is not None and shards is None:
+        return part.manifest.digest
+    return part.plan.model_dump_json(include={"recipe", "listing_blake3"})
+
+
+def _digest(contents: Sequence[str], rows: np.ndarray) -> str:
+    hasher = blake3()
+    for content in contents:
+        hasher.update(content.encode() + b"\n")
+    hasher.update(np.asarray(rows, dtype="<i8").tobytes())
+    return hasher.hexdigest()
+
+
+def _record(contents: Sequence[str], shards: Sequence[Shards], rows: np.ndarray) -> dict[str, Any]:
+    digests = [content if len(content) == 64 else blake3(content.encode()).hexdigest() for content in contents]
+    return {
+        "datasets": [{"digest": digest, "shards": kept} for digest, kept in zip(digests, shards, strict=True)],
+        "samples": rows_record(rows),
+    }
+
+
+def rows_record(rows: np.ndarray) -> dict[str, Any]:
+    """The rows in use, for a record."""
+    return {"num": len(rows), "rows_blake3": blake3(np.asarray(rows, dtype="<i8").tobytes()).hexdigest()}

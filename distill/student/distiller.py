@@ -1,0 +1,149 @@
+"""Student and regressor as the one module that is trained, built from a config and what the data holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.stream.order import num_parts
+from dtpipe.distill.student.load import Student, StudentSpec, build_student, check_image_size, check_strides
+from dtpipe.distill.student.regressor import FeatureRegressor, TargetLevel
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec
+
+POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few models of timm leave them out of theirs
+
+
+class Distiller(nn.Module):
+    """Images to f_r. Everything that has gradients is in here, so that a data-parallel wrapper needs only this."""
+
+    def __init__(self, student: Student, regressor: FeatureRegressor) -> None:
+        super().__init__()
+        self.student = student
+        self.regressor = regressor
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {level: (B, C, h, w)} of the teacher's sizes."""
+        regressed: dict[str, Tensor] = self.regressor(self.student(images))
+        return regressed
+
+    def no_weight_decay(self) -> set[str]:
+        """Patterns of names of parameters that timm's optimisers spare from weight decay, beside biases and norms."""
+        return {f"student.{name}" for name in self.student.no_weight_decay()} | POSITIONS
+
+
+def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> tuple[LevelSpec, ...]:
+    """The levels to regress, finest first; by default all but a latent teacher's own input.
+
+    Raises: ConfigError when a wanted level is not stored.
+    """
+    by_name = {level.name: level for level in stored}
+    unknown = [name for name in wanted or () if name not in by_name]
+    if unknown:
+        raise ConfigError(f"distill.levels names {unknown}, the dataset has {sorted(by_name)}; choose among those")
+    chosen = wanted or [name for name in by_name if not name.endswith(LATENT_SUFFIX)]
+    return tuple(sorted((by_name[name] for name in chosen), key=lambda level: (level.stride, level.name)))
+
+
+def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the student's images in px: the config's, else the dataset's."""
+    px = config.student_px
+    if px is None:
+        return stored
+    return (px, px) if isinstance(px, int) else px
+
+
+def build_distiller(config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1) -> Distiller:
+    """Student and regressor with initial weights from torch's global generator, which the caller seeds.
+
+    Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the micro-batch is
+    too small for its norms.
+    """
+    targets = [TargetLevel(level.name, level.stride, level.channels, (level.height, level.width)) for level in levels]
+    strides = [level.stride for level in levels]
+    student = build_student(StudentSpec(config.student.name, min(strides), image_px), config.student.pretrained)
+    check_strides(config.student.name, student, strides, [level.name for level in levels])
+    check_image_size(student)
+    distiller = Distiller(student, FeatureRegressor(student.strides, student.channels, targets, config.regressor))
+    _check_parts(distiller, config, num_ranks)
+    return distiller
+
+
+def _check_parts(model: nn.Module, config: DistillConfig, num_ranks: int) -> None:
+    if num_parts(config.batch_size, config.micro_batch, num_ranks)[1] == 1 and any(True for _ in _batch_norms(model)):
+        raise ConfigError(
+            f"student {config.student.name} or the regressor uses batch norm, which has no statistics of single samples; "
+            "use micro-batches of 2 or more on each device, or a student without batch norm and distill.regressor.norm=group"
+        )
+
+
+def synchronise_norms(model: Distiller, device: torch.device) -> Distiller:
+    """Batch norms whose statistics are those of the global micro-batch, over all ranks.
+
+    By timm's converter: torch's own drops the activation that timm keeps inside some batch norms.
+    Raises: ConfigError on the CPU, where torch has none.
+    """
+    if device.type != "cuda":
+        raise ConfigError("distill.sync_bn needs GPUs; leave it out, or use distill.regressor.norm=group and a student without batch norm")
+    converted: Distiller = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def freeze_unused(model: Distiller, device: torch.device) -> None:
+    """Exclude weights that take no part in any level, such as finer laterals where only coarse levels are taught.
+
+    Ranks would wait for the gradients of these; without gradients they never change anyway.
+    """
+    training = model.training
+    outputs = model.eval()(torch.zeros(1, 3, *model.student.spec.image_px, device=device))
+    torch.stack([level.sum() for level in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad(set_to_none=True)
+    model.train(training)
+
+
+def _batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
+    yield from (module for module in model.modules() if isinstance(module, _BatchNorm))
+
+
+@contextmanager
+def norms_for(model: nn.Module, num_samples: int) -> Iterator[None]:
+    """Let batch norms use their running statistics while a single sample passes on some rank, as in the tail of an epoch.
+
+    The statistics of one sample are undefined where a level is one cell, and misleading elsewhere.
+    """
+    switched = [norm for norm in _batch_norms(model) if norm.training] if num_samples == 1 else []
+    for norm in switched:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in switched:
+            norm.train()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a config: auto is the GPU where there is one.
+
+    Raises: ConfigError when a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("distill.device is cuda and torch finds no GPU; use auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())  # by number: each thread has a current GPU of its own
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Dtype of the forward pass: auto is bfloat16 where the GPU has it, else float32."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -1,0 +1,46 @@
+"""The Ray actor: a `ShardWorker` behind four small methods. Only shard numbers go in and small records come out."""
+
+from __future__ import annotations
+
+from dtpipe.extract.cluster.preflight import NodeReport, check_node, check_versions
+from dtpipe.extract.shards.worker import ShardSummary, ShardWorker, WorkerContext, summarize
+from dtpipe.manifests.store.faults import arm_spec
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.plan import load_plan
+
+CONCURRENT_CALLS = 4  # two shards, a look at progress, a stop
+
+
+class ExtractActor:
+    """Lives in a Ray worker process; `prepare` comes first."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._worker: ShardWorker | None = None
+
+    def prepare(self) -> NodeReport:
+        """Check the node, then load the teacher and open source and dataset.
+
+        Raises: DtpipeError saying why this node can do no work.
+        """
+        check_versions(self._context.versions)  # first: other versions may not even read the plan
+        if self._context.fault:
+            arm_spec(self._context.fault)
+        store = Store(self._context.out)
+        report = check_node(store, load_plan(store), self._context.versions, self._context.device)
+        self._worker = ShardWorker(self._context)
+        return report
+
+    def extract(self, shard_idx: int) -> ShardSummary:
+        """Extract and commit one shard; two calls may run at once."""
+        assert self._worker is not None, "prepare comes first"
+        return summarize(self._worker.extract_shard(shard_idx))
+
+    def num_encoded(self) -> int:
+        """Rows through the teacher so far."""
+        return self._worker.num_encoded if self._worker else 0
+
+    def stop(self) -> None:
+        """Finish what is nearly done, drop the rest."""
+        if self._worker:
+            self._worker.request_stop()

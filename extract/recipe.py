@@ -1,0 +1,247 @@
+"""From settings to a recipe: what the source, the teacher and the settings together say about every byte to come.
+
+`extract` and `plan` share this. Where a dataset is there already, `auto` settings take its answer, so that the same
+command goes on with it on whatever machine it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.sources import Source, source_kinds
+from dtpipe.extract.sources.numbered import open_images
+from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherSpec, load_teacher, makes_no_images, takes_no_images
+from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.schema import (
+    SYNTHESIZED,
+    CodecRecipe,
+    ComputeRecipe,
+    LevelSpec,
+    Order,
+    Recipe,
+    ShardRecipe,
+    SourceRecipe,
+    StoredDtype,
+    TeacherRecipe,
+    TransformRecipe,
+    ViewSpec,
+)
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.listing import Listing, build_listing, read_key_file
+from dtpipe.manifests.write.plan import bytes_per_sample, find_plan, shard_samples_for
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings with everything looked up: the recipe, and the open parts it came from."""
+
+    config: ExtractConfig
+    recipe: Recipe
+    teacher: Teacher  # loaded on `device` for inline runs, else on the CPU
+    source: Source
+    selection: Mapping[str, Any]
+    """What chose the rows but is no content; compared when a dataset is gone on with."""
+    listed: Listing | None
+    """The listing of a dataset that is to begin."""
+
+    @cached_property
+    def listing(self) -> Listing:
+        """The samples by row; where a dataset is there already, lists the source when first asked."""
+        return self.listed or list_source(self.config, self.source)
+
+
+def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gpus: Callable[[], bool | None] | None = None) -> Resolved:
+    """Look at existing output, source and teacher, the cheapest first, and fix all that determines the content; writes nothing.
+
+    fresh: refuse a dataset that is there. cluster_has_gpus: asked only where the recipe depends on it; None asks this machine.
+    Raises: ConfigError, InputError, TeacherError.
+    """
+    plan = find_plan(Store(config.out), fresh)
+    stored = plan.recipe if plan else None
+    kind = stored.source.kind if stored and config.source.kind == "auto" else config.source.kind
+    source = open_images(config.images, config.num_samples, kind)
+    listed = None if stored else list_source(config, source)
+    selection = {
+        "limit": config.limit,
+        "keys_blake3": None if config.keys is None else blake3_hex("\n".join(read_key_file(config.keys, "extract.keys")).encode()),
+        **({"num_samples": config.num_samples} if config.num_samples else {}),
+    }
+    device = _device(config, stored, cluster_has_gpus)
+    if config.inline and device == "cuda":
+        _require_gpu()
+    teacher = load_teacher(config.teacher, device if config.inline else "cpu")
+    return Resolved(config, make_recipe(config, teacher.spec, source.kind, device), teacher, source, selection, listed)
+
+
+def list_source(config: ExtractConfig, source: Source) -> Listing:
+    """The samples that the settings choose, by row. Raises: InputError as the source and `build_listing` do."""
+    keys = None if config.keys is None else read_key_file(config.keys, "extract.keys")
+    return build_listing(source.list(), _order(config, source.kind), config.source.seed, config.limit, keys)
+
+
+def _order(config: ExtractConfig, source_kind: str) -> Order:
+    """As asked, or as the source is best read. Synthesized samples are independent draws and stay in the order of their numbers."""
+    if source_kind == SYNTHESIZED:
+        return "container"
+    return source_kinds()[source_kind].order if config.source.order == "auto" else config.source.order
+
+
+def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, device: str) -> Recipe:
+    """The recipe that settings and a teacher give. Raises: ConfigError when they do not fit each other."""
+    image_px = _sides(config.transform.px) or spec.image_px
+    check_role(spec, source_kind, image_px)
+    student_px = _sides(config.student_px) or (image_px[0] // spec.student_scale, image_px[1] // spec.student_scale)
+    levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
+    views = make_views(config, spec)
+    samples = config.shard.samples or shard_samples_for(
+        bytes_per_sample(levels, len(views), image_px if config.shard.images == "stored" else None)
+    )
+    transform = config.transform
+    return Recipe(
+        source=SourceRecipe(kind=source_kind, order=_order(config, source_kind), seed=config.source.seed),
+        transform=TransformRecipe(
+            resize="none" if spec.synthesizes else transform.resize,
+            height=image_px[0],
+            width=image_px[1],
+            filter=transform.filter,
+            antialias=transform.antialias,
+        ),
+        student_px=student_px,
+        teacher=TeacherRecipe(kind=spec.kind, weights_blake3=spec.weights_blake3, options=dict(spec.options)),
+        noise_seed=config.noise.seed,
+        views=views,
+        levels=levels,
+        images=config.shard.images,
+        codec=CodecRecipe(name=config.shard.codec, zstd_level=config.shard.zstd_level),
+        shard=ShardRecipe(format=config.shard.format, samples=samples),
+        compute=ComputeRecipe(device=device, dtype=config.teacher.dtype, batch_size=config.batch_size, threads=config.threads),
+    )
+
+
+def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]:
+    """Every combination of timestep, draw and flip, in this order; a teacher without diffusion has no timestep.
+
+    Raises: ConfigError for a timestep that the teacher does not have, or one given twice.
+    """
+    noise = config.noise
+    if spec.synthesizes and (noise.draws > 1 or noise.flips):
+        raise ConfigError("a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples")
+    _check_encoding(config, spec)
+    timesteps: tuple[int | None, ...] = noise.timesteps
+    if spec.num_timesteps is None:
+        timesteps = (None,)
+    elif wrong := [step for step in noise.timesteps if not 0 <= step < spec.num_timesteps]:
+        raise ConfigError(f"extract.noise.timesteps has {wrong[0]}; this teacher has timesteps 0 to {spec.num_timesteps - 1}")
+    if len(set(timesteps)) < len(timesteps):
+        raise ConfigError(
+            f"extract.noise.timesteps {list(noise.timesteps)} names a timestep twice; use extract.noise.draws for more noise draws"
+        )
+    flips = (False, True) if noise.flips else (False,)
+    return tuple(ViewSpec(draw=draw, timestep=step, flip=flip) for step in timesteps for draw in range(noise.draws) for flip in flips)
+
+
+def _check_encoding(config: ExtractConfig, spec: TeacherSpec) -> None:
+    """A deterministic encoding has one draw, and DDIM inversion stops at multiples of its stride. Raises: ConfigError."""
+    if not spec.noise_shapes and config.noise.draws > 1:
+        raise ConfigError(f"extract.noise.draws is {config.noise.draws}, and this teacher's encoding has no noise; leave it out")
+    if spec.num_timesteps is None:
+        return
+    stride = int(spec.options.get("inversion_stride", 1))
+    if odd := [step for step in config.noise.timesteps if step % stride]:
+        raise ConfigError(
+            f"extract.noise.timesteps has {odd[0]}, no multiple of extract.teacher.options.inversion_stride {stride}; change one"
+        )
+
+
+def check_role(spec: TeacherSpec, source_kind: str, image_px: tuple[int, int]) -> None:
+    """A teacher that synthesizes needs numbered samples, one that encodes needs images. Raises: ConfigError, TeacherError."""
+    if spec.synthesizes and source_kind != SYNTHESIZED:
+        raise takes_no_images(spec.kind)
+    if not spec.synthesizes and source_kind == SYNTHESIZED:
+        raise makes_no_images(spec.kind)
+    if spec.synthesizes and image_px != spec.image_px:
+        raise ConfigError(
+            f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher makes {spec.image_px[0]}x{spec.image_px[1]} px"
+        )
+
+
+def stored_levels(
+    taps: tuple[TapSpec, ...], image_px: tuple[int, int], student_px: tuple[int, int], dtype: StoredDtype
+) -> tuple[LevelSpec, ...]:
+    """The teacher's levels as stored: strides and names count pixels of the student's image.
+
+    Raises: ConfigError when the image's sides are no multiple of the largest stride, or the student's are no 2^n-th of them.
+    """
+    largest = max(tap.stride for tap in taps)
+    if any(side % largest for side in image_px):
+        raise ConfigError(f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of {largest}")
+    return tuple(_stored_level(tap, image_px, student_px, dtype) for tap in taps)
+
+
+def _stored_level(tap: TapSpec, image_px: tuple[int, int], student_px: tuple[int, int], dtype: StoredDtype) -> LevelSpec:
+    height, width = image_px[0] // tap.stride, image_px[1] // tap.stride
+    stride = student_px[0] // height
+    if (stride * height, stride * width) != student_px or stride & (stride - 1):
+        raise ConfigError(
+            f"extract.student_px is {student_px[0]}x{student_px[1]}, and level {tap.name} has {height}x{width} cells for an image of "
+            f"{image_px[0]}x{image_px[1]} px; the student's image must be smaller by a power of two, in both sides"
+        )
+    suffix = tap.name.partition(".")[1] + tap.name.partition(".")[2]
+    name = f"l{int(math.log2(stride))}{suffix}"
+    return LevelSpec(name=name, stride=stride, channels=tap.channels, height=height, width=width, dtype=dtype, tap=tap.tap)
+
+
+def with_whole_paths(config: ExtractConfig) -> ExtractConfig:
+    """The settings with paths that mean the same in other folders: of workers, and of those who read the record later."""
+    teacher = config.teacher.model_copy(update={"path": whole_path(config.teacher.path)})
+    keys = None if config.keys is None else whole_path(config.keys)
+    images = None if config.images is None else whole_source(config.images)
+    return config.model_copy(update={"images": images, "teacher": teacher, "keys": keys})
+
+
+def whole_path(path: str) -> str:
+    """An existing local path from the root; a URL, or a name that is no path, as it is."""
+    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100  drops `..`, follows no links
+
+
+def whole_source(url: str) -> str:
+    """A local path from the root, be it a pattern or a folder in an archive; a URL as it is."""
+    return url if "://" in url or "::" in url else os.path.abspath(url)  # noqa: PTH100  drops `..`, follows no links
+
+
+def max_bad_samples(config: ExtractConfig, num_rows: int) -> int:
+    """Bad samples that a dataset of so many rows may have."""
+    return config.max_bad if isinstance(config.max_bad, int) else math.floor(config.max_bad * num_rows)
+
+
+def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: Callable[[], bool | None] | None) -> str:
+    """Device type: as asked, as the dataset began, or by what there is."""
+    if config.device != "auto":
+        return config.device
+    if stored is not None:
+        return stored.compute.device
+    has_gpus = cluster_has_gpus() if cluster_has_gpus else None
+    if has_gpus is None:
+        import torch
+
+        has_gpus = torch.cuda.is_available()
+    return "cuda" if has_gpus else "cpu"
+
+
+def _require_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("the dataset is to be made with device cuda and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu")
+
+
+def _sides(px: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (px, px) if isinstance(px, int) else px

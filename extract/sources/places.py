@@ -1,0 +1,262 @@
+"""What lies under a URL, on a local disk or any fsspec store: files of a folder or a pattern, and ranges of their bytes.
+
+One rule: BadImage is for one sample's own bytes. What is wrong with a store, a mount or a whole file is an InputError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from dtpipe.extract.sources.images import BadImage
+from dtpipe.extract.sources.names import extension, is_hidden, is_image, key_of
+from dtpipe.manifests.errors import InputError, MissingPackageError
+
+_QUOTED = "file-bytes:"  # URI of a local path that is not valid Unicode
+_PATTERN = re.compile(r"[*?\[{]")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a URL names; neither folder nor file may still be a pattern."""
+
+    url: str
+    fs: Any
+    path: str
+    is_local: bool
+    is_folder: bool
+    is_file: bool
+
+    def uri(self, path: str) -> str:
+        """A path of this file system, as a listing keeps it."""
+        return local_uri(path) if self.is_local else str(self.fs.unstrip_protocol(path))
+
+    def open(self, path: str, **options: Any) -> BinaryIO:
+        """A seekable file; `options` go to fsspec. Raises: InputError."""
+        try:
+            file: BinaryIO = open(path, "rb") if self.is_local else self.fs.open(path, "rb", **options)  # noqa: SIM115, PTH123  the caller's
+        except Exception as err:  # each file system raises its own
+            raise unreadable(path, err) from err
+        return file
+
+    def path_of(self, uri: str) -> str:
+        """The inverse of `uri`."""
+        return local_path(uri) if self.is_local else str(self.fs._strip_protocol(uri))
+
+    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+        """Bytes of a file, fewer where it ends; keeps no handle, so threads and forks share nothing.
+
+        Raises: InputError, or BadImage where the disk cannot read these bytes.
+        """
+        try:
+            if self.is_local:
+                return _pread(local_path(uri), offset, size)
+            return bytes(self.fs.cat_file(self.path_of(uri), start=offset, end=offset + size))
+        except Exception as err:
+            if isinstance(err, OSError) and self.is_local and err.errno == errno.EIO:
+                raise BadImage(f"unreadable: {err.strerror}") from err
+            raise unreadable(uri, err) from err
+
+
+def open_place(url: str) -> Place:
+    """Look at a URL. Raises: InputError or MissingPackageError when its file system cannot be used."""
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    with _looking_at(url):
+        fs, path = url_to_fs(url)
+        return Place(url, fs, path, isinstance(fs, LocalFileSystem), fs.isdir(path), fs.isfile(path))
+
+
+@contextmanager
+def _looking_at(url: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as err:
+        raise MissingPackageError(f"{url}: {err}") from err
+    except Exception as err:  # each file system raises its own
+        raise InputError(f"{url}: cannot be opened ({type(err).__name__}: {err}); check the URL and your credentials") from err
+
+
+def unreadable(where: str, err: Exception) -> InputError:
+    """What to say when a file or store does not give its bytes."""
+    said = err.strerror if isinstance(err, OSError) and err.strerror else f"{type(err).__name__}: {err}"
+    return InputError(f"{where}: cannot be read ({said}); check that it is there and may be read, then run again")
+
+
+def read_at(place: Place, uri: str, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes of a file. Raises: InputError when it ends before them."""
+    data = place.read_range(uri, offset, size)
+    if len(data) < size:
+        raise changed(uri, f"ends before byte {offset + size}")
+    return data
+
+
+def changed(where: str, found: str) -> InputError:
+    """What to say of a container that is not the one that was listed."""
+    return InputError(f"{where} {found}, so it changed since it was listed; restore it, or extract into another --out")
+
+
+def _pread(path: str, offset: int, size: int) -> bytes:
+    parts: list[bytes] = []
+    with Path(path).open("rb", buffering=0) as file:
+        while size > 0 and (part := os.pread(file.fileno(), size, offset)):
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+    return b"".join(parts)
+
+
+# --- several files as one source -------------------------------------------------------------------------------------
+
+
+def is_pattern(url: str) -> bool:
+    """True for a URL with glob or brace characters."""
+    return _PATTERN.search(url) is not None
+
+
+def container_files(place: Place, ending: str, ignored: Counter[str]) -> list[tuple[str, str]]:
+    """(name, path) of one file, of all files of a folder with that ending, sorted, or of those that a pattern names, in its order.
+
+    A name is the POSIX path below the folder, or below the part of a pattern that is fixed. Raises: InputError for none.
+    """
+    if place.is_file:
+        return [(key_of(posixpath.basename(place.path)), place.path)]
+    if place.is_folder:
+        found = [(name, path) for name, path in find_files(place, ignored) if _ends(name, ending, ignored)]
+    elif is_pattern(place.path):
+        root = _PATTERN.split(place.path, maxsplit=1)[0].rpartition("/")[0]
+        found = [(posixpath.relpath(path, root or "/"), path) for path in _matching(place)]
+    else:
+        raise InputError(f"{place.url}: no such file or folder; check the path of your images")
+    if not found:
+        raise InputError(f"{place.url}: no {ending} file in it; check the path of your images")
+    return [(key_of(name), path) for name, path in found]
+
+
+def folder_of(place: Place, ending: str) -> bool:
+    """True for a folder with such files, and no image, right in it; looks no deeper."""
+    found = False
+    for name in _top_names(place) if place.is_folder else ():
+        if is_image(name) and not is_hidden(name):
+            return False
+        found = found or (name.lower().endswith(ending) and not is_hidden(name))
+    return found
+
+
+def find_files(place: Place, ignored: Counter[str]) -> list[tuple[str, str]]:
+    """(POSIX path inside, path) of all files below a folder, sorted; hidden and special ones are counted. Raises: InputError."""
+    if place.is_local:
+        return sorted(("/".join(parts), os.path.join(place.path, *parts)) for parts in _local_files(place.path, ignored))  # noqa: PTH118
+    with _looking_at(place.url):
+        paths = [(posixpath.relpath(path, place.path or "/"), path) for path in place.fs.find(place.path)]
+    return sorted(each for each in paths if not _counted_hidden(each[0], ignored))
+
+
+def _counted_hidden(name: str, ignored: Counter[str]) -> bool:
+    hidden = any(is_hidden(part) for part in name.split("/"))
+    ignored.update(["hidden"] if hidden else [])
+    return hidden
+
+
+def _ends(name: str, ending: str, ignored: Counter[str]) -> bool:
+    if not name.lower().endswith(ending):
+        ignored[extension(name)] += 1
+        return False
+    return True
+
+
+def _matching(place: Place) -> list[str]:
+    from braceexpand import braceexpand
+
+    try:
+        patterns = list(braceexpand(place.path, escape=False))
+    except ValueError as err:
+        raise InputError(f"{place.url}: its braces are not in pairs; write a pattern such as train-{{0000..0099}}.tar") from err
+    paths: list[str] = []
+    with _looking_at(place.url):
+        for pattern in patterns:  # a file that is named and not there shows when it is opened
+            paths += sorted(place.fs.glob(pattern)) if is_pattern(pattern) else [pattern]
+    return paths
+
+
+def _top_names(place: Place) -> Iterator[str]:
+    if not place.is_local:
+        with _looking_at(place.url):
+            yield from (posixpath.basename(each["name"]) for each in place.fs.ls(place.path, detail=True) if each["type"] == "file")
+        return
+    with suppress(OSError), os.scandir(place.path) as entries:  # who lists it will say so
+        yield from (entry.name for entry in entries if not _is_folder(entry))
+
+
+# --- local walk ------------------------------------------------------------------------------------------------------
+
+
+def _local_files(root: str, ignored: Counter[str]) -> Iterator[tuple[str, ...]]:
+    """Path parts of each file below `root`. Links are followed, but never back into a folder they came from."""
+    stack: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), frozenset())]
+    while stack:
+        parts, above = stack.pop()
+        folder = os.path.join(root, *parts)  # noqa: PTH118  surrogates in names survive
+        try:
+            here = _identity(folder)
+            entries = list(os.scandir(folder))
+        except OSError as err:
+            raise InputError(f"{folder}: cannot be listed ({err.strerror}); make it readable or move it away") from err
+        if here in above:
+            ignored["link loop"] += 1
+            continue
+        for entry in entries:
+            path = (*parts, entry.name)
+            if is_hidden(entry.name):
+                ignored["hidden"] += 1
+            elif _is_folder(entry):
+                stack.append((path, above | {here}))
+            elif _is_special(entry):
+                ignored["special"] += 1
+            else:
+                yield path
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = Path(folder).stat()
+    return found.st_dev, found.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that points to itself
+        return False
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """A pipe, socket or device, which might be read for ever. A dangling link is none: it becomes a bad sample."""
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode)
+
+
+def local_uri(path: str) -> str:
+    """A local path as text that any listing can hold."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return _QUOTED + quote_from_bytes(os.fsencode(path))
+    return path
+
+
+def local_path(uri: str) -> str:
+    """The inverse of `local_uri`."""
+    return os.fsdecode(unquote_to_bytes(uri[len(_QUOTED) :])) if uri.startswith(_QUOTED) else uri

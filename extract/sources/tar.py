@@ -1,0 +1,217 @@
+"""Images in tar files, webdataset shards or any other: one tar, a folder of them, or a pattern such as train-{0000..0099}.tar.
+
+Every member that ends like an image is a sample, with the key `<tar path>/<member>`. The listing keeps where each lies, so
+that reading one is a single range read; it goes through the headers of every tar once, and refuses a tar whose end is not
+where tar says it is, since what lies behind damage would be missing without a trace.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import BinaryIO
+
+from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
+from dtpipe.extract.sources.images import BadImage
+from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, no_images, takes
+from dtpipe.extract.sources.places import Place, container_files, folder_of, is_pattern, open_place, read_at, unreadable
+from dtpipe.manifests.errors import InputError
+
+_ENDING = ".tar"
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSED_ENDINGS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_LABEL_BYTES = 2**16  # a longer .cls or .json is no label
+_TAIL_BYTES = 2**20  # of what follows the end mark, looked at
+_TARS_AT_ONCE = 8
+_BROKEN = (tarfile.TarError, ValueError, ArithmeticError, EOFError, struct.error)
+
+
+@dataclass
+class _Contents:
+    """What one tar holds, while it is gone through."""
+
+    samples: list[tuple[str, int, int]] = field(default_factory=list)  # member, offset, size
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)  # of images, for hard links
+    cls: dict[str, str] = field(default_factory=dict)
+    json: dict[str, str] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+class TarSource:
+    """Images of tars in their order; the label is that of the member of the same name that ends in .cls, or .json's `label`."""
+
+    kind = "webdataset"
+
+    def __init__(self, url: str) -> None:
+        """Raises: InputError when the file system cannot be used."""
+        self.url = url
+        self._place = open_place(url)
+
+    def list(self) -> Sequence[SourceItem]:
+        """All samples: tars by name or in the pattern's order, members as they lie.
+
+        A sample's label is the text of the member `<name up to its first dot>.cls`; without one, the value of `label`, text
+        or integer, of `<..>.json`.
+        Raises: InputError for no images, or a tar that is compressed, cut off or damaged, with the byte where.
+        """
+        return self._listed[0]
+
+    def ignored(self) -> Mapping[str, int]:
+        """What lies in the tars and is no sample: extension, `hidden` or `special`, to count."""
+        return dict(self._listed[1])
+
+    def read(self, uri: str) -> bytes:
+        """Bytes of one sample. Raises: BadImage for an oversized one, InputError when its tar cannot be read."""
+        path, _, numbers = uri.rpartition("#")
+        offset, size = map(int, numbers.split(","))
+        if size > MAX_FILE_BYTES:
+            raise BadImage(f"file of {size} bytes is over the limit of {MAX_FILE_BYTES}")
+        return read_at(self._place, path, offset, size)
+
+    @cached_property
+    def _listed(self) -> tuple[Sequence[SourceItem], Counter[str]]:
+        """All samples, and what is ignored."""
+        ignored: Counter[str] = Counter()
+        tars = container_files(self._place, _ENDING, ignored)
+        items: list[SourceItem] = []
+        with ThreadPoolExecutor(_TARS_AT_ONCE) as pool:
+            for (name, path), contents in zip(tars, pool.map(lambda tar: _contents(self._place, tar[1]), tars), strict=True):
+                items += _items(name, self._place.uri(path), contents)
+                ignored += contents.ignored
+        if not items:
+            raise no_images(self.url, ignored)
+        return items, ignored
+
+
+def _items(name: str, uri: str, contents: _Contents) -> list[SourceItem]:
+    labels = {**contents.json, **contents.cls}
+    return [
+        SourceItem(f"{name}/{key_of(inner_path(member))}", f"{uri}#{offset},{size}", labels.get(_stem(member)))
+        for member, offset, size in contents.samples
+    ]
+
+
+# --- one tar ---------------------------------------------------------------------------------------------------------
+
+
+def _contents(place: Place, path: str) -> _Contents:
+    """Go through a tar's headers. Raises: InputError."""
+    try:
+        with place.open(path) as file:
+            _refuse_compressed(path, file.read(6))
+            num_bytes = file.seek(0, 2)
+            file.seek(0)
+            return _walk(path, file, num_bytes)
+    except InputError:
+        raise
+    except Exception as err:  # each file system raises its own
+        raise unreadable(path, err) from err
+
+
+def _walk(path: str, file: BinaryIO, num_bytes: int) -> _Contents:
+    contents, at = _Contents(), 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            tar.offset = 0
+            while (member := _next(path, file, tar)) is not None:  # TarFile.next keeps all members, and takes damage for the end
+                if member.size < 0 or member.offset_data + member.size > num_bytes:
+                    raise _damaged(path, at, f"member {member.name} is cut off or has a wrong size")
+                _take(contents, tar, member)
+                at = tar.offset
+    except _BROKEN as err:
+        raise _damaged(path, at, str(err)) from err
+    file.seek(at)
+    if any(file.read(_TAIL_BYTES)):
+        raise _damaged(path, at, "more follows behind the end mark; tars are joined with `tar --concatenate`")
+    return contents
+
+
+def _next(path: str, file: BinaryIO, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The member at `tar.offset`, or None at the end mark, a block of zeros."""
+    file.seek(tar.offset)
+    header = file.read(tarfile.BLOCKSIZE)
+    if not header:
+        raise _damaged(path, tar.offset, f"the end mark is missing; if nothing else is, add it by `head -c 1024 /dev/zero >> {path}`")
+    if header == bytes(tarfile.BLOCKSIZE):
+        return None
+    file.seek(tar.offset)
+    return tarfile.TarInfo.fromtarfile(tar)
+
+
+def _take(contents: _Contents, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    if member.isdir():
+        return
+    place = contents.places.get(member.linkname) if member.islnk() else (member.offset_data, member.size)
+    if place is None or not (member.isreg() or member.islnk()) or member.issparse():
+        contents.ignored["special"] += 1
+    elif takes(inner_path(member.name), contents.ignored):
+        contents.places[member.name] = place
+        contents.samples.append((member.name, *place))
+    elif member.isreg() and member.size <= _LABEL_BYTES:
+        _take_label(contents, tar, member)
+
+
+def _take_label(contents: _Contents, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    ending = member.name.rpartition("/")[2].partition(".")[2]
+    if ending not in ("cls", "json"):
+        return
+    content = tar.extractfile(member)
+    assert content is not None
+    text = content.read().decode("utf-8", "replace")
+    label = text.strip() if ending == "cls" else _json_label(text)
+    if label:
+        (contents.cls if ending == "cls" else contents.json)[_stem(member.name)] = label
+
+
+def _json_label(text: str) -> str | None:
+    """`label` of a JSON object; None where there is none, or no JSON."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    label = document.get("label") if isinstance(document, dict) else None
+    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
+
+
+def _stem(member: str) -> str:
+    """What the members of one webdataset sample share: the path up to the file name's first dot."""
+    folder, _, name = member.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def _refuse_compressed(path: str, first: bytes) -> None:
+    method = next((name for magic, name in _COMPRESSED.items() if first.startswith(magic)), None)
+    if method:
+        raise InputError(f"{path}: is compressed by {method}, so that no image in it can be read by itself; decompress it to a plain .tar")
+
+
+def _damaged(path: str, offset: int, found: str) -> InputError:
+    return InputError(f"{path}: damaged or cut off at byte {offset} ({found}); fetch or write this tar again")
+
+
+def _recognise(url: str) -> TarSource | None:
+    """A name or pattern that ends in .tar, or a folder with tars and no image right in it."""
+    if url.lower().endswith(_COMPRESSED_ENDINGS):
+        return TarSource(url)
+    named = url.lower().endswith(_ENDING)
+    if named and is_pattern(url):
+        return TarSource(url)
+    place = open_place(url)
+    return TarSource(url) if folder_of(place, _ENDING) or (named and not place.is_folder) else None
+
+
+register_source(
+    SourceKind(
+        kind="webdataset",
+        reads="Images in one tar, a folder of tars or a pattern (train-{0000..0099}.tar); labels from .cls or .json's `label` beside them.",
+        open=TarSource,
+        recognise=_recognise,
+        order="container",  # tars are written in a random order, to be read in runs
+    )
+)

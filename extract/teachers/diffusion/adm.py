@@ -1,0 +1,157 @@
+"""ADM teachers (Dhariwal & Nichol, arXiv 2105.05233): kind `adm` reads guided-diffusion's `.pt` files as published.
+
+The network runs as diffusers' UNet2DModel, which computes the same function. The file is mapped into memory, not
+copied, and nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, architecture, parse_options, register_teacher
+from dtpipe.extract.teachers.diffusion.adm_keys import published_shapes, unet_tensors
+from dtpipe.extract.teachers.diffusion.adm_layout import (
+    AdmLayout,
+    AdmOptions,
+    AdmSettings,
+    Shapes,
+    complete,
+    infer_layout,
+    scheduler_config,
+    unet_arguments,
+)
+from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, make_teacher
+from dtpipe.extract.teachers.files.names import names_tensors
+from dtpipe.extract.teachers.files.weights import weights_digest, why_unreadable
+from dtpipe.manifests.errors import ConfigError, TeacherError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dtpipe.extract.config import TeacherConfig
+
+_MARKS = ("input_blocks.0.0.weight", "time_embed.0.weight")  # whole names: latent diffusion files have them behind a prefix
+
+
+def is_adm_file(path: str) -> bool:
+    """True for a torch file whose tensors have guided-diffusion's names. Its pickle is searched, not loaded."""
+    return Path(path).suffix in (".pt", ".pth") and names_tensors(Path(path), _MARKS)
+
+
+def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTeacher:
+    """The teacher that `config` names, frozen and in eval mode.
+
+    Raises: TeacherError when the file is missing, damaged, or a network that UNet2DModel cannot represent; ConfigError when
+    options that the file does not tell are missing or do not fit it.
+    """
+    options = parse_options(config, AdmOptions)
+    tensors = _read_mapped(Path(config.path))
+    layout = infer_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config.path)
+    settings = complete(options, layout, config.path)
+    _check_label(options.class_label, layout, config.path)
+    unet = _build(layout, settings, config.path)
+    wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    _check_fit(tensors, published_shapes(layout, wanted), config.path)
+    unet.load_state_dict(dict(unet_tensors(tensors, layout, settings, options.class_label)), assign=True)
+    loaded = LoadedUNet(
+        unet=unet,
+        weights_blake3=weights_digest(tensors),
+        image_px=settings.image_px,
+        scheduler=(scheduler := scheduler_config(options, settings)),
+        options={
+            "scheduler": scheduler,
+            "network": architecture(layout),
+            "num_head_channels": settings.head_channels,
+            "use_new_attention_order": settings.new_attention_order,
+            **({} if options.class_label is None else {"class_label": options.class_label}),
+        },
+        where=config.path,
+    )
+    return make_teacher("adm", loaded, config, options, device)
+
+
+def _read_mapped(path: Path) -> dict[str, Tensor]:
+    """All tensors of the file, mapped where its format allows (torch 1.6 and later). Raises: TeacherError."""
+    import torch
+
+    if not path.is_file():
+        raise TeacherError(f"{path}: no such file; `dtpipe list teachers` says where ADM checkpoints can be had")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as err:  # torch raises many types for a damaged file
+        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again") from err
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise TeacherError(f"{path}: holds other things than named tensors; give a plain state_dict, as guided-diffusion saves it")
+    return dict(content)
+
+
+def _check_label(label: int | None, layout: AdmLayout, where: str) -> None:
+    if layout.num_classes is None and label is not None:
+        raise ConfigError(f"{where}: the network is not class-conditional; leave out extract.teacher.options.class_label")
+    if layout.num_classes is not None and (label is None or label >= layout.num_classes):
+        raise ConfigError(
+            f"{where}: the network is class-conditional; give all images one class, 0 to {layout.num_classes - 1}, with "
+            f"-s extract.teacher.options.class_label=... (found {label}), or use an unconditional checkpoint"
+        )
+
+
+def _build(layout: AdmLayout, settings: AdmSettings, where: str) -> Any:
+    """The network without memory for its weights."""
+    import torch
+    from diffusers import UNet2DModel
+
+    try:
+        with torch.device("meta"):
+            return UNet2DModel(**unet_arguments(layout, settings))
+    except Exception as err:  # the constructor raises what its parts raise
+        raise TeacherError(f"{where}: diffusers cannot build this UNet ({err}); use another checkpoint") from err
+
+
+def _check_fit(tensors: Mapping[str, Tensor], wanted: Shapes, where: str) -> None:
+    """Every name and shape must fit, every value be finite. Raises: TeacherError that names the first tensors that do not."""
+    problems = [f"{name} is missing" for name in sorted(set(wanted) - set(tensors))]
+    problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(wanted))]
+    for name in sorted(set(wanted) & set(tensors)):
+        if tuple(tensors[name].shape) != wanted[name]:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, its neighbours ask for {wanted[name]}")
+        elif not tensors[name].is_floating_point() or not bool(tensors[name].isfinite().all()):
+            problems.append(f"{name} holds values that are not finite floats")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise TeacherError(f"{where}: not a whole UNet of guided-diffusion: {'; '.join(problems[:3])}{more}; download it again")
+
+
+_OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+_YANDEX = "https://storage.yandexcloud.net/yandex-research/ddpm-segmentation/models/ddpm_checkpoints/"
+
+
+_ADM_256 = "l2 512, l3 512, l4 1024, l5 1024"
+_ADM_64 = {"num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine", "image_px": 64}
+
+
+def _published(name: str, url: str, levels: str = _ADM_256, px: int = 256, **options: Any) -> PublishedTeacher:
+    return PublishedTeacher(f"adm-{name}", url, "MIT", levels, (px, px), options)
+
+
+register_teacher(
+    TeacherKind(
+        kind="adm",
+        reads="A guided-diffusion .pt file (ADM): ImageNet, LSUN and FFHQ at 256 px, or your own with its training flags as options.",
+        matches=is_adm_file,
+        load=load_adm_teacher,
+        options=AdmOptions,
+        published=(
+            _published("imagenet", f"{_OPENAI}256x256_diffusion_uncond.pt"),
+            _published("imagenet-conditional", f"{_OPENAI}256x256_diffusion.pt"),
+            _published("imagenet64-conditional", f"{_OPENAI}64x64_diffusion.pt", "l2 576, l3 768", 64, **_ADM_64),
+            _published("lsun-bedroom", f"{_OPENAI}lsun_bedroom.pt"),
+            _published("lsun-cat", f"{_OPENAI}lsun_cat.pt"),
+            _published("lsun-horse", f"{_OPENAI}lsun_horse.pt"),
+            _published("lsun-horse-nodropout", f"{_OPENAI}lsun_horse_nodropout.pt"),
+            _published("ffhq", f"{_YANDEX}ffhq.pt"),
+        ),
+    )
+)

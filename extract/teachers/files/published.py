@@ -1,0 +1,127 @@
+"""Published checkpoints by name: `--teacher adm-imagenet-256` stands for a file in a local cache, fetched once.
+
+The cache is `$DTPIPE_CACHE`, else `~/.cache/dtpipe`; beside each file lies a record of where it came from, with its
+size and blake3. Offline mode (`HF_HUB_OFFLINE=1`) fetches nothing. A path always works in place of a name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+from urllib.request import urlopen
+
+from blake3 import blake3
+
+from dtpipe.extract.teachers.files.remote import fetch_remote, is_url
+from dtpipe.manifests.errors import TeacherError
+
+if TYPE_CHECKING:
+    from dtpipe.extract.config import TeacherConfig
+    from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind
+
+CACHE_VARIABLE, OFFLINE_VARIABLE = "DTPIPE_CACHE", "HF_HUB_OFFLINE"
+TIMEOUT_S = 60
+HUB = "hf://"  # hf://owner/name@commit
+FILE_ENDINGS = frozenset({".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors"})
+
+
+def locate(config: TeacherConfig, kinds: dict[str, TeacherKind]) -> TeacherConfig:
+    """The settings with a URL replaced by its local copy, and a published name by its file, family and options.
+
+    Raises: TeacherError when the file cannot be had.
+    """
+    if Path(config.path).exists():
+        return config
+    for kind in kinds.values():
+        for published in kind.published:
+            if published.name == config.path and config.kind in ("auto", kind.kind):
+                path, revision = _place(published, config)
+                options = {**published.options, **config.options}
+                return config.model_copy(update={"path": path, "revision": revision, "kind": kind.kind, "options": options})
+    if is_url(config.path):
+        return config.model_copy(update={"path": str(fetch_remote(config.path, cache_folder()))})
+    return config
+
+
+def _place(published: PublishedTeacher, config: TeacherConfig) -> tuple[str, str | None]:
+    if published.url.startswith(HUB):
+        path, _, commit = published.url.removeprefix(HUB).partition("@")
+        return path, config.revision or commit
+    return str(fetch(published)), config.revision
+
+
+def cache_folder() -> Path:
+    """Where fetched checkpoints lie."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dtpipe") / "teachers"
+
+
+def fetch(published: PublishedTeacher) -> Path:
+    """The checkpoint's file in the cache, downloaded if it is not there yet.
+
+    Raises: TeacherError offline, when the authors' page has no direct link, and when the download fails or the cached
+    file is not the one that was fetched.
+    """
+    path = _cache_path(published)
+    if path.is_file():
+        _check_unchanged(path)
+        return path
+    if path.suffix not in FILE_ENDINGS:
+        raise TeacherError(f"{published.name}: its authors give it by hand at {published.url}; download it and give its path")
+    if os.environ.get(OFFLINE_VARIABLE, "").upper() in {"1", "TRUE", "YES", "ON"}:
+        raise TeacherError(f"{published.name} is not at {path}, and {OFFLINE_VARIABLE} is set; download {published.url} and put it there")
+    _download(published, path)
+    return path
+
+
+def cached_file(published: PublishedTeacher) -> Path | None:
+    """The checkpoint in the cache, None when it is not there or on the hub, which has a cache of its own."""
+    path = _cache_path(published)
+    return path if path.is_file() else None
+
+
+def _cache_path(published: PublishedTeacher) -> Path:
+    return cache_folder() / published.name / PurePosixPath(urlparse(published.url).path).name
+
+
+def _download(published: PublishedTeacher, path: Path) -> None:
+    """Fetch beside its place, record, then move there: a file without its record is never taken for whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urlopen(published.url, timeout=TIMEOUT_S) as response, partial.open("wb") as file:
+            shutil.copyfileobj(response, file, 1 << 20)
+            expected = response.headers.get("Content-Length")
+        if expected is not None and partial.stat().st_size != int(expected):  # urllib takes a cut connection for the end
+            raise OSError(f"the connection ended after {partial.stat().st_size} of {expected} bytes")
+        record = {"url": published.url, "licence": published.licence, "size_bytes": partial.stat().st_size, "blake3": _digest(partial)}
+        _record_path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except (OSError, ValueError, HTTPException) as err:  # urllib's network errors are OSErrors
+        raise TeacherError(f"{published.name}: {published.url} cannot be fetched ({err}); download it and put it at {path}") from err
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_unchanged(path: Path) -> None:
+    """Size by the record, where there is one; content is checked by the weights' digest of each dataset."""
+    try:
+        expected = json.loads(_record_path(path).read_text(encoding="utf-8"))["size_bytes"]
+    except FileNotFoundError:
+        return  # put there by hand
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise TeacherError(f"{_record_path(path)}: is not readable ({err}); delete the folder to fetch the teacher again") from err
+    if path.stat().st_size != expected:
+        raise TeacherError(f"{path}: has {path.stat().st_size} bytes, {expected} were fetched; delete the folder to fetch it again")
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _digest(path: Path) -> str:
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()

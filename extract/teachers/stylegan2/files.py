@@ -1,0 +1,193 @@
+"""Files that hold a StyleGAN2 generator: NVIDIA's `.pkl` snapshots, those of TensorFlow, and rosinality's `.pt`.
+
+A `.pkl` carries the source text of its classes, which the authors' loader executes. Here it is data: only weights and
+settings are taken, and no part of any file is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtpipe.extract.teachers.files.pickle import PERSISTENT_ID, Record, Symbol, is_size, read_pickle, read_pickles, shown
+from dtpipe.extract.teachers.files.weights import why_unreadable
+from dtpipe.extract.teachers.stylegan2.keys import find_layout, from_rosinality, used_tensors
+from dtpipe.extract.teachers.stylegan2.tensorflow import NETWORK, tensorflow_generator
+from dtpipe.manifests.errors import TeacherError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dtpipe.extract.teachers.stylegan2.network import Layout
+
+MODULE = "torch_utils.persistence._reconstruct_persistent_obj"
+PARAMETER, TENSOR, STORAGE = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"
+NAMES = frozenset(
+    {MODULE, PARAMETER, TENSOR, STORAGE, NETWORK, "collections.OrderedDict", "dnnlib.util.EasyDict", "builtins.set"}
+    | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
+    | {"numpy.dtype", "numpy.ndarray"}
+)
+STORAGES = {
+    "torch.FloatStorage": "float32",
+    "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16",
+    "torch.DoubleStorage": "float64",
+    "torch.LongStorage": "int64",
+    "torch.IntStorage": "int32",
+    "torch.BoolStorage": "bool",
+}
+_STORAGE_HEADER = 5  # pickles before a storage's numbers: magic number, version, system, the storage, its keys
+_SETTINGS = (  # class, attribute, and the value with which the network is the one that we have
+    ("SynthesisBlock", "architecture", "skip"),
+    ("SynthesisLayer", "activation", "lrelu"),
+    ("SynthesisLayer", "use_noise", True),
+)
+
+
+def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
+    """A generator's tensors under NVIDIA's names, on the CPU: the averaged ones (`ema`) or those of the last step.
+
+    Raises: TeacherError when the file is missing, damaged, unsafe, or holds something else.
+    """
+    if not path.is_file():
+        raise TeacherError(f"{path}: no such file; `dtpipe list teachers` says where StyleGAN2 checkpoints can be had")
+    return _read_torch(path, ema) if path.suffix != ".pkl" else _read_pkl(path, ema)
+
+
+def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a training checkpoint's flags
+            content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as err:  # torch raises many types for a damaged file
+        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again") from err
+    name = "g_ema" if ema else "g"
+    found = content.get(name) if isinstance(content, dict) else None
+    if isinstance(found, dict) and "latent_avg" in content:
+        found = {**found, "latent_avg": content["latent_avg"]}
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise TeacherError(f"{path}: holds no state dict {name!r}, as rosinality/stylegan2-pytorch saves it; give one of its checkpoints")
+    tensors = from_rosinality(found)
+    return tensors, find_layout(tensors, str(path), None, 0.01, scaled_epsilon=True)
+
+
+def _read_pkl(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
+    content = read_pickle(path, NAMES)
+    if isinstance(content, tuple) and len(content) == 3 and all(isinstance(each, Record) and each.name == NETWORK for each in content):
+        tensors, conv_clamp, mapping_lr = tensorflow_generator(content[2 if ema else 0], str(path))
+        return tensors, find_layout(tensors, str(path), conv_clamp, mapping_lr, scaled_epsilon=False)
+    name = "G_ema" if ema else "G"
+    network = content.get(name) if isinstance(content, dict) else None
+    modules = list(_modules(network, str(path))) if isinstance(network, Record) else []
+    if not modules or modules[0].class_name != "Generator":
+        raise TeacherError(f"{path}: holds no network {name!r} of NVlabs/stylegan2-ada-pytorch; give one of its network snapshots")
+    tensors = used_tensors(dict(_tensors(modules, str(path))))
+    conv_clamp, mapping_lr = _checked_settings(modules, str(path))
+    return tensors, find_layout(tensors, str(path), conv_clamp, mapping_lr, scaled_epsilon=False)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module of a pickled network."""
+
+    path: str
+    class_name: str
+    state: Mapping[str, Any]
+
+
+def _modules(network: Record, where: str) -> Iterator[_Module]:
+    """A network and all inside it.
+
+    Raises: TeacherError when a part is no module, or contains itself.
+    """
+    waiting, seen = [("", network)], set()
+    while waiting:
+        path, record = waiting.pop()
+        meta = record.args[0] if isinstance(record, Record) and record.name == MODULE and len(record.args) == 1 else {}
+        state = meta.get("state") if isinstance(meta, dict) else None
+        if not isinstance(state, dict) or any(not isinstance(state.get(kind), dict) for kind in ("_parameters", "_buffers", "_modules")):
+            raise TeacherError(f"{where}: {path or 'the network'} is no module as persistence of NVlabs saves it; download it again")
+        if id(record) in seen:
+            raise TeacherError(f"{where}: {path} is in the network twice; give a network snapshot as its authors publish it")
+        seen.add(id(record))
+        class_name = meta.get("class_name")
+        yield _Module(path, class_name if isinstance(class_name, str) else "", state)
+        waiting += [(f"{path}.{name}".lstrip("."), each) for name, each in state["_modules"].items() if each is not None]
+
+
+def _tensors(modules: list[_Module], where: str) -> Iterator[tuple[str, Tensor]]:
+    for module in modules:
+        for name, value in (*module.state["_parameters"].items(), *module.state["_buffers"].items()):
+            if value is not None:
+                full_name = f"{module.path}.{name}".lstrip(".")
+                yield full_name, _tensor(value, f"{where}: {full_name}")
+
+
+def _tensor(record: object, where: str) -> Tensor:
+    """The tensor that a `Record` describes, copied out of the file.
+
+    Raises: TeacherError when it is something else, or reaches beyond its storage.
+    """
+    try:
+        if isinstance(record, Record) and record.name == PARAMETER:
+            record = record.args[0]
+        if not isinstance(record, Record) or record.name != TENSOR:
+            raise TypeError(f"a {type(record).__name__}")
+        storage, offset, size, stride = record.args[:4]
+        if storage.name != STORAGE:
+            raise TypeError(f"a {storage.name}")
+        numbers = _storage(storage.args[0], where)
+        if math.prod(size) > len(numbers):
+            raise ValueError(f"more values than the {len(numbers)} of its storage")
+        return numbers.as_strided(size, stride, offset)
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as err:
+        reason = str(err).splitlines()[0][:120]
+        raise TeacherError(f"{where}: is no tensor of numbers ({reason}); download the checkpoint again") from err
+
+
+def _storage(data: bytes | memoryview, where: str) -> Tensor:
+    """The numbers of one storage in torch's format before 1.6. Shapes: -> (N,)."""
+    import torch
+
+    header, rest = read_pickles(data, _STORAGE_HEADER, frozenset(STORAGES), where, persistent_ids=True)
+    reference: tuple[Any, ...] = header[3].args[0] if isinstance(header[3], Record) and header[3].name == PERSISTENT_ID else ()
+    kind = reference[1] if len(reference) == 6 and reference[0] == "storage" and reference[5] is None else None
+    if not isinstance(kind, Symbol):
+        raise TypeError("no storage of torch")
+    dtype = getattr(torch, STORAGES[kind.name])
+    count = int.from_bytes(rest[:8], "little")
+    size_bytes = count * dtype.itemsize
+    if count != reference[4] or len(rest) != 8 + size_bytes:
+        raise ValueError(f"{len(rest) - 8} bytes for {shown(reference[4])} numbers")
+    return torch.frombuffer(bytearray(rest[8:]), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+
+def _checked_settings(modules: list[_Module], where: str) -> tuple[float | None, float]:
+    """(clamp of convolutions, learning rate of the mapping), which the weights do not tell.
+
+    Raises: TeacherError when a setting makes it another network.
+    """
+    for module in modules:
+        for class_name, attribute, known in _SETTINGS:
+            if module.class_name == class_name and (found := module.state.get(attribute, known)) != known:
+                raise TeacherError(f"{where}: {module.path} has {attribute} {shown(found)}; kind stylegan2 reads networks with {known!r}")
+    clamp = _shared(modules, ("SynthesisLayer", "ToRGBLayer"), "conv_clamp", where)
+    rate = _shared([module for module in modules if module.path.startswith("mapping.fc")], ("FullyConnectedLayer",), "bias_gain", where)
+    return clamp, 0.01 if rate is None else rate
+
+
+def _shared(modules: list[_Module], class_names: tuple[str, ...], attribute: str, where: str) -> float | None:
+    """A number, or None, that all modules of some classes have.
+
+    Raises: TeacherError when it is something else, or differs.
+    """
+    found = [module.state.get(attribute) for module in modules if module.class_name in class_names]
+    if not all(each is None or is_size(each) for each in found) or len(set(found)) > 1:
+        raise TeacherError(f"{where}: {attribute} is not one number throughout the network; give a network snapshot of NVlabs")
+    return found[0] if found else None

@@ -1,0 +1,252 @@
+"""StyleGAN2 teachers (Karras et al., arXiv 1912.04958, 2006.06676): kind `stylegan2` makes its own images.
+
+Reads NVIDIA's network snapshots (`.pkl`, PyTorch and TensorFlow) and rosinality's `.pt`. No code in them is executed:
+the network is our own, in `stylegan2_network`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dtpipe.extract.teachers.arithmetic import arithmetic, storable
+from dtpipe.extract.teachers.base import (
+    PublishedTeacher,
+    TapSpec,
+    TeacherKind,
+    TeacherSpec,
+    architecture,
+    parse_options,
+    register_teacher,
+    takes_no_images,
+)
+from dtpipe.extract.teachers.files.names import names_tensors, pickled_name
+from dtpipe.manifests.errors import ConfigError, TeacherError
+from dtpipe.manifests.schema import StrictModel, ViewSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dtpipe.extract.config import TeacherConfig
+    from dtpipe.extract.teachers.stylegan2.network import Generator, Layout
+
+LATENT, NOISE_MAPS, LABEL = "z", "style_noise", "label"
+HEAD_BYTES = 1 << 26  # in an NVIDIA snapshot the first convolution lies behind the mapping's weights
+NUM_MEAN_STYLES = 4096
+
+
+class StyleGan2Options(StrictModel):
+    """How images are drawn from the generator."""
+
+    truncation_psi: float = Field(default=1.0, ge=0, description="Styles are drawn towards their mean by this factor; 1: not at all.")
+    truncation_cutoff: int | None = Field(default=None, ge=1, description="Only so many of the first styles are; default: all.")
+    noise_mode: Literal["random", "const", "none"] = Field(
+        default="random", description="Noise maps: drawn for each image, those of the checkpoint, or none."
+    )
+    class_label: int | None = Field(
+        default=None, ge=0, description="Class of all images, for a conditional generator; default: drawn for each."
+    )
+    ema: bool = Field(default=True, description="The averaged weights; false: those of the last training step.")
+
+
+class StyleGan2Teacher:
+    """A frozen generator on its device."""
+
+    def __init__(self, network: Generator, spec: TeacherSpec, options: StyleGan2Options, dtype: str) -> None:
+        from dtpipe.extract.teachers.taps import TapReader
+
+        self.network = network
+        self.spec = spec
+        self.options = options
+        self.dtype = dtype
+        self._reader = TapReader(network, {level.name: level.tap for level in spec.levels})
+
+    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
+        """Raises: TeacherError, always."""
+        raise takes_no_images(self.spec.kind)
+
+    def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images and the features they were made through; a class is the place of the greatest number in `label`.
+
+        Shapes: noise["z"] (B, z_dim), ["style_noise"] (B, values of all maps), ["label"] (B, classes)
+        -> (B, 3, H, W) float32 in [-1, 1], {level: (B, C, h, w)} float32.
+        """
+        made: list[Tensor] = []
+        with arithmetic(noise[LATENT].device, self.dtype):
+            levels = self._reader.read(lambda: made.append(make_images(self.network, noise, self.options)), stop_early=False)
+        images = made[0].clamp(-1, 1).where(made[0].isfinite(), float("nan"))  # an overflow must not look like white
+        return images, {name: storable(level) for name, level in levels.items()}
+
+
+def make_images(network: Generator, noise: Mapping[str, Tensor], options: StyleGan2Options) -> Tensor:
+    """The generator's forward pass. Shapes: as `StyleGan2Teacher.synthesize` -> (B, 3, H, W), not clamped."""
+    z = noise[LATENT]
+    styles = network.styles(z, _one_hot(network.layout, noise, options), options.truncation_psi, options.truncation_cutoff)
+    if options.noise_mode == "none":
+        return network.synthesis(styles, None)  # type: ignore[no-any-return]
+    maps = network.constant_noise() if options.noise_mode == "const" else network.noise_maps(noise[NOISE_MAPS])
+    return network.synthesis(styles, maps)  # type: ignore[no-any-return]
+
+
+def _one_hot(layout: Layout, noise: Mapping[str, Tensor], options: StyleGan2Options) -> Tensor | None:
+    """Shapes: -> (B, classes), or None for a generator without classes."""
+    import torch
+    from torch.nn.functional import one_hot
+
+    if not layout.num_classes:
+        return None
+    z, label = noise[LATENT], options.class_label
+    classes = noise[LABEL].argmax(dim=1) if label is None else torch.full((len(z),), label, device=z.device)
+    return one_hot(classes, layout.num_classes).to(z.dtype)
+
+
+def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleGan2Teacher:
+    """The teacher that `config` names, frozen and in eval mode.
+
+    Raises: TeacherError when the file is missing, damaged, unsafe or another network; ConfigError when an option does not fit it.
+    """
+    import torch
+
+    from dtpipe.extract.teachers.files.weights import load_strictly, weights_digest
+    from dtpipe.extract.teachers.stylegan2.files import read_checkpoint
+    from dtpipe.extract.teachers.stylegan2.network import Generator
+
+    options = parse_options(config, StyleGan2Options)
+    path = Path(config.path)
+    tensors, layout = read_checkpoint(path, options.ema)
+    _check_options(options, layout, config.path)
+    needs_mean = "mapping.w_avg" not in tensors and not layout.num_classes
+    mean = {"mapping.w_avg": torch.zeros(layout.w_dim)} if needs_mean else {}
+    network = Generator(layout).requires_grad_(False).eval()
+    load_strictly(network, tensors | mean, path)
+    if needs_mean and options.truncation_psi != 1:
+        _set_mean_style(network)
+    spec = TeacherSpec(
+        kind="stylegan2",
+        weights_blake3=weights_digest(tensors),
+        image_px=layout.image_px,
+        levels=_levels(network, options, config),
+        noise_shapes=_noise_shapes(layout, options),
+        options={
+            **options.model_dump(mode="json"),
+            "network": architecture(layout),
+        },
+        synthesizes=True,
+    )
+    return StyleGan2Teacher(network.to(device), spec, options, config.dtype)
+
+
+def _check_options(options: StyleGan2Options, layout: Layout, where: str) -> None:
+    label, cutoff = options.class_label, options.truncation_cutoff
+    if label is not None and label >= layout.num_classes:
+        known = f"classes 0 to {layout.num_classes - 1}" if layout.num_classes else "no classes"
+        raise ConfigError(f"{where}: the generator has {known}; change or leave out extract.teacher.options.class_label (found {label})")
+    if cutoff is not None and cutoff > layout.num_styles:
+        raise ConfigError(
+            f"{where}: the generator has {layout.num_styles} styles; lower extract.teacher.options.truncation_cutoff (found {cutoff})"
+        )
+
+
+def _set_mean_style(network: Generator) -> None:
+    """The mean style, for a checkpoint without one. Source: rosinality/stylegan2-pytorch `generate.py`, which draws as many."""
+    import torch
+
+    from dtpipe.extract.noise import draw_noise
+
+    z = torch.from_numpy(draw_noise(0, "w_avg", 0, LATENT, (NUM_MEAN_STYLES, network.layout.z_dim)))
+    network.mapping.w_avg = network.mapping(z).mean(dim=0)
+
+
+def _noise_shapes(layout: Layout, options: StyleGan2Options) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {LATENT: (layout.z_dim,)}
+    if options.noise_mode == "random":
+        shapes[NOISE_MAPS] = (sum(height * width for height, width in layout.noise_px),)
+    if layout.num_classes and options.class_label is None:
+        shapes[LABEL] = (layout.num_classes,)
+    return shapes
+
+
+def _levels(network: Generator, options: StyleGan2Options, config: TeacherConfig) -> tuple[TapSpec, ...]:
+    """The taps that a person named, else the last convolution of each resolution at the usual strides, from fine to deep.
+
+    Raises: TeacherError when there is none.
+    """
+    import torch
+
+    from dtpipe.extract.teachers.stylegan2.network import block_name
+    from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, level_name, named_levels
+
+    layout = network.layout
+    if config.taps:
+        zeros = {stream: torch.zeros(1, *shape) for stream, shape in _noise_shapes(layout, options).items()}
+        with torch.inference_mode():
+            levels = named_levels(network, lambda: make_images(network, zeros, options), layout.image_px[1], config.taps)
+        return tuple(sorted(levels.values(), key=lambda level: (level.stride, level.name)))
+    deepest = len(layout.channels) - 1
+    blocks = {stride: deepest - (stride.bit_length() - 1) for stride in DEFAULT_STRIDES if stride <= 1 << deepest}
+    if not blocks:
+        raise TeacherError(f"{config.path}: the generator's images are too small for a layer of stride 4; use one of 16 px or more")
+    return tuple(
+        TapSpec(level_name(stride), stride, layout.channels[idx], f"synthesis.{block_name(idx)}.conv1") for stride, idx in blocks.items()
+    )
+
+
+def is_stylegan2_file(path: str) -> bool:
+    """True for a snapshot whose pickle has StyleGAN2's names. It is searched, not loaded."""
+    file = Path(path)
+    if file.suffix in (".pt", ".pth"):
+        return names_tensors(file, ("g_ema", "convs.0.conv.modulation.weight"))
+    try:
+        if file.suffix != ".pkl" or not file.is_file():
+            return False
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return data.find(b"dnnlib.tflib.network", 0, 1 << 12) >= 0 or any(
+                data.find(mark, 0, HEAD_BYTES) >= 0 for mark in pickled_name("noise_strength")
+            )
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return False
+
+
+_NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
+_LICENCE = "Nvidia Source Code License (non-commercial)"
+_WIDE, _NARROW = "l2 512, l3 512, l4 512, l5 512", "l2 256, l3 512, l4 512, l5 512"
+_NARROWEST = "l2 128, l3 256, l4 512, l5 512"
+
+
+def _published(name: str, folder: str, file: str, levels: str, px: int) -> PublishedTeacher:
+    return PublishedTeacher(f"stylegan2-{name}", f"{_NVIDIA}/{folder}/{file}.pkl", _LICENCE, levels, (px, px))
+
+
+_ADA = "stylegan2-ada-pytorch/pretrained"
+_SOURCES = f"{_ADA}/transfer-learning-source-nets"
+_TENSORFLOW = "stylegan2/networks"
+
+register_teacher(
+    TeacherKind(
+        kind="stylegan2",
+        reads="A StyleGAN2 generator: NVIDIA's .pkl (ADA, PyTorch or TensorFlow), or a rosinality/stylegan2-pytorch .pt; makes images.",
+        matches=is_stylegan2_file,
+        load=load_stylegan2_teacher,
+        options=StyleGan2Options,
+        published=(
+            _published("ffhq", _ADA, "ffhq", _NARROWEST, 1024),
+            _published("metfaces", _ADA, "metfaces", _NARROWEST, 1024),
+            _published("afhqcat", _ADA, "afhqcat", _NARROW, 512),
+            _published("afhqdog", _ADA, "afhqdog", _NARROW, 512),
+            _published("afhqwild", _ADA, "afhqwild", _NARROW, 512),
+            _published("brecahad", _ADA, "brecahad", _NARROW, 512),
+            _published("cifar10", _ADA, "cifar10", "l2 512, l3 512", 32),
+            _published("ffhq256", _SOURCES, "ffhq-res256-mirror-paper256-noaug", _NARROW, 256),
+            _published("celebahq256", _SOURCES, "celebahq-res256-mirror-paper256-kimg100000-ada-target0.5", _NARROW, 256),
+            _published("lsun-dog", _SOURCES, "lsundog-res256-paper256-kimg100000-noaug", _NARROW, 256),
+            _published("lsun-cat", _TENSORFLOW, "stylegan2-cat-config-f", _WIDE, 256),
+            _published("lsun-horse", _TENSORFLOW, "stylegan2-horse-config-f", _WIDE, 256),
+            _published("lsun-church", _TENSORFLOW, "stylegan2-church-config-f", _WIDE, 256),
+            _published("lsun-car", _TENSORFLOW, "stylegan2-car-config-f", _NARROW, 512),
+        ),
+    )
+)

@@ -1,0 +1,276 @@
+"""The single checks that verification is made of; each returns what it found wrong instead of raising.
+
+One rule: a problem says in `mend` who can put it right, so that repair needs no logic of its own about what is damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dtpipe.manifests.canonical import blake3_hex, dump_record, load_record
+from dtpipe.manifests.errors import DamagedDataError
+from dtpipe.manifests.layout.arrays import KEY, stored_arrays
+from dtpipe.manifests.layout.tables import (
+    INDEX_FILE,
+    LISTING_FILE,
+    SHARDS_FILE,
+    SHARDS_SCHEMA,
+    decode_index,
+    decode_table,
+    index_table,
+    shards_table,
+)
+from dtpipe.manifests.layout.tar import encode_key
+from dtpipe.manifests.layout.zarr import zarr_metadata
+from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
+from dtpipe.manifests.schema import Manifest, Plan, ShardEntry
+from dtpipe.manifests.store.store import LOCK_FOLDER, MissingObjectError, ObjectStat, Store
+from dtpipe.manifests.write.commit import (
+    MANIFEST_FILE,
+    commit_name,
+    committed_shards,
+    load_entry,
+    load_manifest,
+    object_blake3,
+    object_stat,
+)
+from dtpipe.manifests.write.listing import read_listing
+from dtpipe.manifests.write.lock import LockRecord
+from dtpipe.manifests.write.plan import PLAN_FILE, load_plan
+
+Mend = Literal["extract", "merge", "rewrite", "source", "nobody"]
+"""extract: the shard is written again. merge: the next merge writes the file. rewrite: repair writes it from the plan or
+the manifest. source: the next extract restores it if the source still lists the same. nobody: restore a copy."""
+
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    name: str
+    """Object name inside the dataset."""
+    what: str
+    mend: Mend
+    shard: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What could be read of a dataset's metadata."""
+
+    manifest: Manifest | None
+    plan: Plan | None
+    plan_bytes: bytes | None
+    """The plan's bytes as they should be; differ from those in the store when they were rebuilt from the manifest."""
+    entries: dict[int, ShardEntry]
+
+
+def reason(err: Exception) -> str:
+    """An error's text without its advice: the caller knows better what comes next."""
+    return str(err).split("; ")[0]
+
+
+def check_metadata(store: Store, problems: list[Problem]) -> Found:
+    """Read manifest, plan and entries; what cannot be read becomes a problem."""
+    manifest = _check_manifest(store, problems)
+    plan, plan_bytes = _check_plan(store, manifest, problems)
+    _check_locks(store, problems)
+    if plan is None or plan_bytes is None:
+        return Found(manifest, None, None, {})
+    _check_listing(store, plan, problems)
+    entries = _check_entries(store, plan, blake3_hex(plan_bytes), manifest, problems)
+    _check_zarr_metadata(store, plan, manifest, problems)
+    if manifest is not None and manifest.complete:
+        _check_tables(store, plan, manifest, entries, problems)
+    return Found(manifest, plan, plan_bytes, entries)
+
+
+def rebuilt_plan(manifest: Manifest) -> bytes | None:
+    """The bytes of plan.json as the manifest describes it, if they come out as the ones it names."""
+    totals, files = manifest.totals, manifest.files
+    if PLAN_FILE not in files or LISTING_FILE not in files:
+        return None
+    plan = Plan(
+        recipe=manifest.recipe,
+        num_rows=totals.num_rows,
+        num_shards=totals.num_shards,
+        listing_blake3=files[LISTING_FILE].blake3,
+        provenance=manifest.provenance.get("plan", {}),
+    )
+    data = dump_record(plan)
+    return data if blake3_hex(data) == files[PLAN_FILE].blake3 else None
+
+
+def _check_manifest(store: Store, problems: list[Problem]) -> Manifest | None:
+    try:
+        return load_manifest(store)
+    except MissingObjectError:
+        if store.exists(SHARDS_FILE) or store.exists(INDEX_FILE):
+            problems.append(Problem(MANIFEST_FILE, "is missing, although the shards were merged or nearly so", "merge"))
+        return None
+    except DamagedDataError as err:
+        problems.append(Problem(MANIFEST_FILE, reason(err), "merge"))
+        return None
+
+
+def _check_plan(store: Store, manifest: Manifest | None, problems: list[Problem]) -> tuple[Plan | None, bytes | None]:
+    try:
+        data, plan = store.read(PLAN_FILE), load_plan(store)
+        if manifest is None or (PLAN_FILE in manifest.files and manifest.files[PLAN_FILE].blake3 == blake3_hex(data)):
+            return plan, data
+        what = f"is not the plan that {MANIFEST_FILE} names"
+    except DamagedDataError as err:
+        what = reason(err)
+    data_again = rebuilt_plan(manifest) if manifest else None
+    problems.append(Problem(PLAN_FILE, what, "nobody" if data_again is None else "rewrite"))
+    if data_again is None:
+        return None, None
+    return load_record(Plan, data_again, PLAN_FILE), data_again
+
+
+def _check_listing(store: Store, plan: Plan, problems: list[Problem]) -> None:
+    try:
+        read_listing(store, plan.listing_blake3)
+    except DamagedDataError as err:
+        problems.append(Problem(LISTING_FILE, reason(err), "source"))
+
+
+def _check_locks(store: Store, problems: list[Problem]) -> None:
+    for name in store.list(LOCK_FOLDER):
+        try:
+            load_record(LockRecord, store.read(name), store.where(name))
+        except MissingObjectError:
+            continue  # a writer that ends removes its lock
+        except DamagedDataError as err:
+            problems.append(Problem(name, reason(err), "rewrite"))
+
+
+def _check_entries(store: Store, plan: Plan, plan_blake3: str, manifest: Manifest | None, problems: list[Problem]) -> dict[int, ShardEntry]:
+    committed = set(committed_shards(store, plan))
+    entries = {}
+    for shard_idx in range(plan.num_shards):
+        name = commit_name(shard_idx)
+        if shard_idx not in committed:
+            if manifest is not None and manifest.complete:
+                problems.append(Problem(name, "is missing, although the manifest says complete", "extract", shard_idx))
+            continue
+        try:
+            entries[shard_idx] = load_entry(store, plan, plan_blake3, shard_idx)
+            chunk_tables(plan, shards_table([entries[shard_idx]]), store.where(name))
+        except DamagedDataError as err:
+            entries.pop(shard_idx, None)
+            problems.append(Problem(name, reason(err), "extract", shard_idx))
+    return entries
+
+
+def _check_zarr_metadata(store: Store, plan: Plan, manifest: Manifest | None, problems: list[Problem]) -> None:
+    if plan.recipe.shard.format != "zarr":
+        return
+    for name, data in zarr_metadata(plan).items():
+        wanted = manifest.files[name].blake3 if manifest is not None and name in manifest.files else blake3_hex(data)
+        try:
+            if blake3_hex(store.read(name)) != wanted:
+                problems.append(Problem(name, "is not as it was written", "rewrite"))
+        except MissingObjectError:
+            problems.append(Problem(name, "is missing", "rewrite"))
+
+
+def _check_tables(store: Store, plan: Plan, manifest: Manifest, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> None:
+    """shards.parquet and index.parquet against the manifest, and against the entries."""
+    for name in (SHARDS_FILE, INDEX_FILE):
+        try:
+            data = store.read(name)
+            if name not in manifest.files or blake3_hex(data) != manifest.files[name].blake3:
+                problems.append(Problem(name, f"is not the file that {MANIFEST_FILE} names", "merge"))
+            elif len(entries) == plan.num_shards and not _table_fits(name, data, list(entries.values())):
+                problems.append(Problem(name, "says other than the entries in commits/", "merge"))
+        except DamagedDataError as err:
+            problems.append(Problem(name, reason(err), "merge"))
+
+
+def _table_fits(name: str, data: bytes, entries: Sequence[ShardEntry]) -> bool:
+    if name == INDEX_FILE:
+        return bool(decode_index(data, name).equals(index_table(entries)))
+    return bool(decode_table(data, SHARDS_SCHEMA, name).equals(shards_table(entries)))
+
+
+def check_sizes(store: Store, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> None:
+    """Every object is there and has its size."""
+    stats = store.stats("data")
+    for entry in entries.values():
+        for stored in entry.objects:
+            found = object_stat(store, stats, stored.name)
+            if found is None:
+                problems.append(Problem(stored.name, "is missing", "extract", entry.shard))
+            elif found.size != stored.size_bytes:
+                problems.append(Problem(stored.name, _size_text(found, stored.size_bytes), "extract", entry.shard))
+
+
+def _size_text(found: ObjectStat, wanted: int) -> str:
+    return f"has {found.size} bytes, its entry says {wanted}"
+
+
+def check_digests(store: Store, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> None:
+    """Every object's blake3 is that of its entry; those with a known problem are left out."""
+    known = {problem.name for problem in problems}
+    objects = [(entry.shard, stored) for entry in entries.values() for stored in entry.objects if stored.name not in known]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda each: _digest_or_reason(store, each[1].name, each[1].size_bytes), objects)
+        for (shard_idx, stored), digest in zip(objects, found, strict=True):
+            if digest != stored.blake3:
+                what = digest if " " in digest else "its bytes are not those of its entry (blake3 differs): damaged, stale or swapped"
+                problems.append(Problem(stored.name, what, "extract", shard_idx))
+
+
+def _digest_or_reason(store: Store, name: str, size: int) -> str:
+    try:
+        return object_blake3(store, name, size)
+    except DamagedDataError as err:
+        return f"{reason(err)} "
+
+
+def check_chunks(store: Store, plan: Plan, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> int:
+    """Every chunk of every row decodes to finite values, and bad rows are zeros. Returns the number of chunks."""
+    damaged = {problem.shard for problem in problems}
+    good = [entry for shard_idx, entry in entries.items() if shard_idx not in damaged]
+    keys = {row.row: row.key for entry in good for row in entry.rows}
+    names = [keys.get(row, "") for row in range(plan.num_rows)]
+    reader = ChunkReader(store, plan, chunk_tables(plan, shards_table(good), store.url), names)
+    num_chunks = 0
+    for entry in good:
+        for row in entry.rows:
+            for name, what in _row_problems(reader, plan, entry, row.row):
+                problems.append(Problem(name, what, "extract", entry.shard))
+            num_chunks += sum(spec.chunks_per_row for spec in reader.arrays.values())
+    return num_chunks
+
+
+def _row_problems(reader: ChunkReader, plan: Plan, entry: ShardEntry, row: int) -> Iterator[tuple[str, str]]:
+    """Object and what is wrong with a row's chunks."""
+    index_row = entry.rows[row - entry.rows[0].row]
+    place = f"sample {index_row.key!r} (row {row})"
+    for name, spec in stored_arrays(plan.recipe).items():
+        object_name = reader.tables[name].objects[entry.shard] or ""
+        values = np.empty((spec.chunks_per_row, *spec.chunk_shape), spec.dtype)
+        try:
+            reader.read([ChunkRequest(name, row, view, values[view]) for view in range(spec.chunks_per_row)])
+        except DamagedDataError as err:
+            yield object_name, reason(err)
+            continue
+        if not np.isfinite(values).all():
+            yield object_name, f"{name} of {place} is not finite"
+        if index_row.status != "ok" and values.any():
+            yield object_name, f"{name} of {place} is not zero, although the sample is {index_row.status}"
+    if KEY in reader.tables:
+        try:
+            if reader.read_bytes(KEY, row) != encode_key(index_row):
+                yield reader.tables[KEY].objects[entry.shard] or "", f"key.json of {place} says otherwise than the index"
+        except DamagedDataError as err:
+            yield reader.tables[KEY].objects[entry.shard] or "", reason(err)

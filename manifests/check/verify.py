@@ -1,0 +1,249 @@
+"""Is a dataset what was written, and sending back to work what is not.
+
+One rule: nothing is deleted. Entries of damaged shards are renamed to `.rejected`; the next `extract` writes just those
+shards again and merges.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.canonical import dump_record
+from dtpipe.manifests.check.checks import Found, Problem, check_chunks, check_digests, check_metadata, check_sizes, reason
+from dtpipe.manifests.check.measured import MEASURED_FILE
+from dtpipe.manifests.codecs.base import decode_level, encode_level
+from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
+from dtpipe.manifests.layout.tables import INDEX_FILE, LISTING_FILE, SHARDS_FILE
+from dtpipe.manifests.layout.zarr import write_zarr_metadata
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.schema import LevelSpec, Recipe
+from dtpipe.manifests.store.faults import fault_point
+from dtpipe.manifests.store.store import LOCK_FOLDER, Store
+from dtpipe.manifests.write.commit import COMMIT_FOLDER, MANIFEST_FILE, REJECTED, commit_name, reject_entry
+from dtpipe.manifests.write.lock import Lock
+from dtpipe.manifests.write.plan import PLAN_FILE
+
+__all__ = ["LEVELS", "Problem", "Recompute", "RepairResult", "VerifyLevel", "VerifyReport", "repair", "verify"]
+
+VerifyLevel = Literal["listing", "digest", "decode", "recompute"]
+LEVELS: tuple[VerifyLevel, ...] = ("listing", "digest", "decode", "recompute")
+
+Recompute = Callable[[NDArray[np.uint8], Sequence[str]], Mapping[str, NDArray[np.generic]]]
+"""The teacher run again: stored images [B, H, W, 3] and their keys -> {level: [B, V, C, h, w] float}."""
+
+_RECOMPUTE_ROWS = 16
+_TOLERANCE = 1e-3
+_TINY = 1e-30  # keeps an all-zero level from dividing by zero
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verification looked at and what it found wrong."""
+
+    url: str
+    level: VerifyLevel
+    complete: bool
+    """True when the manifest says that every shard is there."""
+    problems: tuple[Problem, ...]
+    num_shards: int
+    """Shards whose entries could be read."""
+    num_shards_missing: int
+    num_objects: int
+    size_bytes: int
+    num_chunks: int = 0
+    num_recomputed: int = 0
+    max_relative_error: Mapping[str, float] = field(default_factory=dict)
+    """By level: largest difference of stored and recomputed features, over the largest stored value of the sample's level."""
+    strays: tuple[str, ...] = ()
+    """Objects that belong to nothing: of killed writers, rejected entries, or put there by somebody else. No problem."""
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is wrong; an unfinished dataset can be ok as far as it goes."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What repair did; then run `dtpipe extract` again."""
+
+    url: str
+    shards: tuple[int, ...]
+    """Sent back to work."""
+    rewritten: tuple[str, ...]
+    """Files written again, from the plan or the manifest."""
+    left: tuple[Problem, ...]
+    """Mended by the next extract (merge, source) or by nobody."""
+
+
+def verify(
+    url: str | os.PathLike[str],
+    level: VerifyLevel = "digest",
+    recompute: Recompute | None = None,
+    rows: int = _RECOMPUTE_ROWS,
+    tolerance: float = _TOLERANCE,
+) -> VerifyReport:
+    """Check a dataset; each level includes those before it.
+
+    listing: seals and digests of all metadata, names and sizes of all objects. digest: blake3 of all objects. decode: every
+    chunk decodes and is finite. recompute: the teacher gives the features of `rows` samples again, within `tolerance`.
+    Raises: InputError when there is no dataset; ConfigError for `recompute` without a function or without images.
+    """
+    store = Store(url)
+    if level not in LEVELS:
+        raise ConfigError(f"verify level {level!r} is unknown; choose one of {', '.join(LEVELS)}")
+    if not (store.exists(MANIFEST_FILE) or store.exists(PLAN_FILE)):
+        raise InputError(f"{store.url} holds no feature dataset (no {MANIFEST_FILE}, no {PLAN_FILE}); check the path")
+    if level == "recompute" and recompute is None:
+        raise ConfigError("verify level recompute needs the teacher; name it with --teacher")
+    problems: list[Problem] = []
+    found = check_metadata(store, problems)
+    if level == "recompute" and found.plan and found.plan.recipe.images != "stored":
+        raise ConfigError(f"{store.url} stores no images, so its features cannot be recomputed from it; verify with --level decode")
+    check_sizes(store, found.entries, problems)
+    depth = LEVELS.index(level)
+    if depth >= 1:
+        check_digests(store, found.entries, problems)
+    num_chunks = check_chunks(store, found.plan, found.entries, problems) if depth >= 2 and found.plan else 0
+    num_recomputed, errors = 0, dict[str, float]()
+    if recompute and depth >= 3:
+        num_recomputed, errors = _check_recompute(store, recompute, rows, tolerance, problems)
+    return _report(store, level, found, problems, num_chunks, num_recomputed, errors)
+
+
+def repair(url: str | os.PathLike[str], level: VerifyLevel = "digest", stale_s: float = 120.0) -> RepairResult:
+    """Send damaged shards back to work and mark the manifest incomplete; rewrite metadata that can be derived.
+
+    Raises: LockHeldError while somebody writes; InputError when there is no dataset; ConfigError for level `recompute`.
+    """
+    if level == "recompute":
+        raise ConfigError("repair works on stored bytes: choose listing, digest or decode")
+    store = Store(url)
+    problems = verify(url, "listing").problems  # before the lock: a wrong URL is left as it is, and taking a lock removes damaged ones
+    with Lock.acquire(store, stale_s) as lock:
+        problems = (*(each for each in problems if each.name.startswith(LOCK_FOLDER)), *verify(url, level).problems)
+        found = check_metadata(store, [])
+        shards = sorted({each.shard for each in problems if each.mend == "extract" and each.shard is not None})
+        for shard_idx in shards:
+            lock.check()
+            if store.exists(commit_name(shard_idx)):
+                reject_entry(store, shard_idx)
+            fault_point("repair.rejected")
+        rewritten = _rewrite(store, lock, found, problems)
+        if problems:
+            _mark_incomplete(store, lock, found, problems)
+            fault_point("repair.manifest")
+        fault_point("repair.after")
+    left = tuple(each for each in problems if each.mend in ("merge", "source", "nobody"))
+    return RepairResult(store.url, tuple(shards), tuple(rewritten), left)
+
+
+def _rewrite(store: Store, lock: Lock, found: Found, problems: Sequence[Problem]) -> list[str]:
+    """Write again what follows from the manifest or the plan; a damaged lock went when this one was taken."""
+    names = sorted({each.name for each in problems if each.mend == "rewrite"})
+    if not names:
+        return []
+    lock.check()
+    if PLAN_FILE in names and found.plan_bytes is not None:
+        store.write(PLAN_FILE, found.plan_bytes)
+    if found.plan is not None and found.plan.recipe.shard.format == "zarr":
+        write_zarr_metadata(store, found.plan)
+    return names
+
+
+def _mark_incomplete(store: Store, lock: Lock, found: Found, problems: Sequence[Problem]) -> None:
+    """Only the next merge makes the dataset complete again; a damaged manifest is put aside for it."""
+    lock.check()
+    if found.manifest is not None:
+        if any(each.mend != "rewrite" for each in problems):
+            store.write(MANIFEST_FILE, dump_record(found.manifest.model_copy(update={"complete": False})))
+    elif store.exists(MANIFEST_FILE):
+        taken = store.list(MANIFEST_FILE)
+        store.rename(
+            MANIFEST_FILE,
+            next(f"{MANIFEST_FILE}{REJECTED}.{n}" for n in range(len(taken) + 1) if f"{MANIFEST_FILE}{REJECTED}.{n}" not in taken),
+        )
+
+
+def _check_recompute(
+    store: Store, recompute: Recompute, rows: int, tolerance: float, problems: list[Problem]
+) -> tuple[int, dict[str, float]]:
+    """Rows compared, and the largest relative error by level."""
+    try:
+        dataset = FeatureDataset.open(store.url, allow_incomplete=True)
+    except DtpipeError as err:
+        problems.append(Problem(MANIFEST_FILE, f"nothing was recomputed: {reason(err)}", "nobody"))
+        return 0, {}
+    damaged = {each.shard for each in problems}
+    samples = dataset.recipe.shard.samples
+    good = [int(row) for row in dataset.ok_rows if int(row) // samples not in damaged]
+    chosen = [good[idx] for idx in np.unique(np.linspace(0, len(good) - 1, min(rows, len(good))).astype(int))] if good else []
+    if not chosen:
+        return 0, {}
+    images, _ = dataset.read_batch(chosen, (), [0] * len(chosen))
+    again = recompute(images, [dataset.keys[row] for row in chosen])
+    errors = {}
+    for level in dataset.levels:
+        errors[level.name] = _compare(dataset, level, chosen, again[level.name], tolerance, problems)
+    return len(chosen), errors
+
+
+def _compare(
+    dataset: FeatureDataset, level: LevelSpec, rows: Sequence[int], again: NDArray[np.generic], tolerance: float, problems: list[Problem]
+) -> float:
+    worst = 0.0
+    for idx, row in enumerate(rows):
+        stored = np.stack([dataset.read_level(level.name, row, view) for view in range(len(dataset.views))])
+        error = relative_error(level, dataset.recipe, stored, again[idx], dataset.keys[row])
+        worst = max(worst, error)
+        if not error <= tolerance:
+            what = f"sample {dataset.keys[row]!r} (row {row}) differs by {error:.3g} from the teacher's features, allowed is {tolerance:g}"
+            problems.append(Problem(f"level {level.name}", what, "nobody", row // dataset.recipe.shard.samples))
+    return worst
+
+
+def relative_error(level: LevelSpec, recipe: Recipe, stored: NDArray[np.generic], again: NDArray[np.generic], sample: str = "") -> float:
+    """Largest difference over the largest stored value; 0 when the teacher gives the same symbols.
+
+    Shapes: both [V, C, H, W]; `stored` as read, `again` as the teacher gave it.
+    """
+    one = decode_level(stored, level, recipe.codec).astype(np.float64)
+    other = decode_level(encode_level(again, level, recipe.codec, sample), level, recipe.codec).astype(np.float64)
+    difference = float(np.abs(one - other).max())
+    return difference / max(float(np.abs(one).max()), _TINY)
+
+
+def _report(
+    store: Store, level: VerifyLevel, found: Found, problems: list[Problem], num_chunks: int, num_recomputed: int, errors: dict[str, float]
+) -> VerifyReport:
+    objects = [stored for entry in found.entries.values() for stored in entry.objects]
+    known = {stored.name for stored in objects} | {each.name for each in problems}
+    return VerifyReport(
+        url=store.url,
+        level=level,
+        complete=found.manifest is not None and found.manifest.complete,
+        problems=tuple(problems),
+        num_shards=len(found.entries),
+        num_shards_missing=(found.plan.num_shards if found.plan else 0) - len(found.entries),
+        num_objects=len(objects),
+        size_bytes=sum(stored.size_bytes for stored in objects),
+        num_chunks=num_chunks,
+        num_recomputed=num_recomputed,
+        max_relative_error=errors,
+        strays=tuple(name for name in store.list() if name not in known and not _is_ours(name, found)),
+    )
+
+
+def _is_ours(name: str, found: Found) -> bool:
+    """True for metadata with a known name, and for objects of shards whose entry could not be read."""
+    if name in (MANIFEST_FILE, PLAN_FILE, LISTING_FILE, SHARDS_FILE, INDEX_FILE, MEASURED_FILE) or name.startswith(LOCK_FOLDER):
+        return True
+    if name.endswith("zarr.json"):
+        return True
+    return name in {commit_name(shard_idx) for shard_idx in found.entries} if name.startswith(COMMIT_FOLDER) else False

@@ -1,0 +1,129 @@
+"""The zarr store: one zarr v3 array per stored array, one zarr shard of it per dtpipe shard, one chunk per row and view.
+
+One rule: any zarr v3 reader must read what is written here. Shards are put together by hand, because their bytes must
+follow from the content alone and because each chunk's place and checksum goes into the shard's entry: chunks in (row,
+view) order, each zstd and then crc32c, and the shard's index with its own crc32c at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+
+from dtpipe.manifests.errors import DamagedDataError
+from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, MembersBuilder, ShardArrays, check_arrays, crc32c, stored_arrays
+from dtpipe.manifests.schema import FORMAT, IMAGE, Plan
+from dtpipe.manifests.store.store import MissingObjectError, Store
+
+ROOT = "data.zarr"
+TRAILER_BYTES = 4  # the stored crc32c behind each chunk's zstd frame
+_EMPTY = np.uint64(2**64 - 1)  # index mark of a chunk beyond the last row
+
+
+def shard_object_name(spec: ArraySpec, shard_idx: int) -> str:
+    """Object name of one array's zarr shard."""
+    return "/".join([ROOT, spec.name, "c", str(shard_idx), *["0"] * (len(spec.shape(1)) - 1)])
+
+
+def encode_zarr_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterator[EncodedObject]:
+    """The objects of one shard, array by array; equal input gives equal bytes.
+
+    Raises: ShapeError when the arrays are not those of the plan.
+    """
+    checked = check_arrays(plan, shard_idx, arrays)
+    samples = plan.recipe.shard.samples
+    zstd = Zstd(level=plan.recipe.codec.zstd_level, checksum=False)
+    for name, spec in stored_arrays(plan.recipe).items():
+        yield _encode_array(spec, checked[name], samples * spec.chunks_per_row, zstd, shard_object_name(spec, shard_idx))
+
+
+def _encode_array(spec: ArraySpec, values: NDArray[np.generic], num_slots: int, zstd: Zstd, name: str) -> EncodedObject:
+    chunks = values.reshape(-1, *spec.chunk_shape)
+    index = np.full((num_slots, 2), _EMPTY, dtype="<u8")
+    members, parts, offset = MembersBuilder(), [], 0
+    for slot, chunk in enumerate(chunks):
+        frame = bytes(zstd.encode(chunk))
+        parts += [frame, _trailer(members.add(offset, frame))]
+        index[slot] = offset, len(frame) + TRAILER_BYTES
+        offset += len(frame) + TRAILER_BYTES
+    table = index.tobytes()
+    return EncodedObject(name, b"".join([*parts, table, _trailer(crc32c(table))]), {spec.name: members.table()})
+
+
+def _trailer(checksum: int) -> bytes:
+    return checksum.to_bytes(TRAILER_BYTES, "little")
+
+
+def decode_zarr_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArray[np.generic]) -> None:
+    """Decode one chunk into `out`, a contiguous array of the chunk's shape and dtype. `chunk` was compared with its entry.
+
+    Raises: DamagedDataError when the stored checksum or the content does not fit; the caller adds the place.
+    """
+    if trailer != _trailer(crc32c(chunk)):
+        raise DamagedDataError("its stored checksum differs")
+    try:
+        plain = Zstd().decode(chunk)
+    except RuntimeError as err:
+        raise DamagedDataError(f"it is no zstd frame ({err})") from err
+    if len(plain) != out.nbytes:
+        raise DamagedDataError(f"it holds {len(plain)} bytes, not the {out.nbytes} of {spec.dtype}{list(spec.chunk_shape)}")
+    out[...] = np.frombuffer(plain, spec.dtype).reshape(spec.chunk_shape)
+
+
+def write_zarr_metadata(store: Store, plan: Plan) -> None:
+    """Write the zarr.json files of group and arrays where they are not as they should be."""
+    for name, data in zarr_metadata(plan).items():
+        try:
+            intact = store.read(name) == data
+        except MissingObjectError:
+            intact = False
+        if not intact:
+            store.write(name, data)
+
+
+def zarr_metadata(plan: Plan) -> dict[str, bytes]:
+    """The zarr.json documents by object name, as the zarr v3 specification has them; they follow from the plan."""
+    documents = {f"{ROOT}/zarr.json": _group_document()}
+    for name, spec in stored_arrays(plan.recipe).items():
+        documents[f"{ROOT}/{name}/zarr.json"] = _array_document(spec, plan)
+    return {name: (json.dumps(document, indent=2) + "\n").encode() for name, document in documents.items()}
+
+
+def _group_document() -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"format": FORMAT}}
+
+
+def _array_document(spec: ArraySpec, plan: Plan) -> dict[str, Any]:
+    row_axes, samples = (1,) * (len(spec.shape(1)) - len(spec.chunk_shape)), plan.recipe.shard.samples
+    axes = ["row", "y", "x", "rgb"] if spec.name == IMAGE else ["row", "view", "channel", "y", "x"]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(spec.shape(plan.num_rows)),
+        "data_type": spec.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.shape(samples))}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0.0 if spec.dtype.kind == "f" else 0,
+        "codecs": [_sharding([*row_axes, *spec.chunk_shape], spec.dtype.itemsize, plan.recipe.codec.zstd_level)],
+        "dimension_names": axes,
+        "attributes": {},
+        "storage_transformers": [],
+    }
+
+
+def _sharding(chunk_shape: list[int], item_bytes: int, zstd_level: int) -> dict[str, Any]:
+    little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+    zstd = {"name": "zstd", "configuration": {"level": zstd_level, "checksum": False}}
+    checksum = {"name": "crc32c"}
+    configuration = {
+        "chunk_shape": chunk_shape,
+        "codecs": [little if item_bytes > 1 else {"name": "bytes"}, zstd, checksum],
+        "index_codecs": [little, checksum],
+        "index_location": "end",
+    }
+    return {"name": "sharding_indexed", "configuration": configuration}

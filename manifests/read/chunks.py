@@ -1,0 +1,216 @@
+"""Where every chunk lies, and reading chunks so that no wrong byte gets through. The same code for both stores.
+
+One rule: the entry decides. A chunk's bytes are compared with the size and crc32c of its entry before they are decoded,
+so a flipped byte, a truncated, missing, stale or swapped object fails at the first chunk that is touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dtpipe.manifests.errors import DamagedDataError, ManifestError
+from dtpipe.manifests.layout.arrays import KEY, ArraySpec, crc32c, stored_arrays
+from dtpipe.manifests.schema import Plan
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.shard import FORMATS
+
+_MERGE_GAP_BYTES = 64 * 2**10  # ranges nearer than this are read as one
+_MAX_SPAN_BYTES = 8 * 2**20
+_THREADS = 4
+
+
+class ChunkTable:
+    """Object, offset, size and crc32c of all chunks of one array; 20 bytes a chunk."""
+
+    def __init__(self, plan: Plan, name: str, chunks_per_row: int) -> None:
+        self._samples, self._chunks_per_row = plan.recipe.shard.samples, chunks_per_row
+        self.name = name
+        self.objects: list[str | None] = [None] * plan.num_shards
+        self.offset = np.zeros(plan.num_rows * chunks_per_row, np.int64)
+        self.size = np.zeros(plan.num_rows * chunks_per_row, np.int64)
+        self.crc32c = np.zeros(plan.num_rows * chunks_per_row, np.uint32)
+
+    def fill(self, shard_idx: int, object_name: str, columns: Mapping[str, NDArray[Any]], where: str) -> None:
+        """Take in one shard. Raises: ManifestError when the number of chunks is not that of the plan."""
+        first = shard_idx * self._samples * self._chunks_per_row
+        last = min(first + self._samples * self._chunks_per_row, len(self.size))
+        if self.objects[shard_idx] is not None or any(len(column) != last - first for column in columns.values()):
+            raise ManifestError(f"{where}: shard {shard_idx} does not list {last - first} chunks of {self.name}, once; {_REPAIR}")
+        self.objects[shard_idx] = object_name
+        for field in ("offset", "size", "crc32c"):
+            getattr(self, field)[first:last] = columns[field]
+
+    def place(self, row: int, view: int) -> tuple[str | None, int, int, int]:
+        """Object (None: not written), offset, size and crc32c of one chunk."""
+        chunk = row * self._chunks_per_row + view
+        name = self.objects[row // self._samples]
+        return name, int(self.offset[chunk]), int(self.size[chunk]), int(self.crc32c[chunk])
+
+
+_REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
+
+
+def chunk_tables(plan: Plan, shards: pa.Table, where: str) -> dict[str, ChunkTable]:
+    """Tables of all arrays from shards.parquet, or from a table like it of the shards there are."""
+    widths = {name: spec.chunks_per_row for name, spec in stored_arrays(plan.recipe).items()}
+    if plan.recipe.shard.format == "webdataset":
+        widths[KEY] = 1
+    tables = {name: ChunkTable(plan, name, width) for name, width in widths.items()}
+    for shard_idx, object_name, array, columns in _listed_arrays(shards):
+        if array not in tables or not 0 <= shard_idx < plan.num_shards:
+            raise ManifestError(f"{where}: shard {shard_idx} lists array {array!r}, which the recipe does not have; {_REPAIR}")
+        tables[array].fill(shard_idx, object_name, columns, where)
+    written = {table.name: [name is not None for name in table.objects] for table in tables.values()}
+    if len({tuple(each) for each in written.values()}) > 1:
+        raise ManifestError(f"{where}: a shard lacks one of the arrays {', '.join(sorted(tables))}; {_REPAIR}")
+    return tables
+
+
+def _listed_arrays(shards: pa.Table) -> Iterator[tuple[int, str, str, dict[str, NDArray[Any]]]]:
+    """Shard, object, array and its offset, size and crc32c columns."""
+    for batch in shards.to_batches():
+        names, shard_idxs, arrays = batch["name"].to_pylist(), batch["shard"].to_pylist(), batch["arrays"]
+        starts = arrays.offsets.to_numpy()
+        listed = arrays.values
+        array_names = listed.field("name").to_pylist()
+        columns = {field: listed.field(field) for field in ("offset", "size", "crc32c")}
+        bounds = {field: column.offsets.to_numpy() for field, column in columns.items()}
+        values = {field: column.values.to_numpy(zero_copy_only=False) for field, column in columns.items()}
+        for idx, (shard_idx, object_name) in enumerate(zip(shard_idxs, names, strict=True)):
+            for each in range(starts[idx], starts[idx + 1]):
+                found = {field: values[field][bounds[field][each] : bounds[field][each + 1]] for field in columns}
+                yield shard_idx, object_name, array_names[each], found
+
+
+@dataclass(frozen=True)
+class ChunkRequest:
+    """One chunk that is wanted, and the array it is decoded into."""
+
+    array: str
+    row: int
+    view: int
+    out: NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class _Located:
+    request: ChunkRequest
+    object_name: str
+    offset: int
+    size: int  # with the trailer
+    crc32c: int
+
+
+class ChunkReader:
+    """Reads and decodes chunks with a few threads; picklable, and usable after a fork."""
+
+    def __init__(self, store: Store, plan: Plan, tables: Mapping[str, ChunkTable], keys: Sequence[str]) -> None:
+        self.store, self.tables, self._plan, self._keys = store, tables, plan, keys
+        self.arrays: dict[str, ArraySpec] = stored_arrays(plan.recipe)
+        self._kind = FORMATS[plan.recipe.shard.format]
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None, "_kind": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._kind = FORMATS[self._plan.recipe.shard.format]
+
+    def read(self, requests: Sequence[ChunkRequest]) -> None:
+        """Fill the `out` of every request; neighbouring chunks are read as one range.
+
+        Raises: DamagedDataError naming shard, array, sample and object.
+        """
+        spans = list(_spans(self._locate(request) for request in requests))
+        if len(spans) == 1:
+            self._read_span(spans[0])
+            return
+        for _ in self._threads().map(self._read_span, spans):
+            pass
+
+    def read_bytes(self, array: str, row: int, view: int = 0) -> bytes:
+        """The checked bytes of one chunk, not decoded."""
+        located = self._locate(ChunkRequest(array, row, view, np.empty(0)))
+        return self._checked(located, self._fetch(located))[0]
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._pool[0] != os.getpid():  # threads do not survive a fork
+            self._pool = os.getpid(), ThreadPoolExecutor(_THREADS, thread_name_prefix="dtpipe-chunks")
+        return self._pool[1]
+
+    def _locate(self, request: ChunkRequest) -> _Located:
+        name, offset, size, checksum = self.tables[request.array].place(request.row, request.view)
+        assert name is not None, "a row that was never written must be refused before"
+        return _Located(request, name, offset, size + self._kind.trailer_bytes, checksum)
+
+    def _read_span(self, span: Sequence[_Located]) -> None:
+        start = span[0].offset
+        if len(span) > 1:
+            try:
+                data = self.store.read_range(span[0].object_name, start, max(each.offset + each.size for each in span) - start)
+            except DamagedDataError:  # one by one, to name the chunk that is hit and no other
+                for each in span:
+                    self._decode(each, self._fetch(each))
+                return
+            for each in span:
+                self._decode(each, data[each.offset - start : each.offset - start + each.size])
+        else:
+            self._decode(span[0], self._fetch(span[0]))
+
+    def _fetch(self, located: _Located) -> bytes:
+        try:
+            return self.store.read_range(located.object_name, located.offset, located.size)
+        except DamagedDataError as err:
+            raise self._damaged(located, str(err).split(";")[0]) from err
+
+    def _checked(self, located: _Located, data: bytes) -> tuple[bytes, bytes]:
+        """Chunk and trailer. Raises: DamagedDataError when the chunk is not the one of the entry."""
+        size = located.size - self._kind.trailer_bytes
+        chunk = data[:size]
+        if crc32c(chunk) != located.crc32c:
+            raise self._damaged(located, "its bytes are not those of the manifest (crc32c differs): damaged, stale or swapped")
+        return chunk, data[size:]
+
+    def _decode(self, located: _Located, data: bytes) -> None:
+        chunk, trailer = self._checked(located, data)
+        try:
+            self._kind.decode(self.arrays[located.request.array], chunk, trailer, located.request.out)
+        except DamagedDataError as err:
+            raise self._damaged(located, str(err)) from err
+
+    def _damaged(self, located: _Located, why: str) -> DamagedDataError:
+        request = located.request
+        what = request.array if request.array not in self.arrays or not self.arrays[request.array].num_views else f"level {request.array}"
+        shard = request.row // self._plan.recipe.shard.samples
+        return DamagedDataError(
+            f"{self.store.where(located.object_name)}: {what} of sample {self._keys[request.row]!r} (shard {shard}, row {request.row}, "
+            f"view {request.view}; {located.size} bytes at {located.offset}): {why}; "
+            f"run `dtpipe verify --repair {self.store.url}` and extract again"
+        )
+
+
+def _spans(located: Iterable[_Located]) -> Iterator[list[_Located]]:
+    """Chunks grouped into ranges to be read at once."""
+    span: list[_Located] = []
+    for each in sorted(located, key=lambda each: (each.object_name, each.offset)):
+        if span and not _joins(span, each):
+            yield span
+            span = []
+        span.append(each)
+    if span:
+        yield span
+
+
+def _joins(span: list[_Located], each: _Located) -> bool:
+    end = span[-1].offset + span[-1].size
+    near = each.offset - end <= _MERGE_GAP_BYTES and each.offset + each.size - span[0].offset <= _MAX_SPAN_BYTES
+    return each.object_name == span[0].object_name and near

@@ -1,0 +1,309 @@
+"""Reading a feature dataset, fail-closed: what comes back is what was written, or an error says what and where.
+
+One rule: manifest.json is the only entry point. A dataset without one, or with shards sent back to work, is read only on
+request. Bad rows are never handed out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, ManifestError
+from dtpipe.manifests.layout.arrays import stored_arrays
+from dtpipe.manifests.layout.tables import INDEX_FILE, SHARDS_FILE, SHARDS_SCHEMA, decode_index, decode_table, shards_table
+from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
+from dtpipe.manifests.schema import IMAGE, LevelSpec, Manifest, Plan, Recipe, ViewSpec
+from dtpipe.manifests.store.store import MissingObjectError, Store
+from dtpipe.manifests.write.commit import MANIFEST_FILE, load_entries, load_manifest
+from dtpipe.manifests.write.listing import read_listing
+from dtpipe.manifests.write.plan import PLAN_FILE, load_plan, plan_digest
+
+MISSING = "missing"  # status of a row whose shard is not written yet
+
+Levels = dict[str, NDArray[np.generic]]
+Integers = Sequence[int] | NDArray[np.integer]
+
+
+class FeatureSource(Protocol):
+    """What training reads from: one dataset, several joined by key, or several one after the other."""
+
+    @property
+    def levels(self) -> tuple[LevelSpec, ...]: ...
+    @property
+    def views(self) -> tuple[ViewSpec, ...]: ...
+    @property
+    def image_px(self) -> tuple[int, int]: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def keys(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Sequence[str | None]: ...
+    @property
+    def status(self) -> Sequence[str]: ...
+    @property
+    def ok_rows(self) -> NDArray[np.int64]: ...
+
+    def row_of(self, key: str) -> int: ...
+    def read_image(self, row: int) -> NDArray[np.uint8]: ...
+    def read_level(self, name: str, row: int, view: int = 0) -> NDArray[np.generic]: ...
+    def read_batch(
+        self, rows: Integers, levels: Sequence[str], view_of_row: Integers, images: bool = True
+    ) -> tuple[NDArray[np.uint8], Levels]: ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The columns of a dataset by row, and where each key is."""
+
+    keys: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    status: tuple[str, ...]
+
+    def ok_rows(self) -> NDArray[np.int64]:
+        """Rows that can be read, in order."""
+        return np.flatnonzero(np.array([status == "ok" for status in self.status], dtype=bool)).astype(np.int64)
+
+
+class FeatureDataset:
+    """One dataset, open for reading; safe to use from many threads and processes. Make one with `open`."""
+
+    def __init__(self, store: Store, plan: Plan, manifest: Manifest | None, samples: Samples, chunks: ChunkReader) -> None:
+        self.store, self.plan, self.manifest = store, plan, manifest
+        self._samples, self._chunks = samples, chunks
+        self._row_of = {key: row for row, key in enumerate(samples.keys)}
+        self._ok_rows = samples.ok_rows()
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str], allow_incomplete: bool = False, shards: Collection[int] | None = None) -> FeatureDataset:
+        """Open a dataset and check manifest, plan, index and shard table against their digests.
+
+        With `allow_incomplete` an unfinished dataset opens with the shards it has; rows of others have status `missing`. So
+        have rows that are not of `shards`, where that is given.
+        Raises: InputError when there is none; IncompleteError when it is unfinished, or lacks one of `shards`; ManifestError
+        naming what is damaged.
+        """
+        dataset = cls._open(Store(url), allow_incomplete)
+        if shards is not None:
+            dataset._keep_shards(shards)
+        return dataset
+
+    @classmethod
+    def _open(cls, store: Store, allow_incomplete: bool) -> FeatureDataset:
+        manifest = _find_manifest(store)
+        if manifest is not None and manifest.complete:
+            return _open_complete(store, manifest)
+        if not allow_incomplete:
+            why = "is unfinished" if manifest is None else "has shards that a repair sent back to work"
+            raise IncompleteError(f"{store.url} {why}; run the same `dtpipe extract` again, or read what is there with --allow-incomplete")
+        return _open_partial(store, manifest)
+
+    def __repr__(self) -> str:
+        return f"FeatureDataset({self.url!r}, {self.num_rows} rows)"
+
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        return self.store.url
+
+    @property
+    def recipe(self) -> Recipe:
+        """What determined the content."""
+        return self.plan.recipe
+
+    @property
+    def levels(self) -> tuple[LevelSpec, ...]:
+        """Stored levels."""
+        return self.recipe.levels
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        """The V axis, the same for all rows."""
+        return self.recipe.views
+
+    @property
+    def image_px(self) -> tuple[int, int]:
+        """Height and width of the stored images, in px."""
+        return self.recipe.transform.height, self.recipe.transform.width
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, bad and missing ones too."""
+        return self.plan.num_rows
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Key by row."""
+        return self._samples.keys
+
+    @property
+    def labels(self) -> tuple[str | None, ...]:
+        """Label by row."""
+        return self._samples.labels
+
+    @property
+    def status(self) -> tuple[str, ...]:
+        """`ok`, `bad: ` and the reason, or `missing`, by row."""
+        return self._samples.status
+
+    @property
+    def ok_rows(self) -> NDArray[np.int64]:
+        """Rows that can be read, in order."""
+        return self._ok_rows
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Shards that are committed, or of these the ones it was opened with."""
+        size = self.recipe.shard.samples
+        return tuple(sorted({row // size for row, status in enumerate(self.status) if status != MISSING}))
+
+    def row_of(self, key: str) -> int:
+        """Row of a key. Raises: InputError for an unknown one."""
+        if key not in self._row_of:
+            raise InputError(f"{self.url} has no sample {key!r}; keys look like {self.keys[0]!r}")
+        return self._row_of[key]
+
+    def read_image(self, row: int) -> NDArray[np.uint8]:
+        """The stored image. Shapes: -> [H, W, 3] uint8. Raises: as `read_batch`."""
+        image: NDArray[np.uint8] = self.read_batch([row], (), [0])[0][0]
+        return image
+
+    def read_level(self, name: str, row: int, view: int = 0) -> NDArray[np.generic]:
+        """One level of one view as stored. Shapes: -> [C, H, W]. Raises: as `read_batch`."""
+        level: NDArray[np.generic] = self.read_batch([row], (name,), [view], images=False)[1][name][0]
+        return level
+
+    def read_batch(
+        self, rows: Integers, levels: Sequence[str], view_of_row: Integers, images: bool = True
+    ) -> tuple[NDArray[np.uint8], Levels]:
+        """Images and levels of some rows, in their order; `view_of_row[i]` is the view of `rows[i]`.
+
+        Shapes: -> images [B, H, W, 3] uint8 ([0, H, W, 3] without `images`), {level: [B, C, H, W] in the stored dtype}.
+        Raises: DamagedDataError naming shard, level, sample and object; InputError for bad and unknown rows, IncompleteError
+        for missing ones; ConfigError for an unknown level or view, or when images are asked for and not stored.
+        """
+        wanted = [int(row) for row in rows]
+        views = [int(view) for view in view_of_row]
+        self._check(wanted, levels, views, images)
+        count = len(wanted)
+        pixels = np.empty((count if images else 0, *self.image_px, 3), np.uint8)
+        specs = self._chunks.arrays
+        features = {name: np.empty((count, *specs[name].chunk_shape), specs[name].dtype) for name in levels}
+        requests = [
+            ChunkRequest(name, row, view, out[idx])
+            for name, out in features.items()
+            for idx, (row, view) in enumerate(zip(wanted, views, strict=True))
+        ]
+        if images:
+            requests += [ChunkRequest(IMAGE, row, 0, pixels[idx]) for idx, row in enumerate(wanted)]
+        self._chunks.read(requests)
+        return pixels, features
+
+    def read_chunk_bytes(self, array: str, row: int, view: int = 0) -> bytes:
+        """The checked bytes of one chunk as they lie in the store, of any row that was written; for verification."""
+        return self._chunks.read_bytes(array, row, view)
+
+    def _keep_shards(self, shards: Collection[int]) -> None:
+        """Rows of other shards count as missing."""
+        if lost := sorted(set(shards) - set(self.shards)):
+            raise IncompleteError(f"{self.url}: shard {lost[0]} is needed and not committed; run the same `dtpipe extract` again")
+        size, kept = self.recipe.shard.samples, set(shards)
+        status = tuple(each if row // size in kept else MISSING for row, each in enumerate(self.status))
+        self._samples = replace(self._samples, status=status)
+        self._ok_rows = self._samples.ok_rows()
+
+    def _check(self, rows: Sequence[int], levels: Sequence[str], views: Sequence[int], images: bool) -> None:
+        names = [level.name for level in self.levels]
+        if unknown := [name for name in levels if name not in names]:
+            raise ConfigError(f"{self.url} has no level {unknown[0]!r}; choose from {', '.join(names)}")
+        if images and self.recipe.images != "stored":
+            raise ConfigError(f"{self.url} stores no images; join it with the dataset that has them (--join)")
+        if len(views) != len(rows):
+            raise ConfigError(f"{len(rows)} rows and {len(views)} views were asked for; give one view per row")
+        for row in rows:
+            self._check_row(row)
+        for view in views:
+            if not 0 <= view < len(self.views):
+                raise ConfigError(f"{self.url} has no view {view}; it has views 0 to {len(self.views) - 1}")
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self.num_rows:
+            raise InputError(f"{self.url} has no row {row}; it has rows 0 to {self.num_rows - 1}")
+        status = self.status[row]
+        if status == MISSING:
+            raise IncompleteError(f"{self.url}: sample {self.keys[row]!r} (row {row}) is not written yet; run `dtpipe extract` again")
+        if status != "ok":
+            raise InputError(f"{self.url}: sample {self.keys[row]!r} (row {row}) is {status}; read only `ok_rows`")
+
+
+def _find_manifest(store: Store) -> Manifest | None:
+    try:
+        return load_manifest(store)
+    except MissingObjectError as err:
+        if store.exists(PLAN_FILE):
+            return None
+        raise InputError(f"{store.url} holds no feature dataset (no {MANIFEST_FILE}, no {PLAN_FILE}); check the path") from err
+
+
+def _open_complete(store: Store, manifest: Manifest) -> FeatureDataset:
+    _checked_file(store, manifest, PLAN_FILE)
+    plan = load_plan(store)
+    if plan.recipe != manifest.recipe or plan.num_rows != manifest.totals.num_rows:
+        raise ManifestError(f"{store.where(MANIFEST_FILE)} is of another dataset than {PLAN_FILE} beside it; restore the right one")
+    index = decode_index(_checked_file(store, manifest, INDEX_FILE), store.where(INDEX_FILE))
+    if index.num_rows != plan.num_rows:
+        raise ManifestError(f"{store.where(INDEX_FILE)} has {index.num_rows} rows, the plan {plan.num_rows}; {_REPAIR}")
+    shards = decode_table(_checked_file(store, manifest, SHARDS_FILE), SHARDS_SCHEMA, store.where(SHARDS_FILE))
+    samples = Samples(*(tuple(index[name].to_pylist()) for name in ("key", "label", "status")))
+    dataset = _assemble(store, plan, manifest, samples, shards)
+    if missing := [shard for shard, name in enumerate(_objects(dataset)) if name is None]:
+        raise ManifestError(f"{store.where(SHARDS_FILE)} does not list shard {missing[0]}; {_REPAIR}")
+    return dataset
+
+
+def _open_partial(store: Store, manifest: Manifest | None) -> FeatureDataset:
+    """From plan, listing and the entries there are; the merged tables of a repaired dataset are not used."""
+    plan = load_plan(store)
+    listing = read_listing(store, plan.listing_blake3)
+    entries = load_entries(store, plan, plan_digest(store), partial=True)
+    status = [MISSING] * plan.num_rows
+    for entry in entries:
+        for row in entry.rows:
+            status[row.row] = row.status
+            if row.key != listing.keys[row.row]:
+                raise ManifestError(
+                    f"{store.url}: shard {entry.shard} has {row.key!r} in row {row.row}, the listing {listing.keys[row.row]!r}; {_REPAIR}"
+                )
+    samples = Samples(listing.keys, listing.labels, tuple(status))
+    return _assemble(store, plan, manifest, samples, shards_table(entries))
+
+
+_REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
+
+
+def _assemble(store: Store, plan: Plan, manifest: Manifest | None, samples: Samples, shards: pa.Table) -> FeatureDataset:
+    tables = chunk_tables(plan, shards, store.where(SHARDS_FILE))
+    return FeatureDataset(store, plan, manifest, samples, ChunkReader(store, plan, tables, samples.keys))
+
+
+def _objects(dataset: FeatureDataset) -> list[str | None]:
+    first = next(iter(stored_arrays(dataset.recipe)))
+    return dataset._chunks.tables[first].objects
+
+
+def _checked_file(store: Store, manifest: Manifest, name: str) -> bytes:
+    """A file's bytes, if they are those that the manifest names."""
+    if name not in manifest.files:
+        raise ManifestError(f"{store.where(MANIFEST_FILE)} does not name {name}; it was not written by dtpipe")
+    data = store.read(name)
+    if blake3_hex(data) != manifest.files[name].blake3:
+        raise ManifestError(f"{store.where(name)} is not the file that {MANIFEST_FILE} names: damaged, or one of them is stale; {_REPAIR}")
+    return data

@@ -1,0 +1,251 @@
+"""The folder or URL that holds one dataset, with the few promises everything else is built on.
+
+One rule: `write` and `create` publish an object whole or not at all, and `create` never replaces. Names are POSIX paths
+inside the dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, StoreError
+from dtpipe.manifests.store.local import LocalFiles, ObjectStat, is_temporary
+from dtpipe.manifests.store.remote import RemoteFiles
+
+__all__ = ["MissingObjectError", "ObjectStat", "Store"]
+
+LOCK_FOLDER = "lock/"
+
+
+class MissingObjectError(DamagedDataError):
+    """An object that should be in the dataset is not there."""
+
+
+class _Files(Protocol):
+    def read(self, name: str) -> bytes: ...
+    def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]: ...
+    def write(self, name: str, data: bytes) -> ObjectStat: ...
+    def create(self, name: str, data: bytes) -> bool: ...
+    def stat(self, name: str) -> ObjectStat: ...
+    def stats(self, prefix: str) -> dict[str, ObjectStat]: ...
+    def names(self, prefix: str) -> list[str]: ...
+    def rename(self, old: str, new: str) -> None: ...
+    def delete(self, name: str) -> None: ...
+
+
+class Store:
+    """One dataset folder, local or remote; safe to use from many threads, picklable, and usable after a fork.
+
+    Raises (every method): MissingObjectError for an absent object, StoreError when the store is full, read-only, forbidden
+    or out of reach, ManifestError for a name that leaves the dataset.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.local = _local_path(os.fspath(url))
+        self.url = str(self.local) if self.local else os.fspath(url).rstrip("/")
+        self._files: _Files = LocalFiles(self.local) if self.local else RemoteFiles(self.url)
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.url,)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def where(self, name: str) -> str:
+        """An object's full name, for messages."""
+        return f"{self.url}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """All bytes of an object."""
+        with self._reading(name):
+            return self._files.read(name)
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`.
+
+        Raises: DamagedDataError when the object ends before.
+        """
+        return self.read_ranges([(name, offset, size)])[0]
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Exactly the bytes of each (name, offset, size); a remote store is asked for all at once.
+
+        Raises: DamagedDataError when an object ends before.
+        """
+        for name, offset, size in ranges:
+            if offset < 0 or size < 0:
+                raise ManifestError(f"{self.where(name)}: range of {size} bytes at {offset} cannot be; the entry that gave it is damaged")
+        wanted = [each for each in ranges if each[2] > 0]
+        with self._reading(*dict.fromkeys(name for name, _, _ in wanted)):
+            parts = iter(self._files.read_ranges(wanted) if wanted else [])
+        return [self._whole(next(parts) if each[2] else b"", *each) for each in ranges]
+
+    def write(self, name: str, data: bytes) -> ObjectStat:
+        """Write an object whole, replacing it if it exists. It is durable when this returns.
+
+        Returns size and identity of what this call wrote, which `stat` gives only if nobody wrote in between.
+        """
+        with self._writing(name):
+            return self._files.write(name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object whole unless it exists; True if this call made it.
+
+        A remote client may repeat a request whose answer was lost and then say False although it was this call: compare the
+        content where that matters.
+        """
+        with self._writing(name):
+            return self._files.create(name, data)
+
+    def exists(self, name: str) -> bool:
+        """True if the object is there."""
+        try:
+            self.stat(name)
+        except MissingObjectError:
+            return False
+        return True
+
+    def stat(self, name: str) -> ObjectStat:
+        """Size and identity, without reading."""
+        with self._reading(name):
+            return self._files.stat(name)
+
+    def size(self, name: str) -> int:
+        """Bytes of an object."""
+        return self.stat(name).size
+
+    def identity(self, name: str) -> str:
+        """The etag, or time and inode: it changes when the object is written again (S3: when it is written with other bytes)."""
+        return self.stat(name).identity
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Names that start with prefix, sorted, all folders down, without temporary files."""
+        with self._reading(prefix):
+            return sorted(name for name in self._files.names(prefix) if not is_temporary(name))
+
+    def stats(self, prefix: str = "") -> dict[str, ObjectStat]:
+        """As `list`, with size and identity; a remote store answers this in few requests."""
+        with self._reading(prefix):
+            found = self._files.stats(prefix)
+        return {name: found[name] for name in sorted(found) if not is_temporary(name)}
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an object another name. A kill leaves the old, the new, or (remote) both."""
+        self.stat(old)
+        with self._writing(new):
+            self._files.rename(old, new)
+
+    def delete(self, name: str) -> None:
+        """Remove a lock, a probe or a temporary file. Data is never deleted."""
+        assert is_temporary(name) or name.startswith(LOCK_FOLDER), f"{name} is data"
+        with self._writing(name):
+            self._files.delete(name)
+
+    def sweep(self) -> int:
+        """Remove what killed local writers left half-written; a deposed writer that is still at it fails. Returns the count."""
+        if self.local is None:
+            return 0
+        with self._writing(""):
+            found = [name for name in self._files.names("") if is_temporary(name)]
+            left = [name for name in found if not name.startswith(LOCK_FOLDER) and ".probe-" not in name]  # others may be at those
+            for name in left:
+                self._files.delete(name)
+        return len(left)
+
+    def probe(self) -> None:
+        """Write, read and delete a small object, and see that put-if-absent holds.
+
+        Raises: StoreError saying which promise the store does not keep.
+        """
+        name, first, second = f".probe-{secrets.token_hex(8)}", b"first", b"second!"
+        try:
+            self._expect(self.create(name, first), "a new object could not be created")
+            self._expect(not self.create(name, second), _IGNORES_CREATE)
+            self._expect(self.read(name) == first, _IGNORES_CREATE)
+            self.write(name, second)
+            self._expect(self.read(name) == second and self.size(name) == len(second), "an object just written reads otherwise")
+            self._expect(self.read_range(name, 2, 3) == second[2:5], "a range reads otherwise than the whole")
+        finally:
+            with contextlib.suppress(StoreError):
+                self.delete(name)
+        self._expect(not self.exists(name), "a deleted object is still there")
+
+    def _expect(self, kept: bool, broken: str) -> None:
+        if not kept:
+            raise StoreError(f"{self.url}: {broken}; a dataset cannot be written safely here, use another store")
+
+    def _whole(self, part: bytes, name: str, offset: int, size: int) -> bytes:
+        if len(part) != size:
+            raise DamagedDataError(
+                f"{self.where(name)}: {len(part)} of {size} bytes at {offset}: the object was cut short; "
+                f"run `dtpipe verify --repair {self.url}` and extract again"
+            )
+        return part
+
+    @contextlib.contextmanager
+    def _reading(self, *names: str) -> Iterator[None]:
+        for name in names:
+            self._check_name(name)
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
+            lost = ", ".join(self.where(name) for name in names)
+            raise MissingObjectError(f"{lost} is missing; run `dtpipe verify --repair {self.url}`, or check the path") from err
+        except DtpipeError:
+            raise
+        except Exception as err:
+            if self.local and not isinstance(err, OSError):
+                raise
+            raise StoreError(f"{self.where(', '.join(names))} cannot be read: {_reason(err)}; {_advice(err)}") from err
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        self._check_name(name)
+        try:
+            yield
+        except DtpipeError:
+            raise
+        except Exception as err:  # client libraries raise many types of their own
+            if self.local and not isinstance(err, OSError):
+                raise
+            raise StoreError(f"{self.where(name)} cannot be written: {_reason(err)}; {_advice(err)}") from err
+
+    def _check_name(self, name: str) -> None:
+        if name.startswith("/") or "\0" in name or ".." in name.split("/"):
+            raise ManifestError(f"{self.url}: object name {name!r} leaves the dataset; the file that gives it is damaged")
+
+
+_IGNORES_CREATE = (
+    "the store ignores put-if-absent (S3: needs s3fs >= 2025.7 and a server that honours If-None-Match), "
+    "so two writers could not be told apart"
+)
+_ADVICE = {
+    errno.ENOSPC: "free some space and run again",
+    errno.EDQUOT: "raise the quota or free some space, and run again",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "check the permissions and credentials",
+    errno.ENOENT: "the bucket does not exist, or another writer took the dataset over and cleared what this one had half-written",
+    errno.EPERM: "check the permissions and the file system",
+}
+
+
+def _reason(err: Exception) -> str:
+    return (getattr(err, "strerror", None) or str(err) or type(err).__name__).strip()
+
+
+def _advice(err: Exception) -> str:
+    if isinstance(err, PermissionError | FileNotFoundError) and err.errno is None:  # as s3fs raises them
+        return _ADVICE[errno.EACCES if isinstance(err, PermissionError) else errno.ENOENT]
+    return _ADVICE.get(getattr(err, "errno", None) or 0, "check that the store is reachable and run again")
+
+
+def _local_path(url: str) -> Path | None:
+    if "::" in url or ("://" in url and not url.startswith(("file://", "local://"))):
+        return None
+    return Path(url.removeprefix("file://").removeprefix("local://")).expanduser().absolute()

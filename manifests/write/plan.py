@@ -1,0 +1,174 @@
+"""The plan: a recipe and fixed rows, written before any work and never changed.
+
+One rule: plan.json is created put-if-absent after listing.parquet, so that whoever sees a plan sees its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
+from dtpipe.manifests.errors import ConfigError, ManifestError, PlanChangedError
+from dtpipe.manifests.layout.tables import LISTING_FILE
+from dtpipe.manifests.schema import LevelSpec, Plan, Recipe
+from dtpipe.manifests.store.faults import fault_point
+from dtpipe.manifests.store.store import LOCK_FOLDER, MissingObjectError, Store
+from dtpipe.manifests.write.listing import Listing, encode_listing, read_listing, write_listing
+
+PLAN_FILE = "plan.json"
+ABSENT = "<absent>"
+SELECTION = "selection"  # key of a plan's provenance
+TARGET_SHARD_BYTES = 256 * 2**20
+MIN_SHARD_SAMPLES, MAX_SHARD_SAMPLES = 16, 4096
+_SHOWN = 8  # fields or names listed in a message
+
+
+def start_plan(
+    store: Store,
+    recipe: Recipe,
+    listing: Listing | Callable[[], Listing],
+    provenance: Mapping[str, Any],
+    fresh: bool = False,
+    selection: Mapping[str, Any] | None = None,
+) -> tuple[Plan, Listing]:
+    """Begin a dataset, or go on with the one that is there. The caller holds the lock.
+
+    A listing given as a function is called only to begin, so that resume never lists the source again. `selection` is what
+    chose the rows but is no content (`--limit`, digest of `--keys`): it is kept in the plan and compared on resume.
+    Returns the stored plan and rows.
+    Raises: PlanChangedError when the output holds another recipe, selection or (given as a value, without a selection)
+    listing, naming what differs; ConfigError for `fresh` where output exists, or a folder with foreign files.
+    """
+    plan = find_plan(store, fresh)
+    if plan is None:
+        found = listing() if callable(listing) else listing
+        plan = _new_plan(recipe, found, write_listing(store, found), {**provenance, SELECTION: dict(selection or {})})
+        fault_point("plan.listing")
+        data = dump_record(plan)
+        if store.create(PLAN_FILE, data) or store.read(PLAN_FILE) == data:
+            fault_point("plan.created")
+            return plan, found
+        plan = load_plan(store)
+    _refuse_changes(store, plan, recipe, selection)
+    return plan, _stored_listing(store, plan, listing, selection)
+
+
+def find_plan(store: Store, fresh: bool = False) -> Plan | None:
+    """The plan of the dataset that is there, or None where one can begin. Writes nothing: call it before anything is spent.
+
+    Raises: ConfigError for `fresh` where a dataset is, or a folder with foreign files; ManifestError for a damaged plan.
+    """
+    if not store.exists(PLAN_FILE):
+        _refuse_foreign(store)
+        return None
+    if fresh:
+        raise ConfigError(f"{store.url} holds a dataset and --fresh was given; choose another --out, or leave --fresh out to go on with it")
+    return load_plan(store)
+
+
+def load_plan(store: Store) -> Plan:
+    """Read plan.json.
+
+    Raises: MissingObjectError, or ManifestError when it was changed or contradicts itself.
+    """
+    plan = load_record(Plan, store.read(PLAN_FILE), store.where(PLAN_FILE))
+    if plan.num_shards != math.ceil(plan.num_rows / plan.recipe.shard.samples):
+        raise ManifestError(f"{store.where(PLAN_FILE)}: {plan.num_rows} rows are not {plan.num_shards} shards; the dataset cannot be read")
+    return plan
+
+
+def plan_digest(store: Store) -> str:
+    """blake3 of plan.json's bytes, which every entry carries."""
+    return blake3_hex(store.read(PLAN_FILE))
+
+
+def bytes_per_sample(levels: Sequence[LevelSpec], num_views: int, image_px: tuple[int, int] | None) -> int:
+    """Bytes of one sample before compression: all levels of all views, and the uint8 RGB image (height, width) if stored."""
+    cells = sum(level.channels * level.height * level.width * _ITEM_BYTES[level.dtype] for level in levels)
+    return cells * num_views + (3 * image_px[0] * image_px[1] if image_px else 0)
+
+
+def shard_samples_for(sample_bytes: int) -> int:
+    """Rows per shard: the power of two in 16..4096 that comes nearest to 256 MiB, by ratio."""
+    power = round(math.log2(TARGET_SHARD_BYTES / max(sample_bytes, 1)))
+    return max(MIN_SHARD_SAMPLES, min(MAX_SHARD_SAMPLES, 1 << max(power, 0)))
+
+
+def recipe_changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two JSON documents differ: (dotted name, stored, wanted), with `ABSENT` where one has none."""
+    changes: list[tuple[str, Any, Any]] = []
+    for name in [*stored, *(name for name in wanted if name not in stored)]:
+        changes += _value_changes(f"{path}{name}", stored.get(name, ABSENT), wanted.get(name, ABSENT))
+    return changes
+
+
+_ITEM_BYTES = {"float16": 2, "float32": 4}
+
+
+def _new_plan(recipe: Recipe, listing: Listing, listing_blake3: str, provenance: dict[str, Any]) -> Plan:
+    num_shards = math.ceil(len(listing) / recipe.shard.samples)
+    canonical_json(provenance)  # say now, not after the work, that it cannot be stored
+    return Plan(recipe=recipe, num_rows=len(listing), num_shards=num_shards, listing_blake3=listing_blake3, provenance=provenance)
+
+
+def _refuse_foreign(store: Store) -> None:
+    """A folder without a plan may hold only what a start that was killed leaves."""
+    foreign = [name for name in store.list() if name != LISTING_FILE and not name.startswith(LOCK_FOLDER)]
+    if foreign:
+        shown = ", ".join(foreign[:3])
+        raise ConfigError(
+            f"{store.url} is not empty and holds no {PLAN_FILE} ({len(foreign)} objects: {shown}); "
+            "choose an empty place for --out, or restore plan.json if this is a feature dataset"
+        )
+
+
+def _refuse_changes(store: Store, plan: Plan, recipe: Recipe, selection: Mapping[str, Any] | None) -> None:
+    changes = recipe_changes(plan.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    if selection is not None:
+        changes += recipe_changes(plan.provenance.get(SELECTION, {}), selection)
+    if changes:
+        fields = "; ".join(f"{name}: stored {_short(stored)}, wanted {_short(wanted)}" for name, stored, wanted in changes[:_SHOWN])
+        more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        raise PlanChangedError(
+            f"{store.url} holds a dataset of another recipe ({fields}{more}); choose another --out, or use the stored settings to go on"
+        )
+
+
+def _stored_listing(store: Store, plan: Plan, given: Listing | Callable[[], Listing], selection: Mapping[str, Any] | None) -> Listing:
+    try:
+        stored = read_listing(store, plan.listing_blake3)
+    except (MissingObjectError, ManifestError):
+        again = given() if callable(given) else given
+        if blake3_hex(encode_listing(again)) != plan.listing_blake3:
+            raise
+        write_listing(store, again)  # lost or damaged, and the source still gives the very same rows
+        return again
+    if selection is None and not callable(given) and (given.keys, given.labels) != (stored.keys, stored.labels):
+        raise PlanChangedError(
+            f"{store.url} holds a dataset of other rows ({len(stored)} stored, {len(given)} wanted, first difference at "
+            f"{_first_difference(stored, given)}); choose another --out, or extract the same samples to go on"
+        )
+    return stored
+
+
+def _first_difference(stored: Listing, given: Listing) -> str:
+    for one, other in zip(stored, given, strict=False):
+        if (one.key, one.label) != (other.key, other.label):
+            return f"row {one.row}: stored {one.key!r}, wanted {other.key!r}"
+    return f"row {min(len(stored), len(given))}"
+
+
+def _value_changes(name: str, stored: object, wanted: object) -> list[tuple[str, Any, Any]]:
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        return recipe_changes(stored, wanted, f"{name}.")
+    if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
+        pairs = enumerate(zip(stored, wanted, strict=True))
+        return [change for place, (one, other) in pairs for change in _value_changes(f"{name}[{place}]", one, other)]
+    return [] if stored == wanted and isinstance(stored, bool) == isinstance(wanted, bool) else [(name, stored, wanted)]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

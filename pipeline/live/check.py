@@ -1,0 +1,110 @@
+"""Looking at every image once before live training, so that the order and the size of an epoch are fixed.
+
+What was found is kept in the run folder: a run that goes on keeps to it, and does not look again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from dtpipe.distill.engine.run_folder import write_whole
+from dtpipe.extract.shards.progress import BadSample
+from dtpipe.extract.shards.rows import RowReader
+from dtpipe.extract.shards.worker import budget_message
+from dtpipe.extract.sources.images import BadImage
+from dtpipe.manifests.canonical import canonical_json
+from dtpipe.manifests.errors import ErrorBudgetError, StoreError
+
+CHECKED_FILE = "checked_images.json"
+_AT_ONCE = 1024  # rows handed to the threads at a time
+_MOST_THREADS = 16
+
+OnChecked = Callable[[int, int, Sequence[BadSample]], None]
+"""Images looked at, images in all, the bad ones so far."""
+
+
+def check_images(
+    reader: RowReader,
+    rows: NDArray[np.int64],
+    run: Path,
+    max_bad: Callable[[int], int],
+    on_checked: OnChecked | None = None,
+) -> dict[str, str]:
+    """Decode and resize the images of some rows; key to reason of the bad ones, as an earlier call for this run found them.
+
+    `max_bad` gives how many of so many may be bad. Processes of one run on one machine take turns, so one of them looks.
+    Raises: ErrorBudgetError naming bad ones when there are more, and then nothing is kept; InputError when the source
+    cannot be read; StoreError when the run folder cannot be written.
+    """
+    with _turn(run):
+        bad = kept_result(reader, rows, run)
+        if bad is None:
+            bad = _look(reader, rows, on_checked)
+            samples = [BadSample(key, reason) for key, reason in bad.items()]
+            if len(bad) > max_bad(len(rows)):
+                raise ErrorBudgetError(budget_message("the source", len(bad), max_bad(len(rows)), samples))
+            document = {"of": _name(reader, rows), "num": len(rows), "bad": bad}
+            write_whole(run / CHECKED_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    return bad
+
+
+def _name(reader: RowReader, rows: NDArray[np.int64]) -> str:
+    """Digest of what decides which images are bad, as far as it is known without reading them."""
+    listed = [(reader.listing.keys[row], reader.listing.uris[row]) for row in rows]
+    transform = reader.recipe.transform.model_dump(mode="json")
+    return blake3(canonical_json({"rows": listed, "transform": transform, "max_pixels": reader.max_pixels})).hexdigest()
+
+
+def kept_result(reader: RowReader, rows: NDArray[np.int64], run: Path) -> dict[str, str] | None:
+    """What an earlier look found, if it was at these images."""
+    name = _name(reader, rows)
+    try:
+        document: dict[str, Any] = json.loads((run / CHECKED_FILE).read_text(encoding="utf-8"))
+        return dict(document["bad"]) if document["of"] == name else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _look(reader: RowReader, rows: NDArray[np.int64], on_checked: OnChecked | None) -> dict[str, str]:
+    bad: dict[str, str] = {}
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="dtpipe-check") as pool:
+        for start in range(0, len(rows), _AT_ONCE):
+            chosen = rows[start : start + _AT_ONCE]
+            for row, reason in zip(chosen, pool.map(lambda row: _reason(reader, int(row)), chosen), strict=True):
+                if reason is not None:
+                    bad[reader.listing.keys[row]] = reason
+            if on_checked is not None:
+                on_checked(start + len(chosen), len(rows), [BadSample(key, reason) for key, reason in bad.items()])
+    return bad
+
+
+def _reason(reader: RowReader, row: int) -> str | None:
+    """Why an image is bad; None for a good one."""
+    try:
+        reader.image(row)
+    except BadImage as err:
+        return err.reason
+    return None
+
+
+@contextmanager
+def _turn(run: Path) -> Iterator[None]:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".checking").open("a+")
+    except OSError as err:
+        raise StoreError(f"{run}: the run folder cannot be written: {err}; choose another --out") from err
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

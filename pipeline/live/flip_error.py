@@ -1,0 +1,102 @@
+"""How far mirrored features are from the features of the mirrored image: what `equivariant` training leaves out of account.
+
+The image and its noise are both mirrored, so that only the network's own asymmetry is measured, and no other noise draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.check.measured import Measured, read_measured, write_measured
+from dtpipe.manifests.errors import DtpipeError, StoreError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.store.store import Store
+
+if TYPE_CHECKING:
+    from dtpipe.pipeline.live.recorded import RecipeTeacher
+
+_TINY = 1e-30  # keeps an all-zero level from dividing by zero
+
+
+def flip_errors(opened: RecipeTeacher, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, float]:
+    """By level, the mean over samples and unflipped views of |mirror(f(x)) - f(mirror(x))| / |f(mirror(x))|, L2 norms.
+
+    Shapes: images [N, H, W, 3] uint8. An error of 1.4 is that of two unrelated features of equal size.
+    """
+    import torch
+
+    from dtpipe.extract.encode import encode_on_device, row_noise, stack_noise
+
+    recipe, spec = opened.recipe, opened.teacher.spec
+    views = [view for view in recipe.views if not view.flip]
+    size = recipe.compute.batch_size
+    found: dict[str, list[float]] = {}
+    for start in range(0, len(keys), size):
+        chosen = keys[start : start + size]
+        noise = stack_noise([row_noise(recipe.noise_seed, key, views, spec, images.shape[1:3]) for key in chosen], spec, size)
+        pixels = np.zeros((size, *images.shape[1:]), np.uint8)
+        pixels[: len(chosen)] = images[start : start + size]
+        straight, mirrored = (
+            encode_on_device(
+                opened.teacher,
+                torch.from_numpy(np.ascontiguousarray(_mirror(pixels, 2, back))).to(opened.device),
+                {name: torch.from_numpy(_noise_of(each, spec.noise_shapes[name], back)).to(opened.device) for name, each in noise.items()},
+                levels=recipe.levels,
+                views=views,
+            )
+            for back in (False, True)
+        )
+        for name, wanted in mirrored.items():
+            error = (straight[name].flip(-1).double() - wanted.double()).flatten(2).norm(dim=2)  # (B, V)
+            relative = error / wanted.double().flatten(2).norm(dim=2).clamp_min(_TINY)
+            found.setdefault(name, []).extend(relative[: len(chosen)].flatten().tolist())
+    return {name: float(np.mean(errors)) for name, errors in found.items()}
+
+
+def _mirror(values: NDArray[np.generic], axis: int, wanted: bool) -> NDArray[np.generic]:
+    return np.flip(values, axis) if wanted else values
+
+
+def _noise_of(noise: NDArray[np.float32], shape: tuple[int, ...], mirrored: bool) -> NDArray[np.generic]:
+    """Noise over the image's cells is mirrored with it. Shapes: [B, K, *shape] -> the same."""
+    return np.ascontiguousarray(_mirror(noise, -1, mirrored and shape[-1] < 0))
+
+
+def measure(opened: RecipeTeacher, dataset: FeatureDataset, images: NDArray[np.uint8], keys: Sequence[str]) -> Measured:
+    """Measure on some samples, and keep it beside the dataset where that can be written."""
+    measured = Measured(flip_error=flip_errors(opened, images, keys), num_samples=len(keys))
+    try:
+        write_measured(dataset.store, measured)
+    except (StoreError, OSError):  # a dataset that may only be read: the caller has the numbers
+        return measured
+    return measured
+
+
+def equivariant_warnings(urls: Sequence[str]) -> Iterator[str]:
+    """One warning for each dataset whose features will be mirrored, with the error that was measured on it."""
+    for url in urls:
+        try:
+            dataset = FeatureDataset.open(url, allow_incomplete=True)
+            if any(view.flip for view in dataset.views):
+                continue
+            measured = read_measured(Store(url))
+        except DtpipeError:  # whoever opens it to train says why
+            continue
+        yield f"warning: {url} stores no flipped views, and --equivariant mirrors its features instead: {_said(url, dataset, measured)}"
+
+
+def _said(url: str, dataset: FeatureDataset, measured: Measured | None) -> str:
+    if dataset.recipe.synthesized:
+        return "how far that is from true cannot be measured, since its teacher encodes no images"
+    if measured is None or not measured.flip_error:
+        return f"how far that is from true is not measured yet; `dtpipe verify {url} --level recompute` does"
+    return f"relative error {format_errors(measured.flip_error)}, measured on {measured.num_samples} samples"
+
+
+def format_errors(errors: Mapping[str, float]) -> str:
+    """`l2 0.31, l3 0.42`."""
+    return ", ".join(f"{name} {error:.2f}" for name, error in errors.items())

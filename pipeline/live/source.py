@@ -1,0 +1,149 @@
+"""Training without a feature dataset: images and a teacher, or a GAN that makes its own, read as a `FeatureSource`.
+
+The `extract` section says what the samples are, as it does for `dtpipe extract`; nothing is stored, so every sample is
+encoded live, in epoch e with noise draw e. Order and epoch size are fixed before training: all images are looked at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.stream.choice import select_rows
+from dtpipe.distill.stream.data import OpenedData, rows_record
+from dtpipe.distill.stream.record import refuse_other_data
+from dtpipe.distill.stream.sampling import Sampling
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.recipe import list_source, make_recipe, max_bad_samples, with_whole_paths
+from dtpipe.extract.shards.rows import RowReader
+from dtpipe.extract.sources.images import BadImage
+from dtpipe.extract.sources.numbered import open_images
+from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.manifests.canonical import canonical_json
+from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.read.dataset import Integers, Levels
+from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
+from dtpipe.manifests.write.listing import Listing
+from dtpipe.pipeline.live.check import OnChecked, check_images, kept_result
+from dtpipe.pipeline.live.recorded import RecipeTeacher, pick_device
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SECTION = "extract"
+_NOT_STORED = {"out", "save_png", "shard", "inline", "workers", "gpus_per_worker", "cpus_per_worker", "ray_address", "retries"} | {
+    *("shard_deadline_s", "worker_wait_s", "stop_grace_s", "lock_stale_s", "device", "decode_threads", "threads")
+}  # settings that say how a dataset is written
+
+
+class LiveSource:
+    """Samples that have images and no stored features; a `FeatureSource`. `teacher` is the one that encodes them."""
+
+    def __init__(self, reader: RowReader, teacher: RecipeTeacher, bad: Mapping[str, str]) -> None:
+        """`bad`: key to reason of the samples that cannot be used."""
+        recipe, listing = reader.recipe, reader.listing
+        self.recipe, self.teacher, self.reader = recipe, teacher, reader
+        self.levels: tuple[LevelSpec, ...] = recipe.levels
+        self.views: tuple[ViewSpec, ...] = recipe.views
+        self.image_px = (recipe.transform.height, recipe.transform.width)
+        self.keys, self.labels, self.num_rows = listing.keys, listing.labels, len(listing)
+        self.status = tuple(f"bad: {bad[key]}" if key in bad else "ok" for key in self.keys)
+        self.ok_rows: NDArray[np.int64] = np.flatnonzero([status == "ok" for status in self.status]).astype(np.int64)
+        self._row_of: dict[str, int] = {}
+
+    def row_of(self, key: str) -> int:
+        """Row of a key. Raises: InputError for an unknown one."""
+        self._row_of = self._row_of or {each: row for row, each in enumerate(self.keys)}
+        if key not in self._row_of:
+            raise InputError(f"the source has no sample {key!r}; keys look like {self.keys[0]!r}")
+        return self._row_of[key]
+
+    def read_image(self, row: int) -> NDArray[np.uint8]:
+        """The teacher's input. Shapes: -> [H, W, 3] uint8, zeros where the teacher makes it. Raises: InputError."""
+        if self.recipe.synthesized:
+            return np.zeros((*self.image_px, 3), np.uint8)
+        try:
+            return self.reader.image(row)
+        except BadImage as err:
+            raise InputError(
+                f"sample {self.keys[row]}: {err.reason}; it was good when the run began: restore it and run again, or begin another --out"
+            ) from err
+
+    def read_level(self, name: str, row: int, view: int = 0) -> NDArray[np.generic]:
+        """Raises: ConfigError, always."""
+        raise ConfigError(f"level {name} of {self.keys[row]} (view {view}) is not stored: this run encodes live")
+
+    def read_batch(
+        self, rows: Integers, levels: Sequence[str], view_of_row: Integers, images: bool = True
+    ) -> tuple[NDArray[np.uint8], Levels]:
+        """Images of some rows, decoded now. Shapes: -> [B, H, W, 3] uint8, {}.
+
+        Raises: ConfigError when levels are asked for; InputError.
+        """
+        if levels and len(rows):
+            self.read_level(levels[0], int(rows[0]), int(view_of_row[0]))
+        pixels = np.empty((len(rows) if images else 0, *self.image_px, 3), np.uint8)
+        for idx in range(len(pixels)):
+            pixels[idx] = self.read_image(int(rows[idx]))
+        return pixels, {}
+
+
+def live_settings(config: ExtractConfig) -> ExtractConfig:
+    """The settings as live training reads them: whole paths, and one stored draw's worth of views, since none is stored."""
+    return with_whole_paths(config.model_copy(update={"noise": config.noise.model_copy(update={"draws": 1})}))
+
+
+def open_live_data(extract: ExtractConfig, on_checked: OnChecked | None, check: bool, config: DistillConfig) -> OpenedData:
+    """The samples that the settings name, ready to train on without a dataset.
+
+    `check`: look at all images that have not been looked at for this run; without it, only what was found then is known to be bad.
+    Raises: ConfigError, InputError, TeacherError as `dtpipe extract` does; PlanChangedError naming what differs from what the run
+    in `out` was trained on; ErrorBudgetError when too many images are bad.
+    """
+    extract = live_settings(extract)
+    images = open_images(extract.images, extract.num_samples, extract.source.kind)
+    listing = list_source(extract, images)
+    device = pick_device(config.device)
+    teacher = load_teacher(extract.teacher, device)
+    recipe = make_recipe(extract, teacher.spec, images.kind, device)
+    reader = RowReader(images, listing, recipe, teacher.spec, extract.source.max_pixels)
+    opened = RecipeTeacher(recipe, extract.teacher, device, teacher=teacher)
+    record = {"live": _content(recipe), "listing": _listing_record(listing)}
+    refuse_other_data(Path(config.out), record, partly=True)
+    source = LiveSource(reader, opened, {})
+    rows = select_rows(source, config)
+    if not recipe.synthesized:
+        source = LiveSource(reader, opened, _bad_images(reader, rows, extract, Path(config.out), on_checked, check))
+        rows = rows[np.isin(rows, source.ok_rows)]
+        if len(rows) == 0:
+            raise InputError(f"{extract.images}: none of the images can be used; look at one of them")
+    record = {**record, "samples": rows_record(rows)}
+    digest = blake3(canonical_json(record)).hexdigest()
+    sections = {SECTION: extract.model_dump(mode="json", exclude=_NOT_STORED)}
+    return OpenedData(source, recipe.student_px, digest, Sampling(rows, source.num_rows), None, record, sections)
+
+
+def _bad_images(
+    reader: RowReader, rows: NDArray[np.int64], extract: ExtractConfig, run: Path, on_checked: OnChecked | None, check: bool
+) -> Mapping[str, str]:
+    """Key to reason, as found now, or without `check` as far as a run knows already."""
+    if not check:
+        return kept_result(reader, rows, run) or {}
+    return check_images(reader, rows, run, lambda num: max_bad_samples(extract, num), on_checked)
+
+
+def _content(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides what training sees: not how it would be stored, nor where it runs."""
+    kept = recipe.model_dump(mode="json", include={"source", "transform", "student_px", "teacher", "noise_seed", "views"})
+    levels = [level.model_dump(mode="json", exclude={"dtype"}) for level in recipe.levels]
+    return {**kept, "levels": levels, "dtype": recipe.compute.dtype}
+
+
+def _listing_record(listing: Listing) -> dict[str, Any]:
+    return {"num": len(listing), "keys_blake3": blake3("\n".join(listing.keys).encode()).hexdigest()}

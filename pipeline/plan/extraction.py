@@ -1,0 +1,229 @@
+"""What an extraction would take: bytes, time and memory, measured on a few real images before anything is spent.
+
+Nothing is written. Sizes are exact before compression; the compressed size and the times come from one batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.shards.queue import SHARDS_IN_HAND
+from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.schema import LevelSpec, Recipe
+from dtpipe.manifests.write.plan import bytes_per_sample
+from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dtpipe.extract.recipe import Resolved
+
+PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """What one extraction would take. Bytes, seconds; `workers` as the settings or this machine say."""
+
+    num_samples: int
+    num_shards: int
+    samples_per_shard: int
+    views: int
+    levels: dict[str, int]
+    """Raw bytes per sample of each level, all views, and of the image."""
+    raw_bytes: int
+    stored_bytes: int
+    """Estimate after compression, from the probe."""
+    free_bytes: int | None
+    device: str
+    workers: int
+    teacher_s: float
+    """Per image, teacher only."""
+    prepare_s: float
+    """Per image, reading, decoding, resizing, one thread."""
+    code_s: float
+    """Per image, compression and checksums, one thread."""
+    seconds: float
+    """The whole extraction: the slowest stage over all workers."""
+    memory_bytes: int
+    """Peak of one worker: process with teacher and a batch, and the shards in hand."""
+    device_bytes: int | None
+    """Peak on the GPU; None on the CPU."""
+    num_probed: int
+
+
+def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
+    """The plan of `plan_recipe` alone."""
+    return plan_recipe(config)[0]
+
+
+def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
+    """Resolve the recipe, run the teacher over one batch of real images, and scale up.
+
+    Raises: what `extract` would raise before work: ConfigError, InputError, TeacherError.
+    """
+    from dtpipe.extract.cluster.preflight import free_bytes
+    from dtpipe.extract.encode import configure_torch
+    from dtpipe.extract.recipe import resolve_recipe
+    from dtpipe.manifests.store.store import Store
+
+    resolved = resolve_recipe(config.model_copy(update={"inline": True}))
+    recipe = resolved.recipe
+    configure_torch(recipe.compute)
+    images, keys, prepare_s = _probe_images(resolved, recipe.compute.batch_size)
+    levels, teacher_s, device_bytes = _probe_teacher(resolved, images, keys)
+    coded_bytes, code_s = _probe_codec(recipe, images, keys, levels)
+    num_samples = len(resolved.listing)
+    raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
+    workers = _workers(config, recipe.compute.device)
+    slowest_s = max(teacher_s, prepare_s / config.decode_threads, code_s)
+    plan = ExtractionPlan(
+        num_samples=num_samples,
+        num_shards=-(-num_samples // recipe.shard.samples),
+        samples_per_shard=recipe.shard.samples,
+        views=len(recipe.views),
+        levels=_bytes_by_array(recipe),
+        raw_bytes=raw * num_samples,
+        stored_bytes=coded_bytes * num_samples,
+        free_bytes=free_bytes(Store(config.out)),
+        device=recipe.compute.device,
+        workers=workers,
+        teacher_s=teacher_s,
+        prepare_s=prepare_s,
+        code_s=code_s,
+        seconds=slowest_s * num_samples / workers,
+        memory_bytes=peak_memory() + SHARDS_IN_HAND * raw * min(recipe.shard.samples, num_samples),
+        device_bytes=device_bytes,
+        num_probed=len(keys),
+    )
+    return plan, recipe
+
+
+def _probe_images(resolved: Resolved, num: int) -> tuple[NDArray[np.uint8], list[str], float]:
+    """The first good images of the listing, their keys, and the seconds per image it took to prepare them."""
+    from dtpipe.extract.sources.images import BadImage, decode_image, resize_image
+    from dtpipe.extract.synthesize import synthesize_rows
+
+    listing, recipe = resolved.listing, resolved.recipe
+    if recipe.synthesized:
+        made, _ = synthesize_rows(resolved.teacher, recipe, listing.keys[:num], recipe.compute.device)
+        return made.cpu().numpy(), list(listing.keys[:num]), 0.0
+    images: list[NDArray[np.uint8]] = []
+    keys: list[str] = []
+    started = time.perf_counter()
+    for row in range(min(len(listing), PROBE_TRIES * num)):
+        try:
+            data = resolved.source.read(listing.uris[row])
+            images.append(resize_image(decode_image(data, resolved.config.source.max_pixels), recipe.transform))
+        except BadImage:
+            continue
+        keys.append(listing.keys[row])
+        if len(keys) == num:
+            break
+    if not keys:
+        raise InputError(f"{resolved.config.images}: none of the first {PROBE_TRIES * num} images can be used; look at one of them")
+    return np.stack(images), keys, (time.perf_counter() - started) / len(keys)
+
+
+def _probe_teacher(
+    resolved: Resolved, images: NDArray[np.uint8], keys: Sequence[str]
+) -> tuple[dict[str, NDArray[np.generic]], float, int | None]:
+    """Levels as stored, seconds per image of a full batch after warm-up, peak bytes on the GPU."""
+    import torch
+
+    from dtpipe.extract.encode import encode_rows
+
+    recipe, device = resolved.recipe, resolved.recipe.compute.device
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    encode_rows(resolved.teacher, recipe, images, keys, device=device)
+    started = time.perf_counter()
+    encoded = encode_rows(resolved.teacher, recipe, images, keys, device=device)
+    dtypes = {level.name: np.dtype(level.dtype) for level in recipe.levels}
+    levels = {name: features.float().cpu().numpy().astype(dtypes[name]) for name, features in encoded.items()}
+    seconds = (time.perf_counter() - started) / recipe.compute.batch_size
+    return levels, seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+
+def _probe_codec(
+    recipe: Recipe, images: NDArray[np.uint8], keys: Sequence[str], levels: dict[str, NDArray[np.generic]]
+) -> tuple[int, float]:
+    """Stored bytes per sample and seconds per sample, from a shard of the probe's images that is never written."""
+    from dtpipe.manifests.canonical import blake3_hex
+    from dtpipe.manifests.schema import IndexRow, Plan
+    from dtpipe.manifests.write.shard import ShardArrays, encode_shard
+
+    num = len(keys)
+    small = recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})})
+    plan = Plan(recipe=small, num_rows=num, num_shards=1, listing_blake3=blake3_hex(b""))
+    rows = [IndexRow(row=row, key=key, shard=0) for row, key in enumerate(keys)]
+    arrays = ShardArrays(images if recipe.images == "stored" else None, levels, rows)
+    started = time.perf_counter()
+    size = sum(len(encoded.data) for encoded in encode_shard(plan, 0, arrays) if blake3_hex(encoded.data))
+    return size // num, (time.perf_counter() - started) / num
+
+
+def _bytes_by_array(recipe: Recipe) -> dict[str, int]:
+    sizes = {} if recipe.images == "joined" else {"image": 3 * recipe.transform.height * recipe.transform.width}
+    return sizes | {level.name: len(recipe.views) * _level_bytes(level) for level in recipe.levels}
+
+
+def _level_bytes(level: LevelSpec) -> int:
+    return level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
+
+
+def _stored_image(recipe: Recipe) -> tuple[int, int] | None:
+    return None if recipe.images == "joined" else (recipe.transform.height, recipe.transform.width)
+
+
+def _workers(config: ExtractConfig, device: str) -> int:
+    """Actors there would be on this machine; a cluster's size is not asked for."""
+    if config.inline:
+        return 1
+    if config.workers is not None:
+        return config.workers
+    import os
+
+    import torch
+
+    return max(1, torch.cuda.device_count() if device == "cuda" else (os.cpu_count() or 2) // 2)
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def print_extraction(console: Console, plan: ExtractionPlan) -> None:
+    """The plan as lines; as one document with --json."""
+    raw_each = {name: format_bytes(size) for name, size in plan.levels.items()}
+    free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free there"
+    ratio = plan.raw_bytes / max(plan.stored_bytes, 1)
+    console.pairs(
+        {
+            "samples": f"{plan.num_samples} in {plan.num_shards} shards of {plan.samples_per_shard}",
+            "per sample": f"{', '.join(f'{name} {size}' for name, size in raw_each.items())}; {plan.views} view(s)",
+            "bytes": f"about {format_bytes(plan.stored_bytes)} ({format_bytes(plan.raw_bytes)} before compression, {ratio:.2f}x){free}",
+            "time": f"about {format_seconds(plan.seconds)} on {plan.workers} worker{'s' if plan.workers > 1 else ''} ({plan.device})",
+            "per image": f"teacher {_ms(plan.teacher_s)}, decode and resize {_ms(plan.prepare_s)}, compress {_ms(plan.code_s)}",
+            "memory": f"about {format_bytes(plan.memory_bytes)} per worker"
+            + (f", {format_bytes(plan.device_bytes)} on the GPU" if plan.device_bytes is not None else ""),
+        }
+    )
+    console.result(f"measured on {plan.num_probed} of the images; nothing was written")
+    if plan.free_bytes is not None and plan.stored_bytes > plan.free_bytes:
+        console.result("warning: that does not fit; store fewer levels or views, or write to another place")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"

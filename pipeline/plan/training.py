@@ -1,0 +1,170 @@
+"""What a distillation would take: hours and memory, from a few steps on random features of the dataset's shapes."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dtpipe.manifests.schema import LevelSpec
+from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
+from dtpipe.pipeline.plan.extraction import peak_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from dtpipe.distill.config import DistillConfig
+    from dtpipe.distill.stream.data import OpenSource
+    from dtpipe.distill.stream.live import LiveTeacher, OpenLive
+    from dtpipe.distill.student.distiller import Distiller
+    from dtpipe.manifests.read.dataset import FeatureSource
+
+TIMED_STEPS = 3
+CPU_IMAGES = 16  # per timed pass; a micro-batch that fills a GPU would overfill a machine without one
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a distillation would take; steps are timed on random features of the dataset's shapes."""
+
+    student: str
+    num_parameters: int
+    regressor_parameters: int
+    num_samples: int
+    num_steps: int
+    seconds: float
+    throughput_img_s: float
+    memory_bytes: int
+    """With `timed_images` at a time."""
+    timed_images: int
+    """Per pass that was timed: a micro-batch, on a CPU at most `CPU_IMAGES`."""
+    device: str
+    epochs: int
+    read_bytes: int
+    """Stored bytes read per epoch."""
+    teacher_s: float | None = None
+    """Per image that is encoded live; None where none is."""
+
+
+def plan_training(config: DistillConfig, open_live: OpenLive | None = None, open_source: OpenSource | None = None) -> TrainingPlan:
+    """Time a few steps of the student on data that exists, and the teacher where it runs live. Raises: what opening them raises."""
+    from dtpipe.distill.stream.data import open_data
+    from dtpipe.distill.stream.stream import FeatureStream
+    from dtpipe.distill.student.distiller import choose_levels, pick_device, student_size
+    from dtpipe.distill.trainer import stream_settings
+    from dtpipe.manifests.read.dataset import FeatureDataset
+
+    data = (open_source or open_data)(config)
+    levels = choose_levels(data.source.levels, config.levels)
+    device = pick_device(config.device)
+    live = open_live(data.source, device) if open_live is not None else None
+    stream = FeatureStream(data.source, stream_settings(config, tuple(level.name for level in levels)), device, live, data.sampling)
+    datasets = [FeatureDataset.open(url, allow_incomplete=True) for url in config.datasets]
+    stored = sum(each.manifest.totals.size_bytes for each in datasets if each.manifest is not None)
+    plan = time_training(config, levels, student_size(config, data.student_px), stream.epoch_size, stored)
+    if live is None:
+        return plan
+    teacher_s = _time_teacher(live, data.source, min(_timed_images(config, device), len(stream.rows)), device)
+    seconds = plan.seconds + config.reencode * teacher_s * stream.epoch_size * config.epochs
+    return replace(plan, seconds=seconds, teacher_s=teacher_s)
+
+
+def _time_teacher(live: LiveTeacher, source: FeatureSource, num: int, device: torch.device) -> float:
+    """Seconds per image of noise and a live encoding, after a warm-up."""
+    import torch
+
+    from dtpipe.distill.stream.live import LiveSamples
+
+    keys = tuple(source.keys[row] for row in source.ok_rows[:num])
+    images = torch.zeros((len(keys), *source.image_px, 3), dtype=torch.uint8, device=device)
+    samples = LiveSamples(keys, np.zeros(len(keys), np.int64), np.zeros(len(keys), bool), np.zeros(len(keys), np.int64))
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        live.encode(images, samples, live.prepare(samples))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds[-1] / len(keys)
+
+
+def time_training(
+    config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_samples: int, stored_bytes: int
+) -> TrainingPlan:
+    """Time forward, loss and backward of a micro-batch of random features, and scale up to all steps."""
+    import torch
+
+    from dtpipe.distill.student.distiller import build_distiller, pick_device
+
+    device = pick_device(config.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = build_distiller(config, levels, image_px).to(device).train()
+    num = _timed_images(config, device)
+    timings = list(itertools.islice(_time_steps(model, config, levels, image_px, num), 1 + TIMED_STEPS))
+    per_image_s = min(timings[1:]) / num
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+    return TrainingPlan(
+        student=config.student.name,
+        num_parameters=sum(p.numel() for p in model.student.parameters()),
+        regressor_parameters=sum(p.numel() for p in model.regressor.parameters()),
+        num_samples=num_samples,
+        num_steps=config.epochs * -(-num_samples // config.batch_size),
+        seconds=per_image_s * num_samples * config.epochs,
+        throughput_img_s=1 / per_image_s,
+        memory_bytes=memory,
+        timed_images=num,
+        device=device.type,
+        epochs=config.epochs,
+        read_bytes=stored_bytes,
+    )
+
+
+def _timed_images(config: DistillConfig, device: torch.device) -> int:
+    micro_batch = min(config.micro_batch or config.batch_size, config.batch_size)
+    return min(micro_batch, CPU_IMAGES) if device.type == "cpu" else micro_batch
+
+
+def _time_steps(
+    model: Distiller, config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], micro_batch: int
+) -> Iterator[float]:
+    """Seconds of one micro-batch after another."""
+    import torch
+
+    from dtpipe.distill.losses.features import feature_loss
+    from dtpipe.distill.student.distiller import pick_device, pick_precision
+
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    images = torch.rand(micro_batch, 3, *image_px, generator=generator, device=device) * 2 - 1
+    shapes = {level.name: (micro_batch, level.channels, level.height, level.width) for level in levels}
+    targets = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
+    while True:
+        started = time.perf_counter()
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            regressed = model(images)
+        feature_loss(regressed, targets, config.loss).total.backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        yield time.perf_counter() - started
+
+
+def print_training(console: Console, plan: TrainingPlan) -> None:
+    """The plan as lines."""
+    live = {} if plan.teacher_s is None else {"teacher": f"{1000 * plan.teacher_s:.1f} ms per image that it encodes live"}
+    console.pairs(
+        {
+            "student": f"{plan.student}, {plan.num_parameters / 1e6:.1f} M parameters; regressor {plan.regressor_parameters / 1e6:.1f} M",
+            "training": f"about {format_seconds(plan.seconds)} for {plan.epochs} epochs, {plan.num_steps} steps ({plan.device})",
+            "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
+            **live,
+            "reads": f"{format_bytes(plan.read_bytes)} per epoch",
+            "memory": f"about {format_bytes(plan.memory_bytes)} with {plan.timed_images} images at a time",
+        }
+    )

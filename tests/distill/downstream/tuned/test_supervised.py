@@ -1,0 +1,65 @@
+"""The supervised baseline learns what labels say, from them alone, the same way every time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dtpipe.distill.downstream.base import LabelledSet, raw_pixels
+from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.config import SupervisedConfig
+from dtpipe.distill.downstream.result import ProbeResult
+from dtpipe.distill.downstream.tuned.supervised import _flip, _steps, run_supervised, train_supervised
+from dtpipe.distill.student.load import StudentSpec
+
+SPEC = StudentSpec("test_resnet", 4, (32, 32))
+
+
+def bright_halves(num: int, seed: int) -> LabelledSet:
+    """Noise with one bright half, upper (class 0) or lower (class 1); the mask is the bright half."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num) % 2
+    pixels = rng.integers(0, 100, (num, 32, 32, 3))
+    masks = np.zeros((num, 32, 32), np.uint8)
+    for idx, label in enumerate(labels):
+        masks[idx, 16 * label : 16 * label + 16] = 1
+    pixels += 120 * masks[..., None]
+    return LabelledSet(pixels.astype(np.uint8), tuple(f"{seed}/{idx}" for idx in range(num)), labels=labels, masks=masks)
+
+
+def test_both_heads_learn_and_stand_in_one_table() -> None:
+    train, test = bright_halves(16, 0), bright_halves(12, 1)
+    config = SupervisedConfig(steps=60, batch_size=8, lr=3e-3)
+    for task in ("probe", "readout"):
+        supervised = run_supervised(task, SPEC, train, test, [8], [0], config)
+        probed = run_probe(task, [raw_pixels()], train, test, [8], [0])
+        merged = ProbeResult.merge([probed, supervised])
+        assert merged.best("supervised", 8).mean > 0.8
+        assert "supervised" in merged.to_table()
+
+
+def test_training_follows_its_seed() -> None:
+    train = bright_halves(6, 0)
+    targets = torch.from_numpy(train.labels)
+    config = SupervisedConfig(steps=2, batch_size=4, flip=True)
+    runs = [train_supervised(SPEC, targets, train.images, 2, config, seed) for seed in (0, 0, 1)]
+    weights = [run.net.heads[0].weight for run in runs]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert list(runs[0].extractor(torch.from_numpy(train.images))) == ["l2", "l3", "l4", "l5"]
+
+
+def test_every_image_is_seen_before_any_is_seen_again() -> None:
+    steps = list(_steps(10, SupervisedConfig(steps=7, batch_size=4), np.random.default_rng(0)))
+    assert [len(rows) for rows in steps] == [4] * 7
+    seen = np.concatenate(steps)
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:20].tolist()) == list(range(10))
+    assert [len(rows) for rows in _steps(1, SupervisedConfig(steps=2, batch_size=4), np.random.default_rng(0))] == [2, 2]
+
+
+def test_flip_mirrors_images_with_their_masks() -> None:
+    images = torch.arange(24, dtype=torch.uint8).view(2, 2, 2, 3)
+    masks = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+    flipped, targets = _flip(images, masks, torch.tensor([False, True]))
+    assert torch.equal(flipped[0], images[0]) and torch.equal(flipped[1], images[1].flip(1))
+    assert targets.tolist() == [[[0, 1], [2, 3]], [[5, 4], [7, 6]]]

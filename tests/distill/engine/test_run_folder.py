@@ -1,0 +1,113 @@
+"""A run folder belongs to one config and one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.run_folder import RunFolder, changed_fields, read_config, read_metrics
+from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, MissingPackageError, PlanChangedError, StoreError
+
+
+def config(out, **changes) -> DistillConfig:
+    return DistillConfig(**{"datasets": ("features",), "out": str(out), **changes})
+
+
+def test_the_resolved_config_is_written_and_read_back(tmp_path):
+    with RunFolder.open(config(tmp_path / "run", epochs=7)):
+        pass
+    assert DistillConfig(**read_config(tmp_path / "run")) == config(tmp_path / "run", epochs=7)
+
+
+def test_another_config_is_refused_naming_the_fields(tmp_path):
+    RunFolder.open(config(tmp_path)).__exit__(None, None, None)
+    with pytest.raises(PlanChangedError, match=r"distill.loss.at_weight: 10.0 -> 5.0; distill.lr: 0.004 -> 0.001;"):
+        RunFolder.open(config(tmp_path, lr=1e-3, loss={"at_weight": 5}))
+    assert read_config(tmp_path)["lr"] == 4e-3  # the refusal changed nothing
+
+
+def test_execution_fields_may_change(tmp_path):
+    RunFolder.open(config(tmp_path)).__exit__(None, None, None)
+    changed = config(
+        tmp_path, log_every=3, read_threads=1, prefetch=1, keep_checkpoints=0, device="cpu", datasets=("elsewhere",), save_every_s=1
+    )
+    with RunFolder.open(changed):
+        assert read_config(tmp_path)["log_every"] == 3
+    assert changed_fields(config(tmp_path).model_dump(mode="json"), changed) == []
+
+
+def test_fresh_is_refused_when_a_run_exists(tmp_path):
+    RunFolder.open(config(tmp_path / "run"), fresh=True).__exit__(None, None, None)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunFolder.open(config(tmp_path / "run"), fresh=True)
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    script = (
+        "import os, signal, sys\n"
+        "from dtpipe.distill.config import DistillConfig\n"
+        "from dtpipe.distill.engine.run_folder import RunFolder\n"
+        "folder = RunFolder.open(DistillConfig(datasets=('features',), out=sys.argv[1]))\n"
+        "print('held', flush=True)\n"
+        "signal.pause()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(LockHeldError, match="another process"):
+                RunFolder.open(config(tmp_path))
+        finally:
+            other.kill()
+    with RunFolder.open(config(tmp_path)):
+        pass
+
+
+def test_metrics_of_steps_taken_again_are_dropped_with_a_line_cut_short(tmp_path):
+    with RunFolder.open(config(tmp_path)) as folder:
+        for step in (10, 20, 30):
+            folder.log({"step": step, "loss": 1 / step})
+        with folder.metrics.open("a") as file:
+            file.write('{"step": 40, "lo')
+        folder.take_up(20, tensorboard=False)
+        assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20]
+        folder.log({"step": 30, "loss": 0.5})
+    assert [json.loads(line)["loss"] for line in folder.metrics.read_text().splitlines()] == [0.1, 0.05, 0.5]
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    for text in ("- not a mapping\n", "epochs: 3\n", "distill: 3\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(InputError, match=r"config\.yaml: not the config of a run"):
+            RunFolder.open(config(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        RunFolder.open(config(tmp_path / "file" / "run"))
+    assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
+
+
+def test_tensorboard_gets_the_scalars_of_each_line_and_a_resumed_run_purges_what_it_takes_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, lines in ((0, (2, 4, 6)), (4, (6, 8))):
+        with RunFolder.open(config(tmp_path)) as folder:
+            folder.take_up(first, tensorboard=True)
+            for step in lines:
+                folder.log({"step": step, "num_steps": 8, "loss": step / 2 + first, "share/data": 0.25, "advice": "none"})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "share/data"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 1.0), (4, 2.0), (6, 7.0), (8, 8.0)]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with RunFolder.open(config(tmp_path)) as folder, pytest.raises(MissingPackageError, match=r"pip install 'dtpipe\[tensorboard\]'"):
+        folder.take_up(0, tensorboard=True)

@@ -1,0 +1,272 @@
+"""Extraction on Ray: equal digests, and what happens when workers, nodes and shards misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dtpipe.extract.cluster.placement import Node, WorkerShape, live_nodes, most_workers, place_workers, slots
+from dtpipe.extract.cluster.preflight import check_space, check_versions, package_versions
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.shards.progress import Progress
+from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, IncompleteError, StoppedError, StoreError, TeacherError
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.commit import committed_shards, load_entries
+from dtpipe.manifests.write.plan import load_plan, plan_digest
+
+MakeConfig = Callable[..., ExtractConfig]
+GPU_WORKER, CPU_WORKER = WorkerShape(cpus=1, gpus=1), WorkerShape(cpus=1, gpus=0)
+
+
+def node(name: str, cpus: float = 8, gpus: float = 0) -> Node:
+    return Node(name, name, cpus, gpus)
+
+
+def test_one_worker_per_gpu_within_the_cpus_of_its_node() -> None:
+    nodes = [node("a", gpus=4), node("b", gpus=8, cpus=2), node("head", cpus=64)]
+    assert [slots(each, GPU_WORKER) for each in nodes] == [4, 2, 0]
+    assert most_workers(nodes, GPU_WORKER, None) == 6
+    assert place_workers(nodes, GPU_WORKER, 6) == {"a": 4, "b": 2, "head": 0}
+    assert slots(node("c", gpus=1), WorkerShape(cpus=1, gpus=0.25)) == 4
+
+
+def test_cpu_workers_are_dealt_over_nodes_up_to_the_cap() -> None:
+    nodes = [node("a", cpus=4), node("b", cpus=4)]
+    assert most_workers(nodes, CPU_WORKER, None) == 4  # one per two CPUs
+    assert most_workers([node("a", cpus=1)], CPU_WORKER, None) == 1
+    assert place_workers(nodes, CPU_WORKER, 3) == {"a": 2, "b": 1}
+    assert place_workers(nodes, CPU_WORKER, most_workers(nodes, CPU_WORKER, 99)) == {"a": 4, "b": 4}
+    assert place_workers([], CPU_WORKER, 3) == {}
+
+
+def test_dead_nodes_do_not_count() -> None:
+    answer = [
+        {"NodeID": "b", "Alive": True, "NodeManagerHostname": "one", "Resources": {"CPU": 2.0, "GPU": 1.0}},
+        {"NodeID": "a", "Alive": False, "NodeManagerHostname": "two", "Resources": {"CPU": 2.0}},
+        {"NodeID": "0", "Alive": True, "NodeManagerHostname": "head", "Resources": {"memory": 1.0}},
+    ]
+    assert live_nodes(answer) == [Node("0", "head", 0, 0), Node("b", "one", 2, 1)]
+
+
+def test_node_with_other_versions_is_refused() -> None:
+    check_versions(package_versions())
+    with pytest.raises(ConfigError, match=r"has torch .* \(driver: 0\.0\.1\); install the same"):
+        check_versions({**package_versions(), "torch": "0.0.1"})
+
+
+def test_cluster_that_does_not_answer_is_said_at_once(make_config: MakeConfig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(IncompleteError, match=f"127.0.0.1:{port} does not answer"):
+        run_extraction(make_config(inline=False, ray_address=f"127.0.0.1:{port}"))
+    assert time.monotonic() - started < 30  # Ray alone tries for more than a minute
+
+
+def test_full_disk_is_said_before_work(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    run_extraction(config)
+    store = Store(config.out)
+    assert check_space(store, load_plan(store)) > 0  # type: ignore[operator]
+    monkeypatch.setattr("dtpipe.extract.cluster.preflight.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(StoreError, match=r"0\.00 GB free, 2 shards need"):
+        check_space(store, load_plan(store))
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A local Ray of two CPUs for the tests of this file."""
+    import ray
+
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 1024**2)
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the collector
+        ray.shutdown()
+
+
+@pytest.fixture
+def ray_config(make_config: MakeConfig, many_images: Path) -> MakeConfig:
+    """Settings for 60 images in 20 shards on two workers."""
+
+    def make(**changes: Any) -> ExtractConfig:
+        fields = {"images": str(many_images), "shard": {"samples": 3}, "batch_size": 3, "inline": False, "workers": 2}
+        return make_config(**{**fields, **changes})
+
+    return make
+
+
+def actors() -> list[psutil.Process]:
+    """Processes of extraction workers below this one."""
+    return [each for each in psutil.Process().children(recursive=True) if _is_actor(each)]
+
+
+def _is_actor(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may end while we look
+        return process.status() != psutil.STATUS_ZOMBIE and "ExtractActor" in " ".join(process.cmdline())
+    return False
+
+
+def left_running() -> list[psutil.Process]:
+    """Workers that a run left behind; to end those it killed takes Ray a moment."""
+    return list(psutil.wait_procs(actors(), timeout=60)[1])
+
+
+class Once:
+    """A progress callback that acts once, when so many shards are committed, and keeps all messages."""
+
+    def __init__(self, shards_done: int, act: Callable[[], None]) -> None:
+        self.messages: list[str] = []
+        self.most_workers = 0
+        self._when, self._act = shards_done, act
+        self.acted_at: int | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        self.most_workers = max(self.most_workers, progress.workers)
+        if progress.message:
+            self.messages.append(progress.message)
+        if self.acted_at is None and progress.shards_done >= self._when:
+            self.acted_at = progress.shards_done
+            self._act()
+
+    def said(self, text: str) -> bool:
+        return any(text in message for message in self.messages)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_one_digest_for_one_and_two_actors_and_inline(form: str, ray_config: MakeConfig, tmp_path: Path) -> None:
+    shard = {"samples": 3, "format": form}
+    results = {
+        name: run_extraction(ray_config(out=str(tmp_path / name), shard=shard, **changes))
+        for name, changes in {"one": {"workers": 1}, "two": {"workers": 2}, "inline": {"inline": True}}.items()
+    }
+    assert len({each.digest for each in results.values()}) == 1
+    assert {each.shards_written for each in results.values()} == {20}
+    assert [len(writers(str(tmp_path / name))) for name in ("one", "inline")] == [1, 1]
+    assert not left_running()  # nothing is left running on the cluster
+
+
+def writers(out: str) -> set[int]:
+    """Processes that wrote the shards."""
+    store = Store(out)
+    return {entry.provenance["pid"] for entry in load_entries(store, load_plan(store), plan_digest(store), partial=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_killed_and_hung_workers_are_replaced_and_their_shards_tried_again(ray_config: MakeConfig, tmp_path: Path) -> None:
+    expected = run_extraction(ray_config(out=str(tmp_path / "inline"), inline=True)).digest
+    killed = Once(2, lambda: os.kill(min(writers(str(tmp_path / "killed"))), signal.SIGKILL))
+    assert run_extraction(ray_config(out=str(tmp_path / "killed")), killed).digest == expected
+    assert killed.acted_at is not None
+    assert killed.acted_at < 20
+    assert killed.said("died")
+    hung = Once(2, lambda: os.kill(min(writers(str(tmp_path / "hung"))), signal.SIGSTOP))  # one that has more shards in hand
+    assert run_extraction(ray_config(out=str(tmp_path / "hung"), shard_deadline_s=3), hung).digest == expected
+    assert hung.said("it took longer than extract.shard_deadline_s (3 s)")
+    stopped = actors()
+    for each in stopped:
+        each.resume()  # Ray's kill reaches a stopped process only when it wakes
+    assert not psutil.wait_procs(stopped, timeout=60)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_bad_samples_and_failing_shards_end_a_ray_run_with_their_names(ray_config: MakeConfig, image_folder: Path) -> None:
+    (image_folder / "cat" / "001.png").write_bytes(b"")
+    with pytest.raises(ErrorBudgetError, match=r"cat/001\.png: empty file"):
+        run_extraction(ray_config(images=str(image_folder), max_bad=0))
+    result = run_extraction(ray_config(images=str(image_folder), max_bad=1))
+    assert [(each.key, each.reason) for each in result.bad] == [("cat/001.png", "empty file")]
+    assert not left_running()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_node_without_the_teacher_is_left_out_with_its_reason(ray_config: MakeConfig, tiny_teacher: Path, tmp_path: Path) -> None:
+    link = tmp_path / "teacher"
+    link.symlink_to(tiny_teacher)
+    config = ray_config(teacher={"path": str(link)}, noise={"timesteps": [50]})
+
+    def lose_teacher(progress: Progress) -> None:
+        if progress.workers == 0 and link.is_symlink():
+            link.unlink()
+
+    with pytest.raises(TeacherError, match="teacher"):
+        run_extraction(config, lose_teacher)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_no_worker_in_time_asks_to_be_run_again(ray_config: MakeConfig) -> None:
+    with pytest.raises(IncompleteError, match=r"no worker was ready for 2 s .* each needs 99 CPUs"):
+        run_extraction(ray_config(cpus_per_worker=99, worker_wait_s=2))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_stops_a_ray_run_cleanly(number: int, exit_code: int, ray_config: MakeConfig, tmp_path: Path) -> None:
+    expected = run_extraction(ray_config(out=str(tmp_path / "inline"), inline=True)).digest
+    config = ray_config()
+    stop = Once(2, lambda: os.kill(os.getpid(), number))
+    handler = signal.getsignal(number)
+    with pytest.raises(StoppedError, match="of 20 shards committed") as caught:
+        run_extraction(config, stop)
+    assert caught.value.exit_code == exit_code
+    assert signal.getsignal(number) is handler
+    store = Store(config.out)
+    done = committed_shards(store, load_plan(store))
+    assert 2 <= len(done) < 20
+    result = run_extraction(config.model_copy(update={"inline": True}))
+    assert (result.digest, result.shards_written) == (expected, 20 - len(done))
+    assert not left_running()
+
+
+@pytest.mark.slow
+def test_worker_joins_with_a_node_and_its_shards_go_back_when_it_leaves(ray_config: MakeConfig, tmp_path: Path) -> None:
+    """A cluster of its own: one CPU at first, a second node later, which is then lost."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    if ray.is_initialized():  # the one of the tests above; this is the last of them
+        ray.shutdown()
+    settings = {"shard": {"samples": 1}, "batch_size": 1, "workers": 4}
+    expected = run_extraction(ray_config(out=str(tmp_path / "inline"), inline=True, **settings)).digest
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    added: list[Any] = []
+
+    class Elastic(Once):
+        def __call__(self, progress: Progress) -> None:
+            super().__call__(progress)
+            if len(added) == 1 and progress.workers == 1:
+                time.sleep(1)  # holds the run back until the worker on the new node is ready
+            elif len(added) == 1 and progress.workers == 2:
+                added.append("left")
+                cluster.remove_node(added[0], allow_graceful=False)
+
+    elastic = Elastic(1, lambda: added.append(cluster.add_node(num_cpus=1)))
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        result = run_extraction(ray_config(out=str(tmp_path / "elastic"), **settings), elastic)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert added[1:] == ["left"], elastic.messages
+    assert elastic.most_workers == 2
+    assert elastic.said("is gone") or elastic.said("died")
+    assert result.digest == expected

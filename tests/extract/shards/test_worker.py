@@ -1,0 +1,251 @@
+"""One worker: what it commits, what overlaps, what it keeps in memory and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.encode import cast_level
+from dtpipe.extract.recipe import max_bad_samples, resolve_recipe
+from dtpipe.extract.shards import worker as worker_module
+from dtpipe.extract.shards.buffer import ShardBuffer
+from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue, StageSeconds
+from dtpipe.extract.shards.worker import ShardDroppedError, ShardWorker, WorkerContext
+from dtpipe.extract.sources.images import BadImage
+from dtpipe.extract.teachers.base import makes_no_images
+from dtpipe.manifests.codecs.base import encode_level
+from dtpipe.manifests.errors import ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
+from dtpipe.manifests.layout.zarr import write_zarr_metadata
+from dtpipe.manifests.schema import CodecRecipe, LevelSpec
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.commit import pending_shards
+from dtpipe.manifests.write.lock import Lock
+from dtpipe.manifests.write.plan import start_plan
+
+MakeConfig = Callable[..., ExtractConfig]
+OpenWorker = Callable[..., ShardWorker]
+
+
+@pytest.fixture
+def open_worker(make_config: MakeConfig) -> Iterator[OpenWorker]:
+    """A worker on a fresh plan under a held lock; keyword arguments replace settings, `teacher` wraps the teacher."""
+    opened: list[Any] = []
+
+    def start(wrap: Callable[[Any], Any] = lambda teacher: teacher, **changes: Any) -> ShardWorker:
+        config = make_config(**changes)
+        resolved, store = resolve_recipe(config), Store(config.out)
+        lock = Lock.acquire(store)
+        plan, _ = start_plan(store, resolved.recipe, lambda: resolved.listing, {})
+        write_zarr_metadata(store, plan)
+        context = WorkerContext(
+            out=config.out,
+            images=config.images,
+            source_kind=resolved.source.kind,
+            teacher=config.teacher,
+            device="cpu",
+            epoch=lock.epoch,
+            max_bad=max_bad_samples(config, plan.num_rows),
+        )
+        worker = ShardWorker(context, wrap(resolved.teacher))
+        opened.extend((worker, lock))
+        return worker
+
+    yield start
+    for each in opened:
+        each.close() if isinstance(each, ShardWorker) else each.release()
+
+
+class Wrapped:
+    """A teacher that runs a function on what it encodes."""
+
+    def __init__(self, teacher: Any, then: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+        self.spec, self._teacher, self._then = teacher.spec, teacher, then
+
+    def encode(self, images: torch.Tensor, noise: Mapping[str, torch.Tensor], views: Sequence[Any]) -> dict[str, torch.Tensor]:
+        return self._then(self._teacher.encode(images, noise, views))
+
+    def synthesize(self, noise: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        raise makes_no_images("wrapped")
+
+
+def test_shard_is_committed_once_and_not_done_again(open_worker: OpenWorker) -> None:
+    worker = open_worker()
+    entry = worker.extract_shard(1)
+    assert [row.row for row in entry.rows] == [3, 4, 5]
+    assert {row.status for row in entry.rows} == {"ok"}
+    assert pending_shards(worker.store, worker.plan) == [0, 2]
+    encoded = worker.num_encoded
+    assert worker.extract_shard(1) == entry
+    assert worker.num_encoded == encoded == 3
+
+
+def test_a_shard_is_encoded_while_another_is_written_and_no_third_is_in_memory(
+    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Any]] = []  # the pixels of each shard there was
+    most, overlapped, write = [0], [], worker_module.write_shard
+
+    class Counted(ShardBuffer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            gc.collect()
+            held.append(weakref.ref(self._images))
+            most[0] = max(most[0], sum(each() is not None for each in held))
+
+    encoded_next = threading.Event()
+
+    def slow_write(*args: Any) -> Any:
+        overlapped.append(encoded_next.wait(20))
+        return write(*args)
+
+    def note(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if worker.num_encoded >= 2:  # the second shard's turn
+            encoded_next.set()
+        return features
+
+    monkeypatch.setattr(worker_module, "ShardBuffer", Counted)
+    monkeypatch.setattr(worker_module, "write_shard", slow_write)
+    worker = open_worker(lambda teacher: Wrapped(teacher, note), shard={"samples": 2})
+    threads = [threading.Thread(target=lambda idx=idx: [worker.extract_shard(idx), worker.extract_shard(idx + 1)]) for idx in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert overlapped == [True] * 4
+    assert most[0] == 2
+    assert not pending_shards(worker.store, worker.plan)
+
+
+def test_decoding_runs_a_bounded_number_of_batches_ahead(open_worker: OpenWorker, many_images: Path) -> None:
+    worker = open_worker(images=str(many_images), shard={"samples": 60}, batch_size=4)
+    queue = BatchQueue(worker.reader, worker._pool, range(60), StageSeconds())
+    assert sum(len(batch) for batch in queue._waiting) == 4 * BATCHES_AHEAD
+    rows = []
+    while (batch := queue.take()) is not None:
+        rows += [row.index.row for row in batch]
+        assert sum(len(waiting) for waiting in queue._waiting) <= 4 * BATCHES_AHEAD
+    assert rows == list(range(60))
+
+
+def test_worker_of_a_deposed_writer_publishes_nothing(open_worker: OpenWorker) -> None:
+    worker = open_worker()
+    store = worker.store
+    store.write(f"lock/{worker.context.epoch + 1:05d}.json", b"a successor's claim")
+    before = store.list("data")
+    with pytest.raises(LockHeldError, match="taken over"):
+        worker.extract_shard(0)
+    assert store.list("data") == before
+    assert not store.list("commits/")
+    store.delete(f"lock/{worker.context.epoch + 1:05d}.json")
+
+
+def test_stop_drops_a_shard_that_has_just_begun(open_worker: OpenWorker) -> None:
+    worker = open_worker(shard={"samples": 8})
+    worker.request_stop()
+    with pytest.raises(ShardDroppedError, match="shard 0 was dropped at 0%"):
+        worker.extract_shard(0)
+    assert not worker.store.list("commits/")
+
+
+def test_stop_lets_a_nearly_finished_shard_finish(open_worker: OpenWorker) -> None:
+    def stop_late(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 4:  # the last of four batches is in the teacher
+            worker.request_stop()
+        return features
+
+    calls: list[int] = []
+    worker = open_worker(lambda teacher: Wrapped(teacher, stop_late), shard={"samples": 8})
+    assert len(worker.extract_shard(0).rows) == 8
+
+
+def test_features_that_do_not_fit_make_a_bad_sample_of_zeros(open_worker: OpenWorker) -> None:
+    def overflow(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        features["l3"][1] *= 1e9  # finite in float32
+        return features
+
+    worker = open_worker(lambda teacher: Wrapped(teacher, overflow), shard={"samples": 2}, max_bad=1)
+    rows = worker.extract_shard(0).rows
+    assert [row.status for row in rows] == ["ok", "bad: features of l3 are not finite in float16"]
+
+
+def test_teacher_of_other_shapes_is_refused(open_worker: OpenWorker) -> None:
+    worker = open_worker(lambda teacher: Wrapped(teacher, lambda features: {name: level[..., :2] for name, level in features.items()}))
+    with pytest.raises(ShapeError, match="came out of the teacher as"):
+        worker.extract_shard(0)
+
+
+def test_teacher_of_other_weights_is_refused(open_worker: OpenWorker) -> None:
+    def other(teacher: Any) -> Any:
+        wrapped = Wrapped(teacher, lambda features: features)
+        wrapped.spec = type(teacher.spec)(**{**vars(teacher.spec), "weights_blake3": "0" * 64})
+        return wrapped
+
+    with pytest.raises(TeacherError, match="weights digest is 0000"):
+        open_worker(other)
+
+
+def test_shard_over_the_whole_budget_is_not_published(open_worker: OpenWorker, image_folder: Path) -> None:
+    for path in sorted(image_folder.rglob("*.png"))[:3]:
+        path.write_bytes(b"no image")
+    worker = open_worker(shard={"samples": 8}, max_bad=2)
+    with pytest.raises(ErrorBudgetError, match=r"shard 0 has 3 bad samples, extract\.max_bad allows 2 \(cat/00"):
+        worker.extract_shard(0)
+    assert not worker.store.list("commits/")
+
+
+class FlakySource:
+    """Fails the first reads of each sample as a store out of reach does."""
+
+    def __init__(self, source: Any, failures: int) -> None:
+        self._source, self._failures, self._tries = source, failures, dict[str, int]()
+
+    def read(self, uri: str) -> bytes:
+        self._tries[uri] = self._tries.get(uri, 0) + 1
+        if self._tries[uri] <= self._failures:
+            raise InputError("the store does not answer")
+        data: bytes = self._source.read(uri)
+        return data
+
+
+def test_reading_is_tried_again_before_the_shard_fails(open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtpipe.extract.shards.rows.READ_PAUSE_S", 0.001)
+    worker = open_worker()
+    source = worker.reader.source
+    object.__setattr__(worker.reader, "source", FlakySource(source, failures=2))
+    assert {row.status for row in worker.extract_shard(0).rows} == {"ok"}
+    object.__setattr__(worker.reader, "source", FlakySource(source, failures=99))
+    with pytest.raises(InputError, match="failed 3 times"):
+        worker.extract_shard(1)
+    assert pending_shards(worker.store, worker.plan) == [1, 2]
+
+
+def test_unreadable_sample_is_bad_and_named(open_worker: OpenWorker) -> None:
+    class Gone:
+        def read(self, uri: str) -> bytes:
+            raise BadImage("unreadable: No such file or directory")
+
+    worker = open_worker(max_bad=8)
+    object.__setattr__(worker.reader, "source", Gone())
+    assert {row.status for row in worker.extract_shard(0).rows} == {"bad: unreadable: No such file or directory"}
+
+
+def test_rounding_on_the_device_equals_the_reference_codec() -> None:
+    values = np.random.Generator(np.random.Philox(3)).standard_normal((4, 2, 3, 4, 4), dtype=np.float32) * 100
+    level = LevelSpec(name="l2", stride=4, channels=3, height=4, width=4, tap="x")
+    coded, fits = cast_level(torch.from_numpy(values), level.dtype)
+    expected = np.stack([encode_level(row, level, CodecRecipe(), "key") for row in values])
+    assert fits.all()
+    np.testing.assert_array_equal(coded.numpy(), expected)
+    values[2, 0, 0, 0, 0] = 70000.0  # beyond float16
+    values[3, 0, 0, 0, 0] = np.nan
+    assert cast_level(torch.from_numpy(values), level.dtype)[1].tolist() == [True, True, False, False]

@@ -1,0 +1,172 @@
+"""The same images from a folder, a zip, a tar, Parquet and LMDB are the same dataset; and every command takes them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.sources import open_source
+from dtpipe.manifests.errors import ErrorBudgetError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from parts.packing import contents, folder_files, labels, write_lmdb, write_parquet, write_tar, write_zip
+
+MakeConfig = Callable[..., ExtractConfig]
+Pack = Callable[[Path, dict[str, bytes]], Path]
+
+TAR = "train-0.tar"
+"""All keys begin with this, as those of a tar do, so that they are equal in every container, and with them rows and noise."""
+
+
+def _classes(files: dict[str, bytes]) -> list[int]:
+    return [0 if "/cat/" in name else 1 for name in files]
+
+
+PACKERS: dict[str, Pack] = {
+    "zip": lambda root, files: write_zip(root / "a.zip", files),
+    "webdataset": lambda root, files: write_tar(root / TAR, {name.removeprefix(TAR + "/"): data for name, data in files.items()}),
+    "parquet": lambda root, files: write_parquet(root / "a.parquet", files, _classes(files), ["cat", "dog"]),
+    "lmdb": lambda root, files: write_lmdb(root / "a_lmdb", files),
+}
+
+
+@pytest.fixture
+def files(image_folder: Path) -> dict[str, bytes]:
+    """Eight images of 32 px, one of them broken, by keys that begin like a tar's."""
+    found = {f"{TAR}/{name}": data for name, data in folder_files(image_folder).items()}
+    found[f"{TAR}/dog/broken.png"] = found[f"{TAR}/dog/000.png"][:-200]
+    return found
+
+
+@pytest.fixture
+def folder(files: dict[str, bytes], tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+@pytest.fixture(params=PACKERS)
+def packed(request: pytest.FixtureRequest, files: dict[str, bytes], tmp_path: Path) -> tuple[str, Path]:
+    """A kind of container, and one with the images of `folder`."""
+    if request.param == "lmdb":
+        pytest.importorskip("lmdb", reason="needs the extra `lmdb`")
+    return request.param, PACKERS[request.param](tmp_path, files)
+
+
+def assert_same_dataset(one: FeatureDataset, other: FeatureDataset) -> None:
+    """Equal keys by row, states, images and levels, to the last bit."""
+    assert (one.keys, one.status) == (other.keys, other.status)
+    for row in one.ok_rows:
+        np.testing.assert_array_equal(one.read_image(row), other.read_image(row))
+        for level in one.levels:
+            np.testing.assert_array_equal(one.read_level(level.name, row), other.read_level(level.name, row))
+
+
+def test_every_container_gives_the_dataset_of_its_folder(
+    packed: tuple[str, Path], folder: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    kind, path = packed
+    source = open_source(str(path))
+    assert source.kind == kind
+    assert contents(source) == contents(open_source(str(folder)))
+    expected = FeatureDataset.open(run_extraction(make_config(images=str(folder), max_bad=1)).url)
+    config = make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"), source={"order": "permuted"})
+    first = run_extraction(config)
+    dataset = FeatureDataset.open(first.url)
+    assert (first.num_ok, first.num_bad, dataset.recipe.source.kind) == (8, 1, kind)
+    assert_same_dataset(dataset, expected)
+    again = run_extraction(config)
+    assert (again.digest, again.shards_written) == (first.digest, 0)
+    with pytest.raises(ErrorBudgetError, match=r"broken\.png: .*[Tt]runcated"):
+        run_extraction(make_config(images=str(path), max_bad=0, out=str(tmp_path / "strict")))
+
+
+@pytest.mark.parametrize(("kind", "own"), [("parquet", True), ("webdataset", True), ("zip", False)])
+def test_tars_and_parquet_keep_their_order_and_others_are_permuted(
+    kind: str, own: bool, files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    shuffled = dict(reversed(files.items()))
+    path = PACKERS[kind](tmp_path, shuffled)
+    dataset = FeatureDataset.open(run_extraction(make_config(images=str(path), max_bad=1)).url)
+    assert dataset.recipe.source.order == ("container" if own else "permuted")
+    assert (list(dataset.keys) == list(shuffled)) == own
+
+
+def test_a_key_has_its_levels_in_any_container_and_order(
+    packed: tuple[str, Path], folder: Path, files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Tars and Parquet keep their own order here, in which a batch has other rows: so within rounding, not to the bit."""
+    root = tmp_path / "backwards"
+    root.mkdir()
+    path = PACKERS[packed[0]](root, dict(reversed(files.items())))
+    expected = FeatureDataset.open(run_extraction(make_config(images=str(folder), max_bad=1)).url)
+    dataset = FeatureDataset.open(run_extraction(make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"))).url)
+    assert len(dataset.ok_rows) == 8
+    for row in dataset.ok_rows:
+        other = expected.row_of(dataset.keys[row])
+        np.testing.assert_array_equal(dataset.read_image(row), expected.read_image(other))
+        for level in dataset.levels:
+            found, wanted = dataset.read_level(level.name, row), expected.read_level(level.name, other)
+            np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-3)  # a step of float16
+            assert np.abs(wanted - expected.read_level(level.name, next(each for each in expected.ok_rows if each != other))).max() > 0.1
+
+
+@pytest.mark.slow
+def test_ray_workers_read_a_zip(files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    path = str(PACKERS["zip"](tmp_path, files))
+    inline = run_extraction(make_config(images=path, max_bad=1, out=str(tmp_path / "inline")))
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 1024**2)
+    try:
+        assert run_extraction(make_config(images=path, max_bad=1, inline=False, workers=1)).digest == inline.digest
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the collector
+            ray.shutdown()
+
+
+def test_train_teacher_takes_a_zip(image_folder: Path, tmp_path: Path) -> None:
+    from dtpipe.extract.train_config import TrainTeacherConfig
+    from dtpipe.extract.train_teacher import train_teacher
+
+    tiny = {"px": 16, "channels": (8, 8, 16), "blocks": 1, "attention_strides": (4,), "head_channels": 8, "norm_groups": 4}
+    settings = {**tiny, "steps": 1, "batch_size": 3, "num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1}
+    sources = {"folder": image_folder, "zip": write_zip(tmp_path / "a.zip", folder_files(image_folder))}
+    results = [
+        train_teacher(TrainTeacherConfig.model_validate({**settings, "images": str(path), "out": str(tmp_path / name)}))
+        for name, path in sources.items()
+    ]
+    assert [result.num_images for result in results] == [8, 8]
+    assert results[0].loss == results[1].loss
+
+
+def test_labels_follow_images_into_containers(packed: tuple[str, Path], files: dict[str, bytes]) -> None:
+    kind, path = packed
+    folder_names = {key: {"zip": TAR, "parquet": key.split("/")[1]}.get(kind) for key in files}
+    assert labels(open_source(str(path))) == folder_names
+
+
+def test_eval_reads_labelled_images_from_a_zip(image_folder: Path, tmp_path: Path) -> None:
+    from dtpipe.manifests.schema import TransformRecipe
+    from dtpipe.pipeline.labelled import LabelledReader, class_names_of
+
+    path = write_zip(tmp_path / "a.zip", folder_files(image_folder))
+    recipe = TransformRecipe(resize="stretch", height=16, width=16)
+    sets = []
+    for images in (image_folder, path):
+        reader = LabelledReader(str(images), None, recipe)
+        names = class_names_of(reader.items)
+        assert names == ("cat", "dog")
+        sets.append(reader.read(names, print, range(len(reader.items))))
+    assert sets[0].keys == sets[1].keys
+    np.testing.assert_array_equal(sets[0].images, sets[1].images)
+    np.testing.assert_array_equal(sets[0].labels, sets[1].labels)

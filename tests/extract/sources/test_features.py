@@ -1,0 +1,87 @@
+"""A feature dataset as a source of images: the same keys, labels and pixels, and nothing that is not sound."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.sources import open_source
+from dtpipe.extract.sources.features import FeaturesSource
+from dtpipe.extract.sources.images import decode_image
+from dtpipe.manifests.errors import IncompleteError, InputError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.join import JoinedDataset
+
+
+@pytest.fixture
+def dataset(make_config) -> FeatureDataset:
+    return FeatureDataset.open(run_extraction(make_config(noise={"timesteps": [50]}, shard={"samples": 3})).url)
+
+
+def test_samples_are_those_of_the_dataset(dataset):
+    source = open_source(dataset.url)
+    assert isinstance(source, FeaturesSource)
+    listed = source.list()
+    assert [item.key for item in listed] == sorted(dataset.keys)
+    for item in listed:
+        row = dataset.row_of(item.key)
+        assert item.label == dataset.labels[row]
+        np.testing.assert_array_equal(decode_image(source.read(item.uri), 10**6), dataset.read_image(row))
+
+
+def test_another_timestep_is_extracted_without_the_images_and_joins_the_first(dataset, make_config, tmp_path):
+    """The folder of images may be gone; features equal those that its images give."""
+    new = make_config(images=dataset.url, out=str(tmp_path / "new"), noise={"timesteps": [150]}, shard={"images": "joined", "samples": 3})
+    direct = FeatureDataset.open(
+        run_extraction(make_config(out=str(tmp_path / "direct"), noise={"timesteps": [150]}, shard={"samples": 3})).url
+    )
+    added = FeatureDataset.open(run_extraction(new).url)
+    joined = JoinedDataset([dataset, added])
+    assert [view.timestep for view in joined.views] == [50, 150]
+    for key in dataset.keys:
+        for level in direct.levels:
+            expected = direct.read_level(level.name, direct.row_of(key))
+            np.testing.assert_array_equal(joined.read_level(level.name, joined.row_of(key), 1), expected)
+
+
+def test_bad_samples_are_left_out_and_counted(image_folder, make_config, tmp_path):
+    folder = shutil.copytree(image_folder, tmp_path / "photos")
+    (folder / "broken.png").write_bytes(b"no image")
+    url = run_extraction(make_config(images=str(folder), max_bad=1)).url
+    source = FeaturesSource(url)
+    assert "broken.png" not in [item.key for item in source.list()]
+    assert source.ignored() == {"bad": 1}
+
+
+def test_what_is_no_sound_dataset_with_images_is_refused(dataset, make_config, tmp_path):
+    joined = make_config(out=str(tmp_path / "joined"), noise={"timesteps": [50]}, shard={"images": "joined"})
+    with pytest.raises(InputError, match="stores no images, so it is no source of them"):
+        open_source(run_extraction(joined).url)
+    with pytest.raises(InputError, match="holds no feature dataset"):
+        FeaturesSource(str(tmp_path))
+    unfinished = Path(shutil.copytree(dataset.url, tmp_path / "unfinished"))
+    (unfinished / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"unfinished cannot be a source of images: .* is unfinished") as error:
+        FeaturesSource(str(unfinished))
+    assert isinstance(error.value.__cause__, IncompleteError)
+
+
+def test_a_damaged_image_fails_the_shard_by_name(dataset):
+    source = FeaturesSource(dataset.url)
+    for file in Path(dataset.url).glob("data.zarr/image/c/**/*"):
+        if file.is_file():
+            data = bytearray(file.read_bytes())
+            data[len(data) // 3] ^= 1
+            file.write_bytes(data)
+    failed = 0
+    for item in source.list():
+        try:
+            source.read(item.uri)
+        except InputError as err:
+            failed += 1
+            assert item.key in str(err) and "crc32c differs" in str(err)
+    assert failed

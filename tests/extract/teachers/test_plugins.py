@@ -1,0 +1,189 @@
+"""Teachers of other packages, installed as pip leaves them: a module and a dist-info folder with entry points."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.teachers import base, plugins
+from dtpipe.extract.teachers.base import load_teacher, teacher_kinds
+from dtpipe.manifests.errors import TeacherError
+
+GOOD = '''
+import torch
+from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, register_teacher
+
+
+class Brightness:
+    """Level l2: the mean of each 4x4 px, per channel."""
+
+    def __init__(self):
+        self.spec = TeacherSpec("brightness", "0" * 64, (32, 32), (TapSpec("l2", 4, 3, "mean"),))
+
+    def encode(self, images, noise, views):
+        return {"l2": torch.stack([torch.nn.functional.avg_pool2d(images, 4) for _ in views], 1)}
+
+
+KIND = TeacherKind("brightness", "Any .bright file.", lambda path: path.endswith(".bright"), lambda config, device: Brightness())
+
+
+def give():
+    return KIND
+
+
+def register():
+    register_teacher(KIND)
+
+
+def nothing():
+    pass
+
+
+def number():
+    return 3
+
+
+def fail():
+    register_teacher(KIND)
+    raise RuntimeError("half way")
+
+
+def leave():
+    raise SystemExit("needs a licence")
+
+
+def again():
+    from dtpipe.extract.teachers.plugins import load_plugins
+
+    load_plugins()
+    return KIND
+
+
+def rude():
+    return TeacherKind("rude", "Everything.", lambda path: 1 / 0, lambda config, device: Brightness())
+
+
+def taken():
+    return TeacherKind("ddpm", "Mine.", lambda path: True, lambda config, device: Brightness())
+'''
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to install into; the registry is as before afterwards."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    before = teacher_kinds()
+    seen = set(plugins._seen)
+    yield folder
+    base._KINDS.clear()
+    base._KINDS.update(before)
+    plugins._seen.clear()
+    plugins._seen.update(seen)
+    for name in [name for name in sys.modules if name.startswith("plugin_of_a_test")]:
+        del sys.modules[name]
+
+
+def install(site: Path, source: str, package: str = "plugin-of-a-test", **entry_points: str) -> None:
+    """One distribution; an entry point is written as what follows its module's name."""
+    module = package.replace("-", "_")
+    (site / f"{module}.py").write_text(source)
+    info = site / f"{module}-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
+    lines = "".join(f"{name} = {module}{target}\n" for name, target in entry_points.items())
+    (info / "entry_points.txt").write_text(f"[dtpipe.teachers]\n{lines}")
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(GOOD, ":give"), (GOOD, ":register"), (GOOD, ":again"), (GOOD, ":KIND"), (f"{GOOD}\nregister()\n", "")],
+    ids=["function that returns", "function that registers", "function that asks again", "a kind", "module that registers"],
+)
+def test_each_form_of_entry_point_registers_its_teacher(source: str, target: str, site: Path, caplog: pytest.LogCaptureFixture) -> None:
+    install(site, source, brightness=target)
+    plugins.load_plugins()
+    plugins.load_plugins()
+    assert caplog.text == ""
+    assert teacher_kinds()["brightness"].reads == "Any .bright file."
+    assert load_teacher(TeacherConfig(path="some.bright")).spec.kind == "brightness"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "reason"),
+    [
+        ("import a_package_that_is_not_there", "", "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        ("def x(:", "", "SyntaxError"),
+        (GOOD, ":absent", "AttributeError"),
+        (GOOD, ":fail", "RuntimeError: half way"),
+        (GOOD, ":leave", "SystemExit: needs a licence"),
+        (GOOD, ":nothing", "it registers no teacher"),
+        (GOOD, "", "it registers no teacher"),
+        (GOOD, ":number", "it gives a int, not a TeacherKind"),
+        (GOOD, ":taken", "kind 'ddpm' is registered already"),
+    ],
+)
+def test_a_broken_plugin_is_named_and_harms_no_other(
+    source: str, target: str, reason: str, site: Path, tiny_teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = teacher_kinds()
+    install(site, source, bad=target)
+    install(site, GOOD, "plugin-of-a-test-that-works", brightness=":give")
+    plugins.load_plugins()
+    assert len(caplog.records) == 1
+    assert "plugin-of-a-test 1.2 (bad = plugin_of_a_test" in caplog.text
+    assert reason in caplog.text
+    kinds = teacher_kinds()
+    assert {name: kinds[name] for name in before} == before
+    assert kinds.keys() - before.keys() == {"bad", "brightness"}
+    assert reason in kinds["bad"].reads
+    assert load_teacher(TeacherConfig(path="some.bright")).spec.kind == "brightness"
+    assert load_teacher(TeacherConfig(path=str(tiny_teacher))).spec.kind == "ddpm"
+    with pytest.raises(TeacherError, match=r"plugin-of-a-test 1\.2 .* is broken: .* mend or uninstall the package"):
+        load_teacher(TeacherConfig(path="anything", kind="bad"))
+
+
+def test_a_plugin_that_fails_to_match_does_not_keep_others_from_it(site: Path, caplog: pytest.LogCaptureFixture) -> None:
+    install(site, GOOD, a_rude=":rude", brightness=":give")
+    plugins.load_plugins()
+    assert load_teacher(TeacherConfig(path="some.bright")).spec.kind == "brightness"
+    assert "plugin-of-a-test 1.2: matches('some.bright') of kind rude raised ZeroDivisionError" in caplog.text
+
+
+def test_images_are_extracted_with_an_installed_teacher(site: Path, image_folder: Path, tmp_path: Path) -> None:
+    install(site, GOOD, brightness=":give")
+    install(site, "raise ValueError('worn out')", "plugin-of-a-test-worn", worn="")
+    config = {
+        "images": str(image_folder),
+        "out": str(tmp_path / "features"),
+        "teacher": {"path": "some.bright"},
+        "shard": {"samples": 4, "dtype": "float32"},
+        "inline": True,
+        "device": "cpu",
+    }
+    program = f"""
+import json, sys
+import numpy as np
+sys.path.insert(0, {str(site)!r})
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.run import run_extraction
+from dtpipe.manifests.read.dataset import FeatureDataset
+result = run_extraction(ExtractConfig.model_validate(json.loads({json.dumps(config)!r})))
+dataset = FeatureDataset.open(result.url)
+wanted = [dataset.read_image(row).reshape(8, 4, 8, 4, 3).mean((1, 3)).transpose(2, 0, 1) / 127.5 - 1 for row in range(8)]
+error = max(float(np.abs(dataset.read_level("l2", row) - wanted[row]).max()) for row in range(8))
+print(json.dumps([dataset.recipe.teacher.kind, result.num_ok, error]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kind, num_ok, error = json.loads(done.stdout)
+    assert (kind, num_ok) == ("brightness", 8)
+    assert error < 1e-6
+    assert "plugin-of-a-test-worn 1.2 (worn = plugin_of_a_test_worn) is broken: ValueError: worn out" in done.stderr

@@ -1,0 +1,102 @@
+"""What is wrong with the command is said before a teacher is loaded, and before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.recipe import whole_path
+from dtpipe.extract.run import run_extraction
+from dtpipe.extract.shards.worker import WorkerContext
+from dtpipe.manifests.check.verify import verify
+from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
+from dtpipe.manifests.read.dataset import FeatureDataset
+
+MakeConfig = Callable[..., ExtractConfig]
+
+
+def no_images(tmp_path: Path) -> dict[str, Any]:
+    return {"images": str(tmp_path / "nowhere")}
+
+
+def empty_folder(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "empty").mkdir()
+    return {"images": str(tmp_path / "empty"), "source": {"kind": "folder"}}
+
+
+def unknown_key(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "keys").write_text("cat/999.png\n")
+    return {"keys": str(tmp_path / "keys")}
+
+
+def foreign_output(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("important")
+    return {"out": str(tmp_path / "home")}
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        (no_images, InputError, "nowhere: no such folder"),
+        (empty_folder, InputError, "no image in it"),
+        (unknown_key, InputError, r"cat/999\.png"),
+        (foreign_output, ConfigError, r"thesis\.tex"),
+    ],
+)
+def test_a_wrong_path_costs_no_teacher_no_cluster_and_no_file(
+    wrong: Callable[[Path], dict[str, Any]],
+    error: type[DtpipeError],
+    says: str,
+    inline: bool,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dtpipe.extract.recipe.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr("dtpipe.extract.cluster.ray.connect", lambda *_: pytest.fail("a cluster was joined"))
+    config = make_config(inline=inline, device="auto", **wrong(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(error, match=says):
+        run_extraction(config)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_fresh_is_refused_before_the_teacher_is_loaded(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_extraction(make_config())
+    monkeypatch.setattr("dtpipe.extract.recipe.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    with pytest.raises(ConfigError, match="--fresh"):
+        run_extraction(make_config(), fresh=True)
+
+
+def test_workers_in_other_folders_get_whole_paths(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_config()
+    monkeypatch.chdir(tmp_path)
+    config = make_config(
+        images=os.path.relpath(whole.images), out=os.path.relpath(whole.out), teacher={"path": os.path.relpath(whole.teacher.path)}
+    )
+    seen: list[WorkerContext] = []
+    monkeypatch.setattr("dtpipe.extract.shards.worker.ShardWorker", lambda context, _: seen.append(context) or pytest.exit)
+    with contextlib.suppress(AttributeError):  # what stands in for a worker does no work
+        run_extraction(config)
+    assert (seen[0].images, seen[0].out, seen[0].teacher.path) == (whole.images, whole.out, whole.teacher.path)
+    assert whole_path("s3://bucket/photos") == "s3://bucket/photos"
+    assert whole_path("google/ddpm-celebahq-256") == "google/ddpm-celebahq-256"  # no such folder here: a hub id
+
+
+def test_command_and_settings_stand_in_plan_and_manifest(make_config: MakeConfig) -> None:
+    url = run_extraction(make_config(), command="dtpipe extract --out features").url
+    run_extraction(make_config(), command="dtpipe extract --again")
+    dataset = FeatureDataset.open(url)
+    assert dataset.manifest is not None
+    for provenance in (dataset.plan.provenance, dataset.manifest.provenance):
+        assert provenance["command"] == "dtpipe extract --out features"
+        assert ExtractConfig.model_validate(provenance["config"]) == make_config()
+    assert verify(url).ok

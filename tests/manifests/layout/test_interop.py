@@ -1,0 +1,90 @@
+"""Both stores are read without dtpipe: by plain webdataset, zarr-python and tensorstore, with equal values."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+
+from dtpipe.manifests.read.dataset import FeatureDataset
+
+SETTINGS = {"num_rows": 7, "samples": 3}
+
+
+def true_level(maker: ModuleType, dataset: FeatureDataset, name: str) -> np.ndarray:
+    """All rows of a level from what it was made of; bad rows zero."""
+    spec = next(level for level in dataset.levels if level.name == name)
+    shape = (2, spec.channels, spec.height, spec.width)
+    rows = [maker.sample_values(name, key, shape, spec.dtype) for key in dataset.keys]
+    return np.stack([row * (status == "ok") for row, status in zip(rows, dataset.status, strict=True)]).astype(spec.dtype)
+
+
+@pytest.fixture(scope="module")
+def zarr_dataset(tmp_path_factory: pytest.TempPathFactory, maker: ModuleType) -> FeatureDataset:
+    """A zarr dataset whose last shard is short."""
+    root = tmp_path_factory.mktemp("zarr")
+    maker.write_shards(str(root), maker.Settings(format="zarr", **SETTINGS))
+    return FeatureDataset.open(root)
+
+
+def test_zarr_python_reads_equal_values(zarr_dataset: FeatureDataset, maker: ModuleType) -> None:
+    group = zarr.open_group(f"{zarr_dataset.url}/data.zarr", mode="r")
+    assert sorted(name for name, _ in group.arrays()) == ["image", "l2", "l3", "l4.b"]
+    for level in zarr_dataset.levels:
+        array = group[level.name]
+        assert isinstance(array, zarr.Array)
+        assert array.dtype == level.dtype
+        np.testing.assert_array_equal(array[:], true_level(maker, zarr_dataset, level.name))
+    images = group["image"]
+    assert isinstance(images, zarr.Array)
+    for row in zarr_dataset.ok_rows:
+        np.testing.assert_array_equal(images[int(row)], zarr_dataset.read_image(row))
+
+
+def test_tensorstore_reads_equal_values(zarr_dataset: FeatureDataset, maker: ModuleType) -> None:
+    for level in zarr_dataset.levels:
+        path = f"{zarr_dataset.url}/data.zarr/{level.name}/"
+        array = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}).result()
+        np.testing.assert_array_equal(array.read().result(), true_level(maker, zarr_dataset, level.name))
+
+
+def test_zarr_python_and_tensorstore_raise_on_a_flipped_byte(zarr_dataset: FeatureDataset) -> None:
+    """What makes the format safe for readers other than ours."""
+    path = Path(zarr_dataset.url) / "data.zarr/l2/c/1/0/0/0/0"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:5] + bytes([whole[5] ^ 1]) + whole[6:])
+        with pytest.raises(ValueError, match="checksum"):
+            zarr.open_array(f"{zarr_dataset.url}/data.zarr/l2", mode="r")[3:6]
+        kvstore = {"driver": "file", "path": f"{zarr_dataset.url}/data.zarr/l2/"}
+        with pytest.raises(ValueError, match="l2/c/1/0/0/0/0"):
+            tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result().read().result()
+    finally:
+        path.write_bytes(whole)
+
+
+def test_plain_webdataset_reads_equal_values(maker: ModuleType, tmp_path: Path) -> None:
+    maker.write_shards(str(tmp_path), maker.Settings(format="webdataset", **SETTINGS))
+    dataset = FeatureDataset.open(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # webdataset's own, on import and on few shards
+        import webdataset
+
+        urls = [str(path) for path in sorted((tmp_path / "data").glob("*.tar"))]
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+        bare = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert [sample["__key__"].rpartition("/")[2] for sample in samples] == [f"{row:08d}" for row in range(7)]
+    for row, (sample, without) in enumerate(zip(samples, bare, strict=True)):
+        assert sample["key.json"] == {"row": row, "key": dataset.keys[row], "label": dataset.labels[row], "ok": dataset.status[row] == "ok"}
+        for level in dataset.levels:
+            truth = true_level(maker, dataset, level.name)[row]
+            for view in (0, 1):
+                np.testing.assert_array_equal(sample[f"{level.name}.v{view}.npy"], truth[view])
+                np.testing.assert_array_equal(without[f"{level.name}.v{view}.npy"], truth[view])
+        if dataset.status[row] == "ok":
+            np.testing.assert_array_equal(sample["image.png"], dataset.read_image(row))

@@ -1,0 +1,90 @@
+"""Tar shards: members as a plain tar reader sees them, and bytes that follow from content."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from types import ModuleType
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from dtpipe.manifests.errors import DamagedDataError
+from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, ShardArrays, stored_arrays
+from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_shard
+from dtpipe.manifests.schema import IndexRow, Plan
+
+
+@pytest.fixture(scope="module")
+def plan(maker: ModuleType) -> Plan:
+    """Five rows in shards of two."""
+    recipe = maker.make_recipe(maker.Settings(format="webdataset"))
+    return Plan(recipe=recipe, num_rows=5, num_shards=3, listing_blake3="0" * 64)
+
+
+def encode(plan: Plan, maker: ModuleType, shard_idx: int) -> tuple[ShardArrays, EncodedObject]:
+    """A shard and its tar."""
+    shard = maker.shard_arrays(plan, maker.make_listing(maker.Settings()), shard_idx, maker.Settings())
+    (encoded,) = encode_tar_shard(plan, shard_idx, shard)
+    return shard, encoded
+
+
+def test_members_are_those_of_the_rows_in_order(plan: Plan, maker: ModuleType) -> None:
+    shard, encoded = encode(plan, maker, 1)
+    suffixes = ["key.json", "image.png"] + [f"{name}.v{view}.npy" for name in ("l2", "l3", "l4.b") for view in (0, 1)]
+    with tarfile.open(fileobj=io.BytesIO(encoded.data)) as tar:
+        assert tar.getnames() == [f"{row:08d}.{suffix}" for row in (2, 3) for suffix in suffixes]
+        assert all((member.mtime, member.uid, member.uname) == (0, 0, "") for member in tar)
+        files = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+    for idx, row in enumerate(shard.rows):
+        stem = f"{row.row:08d}"
+        assert json.loads(files[f"{stem}.key.json"]) == {"row": row.row, "key": row.key, "label": row.label, "ok": row.status == "ok"}
+        assert shard.image is not None
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(files[f"{stem}.image.png"]))), shard.image[idx])
+        for name, values in shard.levels.items():
+            for view in (0, 1):
+                np.testing.assert_array_equal(np.load(io.BytesIO(files[f"{stem}.{name}.v{view}.npy"])), values[idx, view])
+
+
+def test_entry_lists_every_member_by_place_and_checksum(plan: Plan, maker: ModuleType) -> None:
+    _, encoded = encode(plan, maker, 0)
+    with tarfile.open(fileobj=io.BytesIO(encoded.data)) as tar:
+        places = {(member.offset_data, member.size) for member in tar}
+    listed = {
+        (offset, size)
+        for members in encoded.arrays.values()
+        for offset, size, checksum in zip(members.offset, members.size, members.crc32c, strict=True)
+        if google_crc32c.value(encoded.data[offset : offset + size]) == checksum
+    }
+    assert listed == places
+
+
+@settings(max_examples=30)
+@given(image=arrays(np.uint8, (1, 4, 6, 3)), l2=arrays(np.float16, (1, 2, 3, 2, 2)), l4=arrays(np.float32, (1, 2, 5, 1, 2)))
+def test_round_trip(plan: Plan, image: np.ndarray, l2: np.ndarray, l4: np.ndarray) -> None:
+    shard = ShardArrays(image, {"l2": l2, "l3": l2[::-1], "l4.b": l4}, [IndexRow(row=4, key="k", shard=2)])
+    (encoded,) = encode_tar_shard(plan, 2, shard)
+    assert [encoded] == list(encode_tar_shard(plan, 2, shard))
+    for name, spec in stored_arrays(plan.recipe).items():
+        members = encoded.arrays[name]
+        for truth, offset, size in zip(shard.named()[name].reshape(-1, *spec.chunk_shape), members.offset, members.size, strict=True):
+            out = np.empty(spec.chunk_shape, spec.dtype)
+            decode_tar_chunk(spec, encoded.data[offset : offset + size], b"", out)
+            np.testing.assert_array_equal(out.view(np.uint8), np.ascontiguousarray(truth).view(np.uint8))
+
+
+def test_members_of_wrong_content_are_refused() -> None:
+    level, image = ArraySpec("l2", np.dtype("<f2"), 1, (1, 2, 2)), ArraySpec("image", np.dtype("u1"), None, (2, 2, 3))
+    sink = io.BytesIO()
+    np.save(sink, np.zeros((1, 2, 2), np.float32))
+    with pytest.raises(DamagedDataError, match="float32"):
+        decode_tar_chunk(level, sink.getvalue(), b"", np.empty((1, 2, 2), np.float16))
+    with pytest.raises(DamagedDataError, match="no npy"):
+        decode_tar_chunk(level, b"x", b"", np.empty((1, 2, 2), np.float16))
+    with pytest.raises(DamagedDataError, match="no PNG"):
+        decode_tar_chunk(image, b"x", b"", np.empty((2, 2, 3), np.uint8))

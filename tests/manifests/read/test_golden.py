@@ -1,0 +1,82 @@
+"""Datasets of every released format version are read in every build; they are never made again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from dtpipe.manifests.canonical import unseal
+from dtpipe.manifests.check.verify import verify
+from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from parts.paths import GOLDEN
+
+DIGESTS = {
+    "v1_zarr": "292f7548e5e1e5adc6a02071373e9c55dc1931a1c56b0c69288b0485c126be87",
+    "v1_webdataset": "33748e6e8fb71eaa610de0fb20e9de2e2b868f19b96e83b9fb09da91177c5393",
+}
+
+
+@pytest.mark.parametrize("name", sorted(DIGESTS))
+def test_golden_dataset_reads_with_the_values_it_was_made_of(name: str, maker: ModuleType) -> None:
+    dataset = FeatureDataset.open(GOLDEN / name)
+    assert dataset.manifest is not None
+    assert dataset.manifest.digest == DIGESTS[name]
+    assert dict(zip(dataset.keys, dataset.status, strict=True)) == {
+        "cat/0.png": "ok",
+        "cat/2.png": "ok",
+        "dog/1.png": "bad: truncated file",
+    }
+    for row in dataset.ok_rows:
+        key = dataset.keys[row]
+        np.testing.assert_array_equal(dataset.read_image(row), maker.sample_values("image", key, (4, 6, 3), "uint8"))
+        for level in dataset.levels:
+            truth = maker.sample_values(level.name, key, (2, level.channels, level.height, level.width), level.dtype)
+            for view in range(2):
+                stored = dataset.read_level(level.name, row, view)
+                assert stored.dtype == level.dtype
+                np.testing.assert_array_equal(stored, truth[view])
+    with pytest.raises(InputError, match=r"dog/1\.png.*truncated file"):
+        dataset.read_image(dataset.row_of("dog/1.png"))
+
+
+@pytest.mark.parametrize("name", sorted(DIGESTS))
+def test_golden_dataset_verifies(name: str) -> None:
+    report = verify(GOLDEN / name, "decode")
+    assert report.problems == ()
+    assert report.complete
+    assert report.strays == ()
+    assert report.num_chunks == 3 * (1 + 3 * 2)
+
+
+@pytest.mark.parametrize("shard_format", ["zarr", "webdataset"])
+def test_maker_still_gives_the_golden_content(shard_format: str, maker: ModuleType, tmp_path: Path) -> None:
+    """Not the bytes: those of PNG and zstd may change with their libraries."""
+    maker.write_shards(str(tmp_path / "again"), maker.golden_settings(shard_format))
+    again, golden = FeatureDataset.open(tmp_path / "again"), FeatureDataset.open(GOLDEN / f"v1_{shard_format}")
+    assert again.recipe == golden.recipe
+    assert (again.keys, again.labels, again.status) == (golden.keys, golden.labels, golden.status)
+    names, rows = [level.name for level in golden.levels], golden.ok_rows
+    for one, other in zip(again.read_batch(rows, names, [1, 0]), golden.read_batch(rows, names, [1, 0]), strict=True):
+        if isinstance(one, dict):
+            assert all(np.array_equal(one[name], other[name]) for name in names)
+        else:
+            np.testing.assert_array_equal(one, other)
+
+
+def test_specification_shows_the_golden_files() -> None:
+    """The README's example is the real one."""
+    readme = (GOLDEN.parent.parent / "manifests" / "README.md").read_text()
+    for name in ("v1_zarr/plan.json", "v1_zarr/commits/00001.json", "v1_zarr/manifest.json", "v1_zarr/data.zarr/l2/zarr.json"):
+        assert (GOLDEN / name).read_text() in readme, name
+    assert unseal((GOLDEN / "v1_zarr" / "plan.json").read_bytes(), "plan")["num_rows"] == 3
+
+
+def test_a_copy_of_a_dataset_reads_like_the_dataset(tmp_path: Path) -> None:
+    copy = shutil.copytree(GOLDEN / "v1_zarr", tmp_path / "copy")
+    assert verify(copy, "decode").problems == ()
+    np.testing.assert_array_equal(FeatureDataset.open(copy).read_image(1), FeatureDataset.open(GOLDEN / "v1_zarr").read_image(1))

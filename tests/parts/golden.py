@@ -1,0 +1,152 @@
+"""Make small feature datasets from arithmetic alone: the golden ones of a format version, and those of tests.
+
+    python tests/parts/golden.py OUT_FOLDER      writes OUT_FOLDER/v1_zarr and OUT_FOLDER/v1_webdataset
+
+The golden datasets in tests/golden were made so, once, and are never made again: readers must read them for ever.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dtpipe.manifests.layout.zarr import write_zarr_metadata
+from dtpipe.manifests.schema import (
+    CodecRecipe,
+    ComputeRecipe,
+    IndexRow,
+    LevelSpec,
+    Manifest,
+    Plan,
+    Recipe,
+    ShardRecipe,
+    SourceRecipe,
+    TeacherRecipe,
+    TransformRecipe,
+    ViewSpec,
+)
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.commit import commit_entry, merge, pending_shards
+from dtpipe.manifests.write.listing import Listing, build_listing
+from dtpipe.manifests.write.lock import Lock
+from dtpipe.manifests.write.plan import plan_digest, start_plan
+from dtpipe.manifests.write.shard import ShardArrays, write_shard
+
+LEVELS = (
+    LevelSpec(name="l2", stride=4, channels=3, height=2, width=2, dtype="float16", tap="up.3"),
+    LevelSpec(name="l3", stride=8, channels=3, height=2, width=2, dtype="float16", tap="up.2"),
+    LevelSpec(name="l4.b", stride=16, channels=5, height=1, width=2, dtype="float32", tap="up.1"),
+)
+VIEWS = (ViewSpec(draw=0, timestep=50), ViewSpec(draw=0, timestep=50, flip=True))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A listed sample."""
+
+    key: str
+    uri: str
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a small dataset is made of. Row `bad` of the listing is a bad sample."""
+
+    format: str = "zarr"
+    num_rows: int = 5
+    samples: int = 2
+    levels: tuple[LevelSpec, ...] = LEVELS
+    views: tuple[ViewSpec, ...] = VIEWS
+    images: str = "stored"
+    bad: tuple[str, ...] = ("dog/3.png",)
+    prefix: str = ""
+    salt: int = 0
+    weights: str = "ab" * 32
+    provenance: dict[str, str] = field(default_factory=lambda: {"made": "by tests/golden/make.py"})
+
+
+def golden_settings(shard_format: str) -> Settings:
+    """What the golden datasets of format v1 were made of: two shards, the second one short; one bad sample."""
+    return Settings(format=shard_format, num_rows=3, bad=("dog/1.png",))
+
+
+def make_recipe(settings: Settings) -> Recipe:
+    """The recipe of a small dataset: 4 by 6 px images of student size 8 by 8."""
+    return Recipe(
+        source=SourceRecipe(kind="class_folder", seed=1),
+        transform=TransformRecipe(height=4, width=6, resize="stretch"),
+        student_px=(8, 8),
+        teacher=TeacherRecipe(kind="ddpm", weights_blake3=settings.weights),
+        views=settings.views,
+        levels=settings.levels,
+        images=settings.images,  # type: ignore[arg-type]
+        codec=CodecRecipe(),
+        shard=ShardRecipe(format=settings.format, samples=settings.samples),  # type: ignore[arg-type]
+        compute=ComputeRecipe(device="cpu", batch_size=2, threads=1),
+    )
+
+
+def make_listing(settings: Settings) -> Listing:
+    """Rows in two classes, permuted."""
+    names = [f"{settings.prefix}{'dog' if idx % 2 else 'cat'}/{idx}.png" for idx in range(settings.num_rows)]
+    return build_listing([Item(name, f"images/{name}", name.split("/")[-2]) for name in names], seed=1)
+
+
+def sample_values(name: str, key: str, shape: tuple[int, ...], dtype: str, salt: int = 0) -> np.ndarray:
+    """The true content of one array of one sample: a function of names alone. Any shape."""
+    start = sum((idx + 1) * ord(letter) for idx, letter in enumerate(f"{name}/{key}")) + 17 * salt
+    steps = (start + 37 * np.arange(int(np.prod(shape)))) % 251
+    if dtype == "uint8":
+        return steps.astype(np.uint8).reshape(shape)
+    return ((steps - 125) / 32).astype(dtype).reshape(shape)
+
+
+def shard_arrays(plan: Plan, listing: Listing, shard_idx: int, settings: Settings) -> ShardArrays:
+    """All arrays of one shard, bad rows zero."""
+    rows, recipe, num_views = [], plan.recipe, len(plan.recipe.views)
+    images, levels = [], {level.name: [] for level in recipe.levels}
+    for listed in listing.rows(plan.shard_rows(shard_idx)):
+        bad = listed.key in settings.bad
+        size = {} if bad else {"original_height": 40, "original_width": 60}
+        status = "bad: truncated file" if bad else "ok"
+        rows.append(IndexRow(row=listed.row, key=listed.key, shard=shard_idx, status=status, label=listed.label, **size))
+        scale = np.uint8(not bad)
+        images.append(sample_values("image", listed.key, (recipe.transform.height, recipe.transform.width, 3), "uint8") * scale)
+        for level in recipe.levels:
+            shape = (num_views, level.channels, level.height, level.width)
+            levels[level.name].append(sample_values(level.name, listed.key, shape, level.dtype, settings.salt) * scale)
+    stored = {name: np.stack(values) for name, values in levels.items()}
+    return ShardArrays(image=np.stack(images) if recipe.images == "stored" else None, levels=stored, rows=rows)
+
+
+def write_shards(url: str, settings: Settings, limit: int | None = None, do_merge: bool = True) -> Manifest | None:
+    """Write what is pending, at most `limit` shards, and merge: what extraction does, without a teacher."""
+    store, listing = Store(url), make_listing(settings)
+    with Lock.acquire(store, stale_s=1) as lock:
+        plan, _ = start_plan(store, make_recipe(settings), listing, settings.provenance)
+        if settings.format == "zarr":
+            write_zarr_metadata(store, plan)
+        for shard_idx in pending_shards(store, plan)[:limit]:
+            arrays = shard_arrays(plan, listing, shard_idx, settings)
+            entry = write_shard(store, plan, plan_digest(store), shard_idx, arrays, lock.epoch, settings.provenance)
+            commit_entry(store, entry, lock.epoch)
+        return merge(store, plan, lock, settings.provenance) if do_merge else None
+
+
+def main(out: str) -> None:
+    """Write both golden datasets."""
+    for shard_format in ("zarr", "webdataset"):
+        folder = Path(out) / f"v1_{shard_format}"
+        manifest = write_shards(str(folder), golden_settings(shard_format))
+        assert manifest is not None
+        shutil.rmtree(folder / "lock")  # names the machine, and is no part of what readers read
+        sys.stdout.write(f"v1_{shard_format} {manifest.digest}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

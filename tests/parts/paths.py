@@ -1,0 +1,13 @@
+"""Where things lie that tests read. What is shared between projects is used where it is there, and its tests skip elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+SHARED = REPO.parent / "shared"
+PARITY = SHARED / "parity"
+FIXTURES = REPO / "tests" / "extract" / "fixtures"
+GOLDEN = REPO / "tests" / "golden"
+PRESETS = REPO / "pipeline" / "presets"
+PARTS = REPO / "tests" / "parts"

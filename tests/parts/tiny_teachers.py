@@ -1,0 +1,76 @@
+"""Tiny random checkpoints of the families that presets name, and the settings under which a preset runs with one in a second."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from parts import biggan_cases, sd_pipelines, stylegan2_snapshots
+from parts.paths import FIXTURES
+
+SMALL = {"student": {"name": "resnet10t"}, "regressor": {"width": 8}, "micro_batch": 2, "device": "cpu"}
+
+
+@dataclass(frozen=True)
+class TinyTeacher:
+    """A checkpoint, and what a preset must be told to run with it."""
+
+    path: Path
+    px: int | tuple[int, int]
+    synthesizes: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, dtype: str = "float32") -> dict[str, Any]:
+        """Laid over a preset, last: size, student, place of work, and arithmetic, since CPUs are slow in half precision."""
+        px = list(self.px) if isinstance(self.px, tuple) else self.px
+        teacher = {"options": self.options, "dtype": dtype}
+        place = {"batch_size": 2, "inline": True, "device": "cpu", "max_bad": 0, "shard": {"samples": 2}}
+        return {"extract": {"transform": {"px": px}, "teacher": teacher, **place}, "distill": SMALL}
+
+
+def adm(folder: Path) -> TinyTeacher:
+    """guided-diffusion's 256 px layout at an eighth of the width."""
+    shapes = json.loads(str(np.load(FIXTURES / "adm" / "adm256_layout.npz")["about"]))["shapes"]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5 for name, shape in shapes.items()}
+    torch.save(tensors, folder / "256x256_diffusion_uncond.pt")
+    options = {"num_head_channels": 32, "use_new_attention_order": False, "noise_schedule": "linear", "image_px": 64}
+    return TinyTeacher(folder / "256x256_diffusion_uncond.pt", 32, options=options)
+
+
+def stable_diffusion(folder: Path) -> TinyTeacher:
+    """A whole pipeline folder, tokenizer included."""
+    return TinyTeacher(sd_pipelines.save_pipeline(folder / "sd"), 64)
+
+
+def biggan(folder: Path) -> TinyTeacher:
+    """A class-conditional generator of 128 px, as the published ones are."""
+    cases = biggan_cases
+    return TinyTeacher(cases.save(cases.weights("class_cond"), folder, "biggan.pth"), 128, True)
+
+
+def icgan(folder: Path) -> TinyTeacher:
+    """A generator of 256 px and two instances."""
+    cases = biggan_cases
+    np.save(folder / "instances.npy", cases.features())
+    path = cases.save(cases.weights("icgan256"), folder, "icgan.pth")
+    return TinyTeacher(path, 256, True, {"instances": str(folder / "instances.npy")})
+
+
+def stylegan2(folder: Path) -> TinyTeacher:
+    """A snapshot whose images are twice as wide as high, since the learned constant is."""
+    from dtpipe.extract.teachers.stylegan2.network import Layout
+
+    files = stylegan2_snapshots
+    layout = Layout(6, 5, 0, 0, (7, 5), (4, 8), (6, 5, 4, 3, 3), conv_clamp=256.0)
+    path = folder / "network-snapshot.pkl"
+    path.write_bytes(files.dumps(files.snapshot(files.random_weights(layout), layout)))
+    return TinyTeacher(path, (64, 128), True)
+
+
+MAKERS = {"adm": adm, "stable_diffusion": stable_diffusion, "biggan": biggan, "icgan": icgan, "stylegan2": stylegan2}

@@ -1,0 +1,250 @@
+"""The command line as a user meets it: exit codes, one-line errors, and the whole path on a few tiny images."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dtpipe.manifests import errors
+from dtpipe.pipeline.cli.main import COMMANDS, main
+
+SMALL = ["-s", "extract.noise.timesteps=50", "-s", "extract.shard.samples=4", "-s", "extract.batch_size=4"]
+
+
+def run(*args: object) -> Result:
+    """Run a command line in this process; its exit code is the one a shell would see."""
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def document(*args: object) -> dict[str, object]:
+    """The JSON that a command prints on stdout; it must be the only thing there."""
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny diffusers folder with random weights, 32 px."""
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    shape = {"sample_size": 32, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": (8, 8, 8, 8, 16, 16)}
+    kinds = {"down_block_types": ("DownBlock2D",) * 6, "up_block_types": ("UpBlock2D",) * 6}
+    folder = tmp_path_factory.mktemp("teacher")
+    DDPMPipeline(UNet2DModel(**shape, **kinds), DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def features(image_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A feature dataset of eight images, written by the command."""
+    out = tmp_path / "features"
+    words = ["extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL]
+    monkeypatch.setattr(sys, "argv", ["dtpipe", *map(str, words)])  # what records of commands go by
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_unknown_command_is_one_line_with_a_near_match() -> None:
+    result = run("extrakt")
+    assert result.exit_code == 2
+    assert result.stderr == "error: no command 'extrakt', did you mean 'extract'?; `dtpipe --help` lists what there is\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["extract"], 2, ["--out (extract.out), --teacher (extract.teacher.path) must be given"]),
+        (["extract", "--imagess", "a"], 2, ["--imagess"]),
+        (["extract", "-s", "extract.noise.step=3"], 2, ["unknown key", "extract.noise.timesteps"]),
+        (["extract", "-c", "imagenett"], 2, ["no such preset", "imagenet_r50"]),
+        (["extract", "--images", "nowhere", "--teacher", "TEACHER", "--out", "OUT", "--inline"], 3, ["nowhere"]),
+        (["extract", "--images", "EMPTY", "--teacher", "TEACHER", "--out", "OUT", "--inline"], 3, ["EMPTY"]),
+        (["extract", "--images", "IMAGES", "--teacher", "IMAGES", "--out", "OUT", "--inline"], 3, ["IMAGES"]),
+        (["extract", "--images", "IMAGES", "--teacher", "TEACHER", "--out", "OUT", "--px", "33", "--inline"], 2, ["33"]),
+        (["distill", "nowhere", "--out", "OUT"], 3, ["nowhere"]),
+        (["distill", "--out", "OUT"], 2, ["URL... (distill.datasets)"]),
+        (["verify", "nowhere"], 3, ["nowhere"]),
+        (["inspect", "nowhere"], 3, ["nowhere"]),
+        (["inspect", "nowhere", "--sample", "a"], 2, ["--sample and --png go together"]),
+        (["eval", "nowhere", "probe", "--images", "IMAGES"], 3, ["nowhere"]),
+        (["eval", "nowhere", "guess", "--images", "IMAGES"], 2, ["'guess'", "'probe' or 'knn'"]),
+        (["export", "nowhere", "--out", "OUT"], 3, ["nowhere"]),
+        (["report", "nowhere"], 3, ["nowhere", "no run"]),
+        (["train-teacher", "--images", "nowhere", "--out", "OUT"], 3, ["nowhere"]),
+        (["demo", "--out", "IMAGES"], 2, ["no demo wrote"]),
+        (["demo", "--images", "EMPTY", "--out", "OUT"], 3, ["EMPTY"]),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) and value and isinstance(value[0], str) else None,
+)
+def test_bad_input_is_one_sentence_and_the_right_code(
+    args: list[str], code: int, words: list[str], image_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    places = {"IMAGES": str(image_folder), "TEACHER": str(teacher), "EMPTY": "EMPTY", "OUT": "OUT"}
+    result = run(*(places.get(arg, arg) for arg in args))
+    errors_shown = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.exit_code == code, result.output
+    assert len(errors_shown) == 1
+    assert "Traceback" not in result.output
+    for word in words:
+        assert places.get(word, word) in errors_shown[0]
+
+
+def test_every_error_of_ours_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.DtpipeError)]
+    assert len(kinds) > 10
+    for kind in kinds:
+
+        def fail(_self: object, _ctx: object, kind: type[errors.DtpipeError] = kind) -> None:
+            raise kind("what\nwhere; next")
+
+        monkeypatch.setattr(type(main), "invoke", fail)
+        result = run("list")
+        assert (result.exit_code, result.stderr) == (kind.exit_code, "error: what where; next\n")
+
+
+def test_an_unexpected_error_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_self: object, _ctx: object) -> None:
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(type(main), "invoke", fail)
+    result = run("list")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "ZeroDivisionError: surprise" in result.stderr
+
+
+def test_list_names_what_the_registries_hold() -> None:
+    found = document("list")
+    assert "ddpm" in found["teachers"]
+    assert {"folder", "class_folder"} <= set(found["sources"])
+    assert all(text for rows in found.values() for text in rows.values())
+    assert set(document("list", "students", "--match", "resnet10[a-z]")["students"]) == {"resnet10t"}
+
+
+def test_dry_run_writes_nothing_and_counts_bytes_right(image_folder: Path, teacher: Path, tmp_path: Path) -> None:
+    args = ["--images", image_folder, "--teacher", teacher, "--out", tmp_path / "features", "--inline", *SMALL]
+    planned = document("extract", "--dry-run", *args)
+    assert not (tmp_path / "features").exists()
+    levels = {"l2": 8 * 8 * 8, "l3": 8 * 4 * 4, "l4": 16 * 2 * 2, "l5": 16}
+    image = 3 * 32 * 32
+    assert planned["num_samples"] == 8
+    assert planned["num_shards"] == 2
+    assert planned["levels"]["image"] == image
+    per_sample = image + sum(planned["levels"][name] for name in levels)
+    assert planned["raw_bytes"] == 8 * per_sample
+    result = run("extract", *args)
+    assert result.exit_code == 0, result.output
+    written = document("inspect", tmp_path / "features")["totals"]["size_bytes"]
+    assert planned["stored_bytes"] == pytest.approx(written, rel=0.25)  # half the images; no index tables
+
+
+def test_extract_says_what_where_and_what_next(image_folder: Path, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    result = run("extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL)
+    assert f"wrote    {out}" in result.stdout
+    assert "8 ok, 0 bad, of 8" in result.stdout
+    assert f"next: dtpipe distill {out}" in result.stdout
+    assert "8/8" in result.stderr
+    again = run("extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL)
+    assert again.exit_code == 0
+    changed = run("extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL[:-1], "extract.batch_size=2")
+    assert changed.exit_code == 2
+    assert "batch_size" in changed.stderr
+
+
+def test_verify_finds_a_flipped_byte_and_repair_mends_it(features: Path, image_folder: Path, teacher: Path) -> None:
+    clean = document("verify", features, "--level", "decode")
+    assert clean["ok"] is True
+    recomputed = document("verify", features, "--level", "recompute", "--rows", "4")
+    assert set(recomputed["max_relative_error"].values()) == {0.0}
+    damaged = next(path for path in sorted((features / "data.zarr" / "l2" / "c").rglob("*")) if path.is_file())
+    data = bytearray(damaged.read_bytes())
+    data[10] ^= 1
+    damaged.write_bytes(bytes(data))
+    found = run("verify", features)
+    assert found.exit_code == 4
+    assert re.search(r"problem: .*l2", found.stdout)
+    assert run("verify", features, "--repair").exit_code == 0
+    assert run("verify", features).exit_code == 5
+    assert run("extract", "--images", image_folder, "--teacher", teacher, "--out", features, "--inline", *SMALL).exit_code == 0
+    assert document("verify", features)["ok"] is True
+
+
+def test_another_teacher_is_refused_for_recompute(features: Path, tmp_path: Path, teacher: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    path = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value + torch.ones(()) for key, value in load_file(path).items()}, path)
+    result = run("verify", features, "--level", "recompute", "--teacher", other)
+    assert result.exit_code == 3
+    assert "digest" in result.stderr
+
+
+def test_distill_eval_export_report_follow_each_other(features: Path, image_folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    small = ["--student", "resnet10t", "-s", "distill.regressor.width=8", "--batch-size", 4, "--epochs", 1, "-s", "distill.log_every=1"]
+    trained = document("distill", features, "--out", run_dir, *small, "--reencode", 0.5)
+    assert trained["num_steps"] == 2
+    probe = ["-s", "eval.probe.max_iter=5", "--seeds", 1, "--labelled", "2,all"]
+    scored = document("eval", run_dir, "probe", "--images", image_folder, *probe)
+    names = {summary["extractor"] for summary in scored["summaries"]}
+    assert names == {"raw pixels", "random initialisation", "teacher", "distilled"}
+    assert json.loads((run_dir / "eval" / "probe.json").read_text())["config"]["images"] == str(image_folder)
+    assert document("export", run_dir, "--out", tmp_path / "export")["layout"] == "timm"
+    assert "layout: timm" in (tmp_path / "export" / "export.yaml").read_text()
+    assert run("export", run_dir, "--out", image_folder / "cat" / "001.png").exit_code == 8
+    assert run("report", run_dir, "--num-images", 2).exit_code == 0
+    page = (run_dir / "report.html").read_text()
+    assert "random initialisation" in page
+    assert f"dtpipe extract --images {image_folder}" in page
+    assert page.count("data:image/png;base64,") == 2 * (1 + 2 * 4)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+
+
+def test_faults_are_armed_by_the_command_line_only(image_folder: Path, teacher: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dtpipe.pipeline.cli.main", "extract", "--images", str(image_folder), "--teacher", str(teacher)]
+    command += ["--out", str(tmp_path / "out"), "--inline", *SMALL]
+    killed = subprocess.run(command, env={**os.environ, "DTPIPE_FAULT": "commit.before"}, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    wrong = subprocess.run(command, env={**os.environ, "DTPIPE_FAULT": "commit.maybe"}, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: fault point 'commit.maybe' does not exist")
+
+
+def test_ctrl_c_stops_with_130_and_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom dtpipe.pipeline import cli\n"
+        "def wait(self, ctx):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "cli.DtpipeGroup.invoke = wait\ncli.main(['list'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr.strip() == "stopped"
+
+
+def test_every_command_is_listed_once_with_a_module() -> None:
+    assert len({module for module, _ in COMMANDS.values()}) == len(COMMANDS)

@@ -1,0 +1,52 @@
+"""`dtpipe list`: every registry shows, and published teachers say size, place and licence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dtpipe.pipeline.cli.main import main
+from dtpipe.pipeline.cli.names import KINDS, catalogue, published_teachers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_name_has_a_sentence(kind: str) -> None:
+    names = catalogue(kind)[kind]
+    assert names
+    assert all(text for text in names.values())
+
+
+def test_published_teachers_say_what_one_image_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTPIPE_CACHE", str(tmp_path))
+    [found] = published_teachers("adm-imagenet")
+    image, cells = 3 * 256 * 256, {4: 512, 8: 512, 16: 1024, 32: 1024}
+    assert found.size_bytes == image + sum(2 * channels * (256 // stride) ** 2 for stride, channels in cells.items())
+    assert found.url.startswith("https://") and found.licence == "MIT" and not found.cached
+    path = tmp_path / "teachers" / "adm-imagenet" / found.url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert published_teachers("adm-imagenet")[0].cached
+
+
+def test_list_students_says_which_levels_each_can_serve() -> None:
+    text = CliRunner().invoke(main, ["list", "students", "--match", "*vit_*m0*"]).stdout
+    assert "efficientvit_m0 strides 16, 32, 64; not for levels of stride 4, 8" in text
+    text = CliRunner().invoke(main, ["list", "students", "--match", "vit_tiny_patch16_224"]).stdout
+    assert "stride 16; a simple pyramid makes 4, 8, 16, 32" in text
+
+
+def test_every_published_teacher_is_complete() -> None:
+    found = published_teachers()
+    assert len({each.name for each in found}) == len(found)
+    for each in found:
+        assert each.url.startswith(("https://", "hf://")) and each.licence and min(each.px) >= 32, each.name
+
+
+def test_list_teachers_prints_families_options_and_published_files() -> None:
+    text = CliRunner().invoke(main, ["list", "teachers"]).stdout
+    assert "guided-diffusion" in text and "inversion_stride=10" in text and "adm-imagenet " in text
+    document = json.loads(CliRunner().invoke(main, ["list", "teachers", "--json", "--match", "adm*"]).stdout)
+    assert {each["kind"] for each in document["published"]} == {"adm"} == set(document["teachers"])

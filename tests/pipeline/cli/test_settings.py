@@ -1,0 +1,165 @@
+"""Settings: later files win, wrong keys are refused with near matches, errors are one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.run_folder import RunFolder
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.pipeline.cli.settings import (
+    SECTIONS,
+    check_key,
+    dump,
+    gather,
+    load_document,
+    model_keys,
+    parse_sets,
+    section_model,
+    validate,
+)
+
+NEEDED = {"extract.images": "photos", "extract.teacher.path": "teacher", "extract.out": "out"}
+
+
+def write(path: Path, value: object) -> str:
+    path.write_text(yaml.safe_dump(value))
+    return str(path)
+
+
+def test_later_files_win_and_siblings_stay(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.yaml", {"extract": {"noise": {"timesteps": [50], "draws": 2}, "limit": 5}})
+    second = write(tmp_path / "b.yaml", {"extract": {"noise": {"draws": 3}}})
+    config = validate(gather([first, second], {}, NEEDED), "extract")
+    assert (config.noise.timesteps, config.noise.draws, config.limit) == ((50,), 3, 5)
+
+
+def test_set_and_flags_win_over_files(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.yaml", {"extract": {"limit": 5, "batch_size": 4}})
+    config = validate(gather([first], {"extract.limit": 6}, {**NEEDED, "extract.batch_size": 8}), "extract")
+    assert (config.limit, config.batch_size) == (6, 8)
+
+
+def test_one_key_from_set_and_flag_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"extract\.limit is given both with -s and as a flag"):
+        gather([], {"extract.limit": 5}, {"extract.limit": 6})
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("extract.noise.timesteps=[50, 150]", "extract.noise.timesteps", [50, 150]),
+        ("extract.noise.timesteps=50,150", "extract.noise.timesteps", [50, 150]),
+        ("extract.noise.timesteps=50", "extract.noise.timesteps", [50]),
+        ("extract.transform.px=64", "extract.transform.px", 64),
+        ("extract.transform.px=64,128", "extract.transform.px", [64, 128]),
+        ("extract.images=123", "extract.images", "123"),
+        ("extract.images=a=b", "extract.images", "a=b"),
+        ("extract.keys=null", "extract.keys", None),
+        ("extract.inline=true", "extract.inline", True),
+        ("distill.lr=4e-3", "distill.lr", 0.004),
+        ("distill.levels=l2,l3", "distill.levels", ["l2", "l3"]),
+        ("extract.max_bad=5", "extract.max_bad", 5),
+        ("extract.max_bad=0.5", "extract.max_bad", 0.5),
+        ("extract.teacher.taps={l2: up.0}", "extract.teacher.taps", {"l2": "up.0"}),
+        ("extract.teacher.taps.l2=up.0", "extract.teacher.taps.l2", "up.0"),
+    ],
+)
+def test_set_values_are_yaml_of_the_fields_type(text: str, key: str, value: object) -> None:
+    assert parse_sets([text]) == {key: value}
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("extract.shard.fromat", "extract.shard.format"),
+        ("extract.noise.timestep", "extract.noise.timesteps"),
+        ("shard.format", "extract.shard.format"),
+        ("distil.lr", "distill.lr"),
+        ("extract.timesteps", "extract.noise.timesteps"),
+    ],
+)
+def test_unknown_key_names_near_matches(key: str, near: str) -> None:
+    with pytest.raises(ConfigError, match="did you mean") as caught:
+        parse_sets([f"{key}=1"])
+    assert near in str(caught.value)
+
+
+def test_unknown_key_in_a_file_names_file_and_near_match(tmp_path: Path) -> None:
+    name = write(tmp_path / "a.yaml", {"distill": {"optimizer": "lamb", "loss": {"at_wieght": 1}}})
+    with pytest.raises(ConfigError, match=r"a\.yaml: unknown key 'distill\.\w"):
+        load_document(name)
+
+
+def test_missing_values_name_their_flags() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate({}, "extract", {"extract.out": "--out"})
+    assert str(caught.value) == "--out (extract.out), extract.teacher must be given"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("extract.batch_size", "many", ["extract.batch_size is 'many'", "integer"]),
+        ("extract.noise.timesteps", [-1.5], ["extract.noise.timesteps", "integer"]),
+        ("extract.transform.px", "wide", ["extract.transform.px is 'wide'", " or "]),
+        ("extract.shard.format", "lmdb", ["extract.shard.format is 'lmdb'", "'zarr' or 'webdataset'"]),
+        ("extract.max_bad", 1.5, ["extract.max_bad is 1.5", "share"]),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(key: str, value: object, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(gather([], {key: value}, NEEDED), "extract")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.count(key) == 1
+    assert all(word in message for word in words), message
+
+
+def test_a_check_of_several_fields_names_each_once() -> None:
+    values = {"distill.datasets": ["a"], "distill.out": "r", "distill.loss.mse_weight": 0, "distill.loss.at_weight": 0}
+    with pytest.raises(ConfigError, match=r"^distill.loss.mse_weight, distill.loss.at_weight, .* are all 0;"):
+        validate(gather([], {}, values), "distill")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [", "not valid YAML"), ("- 1\n- 2", "not a mapping"), ("extract: 5", "not a mapping"), ("extrakt:\n  out: a", "unknown key")],
+)
+def test_a_file_that_is_no_settings_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_document(str(path))
+
+
+def test_a_missing_file_lists_presets() -> None:
+    with pytest.raises(ConfigError, match="no such file, and no such preset") as caught:
+        load_document("imagenett")
+    assert "imagenet" in str(caught.value)
+
+
+def test_dumped_settings_read_back_equal(tmp_path: Path) -> None:
+    config = validate(gather([], {"extract.noise.timesteps": [1, 2]}, NEEDED), "extract")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config, "extract"))
+    assert validate(gather([str(path)], {}, {}), "extract") == config
+
+
+def test_the_config_of_a_run_reads_back_equal(tmp_path: Path) -> None:
+    config = DistillConfig(datasets=("blüten",), out=str(tmp_path), epochs=3, warmup_epochs=1, loss={"at_weight": 5})
+    RunFolder.open(config).__exit__(None, None, None)
+    assert validate(gather([str(tmp_path / "config.yaml")], {}, {}), "distill") == config
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_has_a_description(section: str) -> None:
+    missing = [
+        key
+        for key in model_keys(section_model(section), section)
+        if not (field := check_key(key, "")).description and not hasattr(field.annotation, "model_fields")
+    ]
+    assert missing == []
