@@ -37,7 +37,9 @@ Features = Mapping[str, NDArray[np.float32]]
 
 def load_images(resolved: Resolved) -> tuple[NDArray[np.uint8], list[str]]:
     """The source's good images at the recipe's size, and their keys."""
-    reader = RowReader(resolved.source, resolved.listing, resolved.recipe, resolved.teacher.spec, resolved.config.source.max_pixels)
+    reader = RowReader(
+        resolved.source, resolved.listing, resolved.recipe, resolved.teacher.spec, resolved.config.source.max_pixels
+    )
     rows = [reader.prepare(row, StageSeconds()) for row in range(len(resolved.listing))]
     good = [row for row in rows if row.image is not None]
     return np.stack([row.image for row in good if row.image is not None]), [row.index.key for row in good]
@@ -81,7 +83,13 @@ def measure(config: ExtractConfig, batch_sizes: list[int], threads: list[int]) -
     kinds = list(next(iter(cases.values()))[names[0]])
     worst = {name: {kind: max(case[name][kind] for case in cases.values()) for kind in kinds} for name in names}
     machine = {"processor": platform.processor() or platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    return {"num_images": len(keys), "max_relative_error": worst, "cases": cases, "machine": machine, "versions": package_versions()}
+    return {
+        "num_images": len(keys),
+        "max_relative_error": worst,
+        "cases": cases,
+        "machine": machine,
+        "versions": package_versions(),
+    }
 
 
 def main() -> int:
@@ -98,7 +106,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         images = args.images or str(write_scenes(Path(folder) / "scenes", NUM_SCENES, seed=0))
         teacher = args.teacher or str(write_random_teacher(Path(folder) / "teacher"))
-        fields = {"images": images, "out": f"{folder}/features", "teacher": {"path": teacher}, "noise": {"timesteps": [50]}}
+        fields = {
+            "images": images,
+            "out": f"{folder}/features",
+            "teacher": {"path": teacher},
+            "noise": {"timesteps": [50]},
+        }
         config = ExtractConfig.model_validate({**fields, "limit": args.limit, "device": args.device, "inline": True})
         publish(measure(config, args.batch_sizes, args.threads), args.out_json)
     return 0

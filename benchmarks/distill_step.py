@@ -141,8 +141,12 @@ def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
     found = {
         "levels": {level.name: [level.channels, level.height, level.width] for level in data.source.levels},
         "image_px": list(data.student_px),
-        "cached_over_memory": round(statistics.median(c / m for c, m in zip(seconds["cached"], seconds["memory"], strict=True)), 4),
-        "live_over_cached": round(statistics.median(v / c for v, c in zip(seconds["live"], seconds["cached"], strict=True)), 4),
+        "cached_over_memory": round(
+            statistics.median(c / m for c, m in zip(seconds["cached"], seconds["memory"], strict=True)), 4
+        ),
+        "live_over_cached": round(
+            statistics.median(v / c for v, c in zip(seconds["live"], seconds["cached"], strict=True)), 4
+        ),
         "seconds_per_step": {way: round(value, 4) for way, value in median.items()},
         "img_s": {way: round(args.batch_size / value, 1) for way, value in median.items()},
         "shares_cached": {what: round(value, 4) for what, value in shares_of(trainers["cached"]).items()},
@@ -191,13 +195,22 @@ def main() -> int:
     args = parse()
     args.device = pick_device(args.device)
     torch.set_num_threads(args.threads)
-    default = [f"demo={REPO / 'pipeline' / 'demo' / 'teacher'}", f"flowers64={REPO / 'benchmarks' / 'weights' / 'flowers64'}"]
+    default = [
+        f"demo={REPO / 'pipeline' / 'demo' / 'teacher'}",
+        f"flowers64={REPO / 'benchmarks' / 'weights' / 'flowers64'}",
+    ]
     named = [each.partition("=")[::2] for each in args.teacher or default]
     teachers = {name: measure(name, path, args) for name, path in named}
     settings = {key: value for key, value in vars(args).items() if key not in ("teacher", "work", "out_json")}
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     publish(
-        {"benchmark": "distill_step", "device": device, "settings": settings, "versions": package_versions(), "teachers": teachers},
+        {
+            "benchmark": "distill_step",
+            "device": device,
+            "settings": settings,
+            "versions": package_versions(),
+            "teachers": teachers,
+        },
         args.out_json,
     )
     return 0

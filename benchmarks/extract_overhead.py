@@ -39,7 +39,9 @@ def bare_img_s(resolved: Resolved, seconds: float) -> float:
     teacher = load_teacher(resolved.config.teacher, device)
     size, px = recipe.compute.batch_size, (recipe.transform.height, recipe.transform.width)
     images = np.random.default_rng(0).integers(0, 256, (size, *px, 3), dtype=np.uint8)
-    noise = stack_noise([row_noise(0, str(idx), recipe.views, teacher.spec, px) for idx in range(size)], teacher.spec, size)
+    noise = stack_noise(
+        [row_noise(0, str(idx), recipe.views, teacher.spec, px) for idx in range(size)], teacher.spec, size
+    )
 
     def batches(num: int) -> float:
         begun_s = time.perf_counter()
@@ -103,7 +105,9 @@ def main() -> int:
                 "transform": {"px": args.px},
                 "noise": {"timesteps": [50]},
                 "shard": {"format": args.format, "samples": args.samples},
-                **{name: getattr(args, name) for name in ("batch_size", "threads", "decode_threads", "limit", "device")},
+                **{
+                    name: getattr(args, name) for name in ("batch_size", "threads", "decode_threads", "limit", "device")
+                },
                 "inline": not args.ray,
                 "workers": 1 if args.ray else None,
             }

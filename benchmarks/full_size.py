@@ -39,7 +39,12 @@ ADM_IMAGENET = {
     "resblock_updown": True,
     "num_classes": None,
 }
-SD_UNET = {"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8}
+SD_UNET = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": 8,
+}
 SD_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -148,17 +153,37 @@ def warm_imports() -> None:
     _ = diffusers.UNet2DModel, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
 
 
-def measure(root: Path, write: Callable[[Path], tuple[Path, int]], px: int, num_images: int, options: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    root: Path, write: Callable[[Path], tuple[Path, int]], px: int, num_images: int, options: dict[str, Any]
+) -> dict[str, Any]:
     """Write a checkpoint, load it, extract a few images with it."""
     path, weights = write(root)
-    at_once = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed is given back
+    at_once = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }  # what is freed is given back
     command = [sys.executable, __file__, "--load-only", str(path), json.dumps(options)]
-    loaded = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=at_once).stdout.splitlines()[-1])
+    loaded = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True, env=at_once).stdout.splitlines()[-1]
+    )
     images = write_images(root / f"images{px}", num_images, px)
     out = root / f"features-{path.stem}"
     started = time.perf_counter()
     sets = [part for name, value in options.items() for part in ("-s", f"extract.teacher.options.{name}={value}")]
-    extract = ["dtpipe", "extract", "--images", str(images), "--teacher", str(path), "--out", str(out), "--inline", "--batch-size", "1"]
+    extract = [
+        "dtpipe",
+        "extract",
+        "--images",
+        str(images),
+        "--teacher",
+        str(path),
+        "--out",
+        str(out),
+        "--inline",
+        "--batch-size",
+        "1",
+    ]
     subprocess.run([*extract, "--timesteps", "150", *sets, "--json"], check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -180,7 +205,9 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=3)
-    parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-full-size", help="checkpoints and features")
+    parser.add_argument(
+        "--work", type=Path, default=REPO / "runs" / "benchmark-full-size", help="checkpoints and features"
+    )
     parser.add_argument("--out-json", type=Path, default=RESULTS / "full_size.json")
     parser.add_argument("--load-only", nargs=2, metavar=("PATH", "OPTIONS"), help=argparse.SUPPRESS)
     return parser.parse_args()

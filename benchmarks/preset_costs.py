@@ -34,7 +34,9 @@ from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.write.plan import bytes_per_sample
 
 GIGA = 1e9
-BACKWARD = 3  # operations of forward and backward over those of forward; torch miscounts the backward of grouped convolutions
+BACKWARD = (
+    3  # operations of forward and backward over those of forward; torch miscounts the backward of grouped convolutions
+)
 Px = tuple[int, int]
 
 
@@ -51,7 +53,13 @@ class TeacherCost:
     def to_json(self) -> dict[str, Any]:
         stored = {f"bytes_{views}": bytes_per_sample(self.levels, views, self.image_px) for views in (1, 2)}
         levels = {level.name: [level.channels, level.height, level.width] for level in self.levels}
-        return {"image_px": self.image_px, "student_px": self.student_px, "levels": levels, "gflop": dict(self.gflop), **stored}
+        return {
+            "image_px": self.image_px,
+            "student_px": self.student_px,
+            "levels": levels,
+            "gflop": dict(self.gflop),
+            **stored,
+        }
 
 
 def gflop_of(run: Callable[[], object]) -> float:
@@ -61,7 +69,9 @@ def gflop_of(run: Callable[[], object]) -> float:
     return round(int(counter.get_total_flops()) / GIGA, 1)
 
 
-def unet_cost(unet: Any, inputs: Sequence[Any], image_px: Px, student_px: Px) -> tuple[tuple[TapSpec, ...], float, float]:
+def unet_cost(
+    unet: Any, inputs: Sequence[Any], image_px: Px, student_px: Px
+) -> tuple[tuple[TapSpec, ...], float, float]:
     """Taps by stride of the student's image, operations to the last of them, and of the whole pass."""
     scale = image_px[0] // student_px[0]
     strides = [stride * scale for stride in DEFAULT_STRIDES]
@@ -107,12 +117,18 @@ def biggan(condition: int, attention_px: int) -> TeacherCost:
     from dtpipe.extract.teachers.biggan.teacher import _block_levels
 
     widths = tuple(96 * factor for factor in (16, 16, 8, 8, 4, 2, 1))
-    layout = GeneratorLayout(4, widths, tuple(side == attention_px for side in (8, 16, 32, 64, 128, 256)), 20, condition, True)
+    layout = GeneratorLayout(
+        4, widths, tuple(side == attention_px for side in (8, 16, 32, 64, 128, 256)), 20, condition, True
+    )
     network = Generator(layout, 1e-5).eval().requires_grad_(False)
     with torch.inference_mode():
         cost = gflop_of(lambda: network(torch.zeros(1, layout.z_size), torch.zeros(1, condition)))
-    taps = sorted((level for level in _block_levels(layout) if level.stride in DEFAULT_STRIDES), key=lambda level: level.stride)
-    return TeacherCost((256, 256), (256, 256), stored_levels(tuple(taps), (256, 256), (256, 256), "float16"), {"tapped": cost})
+    taps = sorted(
+        (level for level in _block_levels(layout) if level.stride in DEFAULT_STRIDES), key=lambda level: level.stride
+    )
+    return TeacherCost(
+        (256, 256), (256, 256), stored_levels(tuple(taps), (256, 256), (256, 256), "float16"), {"tapped": cost}
+    )
 
 
 def stylegan2(px: Px) -> TeacherCost:
@@ -128,7 +144,10 @@ def stylegan2(px: Px) -> TeacherCost:
     with torch.inference_mode():
         cost = gflop_of(lambda: network.synthesis(network.styles(torch.zeros(1, 512), None), maps))
     blocks = ((stride, num_blocks - stride.bit_length()) for stride in DEFAULT_STRIDES)
-    taps = tuple(TapSpec(f"l{stride.bit_length() - 1}", stride, widths[idx], f"synthesis.b{4 << idx}.conv1") for stride, idx in blocks)
+    taps = tuple(
+        TapSpec(f"l{stride.bit_length() - 1}", stride, widths[idx], f"synthesis.b{4 << idx}.conv1")
+        for stride, idx in blocks
+    )
     return TeacherCost(px, px, stored_levels(taps, px, px, "float16"), {"tapped": cost})
 
 
@@ -186,7 +205,10 @@ def main() -> int:
         students[f"{student}/{teacher}/{kind}"] = student_cost(student, teachers[teacher], kind)
         print(student, teacher, kind, students[f"{student}/{teacher}/{kind}"], file=sys.stderr, flush=True)
     counted = {name: cost.to_json() for name, cost in teachers.items()}
-    publish({"benchmark": "preset_costs", "versions": package_versions(), "teachers": counted, "students": students}, args.out_json)
+    publish(
+        {"benchmark": "preset_costs", "versions": package_versions(), "teachers": counted, "students": students},
+        args.out_json,
+    )
     return 0
 
 

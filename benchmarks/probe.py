@@ -28,7 +28,14 @@ from typing import Any
 import torch
 
 from dtpipe.distill.config import DistillConfig, StudentConfig
-from dtpipe.distill.downstream.base import FeatureExtractor, LabelledSet, PerSeed, random_initialisation, raw_pixels, student_extractor
+from dtpipe.distill.downstream.base import (
+    FeatureExtractor,
+    LabelledSet,
+    PerSeed,
+    random_initialisation,
+    raw_pixels,
+    student_extractor,
+)
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
 from dtpipe.distill.downstream.result import ProbeResult
@@ -80,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the data sets asked for; print tables; write one JSON file each."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    say(f"work folder {args.work}, student {args.student}, {args.seeds} seeds, {args.epochs} epochs of batches of {args.batch_size}")
+    say(
+        f"work folder {args.work}, student {args.student}, {args.seeds} seeds, {args.epochs} epochs of batches of {args.batch_size}"
+    )
     prepare = {"digits": digits, "flowers": flowers}
     for name in prepare if args.data == "both" else [args.data]:
         material = prepare[name](args)
@@ -93,27 +102,48 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=["digits", "flowers", "both"], default="both")
-    parser.add_argument("--flowers", type=Path, default=REPO.parent / "shared" / "data" / "flowers5_128", help="class folders of flowers")
-    parser.add_argument("--teacher", type=Path, default=REPO / "pipeline" / "demo" / "teacher", help="teacher of the digit scenes")
+    parser.add_argument(
+        "--flowers",
+        type=Path,
+        default=REPO.parent / "shared" / "data" / "flowers5_128",
+        help="class folders of flowers",
+    )
+    parser.add_argument(
+        "--teacher", type=Path, default=REPO / "pipeline" / "demo" / "teacher", help="teacher of the digit scenes"
+    )
     parser.add_argument("--flowers-teacher", type=Path, help="teacher of the flowers; default: trained here")
-    parser.add_argument("--flowers-teacher-steps", type=int, default=10_000, help="steps of that training, batches of 32")
+    parser.add_argument(
+        "--flowers-teacher-steps", type=int, default=10_000, help="steps of that training, batches of 32"
+    )
     parser.add_argument("--flowers-teacher-options", type=json.loads, default={}, help="options of its family, as JSON")
-    parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-probe", help="datasets, runs and teachers")
+    parser.add_argument(
+        "--work", type=Path, default=REPO / "runs" / "benchmark-probe", help="datasets, runs and teachers"
+    )
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results", help="folder of the JSON files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-train", type=int, default=3000, help="scenes to distil, and to draw labels from")
     parser.add_argument("--num-test", type=int, default=1000, help="held-out scenes")
     parser.add_argument("--limit", type=int, help="use only so many flowers")
     parser.add_argument("--student", default="resnet10t", help="any timm model with features_only")
-    parser.add_argument("--flips", action="store_true", help="store mirrored views too, where a mirrored image keeps its class")
+    parser.add_argument(
+        "--flips", action="store_true", help="store mirrored views too, where a mirrored image keeps its class"
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of distilled and supervised students")
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="peak learning rate of distilled and supervised students"
+    )
     parser.add_argument("--timestep", type=int, default=50)
-    parser.add_argument("--mask-labels", type=counts, default=(5, 20, 80, None), help="labelled scenes with masks, e.g. 5,20,80,all")
+    parser.add_argument(
+        "--mask-labels", type=counts, default=(5, 20, 80, None), help="labelled scenes with masks, e.g. 5,20,80,all"
+    )
     parser.add_argument("--class-labels", type=counts, default=(50, 250, None), help="labelled images with classes")
-    parser.add_argument("--supervised", action=argparse.BooleanOptionalAction, default=True, help="train the supervised students too")
-    parser.add_argument("--inline", action=argparse.BooleanOptionalAction, default=True, help="extract in this process, without Ray")
+    parser.add_argument(
+        "--supervised", action=argparse.BooleanOptionalAction, default=True, help="train the supervised students too"
+    )
+    parser.add_argument(
+        "--inline", action=argparse.BooleanOptionalAction, default=True, help="extract in this process, without Ray"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser.parse_args(argv)
@@ -213,7 +243,9 @@ def flowers_teacher(root: Path, args: argparse.Namespace) -> Path:
     if done.is_file():
         return Path(config.out)
     say(f"training the teacher of the flowers for {config.steps} steps in {config.out}")
-    result = train_teacher(config, lambda progress: say(f"  step {progress.step}/{progress.steps}, loss {progress.loss:.4f}"))
+    result = train_teacher(
+        config, lambda progress: say(f"  step {progress.step}/{progress.steps}, loss {progress.loss:.4f}")
+    )
     done.touch()
     return result.out
 
@@ -248,7 +280,9 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
             device=args.device,
         )
     )
-    say(f"{material.name}, seed {seed}: distil {args.student} on {extracted.num_ok} images, {extracted.size_bytes / 1e6:.0f} MB")
+    say(
+        f"{material.name}, seed {seed}: distil {args.student} on {extracted.num_ok} images, {extracted.size_bytes / 1e6:.0f} MB"
+    )
     run = train(
         DistillConfig(
             datasets=(extracted.url,),
@@ -260,7 +294,9 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
             seed=seed,
             device=args.device,
         ),
-        on_progress=lambda progress: say(f"  step {progress.step}/{progress.num_steps}, loss {progress.losses['loss']:.4f}"),
+        on_progress=lambda progress: say(
+            f"  step {progress.step}/{progress.num_steps}, loss {progress.losses['loss']:.4f}"
+        ),
     )
     timing = {
         "extract_s": round(extracted.seconds, 1),
@@ -274,7 +310,9 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
     return Path(run.run_dir), run.num_steps, timing
 
 
-def score(material: Material, case: TaskCase, run_dir: Path, steps: int, seed: int, args: argparse.Namespace) -> ProbeResult:
+def score(
+    material: Material, case: TaskCase, run_dir: Path, steps: int, seed: int, args: argparse.Namespace
+) -> ProbeResult:
     """One seed of one table."""
     device = pick_device(args.device)
     student = load_student(run_dir)
@@ -291,12 +329,23 @@ def score(material: Material, case: TaskCase, run_dir: Path, steps: int, seed: i
         return result
     settings = SupervisedConfig(steps=steps, batch_size=args.batch_size, lr=args.lr, flip=material.flip)
     supervised = run_supervised(
-        case.task, student.spec, case.train, case.test, case.num_labelled, [seed], settings, config, device, prefixed(label)
+        case.task,
+        student.spec,
+        case.train,
+        case.test,
+        case.num_labelled,
+        [seed],
+        settings,
+        config,
+        device,
+        prefixed(label),
     )
     return ProbeResult.merge([result, supervised])
 
 
-def write(material: Material, args: argparse.Namespace, results: dict[str, ProbeResult], timings: list[dict[str, Any]]) -> None:
+def write(
+    material: Material, args: argparse.Namespace, results: dict[str, ProbeResult], timings: list[dict[str, Any]]
+) -> None:
     """Print the tables so far and write the JSON file."""
     for name, result in results.items():
         print(f"\n{name}\n{result.to_table()}", flush=True)

@@ -37,11 +37,49 @@ from dtpipe.pipeline.demo.scenes import write_scenes
 
 PX = 64
 STUDENTS = (
-    *("resnet10t", "resnetv2_18", "resnest14d", "regnetx_002", "densenet121", "dla46_c", "ese_vovnet19b_slim_dw", "hgnetv2_b0"),
-    *("convnext_atto", "inception_next_atto", "mambaout_femto", "poolformer_s12", "starnet_s1", "fasternet_t0", "nf_regnet_b0"),
-    *("efficientnet_lite0", "mobilenetv3_small_050", "ghostnet_050", "repvit_m0_9", "fastvit_t8", "hrnet_w18_small", "rexnet_100"),
-    *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "pvt_v2_b0", "maxvit_rmlp_pico_rw_256", "coat_lite_tiny"),
-    *("hiera_tiny_224", "tiny_vit_5m_224", "efficientformerv2_s0", "efficientvit_b0", "mobilevit_xxs", "edgenext_xx_small"),
+    *(
+        "resnet10t",
+        "resnetv2_18",
+        "resnest14d",
+        "regnetx_002",
+        "densenet121",
+        "dla46_c",
+        "ese_vovnet19b_slim_dw",
+        "hgnetv2_b0",
+    ),
+    *(
+        "convnext_atto",
+        "inception_next_atto",
+        "mambaout_femto",
+        "poolformer_s12",
+        "starnet_s1",
+        "fasternet_t0",
+        "nf_regnet_b0",
+    ),
+    *(
+        "efficientnet_lite0",
+        "mobilenetv3_small_050",
+        "ghostnet_050",
+        "repvit_m0_9",
+        "fastvit_t8",
+        "hrnet_w18_small",
+        "rexnet_100",
+    ),
+    *(
+        "swin_tiny_patch4_window7_224",
+        "swinv2_tiny_window8_256",
+        "pvt_v2_b0",
+        "maxvit_rmlp_pico_rw_256",
+        "coat_lite_tiny",
+    ),
+    *(
+        "hiera_tiny_224",
+        "tiny_vit_5m_224",
+        "efficientformerv2_s0",
+        "efficientvit_b0",
+        "mobilevit_xxs",
+        "edgenext_xx_small",
+    ),
     *("vit_tiny_patch16_224", "vit_small_patch14_dinov2", "deit_tiny_patch16_224", "eva02_tiny_patch14_224"),
     *("xcit_nano_12_p16_224", "cait_xxs24_224", "mixer_s32_224"),
 )
@@ -114,7 +152,9 @@ def save_levels(student: Student, path: Path) -> None:
     """Random images, normalised as timm does it, and the student's levels of them."""
     images = torch.rand(2, 3, *student.spec.image_px, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
-        torch.save({"images": student.normalise(images), "levels": [level.contiguous() for level in student(images)]}, path)
+        torch.save(
+            {"images": student.normalise(images), "levels": [level.contiguous() for level in student(images)]}, path
+        )
 
 
 def reload_elsewhere(names: Sequence[str], root: Path) -> dict[str, list[float]]:
@@ -124,7 +164,9 @@ def reload_elsewhere(names: Sequence[str], root: Path) -> dict[str, list[float]]
         options = json.loads((root / name / "export" / "config.json").read_text(encoding="utf-8"))["model_args"]
         export = root / name / "export" / "model.safetensors"
         cases[name] = {"options": options, "export": str(export), "levels": str(root / name / "levels.pt")}
-    done = subprocess.run([sys.executable, "-c", RELOAD], input=json.dumps(cases), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD], input=json.dumps(cases), capture_output=True, text=True, check=True
+    )
     found: dict[str, list[float]] = json.loads(done.stdout)
     return found
 
@@ -150,10 +192,15 @@ def main() -> int:
             except (ConfigError, ExportError) as err:
                 rows[name] = {"refused": str(err)}
             print(name, rows[name].get("loss") or rows[name], file=sys.stderr, flush=True)
-        for name, (absolute, relative) in reload_elsewhere([name for name, row in rows.items() if "refused" not in row], root).items():
+        for name, (absolute, relative) in reload_elsewhere(
+            [name for name, row in rows.items() if "refused" not in row], root
+        ).items():
             rows[name] |= {"max_abs_difference": absolute, "max_relative_difference": relative}
     settings = {"images_px": PX, "num_images": args.num_images, "batch_size": args.batch_size}
-    publish({"settings": settings, "versions": package_versions() | {"timm": timm.__version__}, "students": rows}, args.out_json)
+    publish(
+        {"settings": settings, "versions": package_versions() | {"timm": timm.__version__}, "students": rows},
+        args.out_json,
+    )
     return 0
 
 

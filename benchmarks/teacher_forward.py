@@ -74,14 +74,18 @@ class Case:
 def make_case(config: TeacherConfig, batch_size: int, timestep: int, device: str) -> Case:
     """Load a teacher and draw its inputs."""
     teacher = load_teacher(config, device)
-    settings = ExtractConfig.model_validate({"images": "-", "out": "-", "teacher": config, "noise": {"timesteps": [timestep]}})
+    settings = ExtractConfig.model_validate(
+        {"images": "-", "out": "-", "teacher": config, "noise": {"timesteps": [timestep]}}
+    )
     views = make_views(settings, teacher.spec)
     height, width = teacher.spec.image_px
     rng = np.random.Generator(np.random.Philox(0))
     smooth = torch.from_numpy(rng.standard_normal((batch_size, 3, height // 8, width // 8), np.float32))
     images = torch.nn.functional.interpolate(smooth, size=(height, width), mode="bicubic").clamp(-1, 1)
     rows = [row_noise(0, f"{idx}", views, teacher.spec, (height, width)) for idx in range(batch_size)]
-    noise = {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device) for name in teacher.spec.noise_shapes}
+    noise = {
+        name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device) for name in teacher.spec.noise_shapes
+    }
     return Case(teacher, images.to(device), noise, views)
 
 
@@ -106,7 +110,9 @@ def relative_errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) ->
     errors = {}
     for name, wanted in exact.items():
         reference = wanted.double()
-        errors[name] = float((found[name].double() - reference).square().mean().sqrt() / reference.square().mean().sqrt())
+        errors[name] = float(
+            (found[name].double() - reference).square().mean().sqrt() / reference.square().mean().sqrt()
+        )
     return errors
 
 
@@ -136,7 +142,10 @@ def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
     for dtype in LOW_PRECISION if tapped_s < args.low_precision_s else ():
         low = make_case(config.model_copy(update={"dtype": dtype}), args.batch_size, args.timestep, args.device)
         errors = relative_errors({level: each.cpu() for level, each in low.run().items()}, exact)
-        found[dtype] = {"relative_rms_error": errors, "seconds_ratio_to_float32": round(seconds_of(low.run) / tapped_s, 4)}
+        found[dtype] = {
+            "relative_rms_error": errors,
+            "seconds_ratio_to_float32": round(seconds_of(low.run) / tapped_s, 4),
+        }
     print(f"{name}: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -144,13 +153,20 @@ def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", action="append", metavar="NAME=PATH", help="a teacher to measure; default: the demo's")
-    parser.add_argument("--options", action="append", default=[], metavar="NAME=JSON", help="options of that teacher's family")
+    parser.add_argument(
+        "--teacher", action="append", metavar="NAME=PATH", help="a teacher to measure; default: the demo's"
+    )
+    parser.add_argument(
+        "--options", action="append", default=[], metavar="NAME=JSON", help="options of that teacher's family"
+    )
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--timestep", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--low-precision-s", type=float, default=2.0, help="leave low precision out where a float32 pass takes longer: CPUs are slow at it"
+        "--low-precision-s",
+        type=float,
+        default=2.0,
+        help="leave low precision out where a float32 pass takes longer: CPUs are slow at it",
     )
     parser.add_argument("--peak-tflops", type=float, help="the device's peak at the teacher's precision")
     parser.add_argument("--threads", type=int, default=2)

@@ -103,7 +103,9 @@ def distilled(name: str, variant: Variant, seed: int, args: argparse.Namespace) 
     return Path(train(config, partial(open_live, {}) if variant.reencode else None).run_dir)
 
 
-def score(run_dir: Path, seed: int, sets: tuple[LabelledSet, LabelledSet], args: argparse.Namespace) -> dict[str, float]:
+def score(
+    run_dir: Path, seed: int, sets: tuple[LabelledSet, LabelledSet], args: argparse.Namespace
+) -> dict[str, float]:
     """Foreground IoU of the best level, by number of labelled scenes."""
     extractor = student_extractor(load_student(run_dir), pick_device(args.device))
     result = run_probe("readout", [extractor], *sets, args.labelled, [seed], ProbeConfig(), lambda _message: None)
@@ -125,7 +127,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                     started = time.monotonic()
                     kept[f"{name}/{seed}"] = score(distilled(name, variant, seed, args), seed, sets, args)
                     args.kept.write_text(json.dumps(kept, indent=1))
-                    say(f"table {table}, {row}, seed {seed}: {kept[f'{name}/{seed}']} in {time.monotonic() - started:.0f} s")
+                    say(
+                        f"table {table}, {row}, seed {seed}: {kept[f'{name}/{seed}']} in {time.monotonic() - started:.0f} s"
+                    )
         publish_tables(kept, seed + 1, args)
     return kept
 
@@ -137,13 +141,22 @@ def publish_tables(kept: dict[str, dict[str, float]], num_seeds: int, args: argp
         for row, variant in TABLES[table].items():
             tables.setdefault(table, {})[row] = summarise(kept, name_of(table, row, variant), num_seeds)
     settings = {key: value for key, value in vars(args).items() if key not in ("work", "teacher", "out_json", "kept")}
-    document = {"benchmark": "variants", "metric": "foreground IoU", "settings": settings, "versions": package_versions()}
-    publish({**document, "tables": tables, "loss_curves": loss_curves(args) if "reencode" in tables else {}}, args.out_json)
+    document = {
+        "benchmark": "variants",
+        "metric": "foreground IoU",
+        "settings": settings,
+        "versions": package_versions(),
+    }
+    publish(
+        {**document, "tables": tables, "loss_curves": loss_curves(args) if "reencode" in tables else {}}, args.out_json
+    )
 
 
 def loss_curves(args: argparse.Namespace) -> dict[str, list[tuple[int, float]]]:
     """(step, mean loss since the entry before) of the first seed, by share of live samples."""
-    runs = {row: args.work / f"run-{name_of('reencode', row, variant)}-seed0" for row, variant in TABLES["reencode"].items()}
+    runs = {
+        row: args.work / f"run-{name_of('reencode', row, variant)}-seed0" for row, variant in TABLES["reencode"].items()
+    }
     return {row: [(line["step"], round(line["loss"], 4)) for line in read_metrics(run)] for row, run in runs.items()}
 
 
@@ -158,7 +171,10 @@ def summarise(kept: dict[str, dict[str, float]], name: str, num_seeds: int) -> d
     for labelled in kept[f"{name}/0"]:
         values = [kept[f"{name}/{seed}"][labelled] for seed in range(num_seeds)]
         base = [kept[f"default/{seed}"][labelled] for seed in range(num_seeds)]
-        found[labelled] = {"iou": spread(values), "minus_default": spread([v - b for v, b in zip(values, base, strict=True)])}
+        found[labelled] = {
+            "iou": spread(values),
+            "minus_default": spread([v - b for v, b in zip(values, base, strict=True)]),
+        }
     return found
 
 

@@ -19,7 +19,9 @@ PAPER_WARMUP_SHARE = 0.2  # 20 of 100 epochs
 class StudentConfig(StrictModel):
     """The backbone that is trained."""
 
-    name: str = Field(default="resnet50", description="A timm model; `dtpipe list students` says at which strides each gives levels.")
+    name: str = Field(
+        default="resnet50", description="A timm model; `dtpipe list students` says at which strides each gives levels."
+    )
     pretrained: bool = Field(default=False, description="Start from timm's published weights instead of random ones.")
 
 
@@ -27,8 +29,12 @@ class RegressorConfig(StrictModel):
     """The module between student and teacher levels; thrown away after training."""
 
     width: int = Field(default=256, ge=1, description="Channels inside the regressor.")
-    kind: str = Field(default="fpn_ppm", description="fpn, fpn_attention, pafpn or fpn_ppm: the rows of the paper's table 8.")
-    ppm_scales: tuple[int, ...] = Field(default=(1, 2, 3, 6), min_length=1, description="Cells per side of each pooled map of fpn_ppm.")
+    kind: str = Field(
+        default="fpn_ppm", description="fpn, fpn_attention, pafpn or fpn_ppm: the rows of the paper's table 8."
+    )
+    ppm_scales: tuple[int, ...] = Field(
+        default=(1, 2, 3, 6), min_length=1, description="Cells per side of each pooled map of fpn_ppm."
+    )
     norm: Literal["batch", "group"] = Field(default="batch", description="Norm inside the regressor.")
 
 
@@ -37,15 +43,22 @@ class LossConfig(StrictModel):
 
     mse_weight: float = Field(default=1.0, ge=0, description="Weight of equation (1).")
     at_weight: float = Field(default=10.0, ge=0, description="lambda_AT, the weight of equation (2).")
-    cosine_weight: float = Field(default=0.0, ge=0, description="Weight of the cosine distance, which is not in the paper.")
+    cosine_weight: float = Field(
+        default=0.0, ge=0, description="Weight of the cosine distance, which is not in the paper."
+    )
     whiten: Literal["layer", "channel", "none"] = Field(
-        default="layer", description="LayerNorm of teacher levels over (C,H,W), over C per position, or none; AT takes them as they are."
+        default="layer",
+        description="LayerNorm of teacher levels over (C,H,W), over C per position, or none; AT takes them as they are.",
     )
 
     @property
     def weights(self) -> dict[str, float]:
         """Weight by loss, 0 where it is off."""
-        return {name.removesuffix("_weight"): getattr(self, name) for name in type(self).model_fields if name.endswith("_weight")}
+        return {
+            name.removesuffix("_weight"): getattr(self, name)
+            for name in type(self).model_fields
+            if name.endswith("_weight")
+        }
 
     @model_validator(mode="after")
     def _some_loss(self) -> LossConfig:
@@ -59,26 +72,42 @@ class DistillConfig(StrictModel):
     """All settings of one distillation run."""
 
     datasets: tuple[str, ...] = Field(
-        default=(), description="URLs of feature datasets, concatenated or joined; none: the teacher runs live over images."
+        default=(),
+        description="URLs of feature datasets, concatenated or joined; none: the teacher runs live over images.",
     )
     out: str = Field(description="Run folder to write.")
-    join: bool = Field(default=False, description="Join the datasets by key (other levels of the same images) instead of concatenating.")
+    join: bool = Field(
+        default=False,
+        description="Join the datasets by key (other levels of the same images) instead of concatenating.",
+    )
     sample_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
-        default=None, min_length=1, description="Passes over each concatenated dataset per epoch; of 0.5, other halves in each. Default: 1."
+        default=None,
+        min_length=1,
+        description="Passes over each concatenated dataset per epoch; of 0.5, other halves in each. Default: 1.",
     )
     loss_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
-        default=None, min_length=1, description="Weight in the loss of each joined dataset's levels. Default: all levels weigh the same."
+        default=None,
+        min_length=1,
+        description="Weight in the loss of each joined dataset's levels. Default: all levels weigh the same.",
     )
     keys: str | None = Field(default=None, description="File with one key per line: train on these samples only.")
-    include: tuple[str, ...] = Field(default=(), description="Shell pattern of keys to train on, e.g. 'cat/*'; `*` also matches `/`.")
+    include: tuple[str, ...] = Field(
+        default=(), description="Shell pattern of keys to train on, e.g. 'cat/*'; `*` also matches `/`."
+    )
     exclude: tuple[str, ...] = Field(default=(), description="Shell pattern of keys to leave out.")
-    limit: int | None = Field(default=None, ge=1, description="Train on so many samples, chosen by a hash of their keys.")
+    limit: int | None = Field(
+        default=None, ge=1, description="Train on so many samples, chosen by a hash of their keys."
+    )
     allow_incomplete: bool = Field(
         default=False, description="Train on the shards that an unfinished dataset has; a resumed run keeps to those."
     )
-    levels: tuple[str, ...] | None = Field(default=None, min_length=1, description="Levels to regress; default: all of the dataset.")
+    levels: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Levels to regress; default: all of the dataset."
+    )
     student: StudentConfig = StudentConfig()
-    student_px: int | tuple[int, int] | None = Field(default=None, description="Student's image size in px; default: the dataset's.")
+    student_px: int | tuple[int, int] | None = Field(
+        default=None, description="Student's image size in px; default: the dataset's."
+    )
     regressor: RegressorConfig = RegressorConfig()
     loss: LossConfig = LossConfig()
     epochs: int = Field(default=100, ge=1, description="Passes over the data.")
@@ -91,34 +120,59 @@ class DistillConfig(StrictModel):
     lr_scale: Literal["none", "linear"] = Field(default="none", description="linear: multiply lr by batch_size/256.")
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end of the cosine.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Momentum terms of the optimiser.")
-    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay; none on biases, norms and position embeddings.")
+    weight_decay: float = Field(
+        default=0.05, ge=0, description="Decoupled weight decay; none on biases, norms and position embeddings."
+    )
     warmup_epochs: float | None = Field(
         default=None, ge=0, description="Linear warm-up; default: a fifth of the epochs, the paper's 20 of 100."
     )
     warmup_steps: int | None = Field(default=None, ge=0, description="Warm-up in optimiser steps instead of epochs.")
     clip_grad: float | None = Field(
-        default=None, gt=0, description="Largest gradient norm; default: no clipping, beyond that to 1 which is part of LAMB."
+        default=None,
+        gt=0,
+        description="Largest gradient norm; default: no clipping, beyond that to 1 which is part of LAMB.",
     )
-    flip: bool | None = Field(default=None, description="Horizontal flips, from stored flipped views; default: when there are any.")
+    flip: bool | None = Field(
+        default=None, description="Horizontal flips, from stored flipped views; default: when there are any."
+    )
     equivariant: bool = Field(
-        default=False, description="Mirror stored features for flips where no flipped views are stored; they are not the true ones."
+        default=False,
+        description="Mirror stored features for flips where no flipped views are stored; they are not the true ones.",
     )
-    reencode: float = Field(default=0.0, ge=0, le=1, description="Share of samples whose features the live teacher makes anew.")
-    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Keep an exponential moving average of the student.")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 autocast where the GPU has it.")
+    reencode: float = Field(
+        default=0.0, ge=0, le=1, description="Share of samples whose features the live teacher makes anew."
+    )
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="Keep an exponential moving average of the student."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 autocast where the GPU has it."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of initial weights, order, flips and views.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the student trains.")
-    train_workers: int | None = Field(default=None, ge=1, description="Train on so many Ray workers, one GPU each where there are any.")
+    train_workers: int | None = Field(
+        default=None, ge=1, description="Train on so many Ray workers, one GPU each where there are any."
+    )
     ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
-    max_restarts: int = Field(default=3, ge=0, description="How often Ray Train starts the workers again after one has died.")
-    sync_bn: bool = Field(default=False, description="Batch norm statistics over all GPUs; default: of each micro-batch on its own.")
-    channels_last: bool = Field(default=True, description="Weights and images in channels-last memory layout, which GPUs prefer.")
-    compile: bool = Field(default=False, description="Compile student and regressor with torch.compile: a slow start, faster steps.")
+    max_restarts: int = Field(
+        default=3, ge=0, description="How often Ray Train starts the workers again after one has died."
+    )
+    sync_bn: bool = Field(
+        default=False, description="Batch norm statistics over all GPUs; default: of each micro-batch on its own."
+    )
+    channels_last: bool = Field(
+        default=True, description="Weights and images in channels-last memory layout, which GPUs prefer."
+    )
+    compile: bool = Field(
+        default=False, description="Compile student and regressor with torch.compile: a slow start, faster steps."
+    )
     tensorboard: bool = Field(default=False, description="Write the lines of metrics.jsonl to tensorboard/ too.")
     read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
     prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead.")
     log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")
-    save_every_s: float = Field(default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one.")
+    save_every_s: float = Field(
+        default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one."
+    )
     keep_checkpoints: int = Field(default=2, ge=0, description="Epoch checkpoints kept in checkpoints/ beside last.pt.")
 
     @model_validator(mode="after")
@@ -126,9 +180,13 @@ class DistillConfig(StrictModel):
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("distill.warmup_epochs and distill.warmup_steps are both set; keep one")
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
-            raise ValueError(f"distill.warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; make it smaller")
+            raise ValueError(
+                f"distill.warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; make it smaller"
+            )
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
-            raise ValueError(f"distill.micro_batch {self.micro_batch} is larger than distill.batch_size {self.batch_size}")
+            raise ValueError(
+                f"distill.micro_batch {self.micro_batch} is larger than distill.batch_size {self.batch_size}"
+            )
         if self.min_lr > self.peak_lr:
             raise ValueError(f"distill.min_lr {self.min_lr} is above the peak learning rate {self.peak_lr}")
         return self
@@ -137,17 +195,25 @@ class DistillConfig(StrictModel):
     def _weights_fit(self) -> DistillConfig:
         num = len(self.datasets)
         if self.sample_weights is not None and self.join:
-            raise ValueError("distill.sample_weights are for datasets one after the other; with --join give distill.loss_weights")
+            raise ValueError(
+                "distill.sample_weights are for datasets one after the other; with --join give distill.loss_weights"
+            )
         if self.loss_weights is not None and not self.join:
-            raise ValueError("distill.loss_weights are for datasets joined by key; without --join give distill.sample_weights")
+            raise ValueError(
+                "distill.loss_weights are for datasets joined by key; without --join give distill.sample_weights"
+            )
         if self.loss_weights is not None and not any(self.loss_weights):
             raise ValueError("distill.loss_weights are all 0; nothing is left to train on")
         for name in ("sample_weights", "loss_weights"):
             weights = getattr(self, name)
             if weights is not None and len(weights) != num:
-                raise ValueError(f"distill.{name} has {len(weights)} values for {num} dataset{'' if num == 1 else 's'}; give one each")
+                raise ValueError(
+                    f"distill.{name} has {len(weights)} values for {num} dataset{'' if num == 1 else 's'}; give one each"
+                )
         if self.equivariant and self.flip is False:
-            raise ValueError("distill.equivariant mirrors features for flips, and distill.flip is off; leave one of them out")
+            raise ValueError(
+                "distill.equivariant mirrors features for flips, and distill.flip is off; leave one of them out"
+            )
         return self
 
     @property
@@ -165,7 +231,17 @@ class DistillConfig(StrictModel):
 
 EXECUTION = frozenset(
     {
-        *("datasets", "keys", "allow_incomplete", "out", "device", "channels_last", "compile", "read_threads", "prefetch"),
+        *(
+            "datasets",
+            "keys",
+            "allow_incomplete",
+            "out",
+            "device",
+            "channels_last",
+            "compile",
+            "read_threads",
+            "prefetch",
+        ),
         *("train_workers", "ray_address", "max_restarts"),
         *("tensorboard", "log_every", "save_every_s", "keep_checkpoints"),
     }

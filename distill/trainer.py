@@ -83,7 +83,9 @@ def _open_in_turn(ranks: Ranks, open_source: OpenSource, config: DistillConfig) 
     return opened[0] if opened else open_source(config)
 
 
-def _hold_folder(config: DistillConfig, fresh: bool, data: OpenedData, ranks: Ranks, stack: ExitStack) -> RunFolder | None:
+def _hold_folder(
+    config: DistillConfig, fresh: bool, data: OpenedData, ranks: Ranks, stack: ExitStack
+) -> RunFolder | None:
     """The run folder, held by the first rank until `stack` closes; None on the others. Raises: as `RunFolder.open`, on all."""
     held: list[RunFolder] = []
     ranks.first(lambda: held.append(stack.enter_context(RunFolder.open(config, fresh, data))))
@@ -94,7 +96,12 @@ class Trainer:
     """Model, optimiser and stream of one run, and the steps over them."""
 
     def __init__(
-        self, config: DistillConfig, data: OpenedData, device: torch.device, live: LiveTeacher | None = None, ranks: Ranks = ALONE
+        self,
+        config: DistillConfig,
+        data: OpenedData,
+        device: torch.device,
+        live: LiveTeacher | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.data, self.device, self.ranks = config, data, device, ranks
         levels = choose_levels(data.source.levels, config.levels)
@@ -204,12 +211,18 @@ class Trainer:
         """Clip the gradient; then the one wait for the device in a step: losses of all parts and the gradient's norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or math.inf)
         *losses, self.grad_norm = torch.stack([*(loss for _, loss in parts), norm]).tolist()
-        bad = next(((batch, loss) for (batch, _), loss in zip(parts, losses, strict=True) if not math.isfinite(loss)), None)
+        bad = next(
+            ((batch, loss) for (batch, _), loss in zip(parts, losses, strict=True) if not math.isfinite(loss)), None
+        )
         if bad is None and math.isfinite(self.grad_norm):
             return
         keys = bad[0].keys if bad else [key for batch, _ in parts for key in batch.keys]
-        found = self.ranks.gather((bad is None, f"the loss is {bad[1]}" if bad else f"the gradient's norm is {self.grad_norm}", keys))
-        _, what, named = min(found, key=lambda each: each[0])  # a rank whose loss it is, before those that got its gradients
+        found = self.ranks.gather(
+            (bad is None, f"the loss is {bad[1]}" if bad else f"the gradient's norm is {self.grad_norm}", keys)
+        )
+        _, what, named = min(
+            found, key=lambda each: each[0]
+        )  # a rank whose loss it is, before those that got its gradients
         raise _diverged(what, self.step, named)
 
 
@@ -287,7 +300,11 @@ def _result(trainer: Trainer, folder: RunFolder | None, resumed: int, seconds: f
         num_epochs=trainer.config.epochs,
         num_samples=trainer.stream.epoch_size,
         resumed_step=resumed,
-        losses={name: value for name, value in last_line.items() if name.split("/")[0] in ("loss", *trainer.config.loss.weights)},
+        losses={
+            name: value
+            for name, value in last_line.items()
+            if name.split("/")[0] in ("loss", *trainer.config.loss.weights)
+        },
         seconds=seconds,
         throughput_img_s=num_images / seconds,
         shares=shares(trainer.watch.seconds()),
@@ -317,7 +334,9 @@ def stream_settings(config: DistillConfig, levels: tuple[str, ...], ranks: Ranks
 
 
 def _diverged(what: str, step: int, keys: Sequence[str]) -> DivergedError:
-    shown = ", ".join(keys[:NUM_KEYS_SHOWN]) + (f" and {len(keys) - NUM_KEYS_SHOWN} more" if len(keys) > NUM_KEYS_SHOWN else "")
+    shown = ", ".join(keys[:NUM_KEYS_SHOWN]) + (
+        f" and {len(keys) - NUM_KEYS_SHOWN} more" if len(keys) > NUM_KEYS_SHOWN else ""
+    )
     return DivergedError(
         f"{what} in step {step + 1}, in a batch of {shown}; last.pt holds an earlier step: "
         "train anew with a lower distill.lr, a longer warm-up or distill.clip_grad"

@@ -16,7 +16,9 @@ from dtpipe.manifests.schema import Filter, Order, Resize, ShardFormat, StoredDt
 class SourceConfig(StrictModel):
     """Where images come from and in which order they become rows."""
 
-    kind: str = Field(default="auto", description="Source kind (`dtpipe list sources`), or auto: by what the URL holds.")
+    kind: str = Field(
+        default="auto", description="Source kind (`dtpipe list sources`), or auto: by what the URL holds."
+    )
     order: Order | Literal["auto"] = Field(
         default="auto", description="Rows: permuted (seeded), or container order; auto: container for tars and Parquet."
     )
@@ -27,8 +29,12 @@ class SourceConfig(StrictModel):
 class TransformConfig(StrictModel):
     """How an image becomes the teacher's input."""
 
-    resize: Resize = Field(default="center_crop", description="How an image comes to that size; center_crop is guided-diffusion's.")
-    px: int | tuple[int, int] | None = Field(default=None, description="Side, or height and width, in px; default: the teacher's.")
+    resize: Resize = Field(
+        default="center_crop", description="How an image comes to that size; center_crop is guided-diffusion's."
+    )
+    px: int | tuple[int, int] | None = Field(
+        default=None, description="Side, or height and width, in px; default: the teacher's."
+    )
     filter: Filter = Field(default="bicubic", description="Resampling filter.")
     antialias: bool = Field(default=True, description="Widen the filter when shrinking.")
 
@@ -39,9 +45,15 @@ class TeacherConfig(StrictModel):
     path: str = Field(description="Folder, file, URL or name of the teacher (`dtpipe list teachers`).")
     kind: str = Field(default="auto", description="Teacher kind, or auto: by what the path holds.")
     revision: str | None = Field(default=None, description="Commit of a hub repository; needed for hub ids.")
-    taps: dict[str, str] | None = Field(default=None, description="Level name to module path; default: found by stride.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(default="float32", description="Arithmetic of the forward pass.")
-    options: dict[str, Any] = Field(default={}, description="Settings of the teacher's family (`dtpipe list teachers`).")
+    taps: dict[str, str] | None = Field(
+        default=None, description="Level name to module path; default: found by stride."
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32", description="Arithmetic of the forward pass."
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="Settings of the teacher's family (`dtpipe list teachers`)."
+    )
 
 
 class NoiseConfig(StrictModel):
@@ -59,10 +71,13 @@ class ShardConfig(StrictModel):
     """How the dataset lies on disk."""
 
     format: ShardFormat = Field(default="zarr", description="zarr (v3, sharded) or webdataset (tars).")
-    samples: int | None = Field(default=None, ge=1, description="Rows per shard; default: the power of two in 16..4096 nearest 256 MiB.")
+    samples: int | None = Field(
+        default=None, ge=1, description="Rows per shard; default: the power of two in 16..4096 nearest 256 MiB."
+    )
     dtype: StoredDtype = Field(default="float16", description="Stored dtype of feature levels.")
     images: Literal["stored", "joined"] = Field(
-        default="stored", description="joined: leave the images out, since another dataset of the same keys has them (distill --join)."
+        default="stored",
+        description="joined: leave the images out, since another dataset of the same keys has them (distill --join).",
     )
     codec: str = Field(default="cast", description="Codec of feature levels (`dtpipe list codecs`).")
     zstd_level: int = Field(default=3, ge=1, le=19, description="Compression level of zstd.")
@@ -72,43 +87,64 @@ class ExtractConfig(StrictModel):
     """All settings of one extraction."""
 
     images: str | None = Field(default=None, description="Folder, archive or URL of the images.")
-    num_samples: int | None = Field(default=None, ge=1, description="In place of images: so many that the teacher (a GAN) makes itself.")
+    num_samples: int | None = Field(
+        default=None, ge=1, description="In place of images: so many that the teacher (a GAN) makes itself."
+    )
     out: str = Field(description="Folder or URL of the feature dataset to write.")
-    save_png: str | None = Field(default=None, description="Folder to write the stored images to as PNG files too, when all is done.")
+    save_png: str | None = Field(
+        default=None, description="Folder to write the stored images to as PNG files too, when all is done."
+    )
     source: SourceConfig = SourceConfig()
     transform: TransformConfig = TransformConfig()
     teacher: TeacherConfig
     noise: NoiseConfig = NoiseConfig()
     shard: ShardConfig = ShardConfig()
     student_px: int | tuple[int, int] | None = Field(
-        default=None, description="Student's image size in px; default: the stored one, half of it for Stable Diffusion."
+        default=None,
+        description="Student's image size in px; default: the stored one, half of it for Stable Diffusion.",
     )
     batch_size: int = Field(default=32, ge=1, description="Images per forward pass of the teacher.")
     threads: int = Field(default=1, ge=1, description="CPU threads per worker for the forward pass.")
     limit: int | None = Field(default=None, ge=1, description="Use only so many samples: the first of the order.")
     keys: str | None = Field(default=None, description="File with one key per line: take only these samples.")
-    max_bad: int | float = Field(default=0.01, ge=0, description="Bad samples allowed: an integer is a count, a fraction a share.")
+    max_bad: int | float = Field(
+        default=0.01, ge=0, description="Bad samples allowed: an integer is a count, a fraction a share."
+    )
     inline: bool = Field(default=False, description="Run in this process, without Ray.")
-    workers: int | None = Field(default=None, ge=1, description="Most actors at once; default: one per GPU, or one per 2 CPUs without.")
-    gpus_per_worker: float | None = Field(default=None, ge=0, description="GPUs per actor; default: 1 if the cluster has any.")
+    workers: int | None = Field(
+        default=None, ge=1, description="Most actors at once; default: one per GPU, or one per 2 CPUs without."
+    )
+    gpus_per_worker: float | None = Field(
+        default=None, ge=0, description="GPUs per actor; default: 1 if the cluster has any."
+    )
     cpus_per_worker: float = Field(default=1, gt=0, description="CPUs per actor that Ray reserves.")
     decode_threads: int = Field(default=2, ge=1, description="Threads per worker that decode images.")
     ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
     retries: int = Field(default=2, ge=0, description="Times a failed shard is tried again.")
-    shard_deadline_s: float = Field(default=3600, gt=0, description="A shard that takes longer is taken away and retried (Ray only).")
-    worker_wait_s: float = Field(default=600, gt=0, description="With no worker at all for so long, the run ends and asks to be run again.")
-    stop_grace_s: float = Field(default=60, ge=0, description="After SIGTERM or SIGINT, how long nearly finished shards may take.")
+    shard_deadline_s: float = Field(
+        default=3600, gt=0, description="A shard that takes longer is taken away and retried (Ray only)."
+    )
+    worker_wait_s: float = Field(
+        default=600, gt=0, description="With no worker at all for so long, the run ends and asks to be run again."
+    )
+    stop_grace_s: float = Field(
+        default=60, ge=0, description="After SIGTERM or SIGINT, how long nearly finished shards may take."
+    )
     lock_stale_s: float = Field(default=120, gt=0, description="A lock without a heartbeat for so long is taken over.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the teacher runs.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ExtractConfig:
         if (self.images is None) == (self.num_samples is None):
-            raise ValueError("give either extract.images, or extract.num_samples for a teacher that makes its own images")
+            raise ValueError(
+                "give either extract.images, or extract.num_samples for a teacher that makes its own images"
+            )
         return self
 
     @model_validator(mode="after")
     def _max_bad_share(self) -> ExtractConfig:
         if isinstance(self.max_bad, float) and self.max_bad > 1:
-            raise ValueError(f"extract.max_bad is {self.max_bad}; write a count as an integer and a share as a fraction up to 1")
+            raise ValueError(
+                f"extract.max_bad is {self.max_bad}; write a count as an integer and a share as a fraction up to 1"
+            )
         return self

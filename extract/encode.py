@@ -42,7 +42,9 @@ def row_noise(seed: int, key: str, views: Sequence[ViewSpec], spec: TeacherSpec,
     Shapes: {stream: [K, *shape]} float32, K distinct draws in ascending order.
     """
     return {
-        stream: np.stack([draw_noise(seed, key, draw, stream, _noise_shape(shape, image_px)) for draw in distinct_draws(views)])
+        stream: np.stack(
+            [draw_noise(seed, key, draw, stream, _noise_shape(shape, image_px)) for draw in distinct_draws(views)]
+        )
         for stream, shape in spec.noise_shapes.items()
     }
 
@@ -142,18 +144,24 @@ def encode_rows(
         rows = slice(start, start + size)
         noise = [row_noise(recipe.noise_seed, key, views, teacher.spec, images.shape[1:3]) for key in keys[rows]]
         padded = pad_batch(images[rows], size)
-        encoded = encode_batch(teacher, padded, stack_noise(noise, teacher.spec, size), levels=recipe.levels, views=views, device=device)
+        encoded = encode_batch(
+            teacher, padded, stack_noise(noise, teacher.spec, size), levels=recipe.levels, views=views, device=device
+        )
         for name, features in encoded.items():
             parts[name].append(features[: len(noise)])
     return {name: torch.cat(features) for name, features in parts.items()}
 
 
-def _synthesized_rows(teacher: Teacher, recipe: Recipe, keys: Sequence[str], views: Sequence[ViewSpec], device: str) -> dict[str, Tensor]:
+def _synthesized_rows(
+    teacher: Teacher, recipe: Recipe, keys: Sequence[str], views: Sequence[ViewSpec], device: str
+) -> dict[str, Tensor]:
     """Features of a synthesized dataset follow from its keys; another view of the same image there is none."""
     from dtpipe.extract.synthesize import synthesize_rows
 
     if tuple(views) != recipe.views:
-        raise ConfigError("the dataset is synthesized: its images have no other noise draws or flips, so nothing can be encoded again")
+        raise ConfigError(
+            "the dataset is synthesized: its images have no other noise draws or flips, so nothing can be encoded again"
+        )
     return synthesize_rows(teacher, recipe, keys, device)[1]
 
 

@@ -58,7 +58,9 @@ class Resolved:
         return self.listed or list_source(self.config, self.source)
 
 
-def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gpus: Callable[[], bool | None] | None = None) -> Resolved:
+def resolve_recipe(
+    config: ExtractConfig, *, fresh: bool = False, cluster_has_gpus: Callable[[], bool | None] | None = None
+) -> Resolved:
     """Look at existing output, source and teacher, the cheapest first, and fix all that determines the content; writes nothing.
 
     fresh: refuse a dataset that is there. cluster_has_gpus: asked only where the recipe depends on it; None asks this machine.
@@ -71,7 +73,9 @@ def resolve_recipe(config: ExtractConfig, *, fresh: bool = False, cluster_has_gp
     listed = None if stored else list_source(config, source)
     selection = {
         "limit": config.limit,
-        "keys_blake3": None if config.keys is None else blake3_hex("\n".join(read_key_file(config.keys, "extract.keys")).encode()),
+        "keys_blake3": None
+        if config.keys is None
+        else blake3_hex("\n".join(read_key_file(config.keys, "extract.keys")).encode()),
         **({"num_samples": config.num_samples} if config.num_samples else {}),
     }
     device = _device(config, stored, cluster_has_gpus)
@@ -122,7 +126,9 @@ def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, devi
         images=config.shard.images,
         codec=CodecRecipe(name=config.shard.codec, zstd_level=config.shard.zstd_level),
         shard=ShardRecipe(format=config.shard.format, samples=samples),
-        compute=ComputeRecipe(device=device, dtype=config.teacher.dtype, batch_size=config.batch_size, threads=config.threads),
+        compute=ComputeRecipe(
+            device=device, dtype=config.teacher.dtype, batch_size=config.batch_size, threads=config.threads
+        ),
     )
 
 
@@ -133,25 +139,36 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
     """
     noise = config.noise
     if spec.synthesizes and (noise.draws > 1 or noise.flips):
-        raise ConfigError("a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples")
+        raise ConfigError(
+            "a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples"
+        )
     _check_encoding(config, spec)
     timesteps: tuple[int | None, ...] = noise.timesteps
     if spec.num_timesteps is None:
         timesteps = (None,)
     elif wrong := [step for step in noise.timesteps if not 0 <= step < spec.num_timesteps]:
-        raise ConfigError(f"extract.noise.timesteps has {wrong[0]}; this teacher has timesteps 0 to {spec.num_timesteps - 1}")
+        raise ConfigError(
+            f"extract.noise.timesteps has {wrong[0]}; this teacher has timesteps 0 to {spec.num_timesteps - 1}"
+        )
     if len(set(timesteps)) < len(timesteps):
         raise ConfigError(
             f"extract.noise.timesteps {list(noise.timesteps)} names a timestep twice; use extract.noise.draws for more noise draws"
         )
     flips = (False, True) if noise.flips else (False,)
-    return tuple(ViewSpec(draw=draw, timestep=step, flip=flip) for step in timesteps for draw in range(noise.draws) for flip in flips)
+    return tuple(
+        ViewSpec(draw=draw, timestep=step, flip=flip)
+        for step in timesteps
+        for draw in range(noise.draws)
+        for flip in flips
+    )
 
 
 def _check_encoding(config: ExtractConfig, spec: TeacherSpec) -> None:
     """A deterministic encoding has one draw, and DDIM inversion stops at multiples of its stride. Raises: ConfigError."""
     if not spec.noise_shapes and config.noise.draws > 1:
-        raise ConfigError(f"extract.noise.draws is {config.noise.draws}, and this teacher's encoding has no noise; leave it out")
+        raise ConfigError(
+            f"extract.noise.draws is {config.noise.draws}, and this teacher's encoding has no noise; leave it out"
+        )
     if spec.num_timesteps is None:
         return
     stride = int(spec.options.get("inversion_stride", 1))
@@ -182,11 +199,15 @@ def stored_levels(
     """
     largest = max(tap.stride for tap in taps)
     if any(side % largest for side in image_px):
-        raise ConfigError(f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of {largest}")
+        raise ConfigError(
+            f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of {largest}"
+        )
     return tuple(_stored_level(tap, image_px, student_px, dtype) for tap in taps)
 
 
-def _stored_level(tap: TapSpec, image_px: tuple[int, int], student_px: tuple[int, int], dtype: StoredDtype) -> LevelSpec:
+def _stored_level(
+    tap: TapSpec, image_px: tuple[int, int], student_px: tuple[int, int], dtype: StoredDtype
+) -> LevelSpec:
     height, width = image_px[0] // tap.stride, image_px[1] // tap.stride
     stride = student_px[0] // height
     if (stride * height, stride * width) != student_px or stride & (stride - 1):
@@ -196,7 +217,9 @@ def _stored_level(tap: TapSpec, image_px: tuple[int, int], student_px: tuple[int
         )
     suffix = tap.name.partition(".")[1] + tap.name.partition(".")[2]
     name = f"l{int(math.log2(stride))}{suffix}"
-    return LevelSpec(name=name, stride=stride, channels=tap.channels, height=height, width=width, dtype=dtype, tap=tap.tap)
+    return LevelSpec(
+        name=name, stride=stride, channels=tap.channels, height=height, width=width, dtype=dtype, tap=tap.tap
+    )
 
 
 def with_whole_paths(config: ExtractConfig) -> ExtractConfig:
@@ -240,7 +263,9 @@ def _require_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise ConfigError("the dataset is to be made with device cuda and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu")
+        raise ConfigError(
+            "the dataset is to be made with device cuda and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu"
+        )
 
 
 def _sides(px: int | tuple[int, int] | None) -> tuple[int, int] | None:

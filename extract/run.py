@@ -25,7 +25,15 @@ from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, Manifest, Plan
 from dtpipe.manifests.store.faults import FAULT_VARIABLE
 from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.write.commit import MANIFEST_FILE, commit_name, load_entries, load_entry, load_manifest, merge, pending_shards
+from dtpipe.manifests.write.commit import (
+    MANIFEST_FILE,
+    commit_name,
+    load_entries,
+    load_entry,
+    load_manifest,
+    merge,
+    pending_shards,
+)
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import plan_digest, start_plan
 
@@ -89,7 +97,9 @@ class _Extraction:
         resolved = resolve_recipe(self.config, fresh=fresh, cluster_has_gpus=self._cluster_has_gpus)
         self.stop.raise_if_requested(self.config.out)
         with Lock.acquire(self.store, self.config.lock_stale_s) as lock:
-            plan, _ = start_plan(self.store, resolved.recipe, lambda: resolved.listing, self._provenance(), fresh, resolved.selection)
+            plan, _ = start_plan(
+                self.store, resolved.recipe, lambda: resolved.listing, self._provenance(), fresh, resolved.selection
+            )
             self._timed("prepare", self.started_s)
             manifest = self._finished(plan) or self._extract_and_merge(plan, resolved, lock)
         return self._result(manifest)

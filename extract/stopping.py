@@ -43,7 +43,9 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -51,6 +53,8 @@ class StopRequest:
         """Raises: StoppedError, which says what is `kept`, with exit code 128 + the signal's number."""
         if self.signal is None:
             return
-        error = StoppedError(f"{where}: stopped by {signal.Signals(self.signal).name}; {kept}, run the same command to go on")
+        error = StoppedError(
+            f"{where}: stopped by {signal.Signals(self.signal).name}; {kept}, run the same command to go on"
+        )
         error.exit_code = 128 + self.signal
         raise error

@@ -28,10 +28,14 @@ def synthesize_batch(
     Shapes: noise {stream: [B, 1, *shape]} -> (B, H, W, 3) uint8, {level: (B, 1, C, h, w)}, on the device.
     Raises: ShapeError when the teacher gives other shapes than the recipe says.
     """
-    return synthesize_on_device(teacher, recipe, {stream: torch.from_numpy(each).to(device) for stream, each in noise.items()})
+    return synthesize_on_device(
+        teacher, recipe, {stream: torch.from_numpy(each).to(device) for stream, each in noise.items()}
+    )
 
 
-def synthesize_on_device(teacher: Teacher, recipe: Recipe, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def synthesize_on_device(
+    teacher: Teacher, recipe: Recipe, noise: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """As `synthesize_batch`, of noise that is on the device already. Shapes: noise {stream: (B, 1, *shape)} -> the same."""
     with torch.inference_mode():
         images, features = teacher.synthesize({stream: each[:, 0] for stream, each in noise.items()})
@@ -45,7 +49,9 @@ def synthesize_on_device(teacher: Teacher, recipe: Recipe, noise: Mapping[str, T
     return pixels.permute(0, 2, 3, 1), made
 
 
-def synthesize_rows(teacher: Teacher, recipe: Recipe, keys: Sequence[str], device: str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
+def synthesize_rows(
+    teacher: Teacher, recipe: Recipe, keys: Sequence[str], device: str = "cpu"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Images and features of some keys, computed as extraction does.
 
     Shapes: -> (N, H, W, 3) uint8, {level: (N, 1, C, h, w)}, on the device.

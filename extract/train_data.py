@@ -65,7 +65,9 @@ def load_images(config: TrainTeacherConfig, copies: int = 1) -> TrainImages:
     items = sorted(source.list(), key=lambda item: item.key)
     classes = _classes(config, items)
     if config.limit and config.limit < len(items):
-        items = [items[idx] for idx in np.linspace(0, len(items) - 1, config.limit).astype(int)]  # some of every class folder
+        items = [
+            items[idx] for idx in np.linspace(0, len(items) - 1, config.limit).astype(int)
+        ]  # some of every class folder
     height, width = config.image_px
     _refuse_too_large(config, len(items), copies)
     recipe = TransformRecipe(resize=config.resize, height=height, width=width, filter=config.filter)
@@ -94,7 +96,11 @@ def draw_batch(config: TrainTeacherConfig, images: TrainImages, step: int, part:
 
     part = part if part is not None else range(config.batch_size)
     rng, num = _generator(config.seed, "step", step), config.batch_size
-    timesteps, turned, withheld = rng.integers(config.timesteps, size=num), rng.random(num) < 0.5, rng.random(num) < config.label_dropout
+    timesteps, turned, withheld = (
+        rng.integers(config.timesteps, size=num),
+        rng.random(num) < 0.5,
+        rng.random(num) < config.label_dropout,
+    )
     at = slice(part.start, part.stop)
     rows = _rows(config, len(images.pixels), range(step * num + part.start, step * num + part.stop))
     chosen = images.pixels[rows]  # (b, H, W, 3)
@@ -107,7 +113,9 @@ def draw_batch(config: TrainTeacherConfig, images: TrainImages, step: int, part:
     labels = None
     if images.labels is not None:
         null = null_class(config, len(images.classes))
-        labels = torch.from_numpy(np.where(withheld[at], null, images.labels[rows]) if null is not None else images.labels[rows])
+        labels = torch.from_numpy(
+            np.where(withheld[at], null, images.labels[rows]) if null is not None else images.labels[rows]
+        )
     return Batch(clean, torch.from_numpy(timesteps[at]), torch.from_numpy(noise), labels)
 
 
@@ -145,7 +153,9 @@ def _in_threads(decode: Callable[[int], str | None], num: int, threads: int) -> 
 
 def _refuse_too_many_bad(config: TrainTeacherConfig, bad: Sequence[str], num: int) -> None:
     if len(bad) == num:
-        raise InputError(f"{config.images}: none of {num} images can be read; the first: {bad[0] if bad else 'none listed'}")
+        raise InputError(
+            f"{config.images}: none of {num} images can be read; the first: {bad[0] if bad else 'none listed'}"
+        )
     if len(bad) > config.max_bad_images(num):
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ErrorBudgetError(

@@ -27,7 +27,9 @@ SAMPLES = "samples.png"
 _OF_THIS_MACHINE = {"images", "out", "init_from", "device", "threads", "decode_threads", "max_hours"}
 
 
-def export_teacher(run: Path, out: Path, dtype: Literal["float32", "float16"] | None = None, device: str = "cpu") -> Path:
+def export_teacher(
+    run: Path, out: Path, dtype: Literal["float32", "float16"] | None = None, device: str = "cpu"
+) -> Path:
     """Write the moving average of the checkpoint in `run` as a teacher into `out`; returns the sample grid's path.
 
     Holds unet/ (safetensors), scheduler/, model_index.json, train.json (settings, step, loss, versions), samples.png and,
@@ -43,7 +45,9 @@ def export_teacher(run: Path, out: Path, dtype: Literal["float32", "float16"] | 
     unet: Any = build_unet(config, len(saved["classes"]))
     unet.load_state_dict(saved["ema"])
     torch.nn.Module.to(unet, dtype=getattr(torch, dtype or config.dtype))
-    scheduler = DDPMScheduler(num_train_timesteps=config.timesteps, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler = DDPMScheduler(
+        num_train_timesteps=config.timesteps, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
         DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(out, safe_serialization=True)
@@ -68,14 +72,17 @@ def _record(config: TrainTeacherConfig, saved: dict[str, Any]) -> dict[str, Any]
         "loss_of_last_steps": round(sum(recent) / len(recent), 6) if recent else None,
         "weights": f"moving average, {config.ema_decay} per step",
         "started_from_weights_blake3": saved["started_from"],
-        "versions": {name: version(name) for name in ("torch", "diffusers", "numpy")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "numpy")}
+        | {"python": platform.python_version()},
     }
 
 
 def _samples(config: TrainTeacherConfig, folder: Path, num_classes: int, device: str) -> NDArray[np.uint8]:
     """Images of the teacher in `folder`, uint8 [N, H, W, 3]; with classes, one of each in turn."""
     if not num_classes:
-        return load_ddpm_teacher(TeacherConfig(path=str(folder)), device).sample(config.num_samples, config.seed, config.sample_steps)
+        return load_ddpm_teacher(TeacherConfig(path=str(folder)), device).sample(
+            config.num_samples, config.seed, config.sample_steps
+        )
     import torch
 
     unet: Any = build_unet(config, num_classes)
@@ -84,9 +91,13 @@ def _samples(config: TrainTeacherConfig, folder: Path, num_classes: int, device:
     unet = unet.to(device).eval()
     labels = torch.arange(config.num_samples, device=device) % num_classes
     rngs = [np.random.Generator(np.random.Philox([config.seed, idx])) for idx in range(config.num_samples)]
-    start = torch.from_numpy(np.stack([rng.standard_normal((3, *config.image_px), np.float32) for rng in rngs])).to(device)
+    start = torch.from_numpy(np.stack([rng.standard_normal((3, *config.image_px), np.float32) for rng in rngs])).to(
+        device
+    )
     with torch.inference_mode():
-        drawn = ddim_sample(lambda noisy, at: unet(noisy, at, labels).sample, noise_schedule(config), start, config.sample_steps)
+        drawn = ddim_sample(
+            lambda noisy, at: unet(noisy, at, labels).sample, noise_schedule(config), start, config.sample_steps
+        )
     return to_pixels(drawn)
 
 

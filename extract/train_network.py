@@ -16,7 +16,9 @@ from dtpipe.manifests.errors import TeacherError
 if TYPE_CHECKING:
     from torch import nn
 
-_NOT_WEIGHTS = frozenset({"sample_size", "num_train_timesteps"})  # of a network's settings: the size it saw; unused without learned steps
+_NOT_WEIGHTS = frozenset(
+    {"sample_size", "num_train_timesteps"}
+)  # of a network's settings: the size it saw; unused without learned steps
 
 
 def noise_schedule(config: TrainTeacherConfig) -> Schedule:
@@ -39,7 +41,11 @@ def build_unet(config: TrainTeacherConfig, num_classes: int = 0) -> nn.Module:
     from diffusers import UNet2DModel
 
     attention = [2**level in config.attention_strides for level in range(len(config.channels))]
-    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.network == "adm" else ("DownBlock2D", "UpBlock2D")
+    down, up = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+        if config.network == "adm"
+        else ("DownBlock2D", "UpBlock2D")
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         unet = UNet2DModel(
@@ -74,15 +80,25 @@ def start_from(config: TrainTeacherConfig, unet: Any, folder: str) -> str:
     from diffusers import UNet2DModel
 
     if not Path(folder).is_dir():
-        raise TeacherError(f"{folder}: no such folder; train_teacher.init_from names the folder of a teacher (diffusers DDPMPipeline)")
+        raise TeacherError(
+            f"{folder}: no such folder; train_teacher.init_from names the folder of a teacher (diffusers DDPMPipeline)"
+        )
     files = find_unet(folder)
     with torch.device("meta"):
         theirs, ours = dict(UNet2DModel(**files.architecture).config), dict(unet.config)
     names = sorted(name for name in ours if not name.startswith("_") and name not in _NOT_WEIGHTS)
-    if other := [f"{name} is {theirs[name]}, not {ours[name]}" for name in names if _plain(theirs[name]) != _plain(ours[name])]:
-        raise TeacherError(f"{folder}: its network is another one than train_teacher asks for: {'; '.join(other)}; make them equal")
+    if other := [
+        f"{name} is {theirs[name]}, not {ours[name]}" for name in names if _plain(theirs[name]) != _plain(ours[name])
+    ]:
+        raise TeacherError(
+            f"{folder}: its network is another one than train_teacher asks for: {'; '.join(other)}; make them equal"
+        )
     schedule, learned = noise_schedule(config), alphas_cumprod(files.scheduler)
-    if files.scheduler["prediction_type"] != "epsilon" or len(schedule) != len(learned) or not np.allclose(schedule, learned, rtol=1e-6):
+    if (
+        files.scheduler["prediction_type"] != "epsilon"
+        or len(schedule) != len(learned)
+        or not np.allclose(schedule, learned, rtol=1e-6)
+    ):
         raise TeacherError(
             f"{folder}: was trained for another noise schedule or target than epsilon under {config.timesteps} linear steps; "
             "train_teacher.init_from cannot go on from it"

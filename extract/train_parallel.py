@@ -110,14 +110,18 @@ def _join(device: str) -> Ranks:
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
-            raise ConfigError(f"process {local} of this machine has no GPU, torch sees {torch.cuda.device_count()}; start fewer processes")
+            raise ConfigError(
+                f"process {local} of this machine has no GPU, torch sees {torch.cuda.device_count()}; start fewer processes"
+            )
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as err:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(err).splitlines()[0][:160]
-        raise ConfigError(f"WORLD_SIZE is set, but the processes cannot meet at {where} ({reason}); start them with torchrun") from err
+        raise ConfigError(
+            f"WORLD_SIZE is set, but the processes cannot meet at {where} ({reason}); start them with torchrun"
+        ) from err
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

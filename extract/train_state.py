@@ -66,7 +66,9 @@ def resume_or_start(
 def _restore(state: TrainState, saved: dict[str, Any], device: str, where: str) -> None:
     if list(state.classes) != saved["classes"]:
         changed = sorted(set(state.classes) ^ set(saved["classes"]))
-        raise PlanChangedError(f"{where}/{CHECKPOINT} was made with other classes, {changed} differ; give the same images or another --out")
+        raise PlanChangedError(
+            f"{where}/{CHECKPOINT} was made with other classes, {changed} differ; give the same images or another --out"
+        )
     state.unet.load_state_dict(saved["unet"])
     state.optimizer.load_state_dict(saved["optimizer"])
     state.ema = {name: value.to(device) for name, value in saved["ema"].items()}
@@ -110,7 +112,9 @@ def save_checkpoint(config: TrainTeacherConfig, state: TrainState) -> Path:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as err:
-        raise StoreError(f"{path}: cannot write the checkpoint ({err}); make room and run the same command again") from err
+        raise StoreError(
+            f"{path}: cannot write the checkpoint ({err}); make room and run the same command again"
+        ) from err
     return path
 
 
@@ -137,9 +141,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch raises many types for a damaged file
-        raise DamagedDataError(f"{path}: not a readable checkpoint ({type(err).__name__}); delete it to start again") from err
+        raise DamagedDataError(
+            f"{path}: not a readable checkpoint ({type(err).__name__}); delete it to start again"
+        ) from err
     if not isinstance(content, dict):
-        raise DamagedDataError(f"{path}: holds a {type(content).__name__}, no checkpoint of a teacher; name another --out")
+        raise DamagedDataError(
+            f"{path}: holds a {type(content).__name__}, no checkpoint of a teacher; name another --out"
+        )
     if missing := _KEYS - set(content):
         raise DamagedDataError(f"{path}: checkpoint lacks {sorted(missing)}; delete it to start again")
     try:
@@ -154,6 +162,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def _refuse_other_settings(config: TrainTeacherConfig, saved: TrainTeacherConfig, path: Path) -> None:
     old, new = saved.model_dump(), config.model_dump()
-    changed = [f"{name} was {old[name]}, is {new[name]}" for name in new if name not in EXECUTION and old[name] != new[name]]
+    changed = [
+        f"{name} was {old[name]}, is {new[name]}" for name in new if name not in EXECUTION and old[name] != new[name]
+    ]
     if changed:
-        raise PlanChangedError(f"{path} was made with other settings: {'; '.join(changed)}; keep them or name another --out")
+        raise PlanChangedError(
+            f"{path} was made with other settings: {'; '.join(changed)}; keep them or name another --out"
+        )

@@ -21,7 +21,9 @@ SNR_LIMIT = 5.0  # gamma of Hang et al.
 ALONE = Ranks()
 
 
-def train_step(config: TrainTeacherConfig, state: TrainState, batch: Batch, schedule: Tensor, ranks: Ranks = ALONE) -> float:
+def train_step(
+    config: TrainTeacherConfig, state: TrainState, batch: Batch, schedule: Tensor, ranks: Ranks = ALONE
+) -> float:
     """One step of the weighted loss, E w(t) |eps - eps_theta(x_t, t)|^2, over the parts of all ranks; returns the loss.
 
     schedule: alphas_cumprod, float64, on the device. In float16 a step whose gradient overflows leaves the weights as they are.

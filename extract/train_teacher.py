@@ -76,7 +76,9 @@ def train_teacher(config: TrainTeacherConfig, on_progress: OnProgress | None = N
         torch.set_num_threads(config.threads)
     with join_ranks(_device(config)) as ranks, ExitStack() as held:
         if config.batch_size < ranks.size:
-            raise ConfigError(f"train_teacher.batch_size is {config.batch_size}, too few for {ranks.size} processes; start fewer")
+            raise ConfigError(
+                f"train_teacher.batch_size is {config.batch_size}, too few for {ranks.size} processes; start fewer"
+            )
         lock = ranks.first(lambda: held.enter_context(_hold(config)))
         saved = find_checkpoint(config)
         images = load_images(config, ranks_of_this_machine())

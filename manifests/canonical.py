@@ -76,7 +76,9 @@ def load_record(model: type[Record], data: bytes, where: str) -> Record:
     value = unseal(data, where)
     found = value.get("format", FORMAT)
     if found != FORMAT:
-        raise ManifestError(f"{where} has format {found!r}, this dtpipe reads {FORMAT!r}; install the version that wrote it or a newer one")
+        raise ManifestError(
+            f"{where} has format {found!r}, this dtpipe reads {FORMAT!r}; install the version that wrote it or a newer one"
+        )
     try:
         return model.model_validate(value)
     except ValidationError as err:
@@ -93,7 +95,9 @@ def _dump(value: object, sort_keys: bool = False) -> str:
         text = json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         text.encode()
     except (ValueError, TypeError) as err:
-        raise ManifestError(f"a value cannot be stored as JSON: {err}; use text, finite numbers, lists and text keys") from err
+        raise ManifestError(
+            f"a value cannot be stored as JSON: {err}; use text, finite numbers, lists and text keys"
+        ) from err
     return text
 
 

@@ -18,7 +18,9 @@ LATENT_SUFFIX: Final = ".latent"  # of the level that holds a latent teacher's o
 IMAGE = "image"  # name of the array that holds the stored images
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="blake3, 64 hexadecimal digits.")]
-LevelName = Annotated[str, Field(pattern=r"^l[0-9](\.[a-z0-9]+)?$", description="l{n} has stride 2^n; l4.b is a second tap.")]
+LevelName = Annotated[
+    str, Field(pattern=r"^l[0-9](\.[a-z0-9]+)?$", description="l{n} has stride 2^n; l4.b is a second tap.")
+]
 StoredDtype = Literal["float16", "float32"]
 Resize = Literal["center_crop", "stretch", "none"]
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
@@ -156,7 +158,9 @@ class ObjectEntry(StrictModel):
     name: str = Field(description="POSIX path inside the dataset.")
     size_bytes: int = Field(ge=0)
     blake3: Digest
-    identity: str = Field(description="The store's etag, or mtime in ns: changes when the object is written again. Not content.")
+    identity: str = Field(
+        description="The store's etag, or mtime in ns: changes when the object is written again. Not content."
+    )
     arrays: dict[str, Members] = Field(description="Array name (image, l2, ..; tar also: key) to its chunks.")
 
 

@@ -14,12 +14,20 @@ class EvalConfig(StrictModel):
     """What to score, on which labels, beside what."""
 
     checkpoint: str = Field(description="Run folder, checkpoint or export of the student to score.")
-    task: Literal["probe", "knn"] = Field(description="probe (linear read-out) or knn (nearest neighbours), on frozen features.")
+    task: Literal["probe", "knn"] = Field(
+        description="probe (linear read-out) or knn (nearest neighbours), on frozen features."
+    )
     images: str = Field(description="URL of labelled images: class folders, or any folder with --masks.")
-    masks: str | None = Field(default=None, description="URL of masks with the images' keys as PNG: scores a dense read-out.")
-    test_images: str | None = Field(default=None, description="URL of the images to score on; default: a share of --images.")
+    masks: str | None = Field(
+        default=None, description="URL of masks with the images' keys as PNG: scores a dense read-out."
+    )
+    test_images: str | None = Field(
+        default=None, description="URL of the images to score on; default: a share of --images."
+    )
     test_masks: str | None = Field(default=None, description="URL of the masks of --test-images.")
-    test_share: float = Field(default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images.")
+    test_share: float = Field(
+        default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images."
+    )
     foreground: bool = Field(default=False, description="Merge all mask classes but 0 into one.")
     ignore_value: int | None = Field(default=255, ge=0, le=255, description="Mask value of pixels that do not count.")
     px: int | tuple[int, int] | None = Field(
@@ -34,9 +42,12 @@ class EvalConfig(StrictModel):
     seeds: int = Field(default=3, ge=1, description="Draws of the labelled images and of random initialisations.")
     against: tuple[str, ...] = Field(default=(), description="Another checkpoint to score beside it. Repeatable.")
     teacher: str | None = Field(
-        default=None, description="Teacher whose own features are scored too; default: the one that made the run's dataset."
+        default=None,
+        description="Teacher whose own features are scored too; default: the one that made the run's dataset.",
     )
-    timestep: int | None = Field(default=None, ge=0, description="Timestep of the teacher's features; default: the dataset's.")
+    timestep: int | None = Field(
+        default=None, ge=0, description="Timestep of the teacher's features; default: the dataset's."
+    )
     limit: int | None = Field(default=None, ge=2, description="Use only so many images.")
     seed: int = Field(default=0, ge=0, description="Seed of the split and the draws.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where features are computed.")
@@ -75,9 +86,13 @@ class DemoConfig(StrictModel):
 
     out: str = Field(default="demo-out", description="Folder for everything that the demo writes.")
     images: str | None = Field(default=None, description="Your own folder of images instead of digit scenes.")
-    teacher: str | None = Field(default=None, description="Teacher; default: the one shipped, or for --images a small one trained first.")
+    teacher: str | None = Field(
+        default=None, description="Teacher; default: the one shipped, or for --images a small one trained first."
+    )
     num_images: int = Field(default=2000, ge=16, description="Scenes to make, or images of yours to use.")
-    num_held_out: int = Field(default=400, ge=16, description="More scenes, of other digits and photographs, to score on.")
+    num_held_out: int = Field(
+        default=400, ge=16, description="More scenes, of other digits and photographs, to score on."
+    )
     epochs: int = Field(default=6, ge=1, description="Epochs of distillation.")
     teacher_steps: int = Field(default=600, ge=1, description="Training steps of the teacher for --images.")
     workers: int = Field(default=2, ge=1, description="Ray workers of the extraction.")

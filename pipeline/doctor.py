@@ -20,7 +20,20 @@ from dtpipe.manifests.errors import DtpipeError, MissingPackageError
 from dtpipe.pipeline.cli.console import format_bytes
 
 State = Literal["ok", "note", "wrong"]
-REQUIRED = ("torch", "torchvision", "timm", "diffusers", "ray", "zarr", "webdataset", "fsspec", "pyarrow", "safetensors", "pillow", "numpy")
+REQUIRED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "diffusers",
+    "ray",
+    "zarr",
+    "webdataset",
+    "fsspec",
+    "pyarrow",
+    "safetensors",
+    "pillow",
+    "numpy",
+)
 OPTIONAL = {"s3fs": "s3:// URLs: pip install 'dtpipe[s3]'", "gcsfs": "gs:// URLs: pip install 'dtpipe[gcs]'"}
 LOW_DISK = 20e9
 LOW_SHARED_MEMORY = 1e9
@@ -38,12 +51,16 @@ class Finding:
 
 
 def _python() -> Iterator[Finding]:
-    yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}")
+    yield Finding(
+        "python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
+    )
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     import psutil
 
     memory = psutil.virtual_memory()
-    yield Finding("cpu", "ok", f"{cpus} cores, {format_bytes(memory.total)} memory, {format_bytes(memory.available)} of it free")
+    yield Finding(
+        "cpu", "ok", f"{cpus} cores, {format_bytes(memory.total)} memory, {format_bytes(memory.available)} of it free"
+    )
 
 
 def _packages() -> Iterator[Finding]:
@@ -51,7 +68,9 @@ def _packages() -> Iterator[Finding]:
         try:
             yield Finding(name, "ok", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "wrong", "not installed", "pip install --force-reinstall dtpipe", MissingPackageError.exit_code)
+            yield Finding(
+                name, "wrong", "not installed", "pip install --force-reinstall dtpipe", MissingPackageError.exit_code
+            )
     for name, why in OPTIONAL.items():
         try:
             yield Finding(name, "ok", importlib.metadata.version(name))
@@ -64,14 +83,21 @@ def _devices() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        yield Finding("gpu", "note", f"none seen; {built}", "fine for small teachers; else check `nvidia-smi` and the driver's version")
+        yield Finding(
+            "gpu",
+            "note",
+            f"none seen; {built}",
+            "fine for small teachers; else check `nvidia-smi` and the driver's version",
+        )
         return
     for idx in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(idx)
         kind = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
         text = f"{torch.cuda.get_device_name(idx)}, {format_bytes(free)} of {format_bytes(total)} free, {kind}"
         low = free < 0.5 * total
-        yield Finding(f"gpu {idx}", "note" if low else "ok", text, "another process holds half of it or more" if low else "")
+        yield Finding(
+            f"gpu {idx}", "note" if low else "ok", text, "another process holds half of it or more" if low else ""
+        )
 
 
 def _disk() -> Iterator[Finding]:
@@ -87,7 +113,10 @@ def _disk() -> Iterator[Finding]:
     shared = Path("/dev/shm")
     if shared.is_dir() and (free := shutil.disk_usage(shared).free) < LOW_SHARED_MEMORY:
         yield Finding(
-            "shared memory", "note", f"{format_bytes(free)} free in {shared}", "Ray will use slower files; in Docker, give --shm-size=2g"
+            "shared memory",
+            "note",
+            f"{format_bytes(free)} free in {shared}",
+            "Ray will use slower files; in Docker, give --shm-size=2g",
         )
 
 
@@ -105,7 +134,11 @@ def _ray_address(address: str | None) -> Iterator[Finding]:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_nodes = len(ray.nodes())  # type: ignore[no-untyped-call]
-        yield Finding("ray cluster", "ok", f"{address}: {have.get('CPU', 0):.0f} CPUs, {have.get('GPU', 0):.0f} GPUs, {num_nodes} nodes")
+        yield Finding(
+            "ray cluster",
+            "ok",
+            f"{address}: {have.get('CPU', 0):.0f} CPUs, {have.get('GPU', 0):.0f} GPUs, {num_nodes} nodes",
+        )
     except Exception as err:
         yield Finding("ray cluster", "wrong", _line(err), "start it with `ray start --head`, or unset RAY_ADDRESS", 3)
     finally:
@@ -161,5 +194,9 @@ def examine(store: str | None = None, teacher: str | None = None, ray_address: s
         try:
             findings.extend(check())
         except Exception as err:
-            findings.append(Finding(name, "wrong", f"{type(err).__name__}: {_line(err)}", "the check itself failed; please report it", 1))
+            findings.append(
+                Finding(
+                    name, "wrong", f"{type(err).__name__}: {_line(err)}", "the check itself failed; please report it", 1
+                )
+            )
     return findings

@@ -61,7 +61,9 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     note(f"{len(train)} images to draw labels from, {len(test)} held out")
     extractors = _extractors(config, train, note)
     numbers = label_counts(config, task, train)
-    result = compare.run_probe(task, extractors, train, test, numbers, range(config.seed, config.seed + config.seeds), config.probe, note)
+    result = compare.run_probe(
+        task, extractors, train, test, numbers, range(config.seed, config.seed + config.seeds), config.probe, note
+    )
     result = replace(result, notes=(*result.notes, *overlap_notes(config, test)))
     return Evaluation(result, _write(config, task, result))
 
@@ -79,16 +81,22 @@ def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tu
     reader = LabelledReader(config.images, config.masks, recipe)
     names = () if config.masks else class_names_of(reader.items)
     if not names and not config.masks:
-        raise ConfigError(f"{config.images}: no class folders and no --masks; give one of them, or there is nothing to score")
+        raise ConfigError(
+            f"{config.images}: no class folders and no --masks; give one of them, or there is nothing to score"
+        )
     if config.test_images:
         if config.test_images == config.images:
-            raise ConfigError(f"{config.images} is both --images and --test-images; leave out --test-images to split it")
+            raise ConfigError(
+                f"{config.images} is both --images and --test-images; leave out --test-images to split it"
+            )
         held_out = LabelledReader(config.test_images, config.test_masks, recipe)
         rows = [_limited(range(len(each.items)), config.limit) for each in (reader, held_out)]
         train, test = reader.read(names, note, rows[0]), held_out.read(names, note, rows[1], "held out/")
     else:
         items = reader.items
-        parts = split_by_key([item.key for item in items], [item.label for item in items], config.test_share, config.seed)
+        parts = split_by_key(
+            [item.key for item in items], [item.label for item in items], config.test_share, config.seed
+        )
         train, test = (reader.read(names, note, _limited(part, config.limit)) for part in parts)
     if config.masks and config.foreground:
         return train.foreground(), test.foreground()
@@ -127,7 +135,11 @@ def overlap_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
         with suppress(DtpipeError):  # a dataset that is gone cannot be compared
             seen.update(FeatureDataset.open(url, allow_incomplete=True).keys)
     shared = len(seen & set(test.keys))
-    return [f"{shared} of the held-out images have keys of the distillation dataset: seen there, without labels"] if shared else []
+    return (
+        [f"{shared} of the held-out images have keys of the distillation dataset: seen there, without labels"]
+        if shared
+        else []
+    )
 
 
 def _dataset_urls(checkpoint: str) -> list[str]:
@@ -177,7 +189,10 @@ def _extractors(config: EvalConfig, train: LabelledSet, note: Note) -> list[Feat
     device = pick_device(config.device)
     student = load_student(config.checkpoint)
     size = config.probe.batch_size
-    extractors: list[FeatureExtractor | PerSeed] = [raw_pixels(), random_initialisation(student.spec, train.images, size, device)]
+    extractors: list[FeatureExtractor | PerSeed] = [
+        raw_pixels(),
+        random_initialisation(student.spec, train.images, size, device),
+    ]
     teacher = _teacher_extractor(config, device, note)
     if teacher is not None:
         extractors.append(teacher)
@@ -226,7 +241,12 @@ def _recorded_timestep(plan: Plan | None, live: Mapping[str, Any]) -> int | None
 
 
 def teacher_extractor(
-    config: TeacherConfig, timestep: int | None, seed: int, device: str, image_px: tuple[int, int] | None = None, name: str = TEACHER
+    config: TeacherConfig,
+    timestep: int | None,
+    seed: int,
+    device: str,
+    image_px: tuple[int, int] | None = None,
+    name: str = TEACHER,
 ) -> FeatureExtractor:
     """A teacher's own features at one timestep as an extractor.
 
@@ -253,7 +273,9 @@ def teacher_extractor(
         if tuple(pixels.shape[-2:]) != size:
             pixels = interpolate(pixels, size=size, mode="bilinear", antialias=True).clamp(-1, 1)
         rows = [row_noise(seed, key, views, spec, size) for key in keys]
-        noise = {stream: torch.from_numpy(np.stack([row[stream] for row in rows])).to(device) for stream in spec.noise_shapes}
+        noise = {
+            stream: torch.from_numpy(np.stack([row[stream] for row in rows])).to(device) for stream in spec.noise_shapes
+        }
         features = teacher.encode(pixels, noise, views)
         return {level: values[:, 0] for level, values in features.items()}
 

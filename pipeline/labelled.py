@@ -26,7 +26,9 @@ BACKGROUND, IGNORED = 0, 255
 Mask = NDArray[np.uint8]
 
 
-def split_by_key(keys: Sequence[str], labels: Sequence[str | None], test_share: float, seed: int) -> tuple[list[int], list[int]]:
+def split_by_key(
+    keys: Sequence[str], labels: Sequence[str | None], test_share: float, seed: int
+) -> tuple[list[int], list[int]]:
     """Rows to draw labelled images from, and rows held out; each class is split alike.
 
     A row's side depends on the seed and the keys of its class only, not on their order.
@@ -50,11 +52,15 @@ def decode_mask(data: bytes, where: str) -> Mask:
         with Image.open(io.BytesIO(data)) as image:
             values = np.asarray(image)
     except Exception as err:
-        raise InputError(f"mask {where} cannot be read: {type(err).__name__}: {err}; masks are PNG files of class numbers") from err
+        raise InputError(
+            f"mask {where} cannot be read: {type(err).__name__}: {err}; masks are PNG files of class numbers"
+        ) from err
     if values.ndim == 3 and values.shape[-1] >= 3 and (values[..., :1] == values[..., :3]).all():
         values = values[..., 0]
     if values.ndim != 2 or values.min(initial=0) < 0 or values.max(initial=0) > IGNORED:
-        raise InputError(f"mask {where} is a {values.dtype} image of shape {values.shape}; it must hold one class number 0..255 per pixel")
+        raise InputError(
+            f"mask {where} is a {values.dtype} image of shape {values.shape}; it must hold one class number 0..255 per pixel"
+        )
     return values.astype(np.uint8)
 
 
@@ -70,7 +76,9 @@ def resize_mask(mask: Mask, recipe: TransformRecipe) -> Mask:
 
 
 def _nearest(mask: Mask, size: tuple[int, int]) -> Mask:
-    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(size, mask.shape, strict=True))
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(size, mask.shape, strict=True)
+    )
     picked: Mask = mask[rows[:, None], columns[None, :]]
     return picked
 
@@ -87,7 +95,9 @@ class LabelledReader:
         self.mask_source: Source | None = open_source(masks) if masks else None
         self.mask_uris = {_stem(item.key): item.uri for item in self.mask_source.list()} if self.mask_source else {}
 
-    def read(self, class_names: Sequence[str], note: Callable[[str], None], rows: Sequence[int], prefix: str = "") -> LabelledSet:
+    def read(
+        self, class_names: Sequence[str], note: Callable[[str], None], rows: Sequence[int], prefix: str = ""
+    ) -> LabelledSet:
         """The samples at `rows` of the listing, `prefix` before their keys; bad images are named and left out.
 
         Raises: InputError when a mask is missing or a class is unknown, or no image is good.
@@ -128,7 +138,9 @@ class LabelledReader:
     def _read_mask(self, item: SourceItem) -> Mask:
         uri = self.mask_uris.get(_stem(item.key))
         if uri is None or self.mask_source is None:
-            raise InputError(f"{self.masks}: no mask for image {item.key}; masks have the images' paths, e.g. {_stem(item.key)}.png")
+            raise InputError(
+                f"{self.masks}: no mask for image {item.key}; masks have the images' paths, e.g. {_stem(item.key)}.png"
+            )
         return resize_mask(decode_mask(self.mask_source.read(uri), item.key), self.recipe)
 
 
@@ -140,7 +152,9 @@ def _class_idx(item: SourceItem, class_names: Sequence[str]) -> int:
     if not class_names:
         return 0
     if item.label not in class_names:
-        raise InputError(f"{item.key}: class {item.label!r} is not among the classes to learn from, {', '.join(class_names)}")
+        raise InputError(
+            f"{item.key}: class {item.label!r} is not among the classes to learn from, {', '.join(class_names)}"
+        )
     return class_names.index(item.label)
 
 

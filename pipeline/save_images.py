@@ -31,5 +31,7 @@ def save_images(url: str, folder: str | Path) -> int:
 def _path_below(folder: Path, key: str) -> Path:
     parts = PurePosixPath(key)
     if parts.is_absolute() or ".." in parts.parts:
-        raise InputError(f"key {key!r} leads out of {folder}; its image is not written as a file, read it with dtpipe's reader")
+        raise InputError(
+            f"key {key!r} leads out of {folder}; its image is not written as a file, read it with dtpipe's reader"
+        )
     return folder / f"{key}.png"

@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-os.fsync = lambda _: None  # takes 10 ms a file on a disk, and no test can see it: a killed process loses nothing of the page cache
+os.fsync = lambda _: (
+    None
+)  # takes 10 ms a file on a disk, and no test can see it: a killed process loses nothing of the page cache
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what the tests start would ignore Ctrl-C too
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell's background job; what the tests start would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

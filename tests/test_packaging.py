@@ -20,7 +20,11 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names in a wheel built from a copy of the tracked and new files, so that build leftovers cannot help."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=REPO, capture_output=True, text=True, check=False
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     names = listed.stdout.splitlines() or [str(path.relative_to(REPO)) for path in REPO.rglob("*") if _wanted(path)]
     for name in names:
@@ -28,7 +32,18 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         if source.is_file() and not source.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(out), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        str(out),
+        str(copy),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -54,13 +69,20 @@ def test_every_folder_with_python_files_is_a_package() -> None:
 
 
 def test_wheel_holds_every_module(wheel_names: set[str]) -> None:
-    modules = {f"dtpipe/{path.relative_to(REPO)}" for folder in package_folders() for path in (REPO / folder).glob("*.py")}
+    modules = {
+        f"dtpipe/{path.relative_to(REPO)}" for folder in package_folders() for path in (REPO / folder).glob("*.py")
+    }
     assert modules - wheel_names == set()
 
 
 def test_wheel_holds_the_data_that_commands_read(wheel_names: set[str]) -> None:
     folders = ("pipeline/presets", "pipeline/report/templates", "pipeline/demo/teacher")
-    data = {f"dtpipe/{path.relative_to(REPO)}" for folder in folders for path in (REPO / folder).rglob("*") if path.is_file()}
+    data = {
+        f"dtpipe/{path.relative_to(REPO)}"
+        for folder in folders
+        for path in (REPO / folder).rglob("*")
+        if path.is_file()
+    }
     assert any(name.endswith(".yaml") for name in data)
     assert any(name.endswith(".html") for name in data)
     assert any(name.endswith(".safetensors") for name in data)

@@ -21,7 +21,9 @@ from dtpipe.manifests.errors import TeacherError
 from parts import sd_pipelines
 from parts.paths import REPO
 
-FILES = sorted(path for folder in ("manifests", "extract", "distill", "pipeline") for path in (REPO / folder).rglob("*.py"))
+FILES = sorted(
+    path for folder in ("manifests", "extract", "distill", "pipeline") for path in (REPO / folder).rglob("*.py")
+)
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
 
 
@@ -40,7 +42,9 @@ def unsafe_calls(source: str) -> Iterator[str]:
             yield f"line {node.lineno}: {name}"
         elif root == "torch" and leaf == "load" and given.get("weights_only") is not True:
             yield f"line {node.lineno}: {name} without weights_only=True"
-        elif root in ("np", "numpy", "npy") and leaf in ("load", "read_array") and given.get("allow_pickle") is not False:
+        elif (
+            root in ("np", "numpy", "npy") and leaf in ("load", "read_array") and given.get("allow_pickle") is not False
+        ):
             yield f"line {node.lineno}: {name} without allow_pickle=False"
         elif name in ("yaml.unsafe_load", "yaml.full_load", "eval", "exec"):
             yield f"line {node.lineno}: {name}"
@@ -117,7 +121,9 @@ def opened(request: pytest.FixtureRequest, checkpoints: Path, tmp_path: Path) ->
     """A copy of a checkpoint, the file in it to write in torch's format, and what belongs in that file."""
     folder, stored, pickled = PLACES[request.param]
     copy = Path(shutil.copytree(checkpoints / folder, tmp_path / folder))
-    tensors = load_file(copy / stored) if stored.endswith(".safetensors") else torch.load(copy / stored, weights_only=True)
+    tensors = (
+        load_file(copy / stored) if stored.endswith(".safetensors") else torch.load(copy / stored, weights_only=True)
+    )
     (copy / stored).unlink()
     return copy, copy / pickled, tensors
 

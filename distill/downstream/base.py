@@ -45,15 +45,21 @@ class LabelledSet:
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
-            raise ShapeError(f"labelled images are {self.images.shape} {self.images.dtype}; they must be [N, H, W, 3] uint8")
+            raise ShapeError(
+                f"labelled images are {self.images.shape} {self.images.dtype}; they must be [N, H, W, 3] uint8"
+            )
         if len(self.keys) != len(self.images):
-            raise ShapeError(f"{len(self.keys)} keys stand beside {len(self.images)} labelled images; give one key per image")
+            raise ShapeError(
+                f"{len(self.keys)} keys stand beside {len(self.images)} labelled images; give one key per image"
+            )
         if len(set(self.keys)) != len(self.keys):
             raise ConfigError("a key occurs twice among the labelled images; keys must be unique")
         if self.labels is not None and self.labels.shape != self.images.shape[:1]:
             raise ShapeError(f"labels are {self.labels.shape} for {len(self.images)} images; they must be [N]")
         if self.masks is not None and self.masks.shape != self.images.shape[:3]:
-            raise ShapeError(f"masks are {self.masks.shape}, images {self.images.shape}; masks must have the images' height and width")
+            raise ShapeError(
+                f"masks are {self.masks.shape}, images {self.images.shape}; masks must have the images' height and width"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,14 +85,18 @@ class LabelledSet:
 def need_labels(labelled: LabelledSet) -> IntArray:
     """The class labels. Raises: ConfigError when there are none."""
     if labelled.labels is None:
-        raise ConfigError("this task needs class labels and the labelled images have none; give a source with class folders")
+        raise ConfigError(
+            "this task needs class labels and the labelled images have none; give a source with class folders"
+        )
     return labelled.labels
 
 
 def need_masks(labelled: LabelledSet) -> IntArray:
     """The masks. Raises: ConfigError when there are none."""
     if labelled.masks is None:
-        raise ConfigError("this task needs masks and the labelled images have none; give a folder of masks beside the images")
+        raise ConfigError(
+            "this task needs masks and the labelled images have none; give a folder of masks beside the images"
+        )
     return labelled.masks
 
 
@@ -121,7 +131,9 @@ class FeatureExtractor:
             levels = self.encode(images)
         for level, features in levels.items():
             if features.ndim != 4 or len(features) != len(images):
-                raise ShapeError(f"{self.name}: level {level} is {tuple(features.shape)} for {len(images)} images; need [B, C, h, w]")
+                raise ShapeError(
+                    f"{self.name}: level {level} is {tuple(features.shape)} for {len(images)} images; need [B, C, h, w]"
+                )
         return {level: features.float() for level, features in levels.items()}
 
 
@@ -150,7 +162,9 @@ def draw_labelled(labelled: LabelledSet, num: int | None, seed: int, balanced: b
     if num is None:
         return by_key
     if not 1 <= num <= len(labelled):
-        raise ConfigError(f"{num} labelled images are asked for and there are {len(labelled)}; ask for 1 to {len(labelled)}")
+        raise ConfigError(
+            f"{num} labelled images are asked for and there are {len(labelled)}; ask for 1 to {len(labelled)}"
+        )
     generator = np.random.Generator(np.random.Philox(seed))
     order = by_key[generator.permutation(len(by_key))]
     if not balanced:
@@ -176,7 +190,9 @@ def check_apart(train: LabelledSet, test: LabelledSet) -> None:
     """Refuse a test set that shares images with the labelled ones. Raises: ConfigError naming one of them."""
     shared = sorted(set(train.keys) & set(test.keys))
     if shared:
-        raise ConfigError(f"{len(shared)} images are both labelled for training and held out, {shared[0]!r} for one; split by key")
+        raise ConfigError(
+            f"{len(shared)} images are both labelled for training and held out, {shared[0]!r} for one; split by key"
+        )
 
 
 def batches(extractor: FeatureExtractor, images: Images, batch_size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
@@ -200,7 +216,9 @@ def raw_pixels(strides: Sequence[int] = (4, 8, 16, 32)) -> FeatureExtractor:
     return FeatureExtractor(RAW_PIXELS, encode, pool="flatten")
 
 
-def student_extractor(student: Student, device: torch.device | str = "cpu", name: str = "distilled") -> FeatureExtractor:
+def student_extractor(
+    student: Student, device: torch.device | str = "cpu", name: str = "distilled"
+) -> FeatureExtractor:
     """A student as an extractor, in eval mode on `device`; its levels are named by stride, l2 for stride 4.
 
     Images of another size than the student's are resized as in distillation.
@@ -221,7 +239,9 @@ def random_student(spec: StudentSpec, seed: int) -> Student:
         return build_student(spec)
 
 
-def calibrate_batch_norms(student: Student, images: Images, batch_size: int = 64, device: torch.device | str = "cpu") -> Student:
+def calibrate_batch_norms(
+    student: Student, images: Images, batch_size: int = 64, device: torch.device | str = "cpu"
+) -> Student:
     """Give the batch norms of an untrained student the statistics of `images` (uint8, unlabelled); returns it in eval mode.
 
     An untouched batch norm passes the first images on at a wild scale, which would make random features look worse than
@@ -243,7 +263,9 @@ def calibrate_batch_norms(student: Student, images: Images, batch_size: int = 64
     return student.eval()
 
 
-def random_initialisation(spec: StudentSpec, unlabelled: Images, batch_size: int = 64, device: torch.device | str = "cpu") -> PerSeed:
+def random_initialisation(
+    spec: StudentSpec, unlabelled: Images, batch_size: int = 64, device: torch.device | str = "cpu"
+) -> PerSeed:
     """The student before any training, another one for each seed, batch norms calibrated on unlabelled training images."""
 
     def make(seed: int) -> FeatureExtractor:

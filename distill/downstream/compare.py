@@ -46,7 +46,10 @@ TASKS = {
     "probe": Task("probe", "labels", linear_probe, "linear classifier on the pooled features of each level; accuracy"),
     "knn": Task("knn", "labels", knn_probe, "weighted nearest neighbours by cosine of pooled features; accuracy"),
     "readout": Task(
-        "readout", "masks", dense_readout, "linear classifier per cell on the levels; foreground IoU, or mIoU of several classes"
+        "readout",
+        "masks",
+        dense_readout,
+        "linear classifier per cell on the levels; foreground IoU, or mIoU of several classes",
     ),
 }
 
@@ -100,7 +103,12 @@ def make_draws(task: Task, train: LabelledSet, num_labelled: Sequence[int | None
 
 
 def _score_extractor(
-    task: Task, extractor: FeatureExtractor | PerSeed, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
+    task: Task,
+    extractor: FeatureExtractor | PerSeed,
+    train: LabelledSet,
+    test: LabelledSet,
+    draws: Sequence[Draw],
+    config: ProbeConfig,
 ) -> list[Score]:
     if isinstance(extractor, FeatureExtractor):
         return task.run(extractor, train, test, _distinct(draws, len(train)), config)

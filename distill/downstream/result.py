@@ -119,7 +119,9 @@ class ProbeResult:
         for other in results[1:]:
             for name in ("task", "metric", "num_test"):
                 if getattr(other, name) != getattr(first, name):
-                    raise ConfigError(f"results differ in {name}: {getattr(first, name)} and {getattr(other, name)}; merge equal ones")
+                    raise ConfigError(
+                        f"results differ in {name}: {getattr(first, name)} and {getattr(other, name)}; merge equal ones"
+                    )
         notes = dict.fromkeys(note for result in results for note in result.notes)
         return replace(first, scores=tuple(score for result in results for score in result.scores), notes=tuple(notes))
 

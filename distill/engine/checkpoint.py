@@ -36,7 +36,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         temporary.replace(path)
     except OSError as err:
         temporary.unlink(missing_ok=True)
-        raise StoreError(f"{path}: the checkpoint cannot be written: {err}; free or change the disk and run again") from err
+        raise StoreError(
+            f"{path}: the checkpoint cannot be written: {err}; free or change the disk and run again"
+        ) from err
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -49,9 +51,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as err:
         raise InputError(f"{path}: no checkpoint here; give a run folder, its last.pt or an export") from err
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as err:
-        raise DamagedDataError(f"{path}: the checkpoint cannot be read: {err}; use one of checkpoints/ beside it") from err
+        raise DamagedDataError(
+            f"{path}: the checkpoint cannot be read: {err}; use one of checkpoints/ beside it"
+        ) from err
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{path}: not a checkpoint of dtpipe distill ({FORMAT}); give a run folder, its last.pt or an export")
+        raise InputError(
+            f"{path}: not a checkpoint of dtpipe distill ({FORMAT}); give a run folder, its last.pt or an export"
+        )
     return state
 
 

@@ -21,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dtpipe.manifests.errors import ConfigError, DtpipeError, IncompleteError
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # longest wait for another rank: a checkpoint on a slow disk, a first batch from far away
+PATIENCE = timedelta(
+    minutes=30
+)  # longest wait for another rank: a checkpoint on a slow disk, a first batch from far away
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         if not isinstance(err, dist.DistError) and "gloo" not in str(err):
             raise
         reason = str(err).splitlines()[0][:160]
-        raise IncompleteError(f"process {rank} of {size} lost the others ({reason}); run the same command again") from err
+        raise IncompleteError(
+            f"process {rank} of {size} lost the others ({reason}); run the same command again"
+        ) from err
     finally:
         if not joined_before:
             dist.destroy_process_group()
@@ -128,11 +132,15 @@ def _join(device: str) -> None:
     if gpu:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
-            raise ConfigError(f"process {local} of this machine has no GPU, torch sees {torch.cuda.device_count()}; start fewer processes")
+            raise ConfigError(
+                f"process {local} of this machine has no GPU, torch sees {torch.cuda.device_count()}; start fewer processes"
+            )
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as err:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(err).splitlines()[0][:160]
-        raise ConfigError(f"WORLD_SIZE is set, but the processes cannot meet at {where} ({reason}); start them with torchrun") from err
+        raise ConfigError(
+            f"WORLD_SIZE is set, but the processes cannot meet at {where} ({reason}); start them with torchrun"
+        ) from err

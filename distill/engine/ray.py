@@ -65,14 +65,18 @@ def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, openers: 
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError as err:
-        raise MissingPackageError(f"Ray Train cannot be imported ({err}); pip install 'dtpipe[train]', or use torchrun") from err
+        raise MissingPackageError(
+            f"Ray Train cannot be imported ({err}); pip install 'dtpipe[train]', or use torchrun"
+        ) from err
     return TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "folder": str(Path.cwd()), **openers},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
         run_config=RunConfig(
-            name="run", storage_path=str(Path(config.out) / STORE), failure_config=FailureConfig(max_failures=config.max_restarts)
+            name="run",
+            storage_path=str(Path(config.out) / STORE),
+            failure_config=FailureConfig(max_failures=config.max_restarts),
         ),
     )
 
@@ -137,8 +141,12 @@ def _write_end(folder: Path, end: dict[str, Any]) -> None:
 
 def _read_end(folder: Path, error: BaseException | None) -> RunResult:
     if not (folder / END).exists():
-        reason = str(error).strip().splitlines()[-1][:200] if error else f"{folder} is not on a disk that all nodes share"
-        raise IncompleteError(f"Ray Train gave up ({reason}); run the same command again to go on from the last checkpoint") from error
+        reason = (
+            str(error).strip().splitlines()[-1][:200] if error else f"{folder} is not on a disk that all nodes share"
+        )
+        raise IncompleteError(
+            f"Ray Train gave up ({reason}); run the same command again to go on from the last checkpoint"
+        ) from error
     end = json.loads((folder / END).read_text())
     (folder / END).unlink()
     (folder / STOP).unlink(missing_ok=True)

@@ -62,7 +62,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -92,7 +94,9 @@ class RunFolder:
     def _take_config(self, config: DistillConfig, fresh: bool, data: OpenedData | None) -> None:
         file = self.path / "config.yaml"
         if fresh and (file.exists() or self.last.exists()):
-            raise ConfigError(f"{self.path} already holds a run; drop --fresh to go on with it, or choose another --out")
+            raise ConfigError(
+                f"{self.path} already holds a run; drop --fresh to go on with it, or choose another --out"
+            )
         if file.exists():
             changes = changed_fields(read_config(self.path), config)
             if changes:
@@ -134,7 +138,11 @@ def changed_fields(old: Mapping[str, Any], config: DistillConfig) -> list[str]:
     defaults = _flat(DistillConfig(out="").model_dump(mode="json"))  # of fields that did not exist when the run began
     before, after = defaults | _flat(old), _flat(config.model_dump(mode="json"))
     names = sorted(name for name in before.keys() | after.keys() if name.split(".")[0] not in EXECUTION)
-    return [f"distill.{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)]
+    return [
+        f"distill.{name}: {before.get(name)} -> {after.get(name)}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -148,7 +156,9 @@ def _hold(lock: TextIO, path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as err:
-        raise LockHeldError(f"{path}: another process trains in this folder; wait for it, or choose another --out") from err
+        raise LockHeldError(
+            f"{path}: another process trains in this folder; wait for it, or choose another --out"
+        ) from err
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -21,11 +21,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dtpipe.distill.student.load import Student, build_student, load_student, model_options, spec_from_dict, spec_to_dict, student_name
+from dtpipe.distill.student.load import (
+    Student,
+    build_student,
+    load_student,
+    model_options,
+    spec_from_dict,
+    spec_to_dict,
+    student_name,
+)
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, InputError
 
 WEIGHTS = "model.safetensors"
-TORCHVISION_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # timm's blocks and keys are torchvision's
+TORCHVISION_NAMES = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+)  # timm's blocks and keys are torchvision's
 TOLERANCE = 1e-5  # of a level's largest value: the same operations in float32, perhaps by another kernel
 
 Layout = Literal["timm", "torchvision"]
@@ -93,7 +107,9 @@ def full_weights(student: Student) -> tuple[dict[str, Tensor], tuple[str, ...]]:
             untrained.append(name)
         weights[name] = (initial if alias is None else trained.pop(alias)).detach().cpu().clone().contiguous()
     if trained:
-        raise ExportError(f"{student.spec.name}: weights {sorted(trained)[:3]} have no place in timm's full model; export is not possible")
+        raise ExportError(
+            f"{student.spec.name}: weights {sorted(trained)[:3]} have no place in timm's full model; export is not possible"
+        )
     return weights, tuple(untrained)
 
 
@@ -110,7 +126,9 @@ def compare(student: Student, reloaded: Reloaded) -> float:
         levels, stages = student(images), reloaded(student.normalise(images))
     largest = 0.0
     for stride, level in zip(student.strides, levels, strict=True):
-        difference = min((float((level - stage).abs().max()) for stage in stages if stage.shape == level.shape), default=math.inf)
+        difference = min(
+            (float((level - stage).abs().max()) for stage in stages if stage.shape == level.shape), default=math.inf
+        )
         if not difference <= TOLERANCE * level.abs().max().item():
             raise ExportError(
                 f"{student.spec.name}: the reloaded export differs from the student by {difference:g} at stride {stride}; "
@@ -165,9 +183,13 @@ def _full_model(student: Student) -> nn.Module:
 def _reload(path: Path, student: Student, layout: Layout) -> Reloaded:
     """A clean model of the other library with the exported weights."""
     if layout == "timm":
-        model: Any = timm.create_model(student.spec.name, num_classes=0, checkpoint_path=str(path), **model_options(student.spec))
+        model: Any = timm.create_model(
+            student.spec.name, num_classes=0, checkpoint_path=str(path), **model_options(student.spec)
+        )
         if not hasattr(model, "forward_intermediates"):
-            raise ExportError(f"{student.spec.name}: timm's model does not show its levels, so the export cannot be checked")
+            raise ExportError(
+                f"{student.spec.name}: timm's model does not show its levels, so the export cannot be checked"
+            )
         return partial(model.eval().forward_intermediates, intermediates_only=True)
     import torchvision
 
@@ -206,9 +228,14 @@ def _hub_config(student: Student) -> dict[str, Any]:
 
 
 def _snippet(path: Path, student: Student, layout: Layout) -> str:
-    name, options = student.spec.name, "".join(f", {key}={value!r}" for key, value in model_options(student.spec).items())
+    name, options = (
+        student.spec.name,
+        "".join(f", {key}={value!r}" for key, value in model_options(student.spec).items()),
+    )
     if layout == "timm":
-        return f"import timm\nmodel = timm.create_model({name!r}, num_classes=0, checkpoint_path={str(path)!r}{options})\n"
+        return (
+            f"import timm\nmodel = timm.create_model({name!r}, num_classes=0, checkpoint_path={str(path)!r}{options})\n"
+        )
     return (
         "import torch, torchvision\nfrom safetensors.torch import load_file\n"
         f"model = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\nmodel.load_state_dict(load_file({str(path)!r}))\n"

@@ -102,7 +102,10 @@ class FeatureLoss:
 
 
 def feature_loss(
-    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], config: LossConfig, level_weights: Mapping[str, float] | None = None
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    config: LossConfig,
+    level_weights: Mapping[str, float] | None = None,
 ) -> FeatureLoss:
     """Equation (3): L_MSE + lambda_AT * L_AT, each a mean over the levels; with `level_weights`, a weighted mean.
 
@@ -112,7 +115,9 @@ def feature_loss(
     Raises: ShapeError when names or shapes differ; ConfigError when the weights name no level, or leave none.
     """
     if set(student) != set(teacher):
-        raise ShapeError(f"the regressor gives levels {sorted(student)}, the data {sorted(teacher)}; they must be the same")
+        raise ShapeError(
+            f"the regressor gives levels {sorted(student)}, the data {sorted(teacher)}; they must be the same"
+        )
     shares = _level_shares(list(student), level_weights or {})
     terms: dict[str, Tensor] = {}
     levels: dict[str, Tensor] = {}
@@ -129,7 +134,9 @@ def _level_shares(levels: Sequence[str], weights: Mapping[str, float]) -> dict[s
     """Each level's share of the mean; they add up to 1."""
     total = sum(weights.get(name, 1.0) for name in levels)
     if not set(weights) <= set(levels) or min(weights.values(), default=1.0) < 0 or total <= 0:
-        raise ConfigError(f"level weights {dict(weights)} do not fit levels {list(levels)}; give weights of 0 or more, not all 0, to those")
+        raise ConfigError(
+            f"level weights {dict(weights)} do not fit levels {list(levels)}; give weights of 0 or more, not all 0, to those"
+        )
     return {name: weights.get(name, 1.0) / total for name in levels}
 
 

@@ -52,7 +52,9 @@ def open_data(config: DistillConfig) -> OpenedData:
     InputError when no sample is left.
     """
     if not config.datasets:
-        raise ConfigError("distill.datasets is empty; name a feature dataset, or images and a teacher to train without one")
+        raise ConfigError(
+            "distill.datasets is empty; name a feature dataset, or images and a teacher to train without one"
+        )
     parts, shards = _open_parts(config)
     without = [part.url for part in parts if part.recipe.images != "stored"]
     if without and (len(without) == len(parts) or not config.join):
@@ -107,7 +109,9 @@ def _row_weights(source: FeatureSource, rows: np.ndarray, config: DistillConfig)
     part = source.part_of(rows) if isinstance(source, ConcatDataset) else np.zeros(len(rows), np.int64)
     weights = np.array(config.sample_weights)[part]
     if Sampling(rows, source.num_rows, weights).epoch_size == 0:
-        raise ConfigError(f"distill.sample_weights {list(config.sample_weights)} of {len(rows)} samples leave none; raise them")
+        raise ConfigError(
+            f"distill.sample_weights {list(config.sample_weights)} of {len(rows)} samples leave none; raise them"
+        )
     return weights
 
 
@@ -122,7 +126,9 @@ def _level_weights(source: FeatureSource, config: DistillConfig) -> dict[str, fl
             "distill.loss_weights weigh levels, and the joined datasets hold the same levels of one teacher, as views of which each "
             "sample sees one; leave --loss-weights out"
         )
-    part_of = {name: place.part for (name, _), place in source.places.items()} if isinstance(source, JoinedDataset) else {}
+    part_of = (
+        {name: place.part for (name, _), place in source.places.items()} if isinstance(source, JoinedDataset) else {}
+    )
     names = config.levels or tuple(level.name for level in source.levels)
     weights = {name: config.loss_weights[part_of.get(name, 0)] for name in names}
     if not any(weights.values()):

@@ -37,7 +37,9 @@ class LiveSamples:
 
     def take(self, chosen: NDArray[np.int64]) -> LiveSamples:
         """Some of them, in the order of `chosen`."""
-        return LiveSamples(tuple(self.keys[idx] for idx in chosen), self.views[chosen], self.flip[chosen], self.fresh[chosen])
+        return LiveSamples(
+            tuple(self.keys[idx] for idx in chosen), self.views[chosen], self.flip[chosen], self.fresh[chosen]
+        )
 
 
 class LiveTeacher(Protocol):

@@ -81,7 +81,13 @@ def cut(rows: np.ndarray, num_parts: int, idx: int) -> np.ndarray:
 
 
 def epoch_parts(
-    rows: np.ndarray, start: StreamPosition, seed: int, batch_size: int, micro_batch: int | None, rank: int = 0, world: int = 1
+    rows: np.ndarray,
+    start: StreamPosition,
+    seed: int,
+    batch_size: int,
+    micro_batch: int | None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Part]:
     """The parts of one epoch that a rank reads, from a position on.
 
@@ -124,7 +130,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(bits[0] >> np.uint64(1))
 
 
-def draw_samples(hashes: np.ndarray, seed: int, epoch: int, views: Sequence[ViewSpec], flips: bool, live_share: float) -> SampleDraws:
+def draw_samples(
+    hashes: np.ndarray, seed: int, epoch: int, views: Sequence[ViewSpec], flips: bool, live_share: float
+) -> SampleDraws:
     """Flip, view and whether to encode anew, for samples given by the hashes of their keys.
 
     A flip has probability 1/2; a view is uniform among those with that flip, or among the unflipped where no flipped one is

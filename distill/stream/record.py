@@ -29,7 +29,9 @@ def read_record(run: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as err:
-        raise InputError(f"{file}: what the run trains on cannot be read: {err}; restore the file, or choose another --out") from err
+        raise InputError(
+            f"{file}: what the run trains on cannot be read: {err}; restore the file, or choose another --out"
+        ) from err
     if not isinstance(record, dict):
         raise InputError(f"{file}: not a record of what a run trains on; restore the file, or choose another --out")
     return record
@@ -54,7 +56,9 @@ def refuse_other_data(run: Path, record: Mapping[str, Any], partly: bool = False
         return
     named = "; ".join(f"{name}: {_short(old)} -> {_short(new)}" for name, old, new in changes[:_SHOWN])
     more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-    raise PlanChangedError(f"{run} holds a run that was trained on other data ({named}{more}); give that data, or choose another --out")
+    raise PlanChangedError(
+        f"{run} holds a run that was trained on other data ({named}{more}); give that data, or choose another --out"
+    )
 
 
 def _short(value: object) -> str:

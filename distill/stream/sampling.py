@@ -55,7 +55,11 @@ class Sampling:
             whole = math.floor(weight)
             parts += [rows + idx * self.num_rows for idx in range(whole)]
             if count := _num_extra(weight, rows):
-                drawn = mix(hashes[rows] ^ mix(np.array([seed % 2**64], np.uint64) ^ _FRACTION) ^ mix(mix(np.array([epoch], np.uint64))))
+                drawn = mix(
+                    hashes[rows]
+                    ^ mix(np.array([seed % 2**64], np.uint64) ^ _FRACTION)
+                    ^ mix(mix(np.array([epoch], np.uint64)))
+                )
                 chosen = np.sort(np.argsort(drawn, kind="stable")[:count])
                 parts.append(rows[chosen] + whole * self.num_rows)
         return np.concatenate(parts)

@@ -19,7 +19,15 @@ from torch import Tensor
 from dtpipe.distill.engine.timing import Stopwatch
 from dtpipe.distill.stream.batch import FeatureBatch, flip_where, mirror_where
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
-from dtpipe.distill.stream.order import Part, StreamPosition, draw_samples, epoch_parts, key_hashes, num_batches, use_flips
+from dtpipe.distill.stream.order import (
+    Part,
+    StreamPosition,
+    draw_samples,
+    epoch_parts,
+    key_hashes,
+    num_batches,
+    use_flips,
+)
 from dtpipe.distill.stream.sampling import Sampling, pass_hashes
 from dtpipe.distill.stream.transfer import DeviceCopies, Sent
 from dtpipe.manifests.errors import ConfigError, InputError
@@ -138,7 +146,9 @@ class FeatureStream:
         """Read one part, send it to the device, and prepare its live samples; runs in a thread."""
         s = self.settings
         rows, passes = self.sampling.split(part.rows)
-        draws = draw_samples(pass_hashes(self._hashes[rows], passes), s.seed, part.epoch, self.views, self.flips, s.reencode)
+        draws = draw_samples(
+            pass_hashes(self._hashes[rows], passes), s.seed, part.epoch, self.views, self.flips, s.reencode
+        )
         by_origin = np.argsort(draws.live, kind="stable")
         rows, view, passes = (each[by_origin] for each in (rows, draws.view, passes))
         flip, live = draws.flip[by_origin], draws.live[by_origin]
@@ -150,7 +160,9 @@ class FeatureStream:
         mirror = {MIRROR: flip & ~(live & self._exact_live)} if self.mirrors else {}
         return _ReadPart(self._copies.send({IMAGE: images, FLIP: flip, **mirror, **levels}), rows, samples, prepared)
 
-    def _read_rows(self, rows: np.ndarray, view: np.ndarray, num_stored: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _read_rows(
+        self, rows: np.ndarray, view: np.ndarray, num_stored: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Images of all rows, levels of the first `num_stored`."""
         names = self.settings.levels
         if num_stored == len(rows):
@@ -178,10 +190,21 @@ class FeatureStream:
         images = flip_where(images, flip) if self.flips else images
         keys, labels = self._keys_of(read.rows), tuple(self._labels[row] for row in read.rows)
         return FeatureBatch(
-            images, levels, keys, labels, part.epoch, part.batch_idx, part.num_global, part.weight, part.smallest, part.last
+            images,
+            levels,
+            keys,
+            labels,
+            part.epoch,
+            part.batch_idx,
+            part.num_global,
+            part.weight,
+            part.smallest,
+            part.last,
         )
 
-    def _with_live(self, read: _ReadPart, images: Tensor, levels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _with_live(
+        self, read: _ReadPart, images: Tensor, levels: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images and levels with the live samples after the stored ones."""
         assert self.live is not None  # refused in __init__
         num_stored = len(read.rows) - len(read.live)

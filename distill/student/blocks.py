@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32  # of group norm; fewer where the width does not divide, or gives groups too small for a pooled map of one cell
+GROUPS = (
+    32  # of group norm; fewer where the width does not divide, or gives groups too small for a pooled map of one cell
+)
 MIN_GROUP = 4
 HEAD_CHANNELS = 32  # of self-attention; one head where the width does not divide
 

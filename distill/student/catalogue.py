@@ -67,7 +67,9 @@ def _record(path: Path) -> None:
     for name in timm.list_models():
         groups.setdefault(" ".join(map(str, level_strides(name))), []).append(name)
     lines = (f" {json.dumps(strides)}: {json.dumps(names)}" for strides, names in sorted(groups.items()))
-    path.write_text(f'{{"timm": {json.dumps(timm.__version__)}, "students": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+    path.write_text(
+        f'{{"timm": {json.dumps(timm.__version__)}, "students": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, i
     return (px, px) if isinstance(px, int) else px
 
 
-def build_distiller(config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1) -> Distiller:
+def build_distiller(
+    config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1
+) -> Distiller:
     """Student and regressor with initial weights from torch's global generator, which the caller seeds.
 
     Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the micro-batch is
@@ -90,7 +92,9 @@ def synchronise_norms(model: Distiller, device: torch.device) -> Distiller:
     Raises: ConfigError on the CPU, where torch has none.
     """
     if device.type != "cuda":
-        raise ConfigError("distill.sync_bn needs GPUs; leave it out, or use distill.regressor.norm=group and a student without batch norm")
+        raise ConfigError(
+            "distill.sync_bn needs GPUs; leave it out, or use distill.regressor.norm=group and a student without batch norm"
+        )
     converted: Distiller = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
 

@@ -55,7 +55,9 @@ class Student(nn.Module):
         self.single_scale = len(last_of_stride) == 1
         self.all_strides = tuple(sorted({*last_of_stride, *PYRAMID_STRIDES} if self.single_scale else last_of_stride))
         """Strides that the backbone or, for a single level, the regressor's pyramid gives."""
-        self.level_idxs = tuple(idx for stride, idx in sorted(last_of_stride.items()) if stride >= spec.min_stride or self.single_scale)
+        self.level_idxs = tuple(
+            idx for stride, idx in sorted(last_of_stride.items()) if stride >= spec.min_stride or self.single_scale
+        )
         self.strides = tuple(power_of_two(reductions[idx]) for idx in self.level_idxs)
         self.channels = tuple(int(channels[idx]) for idx in self.level_idxs)
         self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
@@ -102,7 +104,9 @@ def build_student(spec: StudentSpec, pretrained: bool = False) -> Student:
     """
     if not timm.is_model(spec.name):
         close = difflib.get_close_matches(spec.name, timm.list_models(), n=5)
-        raise ConfigError(f"student {spec.name!r} is not a timm model; close names: {close}; `timm.list_models()` lists all")
+        raise ConfigError(
+            f"student {spec.name!r} is not a timm model; close names: {close}; `timm.list_models()` lists all"
+        )
     net = _features_only(spec, pretrained)
     _check_patches(spec, net)
     cfg = timm.get_pretrained_cfg(spec.name)
@@ -113,7 +117,9 @@ def _features_only(spec: StudentSpec, pretrained: bool) -> nn.Module:
     try:
         net: nn.Module = timm.create_model(spec.name, pretrained=pretrained, features_only=True, **model_options(spec))
     except OSError as err:
-        raise InputError(f"weights of {spec.name} cannot be fetched: {err}; check the network or leave out student.pretrained") from err
+        raise InputError(
+            f"weights of {spec.name} cannot be fetched: {err}; check the network or leave out student.pretrained"
+        ) from err
     except (RuntimeError, AttributeError, AssertionError, TypeError) as err:
         raise ConfigError(
             f"student {spec.name} cannot be built as features_only at {spec.image_px} px: {err}; choose another model"
@@ -148,7 +154,11 @@ def check_strides(name: str, student: Student, wanted: Sequence[int], levels: Se
     if not missing:
         return
     fitting = [level for level, stride in zip(levels, wanted, strict=True) if stride in student.all_strides]
-    advice = f"keep {','.join(fitting)} with -s distill.levels=... or choose another student" if fitting else "choose another student"
+    advice = (
+        f"keep {','.join(fitting)} with -s distill.levels=... or choose another student"
+        if fitting
+        else "choose another student"
+    )
     raise ConfigError(
         f"student {name} has no level of stride {missing}, which the dataset's levels {list(levels)} need; "
         f"it has {list(student.all_strides)}; {advice}"

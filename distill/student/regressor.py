@@ -62,7 +62,9 @@ REGRESSORS = {
     "fpn": RegressorKind("feature pyramid network: laterals, top-down path, output convolutions", _lateral),
     "fpn_attention": RegressorKind("FPN with a self-attention layer on the coarsest level", _attending),
     "pafpn": RegressorKind("FPN followed by PANet's bottom-up path", _lateral, path=_bottom_up),
-    "fpn_ppm": RegressorKind("FPN with pyramid pooling on the coarsest level: the paper's choice", _pooling, smooth_coarsest=False),
+    "fpn_ppm": RegressorKind(
+        "FPN with pyramid pooling on the coarsest level: the paper's choice", _pooling, smooth_coarsest=False
+    ),
 }
 
 
@@ -73,7 +75,9 @@ class FeatureRegressor(nn.Module):
     teacher has no level of the coarsest strides. A student with a single level first goes through a simple pyramid.
     """
 
-    def __init__(self, strides: Sequence[int], channels: Sequence[int], targets: Sequence[TargetLevel], config: RegressorConfig) -> None:
+    def __init__(
+        self, strides: Sequence[int], channels: Sequence[int], targets: Sequence[TargetLevel], config: RegressorConfig
+    ) -> None:
         """`strides` and `channels` of the student's levels, finest first.
 
         Raises: ConfigError for a kind that is not in `REGRESSORS`; ShapeError when a target has a stride that the student has not.
@@ -91,7 +95,10 @@ class FeatureRegressor(nn.Module):
         smoothed = range(max(self.level_of) + 1) if kind.path else sorted(set(self.level_of))
         bare = set() if kind.smooth_coarsest else {last}
         self.outputs = nn.ModuleDict(
-            {str(i): nn.Identity() if i in bare else conv_norm_relu(config.width, config.width, 3, config.norm) for i in smoothed}
+            {
+                str(i): nn.Identity() if i in bare else conv_norm_relu(config.width, config.width, 3, config.norm)
+                for i in smoothed
+            }
         )
         self.path = kind.path(len(smoothed), config) if kind.path else None
         self.heads = nn.ModuleList(nn.Conv2d(config.width, target.channels, 1) for target in targets)

@@ -16,7 +16,11 @@ TICK_S = 0.5
 
 
 def run_inline(
-    worker: ShardWorker, queue: ShardQueue, meter: ProgressMeter, on_shard: Callable[[ShardSummary], None], stop: StopRequest
+    worker: ShardWorker,
+    queue: ShardQueue,
+    meter: ProgressMeter,
+    on_shard: Callable[[ShardSummary], None],
+    stop: StopRequest,
 ) -> None:
     """Extract the shards of a queue; returns when none is left or a stop was obeyed. Deadlines are not enforced here.
 
@@ -42,7 +46,11 @@ def run_inline(
 
 
 def _feed(
-    worker: ShardWorker, queue: ShardQueue, in_hand: dict[Future[ShardEntry], Task], pool: ThreadPoolExecutor, stop: StopRequest
+    worker: ShardWorker,
+    queue: ShardQueue,
+    in_hand: dict[Future[ShardEntry], Task],
+    pool: ThreadPoolExecutor,
+    stop: StopRequest,
 ) -> None:
     """Keep two shards in hand, or pass a stop on."""
     if stop.requested:
@@ -56,7 +64,11 @@ def _feed(
 
 
 def _answer(
-    future: Future[ShardEntry], task: Task, queue: ShardQueue, meter: ProgressMeter, on_shard: Callable[[ShardSummary], None]
+    future: Future[ShardEntry],
+    task: Task,
+    queue: ShardQueue,
+    meter: ProgressMeter,
+    on_shard: Callable[[ShardSummary], None],
 ) -> None:
     """One shard came back, whole or not."""
     try:
@@ -65,6 +77,8 @@ def _answer(
         queue.put_back(task)
     except Exception as err:
         again = queue.fail(task, err)
-        meter.report(f"shard {task.shard_idx} failed ({task.error}); {'it is tried again' if again else 'it is set aside'}")
+        meter.report(
+            f"shard {task.shard_idx} failed ({task.error}); {'it is tried again' if again else 'it is set aside'}"
+        )
     else:
         on_shard(summarize(entry))

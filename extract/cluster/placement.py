@@ -31,7 +31,12 @@ class WorkerShape:
 def live_nodes(ray_nodes: Sequence[Mapping[str, Any]]) -> list[Node]:
     """The answer of `ray.nodes()` as records, live nodes only, in an order that does not change."""
     nodes = [
-        Node(node["NodeID"], node.get("NodeManagerHostname", "?"), node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        Node(
+            node["NodeID"],
+            node.get("NodeManagerHostname", "?"),
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+        )
         for node in ray_nodes
         if node["Alive"]
     ]

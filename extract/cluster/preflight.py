@@ -19,7 +19,14 @@ from dtpipe.manifests.schema import Plan, Recipe
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import bytes_per_sample
 
-PACKAGES = ("dtpipe", "torch", "numpy", "pillow", "diffusers", "numcodecs")  # the ones that the bytes of a dataset may depend on
+PACKAGES = (
+    "dtpipe",
+    "torch",
+    "numpy",
+    "pillow",
+    "diffusers",
+    "numcodecs",
+)  # the ones that the bytes of a dataset may depend on
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,11 @@ def package_versions() -> dict[str, str]:
 def check_versions(driver: Mapping[str, str]) -> None:
     """Raises: ConfigError when this node's versions are not the driver's: their shards might differ."""
     here = package_versions()
-    different = [f"{name} {here.get(name)} (driver: {expected})" for name, expected in driver.items() if here.get(name) != expected]
+    different = [
+        f"{name} {here.get(name)} (driver: {expected})"
+        for name, expected in driver.items()
+        if here.get(name) != expected
+    ]
     if different:
         raise ConfigError(f"node {platform.node()} has {', '.join(different)}; install the same versions on every node")
 

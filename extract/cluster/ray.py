@@ -116,7 +116,9 @@ class Cluster:
         on_shard: Callable[[ShardSummary], None],
         stop: StopRequest,
     ) -> None:
-        gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(context.device.startswith("cuda"))
+        gpus = (
+            config.gpus_per_worker if config.gpus_per_worker is not None else float(context.device.startswith("cuda"))
+        )
         self._shape = WorkerShape(config.cpus_per_worker, gpus)
         self._config, self._context = config, context
         self._queue, self._meter, self._on_shard, self._stop = queue, meter, on_shard, stop
@@ -280,13 +282,17 @@ class Cluster:
                 return
             self._fail(task, error)
             if not isinstance(error, DtpipeError):
-                self._lose(member, f"worker on {member.node.host} is replaced after {type(error).__name__}", blame=False)
+                self._lose(
+                    member, f"worker on {member.node.host} is replaced after {type(error).__name__}", blame=False
+                )
         else:
             member.counting = None
 
     def _fail(self, task: Task, error: BaseException | str, *, alone: bool = False) -> None:
         again = self._queue.fail(task, error, alone=alone)
-        self._meter.report(f"shard {task.shard_idx} failed ({task.error}); {'it is tried again' if again else 'it is set aside'}")
+        self._meter.report(
+            f"shard {task.shard_idx} failed ({task.error}); {'it is tried again' if again else 'it is set aside'}"
+        )
 
     def _died(self, member: Member, error: Exception) -> None:
         """The process of a member is gone. With its node gone too, its shards are not to blame."""
@@ -304,9 +310,17 @@ class Cluster:
 
     def _leave_out(self, member: Member, error: BaseException) -> None:
         """Give a node no work: it failed the checks."""
-        reason = error if isinstance(error, DtpipeError) else IncompleteError(f"node {member.node.host}: {type(error).__name__}: {error}")
+        reason = (
+            error
+            if isinstance(error, DtpipeError)
+            else IncompleteError(f"node {member.node.host}: {type(error).__name__}: {error}")
+        )
         self._left_out[member.node.node_id] = reason
-        for each in [each for each in self._members if each.node == member.node and (each is member or each.preparing is not None)]:
+        for each in [
+            each
+            for each in self._members
+            if each.node == member.node and (each is member or each.preparing is not None)
+        ]:
             self._lose(each, f"node {member.node.host} is left out: {reason}", blame=False)
 
     # what they may not do
@@ -318,7 +332,9 @@ class Cluster:
             oldest = next(iter(member.in_hand))
             task = member.in_hand.pop(oldest)
             self._fail(task, f"it took longer than extract.shard_deadline_s ({limit_s:g} s)", alone=True)
-            self._lose(member, f"worker on {member.node.host} was killed after {limit_s:g} s without a shard", blame=False)
+            self._lose(
+                member, f"worker on {member.node.host} was killed after {limit_s:g} s without a shard", blame=False
+            )
 
     def _check_alive(self) -> None:
         """Give up when nobody has been able to work for long.

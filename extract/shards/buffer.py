@@ -71,7 +71,9 @@ class ShardBuffer:
         shape = (num_rows, transform.height, transform.width, 3)
         self._images = np.zeros(shape, np.uint8) if recipe.images == "stored" else None
         self._levels = {
-            level.name: np.zeros((num_rows, num_views, level.channels, level.height, level.width), self.dtypes[level.name])
+            level.name: np.zeros(
+                (num_rows, num_views, level.channels, level.height, level.width), self.dtypes[level.name]
+            )
             for level in recipe.levels
         }
 
@@ -82,7 +84,9 @@ class ShardBuffer:
             row = index_row
             unfit = [name for name, (_, fits) in levels.items() if not fits[idx]]
             if row.status == "ok" and unfit:
-                row = row.model_copy(update={"status": f"bad: features of {', '.join(unfit)} are not finite in {self.dtypes[unfit[0]]}"})
+                row = row.model_copy(
+                    update={"status": f"bad: features of {', '.join(unfit)} are not finite in {self.dtypes[unfit[0]]}"}
+                )
             self.rows.append(row)
             if row.status != "ok":
                 continue

@@ -10,7 +10,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dtpipe.manifests.errors import ConfigError, DtpipeError, ErrorBudgetError, IncompleteError, MissingPackageError, StoreError
+from dtpipe.manifests.errors import (
+    ConfigError,
+    DtpipeError,
+    ErrorBudgetError,
+    IncompleteError,
+    MissingPackageError,
+    StoreError,
+)
 
 FATAL = (ConfigError, ErrorBudgetError, MissingPackageError)  # no other shard would fare better
 LONGEST_PAUSE_S = 60.0

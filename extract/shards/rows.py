@@ -74,7 +74,12 @@ class RowReader:
         started_s = time.perf_counter()
         key, recipe = self.listing.keys[row], self.recipe
         image_px = (recipe.transform.height, recipe.transform.width)
-        found: dict[str, Any] = {"row": row, "key": key, "shard": row // recipe.shard.samples, "label": self.listing.labels[row]}
+        found: dict[str, Any] = {
+            "row": row,
+            "key": key,
+            "shard": row // recipe.shard.samples,
+            "label": self.listing.labels[row],
+        }
         image = None
         try:
             if not recipe.synthesized:

@@ -128,7 +128,11 @@ class ShardWorker:
         check_weights(self.teacher, self.recipe, context.teacher.path)
         source = open_images(context.images, context.num_samples, context.source_kind)
         listing = read_listing(self.store, self.plan.listing_blake3)
-        latents = StoredLatents.find(source.dataset, self.teacher.spec, self.recipe) if isinstance(source, FeaturesSource) else None
+        latents = (
+            StoredLatents.find(source.dataset, self.teacher.spec, self.recipe)
+            if isinstance(source, FeaturesSource)
+            else None
+        )
         self.reader = RowReader(source, listing, self.recipe, self.teacher.spec, context.max_pixels, latents)
         self.num_encoded = 0  # rows through the teacher since start; read by progress
         self._pool = ThreadPoolExecutor(context.decode_threads, thread_name_prefix="decode")
@@ -200,7 +204,9 @@ class ShardWorker:
         coded = CodedBatch(rows, images[: len(batch)])
         if any(row.image is not None for row in batch):
             latents = stack_latents([row.latents for row in batch], size)
-            features = encode_batch(self.teacher, images, noise, latents, levels=recipe.levels, views=recipe.views, device=device)
+            features = encode_batch(
+                self.teacher, images, noise, latents, levels=recipe.levels, views=recipe.views, device=device
+            )
             coded.start(features, dtypes)
         return coded
 
@@ -230,7 +236,13 @@ class ShardWorker:
         entry = write_shard(self.store, self.plan, self.plan_blake3, shard_idx, arrays, self.context.epoch, {})
         seconds.add("write", wrote_s)
         seconds.add("shard", started_s)
-        provenance = {"host": os.uname().nodename, "pid": os.getpid(), "device": self.context.device, "seconds": seconds.values, **measured}
+        provenance = {
+            "host": os.uname().nodename,
+            "pid": os.getpid(),
+            "device": self.context.device,
+            "seconds": seconds.values,
+            **measured,
+        }
         entry = entry.model_copy(update={"provenance": {**entry.provenance, **provenance}})
         commit_entry(self.store, entry, self.context.epoch)
         return entry

@@ -95,4 +95,6 @@ def open_source(url: str, kind: str = "auto") -> Source:
         source = candidate.recognise(url)
         if source is not None:
             return source
-    raise InputError(f"{url}: no source kind recognises this; `dtpipe list sources` says what each reads, or set extract.source.kind")
+    raise InputError(
+        f"{url}: no source kind recognises this; `dtpipe list sources` says what each reads, or set extract.source.kind"
+    )

@@ -34,7 +34,9 @@ class FeaturesSource:
         except DtpipeError as err:
             raise InputError(f"{url} cannot be a source of images: {err}") from err
         if self.dataset.recipe.images != "stored":
-            raise InputError(f"{url} stores no images, so it is no source of them; name the dataset that it is joined with")
+            raise InputError(
+                f"{url} stores no images, so it is no source of them; name the dataset that it is joined with"
+            )
 
     def list(self) -> Sequence[SourceItem]:
         """All good samples, sorted by key."""

@@ -16,13 +16,29 @@ from pathlib import Path
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
 from dtpipe.extract.sources.images import BadImage
-from dtpipe.extract.sources.names import CONTAINERS, MAX_FILE_BYTES, in_class_folders, key_of, labelled_by_folder, no_images, takes
+from dtpipe.extract.sources.names import (
+    CONTAINERS,
+    MAX_FILE_BYTES,
+    in_class_folders,
+    key_of,
+    labelled_by_folder,
+    no_images,
+    takes,
+)
 from dtpipe.extract.sources.places import Place, find_files, local_path, open_place
 from dtpipe.manifests.errors import InputError
 
 _TRY_AGAIN = frozenset(
     {errno.EINTR, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
-    | {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+    | {
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+    }
 )
 
 
@@ -50,7 +66,9 @@ class FolderSource:
             return [SourceItem(key, uri) for key, uri in files]
         outside = next((key for key, _ in files if "/" not in key), None)
         if outside is not None:
-            raise InputError(f"{self.url}: {outside} lies in no class folder; move it into one, or use extract.source.kind=folder")
+            raise InputError(
+                f"{self.url}: {outside} lies in no class folder; move it into one, or use extract.source.kind=folder"
+            )
         return labelled_by_folder(files)
 
     def ignored(self) -> Mapping[str, int]:
@@ -67,7 +85,9 @@ class FolderSource:
             if err.errno in _TRY_AGAIN:
                 raise InputError(f"{uri}: {err.strerror}; run again") from err
             if not _holds_anything(self._place.path):
-                raise InputError(f"{uri}: {err.strerror}, and {self.url} is gone or empty: is it mounted? then run again") from err
+                raise InputError(
+                    f"{uri}: {err.strerror}, and {self.url} is gone or empty: is it mounted? then run again"
+                ) from err
             raise BadImage(f"unreadable: {err.strerror}") from err
 
     def has_only_class_folders(self) -> bool:
@@ -86,7 +106,11 @@ class FolderSource:
     def _walked(self) -> tuple[Sequence[tuple[str, str]], Counter[str]]:
         """(key, URI) of all samples, and what is ignored."""
         ignored: Counter[str] = Counter()
-        found = [(key_of(name), self._place.uri(path)) for name, path in find_files(self._place, ignored) if takes(name, ignored)]
+        found = [
+            (key_of(name), self._place.uri(path))
+            for name, path in find_files(self._place, ignored)
+            if takes(name, ignored)
+        ]
         if not found:
             raise no_images(self.url, ignored)
         return sorted(found), ignored

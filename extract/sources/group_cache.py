@@ -46,7 +46,11 @@ class GroupCache:
 
     def _evict(self) -> None:
         """Forget the oldest groups that are decoded."""
-        done = {name: future.result().nbytes for name, future in self._groups.items() if future.done() and not future.exception()}
+        done = {
+            name: future.result().nbytes
+            for name, future in self._groups.items()
+            if future.done() and not future.exception()
+        }
         total = sum(done.values())
         for name, size in list(done.items())[:-_AT_LEAST]:
             if total <= self._max_bytes:

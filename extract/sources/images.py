@@ -130,7 +130,10 @@ def _ignore_pillow_warnings() -> None:
 
 
 def _pillow_is_ignored() -> bool:
-    return any(action == "ignore" and getattr(module, "pattern", module) == _PILLOW_MODULES for action, _, _, module, _ in warnings.filters)
+    return any(
+        action == "ignore" and getattr(module, "pattern", module) == _PILLOW_MODULES
+        for action, _, _, module, _ in warnings.filters
+    )
 
 
 def _let_pillow_open(max_pixels: int) -> None:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import lmdb
 
 _DATA_FILE = "data.mdb"
-_COUNTS = frozenset({b"length", b"__len__", b"__keys__", b"num-samples", b"num_samples"})  # what some tools write beside images
+_COUNTS = frozenset(
+    {b"length", b"__len__", b"__keys__", b"num-samples", b"num_samples"}
+)  # what some tools write beside images
 _ENVIRONMENTS: dict[str, lmdb.Environment] = {}
 _LOCK = threading.Lock()
 
@@ -77,11 +79,19 @@ class LmdbSource:
             with _environment(self._path).begin() as transaction:
                 keys = [bytes(key) for key in transaction.cursor().iternext(keys=True, values=False)]
         except lmdb.Error as err:
-            raise InputError(f"{self.url}: the database cannot be listed ({_said(err, self._path)}); fetch or write it again") from err
+            raise InputError(
+                f"{self.url}: the database cannot be listed ({_said(err, self._path)}); fetch or write it again"
+            ) from err
         where = local_uri(self._path)
-        items = [SourceItem(key_of(os.fsdecode(key)), f"{where}#{quote_from_bytes(key)}") for key in keys if key not in _COUNTS]
+        items = [
+            SourceItem(key_of(os.fsdecode(key)), f"{where}#{quote_from_bytes(key)}")
+            for key in keys
+            if key not in _COUNTS
+        ]
         if not items:
-            raise InputError(f"{self.url}: the database has no image in it ({len(keys)} entries); check the path of your images")
+            raise InputError(
+                f"{self.url}: the database has no image in it ({len(keys)} entries); check the path of your images"
+            )
         return sorted(items, key=lambda item: item.key), len(keys) - len(items)
 
 
@@ -98,7 +108,9 @@ def _open(path: str) -> lmdb.Environment:
     try:
         import lmdb
     except ImportError as err:
-        raise MissingPackageError(f"{path}: reading LMDB needs the package lmdb; run `pip install 'dtpipe[lmdb]'`") from err
+        raise MissingPackageError(
+            f"{path}: reading LMDB needs the package lmdb; run `pip install 'dtpipe[lmdb]'`"
+        ) from err
     file = Path(path, _DATA_FILE) if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise InputError(f"{path}: no LMDB database; give the folder that {_DATA_FILE} lies in")
@@ -106,7 +118,9 @@ def _open(path: str) -> lmdb.Environment:
         opened = lmdb.open(path, subdir=file != Path(path), readonly=True, lock=False, readahead=False, create=False)
         num_bytes = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
     except lmdb.Error as err:
-        raise InputError(f"{path}: is no LMDB database that can be read ({_said(err, path)}); fetch or write it again") from err
+        raise InputError(
+            f"{path}: is no LMDB database that can be read ({_said(err, path)}); fetch or write it again"
+        ) from err
     if file.stat().st_size < num_bytes:  # pages behind the end of a mapped file kill the process that touches them
         opened.close()
         raise InputError(f"{file}: is cut off, {file.stat().st_size} of {num_bytes} bytes are there; fetch it again")

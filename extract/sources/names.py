@@ -13,7 +13,24 @@ from dtpipe.manifests.errors import InputError
 EXTENSIONS = frozenset(
     (
         *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "bmp", "dib", "webp", "tif", "tiff", "avif", "qoi"),
-        *("jp2", "j2k", "jpx", "jpc", "j2c", "ppm", "pgm", "pbm", "pnm", "pfm", "tga", "ico", "icns", "sgi", "dds", "pcx"),
+        *(
+            "jp2",
+            "j2k",
+            "jpx",
+            "jpc",
+            "j2c",
+            "ppm",
+            "pgm",
+            "pbm",
+            "pnm",
+            "pfm",
+            "tga",
+            "ico",
+            "icns",
+            "sgi",
+            "dds",
+            "pcx",
+        ),
     )
 )
 CONTAINERS = (".zip", ".tar", ".parquet", ".mdb")  # endings of files that hold images, each a source of its own
@@ -72,5 +89,9 @@ def no_images(url: str, ignored: Counter[str]) -> InputError:
     seen = ", ".join(f"{count} {name}" for name, count in ignored.most_common(5)) or "it is empty"
     packed = [name for name in CONTAINERS if name in ignored]
     if packed:
-        return InputError(f"{url}: no image in it ({seen}); name a {' or '.join(packed)} file itself, or the folder right above such files")
-    return InputError(f"{url}: no image in it ({seen}); images are files that end in .jpg, .png, .webp, .tif and the like")
+        return InputError(
+            f"{url}: no image in it ({seen}); name a {' or '.join(packed)} file itself, or the folder right above such files"
+        )
+    return InputError(
+        f"{url}: no image in it ({seen}); images are files that end in .jpg, .png, .webp, .tif and the like"
+    )

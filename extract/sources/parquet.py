@@ -90,7 +90,12 @@ class ParquetSource:
         uri = self._place.uri(path)
         for idx, ((group, row), inner, label) in enumerate(zip(places, paths, labels, strict=True)):
             where = f"{path} row {idx}"
-            yield f"{name}#{idx}", key_of(inner) if inner else None, f"{uri}#{group},{row}", columns.label_of(label, where)
+            yield (
+                f"{name}#{idx}",
+                key_of(inner) if inner else None,
+                f"{uri}#{group},{row}",
+                columns.label_of(label, where),
+            )
 
     def _decode(self, name: tuple[str, int]) -> pa.ChunkedArray:
         """The images of one row group. Raises: BadImage when it is damaged, InputError when the file is or cannot be read."""
@@ -113,7 +118,9 @@ class ParquetSource:
 
         with self._place.open(path, cache_type="none") as opened:
             try:
-                file = pq.ParquetFile(opened, metadata=self._metadata.get(path), page_checksum_verification=True, pre_buffer=False)
+                file = pq.ParquetFile(
+                    opened, metadata=self._metadata.get(path), page_checksum_verification=True, pre_buffer=False
+                )
                 self._metadata[path] = file.metadata
                 yield file
             except DtpipeError:

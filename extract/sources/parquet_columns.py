@@ -31,7 +31,9 @@ class Columns:
         if value == -1:
             return None
         if not 0 <= value < len(self.label_names):
-            raise InputError(f"{where}: label {value} is not among the {len(self.label_names)} names of column {self.label}; mend the file")
+            raise InputError(
+                f"{where}: label {value} is not among the {len(self.label_names)} names of column {self.label}; mend the file"
+            )
         return self.label_names[value]
 
 
@@ -65,7 +67,9 @@ def _choose(where: str, candidates: list[str], schema: Any) -> str:
     if named:
         return named[0]
     if candidates:
-        raise InputError(f"{where}: columns {', '.join(candidates)} could all be the images; rename the right one to `image`")
+        raise InputError(
+            f"{where}: columns {', '.join(candidates)} could all be the images; rename the right one to `image`"
+        )
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
     raise InputError(f"{where}: no column of images, only {columns}; they are a struct with `bytes`, or binary")
 
@@ -94,7 +98,9 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
 
 
 def _has_bytes(struct: Any) -> bool:
-    return any(struct.field(idx).name == "bytes" and _is_binary(struct.field(idx).type) for idx in range(struct.num_fields))
+    return any(
+        struct.field(idx).name == "bytes" and _is_binary(struct.field(idx).type) for idx in range(struct.num_fields)
+    )
 
 
 def _is_binary(kind: Any) -> bool:
@@ -106,4 +112,7 @@ def _is_binary(kind: Any) -> bool:
 def _is_text(struct: Any, name: str) -> bool:
     import pyarrow as pa
 
-    return any(struct.field(idx).name == name and pa.types.is_string(struct.field(idx).type) for idx in range(struct.num_fields))
+    return any(
+        struct.field(idx).name == name and pa.types.is_string(struct.field(idx).type)
+        for idx in range(struct.num_fields)
+    )

@@ -85,7 +85,9 @@ def _looking_at(url: str) -> Iterator[None]:
     except ImportError as err:
         raise MissingPackageError(f"{url}: {err}") from err
     except Exception as err:  # each file system raises its own
-        raise InputError(f"{url}: cannot be opened ({type(err).__name__}: {err}); check the URL and your credentials") from err
+        raise InputError(
+            f"{url}: cannot be opened ({type(err).__name__}: {err}); check the URL and your credentials"
+        ) from err
 
 
 def unreadable(where: str, err: Exception) -> InputError:
@@ -156,7 +158,9 @@ def folder_of(place: Place, ending: str) -> bool:
 def find_files(place: Place, ignored: Counter[str]) -> list[tuple[str, str]]:
     """(POSIX path inside, path) of all files below a folder, sorted; hidden and special ones are counted. Raises: InputError."""
     if place.is_local:
-        return sorted(("/".join(parts), os.path.join(place.path, *parts)) for parts in _local_files(place.path, ignored))  # noqa: PTH118
+        return sorted(
+            ("/".join(parts), os.path.join(place.path, *parts)) for parts in _local_files(place.path, ignored)
+        )  # noqa: PTH118
     with _looking_at(place.url):
         paths = [(posixpath.relpath(path, place.path or "/"), path) for path in place.fs.find(place.path)]
     return sorted(each for each in paths if not _counted_hidden(each[0], ignored))
@@ -181,7 +185,9 @@ def _matching(place: Place) -> list[str]:
     try:
         patterns = list(braceexpand(place.path, escape=False))
     except ValueError as err:
-        raise InputError(f"{place.url}: its braces are not in pairs; write a pattern such as train-{{0000..0099}}.tar") from err
+        raise InputError(
+            f"{place.url}: its braces are not in pairs; write a pattern such as train-{{0000..0099}}.tar"
+        ) from err
     paths: list[str] = []
     with _looking_at(place.url):
         for pattern in patterns:  # a file that is named and not there shows when it is opened
@@ -192,7 +198,11 @@ def _matching(place: Place) -> list[str]:
 def _top_names(place: Place) -> Iterator[str]:
     if not place.is_local:
         with _looking_at(place.url):
-            yield from (posixpath.basename(each["name"]) for each in place.fs.ls(place.path, detail=True) if each["type"] == "file")
+            yield from (
+                posixpath.basename(each["name"])
+                for each in place.fs.ls(place.path, detail=True)
+                if each["type"] == "file"
+            )
         return
     with suppress(OSError), os.scandir(place.path) as entries:  # who lists it will say so
         yield from (entry.name for entry in entries if not _is_folder(entry))

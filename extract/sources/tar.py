@@ -81,7 +81,9 @@ class TarSource:
         tars = container_files(self._place, _ENDING, ignored)
         items: list[SourceItem] = []
         with ThreadPoolExecutor(_TARS_AT_ONCE) as pool:
-            for (name, path), contents in zip(tars, pool.map(lambda tar: _contents(self._place, tar[1]), tars), strict=True):
+            for (name, path), contents in zip(
+                tars, pool.map(lambda tar: _contents(self._place, tar[1]), tars), strict=True
+            ):
                 items += _items(name, self._place.uri(path), contents)
                 ignored += contents.ignored
         if not items:
@@ -119,7 +121,9 @@ def _walk(path: str, file: BinaryIO, num_bytes: int) -> _Contents:
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             tar.offset = 0
-            while (member := _next(path, file, tar)) is not None:  # TarFile.next keeps all members, and takes damage for the end
+            while (
+                member := _next(path, file, tar)
+            ) is not None:  # TarFile.next keeps all members, and takes damage for the end
                 if member.size < 0 or member.offset_data + member.size > num_bytes:
                     raise _damaged(path, at, f"member {member.name} is cut off or has a wrong size")
                 _take(contents, tar, member)
@@ -137,7 +141,11 @@ def _next(path: str, file: BinaryIO, tar: tarfile.TarFile) -> tarfile.TarInfo | 
     file.seek(tar.offset)
     header = file.read(tarfile.BLOCKSIZE)
     if not header:
-        raise _damaged(path, tar.offset, f"the end mark is missing; if nothing else is, add it by `head -c 1024 /dev/zero >> {path}`")
+        raise _damaged(
+            path,
+            tar.offset,
+            f"the end mark is missing; if nothing else is, add it by `head -c 1024 /dev/zero >> {path}`",
+        )
     if header == bytes(tarfile.BLOCKSIZE):
         return None
     file.seek(tar.offset)
@@ -188,7 +196,9 @@ def _stem(member: str) -> str:
 def _refuse_compressed(path: str, first: bytes) -> None:
     method = next((name for magic, name in _COMPRESSED.items() if first.startswith(magic)), None)
     if method:
-        raise InputError(f"{path}: is compressed by {method}, so that no image in it can be read by itself; decompress it to a plain .tar")
+        raise InputError(
+            f"{path}: is compressed by {method}, so that no image in it can be read by itself; decompress it to a plain .tar"
+        )
 
 
 def _damaged(path: str, offset: int, found: str) -> InputError:

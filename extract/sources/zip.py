@@ -18,7 +18,15 @@ from typing import NamedTuple
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
 from dtpipe.extract.sources.images import BadImage
-from dtpipe.extract.sources.names import MAX_FILE_BYTES, in_class_folders, inner_path, key_of, labelled_by_folder, no_images, takes
+from dtpipe.extract.sources.names import (
+    MAX_FILE_BYTES,
+    in_class_folders,
+    inner_path,
+    key_of,
+    labelled_by_folder,
+    no_images,
+    takes,
+)
 from dtpipe.extract.sources.places import Place, open_place, read_at, unreadable
 from dtpipe.manifests.errors import InputError
 
@@ -120,7 +128,9 @@ def _entries(place: Place) -> tuple[Sequence[zipfile.ZipInfo], int]:
         with place.open(place.path) as file, zipfile.ZipFile(file) as archive:
             return archive.infolist(), file.seek(0, 2)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as err:
-        raise InputError(f"{place.url}: is no whole zip archive ({err}); it may be cut off: fetch or pack it again") from err
+        raise InputError(
+            f"{place.url}: is no whole zip archive ({err}); it may be cut off: fetch or pack it again"
+        ) from err
     except Exception as err:  # each file system raises its own
         raise unreadable(place.url, err) from err
 
@@ -131,9 +141,13 @@ def _member(url: str, name: str, info: zipfile.ZipInfo, archive_bytes: int) -> _
     if info.flag_bits & _ENCRYPTED:
         raise InputError(f"{url}: {name} is encrypted; {again} and without a password")
     if info.compress_type not in _METHODS:
-        raise InputError(f"{url}: {name} is packed by method {info.compress_type}; read are 0 (stored) and 8 (deflate); {again}")
+        raise InputError(
+            f"{url}: {name} is packed by method {info.compress_type}; read are 0 (stored) and 8 (deflate); {again}"
+        )
     if info.header_offset < 0 or info.header_offset + info.compress_size > archive_bytes:
-        raise InputError(f"{url}: {name} lies outside of the file, which is cut off or one part of a split archive; fetch or pack it again")
+        raise InputError(
+            f"{url}: {name} lies outside of the file, which is cut off or one part of a split archive; fetch or pack it again"
+        )
     return _Member(info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type)
 
 
@@ -172,7 +186,11 @@ def _stored_bytes(place: Place, archive: str, member: _Member) -> bytes:
         raise BadImage("damaged in the archive: its header is gone")
     start = _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack_from(data)[1:])
     found = data[start : start + member.stored_bytes]
-    return found if len(found) == member.stored_bytes else read_at(place, archive, member.offset + start, member.stored_bytes)
+    return (
+        found
+        if len(found) == member.stored_bytes
+        else read_at(place, archive, member.offset + start, member.stored_bytes)
+    )
 
 
 def _unpack(data: bytes, member: _Member) -> bytes:

@@ -94,7 +94,9 @@ def makes_no_images(kind: str) -> TeacherError:
 
 def takes_no_images(kind: str) -> TeacherError:
     """What `encode` of a teacher raises that only synthesizes."""
-    return TeacherError(f"a {kind} teacher makes its own images and cannot encode others; give --num-samples instead of --images")
+    return TeacherError(
+        f"a {kind} teacher makes its own images and cannot encode others; give --num-samples instead of --images"
+    )
 
 
 Loader = Callable[["TeacherConfig", str], Teacher]  # config, device -> teacher
@@ -205,4 +207,6 @@ def parse_options(config: TeacherConfig, model: type[Options]) -> Options:
         first = err.errors()[0]
         name = ".".join(("extract.teacher.options", *map(str, first["loc"])))
         known = ", ".join(model.model_fields) or "none"
-        raise ConfigError(f"{name}: {first['msg']} (found {first['input']!r}); options of this teacher: {known}") from err
+        raise ConfigError(
+            f"{name}: {first['msg']} (found {first['input']!r}); options of this teacher: {known}"
+        ) from err

@@ -40,14 +40,21 @@ LATENT = "z"  # the noise stream of a generator's input
 class ModuleOptions(StrictModel):
     """What `extract.teacher.options` holds."""
 
-    module: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="Import path of the torch module's class: package.file:Class.")
+    module: str = Field(
+        pattern=r"^[\w.]+:[\w.]+$", description="Import path of the torch module's class: package.file:Class."
+    )
     arguments: dict[str, Any] = Field(default={}, description="Keyword arguments of the class.")
     mode: Literal["synthesize", "encode"] = Field(
-        default="synthesize", description="Makes images from a latent z, or takes images; it is called with that one argument."
+        default="synthesize",
+        description="Makes images from a latent z, or takes images; it is called with that one argument.",
     )
     image_px: tuple[int, int] = Field(description="Height and width of the images, in px.")
-    z_shape: tuple[int, ...] | None = Field(default=None, min_length=1, description="Shape of one z, which is standard normal.")
-    value_range: tuple[float, float] = Field(default=(-1.0, 1.0), description="What black and white are in the module's images.")
+    z_shape: tuple[int, ...] | None = Field(
+        default=None, min_length=1, description="Shape of one z, which is standard normal."
+    )
+    value_range: tuple[float, float] = Field(
+        default=(-1.0, 1.0), description="What black and white are in the module's images."
+    )
 
     @model_validator(mode="after")
     def _fit(self) -> ModuleOptions:
@@ -86,7 +93,10 @@ class ModuleTeacher:
         with arithmetic(images.device, self.dtype):
             for flip in {view.flip for view in views}:
                 levels[flip] = self._reader.read(partial(self.network, scaled.flip(-1) if flip else scaled))
-        return {level.name: torch.stack([storable(levels[view.flip][level.name]) for view in views], dim=1) for level in self.spec.levels}
+        return {
+            level.name: torch.stack([storable(levels[view.flip][level.name]) for view in views], dim=1)
+            for level in self.spec.levels
+        }
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images and the features they were made through.
@@ -98,9 +108,13 @@ class ModuleTeacher:
             raise makes_no_images(self.spec.kind)
         made: list[Tensor] = []
         with arithmetic(noise[LATENT].device, self.dtype):
-            levels = self._reader.read(lambda: made.append(_images_in(self.network(noise[LATENT]), self.options)), stop_early=False)
+            levels = self._reader.read(
+                lambda: made.append(_images_in(self.network(noise[LATENT]), self.options)), stop_early=False
+            )
         black, white = self.options.value_range
-        return (made[0].float() - black) / (white - black) * 2 - 1, {name: storable(level) for name, level in levels.items()}
+        return (made[0].float() - black) / (white - black) * 2 - 1, {
+            name: storable(level) for name, level in levels.items()
+        }
 
 
 def load_module_teacher(config: TeacherConfig, device: str = "cpu") -> ModuleTeacher:
@@ -159,12 +173,18 @@ def _load(network: nn.Module, tensors: Mapping[str, Tensor], path: str, options:
 
     Raises: TeacherError when names or shapes differ, or a value is not finite.
     """
-    if broken := [name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]:
-        raise TeacherError(f"{path}: {broken[0]} holds values that are not finite; download or export the weights again")
+    if broken := [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]:
+        raise TeacherError(
+            f"{path}: {broken[0]} holds values that are not finite; download or export the weights again"
+        )
     try:
         network.load_state_dict(dict(tensors))
     except RuntimeError as err:
-        raise TeacherError(f"{path}: weights do not fit {options.module} ({_said(err)}); check extract.teacher.options.arguments") from err
+        raise TeacherError(
+            f"{path}: weights do not fit {options.module} ({_said(err)}); check extract.teacher.options.arguments"
+        ) from err
 
 
 def _probe(network: nn.Module, options: ModuleOptions, taps: Mapping[str, str] | None) -> tuple[TapSpec, ...]:
@@ -196,7 +216,9 @@ def _probe(network: nn.Module, options: ModuleOptions, taps: Mapping[str, str] |
         ) from err
 
 
-def _read_twice(network: nn.Module, forward: Callable[[], object], options: ModuleOptions, taps: Mapping[str, str]) -> tuple[TapSpec, ...]:
+def _read_twice(
+    network: nn.Module, forward: Callable[[], object], options: ModuleOptions, taps: Mapping[str, str]
+) -> tuple[TapSpec, ...]:
     import torch
 
     from dtpipe.extract.teachers.taps import TapReader, named_levels
@@ -209,7 +231,9 @@ def _read_twice(network: nn.Module, forward: Callable[[], object], options: Modu
     for level in levels.values():
         side, other = first[level.name].shape[-2:]
         if (side * level.stride, other * level.stride) != options.image_px:
-            raise TeacherError(f"tap {level.name}={level.tap} is {side}x{other}, no whole part of {height}x{width} px; name another tap")
+            raise TeacherError(
+                f"tap {level.name}={level.tap} is {side}x{other}, no whole part of {height}x{width} px; name another tap"
+            )
     if (options.z_shape and not torch.equal(*made)) or any(not torch.equal(first[name], second[name]) for name in taps):
         raise TeacherError(
             f"{options.module}: gave two results for one input, so it draws noise of its own; make it a function of its input in eval mode"
@@ -227,7 +251,11 @@ def _suggest(network: nn.Module, forward: Callable[[], object], options: ModuleO
 
     def note(path: str, _module: object, _args: object, output: object) -> None:
         for stride in DEFAULT_STRIDES:
-            if isinstance(output, Tensor) and output.ndim == 4 and tuple(side * stride for side in output.shape[-2:]) == options.image_px:
+            if (
+                isinstance(output, Tensor)
+                and output.ndim == 4
+                and tuple(side * stride for side in output.shape[-2:]) == options.image_px
+            ):
                 last[level_name(stride)] = path
 
     with ExitStack() as hooks:
@@ -236,7 +264,9 @@ def _suggest(network: nn.Module, forward: Callable[[], object], options: ModuleO
         forward()
     found = "{" + ", ".join(f"{name}: {path}" for name, path in sorted(last.items())) + "}"
     return (
-        f"-s 'extract.teacher.taps={found}' has the last module of each stride" if last else "none of its modules has stride 4, 8, 16 or 32"
+        f"-s 'extract.teacher.taps={found}' has the last module of each stride"
+        if last
+        else "none of its modules has stride 4, 8, 16 or 32"
     )
 
 

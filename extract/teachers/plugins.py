@@ -40,9 +40,7 @@ def _load(entry: EntryPoint) -> None:
     except (Exception, SystemExit) as err:  # code of others raises anything
         _KINDS.clear()
         _KINDS.update(before)
-        reason = (
-            f"teacher plugin {_package(entry)} ({entry.name} = {entry.value}) is broken: {type(err).__name__}: {' '.join(str(err).split())}"
-        )
+        reason = f"teacher plugin {_package(entry)} ({entry.name} = {entry.value}) is broken: {type(err).__name__}: {' '.join(str(err).split())}"
         _log.warning("%s; mend or uninstall the package", reason)
         if entry.name not in before:
             register_teacher(_broken(entry.name, reason))
@@ -73,7 +71,12 @@ def _guarded(kind: TeacherKind, entry: EntryPoint) -> Matcher:
             return bool(kind.matches(path))
         except Exception as err:  # code of others raises anything
             _log.warning(
-                "teacher plugin %s: matches(%r) of kind %s raised %s: %s", _package(entry), path, kind.kind, type(err).__name__, err
+                "teacher plugin %s: matches(%r) of kind %s raised %s: %s",
+                _package(entry),
+                path,
+                kind.kind,
+                type(err).__name__,
+                err,
             )
             return False
 

@@ -52,7 +52,9 @@ class TapReader:
             with suppress(_LastTapReachedError):
                 forward()
         if unread := sorted(set(modules) - set(seen)):
-            raise TeacherError(f"taps {unread} are never run by the network's forward pass; name others in extract.teacher.taps")
+            raise TeacherError(
+                f"taps {unread} are never run by the network's forward pass; name others in extract.teacher.taps"
+            )
         return {name: seen[path] for name, path in self.taps.items()}
 
 
@@ -79,7 +81,11 @@ def find_levels(
         for path in layers:
             hooks.callback(modules[path].register_forward_hook(_hook(path, note)).remove)
         forward()
-    last = {stride: TapSpec(level_name(stride), stride, channels, path) for path, (stride, channels) in order.items() if stride in strides}
+    last = {
+        stride: TapSpec(level_name(stride), stride, channels, path)
+        for path, (stride, channels) in order.items()
+        if stride in strides
+    }
     return {last[stride].name: last[stride] for stride in sorted(last)}
 
 
@@ -93,7 +99,9 @@ def decoder_layers(unet: Any) -> list[str]:
     ]
 
 
-def named_levels(network: nn.Module, forward: Callable[[], object], input_px: int, taps: Mapping[str, str]) -> dict[str, TapSpec]:
+def named_levels(
+    network: nn.Module, forward: Callable[[], object], input_px: int, taps: Mapping[str, str]
+) -> dict[str, TapSpec]:
     """Levels at the module paths that a person named.
 
     Raises: TeacherError when a path is unknown or its stride is not the one the level's name says.
@@ -102,7 +110,9 @@ def named_levels(network: nn.Module, forward: Callable[[], object], input_px: in
     for name, output in TapReader(network, taps).read(forward).items():
         stride = input_px // output.shape[-1]
         if level_name(stride) != name.split(".")[0]:
-            raise TeacherError(f"tap {taps[name]} has stride {stride}, so it is level {level_name(stride)}, not {name}; rename it")
+            raise TeacherError(
+                f"tap {taps[name]} has stride {stride}, so it is level {level_name(stride)}, not {name}; rename it"
+            )
         levels[name] = TapSpec(name, stride, output.shape[1], taps[name])
     return levels
 
@@ -113,7 +123,9 @@ def level_name(stride: int) -> str:
     Raises: TeacherError when the stride is no power of two.
     """
     if stride < 1 or stride & (stride - 1):
-        raise TeacherError(f"a tap has stride {stride}; levels need a power of two, so name another module in extract.teacher.taps")
+        raise TeacherError(
+            f"a tap has stride {stride}; levels need a power of two, so name another module in extract.teacher.taps"
+        )
     return f"l{stride.bit_length() - 1}"
 
 
@@ -126,7 +138,9 @@ def _as_map(output: object, path: str) -> Tensor:
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, Tensor) or first.ndim != 4:
         found = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-        raise TeacherError(f"tap {path} gives {found}, not a map (B, C, H, W); name another module in extract.teacher.taps")
+        raise TeacherError(
+            f"tap {path} gives {found}, not a map (B, C, H, W); name another module in extract.teacher.taps"
+        )
     return first
 
 

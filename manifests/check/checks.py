@@ -152,7 +152,9 @@ def _check_locks(store: Store, problems: list[Problem]) -> None:
             problems.append(Problem(name, reason(err), "rewrite"))
 
 
-def _check_entries(store: Store, plan: Plan, plan_blake3: str, manifest: Manifest | None, problems: list[Problem]) -> dict[int, ShardEntry]:
+def _check_entries(
+    store: Store, plan: Plan, plan_blake3: str, manifest: Manifest | None, problems: list[Problem]
+) -> dict[int, ShardEntry]:
     committed = set(committed_shards(store, plan))
     entries = {}
     for shard_idx in range(plan.num_shards):
@@ -182,7 +184,9 @@ def _check_zarr_metadata(store: Store, plan: Plan, manifest: Manifest | None, pr
             problems.append(Problem(name, "is missing", "rewrite"))
 
 
-def _check_tables(store: Store, plan: Plan, manifest: Manifest, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> None:
+def _check_tables(
+    store: Store, plan: Plan, manifest: Manifest, entries: Mapping[int, ShardEntry], problems: list[Problem]
+) -> None:
     """shards.parquet and index.parquet against the manifest, and against the entries."""
     for name in (SHARDS_FILE, INDEX_FILE):
         try:
@@ -220,12 +224,18 @@ def _size_text(found: ObjectStat, wanted: int) -> str:
 def check_digests(store: Store, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> None:
     """Every object's blake3 is that of its entry; those with a known problem are left out."""
     known = {problem.name for problem in problems}
-    objects = [(entry.shard, stored) for entry in entries.values() for stored in entry.objects if stored.name not in known]
+    objects = [
+        (entry.shard, stored) for entry in entries.values() for stored in entry.objects if stored.name not in known
+    ]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda each: _digest_or_reason(store, each[1].name, each[1].size_bytes), objects)
         for (shard_idx, stored), digest in zip(objects, found, strict=True):
             if digest != stored.blake3:
-                what = digest if " " in digest else "its bytes are not those of its entry (blake3 differs): damaged, stale or swapped"
+                what = (
+                    digest
+                    if " " in digest
+                    else "its bytes are not those of its entry (blake3 differs): damaged, stale or swapped"
+                )
                 problems.append(Problem(stored.name, what, "extract", shard_idx))
 
 
@@ -271,6 +281,9 @@ def _row_problems(reader: ChunkReader, plan: Plan, entry: ShardEntry, row: int) 
     if KEY in reader.tables:
         try:
             if reader.read_bytes(KEY, row) != encode_key(index_row):
-                yield reader.tables[KEY].objects[entry.shard] or "", f"key.json of {place} says otherwise than the index"
+                yield (
+                    reader.tables[KEY].objects[entry.shard] or "",
+                    f"key.json of {place} says otherwise than the index",
+                )
         except DamagedDataError as err:
             yield reader.tables[KEY].objects[entry.shard] or "", reason(err)

@@ -16,7 +16,8 @@ class Measured(StrictModel):
     """The newest measurement; an older one is replaced."""
 
     flip_error: dict[str, float] = Field(
-        default={}, description="By level: |mirror(f(x)) - f(mirror(x))| / |f(mirror(x))|, mean over samples, noise mirrored too."
+        default={},
+        description="By level: |mirror(f(x)) - f(mirror(x))| / |f(mirror(x))|, mean over samples, noise mirrored too.",
     )
     num_samples: int = Field(ge=1, description="Samples it was measured on.")
 

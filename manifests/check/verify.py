@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import dump_record
-from dtpipe.manifests.check.checks import Found, Problem, check_chunks, check_digests, check_metadata, check_sizes, reason
+from dtpipe.manifests.check.checks import (
+    Found,
+    Problem,
+    check_chunks,
+    check_digests,
+    check_metadata,
+    check_sizes,
+    reason,
+)
 from dtpipe.manifests.check.measured import MEASURED_FILE
 from dtpipe.manifests.codecs.base import decode_level, encode_level
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
@@ -105,7 +113,9 @@ def verify(
     problems: list[Problem] = []
     found = check_metadata(store, problems)
     if level == "recompute" and found.plan and found.plan.recipe.images != "stored":
-        raise ConfigError(f"{store.url} stores no images, so its features cannot be recomputed from it; verify with --level decode")
+        raise ConfigError(
+            f"{store.url} stores no images, so its features cannot be recomputed from it; verify with --level decode"
+        )
     check_sizes(store, found.entries, problems)
     depth = LEVELS.index(level)
     if depth >= 1:
@@ -125,7 +135,9 @@ def repair(url: str | os.PathLike[str], level: VerifyLevel = "digest", stale_s: 
     if level == "recompute":
         raise ConfigError("repair works on stored bytes: choose listing, digest or decode")
     store = Store(url)
-    problems = verify(url, "listing").problems  # before the lock: a wrong URL is left as it is, and taking a lock removes damaged ones
+    problems = verify(
+        url, "listing"
+    ).problems  # before the lock: a wrong URL is left as it is, and taking a lock removes damaged ones
     with Lock.acquire(store, stale_s) as lock:
         problems = (*(each for each in problems if each.name.startswith(LOCK_FOLDER)), *verify(url, level).problems)
         found = check_metadata(store, [])
@@ -167,7 +179,11 @@ def _mark_incomplete(store: Store, lock: Lock, found: Found, problems: Sequence[
         taken = store.list(MANIFEST_FILE)
         store.rename(
             MANIFEST_FILE,
-            next(f"{MANIFEST_FILE}{REJECTED}.{n}" for n in range(len(taken) + 1) if f"{MANIFEST_FILE}{REJECTED}.{n}" not in taken),
+            next(
+                f"{MANIFEST_FILE}{REJECTED}.{n}"
+                for n in range(len(taken) + 1)
+                if f"{MANIFEST_FILE}{REJECTED}.{n}" not in taken
+            ),
         )
 
 
@@ -183,7 +199,11 @@ def _check_recompute(
     damaged = {each.shard for each in problems}
     samples = dataset.recipe.shard.samples
     good = [int(row) for row in dataset.ok_rows if int(row) // samples not in damaged]
-    chosen = [good[idx] for idx in np.unique(np.linspace(0, len(good) - 1, min(rows, len(good))).astype(int))] if good else []
+    chosen = (
+        [good[idx] for idx in np.unique(np.linspace(0, len(good) - 1, min(rows, len(good))).astype(int))]
+        if good
+        else []
+    )
     if not chosen:
         return 0, {}
     images, _ = dataset.read_batch(chosen, (), [0] * len(chosen))
@@ -195,7 +215,12 @@ def _check_recompute(
 
 
 def _compare(
-    dataset: FeatureDataset, level: LevelSpec, rows: Sequence[int], again: NDArray[np.generic], tolerance: float, problems: list[Problem]
+    dataset: FeatureDataset,
+    level: LevelSpec,
+    rows: Sequence[int],
+    again: NDArray[np.generic],
+    tolerance: float,
+    problems: list[Problem],
 ) -> float:
     worst = 0.0
     for idx, row in enumerate(rows):
@@ -208,7 +233,9 @@ def _compare(
     return worst
 
 
-def relative_error(level: LevelSpec, recipe: Recipe, stored: NDArray[np.generic], again: NDArray[np.generic], sample: str = "") -> float:
+def relative_error(
+    level: LevelSpec, recipe: Recipe, stored: NDArray[np.generic], again: NDArray[np.generic], sample: str = ""
+) -> float:
     """Largest difference over the largest stored value; 0 when the teacher gives the same symbols.
 
     Shapes: both [V, C, H, W]; `stored` as read, `again` as the teacher gave it.
@@ -220,7 +247,13 @@ def relative_error(level: LevelSpec, recipe: Recipe, stored: NDArray[np.generic]
 
 
 def _report(
-    store: Store, level: VerifyLevel, found: Found, problems: list[Problem], num_chunks: int, num_recomputed: int, errors: dict[str, float]
+    store: Store,
+    level: VerifyLevel,
+    found: Found,
+    problems: list[Problem],
+    num_chunks: int,
+    num_recomputed: int,
+    errors: dict[str, float],
 ) -> VerifyReport:
     objects = [stored for entry in found.entries.values() for stored in entry.objects]
     known = {stored.name for stored in objects} | {each.name for each in problems}
@@ -242,7 +275,9 @@ def _report(
 
 def _is_ours(name: str, found: Found) -> bool:
     """True for metadata with a known name, and for objects of shards whose entry could not be read."""
-    if name in (MANIFEST_FILE, PLAN_FILE, LISTING_FILE, SHARDS_FILE, INDEX_FILE, MEASURED_FILE) or name.startswith(LOCK_FOLDER):
+    if name in (MANIFEST_FILE, PLAN_FILE, LISTING_FILE, SHARDS_FILE, INDEX_FILE, MEASURED_FILE) or name.startswith(
+        LOCK_FOLDER
+    ):
         return True
     if name.endswith("zarr.json"):
         return True

@@ -41,7 +41,9 @@ def _cast(values: NDArray[np.generic], level: LevelSpec) -> NDArray[np.generic]:
 
 
 CODECS: dict[str, Codec] = {
-    "cast": Codec("cast", "rounds to the level's dtype, float16 or float32", _float_dtype, _cast, lambda stored, _: stored),
+    "cast": Codec(
+        "cast", "rounds to the level's dtype, float16 or float32", _float_dtype, _cast, lambda stored, _: stored
+    ),
 }
 
 
@@ -60,7 +62,9 @@ def stored_dtype(level: LevelSpec, recipe: CodecRecipe) -> np.dtype[np.generic]:
     return find_codec(recipe).stored_dtype(level)
 
 
-def encode_level(values: NDArray[np.generic], level: LevelSpec, recipe: CodecRecipe, sample: str = "") -> NDArray[np.generic]:
+def encode_level(
+    values: NDArray[np.generic], level: LevelSpec, recipe: CodecRecipe, sample: str = ""
+) -> NDArray[np.generic]:
     """One sample's features as they are stored; `sample` is its key, for messages.
 
     Shapes: [V, C, H, W] (any leading axes) -> the same, in the stored dtype.
@@ -68,10 +72,14 @@ def encode_level(values: NDArray[np.generic], level: LevelSpec, recipe: CodecRec
     """
     codec, shape = find_codec(recipe), (level.channels, level.height, level.width)
     if values.shape[-3:] != shape:
-        raise ShapeError(f"level {level.name}{_of(sample)} is {list(values.shape)}, the recipe says [.., {', '.join(map(str, shape))}]")
+        raise ShapeError(
+            f"level {level.name}{_of(sample)} is {list(values.shape)}, the recipe says [.., {', '.join(map(str, shape))}]"
+        )
     if not np.isfinite(values).all():
         count = int(values.size - np.isfinite(values).sum())
-        raise TeacherError(f"level {level.name}{_of(sample)}: {count} of {values.size} features are not finite; use float32 in the teacher")
+        raise TeacherError(
+            f"level {level.name}{_of(sample)}: {count} of {values.size} features are not finite; use float32 in the teacher"
+        )
     coded = codec.encode(values, level)
     if coded.dtype.kind == "f" and not np.isfinite(coded).all():
         largest = float(np.abs(values).max())

@@ -110,7 +110,9 @@ def check_arrays(plan: Plan, shard_idx: int, arrays: ShardArrays) -> dict[str, N
     """
     rows, specs, named = plan.shard_rows(shard_idx), stored_arrays(plan.recipe), arrays.named()
     if [(row.row, row.shard) for row in arrays.rows] != [(row, shard_idx) for row in rows]:
-        raise ShapeError(f"shard {shard_idx} holds rows {rows.start} to {rows.stop - 1} in the plan, other rows were given")
+        raise ShapeError(
+            f"shard {shard_idx} holds rows {rows.start} to {rows.stop - 1} in the plan, other rows were given"
+        )
     if named.keys() != specs.keys():
         raise ShapeError(f"shard {shard_idx} has arrays {sorted(named)}, the recipe says {sorted(specs)}")
     for name, spec in specs.items():

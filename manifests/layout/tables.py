@@ -62,7 +62,13 @@ def encode_table(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     # one row group size and one chunk, so that bytes do not depend on how the table was put together
     pq.write_table(
-        table.combine_chunks(), sink, compression="zstd", compression_level=3, version="2.6", row_group_size=1 << 17, write_statistics=True
+        table.combine_chunks(),
+        sink,
+        compression="zstd",
+        compression_level=3,
+        version="2.6",
+        row_group_size=1 << 17,
+        write_statistics=True,
     )
     return sink.getvalue()
 
@@ -77,16 +83,24 @@ def decode_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as err:
-        raise ManifestError(f"{where} is not readable as Parquet ({err}); run `dtpipe verify --repair` on the dataset") from err
+        raise ManifestError(
+            f"{where} is not readable as Parquet ({err}); run `dtpipe verify --repair` on the dataset"
+        ) from err
     if not table.schema.equals(schema):
         found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
-        raise ManifestError(f"{where} has columns [{found}], which are not those of format v1; install the dtpipe that wrote it")
+        raise ManifestError(
+            f"{where} has columns [{found}], which are not those of format v1; install the dtpipe that wrote it"
+        )
     return table
 
 
 def shards_table(entries: Iterable[ShardEntry]) -> pa.Table:
     """One row per object, its arrays' chunks in list columns."""
-    rows = [_object_row(entry.shard, stored) for entry in sorted(entries, key=lambda each: each.shard) for stored in entry.objects]
+    rows = [
+        _object_row(entry.shard, stored)
+        for entry in sorted(entries, key=lambda each: each.shard)
+        for stored in entry.objects
+    ]
     return pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
 
 
@@ -113,7 +127,9 @@ def decode_index(data: bytes, where: str) -> pa.Table:
     """
     table = decode_table(data, INDEX_SCHEMA, where)
     if table["row"].to_pylist() != list(range(table.num_rows)):
-        raise ManifestError(f"{where}: rows are not 0 to {table.num_rows - 1} in order; run `dtpipe verify --repair` on the dataset")
+        raise ManifestError(
+            f"{where}: rows are not 0 to {table.num_rows - 1} in order; run `dtpipe verify --repair` on the dataset"
+        )
     return table
 
 
@@ -129,7 +145,9 @@ class ShardTable:
         self._table = table
         shards = table["shard"].to_pylist()
         if shards != sorted(shards) or set(shards) != set(range(num_shards)):
-            raise ManifestError(f"{where} does not list shards 0 to {num_shards - 1} in order; run `dtpipe verify --repair` on the dataset")
+            raise ManifestError(
+                f"{where} does not list shards 0 to {num_shards - 1} in order; run `dtpipe verify --repair` on the dataset"
+            )
         self._rows: dict[int, list[int]] = {}
         for row, shard in enumerate(shards):
             self._rows.setdefault(shard, []).append(row)
@@ -159,14 +177,21 @@ def _object_row(shard_idx: int, stored: ObjectEntry) -> dict[str, object]:
         {"name": name, "offset": list(members.offset), "size": list(members.size), "crc32c": list(members.crc32c)}
         for name, members in sorted(stored.arrays.items())
     ]
-    return {"shard": shard_idx, "name": stored.name, "size_bytes": stored.size_bytes, "blake3": stored.blake3, "arrays": arrays}
+    return {
+        "shard": shard_idx,
+        "name": stored.name,
+        "size_bytes": stored.size_bytes,
+        "blake3": stored.blake3,
+        "arrays": arrays,
+    }
 
 
 def _object_entry(row: dict[str, object]) -> ObjectEntry:
     found = row["arrays"]
     assert isinstance(found, Sequence)
     arrays = {
-        array["name"]: Members(offset=tuple(array["offset"]), size=tuple(array["size"]), crc32c=tuple(array["crc32c"])) for array in found
+        array["name"]: Members(offset=tuple(array["offset"]), size=tuple(array["size"]), crc32c=tuple(array["crc32c"]))
+        for array in found
     }
     fields = {name: row[name] for name in ("name", "size_bytes", "blake3")}
     return ObjectEntry.model_validate({**fields, "identity": "", "arrays": arrays})

@@ -18,7 +18,15 @@ from PIL import Image
 
 from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.errors import DamagedDataError
-from dtpipe.manifests.layout.arrays import KEY, ArraySpec, EncodedObject, MembersBuilder, ShardArrays, check_arrays, stored_arrays
+from dtpipe.manifests.layout.arrays import (
+    KEY,
+    ArraySpec,
+    EncodedObject,
+    MembersBuilder,
+    ShardArrays,
+    check_arrays,
+    stored_arrays,
+)
 from dtpipe.manifests.schema import IMAGE, IndexRow, Plan
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -45,10 +53,14 @@ def encode_tar_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterato
             parts += [_header(f"{row.row:08d}.{suffix}", len(data)), padded]
             offset += _BLOCK + len(padded)
     parts.append(bytes(2 * _BLOCK))
-    yield EncodedObject(tar_object_name(shard_idx), b"".join(parts), {name: table.table() for name, table in tables.items()})
+    yield EncodedObject(
+        tar_object_name(shard_idx), b"".join(parts), {name: table.table() for name, table in tables.items()}
+    )
 
 
-def _row_members(row: IndexRow, specs: dict[str, ArraySpec], values: dict[str, NDArray[np.generic]]) -> Iterator[tuple[str, str, bytes]]:
+def _row_members(
+    row: IndexRow, specs: dict[str, ArraySpec], values: dict[str, NDArray[np.generic]]
+) -> Iterator[tuple[str, str, bytes]]:
     """Array, file suffix and bytes of each member of a row, in their order in the tar."""
     yield KEY, "key.json", encode_key(row)
     for name, spec in specs.items():
@@ -73,7 +85,9 @@ def _header(name: str, size: int) -> bytes:
 
 def _encode_png(image: NDArray[np.generic]) -> bytes:
     sink = io.BytesIO()
-    Image.fromarray(image).save(sink, "PNG", compress_level=1)  # on photographs half the time of the default, 3 % larger
+    Image.fromarray(image).save(
+        sink, "PNG", compress_level=1
+    )  # on photographs half the time of the default, 3 % larger
     return sink.getvalue()
 
 

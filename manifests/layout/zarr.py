@@ -16,7 +16,15 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from dtpipe.manifests.errors import DamagedDataError
-from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, MembersBuilder, ShardArrays, check_arrays, crc32c, stored_arrays
+from dtpipe.manifests.layout.arrays import (
+    ArraySpec,
+    EncodedObject,
+    MembersBuilder,
+    ShardArrays,
+    check_arrays,
+    crc32c,
+    stored_arrays,
+)
 from dtpipe.manifests.schema import FORMAT, IMAGE, Plan
 from dtpipe.manifests.store.store import MissingObjectError, Store
 
@@ -39,7 +47,9 @@ def encode_zarr_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterat
     samples = plan.recipe.shard.samples
     zstd = Zstd(level=plan.recipe.codec.zstd_level, checksum=False)
     for name, spec in stored_arrays(plan.recipe).items():
-        yield _encode_array(spec, checked[name], samples * spec.chunks_per_row, zstd, shard_object_name(spec, shard_idx))
+        yield _encode_array(
+            spec, checked[name], samples * spec.chunks_per_row, zstd, shard_object_name(spec, shard_idx)
+        )
 
 
 def _encode_array(spec: ArraySpec, values: NDArray[np.generic], num_slots: int, zstd: Zstd, name: str) -> EncodedObject:
@@ -71,7 +81,9 @@ def decode_zarr_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArra
     except RuntimeError as err:
         raise DamagedDataError(f"it is no zstd frame ({err})") from err
     if len(plain) != out.nbytes:
-        raise DamagedDataError(f"it holds {len(plain)} bytes, not the {out.nbytes} of {spec.dtype}{list(spec.chunk_shape)}")
+        raise DamagedDataError(
+            f"it holds {len(plain)} bytes, not the {out.nbytes} of {spec.dtype}{list(spec.chunk_shape)}"
+        )
     out[...] = np.frombuffer(plain, spec.dtype).reshape(spec.chunk_shape)
 
 

@@ -43,7 +43,9 @@ class ChunkTable:
         first = shard_idx * self._samples * self._chunks_per_row
         last = min(first + self._samples * self._chunks_per_row, len(self.size))
         if self.objects[shard_idx] is not None or any(len(column) != last - first for column in columns.values()):
-            raise ManifestError(f"{where}: shard {shard_idx} does not list {last - first} chunks of {self.name}, once; {_REPAIR}")
+            raise ManifestError(
+                f"{where}: shard {shard_idx} does not list {last - first} chunks of {self.name}, once; {_REPAIR}"
+            )
         self.objects[shard_idx] = object_name
         for field in ("offset", "size", "crc32c"):
             getattr(self, field)[first:last] = columns[field]
@@ -66,7 +68,9 @@ def chunk_tables(plan: Plan, shards: pa.Table, where: str) -> dict[str, ChunkTab
     tables = {name: ChunkTable(plan, name, width) for name, width in widths.items()}
     for shard_idx, object_name, array, columns in _listed_arrays(shards):
         if array not in tables or not 0 <= shard_idx < plan.num_shards:
-            raise ManifestError(f"{where}: shard {shard_idx} lists array {array!r}, which the recipe does not have; {_REPAIR}")
+            raise ManifestError(
+                f"{where}: shard {shard_idx} lists array {array!r}, which the recipe does not have; {_REPAIR}"
+            )
         tables[array].fill(shard_idx, object_name, columns, where)
     written = {table.name: [name is not None for name in table.objects] for table in tables.values()}
     if len({tuple(each) for each in written.values()}) > 1:
@@ -156,7 +160,9 @@ class ChunkReader:
         start = span[0].offset
         if len(span) > 1:
             try:
-                data = self.store.read_range(span[0].object_name, start, max(each.offset + each.size for each in span) - start)
+                data = self.store.read_range(
+                    span[0].object_name, start, max(each.offset + each.size for each in span) - start
+                )
             except DamagedDataError:  # one by one, to name the chunk that is hit and no other
                 for each in span:
                     self._decode(each, self._fetch(each))
@@ -177,7 +183,9 @@ class ChunkReader:
         size = located.size - self._kind.trailer_bytes
         chunk = data[:size]
         if crc32c(chunk) != located.crc32c:
-            raise self._damaged(located, "its bytes are not those of the manifest (crc32c differs): damaged, stale or swapped")
+            raise self._damaged(
+                located, "its bytes are not those of the manifest (crc32c differs): damaged, stale or swapped"
+            )
         return chunk, data[size:]
 
     def _decode(self, located: _Located, data: bytes) -> None:
@@ -189,7 +197,11 @@ class ChunkReader:
 
     def _damaged(self, located: _Located, why: str) -> DamagedDataError:
         request = located.request
-        what = request.array if request.array not in self.arrays or not self.arrays[request.array].num_views else f"level {request.array}"
+        what = (
+            request.array
+            if request.array not in self.arrays or not self.arrays[request.array].num_views
+            else f"level {request.array}"
+        )
         shard = request.row // self._plan.recipe.shard.samples
         return DamagedDataError(
             f"{self.store.where(located.object_name)}: {what} of sample {self._keys[request.row]!r} (shard {shard}, row {request.row}, "

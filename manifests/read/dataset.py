@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, ManifestError
 from dtpipe.manifests.layout.arrays import stored_arrays
-from dtpipe.manifests.layout.tables import INDEX_FILE, SHARDS_FILE, SHARDS_SCHEMA, decode_index, decode_table, shards_table
+from dtpipe.manifests.layout.tables import (
+    INDEX_FILE,
+    SHARDS_FILE,
+    SHARDS_SCHEMA,
+    decode_index,
+    decode_table,
+    shards_table,
+)
 from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.store.store import MissingObjectError, Store
@@ -76,14 +83,18 @@ class Samples:
 class FeatureDataset:
     """One dataset, open for reading; safe to use from many threads and processes. Make one with `open`."""
 
-    def __init__(self, store: Store, plan: Plan, manifest: Manifest | None, samples: Samples, chunks: ChunkReader) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, manifest: Manifest | None, samples: Samples, chunks: ChunkReader
+    ) -> None:
         self.store, self.plan, self.manifest = store, plan, manifest
         self._samples, self._chunks = samples, chunks
         self._row_of = {key: row for row, key in enumerate(samples.keys)}
         self._ok_rows = samples.ok_rows()
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str], allow_incomplete: bool = False, shards: Collection[int] | None = None) -> FeatureDataset:
+    def open(
+        cls, url: str | os.PathLike[str], allow_incomplete: bool = False, shards: Collection[int] | None = None
+    ) -> FeatureDataset:
         """Open a dataset and check manifest, plan, index and shard table against their digests.
 
         With `allow_incomplete` an unfinished dataset opens with the shards it has; rows of others have status `missing`. So
@@ -103,7 +114,9 @@ class FeatureDataset:
             return _open_complete(store, manifest)
         if not allow_incomplete:
             why = "is unfinished" if manifest is None else "has shards that a repair sent back to work"
-            raise IncompleteError(f"{store.url} {why}; run the same `dtpipe extract` again, or read what is there with --allow-incomplete")
+            raise IncompleteError(
+                f"{store.url} {why}; run the same `dtpipe extract` again, or read what is there with --allow-incomplete"
+            )
         return _open_partial(store, manifest)
 
     def __repr__(self) -> str:
@@ -214,7 +227,9 @@ class FeatureDataset:
     def _keep_shards(self, shards: Collection[int]) -> None:
         """Rows of other shards count as missing."""
         if lost := sorted(set(shards) - set(self.shards)):
-            raise IncompleteError(f"{self.url}: shard {lost[0]} is needed and not committed; run the same `dtpipe extract` again")
+            raise IncompleteError(
+                f"{self.url}: shard {lost[0]} is needed and not committed; run the same `dtpipe extract` again"
+            )
         size, kept = self.recipe.shard.samples, set(shards)
         status = tuple(each if row // size in kept else MISSING for row, each in enumerate(self.status))
         self._samples = replace(self._samples, status=status)
@@ -239,7 +254,9 @@ class FeatureDataset:
             raise InputError(f"{self.url} has no row {row}; it has rows 0 to {self.num_rows - 1}")
         status = self.status[row]
         if status == MISSING:
-            raise IncompleteError(f"{self.url}: sample {self.keys[row]!r} (row {row}) is not written yet; run `dtpipe extract` again")
+            raise IncompleteError(
+                f"{self.url}: sample {self.keys[row]!r} (row {row}) is not written yet; run `dtpipe extract` again"
+            )
         if status != "ok":
             raise InputError(f"{self.url}: sample {self.keys[row]!r} (row {row}) is {status}; read only `ok_rows`")
 
@@ -250,14 +267,18 @@ def _find_manifest(store: Store) -> Manifest | None:
     except MissingObjectError as err:
         if store.exists(PLAN_FILE):
             return None
-        raise InputError(f"{store.url} holds no feature dataset (no {MANIFEST_FILE}, no {PLAN_FILE}); check the path") from err
+        raise InputError(
+            f"{store.url} holds no feature dataset (no {MANIFEST_FILE}, no {PLAN_FILE}); check the path"
+        ) from err
 
 
 def _open_complete(store: Store, manifest: Manifest) -> FeatureDataset:
     _checked_file(store, manifest, PLAN_FILE)
     plan = load_plan(store)
     if plan.recipe != manifest.recipe or plan.num_rows != manifest.totals.num_rows:
-        raise ManifestError(f"{store.where(MANIFEST_FILE)} is of another dataset than {PLAN_FILE} beside it; restore the right one")
+        raise ManifestError(
+            f"{store.where(MANIFEST_FILE)} is of another dataset than {PLAN_FILE} beside it; restore the right one"
+        )
     index = decode_index(_checked_file(store, manifest, INDEX_FILE), store.where(INDEX_FILE))
     if index.num_rows != plan.num_rows:
         raise ManifestError(f"{store.where(INDEX_FILE)} has {index.num_rows} rows, the plan {plan.num_rows}; {_REPAIR}")
@@ -289,7 +310,9 @@ def _open_partial(store: Store, manifest: Manifest | None) -> FeatureDataset:
 _REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
 
 
-def _assemble(store: Store, plan: Plan, manifest: Manifest | None, samples: Samples, shards: pa.Table) -> FeatureDataset:
+def _assemble(
+    store: Store, plan: Plan, manifest: Manifest | None, samples: Samples, shards: pa.Table
+) -> FeatureDataset:
     tables = chunk_tables(plan, shards, store.where(SHARDS_FILE))
     return FeatureDataset(store, plan, manifest, samples, ChunkReader(store, plan, tables, samples.keys))
 
@@ -305,5 +328,7 @@ def _checked_file(store: Store, manifest: Manifest, name: str) -> bytes:
         raise ManifestError(f"{store.where(MANIFEST_FILE)} does not name {name}; it was not written by dtpipe")
     data = store.read(name)
     if blake3_hex(data) != manifest.files[name].blake3:
-        raise ManifestError(f"{store.where(name)} is not the file that {MANIFEST_FILE} names: damaged, or one of them is stale; {_REPAIR}")
+        raise ManifestError(
+            f"{store.where(name)} is not the file that {MANIFEST_FILE} names: damaged, or one of them is stale; {_REPAIR}"
+        )
     return data

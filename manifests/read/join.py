@@ -72,7 +72,9 @@ class JoinedDataset:
         self._check(wanted, levels, views, images)
         pixels = np.empty((0, *self.image_px, 3), np.uint8)
         if images and self._images is not None:
-            pixels, _ = self.parts[self._images].read_batch(self._part_rows[self._images][wanted], (), np.zeros_like(wanted))
+            pixels, _ = self.parts[self._images].read_batch(
+                self._part_rows[self._images][wanted], (), np.zeros_like(wanted)
+            )
         specs = {level.name: level for level in self.levels}
         return pixels, {name: self._read_joined(specs[name], wanted, views) for name in levels}
 
@@ -84,7 +86,9 @@ class JoinedDataset:
             chosen = np.array([idx for idx, place in enumerate(places) if place.part == part_idx], np.int64)
             name = places[chosen[0]].level
             part_views = [places[idx].view for idx in chosen]
-            _, found = self.parts[part_idx].read_batch(self._part_rows[part_idx][rows[chosen]], (name,), part_views, images=False)
+            _, found = self.parts[part_idx].read_batch(
+                self._part_rows[part_idx][rows[chosen]], (name,), part_views, images=False
+            )
             if out is None:
                 out = np.empty((len(rows), *found[name].shape[1:]), found[name].dtype)
             out[chosen] = found[name]
@@ -93,11 +97,15 @@ class JoinedDataset:
     def _check(self, rows: NDArray[np.int64], levels: Sequence[str], views: NDArray[np.int64], images: bool) -> None:
         names = [level.name for level in self.levels]
         if unknown := [name for name in levels if name not in names]:
-            raise ConfigError(f"{_urls(self.parts)} joined have no level {unknown[0]!r}; choose from {', '.join(names)}")
+            raise ConfigError(
+                f"{_urls(self.parts)} joined have no level {unknown[0]!r}; choose from {', '.join(names)}"
+            )
         if images and self._images is None:
             raise ConfigError(f"none of {_urls(self.parts)} stores images; join a dataset that does")
         if len(views) != len(rows) or (len(views) and (views.min() < 0 or views.max() >= len(self.views))):
-            raise ConfigError(f"{_urls(self.parts)} joined have views 0 to {len(self.views) - 1}; give one of them per row")
+            raise ConfigError(
+                f"{_urls(self.parts)} joined have views 0 to {len(self.views) - 1}; give one of them per row"
+            )
         for row in rows:
             if not 0 <= row < self.num_rows or self.status[row] != "ok":
                 status = self.status[row] if 0 <= row < self.num_rows else "not in the dataset"
@@ -116,7 +124,9 @@ class ConcatDataset:
 
     def __init__(self, parts: Sequence[FeatureDataset]) -> None:
         """Raises: ConfigError naming what differs, or the keys that are in two datasets."""
-        _refuse_differences(parts, ("transform", "teacher", "views", "levels", "codec", "images"), ", or join them with --join")
+        _refuse_differences(
+            parts, ("transform", "teacher", "views", "levels", "codec", "images"), ", or join them with --join"
+        )
         _refuse_shared_keys(parts)
         self.parts, first = tuple(parts), parts[0]
         self._starts = np.cumsum([0, *(part.num_rows for part in parts)])
@@ -161,9 +171,13 @@ class ConcatDataset:
         out: dict[str, NDArray[np.generic]] = {}
         for idx in sorted(set(part_of_row.tolist())) or [0]:
             chosen = np.flatnonzero(part_of_row == idx)
-            pixels, found = self.parts[idx].read_batch(wanted[chosen] - self._starts[idx], levels, views[chosen], images)
+            pixels, found = self.parts[idx].read_batch(
+                wanted[chosen] - self._starts[idx], levels, views[chosen], images
+            )
             for name, values in {IMAGE: pixels, **found}.items():
-                whole = out.setdefault(name, np.empty((len(wanted) if len(values) else 0, *values.shape[1:]), values.dtype))
+                whole = out.setdefault(
+                    name, np.empty((len(wanted) if len(values) else 0, *values.shape[1:]), values.dtype)
+                )
                 if len(values):
                     whole[chosen] = values
         image = out.pop(IMAGE)
@@ -174,7 +188,9 @@ def _levels_of(recipe: Recipe) -> tuple[object, ...]:
     return recipe.teacher, recipe.levels, recipe.codec
 
 
-def _join_views(parts: Sequence[FeatureDataset]) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], Place]]:
+def _join_views(
+    parts: Sequence[FeatureDataset],
+) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], Place]]:
     """The views of all parts one after the other, of the same levels."""
     views: list[ViewSpec] = []
     places: dict[tuple[str, int], Place] = {}
@@ -193,7 +209,9 @@ def _join_views(parts: Sequence[FeatureDataset]) -> tuple[tuple[LevelSpec, ...],
     return parts[0].levels, tuple(views), places
 
 
-def _join_levels(parts: Sequence[FeatureDataset]) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], Place]]:
+def _join_levels(
+    parts: Sequence[FeatureDataset],
+) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], Place]]:
     """The levels of all parts side by side, under names that are free."""
     _refuse_other_flips(parts)
     levels: dict[str, LevelSpec] = {}

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from dtpipe.manifests.store.faults import fault_point
 
-_TEMPORARY = re.compile(r"\.probe-[0-9a-f]{16}|\..+\.[0-9a-f]{12}\.tmp")  # no looser: these files are swept, those of others are not ours
+_TEMPORARY = re.compile(
+    r"\.probe-[0-9a-f]{16}|\..+\.[0-9a-f]{12}\.tmp"
+)  # no looser: these files are swept, those of others are not ours
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class LocalFiles:
             except OSError as err:
                 if err.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                     raise OSError(
-                        err.errno, "the file system has no hard links, which put-if-absent needs; use the object store's URL"
+                        err.errno,
+                        "the file system has no hard links, which put-if-absent needs; use the object store's URL",
                     ) from err
                 raise
         _sync_folder(path.parent)

@@ -15,7 +15,17 @@ import fsspec
 from dtpipe.manifests.errors import ConfigError, MissingPackageError
 from dtpipe.manifests.store.local import ObjectStat
 
-_IDENTITY_FIELDS = ("ETag", "etag", "generation", "md5Hash", "mtime", "created", "LastModified", "last_modified", "updated")
+_IDENTITY_FIELDS = (
+    "ETag",
+    "etag",
+    "generation",
+    "md5Hash",
+    "mtime",
+    "created",
+    "LastModified",
+    "last_modified",
+    "updated",
+)
 _CREATE_ATTEMPTS = 5
 
 
@@ -54,7 +64,9 @@ class RemoteFiles:
     def write(self, name: str, data: bytes) -> ObjectStat:
         """Write or replace an object whole."""
         answer = self._fs.pipe_file(self._path(name), data)
-        etag = answer.get("ETag") if isinstance(answer, dict) else None  # of this very write; uploads in parts do not tell
+        etag = (
+            answer.get("ETag") if isinstance(answer, dict) else None
+        )  # of this very write; uploads in parts do not tell
         return ObjectStat(len(data), etag.strip('"')) if etag else self.stat(name)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -68,7 +80,10 @@ class RemoteFiles:
             except OSError as err:
                 if _code(err) in ("PreconditionFailed", "412"):
                     return False
-                if _code(err) not in ("ConditionalRequestConflict", "OperationAborted", "409") or attempt == _CREATE_ATTEMPTS:
+                if (
+                    _code(err) not in ("ConditionalRequestConflict", "OperationAborted", "409")
+                    or attempt == _CREATE_ATTEMPTS
+                ):
                     raise
                 time.sleep(0.05 * 2**attempt)
         raise AssertionError("unreachable")
@@ -104,7 +119,11 @@ class RemoteFiles:
         root = self._path("")
         folder = self._path(prefix.rpartition("/")[0]).rstrip("/")
         found = self._fs.find(folder, detail=True)
-        names = {path.removeprefix(root): info for path, info in found.items() if info["type"] == "file" and not path.endswith("/")}
+        names = {
+            path.removeprefix(root): info
+            for path, info in found.items()
+            if info["type"] == "file" and not path.endswith("/")
+        }
         return {name: info for name, info in names.items() if name.startswith(prefix)}
 
     def _range_or_raise(self, part: bytes | BaseException, name: str, offset: int, size: int) -> bytes:
@@ -122,7 +141,9 @@ def _open(url: str) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as err:
         protocol = url.partition("://")[0]
-        raise MissingPackageError(f"{url}: {err}; run `pip install 'dtpipe[{protocol}]'` or install that package") from err
+        raise MissingPackageError(
+            f"{url}: {err}; run `pip install 'dtpipe[{protocol}]'` or install that package"
+        ) from err
     except ValueError as err:
         raise ConfigError(f"{url}: {err}; use a path or a URL that fsspec knows, such as s3://bucket/folder") from err
     return fs, path.rstrip("/")
@@ -139,4 +160,6 @@ def _stat_of(info: dict[str, Any]) -> ObjectStat:
         if value := info.get(field):
             stamp = value.timestamp() if isinstance(value, datetime.datetime) else value
             return ObjectStat(size=int(info["size"]), identity=str(stamp).strip('"'))
-    raise OSError(f"the store gives neither an etag nor a time for {info['name']}, so a late writer could not be noticed")
+    raise OSError(
+        f"the store gives neither an etag nor a time for {info['name']}, so a late writer could not be noticed"
+    )

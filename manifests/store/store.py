@@ -80,7 +80,9 @@ class Store:
         """
         for name, offset, size in ranges:
             if offset < 0 or size < 0:
-                raise ManifestError(f"{self.where(name)}: range of {size} bytes at {offset} cannot be; the entry that gave it is damaged")
+                raise ManifestError(
+                    f"{self.where(name)}: range of {size} bytes at {offset} cannot be; the entry that gave it is damaged"
+                )
         wanted = [each for each in ranges if each[2] > 0]
         with self._reading(*dict.fromkeys(name for name, _, _ in wanted)):
             parts = iter(self._files.read_ranges(wanted) if wanted else [])
@@ -153,7 +155,9 @@ class Store:
             return 0
         with self._writing(""):
             found = [name for name in self._files.names("") if is_temporary(name)]
-            left = [name for name in found if not name.startswith(LOCK_FOLDER) and ".probe-" not in name]  # others may be at those
+            left = [
+                name for name in found if not name.startswith(LOCK_FOLDER) and ".probe-" not in name
+            ]  # others may be at those
             for name in left:
                 self._files.delete(name)
         return len(left)
@@ -169,7 +173,9 @@ class Store:
             self._expect(not self.create(name, second), _IGNORES_CREATE)
             self._expect(self.read(name) == first, _IGNORES_CREATE)
             self.write(name, second)
-            self._expect(self.read(name) == second and self.size(name) == len(second), "an object just written reads otherwise")
+            self._expect(
+                self.read(name) == second and self.size(name) == len(second), "an object just written reads otherwise"
+            )
             self._expect(self.read_range(name, 2, 3) == second[2:5], "a range reads otherwise than the whole")
         finally:
             with contextlib.suppress(StoreError):
@@ -196,7 +202,9 @@ class Store:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
             lost = ", ".join(self.where(name) for name in names)
-            raise MissingObjectError(f"{lost} is missing; run `dtpipe verify --repair {self.url}`, or check the path") from err
+            raise MissingObjectError(
+                f"{lost} is missing; run `dtpipe verify --repair {self.url}`, or check the path"
+            ) from err
         except DtpipeError:
             raise
         except Exception as err:
@@ -218,7 +226,9 @@ class Store:
 
     def _check_name(self, name: str) -> None:
         if name.startswith("/") or "\0" in name or ".." in name.split("/"):
-            raise ManifestError(f"{self.url}: object name {name!r} leaves the dataset; the file that gives it is damaged")
+            raise ManifestError(
+                f"{self.url}: object name {name!r} leaves the dataset; the file that gives it is damaged"
+            )
 
 
 _IGNORES_CREATE = (

@@ -57,7 +57,9 @@ def commit_entry(store: Store, entry: ShardEntry, epoch: int) -> None:
     Raises: LockHeldError when another writer took over; IncompleteError when another attempt committed other content.
     """
     if entry.epoch != epoch:
-        raise ManifestError(f"{store.url}: shard {entry.shard} was written in epoch {entry.epoch}, commit is for {epoch}; write it again")
+        raise ManifestError(
+            f"{store.url}: shard {entry.shard} was written in epoch {entry.epoch}, commit is for {epoch}; write it again"
+        )
     check_epoch(store, epoch)
     fault_point("commit.before")
     name = commit_name(entry.shard)
@@ -142,7 +144,10 @@ def merge(store: Store, plan: Plan, lock: Lock, provenance: Mapping[str, Any]) -
     _check_keys(store, entries, listing)
     _send_back_misfits(store, entries, lock)
     files = _metadata_files(store, plan.recipe)
-    for name, data, step in ((SHARDS_FILE, encode_shards(entries), "merge.shards"), (INDEX_FILE, encode_index(entries), "merge.index")):
+    for name, data, step in (
+        (SHARDS_FILE, encode_shards(entries), "merge.shards"),
+        (INDEX_FILE, encode_index(entries), "merge.index"),
+    ):
         lock.check()
         store.write(name, data)
         files[name] = FileEntry(size_bytes=len(data), blake3=blake3_hex(data))
@@ -227,7 +232,9 @@ def _metadata_files(store: Store, recipe: Recipe) -> dict[str, FileEntry]:
         arrays = [IMAGE] * (recipe.images == "stored") + [level.name for level in recipe.levels]
         names += [f"{ZARR_ROOT}/zarr.json", *(f"{ZARR_ROOT}/{array}/zarr.json" for array in arrays)]
     found = _together(store.read, names)
-    return {name: FileEntry(size_bytes=len(data), blake3=blake3_hex(data)) for name, data in zip(names, found, strict=True)}
+    return {
+        name: FileEntry(size_bytes=len(data), blake3=blake3_hex(data)) for name, data in zip(names, found, strict=True)
+    }
 
 
 def _manifest(

@@ -67,7 +67,11 @@ class Listing:
 
 
 def build_listing(
-    items: Iterable[ListedSample], order: Order = "permuted", seed: int = 0, limit: int | None = None, keys: Iterable[str] | None = None
+    items: Iterable[ListedSample],
+    order: Order = "permuted",
+    seed: int = 0,
+    limit: int | None = None,
+    keys: Iterable[str] | None = None,
 ) -> Listing:
     """Give every sample its row: filter by `keys`, order, then take the first `limit`.
 
@@ -132,7 +136,9 @@ def read_key_file(path: str, field: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"{field}: {path} cannot be read ({err}); give a UTF-8 text file with one key per line") from err
+        raise InputError(
+            f"{field}: {path} cannot be read ({err}); give a UTF-8 text file with one key per line"
+        ) from err
     return [line for line in lines if line.strip()]
 
 
@@ -166,7 +172,9 @@ def _refuse_duplicates(samples: Sequence[tuple[str, str, str | None]]) -> None:
     seen: dict[str, str] = {}
     for key, uri, _ in samples:
         if key in seen:
-            raise InputError(f"two samples have the key {key!r} (after Unicode NFC): {seen[key]} and {uri}; rename or remove one")
+            raise InputError(
+                f"two samples have the key {key!r} (after Unicode NFC): {seen[key]} and {uri}; rename or remove one"
+            )
         seen[key] = uri
 
 

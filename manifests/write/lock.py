@@ -36,7 +36,9 @@ class Process(StrictModel):
     """Which process holds a lock, so that another on the same machine can see whether it lives."""
 
     host: str = Field(description="Host name, for people.")
-    boot: str = Field(description="Identity of the machine's boot; and clock namespace; all its processes share one uptime.")
+    boot: str = Field(
+        description="Identity of the machine's boot; and clock namespace; all its processes share one uptime."
+    )
     pid_space: str = Field(description="Identity of the pid namespace: equal pids mean equal processes only inside it.")
     pid: int
     started_s: float = Field(description="Start of the process, which tells a reused pid apart.")
@@ -79,7 +81,9 @@ def check_epoch(store: Store, epoch: int) -> None:
             f"{store.url}: taken over by {who} (epoch {highest}, this writer had {epoch}); this writer stops, the other goes on"
         )
     if highest < epoch:
-        raise LockHeldError(f"{store.where(lock_name(epoch))} is gone: somebody removed the lock of this writer; run the command again")
+        raise LockHeldError(
+            f"{store.where(lock_name(epoch))} is gone: somebody removed the lock of this writer; run the command again"
+        )
 
 
 def lock_name(epoch: int) -> str:
@@ -103,7 +107,11 @@ class Lock:
 
     @classmethod
     def acquire(
-        cls, store: Store, stale_s: float = 120.0, on_wait: Callable[[str], None] | None = None, process: Process | None = None
+        cls,
+        store: Store,
+        stale_s: float = 120.0,
+        on_wait: Callable[[str], None] | None = None,
+        process: Process | None = None,
     ) -> Lock:
         """Claim the next epoch if no live writer holds the dataset; waits up to `stale_s` only for a silent one elsewhere.
 
@@ -160,7 +168,9 @@ class Lock:
     def __enter__(self) -> Lock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.release()
         except StoreError:
@@ -170,13 +180,17 @@ class Lock:
     def _claim(self) -> None:
         name, data = lock_name(self.epoch), dump_record(self._record)
         try:
-            ours = self.store.create(name, data) or self.store.read(name) == data  # a repeated request says False to its own first
+            ours = (
+                self.store.create(name, data) or self.store.read(name) == data
+            )  # a repeated request says False to its own first
         except MissingObjectError:
             ours = False
         if not ours or max(_epochs(self.store), default=0) != self.epoch:
             if ours:
                 self.store.delete(name)
-            raise LockHeldError(f"{self.store.url}: another process took the lock at the same moment; wait for it to finish and run again")
+            raise LockHeldError(
+                f"{self.store.url}: another process took the lock at the same moment; wait for it to finish and run again"
+            )
 
     def _beat(self) -> None:
         while not self._stop.wait(self._record.interval_s):
@@ -190,7 +204,12 @@ class Lock:
 
     def _publish(self, released: bool = False) -> None:
         with self._writing:
-            changes = {"beat": self._record.beat + 1, "uptime_s": _uptime_s(), "heartbeat": _now(), "released": released}
+            changes = {
+                "beat": self._record.beat + 1,
+                "uptime_s": _uptime_s(),
+                "heartbeat": _now(),
+                "released": released,
+            }
             self._record = self._record.model_copy(update=changes)
             self.store.write(lock_name(self.epoch), dump_record(self._record))
 
@@ -228,12 +247,16 @@ def _wait_until_dead(store: Store, epoch: int, stale_s: float, on_wait: Callable
     """
     data, record = _read(store, epoch)
     if data is None:
-        raise LockHeldError(f"{store.url}: another process took the lock at the same moment; wait for it to finish and run again")
+        raise LockHeldError(
+            f"{store.url}: another process took the lock at the same moment; wait for it to finish and run again"
+        )
     dead = holder_is_dead(record, stale_s) if record else None
     if dead:
         return
     who = _describe(record) if record else "a process whose lock file is damaged"
-    held = LockHeldError(f"{store.url} is being written by {who} (epoch {epoch}); wait for it, or stop it and run again")
+    held = LockHeldError(
+        f"{store.url} is being written by {who} (epoch {epoch}); wait for it, or stop it and run again"
+    )
     if dead is False:
         raise held
     patience_s = _patience_s(record, stale_s)
@@ -259,7 +282,11 @@ def _patience_s(record: LockRecord | None, stale_s: float) -> float:
 
 
 def _epochs(store: Store) -> list[int]:
-    names = [name.removeprefix(LOCK_FOLDER).removesuffix(".json") for name in store.list(LOCK_FOLDER) if name.endswith(".json")]
+    names = [
+        name.removeprefix(LOCK_FOLDER).removesuffix(".json")
+        for name in store.list(LOCK_FOLDER)
+        if name.endswith(".json")
+    ]
     return [int(name) for name in names if name.isdecimal()]
 
 

@@ -64,7 +64,9 @@ def find_plan(store: Store, fresh: bool = False) -> Plan | None:
         _refuse_foreign(store)
         return None
     if fresh:
-        raise ConfigError(f"{store.url} holds a dataset and --fresh was given; choose another --out, or leave --fresh out to go on with it")
+        raise ConfigError(
+            f"{store.url} holds a dataset and --fresh was given; choose another --out, or leave --fresh out to go on with it"
+        )
     return load_plan(store)
 
 
@@ -75,7 +77,9 @@ def load_plan(store: Store) -> Plan:
     """
     plan = load_record(Plan, store.read(PLAN_FILE), store.where(PLAN_FILE))
     if plan.num_shards != math.ceil(plan.num_rows / plan.recipe.shard.samples):
-        raise ManifestError(f"{store.where(PLAN_FILE)}: {plan.num_rows} rows are not {plan.num_shards} shards; the dataset cannot be read")
+        raise ManifestError(
+            f"{store.where(PLAN_FILE)}: {plan.num_rows} rows are not {plan.num_shards} shards; the dataset cannot be read"
+        )
     return plan
 
 
@@ -110,7 +114,13 @@ _ITEM_BYTES = {"float16": 2, "float32": 4}
 def _new_plan(recipe: Recipe, listing: Listing, listing_blake3: str, provenance: dict[str, Any]) -> Plan:
     num_shards = math.ceil(len(listing) / recipe.shard.samples)
     canonical_json(provenance)  # say now, not after the work, that it cannot be stored
-    return Plan(recipe=recipe, num_rows=len(listing), num_shards=num_shards, listing_blake3=listing_blake3, provenance=provenance)
+    return Plan(
+        recipe=recipe,
+        num_rows=len(listing),
+        num_shards=num_shards,
+        listing_blake3=listing_blake3,
+        provenance=provenance,
+    )
 
 
 def _refuse_foreign(store: Store) -> None:
@@ -129,14 +139,18 @@ def _refuse_changes(store: Store, plan: Plan, recipe: Recipe, selection: Mapping
     if selection is not None:
         changes += recipe_changes(plan.provenance.get(SELECTION, {}), selection)
     if changes:
-        fields = "; ".join(f"{name}: stored {_short(stored)}, wanted {_short(wanted)}" for name, stored, wanted in changes[:_SHOWN])
+        fields = "; ".join(
+            f"{name}: stored {_short(stored)}, wanted {_short(wanted)}" for name, stored, wanted in changes[:_SHOWN]
+        )
         more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         raise PlanChangedError(
             f"{store.url} holds a dataset of another recipe ({fields}{more}); choose another --out, or use the stored settings to go on"
         )
 
 
-def _stored_listing(store: Store, plan: Plan, given: Listing | Callable[[], Listing], selection: Mapping[str, Any] | None) -> Listing:
+def _stored_listing(
+    store: Store, plan: Plan, given: Listing | Callable[[], Listing], selection: Mapping[str, Any] | None
+) -> Listing:
     try:
         stored = read_listing(store, plan.listing_blake3)
     except (MissingObjectError, ManifestError):

@@ -51,7 +51,13 @@ def encode_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterator[En
 
 
 def write_shard(
-    store: Store, plan: Plan, plan_blake3: str, shard_idx: int, arrays: ShardArrays, epoch: int, provenance: Mapping[str, Any]
+    store: Store,
+    plan: Plan,
+    plan_blake3: str,
+    shard_idx: int,
+    arrays: ShardArrays,
+    epoch: int,
+    provenance: Mapping[str, Any],
 ) -> ShardEntry:
     """Write all objects of a shard and return its entry, which the caller commits.
 

@@ -80,7 +80,10 @@ class Console:
         widths = [max(len(column), *(len(row[idx]) for row in cells), 0) for idx, column in enumerate(columns)]
         right = [bool(cells) and all(_is_number(row[idx]) for row in cells) for idx in range(len(columns))]
         for row in [list(columns), *cells]:
-            padded = (cell.rjust(width) if flush else cell.ljust(width) for cell, width, flush in zip(row, widths, right, strict=True))
+            padded = (
+                cell.rjust(width) if flush else cell.ljust(width)
+                for cell, width, flush in zip(row, widths, right, strict=True)
+            )
             self.result("  ".join(padded).rstrip())
 
     def document(self, value: object) -> None:
@@ -117,7 +120,9 @@ class ProgressLine:
         line = f"{self._label}: {done}/{total}  {text}"
         now = time.monotonic()
         waited_s = now - self._printed_at
-        if (done >= total and not self._complete) or (waited_s >= self._every_s and (line != self._shown or waited_s >= QUIET_S)):
+        if (done >= total and not self._complete) or (
+            waited_s >= self._every_s and (line != self._shown or waited_s >= QUIET_S)
+        ):
             self._print(line, now)
         elif not self._complete:
             self._pending = line
@@ -144,7 +149,9 @@ class ProgressLine:
     def __enter__(self) -> ProgressLine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         if self._pending:

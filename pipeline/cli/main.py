@@ -50,7 +50,9 @@ class DtpipeGroup(click.Group):
         command: click.Command = module.command
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click's, but an unknown name is answered with the names there are."""
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
@@ -116,7 +118,9 @@ def _leave(err: BaseException) -> NoReturn:
     sys.exit(1)
 
 
-@click.group("dtpipe", cls=DtpipeGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    "dtpipe", cls=DtpipeGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="dtpipe", prog_name="dtpipe")
 def main() -> None:
     """Pre-train image backbones with the features of a generative teacher, offline.

@@ -44,7 +44,16 @@ def published_teachers(match: str | None = None) -> list[Published]:
     from dtpipe.extract.teachers.files.published import cached_file
 
     found = [
-        Published(each.name, kind.kind, each.image_px, each.levels, _bytes(each), each.licence, each.url, cached_file(each) is not None)
+        Published(
+            each.name,
+            kind.kind,
+            each.image_px,
+            each.levels,
+            _bytes(each),
+            each.licence,
+            each.url,
+            cached_file(each) is not None,
+        )
         for kind in teacher_kinds().values()
         for each in kind.published
     ]
@@ -76,7 +85,9 @@ def teacher_options(match: str | None = None) -> dict[str, str]:
 def _options(kind: TeacherKind) -> str:
     """The family's own settings with their defaults."""
     fields = kind.options.model_fields.items()
-    return ", ".join(name if field.is_required() else f"{name}={json.dumps(field.default, default=str)}" for name, field in fields)
+    return ", ".join(
+        name if field.is_required() else f"{name}={json.dumps(field.default, default=str)}" for name, field in fields
+    )
 
 
 def _sources() -> Rows:
@@ -149,4 +160,7 @@ KINDS = tuple(_CATALOGUES)
 def catalogue(kind: str | None = None, match: str | None = None) -> dict[str, Rows]:
     """Names of one kind, or of every kind but students, each with a sentence; `match` is a shell pattern."""
     kinds = [kind] if kind else [name for name in KINDS if name != "students"]
-    return {name: {key: text for key, text in _CATALOGUES[name]().items() if fnmatch.fnmatch(key, match or "*")} for name in kinds}
+    return {
+        name: {key: text for key, text in _CATALOGUES[name]().items() if fnmatch.fnmatch(key, match or "*")}
+        for name in kinds
+    }

@@ -18,7 +18,11 @@ WIDTH = 110
 
 def help_text(name: str) -> str:
     """The help page of one command, as a wide terminal shows it."""
-    settings = {**main.context_settings, "max_content_width": WIDTH, "terminal_width": WIDTH}  # as `main` itself gives its commands
+    settings = {
+        **main.context_settings,
+        "max_content_width": WIDTH,
+        "terminal_width": WIDTH,
+    }  # as `main` itself gives its commands
     group = click.Context(main, info_name="dtpipe", **settings)
     command = main.get_command(group, name)
     assert command is not None
@@ -28,7 +32,10 @@ def help_text(name: str) -> str:
 
 def cli_reference() -> str:
     """Markdown with the help of every command, folded."""
-    parts = ["`dtpipe COMMAND --help` says the same. Flags are short for config keys; `-s KEY=VALUE` reaches all keys.", ""]
+    parts = [
+        "`dtpipe COMMAND --help` says the same. Flags are short for config keys; `-s KEY=VALUE` reaches all keys.",
+        "",
+    ]
     for name, (_, summary) in COMMANDS.items():
         parts += [
             f"<details><summary><code>dtpipe {name}</code> {summary}</summary>",

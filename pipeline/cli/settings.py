@@ -37,7 +37,9 @@ class _Loader(yaml.SafeLoader):
     """YAML whose `4e-3` is a number, as everyone expects, and not the text that YAML 1.1 makes of it."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def section_model(section: str) -> type[BaseModel]:
@@ -80,7 +82,9 @@ def _unknown(key: str, where: str) -> ConfigError:
     sections = [section] if section in SECTIONS else list(SECTIONS)
     known = [name for each in sections for name in model_keys(section_model(each), each)]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    near += [name for name in known if name.endswith("." + key.rsplit(".", 1)[-1]) and name not in near][: 3 - len(near)]
+    near += [name for name in known if name.endswith("." + key.rsplit(".", 1)[-1]) and name not in near][
+        : 3 - len(near)
+    ]
     advice = f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(SECTIONS)}"
     return ConfigError(f"{where}: unknown key {key!r}; {advice}")
 
@@ -122,7 +126,9 @@ def preset_names() -> list[str]:
     """Names of the presets that ship with the package, `table6` before `table10`."""
     folder = files("dtpipe.pipeline") / "presets"
     names = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    return sorted(names, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+    return sorted(
+        names, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    )
 
 
 def preset_summary(name: str) -> str:
@@ -241,7 +247,9 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
         key = _known_prefix(model, problem["loc"], section)
         if problem["type"] == "missing":
             missing.append(_spelled(key, names))
-        elif not (key in found and problem["type"] == "too_short"):  # an item was wrong; pydantic also counts it as absent
+        elif not (
+            key in found and problem["type"] == "too_short"
+        ):  # an item was wrong; pydantic also counts it as absent
             found.setdefault(key, []).append(_problem_text(problem))
     parts = [f"{', '.join(missing)} must be given"] if missing else []
     for key, texts in found.items():

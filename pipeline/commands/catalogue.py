@@ -36,8 +36,12 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
         _print_options(console, match)
         _print_published(console, match)
     if kind is None:
-        console.result("students: timm's models; `dtpipe list students` names them and says at which strides each gives levels")
-    console.document({**found, "published": [each.to_json() for each in published_teachers(match)]} if kind == "teachers" else found)
+        console.result(
+            "students: timm's models; `dtpipe list students` names them and says at which strides each gives levels"
+        )
+    console.document(
+        {**found, "published": [each.to_json() for each in published_teachers(match)]} if kind == "teachers" else found
+    )
 
 
 def _print_options(console: Console, match: str | None) -> None:
@@ -56,7 +60,15 @@ def _print_published(console: Console, match: str | None) -> None:
     console.table(
         ("name", "kind", "px", "levels and channels", "per image", "licence", "here"),
         [
-            (each.name, each.kind, f"{each.px[0]}x{each.px[1]}", each.levels, each.size, each.licence, "yes" if each.cached else "")
+            (
+                each.name,
+                each.kind,
+                f"{each.px[0]}x{each.px[1]}",
+                each.levels,
+                each.size,
+                each.licence,
+                "yes" if each.cached else "",
+            )
             for each in rows
         ],
     )

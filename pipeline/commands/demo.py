@@ -20,7 +20,13 @@ dtpipe demo --images photos/ --out demo-photos
 """
 
 
-@settings_command("demo", FLAGS, EXAMPLE, dry_run=False, switches={"--fresh": "Empty the folder of an earlier demo first; default: go on."})
+@settings_command(
+    "demo",
+    FLAGS,
+    EXAMPLE,
+    dry_run=False,
+    switches={"--fresh": "Empty the folder of an earlier demo first; default: go on."},
+)
 def command(call: Call, fresh: bool) -> None:
     """Run everything on digit scenes, or on your own folder.
 

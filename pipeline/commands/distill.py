@@ -59,7 +59,10 @@ dtpipe distill features/ --student resnet50 --out /shared/runs/r50 --train-worke
 
 
 @settings_command(
-    "distill", FLAGS, EXAMPLE, switches={"--fresh": "Refuse to start when --out holds a run; default: go on where it stopped."}
+    "distill",
+    FLAGS,
+    EXAMPLE,
+    switches={"--fresh": "Refuse to start when --out holds a run; default: go on where it stopped."},
 )
 def command(call: Call, fresh: bool) -> None:
     """Pre-train a student on feature datasets.
@@ -131,7 +134,8 @@ def _print_result(console: Console, result: RunResult) -> None:
             "run": result.run_dir,
             "checkpoint": result.checkpoint,
             "trained": done + resumed,
-            "losses": "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items() if "/" not in name) or "-",
+            "losses": "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items() if "/" not in name)
+            or "-",
             "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s ({_shares(result.shares)})",
         }
     )

@@ -34,7 +34,9 @@ dtpipe eval runs/r50 knn --images labelled/ --against runs/other --seeds 5
 """
 
 
-@settings_command("eval", FLAGS, EXAMPLE, dry_run=False, switches={"--levels": "Show every level, not only the best of each."})
+@settings_command(
+    "eval", FLAGS, EXAMPLE, dry_run=False, switches={"--levels": "Show every level, not only the best of each."}
+)
 def command(call: Call, levels: bool) -> None:
     """Score frozen features with few labels.
 

@@ -43,7 +43,10 @@ SHOWN_BAD = 10
 
 
 @settings_command(
-    "extract", FLAGS, EXAMPLE, switches={"--fresh": "Refuse to start when the output holds anything; default: go on where it stopped."}
+    "extract",
+    FLAGS,
+    EXAMPLE,
+    switches={"--fresh": "Refuse to start when the output holds anything; default: go on where it stopped."},
 )
 def command(call: Call, fresh: bool) -> None:
     """Run a teacher over images and write a feature dataset.

@@ -60,7 +60,11 @@ def _print(console: Console, found: dict[str, Any]) -> None:
         }
     )
     console.result()
-    rows = [("image", "", _shape(found["images"]["shape"]), "uint8", *_sizes(found["images"]), "")] if found["images"] else []
+    rows = (
+        [("image", "", _shape(found["images"]["shape"]), "uint8", *_sizes(found["images"]), "")]
+        if found["images"]
+        else []
+    )
     rows += [
         (level["name"], str(level["stride"]), _shape(level["shape"]), level["dtype"], *_sizes(level), level["tap"])
         for level in found["levels"]

@@ -7,7 +7,11 @@ from typing import Any
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.commands import extract
 
-FLAGS = (*extract.FLAGS, Flag("--student", "distill.student.name", "TIMM_NAME"), Flag("--epochs", "distill.epochs", "N"))
+FLAGS = (
+    *extract.FLAGS,
+    Flag("--student", "distill.student.name", "TIMM_NAME"),
+    Flag("--epochs", "distill.epochs", "N"),
+)
 EXAMPLE = """
 dtpipe plan --images photos/ --teacher teacher/ --out features/
 dtpipe plan -c imagenet_r50 --images imagenet/train --out features/

@@ -41,16 +41,39 @@ class ProblemsFoundError(DamagedDataError):
 
 @click.command("verify", help=HELP)
 @click.argument("url")
-@click.option("--level", type=click.Choice(LEVELS), metavar="|".join(LEVELS), default="digest", show_default=True, help="How deep to look.")
+@click.option(
+    "--level",
+    type=click.Choice(LEVELS),
+    metavar="|".join(LEVELS),
+    default="digest",
+    show_default=True,
+    help="How deep to look.",
+)
 @click.option("--repair", is_flag=True, help="Send damaged shards back to work; deletes nothing.")
-@click.option("--rows", default=16, show_default=True, type=click.IntRange(1), metavar="N", help="Samples to recompute.")
-@click.option("--tolerance", default=1e-3, show_default=True, type=float, metavar="X", help="Relative error allowed when recomputing.")
+@click.option(
+    "--rows", default=16, show_default=True, type=click.IntRange(1), metavar="N", help="Samples to recompute."
+)
+@click.option(
+    "--tolerance",
+    default=1e-3,
+    show_default=True,
+    type=float,
+    metavar="X",
+    help="Relative error allowed when recomputing.",
+)
 @click.option("--teacher", metavar="PATH|NAME", help="Teacher to recompute with, if it has moved since the extraction.")
 @click.option(
-    "--device", type=click.Choice(DEVICES), metavar="|".join(DEVICES), default="auto", show_default=True, help="Where to recompute."
+    "--device",
+    type=click.Choice(DEVICES),
+    metavar="|".join(DEVICES),
+    default="auto",
+    show_default=True,
+    help="Where to recompute.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def command(url: str, level: str, repair: bool, rows: int, tolerance: float, teacher: str | None, device: str, as_json: bool) -> None:
+def command(
+    url: str, level: str, repair: bool, rows: int, tolerance: float, teacher: str | None, device: str, as_json: bool
+) -> None:
     """Verify, or repair, and exit with 4 when something is wrong, 5 when work is left."""
     console = Console(as_json)
     if repair:
@@ -107,7 +130,9 @@ def _print(console: Console, report: VerifyReport, measured: Measured | None = N
     if measured is not None:
         from dtpipe.pipeline.live.flip_error import format_errors
 
-        console.result(f"mirrored features instead of encoded flips would have relative error: {format_errors(measured.flip_error)}")
+        console.result(
+            f"mirrored features instead of encoded flips would have relative error: {format_errors(measured.flip_error)}"
+        )
     if report.strays:
         console.result(f"{len(report.strays)} objects belong to nothing and do no harm, e.g. {report.strays[0]}")
     for problem in report.problems[:SHOWN_PROBLEMS]:
@@ -138,7 +163,9 @@ def _repair(console: Console, url: str, level: str) -> None:
 
     result: RepairResult = repair(url, level)  # type: ignore[arg-type]
     shards = ", ".join(map(str, result.shards)) or "none"
-    console.pairs({"dataset": result.url, "sent back": f"shards {shards}", "rewritten": ", ".join(result.rewritten) or "nothing"})
+    console.pairs(
+        {"dataset": result.url, "sent back": f"shards {shards}", "rewritten": ", ".join(result.rewritten) or "nothing"}
+    )
     for problem in result.left:
         console.result(f"left: {problem}")
     if result.shards or result.left:

@@ -78,7 +78,9 @@ class _Demo:
         from dtpipe.pipeline.demo.scenes import write_scenes
 
         config, scenes, held_out = self.config, self.out / "scenes", self.out / "held-out"
-        self.console.result(f"{config.num_images} digit scenes for distillation and {config.num_held_out} to score on, seed {config.seed}")
+        self.console.result(
+            f"{config.num_images} digit scenes for distillation and {config.num_held_out} to score on, seed {config.seed}"
+        )
         started = time.monotonic()
         write_scenes(scenes, config.num_images, config.seed)
         write_scenes(held_out, config.num_held_out, config.seed, part="held_out")
@@ -105,30 +107,79 @@ class _Demo:
         limit = ["--limit", config.num_images]
         teacher = config.teacher or str(self.out / "teacher")
         if config.teacher is None:
-            self.console.result("first a small teacher of your images: minutes give a poor one, hours a good one (--teacher takes yours)")
+            self.console.result(
+                "first a small teacher of your images: minutes give a poor one, hours a good one (--teacher takes yours)"
+            )
             settings = ["-c", "demo_teacher", "--steps", config.teacher_steps, "--seed", config.seed]
             self._step("train-teacher", *settings, "--images", config.images, "--out", teacher, *limit)
         self._extract_and_distill(config.images, teacher, limit)
         if all(item.label is not None for item in source.list()):
             self.console.result("your images have labels: a linear probe of them, which distillation did not see")
             self._step(
-                "eval", self.run, "probe", "--images", config.images, "--seeds", 1, "--teacher", teacher, "--limit", config.num_images
+                "eval",
+                self.run,
+                "probe",
+                "--images",
+                config.images,
+                "--seeds",
+                1,
+                "--teacher",
+                teacher,
+                "--limit",
+                config.num_images,
             )
         self._report(teacher)
         return self._finish("probe")
 
     def _extract_and_distill(self, images: str, teacher: str, limit: Sequence[object]) -> None:
         config = self.config
-        settings = ["-c", "digits", "-s", f"extract.source.seed={config.seed}", "-s", f"extract.noise.seed={config.seed}"]
+        settings = [
+            "-c",
+            "digits",
+            "-s",
+            f"extract.source.seed={config.seed}",
+            "-s",
+            f"extract.noise.seed={config.seed}",
+        ]
         self._step(
-            "extract", *settings, "--images", images, "--teacher", teacher, "--out", self.features, "--workers", config.workers, *limit
+            "extract",
+            *settings,
+            "--images",
+            images,
+            "--teacher",
+            teacher,
+            "--out",
+            self.features,
+            "--workers",
+            config.workers,
+            *limit,
         )
         self._step("verify", self.features, "--level", "digest")
-        self._step("distill", self.features, "-c", "digits", "--out", self.run, "--epochs", config.epochs, "--seed", config.seed)
+        self._step(
+            "distill",
+            self.features,
+            "-c",
+            "digits",
+            "--out",
+            self.run,
+            "--epochs",
+            config.epochs,
+            "--seed",
+            config.seed,
+        )
 
     def _report(self, teacher: str) -> None:
         self._step(
-            "report", self.run, "--teacher", teacher, "--num-samples", 8, "--sample-steps", 25, "-s", f"report.seed={self.config.seed}"
+            "report",
+            self.run,
+            "--teacher",
+            teacher,
+            "--num-samples",
+            8,
+            "--sample-steps",
+            25,
+            "-s",
+            f"report.seed={self.config.seed}",
         )
 
     def _step(self, *words: object) -> None:
@@ -148,7 +199,9 @@ class _Demo:
                 signal.signal(signal.SIGTERM, before)
         self.result.seconds[args[0]] = time.monotonic() - started
         if code:
-            error = DemoStepError(f"the demo stopped at `dtpipe {args[0]}`, which exited with {code}; its message stands above")
+            error = DemoStepError(
+                f"the demo stopped at `dtpipe {args[0]}`, which exited with {code}; its message stands above"
+            )
             error.exit_code = code if code > 0 else 128 - code  # a command that a signal ended has its negative number
             raise error
 
@@ -176,8 +229,13 @@ def print_result(console: Console, result: DemoResult) -> None:
     console.result(f"\nall in {format_seconds(sum(result.seconds.values()))}: {spent}\n")
     if result.scores:
         numbers = sorted({num for row in result.scores.values() for num in row}, key=int)
-        console.result(f"{result.metric} on held-out images, from few labelled ones; features frozen, best level, one seed")
-        rows = [(name, *(f"{row[num]:.3f}" if num in row else "-" for num in numbers)) for name, row in result.scores.items()]
+        console.result(
+            f"{result.metric} on held-out images, from few labelled ones; features frozen, best level, one seed"
+        )
+        rows = [
+            (name, *(f"{row[num]:.3f}" if num in row else "-" for num in numbers))
+            for name, row in result.scores.items()
+        ]
         console.table(("features", *(f"{num} labelled" for num in numbers)), rows)
         console.result()
     console.result(f"report: {result.report.resolve()}")

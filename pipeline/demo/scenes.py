@@ -125,7 +125,9 @@ def _background(rng: np.random.Generator, photos: list[Pixels], px: int) -> NDAr
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
-def _paste_digit(rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], size: tuple[float, float], px: int) -> _Pasted:
+def _paste_digit(
+    rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], size: tuple[float, float], px: int
+) -> _Pasted:
     chosen = int(rng.integers(len(digits)))
     side = int(rng.integers(round(size[0] * px), round(size[1] * px) + 1))
     top, left = int(rng.integers(px - side + 1)), int(rng.integers(px - side + 1))
@@ -141,7 +143,9 @@ def _sharpen(alpha: NDArray[np.float32]) -> NDArray[np.float32]:
     return steep
 
 
-def _extra_digits(rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], px: int, main: _Pasted) -> list[_Pasted]:
+def _extra_digits(
+    rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], px: int, main: _Pasted
+) -> list[_Pasted]:
     """None, one or two small digits whose boxes touch no other; a place that does not fit is given up after some tries."""
     wanted = int(rng.integers(1, 3)) if rng.random() < EXTRA_SHARE else 0
     placed: list[_Pasted] = []

@@ -79,7 +79,13 @@ def training_inputs(call: Call) -> TrainingInputs:
         config: DistillConfig = call.settings("distill")
         section = document.get("extract") or {}
         unread = tuple(f"extract.{name}" for name in ("images", "num_samples") if section.get(name))
-        return TrainingInputs(config, open_data, _live(section.get("teacher") or {}) if config.reencode else None, open_data, unread=unread)
+        return TrainingInputs(
+            config,
+            open_data,
+            _live(section.get("teacher") or {}) if config.reencode else None,
+            open_data,
+            unread=unread,
+        )
     return _without_dataset(call)
 
 

@@ -37,14 +37,19 @@ def flip_errors(opened: RecipeTeacher, images: NDArray[np.uint8], keys: Sequence
     found: dict[str, list[float]] = {}
     for start in range(0, len(keys), size):
         chosen = keys[start : start + size]
-        noise = stack_noise([row_noise(recipe.noise_seed, key, views, spec, images.shape[1:3]) for key in chosen], spec, size)
+        noise = stack_noise(
+            [row_noise(recipe.noise_seed, key, views, spec, images.shape[1:3]) for key in chosen], spec, size
+        )
         pixels = np.zeros((size, *images.shape[1:]), np.uint8)
         pixels[: len(chosen)] = images[start : start + size]
         straight, mirrored = (
             encode_on_device(
                 opened.teacher,
                 torch.from_numpy(np.ascontiguousarray(_mirror(pixels, 2, back))).to(opened.device),
-                {name: torch.from_numpy(_noise_of(each, spec.noise_shapes[name], back)).to(opened.device) for name, each in noise.items()},
+                {
+                    name: torch.from_numpy(_noise_of(each, spec.noise_shapes[name], back)).to(opened.device)
+                    for name, each in noise.items()
+                },
                 levels=recipe.levels,
                 views=views,
             )

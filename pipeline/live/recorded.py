@@ -31,7 +31,9 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda is asked for and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu")
+        raise ConfigError(
+            "device cuda is asked for and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu"
+        )
     return name
 
 
@@ -46,7 +48,12 @@ class RecipeTeacher:
     """The teacher that made a dataset, on a device. `exact` also sets this process's threads and kernels to the recipe's."""
 
     def __init__(
-        self, recipe: Recipe, config: TeacherConfig, device: str = "auto", exact: bool = False, teacher: Teacher | None = None
+        self,
+        recipe: Recipe,
+        config: TeacherConfig,
+        device: str = "auto",
+        exact: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         """`teacher`: what `config` names, where it is loaded already. Raises: TeacherError saying what differs from the recipe."""
         from dtpipe.extract.encode import configure_torch
@@ -63,7 +70,9 @@ class RecipeTeacher:
                 f"{config.path}: {'; '.join(found[:_SHOWN])}{more}; give the teacher that made it with --teacher, and its settings"
             )
 
-    def encode(self, images: np.ndarray, keys: Sequence[str], views: Sequence[ViewSpec] | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, images: np.ndarray, keys: Sequence[str], views: Sequence[ViewSpec] | None = None
+    ) -> dict[str, Tensor]:
         """Features of stored images. Shapes: [N, H, W, 3] uint8 -> {level: (N, V, C, h, w)} on the device."""
         from dtpipe.extract.encode import encode_rows
 
@@ -74,9 +83,13 @@ def teacher_differences(recipe: Recipe, spec: TeacherSpec, dtype: str) -> list[s
     """In what a loaded teacher is not the one that made a dataset, a clause each; empty when it gives the same features."""
     made = recipe.teacher
     if spec.weights_blake3 != made.weights_blake3:
-        return [f"these weights have digest {spec.weights_blake3[:16]}.., the dataset was made with {made.weights_blake3[:16]}.."]
+        return [
+            f"these weights have digest {spec.weights_blake3[:16]}.., the dataset was made with {made.weights_blake3[:16]}.."
+        ]
     found = TeacherRecipe(kind=spec.kind, weights_blake3=spec.weights_blake3, options=dict(spec.options))
-    stored, loaded = ({**each.model_dump(mode="json"), "dtype": at} for each, at in ((made, recipe.compute.dtype), (found, dtype)))
+    stored, loaded = (
+        {**each.model_dump(mode="json"), "dtype": at} for each, at in ((made, recipe.compute.dtype), (found, dtype))
+    )
     changes = recipe_changes(stored, loaded)
     clauses = [_changed(f"teacher.{name}", old, new) for name, old, new in changes]
     clauses += [difference for level in recipe.levels if (difference := _level_difference(recipe, level, spec))]
@@ -99,7 +112,9 @@ def _level_difference(recipe: Recipe, level: LevelSpec, spec: TeacherSpec) -> st
     sides = (recipe.transform.height // tap.stride, recipe.transform.width // tap.stride)
     if (tap.channels, *sides) != (level.channels, level.height, level.width):
         stored = f"{level.channels}x{level.height}x{level.width}"
-        return f"tap {level.tap} gives {tap.channels}x{sides[0]}x{sides[1]}, level {level.name} of the dataset is {stored}"
+        return (
+            f"tap {level.tap} gives {tap.channels}x{sides[0]}x{sides[1]}, level {level.name} of the dataset is {stored}"
+        )
     return None
 
 
@@ -119,4 +134,6 @@ def teacher_config(plan: Plan, given: Mapping[str, Any]) -> TeacherConfig:
     try:
         return TeacherConfig.model_validate(settings)
     except ValidationError as err:
-        raise ConfigError(f"extract.teacher: {err.errors()[0]['msg']} (found {err.errors()[0]['input']!r}); correct the setting") from err
+        raise ConfigError(
+            f"extract.teacher: {err.errors()[0]['msg']} (found {err.errors()[0]['input']!r}); correct the setting"
+        ) from err

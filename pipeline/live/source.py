@@ -37,7 +37,17 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SECTION = "extract"
-_NOT_STORED = {"out", "save_png", "shard", "inline", "workers", "gpus_per_worker", "cpus_per_worker", "ray_address", "retries"} | {
+_NOT_STORED = {
+    "out",
+    "save_png",
+    "shard",
+    "inline",
+    "workers",
+    "gpus_per_worker",
+    "cpus_per_worker",
+    "ray_address",
+    "retries",
+} | {
     *("shard_deadline_s", "worker_wait_s", "stop_grace_s", "lock_stale_s", "device", "decode_threads", "threads")
 }  # settings that say how a dataset is written
 
@@ -99,7 +109,9 @@ def live_settings(config: ExtractConfig) -> ExtractConfig:
     return with_whole_paths(config.model_copy(update={"noise": config.noise.model_copy(update={"draws": 1})}))
 
 
-def open_live_data(extract: ExtractConfig, on_checked: OnChecked | None, check: bool, config: DistillConfig) -> OpenedData:
+def open_live_data(
+    extract: ExtractConfig, on_checked: OnChecked | None, check: bool, config: DistillConfig
+) -> OpenedData:
     """The samples that the settings name, ready to train on without a dataset.
 
     `check`: look at all images that have not been looked at for this run; without it, only what was found then is known to be bad.
@@ -130,7 +142,12 @@ def open_live_data(extract: ExtractConfig, on_checked: OnChecked | None, check: 
 
 
 def _bad_images(
-    reader: RowReader, rows: NDArray[np.int64], extract: ExtractConfig, run: Path, on_checked: OnChecked | None, check: bool
+    reader: RowReader,
+    rows: NDArray[np.int64],
+    extract: ExtractConfig,
+    run: Path,
+    on_checked: OnChecked | None,
+    check: bool,
 ) -> Mapping[str, str]:
     """Key to reason, as found now, or without `check` as far as a run knows already."""
     if not check:
@@ -140,7 +157,9 @@ def _bad_images(
 
 def _content(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides what training sees: not how it would be stored, nor where it runs."""
-    kept = recipe.model_dump(mode="json", include={"source", "transform", "student_px", "teacher", "noise_seed", "views"})
+    kept = recipe.model_dump(
+        mode="json", include={"source", "transform", "student_px", "teacher", "noise_seed", "views"}
+    )
     levels = [level.model_dump(mode="json", exclude={"dtype"}) for level in recipe.levels]
     return {**kept, "levels": levels, "dtype": recipe.compute.dtype}
 

@@ -86,7 +86,8 @@ class RecipeLive:
                     made[rows] = pixels
                 for name, features in levels.items():
                     whole = out.setdefault(
-                        name, torch.empty((len(samples), *features.shape[2:]), dtype=features.dtype, device=images.device)
+                        name,
+                        torch.empty((len(samples), *features.shape[2:]), dtype=features.dtype, device=images.device),
                     )
                     whole[rows] = features[:, 0]
         return made, out
@@ -109,7 +110,10 @@ class RecipeLive:
         recipe, spec = self.opened.recipe, self.opened.teacher.spec
         image_px = (recipe.transform.height, recipe.transform.width)
         draws = [[ViewSpec(draw=self.num_stored + int(samples.fresh[idx]))] for idx in rows]
-        noise = [row_noise(recipe.noise_seed, samples.keys[idx], draw, spec, image_px) for idx, draw in zip(rows, draws, strict=True)]
+        noise = [
+            row_noise(recipe.noise_seed, samples.keys[idx], draw, spec, image_px)
+            for idx, draw in zip(rows, draws, strict=True)
+        ]
         return {stream: self._on_host(each) for stream, each in stack_noise(noise, spec, len(rows)).items()}
 
     def _latents(self, samples: LiveSamples, rows: Sequence[int]) -> Tensor | None:
@@ -151,7 +155,9 @@ class ConcatLive:
             rows = torch.from_numpy(chosen).to(images.device)
             shown, levels = self._parts[part].encode(images[rows], samples.take(chosen), inner)
             for name, values in {"": shown, **levels}.items():
-                whole = made.setdefault(name, torch.empty((len(samples), *values.shape[1:]), dtype=values.dtype, device=images.device))
+                whole = made.setdefault(
+                    name, torch.empty((len(samples), *values.shape[1:]), dtype=values.dtype, device=images.device)
+                )
                 whole[rows] = values
         return made.pop(""), made
 
@@ -164,7 +170,9 @@ class JoinedLive:
     def __init__(self, source: JoinedDataset, parts: Sequence[RecipeLive]) -> None:
         """Raises: ConfigError for synthesized datasets, whose images would no longer be those of the other datasets."""
         if made := [part.url for part, live in zip(source.parts, parts, strict=True) if live.makes_images]:
-            raise ConfigError(f"{made[0]} is synthesized, and a new image has no features in the datasets joined to it; set --reencode 0")
+            raise ConfigError(
+                f"{made[0]} is synthesized, and a new image has no features in the datasets joined to it; set --reencode 0"
+            )
         self._parts = parts
         self._view_of = {(place.part, view): place.view for (_, view), place in source.places.items()}
         self._name_of = {(place.part, place.level): name for (name, _), place in source.places.items()}
@@ -173,7 +181,9 @@ class JoinedLive:
         """For each dataset, the samples it has levels for, at its own views."""
         found = []
         for part, live in enumerate(self._parts):
-            chosen = np.array([idx for idx, view in enumerate(samples.views) if (part, int(view)) in self._view_of], np.int64)
+            chosen = np.array(
+                [idx for idx, view in enumerate(samples.views) if (part, int(view)) in self._view_of], np.int64
+            )
             if len(chosen):
                 views = np.array([self._view_of[part, int(samples.views[idx])] for idx in chosen], np.int64)
                 taken = samples.take(chosen)
@@ -193,7 +203,9 @@ class JoinedLive:
             _, levels = self._parts[part].encode(images[rows], inner, given)
             for level, values in levels.items():
                 name = self._name_of[part, level]
-                whole = out.setdefault(name, torch.empty((len(samples), *values.shape[1:]), dtype=values.dtype, device=images.device))
+                whole = out.setdefault(
+                    name, torch.empty((len(samples), *values.shape[1:]), dtype=values.dtype, device=images.device)
+                )
                 whole[rows] = values
         return images, out
 
@@ -210,14 +222,17 @@ def open_live(given: Mapping[str, Any], source: FeatureSource, device: torch.dev
     assert len(datasets) == len(parts), "a live teacher needs datasets with a recipe"
     opened = _open_each(datasets, given, device)
     live = [
-        RecipeLive(each, 1 + max(view.draw for view in each.recipe.views), dataset) for each, dataset in zip(opened, datasets, strict=True)
+        RecipeLive(each, 1 + max(view.draw for view in each.recipe.views), dataset)
+        for each, dataset in zip(opened, datasets, strict=True)
     ]
     if isinstance(source, JoinedDataset):
         return JoinedLive(source, live)
     return ConcatLive(source, live) if isinstance(source, ConcatDataset) else live[0]
 
 
-def _open_each(datasets: Sequence[FeatureDataset], given: Mapping[str, Any], device: torch.device) -> list[RecipeTeacher]:
+def _open_each(
+    datasets: Sequence[FeatureDataset], given: Mapping[str, Any], device: torch.device
+) -> list[RecipeTeacher]:
     """Each dataset's teacher, loaded once however many datasets it made; `given` may be that of some of several."""
     loaded: dict[str, Teacher] = {}
     several = len({dataset.recipe.teacher.weights_blake3 for dataset in datasets}) > 1

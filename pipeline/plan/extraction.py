@@ -127,7 +127,9 @@ def _probe_images(resolved: Resolved, num: int) -> tuple[NDArray[np.uint8], list
         if len(keys) == num:
             break
     if not keys:
-        raise InputError(f"{resolved.config.images}: none of the first {PROBE_TRIES * num} images can be used; look at one of them")
+        raise InputError(
+            f"{resolved.config.images}: none of the first {PROBE_TRIES * num} images can be used; look at one of them"
+        )
     return np.stack(images), keys, (time.perf_counter() - started) / len(keys)
 
 

@@ -50,7 +50,9 @@ class TrainingPlan:
     """Per image that is encoded live; None where none is."""
 
 
-def plan_training(config: DistillConfig, open_live: OpenLive | None = None, open_source: OpenSource | None = None) -> TrainingPlan:
+def plan_training(
+    config: DistillConfig, open_live: OpenLive | None = None, open_source: OpenSource | None = None
+) -> TrainingPlan:
     """Time a few steps of the student on data that exists, and the teacher where it runs live. Raises: what opening them raises."""
     from dtpipe.distill.stream.data import open_data
     from dtpipe.distill.stream.stream import FeatureStream
@@ -62,7 +64,9 @@ def plan_training(config: DistillConfig, open_live: OpenLive | None = None, open
     levels = choose_levels(data.source.levels, config.levels)
     device = pick_device(config.device)
     live = open_live(data.source, device) if open_live is not None else None
-    stream = FeatureStream(data.source, stream_settings(config, tuple(level.name for level in levels)), device, live, data.sampling)
+    stream = FeatureStream(
+        data.source, stream_settings(config, tuple(level.name for level in levels)), device, live, data.sampling
+    )
     datasets = [FeatureDataset.open(url, allow_incomplete=True) for url in config.datasets]
     stored = sum(each.manifest.totals.size_bytes for each in datasets if each.manifest is not None)
     plan = time_training(config, levels, student_size(config, data.student_px), stream.epoch_size, stored)
@@ -157,7 +161,9 @@ def _time_steps(
 
 def print_training(console: Console, plan: TrainingPlan) -> None:
     """The plan as lines."""
-    live = {} if plan.teacher_s is None else {"teacher": f"{1000 * plan.teacher_s:.1f} ms per image that it encodes live"}
+    live = (
+        {} if plan.teacher_s is None else {"teacher": f"{1000 * plan.teacher_s:.1f} ms per image that it encodes live"}
+    )
     console.pairs(
         {
             "student": f"{plan.student}, {plan.num_parameters / 1e6:.1f} M parameters; regressor {plan.regressor_parameters / 1e6:.1f} M",

@@ -23,7 +23,9 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
+    settings: Any = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK
+    )
     with rc_context({**settings, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(WIDTH_IN * columns, HEIGHT_IN), layout="constrained")
         made = figure.subplots(1, columns, squeeze=False)
@@ -70,7 +72,9 @@ def curves(panels: Mapping[str, Mapping[str, Series]], log: Sequence[str] = ()) 
     return _svg(figure, "curves")
 
 
-def scores(title: str, numbers: Sequence[int], rows: Mapping[str, Sequence[tuple[float, float] | None]], metric: str) -> str:
+def scores(
+    title: str, numbers: Sequence[int], rows: Mapping[str, Sequence[tuple[float, float] | None]], metric: str
+) -> str:
     """Mean and spread of each extractor over the number of labelled images, which are evenly spaced."""
     figure, (axis,) = _figure(1)
     places = range(len(numbers))
@@ -78,7 +82,9 @@ def scores(title: str, numbers: Sequence[int], rows: Mapping[str, Sequence[tuple
         known = [(place, cell) for place, cell in zip(places, cells, strict=True) if cell is not None]
         colour = COLOURS[idx % len(COLOURS)]
         xs, means, spreads = [x for x, _ in known], [cell[0] for _, cell in known], [cell[1] for _, cell in known]
-        axis.errorbar(xs, means, yerr=spreads, color=colour, linewidth=1.6, marker="o", markersize=4, capsize=2, label=name)
+        axis.errorbar(
+            xs, means, yerr=spreads, color=colour, linewidth=1.6, marker="o", markersize=4, capsize=2, label=name
+        )
     axis.set_xticks(list(places), [str(num) for num in numbers])
     axis.set_xlabel("labelled images", color=INK)
     axis.set_ylabel(metric, color=INK)

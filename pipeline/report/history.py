@@ -15,7 +15,11 @@ FILE = "commands.jsonl"
 
 def record_command(run: Path) -> None:
     """Append the running command line to the run's history."""
-    record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": command_line(), "dtpipe": version("dtpipe")}
+    record = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "dtpipe": version("dtpipe"),
+    }
     with (run / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -83,10 +83,15 @@ def render_sample(url: str, key: str, png_path: str | Path) -> Path:
     row = dataset.row_of(key)
     status = str(dataset.status[row])
     if status != "ok":
-        raise InputError(f"{url}: {key} has no features to draw, its status is `{status}`; `dtpipe inspect {url}` lists the bad samples")
+        raise InputError(
+            f"{url}: {key} has no features to draw, its status is `{status}`; `dtpipe inspect {url}` lists the bad samples"
+        )
     image = dataset.read_image(row) if dataset.recipe.images == "stored" else None
     views = dataset.recipe.views
-    levels = {spec.name: [_read_level(dataset, spec, row, view) for view in range(len(views))] for spec in dataset.recipe.levels}
+    levels = {
+        spec.name: [_read_level(dataset, spec, row, view) for view in range(len(views))]
+        for spec in dataset.recipe.levels
+    }
     label = dataset.labels[row]
     title = key if label is None else f"{key}   label {label}"
     buffer = io.BytesIO()
@@ -182,7 +187,11 @@ def _image_bytes(recipe: Recipe, stored: Mapping[str, tuple[int, int]]) -> dict[
 
 
 def _ratio(raw_bytes: int, size_bytes: int) -> dict[str, Any]:
-    return {"size_bytes": size_bytes, "raw_bytes": raw_bytes, "ratio": round(raw_bytes / size_bytes, 3) if size_bytes else None}
+    return {
+        "size_bytes": size_bytes,
+        "raw_bytes": raw_bytes,
+        "ratio": round(raw_bytes / size_bytes, 3) if size_bytes else None,
+    }
 
 
 def _read_level(dataset: FeatureDataset, spec: LevelSpec, row: int, view: int) -> NDArray[Any]:
@@ -201,7 +210,10 @@ def _grid(title: str, lines: Sequence[str], columns: Sequence[tuple[str, Sequenc
     font = _font()
     tiles = [[_tile(picture) for picture in pictures] for _, pictures in columns]
     tile_height = max(tile.height for column in tiles for tile in column)
-    widths = [max(max(tile.width for tile in column), _text_width(font, text)) for column, (text, _) in zip(tiles, columns, strict=True)]
+    widths = [
+        max(max(tile.width for tile in column), _text_width(font, text))
+        for column, (text, _) in zip(tiles, columns, strict=True)
+    ]
     line_height = _LINE_PX + tile_height + _GAP_PX
     width = max(sum(widths) + _GAP_PX * (len(widths) + 1), _text_width(font, title) + 2 * _GAP_PX)
     canvas = Image.new("RGB", (width, _GAP_PX + 2 * _LINE_PX + line_height * len(lines)), _PAPER)

@@ -82,7 +82,11 @@ def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> S
         errors = {name: float((regressed[name].float() - teacher[name]).square().mean()) for name in names}
     pairs = {name: _pair(teacher[name].numpy(), regressed[name].float().numpy()) for name in names}
     shown = [
-        ShownImage(str(data.source.keys[row]), images[idx], {name: (pairs[name][0][idx], pairs[name][1][idx]) for name in names})
+        ShownImage(
+            str(data.source.keys[row]),
+            images[idx],
+            {name: (pairs[name][0][idx], pairs[name][1][idx]) for name in names},
+        )
         for idx, row in enumerate(rows)
     ]
     return ShownMaps(shown, errors)

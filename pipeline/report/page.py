@@ -84,7 +84,10 @@ def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]
         "curves_caption": _curves_caption(metrics),
         "maps": _maps(run, settings, config, leave_out),
         "samples": _samples(config),
-        "commands": [*(each["command"] for each in datasets if each["command"]), *(each["command"] for each in read_commands(run))],
+        "commands": [
+            *(each["command"] for each in datasets if each["command"]),
+            *(each["command"] for each in read_commands(run)),
+        ],
         "datasets": datasets,
         "config": yaml.safe_dump({"distill": settings.model_dump(mode="json")}, sort_keys=False),
         "notes": notes,
@@ -104,7 +107,9 @@ def read_run_config(run: Path) -> DistillConfig:
     try:
         return DistillConfig.model_validate(read_config(run))
     except ValidationError as err:
-        raise InputError(f"{run}/config.yaml: not the settings of a run of this version: {err.errors()[0]['msg']}") from err
+        raise InputError(
+            f"{run}/config.yaml: not the settings of a run of this version: {err.errors()[0]['msg']}"
+        ) from err
 
 
 def _facts(settings: DistillConfig, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -127,11 +132,19 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Any:
     steps = [line["step"] for line in metrics]
 
     def panel(names: Sequence[str], strip: str = "") -> dict[str, figures.Series]:
-        return {name.removeprefix(strip): (steps, [line[name] for line in metrics]) for name in names if name in metrics[0]}
+        return {
+            name.removeprefix(strip): (steps, [line[name] for line in metrics]) for name in names if name in metrics[0]
+        }
 
     per_level = [name for name in metrics[0] if name.startswith("mse/")]
-    losses = dict.fromkeys(name.partition("/")[0] for name in metrics[0] if "/" in name and not name.startswith("share/"))
-    panels = {"loss": panel(["loss", *losses]), "squared error by level": panel(per_level, "mse/"), "learning rate": panel(["lr"])}
+    losses = dict.fromkeys(
+        name.partition("/")[0] for name in metrics[0] if "/" in name and not name.startswith("share/")
+    )
+    panels = {
+        "loss": panel(["loss", *losses]),
+        "squared error by level": panel(per_level, "mse/"),
+        "learning rate": panel(["lr"]),
+    }
     return Markup(figures.curves({title: lines for title, lines in panels.items() if lines}))
 
 
@@ -154,7 +167,10 @@ def _scores(run: Path) -> list[dict[str, Any]]:
         numbers = sorted({summary["num_labelled"] for summary in best})
         cells: dict[str, dict[int, tuple[float, float]]] = {}
         for summary in best:
-            cells.setdefault(summary["extractor"], {})[summary["num_labelled"]] = (summary["mean"], summary["std"] or 0.0)
+            cells.setdefault(summary["extractor"], {})[summary["num_labelled"]] = (
+                summary["mean"],
+                summary["std"] or 0.0,
+            )
         rows = {name: [by_num.get(num) for num in numbers] for name, by_num in cells.items()}
         seeds = max(summary["num_seeds"] for summary in best)
         spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
@@ -163,7 +179,9 @@ def _scores(run: Path) -> list[dict[str, Any]]:
                 "title": f"{document['task']}: {document['metric']}",
                 "numbers": [f"{num} labelled" for num in numbers],
                 "rows": {name: [_cell(cell, seeds) for cell in row] for name, row in rows.items()},
-                "caption": " ".join([f"{document['num_test']} held-out images; {spread}.", *(f"{note}." for note in document["notes"])]),
+                "caption": " ".join(
+                    [f"{document['num_test']} held-out images; {spread}.", *(f"{note}." for note in document["notes"])]
+                ),
                 "figure": Markup(figures.scores(path.stem, numbers, rows, document["metric"])),
             }
         )
@@ -176,7 +194,9 @@ def _cell(cell: tuple[float, float] | None, seeds: int) -> str:
     return f"{cell[0]:.3f} ± {cell[1]:.3f}" if seeds > 1 and cell[1] else f"{cell[0]:.3f}"
 
 
-def _maps(run: Path, settings: DistillConfig, config: ReportConfig, leave_out: Callable[[str, DtpipeError], None]) -> Any:
+def _maps(
+    run: Path, settings: DistillConfig, config: ReportConfig, leave_out: Callable[[str, DtpipeError], None]
+) -> Any:
     from dtpipe.pipeline.report.maps import draw_maps
 
     try:
@@ -185,7 +205,11 @@ def _maps(run: Path, settings: DistillConfig, config: ReportConfig, leave_out: C
         leave_out("feature maps", err)
         return None
     images = [
-        {"key": each.key, "image": data_uri(each.image), "pairs": [(data_uri(a), data_uri(b)) for a, b in each.maps.values()]}
+        {
+            "key": each.key,
+            "image": data_uri(each.image),
+            "pairs": [(data_uri(a), data_uri(b)) for a, b in each.maps.values()],
+        }
         for each in shown.images
     ]
     return {"images": images, "errors": shown.errors}
@@ -256,11 +280,17 @@ def _live_data(run: Path) -> list[dict[str, Any]]:
     facts = {
         "teacher": f"{found['teacher']['kind']}, weights {found['teacher']['weights_blake3'][:16]}",
         "images": f"{transform['width']}x{transform['height']} px, {transform['resize']}",
-        "levels": ", ".join(f"{each['name']} ({each['channels']}x{each['height']}x{each['width']})" for each in found["levels"]),
+        "levels": ", ".join(
+            f"{each['name']} ({each['channels']}x{each['height']}x{each['width']})" for each in found["levels"]
+        ),
         "views": "; ".join(view_name(view).replace("draw 0", "a new draw in each epoch") for view in views),
         "samples": f"{record['samples']['num']} in use, of {record['listing']['num']} listed",
     }
-    title = f"Images {extract['images']}, encoded live" if extract.get("images") else "Images that the teacher made while training"
+    title = (
+        f"Images {extract['images']}, encoded live"
+        if extract.get("images")
+        else "Images that the teacher made while training"
+    )
     shown = {"title": title, "settings": "settings of images and teacher", "facts": facts, "command": None}
     return [{**shown, "config": yaml.safe_dump({"extract": extract}, sort_keys=False)}]
 

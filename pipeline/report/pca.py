@@ -44,7 +44,9 @@ def _pictures(levels: list[Level], num_deciding: int | None) -> list[Rgb]:
     if not levels:
         return []
     if any(level.ndim != 3 for level in levels) or len({level.shape[0] for level in levels}) != 1:
-        raise ShapeError(f"levels for one picture basis are (C, H, W) with equal C, not {[level.shape for level in levels]}")
+        raise ShapeError(
+            f"levels for one picture basis are (C, H, W) with equal C, not {[level.shape for level in levels]}"
+        )
     positions = np.concatenate([level.reshape(level.shape[0], -1).T for level in levels]).astype(np.float64)  # (N, C)
     sizes = [level.shape[1] * level.shape[2] for level in levels]
     deciding = sum(sizes[:num_deciding])

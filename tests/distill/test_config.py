@@ -53,5 +53,7 @@ def test_settings_that_cannot_work_are_refused(values, said):
 def test_execution_fields_exist_and_every_field_is_described():
     assert set(DistillConfig.model_fields) >= EXECUTION
     assert [
-        name for name, field in DistillConfig.model_fields.items() if not field.description and name not in ("student", "regressor", "loss")
+        name
+        for name, field in DistillConfig.model_fields.items()
+        if not field.description and name not in ("student", "regressor", "loss")
     ] == []

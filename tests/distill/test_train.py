@@ -57,7 +57,9 @@ def test_batches_from_a_dataset_hold_what_was_written(tmp_path, shard_format):
     for batch in stream.batches(StreamPosition()):
         for idx, key in enumerate(batch.keys):
             row = int(key[-7:-4])
-            view = next(v for v in range(4) if np.array_equal(batch.levels["l2"][idx].numpy(), source.read_level("l2", row, v)))
+            view = next(
+                v for v in range(4) if np.array_equal(batch.levels["l2"][idx].numpy(), source.read_level("l2", row, v))
+            )
             assert np.array_equal(batch.levels["l3"][idx].numpy(), source.read_level("l3", row, view))
             stored = source.read_image(row)
             assert np.array_equal(batch.images[idx].numpy(), stored[:, ::-1] if FLIPPED_VIEWS[view].flip else stored)
@@ -67,7 +69,10 @@ def test_batches_from_a_dataset_hold_what_was_written(tmp_path, shard_format):
 
 
 def test_both_stores_train_to_the_same_weights_but_are_other_data(tmp_path, source):
-    urls = [write_dataset(tmp_path / name, source, shard=ShardRecipe(samples=8, format=name)) for name in ("zarr", "webdataset")]
+    urls = [
+        write_dataset(tmp_path / name, source, shard=ShardRecipe(samples=8, format=name))
+        for name in ("zarr", "webdataset")
+    ]
     runs = [train(run_config(tmp_path / f"run-{url.name}", url, epochs=1)).checkpoint for url in urls]
     students = [load_checkpoint(run)["student"] for run in runs]
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])

@@ -65,7 +65,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, data):
     """With group norm only; the student here has layer norms."""
     gradients = []
     for micro in (None, 3, 1):
-        config = tiny_config(tmp_path, student={"name": "test_convnext"}, micro_batch=micro, regressor={"width": 8, "norm": "group"})
+        config = tiny_config(
+            tmp_path, student={"name": "test_convnext"}, micro_batch=micro, regressor={"width": 8, "norm": "group"}
+        )
         with torch.random.fork_rng():
             torch.manual_seed(0)
             trainer = Trainer(config, data, CPU)
@@ -180,7 +182,9 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, data):
     trainer = Trainer(tiny_config(tmp_path, clip_grad=1e-3, micro_batch=None), data, CPU)
     norms = []
     trainer.optimizer.register_step_pre_hook(
-        lambda *_args: norms.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm().item())
+        lambda *_args: norms.append(
+            torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm().item()
+        )
     )
     next(trainer.steps())
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
@@ -263,4 +267,6 @@ def test_synchronised_norms_are_refused_without_a_gpu(tmp_path, data):
 
 def test_parts_of_one_sample_per_device_are_refused_with_batch_norm(tmp_path, data):
     with pytest.raises(ConfigError, match="micro-batches of 2 or more on each device"):
-        build_distiller(tiny_config(tmp_path, micro_batch=None), data.source.levels, (PX, PX), num_ranks=5)  # 8 samples: 2, 2, 2, 1, 1
+        build_distiller(
+            tiny_config(tmp_path, micro_batch=None), data.source.levels, (PX, PX), num_ranks=5
+        )  # 8 samples: 2, 2, 2, 1, 1

@@ -82,7 +82,9 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         server = PARTS / "run_server.py"
-        self._process = subprocess.Popen([sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, str(server)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._count = 0
         assert self._read() == "ready"
 
@@ -98,7 +100,9 @@ class Runs:
 
     def start(self, config: ExtractConfig, fault: str = "", action: str = "extract", sync: bool = False) -> int:
         """Begin a run; returns its process id. With `sync` it writes at the pace of a disk, and so can be killed in between."""
-        pid = self._ask(action=action, config=config.model_dump(mode="json"), fault=fault, folder=str(self._folder), sync=sync)
+        pid = self._ask(
+            action=action, config=config.model_dump(mode="json"), fault=fault, folder=str(self._folder), sync=sync
+        )
         return int(pid)
 
     def wait(self, pid: int) -> int:
@@ -144,7 +148,9 @@ def dynamo() -> Iterator[None]:
     """torch.compile as in a process that never compiled."""
     import torch
 
-    torch.ones(1, requires_grad=True).sum().backward()  # autograd starts no threads if it runs before dynamo; forks need that
+    torch.ones(
+        1, requires_grad=True
+    ).sum().backward()  # autograd starts no threads if it runs before dynamo; forks need that
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
         yield

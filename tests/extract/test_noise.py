@@ -44,7 +44,13 @@ def test_seed_fits_philox(seed: int, key: str, draw: int, stream: str) -> None:
 
 
 def test_each_argument_changes_the_noise() -> None:
-    draws = [(0, "a", 0, "forward"), (1, "a", 0, "forward"), (0, "b", 0, "forward"), (0, "a", 1, "forward"), (0, "a", 0, "vae")]
+    draws = [
+        (0, "a", 0, "forward"),
+        (1, "a", 0, "forward"),
+        (0, "b", 0, "forward"),
+        (0, "a", 1, "forward"),
+        (0, "a", 0, "vae"),
+    ]
     arrays = [draw_noise(*arguments, shape=(3, 16, 16)) for arguments in draws]
     for idx, first in enumerate(arrays):
         for second in arrays[idx + 1 :]:

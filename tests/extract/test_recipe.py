@@ -69,21 +69,29 @@ def test_a_wrong_path_costs_no_teacher_no_cluster_and_no_file(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_fresh_is_refused_before_the_teacher_is_loaded(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_is_refused_before_the_teacher_is_loaded(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_extraction(make_config())
     monkeypatch.setattr("dtpipe.extract.recipe.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     with pytest.raises(ConfigError, match="--fresh"):
         run_extraction(make_config(), fresh=True)
 
 
-def test_workers_in_other_folders_get_whole_paths(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_in_other_folders_get_whole_paths(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = make_config()
     monkeypatch.chdir(tmp_path)
     config = make_config(
-        images=os.path.relpath(whole.images), out=os.path.relpath(whole.out), teacher={"path": os.path.relpath(whole.teacher.path)}
+        images=os.path.relpath(whole.images),
+        out=os.path.relpath(whole.out),
+        teacher={"path": os.path.relpath(whole.teacher.path)},
     )
     seen: list[WorkerContext] = []
-    monkeypatch.setattr("dtpipe.extract.shards.worker.ShardWorker", lambda context, _: seen.append(context) or pytest.exit)
+    monkeypatch.setattr(
+        "dtpipe.extract.shards.worker.ShardWorker", lambda context, _: seen.append(context) or pytest.exit
+    )
     with contextlib.suppress(AttributeError):  # what stands in for a worker does no work
         run_extraction(config)
     assert (seen[0].images, seen[0].out, seen[0].teacher.path) == (whole.images, whole.out, whole.teacher.path)

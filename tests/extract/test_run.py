@@ -18,7 +18,14 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.progress import Progress, ProgressMeter
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, load_teacher
-from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, IncompleteError, InputError, PlanChangedError, StoreError
+from dtpipe.manifests.errors import (
+    ConfigError,
+    ErrorBudgetError,
+    IncompleteError,
+    InputError,
+    PlanChangedError,
+    StoreError,
+)
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
 
@@ -30,7 +37,8 @@ def test_stored_features_are_those_of_plain_diffusers(form: str, make_config: Ma
     from diffusers import DDPMScheduler, UNet2DModel
 
     config = make_config(
-        shard={"samples": 3, "format": form, "dtype": "float32"}, noise={"timesteps": [50, 300], "draws": 2, "flips": True}
+        shard={"samples": 3, "format": form, "dtype": "float32"},
+        noise={"timesteps": [50, 300], "draws": 2, "flips": True},
     )
     dataset = FeatureDataset.open(run_extraction(config).url)
     unet = UNet2DModel.from_pretrained(tiny_teacher / "unet").eval()
@@ -51,7 +59,9 @@ def _levels(unet: torch.nn.Module, noisy: torch.Tensor, timestep: int) -> dict[s
     seen = {}
     paths = {"l3": "up_blocks.0.resnets.1", "l2": "up_blocks.1.resnets.1"}
     hooks = [
-        unet.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out[0].numpy()}))
+        unet.get_submodule(path).register_forward_hook(
+            lambda _m, _i, out, name=name: seen.update({name: out[0].numpy()})
+        )
         for name, path in paths.items()
     ]
     with torch.inference_mode():
@@ -72,7 +82,9 @@ def test_rerun_writes_nothing_and_needs_no_listing(make_config: MakeConfig, imag
 
 def test_shard_size_and_decode_threads_do_not_change_features(make_config: MakeConfig, tmp_path: Path) -> None:
     urls = [
-        run_extraction(make_config(out=str(tmp_path / f"out{samples}"), shard={"samples": samples}, decode_threads=samples)).url
+        run_extraction(
+            make_config(out=str(tmp_path / f"out{samples}"), shard={"samples": samples}, decode_threads=samples)
+        ).url
         for samples in (1, 3, 8)
     ]
     datasets = [FeatureDataset.open(url) for url in urls]
@@ -100,7 +112,9 @@ def test_recomputed_features_are_the_stored_ones_before_rounding(make_config: Ma
 def test_images_that_another_dataset_has_can_be_left_out(form: str, make_config: MakeConfig, tmp_path: Path) -> None:
     whole = FeatureDataset.open(run_extraction(make_config()).url)
     shard = {"samples": 4, "format": form, "images": "joined"}
-    bare = FeatureDataset.open(run_extraction(make_config(out=str(tmp_path / "bare"), shard=shard, noise={"timesteps": [300]})).url)
+    bare = FeatureDataset.open(
+        run_extraction(make_config(out=str(tmp_path / "bare"), shard=shard, noise={"timesteps": [300]})).url
+    )
     assert not [path for path in (tmp_path / "bare").rglob("*") if path.name == "image" or "image.png" in path.name]
     both = JoinedDataset([bare, whole])
     assert both.num_rows == whole.num_rows
@@ -109,7 +123,9 @@ def test_images_that_another_dataset_has_can_be_left_out(form: str, make_config:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_low_precision_costs_stands_in_the_manifest(dtype: str, make_config: MakeConfig, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_what_low_precision_costs_stands_in_the_manifest(
+    dtype: str, make_config: MakeConfig, tiny_teacher: Path, tmp_path: Path
+) -> None:
     teacher = {"path": str(tiny_teacher), "dtype": dtype}
     low = run_extraction(make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}))
     exact = run_extraction(make_config(out=str(tmp_path / "exact"), shard={"samples": 3, "dtype": "float32"}))
@@ -144,7 +160,9 @@ def test_keys_file_and_limit_choose_samples(make_config: MakeConfig, tmp_path: P
         run_extraction(make_config(out=str(tmp_path / "none"), keys=str(tmp_path / "absent")))
 
 
-def test_bad_samples_are_named_within_the_budget_and_end_the_run_beyond_it(make_config: MakeConfig, image_folder: Path) -> None:
+def test_bad_samples_are_named_within_the_budget_and_end_the_run_beyond_it(
+    make_config: MakeConfig, image_folder: Path
+) -> None:
     (image_folder / "cat" / "001.png").write_bytes(b"")
     (image_folder / "dog" / "002.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ErrorBudgetError, match=r"extract\.max_bad allows 1 \(.*cat/001\.png: empty file") as caught:
@@ -206,7 +224,9 @@ def test_views_are_every_combination_and_timesteps_must_exist(make_config: MakeC
         (step, draw, flip) for step in (50, 7) for draw in (0, 1) for flip in (False, True)
     ]
     assert recipe.shard.samples == 3
-    assert make_recipe(make_config(shard={}), SPEC, "folder", "cpu").shard.samples == 4096  # 64 px images and small levels
+    assert (
+        make_recipe(make_config(shard={}), SPEC, "folder", "cpu").shard.samples == 4096
+    )  # 64 px images and small levels
     for wrong in ([1000], [5, 5]):
         with pytest.raises(ConfigError, match=r"extract\.noise\.timesteps"):
             make_recipe(make_config(noise={"timesteps": wrong}), SPEC, "folder", "cpu")

@@ -37,5 +37,7 @@ def test_a_third_signal_ends_a_process_that_hangs(number: int) -> None:
         "        os.kill(os.getpid(), int(sys.argv[1]))\n"
         "        print('asked', flush=True)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code, str(int(number))], capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(int(number))], capture_output=True, text=True, check=False, timeout=60
+    )
     assert (ended.returncode, ended.stdout) == (-number, "asked\nasked\n"), ended.stderr

@@ -16,7 +16,14 @@ from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers import base
-from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, load_teacher, register_teacher, takes_no_images
+from dtpipe.extract.teachers.base import (
+    TapSpec,
+    TeacherKind,
+    TeacherSpec,
+    load_teacher,
+    register_teacher,
+    takes_no_images,
+)
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.taps import TapReader
 from dtpipe.manifests.check.verify import verify
@@ -78,7 +85,9 @@ def make_synthetic(make_config: MakeConfig) -> MakeConfig:
 
     def make(**changes: object) -> ExtractConfig:
         teacher = {"path": "tiny", "kind": "tiny_gan"}
-        return make_config(**{"images": None, "num_samples": 10, "teacher": teacher, "batch_size": 4, "max_bad": 1.0, **changes})
+        return make_config(
+            **{"images": None, "num_samples": 10, "teacher": teacher, "batch_size": 4, "max_bad": 1.0, **changes}
+        )
 
     return make
 
@@ -110,7 +119,9 @@ def test_an_image_that_is_not_finite_is_a_bad_sample_with_its_reason(make_synthe
     assert "not finite" in dataset.status[broken[0]]
 
 
-def test_the_digest_depends_on_nothing_but_the_plan_and_survives_a_second_run(make_synthetic: MakeConfig, tmp_path: Path) -> None:
+def test_the_digest_depends_on_nothing_but_the_plan_and_survives_a_second_run(
+    make_synthetic: MakeConfig, tmp_path: Path
+) -> None:
     config = make_synthetic()
     first = run_extraction(config)
     again = run_extraction(config)
@@ -125,7 +136,9 @@ def test_recompute_finds_the_stored_features(make_synthetic: MakeConfig) -> None
     teacher = load_teacher(config.teacher)
     recipe = FeatureDataset.open(url).recipe
     report = verify(
-        url, "recompute", lambda images, keys: {name: each.numpy() for name, each in encode_rows(teacher, recipe, images, keys).items()}
+        url,
+        "recompute",
+        lambda images, keys: {name: each.numpy() for name, each in encode_rows(teacher, recipe, images, keys).items()},
     )
     assert report.ok and report.num_recomputed > 0
     assert max(report.max_relative_error.values()) < 1e-3
@@ -146,7 +159,9 @@ def test_another_number_of_samples_into_the_same_output_is_refused(make_syntheti
         run_extraction(make_synthetic(num_samples=12))
 
 
-def test_roles_that_do_not_fit_are_refused(make_synthetic: MakeConfig, make_config: MakeConfig, image_folder: Path) -> None:
+def test_roles_that_do_not_fit_are_refused(
+    make_synthetic: MakeConfig, make_config: MakeConfig, image_folder: Path
+) -> None:
     with pytest.raises(TeacherError, match="--num-samples instead of --images"):
         run_extraction(make_synthetic(images=str(image_folder), num_samples=None))
     with pytest.raises(TeacherError, match="--images instead of --num-samples"):

@@ -93,7 +93,9 @@ def test_labels_are_the_class_folders(image_folder):
 
 def test_images_without_a_class_are_refused_by_name(image_folder):
     (image_folder / "stray.png").write_bytes((image_folder / "cat" / "001.png").read_bytes())
-    with pytest.raises(InputError, match=r"9 of 9 images have no class, the first is cat/001\.png; put every image into a folder"):
+    with pytest.raises(
+        InputError, match=r"9 of 9 images have no class, the first is cat/001\.png; put every image into a folder"
+    ):
         load_images(make(image_folder, class_conditional=True))
 
 
@@ -118,7 +120,8 @@ def test_more_bad_images_than_allowed_are_refused(image_folder):
     (image_folder / "cat" / "broken.png").write_bytes(b"no image")
     (image_folder / "dog" / "empty.png").write_bytes(b"")
     with pytest.raises(
-        ErrorBudgetError, match=r"has 2 bad images, train_teacher\.max_bad allows 1 \(cat/broken\.png: .*; dog/empty\.png: "
+        ErrorBudgetError,
+        match=r"has 2 bad images, train_teacher\.max_bad allows 1 \(cat/broken\.png: .*; dog/empty\.png: ",
     ):
         load_images(make(image_folder, max_bad=0.1))
     assert len(load_images(make(image_folder, max_bad=0.2)).bad) == 2
@@ -136,7 +139,9 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_any_is_read(image
 
     monkeypatch.setattr(folder_source.FolderSource, "read", read)
     config = make(image_folder, px=1 << 20)
-    with pytest.raises(ConfigError, match=r"8 images of 1048576x1048576 px need 24576\.0 GiB of memory, .* GiB are free; use fewer"):
+    with pytest.raises(
+        ConfigError, match=r"8 images of 1048576x1048576 px need 24576\.0 GiB of memory, .* GiB are free; use fewer"
+    ):
         load_images(config)
     with pytest.raises(ConfigError, match="in each of 4 processes need 98304"):
         load_images(config, copies=4)

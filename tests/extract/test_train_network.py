@@ -66,7 +66,9 @@ def test_weights_are_a_function_of_the_seed_alone():
 def test_the_schedule_is_the_one_the_teacher_is_written_with():
     from diffusers import DDPMScheduler
 
-    written = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear").alphas_cumprod
+    written = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"
+    ).alphas_cumprod
     torch.testing.assert_close(torch.from_numpy(noise_schedule(make())).float(), written, rtol=1e-5, atol=0)
 
 

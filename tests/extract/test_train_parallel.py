@@ -47,7 +47,9 @@ def changed(config: TrainTeacherConfig, **changes: object) -> TrainTeacherConfig
     return TrainTeacherConfig.model_validate(config.model_dump() | changes)
 
 
-def run_ranks(config: TrainTeacherConfig, folder: Path, size: int = 2, before: Callable[[int], None] = lambda _: None) -> list[Any]:
+def run_ranks(
+    config: TrainTeacherConfig, folder: Path, size: int = 2, before: Callable[[int], None] = lambda _: None
+) -> list[Any]:
     """What each of `size` processes answers: its result as text, or its error's type, sentence and exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,12 +59,17 @@ def run_ranks(config: TrainTeacherConfig, folder: Path, size: int = 2, before: C
         pid = os.fork()
         if not pid:
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-            os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {name: str(value) for name, value in ranks.items()} | {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
             _be_a_rank(config, folder / f"rank{rank}.json", rank, before)
         pids.append(pid)
     for pid in pids:
         os.waitpid(pid, 0)
-    return [json.loads(path.read_text()) if (path := folder / f"rank{rank}.json").exists() else None for rank in range(size)]
+    return [
+        json.loads(path.read_text()) if (path := folder / f"rank{rank}.json").exists() else None for rank in range(size)
+    ]
 
 
 def _be_a_rank(config: TrainTeacherConfig, answer: Path, rank: int, before: Callable[[int], None]) -> None:
@@ -167,7 +174,9 @@ def test_processes_that_cannot_meet_are_told_to_use_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with (
-        pytest.raises(ConfigError, match=r"WORLD_SIZE is set, but the processes cannot meet at .*start them with torchrun"),
+        pytest.raises(
+            ConfigError, match=r"WORLD_SIZE is set, but the processes cannot meet at .*start them with torchrun"
+        ),
         join_ranks("cpu"),
     ):
         pass

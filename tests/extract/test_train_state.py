@@ -25,7 +25,9 @@ def make(out: Path, **changes: object) -> TrainTeacherConfig:
     return TrainTeacherConfig.model_validate(tiny | {"images": "", "out": str(out)} | changes)
 
 
-@pytest.mark.parametrize("content", [7, torch.zeros(3), ["config"], {"student": {}, "step": 3}, {**OURS, "config": '{"px": "wide"}'}])
+@pytest.mark.parametrize(
+    "content", [7, torch.zeros(3), ["config"], {"student": {}, "step": 3}, {**OURS, "config": '{"px": "wide"}'}]
+)
 def test_a_checkpoint_of_another_kind_is_refused_by_name(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "last.pt")
     with pytest.raises(DamagedDataError, match=r"last\.pt: .*(no checkpoint of a teacher|lacks|settings)"):
@@ -82,6 +84,8 @@ def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(tmp_path: Path) -> N
     save_checkpoint(config, state)
     (tmp_path / ".last.pt.partial").symlink_to("/dev/full")
     state.step = 1
-    with pytest.raises(StoreError, match=r"last\.pt: cannot write the checkpoint \(.*; make room and run the same command again"):
+    with pytest.raises(
+        StoreError, match=r"last\.pt: cannot write the checkpoint \(.*; make room and run the same command again"
+    ):
         save_checkpoint(config, state)
     assert load_checkpoint(tmp_path / CHECKPOINT)["step"] == 0

@@ -36,7 +36,9 @@ def test_a_step_follows_the_formulas(weighting):
     batch = draw_batch(config, IMAGES, 0)
     reference = resume_or_start(config, "cpu").unet.double()
     wanted = torch.zeros((), dtype=torch.float64)
-    for clean, timestep, noise in zip(batch.clean.double(), batch.timesteps.tolist(), batch.noise.double(), strict=True):
+    for clean, timestep, noise in zip(
+        batch.clean.double(), batch.timesteps.tolist(), batch.noise.double(), strict=True
+    ):
         kept = 1.0
         for beta in BETAS[: timestep + 1]:
             kept *= 1 - beta
@@ -51,7 +53,9 @@ def test_a_step_follows_the_formulas(weighting):
     assert abs(loss - wanted.item()) < 1e-5 * wanted.item()
     scale = min(1.0, config.grad_clip / sum(float(each.square().sum()) for each in gradients) ** 0.5)
     for (name, value), gradient in zip(state.unet.named_parameters(), gradients, strict=True):
-        clear = (gradient * scale).abs() > 1e-5  # AdamW's first step is lr * sign, where the gradient exceeds eps and rounding
+        clear = (
+            gradient * scale
+        ).abs() > 1e-5  # AdamW's first step is lr * sign, where the gradient exceeds eps and rounding
         moved = (value.detach() - before[name])[clear].double()
         step = -learning_rate(config, 0) * (gradient * scale / ((gradient * scale).abs() + 1e-8))[clear]
         torch.testing.assert_close(moved, step, rtol=2e-2, atol=1e-7)
@@ -98,13 +102,17 @@ def test_low_precision_stays_close_to_float32(precision, tolerance):
     """Relative difference of the loss in each of six steps; half precision rounds to 8 or 11 bits. Weights stay float32."""
     exact, low = make(lr=1e-4), make(lr=1e-4, precision=precision)
     states = [resume_or_start(config, "cpu") for config in (exact, low)]
-    losses = np.array([[take(config, state) for _ in range(6)] for config, state in zip((exact, low), states, strict=True)])
+    losses = np.array(
+        [[take(config, state) for _ in range(6)] for config, state in zip((exact, low), states, strict=True)]
+    )
     difference = abs(losses[1] / losses[0] - 1)
     assert (difference > 0).any()  # it was another arithmetic
     assert (difference < tolerance).all()
     assert all(value.dtype == torch.float32 for value in states[1].unet.state_dict().values())
     gradients = [torch.cat([value.grad.flatten() for value in state.unet.parameters()]) for state in states]
-    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99  # the scale of float16's loss is taken out again
+    assert (
+        torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+    )  # the scale of float16's loss is taken out again
 
 
 def test_an_overflow_in_float16_skips_the_update_and_lowers_the_scale():

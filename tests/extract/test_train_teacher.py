@@ -49,7 +49,9 @@ def changed(config: TrainTeacherConfig, **changes: object) -> TrainTeacherConfig
 
 def weights(config: TrainTeacherConfig) -> dict[str, torch.Tensor]:
     saved = load_checkpoint(Path(config.out) / CHECKPOINT)
-    return {f"ema.{name}": value for name, value in saved["ema"].items()} | {f"unet.{name}": value for name, value in saved["unet"].items()}
+    return {f"ema.{name}": value for name, value in saved["ema"].items()} | {
+        f"unet.{name}": value for name, value in saved["unet"].items()
+    }
 
 
 def assert_equal_weights(one: TrainTeacherConfig, other: TrainTeacherConfig) -> None:
@@ -234,7 +236,9 @@ def test_a_class_conditional_teacher_says_its_classes(config):
     result = train_teacher(changed(config, class_conditional=True, label_dropout=0.5, steps=2))
     assert json.loads((result.out / "classes.json").read_text()) == {"classes": ["cat", "dog"], "null_class": 2}
     assert json.loads((result.out / "unet" / "config.json").read_text())["num_class_embeds"] == 3
-    assert load_file(result.out / "unet" / "diffusion_pytorch_model.safetensors")["class_embedding.weight"].shape[0] == 3
+    assert (
+        load_file(result.out / "unet" / "diffusion_pytorch_model.safetensors")["class_embedding.weight"].shape[0] == 3
+    )
     assert result.samples.exists()
 
 

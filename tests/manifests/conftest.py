@@ -60,7 +60,11 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty dataset URL on each kind of store."""
     if request.param == "s3":
         return str(request.getfixturevalue("s3_url"))
-    return str(tmp_path / "features") if request.param == "local" else f"memory://{tmp_path.name}-{next(_buckets)}/features"
+    return (
+        str(tmp_path / "features")
+        if request.param == "local"
+        else f"memory://{tmp_path.name}-{next(_buckets)}/features"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,9 @@ scalars = (
     | st.text(st.characters(exclude_categories=["Cs"]))
 )
 names = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda name: name != "checksum")
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=20)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=20
+)
 documents = st.dictionaries(names, values, max_size=5)
 
 
@@ -45,7 +47,9 @@ def test_canonical_json_refuses_what_json_cannot_hold(value):
 
 
 def test_blake3_hex_equals_the_library():
-    assert blake3_hex(b"") == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"  # BLAKE3 test vector, length 0
+    assert (
+        blake3_hex(b"") == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    )  # BLAKE3 test vector, length 0
     assert blake3_hex(b"abc") == blake3(b"abc").hexdigest()
 
 
@@ -68,7 +72,9 @@ def test_any_changed_byte_is_an_error_that_names_the_file(document, data):
 
 
 def test_every_byte_of_one_document_flipped_in_every_bit():
-    sealed = seal({"rows": [{"row": 1, "key": "ä"}, {"row": 2, "key": "b"}], "nested": {"empty": [], "none": {}}, "share": 0.25})
+    sealed = seal(
+        {"rows": [{"row": 1, "key": "ä"}, {"row": 2, "key": "b"}], "nested": {"empty": [], "none": {}}, "share": 0.25}
+    )
     for place in range(len(sealed)):
         for bit in range(8):
             damaged = bytearray(sealed)
@@ -86,7 +92,9 @@ def test_truncation_and_trailing_bytes_are_errors(document, data):
         unseal(sealed + b"\n", "here")
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"[" * 100_000, b'{"a":NaN}', b"[1]", b"{}", b'{"a":1}', b'{"checksum":1}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xfe", b"[" * 100_000, b'{"a":NaN}', b"[1]", b"{}", b'{"a":1}', b'{"checksum":1}']
+)
 def test_what_is_no_sealed_document_is_an_error(data):
     with pytest.raises(ManifestError, match="somewhere"):
         unseal(data, "somewhere")

@@ -35,7 +35,9 @@ class TinyGan:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             layers = [nn.ConvTranspose2d(6, 12, 4, 1), nn.Tanh(), nn.ConvTranspose2d(12, 8, 4, 2, 1), nn.Tanh()]
-            self.network = nn.Sequential(*layers, nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh()).eval()
+            self.network = nn.Sequential(
+                *layers, nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh()
+            ).eval()
         taps = (TapSpec("l2", 4, 8, "2"), TapSpec("l3", 8, 12, "0"))
         digest = weights_digest(self.network.state_dict())
         self.spec = TeacherSpec("tiny_gan", digest, (PX, PX), taps, noise_shapes={"z": (6,)}, synthesizes=True)

@@ -114,9 +114,13 @@ def shard_arrays(plan: Plan, listing: Listing, shard_idx: int, settings: Setting
         bad = listed.key in settings.bad
         size = {} if bad else {"original_height": 40, "original_width": 60}
         status = "bad: truncated file" if bad else "ok"
-        rows.append(IndexRow(row=listed.row, key=listed.key, shard=shard_idx, status=status, label=listed.label, **size))
+        rows.append(
+            IndexRow(row=listed.row, key=listed.key, shard=shard_idx, status=status, label=listed.label, **size)
+        )
         scale = np.uint8(not bad)
-        images.append(sample_values("image", listed.key, (recipe.transform.height, recipe.transform.width, 3), "uint8") * scale)
+        images.append(
+            sample_values("image", listed.key, (recipe.transform.height, recipe.transform.width, 3), "uint8") * scale
+        )
         for level in recipe.levels:
             shape = (num_views, level.channels, level.height, level.width)
             levels[level.name].append(sample_values(level.name, listed.key, shape, level.dtype, settings.salt) * scale)

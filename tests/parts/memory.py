@@ -35,7 +35,9 @@ PX = 32
 
 
 def level_spec(name: str, stride: int, channels: int) -> LevelSpec:
-    return LevelSpec(name=name, stride=stride, channels=channels, height=PX // stride, width=PX // stride, tap=f"up.{name}")
+    return LevelSpec(
+        name=name, stride=stride, channels=channels, height=PX // stride, width=PX // stride, tap=f"up.{name}"
+    )
 
 
 @dataclass
@@ -65,7 +67,9 @@ class MemorySource:
 
     def read_level(self, name: str, row: int, view: int = 0) -> np.ndarray:
         spec = next(level for level in self.levels if level.name == name)
-        noise = np.random.default_rng([row, view, spec.stride]).standard_normal((spec.channels, spec.height, spec.width))
+        noise = np.random.default_rng([row, view, spec.stride]).standard_normal(
+            (spec.channels, spec.height, spec.width)
+        )
         return (noise * 3 + self.read_image(row).mean() / 100).astype(spec.dtype)
 
     def read_batch(
@@ -73,9 +77,12 @@ class MemorySource:
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         assert not set(rows) & set(self.bad), "a bad row was read"
         self.read.append((list(map(int, rows)), list(levels), list(map(int, view_of_row))))
-        pixels = np.stack([self.read_image(row) for row in rows]) if images else np.zeros((len(rows), 0, 0, 3), np.uint8)
+        pixels = (
+            np.stack([self.read_image(row) for row in rows]) if images else np.zeros((len(rows), 0, 0, 3), np.uint8)
+        )
         return pixels, {
-            name: np.stack([self.read_level(name, row, view) for row, view in zip(rows, view_of_row, strict=True)]) for name in levels
+            name: np.stack([self.read_level(name, row, view) for row, view in zip(rows, view_of_row, strict=True)])
+            for name in levels
         }
 
 
@@ -106,7 +113,9 @@ def write_student(path: Path, name: str, px: tuple[int, int] = (64, 64), ema: bo
         student = build_student(StudentSpec(name, 4, px)).train()
         student(torch.rand(2, 3, *px))
         state = student.state_dict()
-        average = {key: value * 0.5 if value.is_floating_point() else value for key, value in state.items()} if ema else None
+        average = (
+            {key: value * 0.5 if value.is_floating_point() else value for key, value in state.items()} if ema else None
+        )
         save_checkpoint(path, {"student_spec": spec_to_dict(student.spec), "student": state, "ema": average})
     return path
 
@@ -118,7 +127,9 @@ class _Item:
     label: str | None = None
 
 
-def write_dataset(root: Path, source: MemorySource, prefix: str = "images", merged: bool = True, **changes: object) -> Path:
+def write_dataset(
+    root: Path, source: MemorySource, prefix: str = "images", merged: bool = True, **changes: object
+) -> Path:
     """The content of a memory source as a feature dataset of 8-row shards; `changes` replace fields of the recipe.
 
     Its rows are permuted; the sample with key `<prefix>/007.png` holds what row 7 of the source holds.
@@ -135,14 +146,18 @@ def write_dataset(root: Path, source: MemorySource, prefix: str = "images", merg
     }
     recipe = Recipe(**{**fields, **changes})
     store = Store(root)
-    listing = build_listing(_Item(f"{prefix}/{row:03d}.png", f"{row}", source.labels[row]) for row in range(source.num_rows))
+    listing = build_listing(
+        _Item(f"{prefix}/{row:03d}.png", f"{row}", source.labels[row]) for row in range(source.num_rows)
+    )
     with Lock.acquire(store) as lock:
         plan, listing = start_plan(store, recipe, listing, {})
         if recipe.shard.format == "zarr":
             write_zarr_metadata(store, plan)
         for shard_idx in range(plan.num_shards if merged else plan.num_shards - 1):
             arrays = shard_arrays(source, listing, plan.shard_rows(shard_idx), shard_idx, recipe)
-            commit_entry(store, write_shard(store, plan, plan_digest(store), shard_idx, arrays, lock.epoch, {}), lock.epoch)
+            commit_entry(
+                store, write_shard(store, plan, plan_digest(store), shard_idx, arrays, lock.epoch, {}), lock.epoch
+            )
         if merged:
             merge(store, plan, lock, {})
     return root
@@ -155,9 +170,13 @@ def shard_arrays(source: MemorySource, listing: Listing, rows: range, shard_idx:
     levels = {}
     for level in recipe.levels:
         views = [
-            [source.read_level(level.name, row, view) * (row not in source.bad) for view in range(len(source.views))] for row in numbers
+            [source.read_level(level.name, row, view) * (row not in source.bad) for view in range(len(source.views))]
+            for row in numbers
         ]
         levels[level.name] = np.array(views)
     status = ["bad: broken" if row in source.bad else "ok" for row in numbers]
-    index = [IndexRow(row=e.row, key=e.key, shard=shard_idx, status=s, label=e.label) for e, s in zip(listed, status, strict=True)]
+    index = [
+        IndexRow(row=e.row, key=e.key, shard=shard_idx, status=s, label=e.label)
+        for e, s in zip(listed, status, strict=True)
+    ]
     return ShardArrays(image if recipe.images == "stored" else None, levels, index)

@@ -37,13 +37,18 @@ def write_tar(path: Path, files: Files, **options: Any) -> Path:
     return path
 
 
-def write_parquet(path: Path, files: Files, labels: Sequence[int] | None = None, names: Sequence[str] = (), group: int = 3) -> Path:
+def write_parquet(
+    path: Path, files: Files, labels: Sequence[int] | None = None, names: Sequence[str] = (), group: int = 3
+) -> Path:
     """As `datasets` writes them: struct<bytes, path>, and the features in the schema's metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns: dict[str, Any] = {
-        "image": pa.array([{"bytes": data, "path": name} for name, data in files.items()], pa.struct({"bytes": "binary", "path": "string"}))
+        "image": pa.array(
+            [{"bytes": data, "path": name} for name, data in files.items()],
+            pa.struct({"bytes": "binary", "path": "string"}),
+        )
     }
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     if labels is not None:

@@ -52,7 +52,9 @@ BASE = Run(epochs=100, warmup=15)
 GAN = replace(BASE, timestep=None, costs="biggan_256")
 ROWS = {
     "table6_adm": BASE,
-    "table6_sd14": replace(BASE, teacher="stable-diffusion-1.4", px=(512, 512), family="stable_diffusion", costs="sd_1_4"),
+    "table6_sd14": replace(
+        BASE, teacher="stable-diffusion-1.4", px=(512, 512), family="stable_diffusion", costs="sd_1_4"
+    ),
     "table6_biggan": replace(GAN, teacher="biggan-deepmind256", family="biggan"),
     "table6_icgan": replace(GAN, teacher="icgan-imagenet256", family="icgan", costs="icgan_256"),
     "table8_fpn": replace(BASE, regressor="fpn"),

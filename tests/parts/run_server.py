@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = (
-    *("torch", "diffusers", "pyarrow.parquet", "pyarrow.dataset", "ray", "dtpipe.extract.run", "dtpipe.extract.shards.worker"),
+    *(
+        "torch",
+        "diffusers",
+        "pyarrow.parquet",
+        "pyarrow.dataset",
+        "ray",
+        "dtpipe.extract.run",
+        "dtpipe.extract.shards.worker",
+    ),
     *(
         "dtpipe.extract.cluster.inline",
         "dtpipe.extract.cluster.ray",

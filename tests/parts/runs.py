@@ -14,7 +14,12 @@ from dtpipe.distill.engine.timing import catch_stop_signals
 from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.trainer import Trainer, run
 
-WITHOUT_BATCH_NORM = {"student": {"name": "test_convnext"}, "regressor": {"width": 8, "norm": "group"}, "micro_batch": 3, "log_every": 1}
+WITHOUT_BATCH_NORM = {
+    "student": {"name": "test_convnext"},
+    "regressor": {"width": 8, "norm": "group"},
+    "micro_batch": 3,
+    "log_every": 1,
+}
 CPU = torch.device("cpu")
 
 

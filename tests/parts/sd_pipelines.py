@@ -46,7 +46,9 @@ def _save_pipeline(root: Path, prediction: str, pad: str, unet: Mapping[str, Any
     save_vae(root / "vae")
     save_text_encoder(root / "text_encoder")
     save_tokenizer(root / "tokenizer", pad)
-    PNDMScheduler(**BETAS, prediction_type=prediction, steps_offset=1, skip_prk_steps=True).save_pretrained(root / "scheduler")
+    PNDMScheduler(**BETAS, prediction_type=prediction, steps_offset=1, skip_prk_steps=True).save_pretrained(
+        root / "scheduler"
+    )
     (root / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     return root
 
@@ -79,7 +81,10 @@ def save_text_encoder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = config.to_dict() | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     (folder / "config.json").write_text(json.dumps(settings))
-    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    tensors = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor.contiguous()
+        for name, tensor in encoder.state_dict().items()
+    }
     tensors["text_model.embeddings.position_ids"] = torch.arange(TOKENS)[None]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

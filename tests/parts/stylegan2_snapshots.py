@@ -27,7 +27,9 @@ Array = NDArray[np.float64]
 def random_weights(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
     """Normal weights under NVIDIA's names; the filters are not symmetric, so that a flipped one shows."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in Generator(layout).state_dict().items()}
+    tensors = {
+        name: torch.randn(tensor.shape, generator=generator) for name, tensor in Generator(layout).state_dict().items()
+    }
     for name, tensor in tensors.items():
         if name.endswith("resample_filter"):
             rows, columns = torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 2, 4, 1])
@@ -79,12 +81,16 @@ def dumps(content: Any, protocol: int = 4) -> bytes:
         return pickle.dumps(content, protocol)
 
 
-def module(class_name: str, tensors: Mapping[str, Any], modules: Mapping[str, Any], source: str = "", **settings: Any) -> Made:
+def module(
+    class_name: str, tensors: Mapping[str, Any], modules: Mapping[str, Any], source: str = "", **settings: Any
+) -> Made:
     """One persistent module; its tensors are parameters, or buffers where the original has them."""
     buffers = {name: tensor for name, tensor in tensors.items() if name in ("noise_const", "resample_filter", "w_avg")}
     state = {
         "training": False,
-        "_parameters": {name: torch.nn.Parameter(value, False) for name, value in tensors.items() if name not in buffers},
+        "_parameters": {
+            name: torch.nn.Parameter(value, False) for name, value in tensors.items() if name not in buffers
+        },
         "_buffers": buffers,
         "_modules": OrderedDict(modules),
         "_init_kwargs": EasyDict(some=np.float64(1.5)),
@@ -116,7 +122,12 @@ def persistent(tensors: Mapping[str, Any], layout: Layout, path: str = "", sourc
     class_name = CLASSES.get(last, "FullyConnectedLayer")
     if last in ("conv0", "conv1"):
         class_name = "SynthesisLayer"
-        settings = {"activation": "lrelu", "use_noise": True, "conv_clamp": layout.conv_clamp, "act_gain": np.sqrt(2)} | changed
+        settings = {
+            "activation": "lrelu",
+            "use_noise": True,
+            "conv_clamp": layout.conv_clamp,
+            "act_gain": np.sqrt(2),
+        } | changed
     elif last == "torgb":
         settings = {"conv_clamp": layout.conv_clamp}
     elif last[:1] == "b" and last[1:].isdecimal():
@@ -140,7 +151,11 @@ def snapshot(tensors: Mapping[str, Any], layout: Layout, **changed: Any) -> dict
 
 def tensorflow(tensors: Mapping[str, torch.Tensor], version: int = 5, **settings: Any) -> tuple[Network, ...]:
     """The same weights as the TensorFlow code pickles them. Source of the names: `legacy.py` of stylegan2-ada-pytorch."""
-    parts: dict[str, list[tuple[str, Any]]] = {"": [("dlatent_avg", tensors["mapping.w_avg"].numpy())], "mapping": [], "synthesis": []}
+    parts: dict[str, list[tuple[str, Any]]] = {
+        "": [("dlatent_avg", tensors["mapping.w_avg"].numpy())],
+        "mapping": [],
+        "synthesis": [],
+    }
     for name, tensor in tensors.items():
         words, value = name.split("."), tensor.numpy()
         if words[0] == "mapping" and words[1] != "w_avg":
@@ -154,7 +169,9 @@ def tensorflow(tensors: Mapping[str, torch.Tensor], version: int = 5, **settings
     return Network(version=version), Network(version=version), whole
 
 
-def _network(variables: list[tuple[str, Any]], settings: dict[str, Any], version: int, **components: Network) -> Network:
+def _network(
+    variables: list[tuple[str, Any]], settings: dict[str, Any], version: int, **components: Network
+) -> Network:
     source = {"build_module_src": "raise RuntimeError('executed')", "build_func_name": "G_main"}
     return Network(version=version, static_kwargs=settings, components=components, variables=variables, **source)
 
@@ -166,7 +183,9 @@ def _tensorflow_variable(words: list[str], value: Any) -> tuple[str, Any]:
         return f"{size}/Const/const", value[None]
     layer = {"conv0": "Conv0_up", "conv1": "Conv1" if res > 4 else "Conv", "torgb": "ToRGB"}[words[2]]
     if words[3] == "noise_const":
-        return f"noise{0 if res == 4 else int(math.log2(res)) * 2 - (5 if words[2] == 'conv0' else 4)}", value[None, None]
+        return f"noise{0 if res == 4 else int(math.log2(res)) * 2 - (5 if words[2] == 'conv0' else 4)}", value[
+            None, None
+        ]
     if words[3] == "affine":
         return f"{size}/{layer}/mod_{words[4]}", value.T if words[4] == "weight" else value - 1
     if words[3] == "weight":
@@ -240,7 +259,9 @@ def mapped(tensors: Mapping[str, torch.Tensor], layout: Layout, z: Array, label:
     x = normalised(z)
     if label is not None:
         weight = weights["mapping.embed.weight"]
-        x = np.concatenate([x, normalised(weight[:, label] / math.sqrt(layout.num_classes) + weights["mapping.embed.bias"])])
+        x = np.concatenate(
+            [x, normalised(weight[:, label] / math.sqrt(layout.num_classes) + weights["mapping.embed.bias"])]
+        )
     for idx in range(len(layout.mapping_widths)):
         weight, bias = weights[f"mapping.fc{idx}.weight"], weights[f"mapping.fc{idx}.bias"]
         x = (weight @ x / math.sqrt(len(x)) + bias) * layout.mapping_lr

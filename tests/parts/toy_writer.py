@@ -74,7 +74,9 @@ def object_bytes(plan: Plan, shard_idx: int, part: int) -> bytes:
     return blake3(f"{plan.listing_blake3}/{shard_idx}/{part}".encode()).digest(length=5000 + shard_idx)
 
 
-def write_shard(store: Store, plan: Plan, listing: Listing, shard_idx: int, epoch: int, salt: bytes = b"") -> ShardEntry:
+def write_shard(
+    store: Store, plan: Plan, listing: Listing, shard_idx: int, epoch: int, salt: bytes = b""
+) -> ShardEntry:
     """Write both objects of a shard and return its entry; `salt` makes other bytes of the same size."""
     objects = []
     for part in range(2):
@@ -84,16 +86,33 @@ def write_shard(store: Store, plan: Plan, listing: Listing, shard_idx: int, epoc
         fault_point("shard.object")
         members = Members(offset=(0, 10), size=(10, 20), crc32c=(1, 2**32 - 1))
         objects.append(
-            ObjectEntry(name=name, size_bytes=len(data), blake3=blake3(data).hexdigest(), identity=written.identity, arrays={"l2": members})
+            ObjectEntry(
+                name=name,
+                size_bytes=len(data),
+                blake3=blake3(data).hexdigest(),
+                identity=written.identity,
+                arrays={"l2": members},
+            )
         )
     fault_point("shard.objects")
     rows = [
-        IndexRow(row=each.row, key=each.key, shard=shard_idx, label=each.label, status="bad: truncated" if each.row == 5 else "ok")
+        IndexRow(
+            row=each.row,
+            key=each.key,
+            shard=shard_idx,
+            label=each.label,
+            status="bad: truncated" if each.row == 5 else "ok",
+        )
         for each in listing.rows(plan.shard_rows(shard_idx))
     ]
     provenance = {"time": time.time()}
     return ShardEntry(
-        shard=shard_idx, plan_blake3=plan_digest(store), epoch=epoch, objects=tuple(objects), rows=tuple(rows), provenance=provenance
+        shard=shard_idx,
+        plan_blake3=plan_digest(store),
+        epoch=epoch,
+        objects=tuple(objects),
+        rows=tuple(rows),
+        provenance=provenance,
     )
 
 
@@ -101,7 +120,9 @@ def extract(url: str, recipe: Recipe | None = None, stale_s: float = 5.0) -> tup
     """Write what is missing and merge. Returns the manifest and the shards written now."""
     store = Store(url)
     with Lock.acquire(store, stale_s=stale_s) as lock:
-        plan, listing = start_plan(store, recipe or make_recipe(), make_listing, {"time": time.time()}, selection={"limit": None})
+        plan, listing = start_plan(
+            store, recipe or make_recipe(), make_listing, {"time": time.time()}, selection={"limit": None}
+        )
         todo = pending_shards(store, plan)
         for shard_idx in todo:
             lock.check()

@@ -28,7 +28,9 @@ def labelled(*keys: str) -> LabelledSet:
 
 def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: Path) -> None:
     keys = FeatureDataset.open(GOLDEN).keys
-    RunFolder.open(DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), out=str(tmp_path))).__exit__(None, None, None)
+    RunFolder.open(DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), out=str(tmp_path))).__exit__(
+        None, None, None
+    )
     config = EvalConfig(checkpoint=str(tmp_path), task="knn", images="photos")
     notes = overlap_notes(config, labelled(*keys[:2], "unseen.png"))
     assert len(notes) == 1
@@ -41,7 +43,9 @@ def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: 
 def test_a_plain_transformer_is_scored_on_its_one_level(name: str, px: int, tmp_path: Path) -> None:
     """Images of two colours, 32 px; patches of 14 px count as stride 16, so that the level is l4."""
     student = build_student(StudentSpec(name, 4, (px, px)))
-    save_checkpoint(tmp_path / "last.pt", {"student_spec": spec_to_dict(student.spec), "student": student.state_dict(), "ema": None})
+    save_checkpoint(
+        tmp_path / "last.pt", {"student_spec": spec_to_dict(student.spec), "student": student.state_dict(), "ema": None}
+    )
     rng = np.random.default_rng(0)
     for idx in range(24):
         image, mask = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8), np.zeros((32, 32), np.uint8)
@@ -63,6 +67,8 @@ def test_a_plain_transformer_is_scored_on_its_one_level(name: str, px: int, tmp_
             probe=probe,
             px=32,
         )
-        scores = [score for score in evaluate(config, lambda _text: None).result.scores if score.extractor == "distilled"]
+        scores = [
+            score for score in evaluate(config, lambda _text: None).result.scores if score.extractor == "distilled"
+        ]
         assert {score.level for score in scores} == {"l4"}
         assert scores[0].value > 0.9

@@ -47,7 +47,9 @@ def test_mask_values_are_class_numbers_also_of_palettes_and_equal_channels() -> 
     assert_array_equal(decode_mask(png(np.repeat(values[..., None], 3, axis=2)), "a"), values)
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", png(np.zeros((2, 2, 3), np.uint8) + np.arange(3, dtype=np.uint8))])
+@pytest.mark.parametrize(
+    "data", [b"", b"not an image", png(np.zeros((2, 2, 3), np.uint8) + np.arange(3, dtype=np.uint8))]
+)
 def test_what_is_no_mask_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(InputError, match=r"mask cat/1\.png"):
         decode_mask(data, "cat/1.png")

@@ -22,7 +22,13 @@ QUERY_ROWS = 4096  # queries whose similarities to all labelled images are held 
 
 
 def knn_votes(
-    queries: Tensor, references: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, leave_one_out: bool = False
+    queries: Tensor,
+    references: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    k: int,
+    temperature: float,
+    leave_one_out: bool = False,
 ) -> Tensor:
     """Votes of the k nearest references for each query, each weighing exp(cosine / temperature).
 
@@ -66,7 +72,9 @@ def knn_probe(
             votes = knn_votes(held_out[level], own, labels, num_classes, k, config.temperature)
             value = float((votes.argmax(dim=1).cpu() == truth).double().mean())
             selection = _leave_one_out(own, labels, num_classes, k, config.temperature)
-            candidates.append(Score(extractor.name, level, len(draw.rows), draw.seed, value, selection, settings={"k": k}))
+            candidates.append(
+                Score(extractor.name, level, len(draw.rows), draw.seed, value, selection, settings={"k": k})
+            )
         scores += mark_best(candidates)
     return scores
 

@@ -99,7 +99,13 @@ def _minimise(
         slope = (residual.T @ features + l2 * own_weight) @ units.T
         return loss.item(), torch.cat([slope, residual.sum(dim=0)[:, None]], dim=1).flatten().cpu().double().numpy()
 
-    start = torch.cat([torch.linalg.solve(units, weight, left=False), bias[:, None]], dim=1).flatten().cpu().double().numpy()
+    start = (
+        torch.cat([torch.linalg.solve(units, weight, left=False), bias[:, None]], dim=1)
+        .flatten()
+        .cpu()
+        .double()
+        .numpy()
+    )
     precise = features.dtype == torch.float64
     options = {"maxiter": max_iter, "gtol": 1e-8 if precise else 1e-5, "ftol": 1e-13 if precise else 1e-7}
     # scipy's BLAS and torch each keep threads that spin while waiting; on few cores they take turns at starving each other.

@@ -15,7 +15,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtpipe.distill.downstream.base import Draw, FeatureExtractor, Images, IntArray, LabelledSet, batches, count_classes, need_labels
+from dtpipe.distill.downstream.base import (
+    Draw,
+    FeatureExtractor,
+    Images,
+    IntArray,
+    LabelledSet,
+    batches,
+    count_classes,
+    need_labels,
+)
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
 from dtpipe.distill.downstream.result import ALL_LEVELS, Score, mark_best
@@ -30,7 +39,9 @@ class Choice:
     selection: float | None
 
 
-def pooled_levels(extractor: FeatureExtractor, images: Images, batch_size: int, concatenated: bool = True) -> dict[str, Tensor]:
+def pooled_levels(
+    extractor: FeatureExtractor, images: Images, batch_size: int, concatenated: bool = True
+) -> dict[str, Tensor]:
     """One vector per image and level, and all levels side by side. Shapes: -> {level: (N, D)} on the extractor's device."""
     parts: dict[str, list[Tensor]] = {}
     for _, levels in batches(extractor, images, batch_size):
@@ -55,7 +66,9 @@ def stratified_folds(labels: IntArray, num_folds: int) -> npt.NDArray[np.int64] 
     return folds
 
 
-def choose_linear(features: Tensor, labels: Tensor, folds: npt.NDArray[np.int64] | None, num_classes: int, config: ProbeConfig) -> Choice:
+def choose_linear(
+    features: Tensor, labels: Tensor, folds: npt.NDArray[np.int64] | None, num_classes: int, config: ProbeConfig
+) -> Choice:
     """Fit on all labelled images with the regularisation that is right most often on the fold left out.
 
     Shapes: features (n, D), labels (n,). Ties go to the stronger regularisation.
@@ -66,7 +79,9 @@ def choose_linear(features: Tensor, labels: Tensor, folds: npt.NDArray[np.int64]
         correct = dict.fromkeys(sorted(config.l2_grid, reverse=True), 0)
         for fold in range(int(folds.max()) + 1):
             held = torch.from_numpy(folds == fold).to(features.device)
-            for value, classifier in fit_path(features[~held], labels[~held], num_classes, config.l2_grid, config.max_iter).items():
+            for value, classifier in fit_path(
+                features[~held], labels[~held], num_classes, config.l2_grid, config.max_iter
+            ).items():
                 correct[value] += int((classifier.predict(features[held]) == labels[held]).sum())
         l2 = max(correct, key=correct.__getitem__)
         selection = correct[l2] / len(labels)
@@ -92,7 +107,9 @@ def linear_probe(
             choice = choose_linear(own, torch.from_numpy(labels).to(own.device), folds, num_classes, config)
             value = float((choice.classifier.predict(held_out[level]).cpu() == truth).double().mean())
             settings: dict[str, Any] = {"l2": choice.l2}
-            candidates.append(Score(extractor.name, level, len(draw.rows), draw.seed, value, choice.selection, settings=settings))
+            candidates.append(
+                Score(extractor.name, level, len(draw.rows), draw.seed, value, choice.selection, settings=settings)
+            )
         scores += mark_best(candidates)
     return scores
 

@@ -32,16 +32,22 @@ def masks_at_stride(masks: Tensor, stride: int, num_classes: int) -> Tensor:
     Raises: ShapeError when the stride does not divide the mask.
     """
     if masks.shape[1] % stride or masks.shape[2] % stride:
-        raise ShapeError(f"masks are {tuple(masks.shape[1:])} px, which stride {stride} does not divide; choose another stride")
+        raise ShapeError(
+            f"masks are {tuple(masks.shape[1:])} px, which stride {stride} does not divide; choose another stride"
+        )
     values = [*range(num_classes), IGNORE]
-    shares = torch.stack([F.avg_pool2d((masks == value).float()[:, None], stride)[:, 0] for value in values])  # (K+1, B, h, w)
+    shares = torch.stack(
+        [F.avg_pool2d((masks == value).float()[:, None], stride)[:, 0] for value in values]
+    )  # (K+1, B, h, w)
     return torch.tensor(values, device=masks.device)[shares.argmax(dim=0)]
 
 
 def cells_of(masks: IntArray, stride: int, num_classes: int, batch_size: int = 256) -> Tensor:
     """`masks_at_stride` of numpy masks, a few at a time. Shapes: (N, H, W) -> (N, H/stride, W/stride) int64."""
     chunks = [masks[start : start + batch_size] for start in range(0, len(masks), batch_size)]
-    return torch.cat([masks_at_stride(torch.from_numpy(chunk.astype(np.int64)), stride, num_classes) for chunk in chunks])
+    return torch.cat(
+        [masks_at_stride(torch.from_numpy(chunk.astype(np.int64)), stride, num_classes) for chunk in chunks]
+    )
 
 
 def at_grid(level: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -86,7 +92,9 @@ class Cells:
     turn: Tensor
 
 
-def draw_cells(extractor: FeatureExtractor, labelled: LabelledSet, num_classes: int, seed: int, config: ProbeConfig) -> Cells:
+def draw_cells(
+    extractor: FeatureExtractor, labelled: LabelledSet, num_classes: int, seed: int, config: ProbeConfig
+) -> Cells:
     """Up to `max_cells` cells, equally many random ones of every labelled image; ignored cells are dropped."""
     masks = need_masks(labelled)
     grid = (masks.shape[1] // config.stride, masks.shape[2] // config.stride)
@@ -121,7 +129,9 @@ class Readout:
 
     def predict(self, levels: Mapping[str, Tensor], grid: tuple[int, int]) -> Tensor:
         """Most likely class of each cell; logits are formed at each level's own size. Shapes: {level: (B, C, h, w)} -> (B, *grid)."""
-        parts = [at_grid(torch.einsum("kc,bchw->bkhw", weight, levels[name]), grid) for name, weight in self.weights.items()]
+        parts = [
+            at_grid(torch.einsum("kc,bchw->bkhw", weight, levels[name]), grid) for name, weight in self.weights.items()
+        ]
         return (torch.stack(parts).sum(dim=0) + self.bias[:, None, None]).argmax(dim=1)
 
 
@@ -146,7 +156,15 @@ def fit_readouts(cells: Cells, draw: Draw, num_classes: int, config: ProbeConfig
         features = torch.cat([cells.features[name] for name in names], dim=1)
         l2, selection = _choose_l2(features, cells, len(draw.rows), num_classes, config)
         classifier = fit_path(features, cells.targets, num_classes, [l2], config.max_iter)[l2]
-        fitted.append(Fitted(draw, candidate, _split(classifier, {name: cells.features[name].shape[1] for name in names}), l2, selection))
+        fitted.append(
+            Fitted(
+                draw,
+                candidate,
+                _split(classifier, {name: cells.features[name].shape[1] for name in names}),
+                l2,
+                selection,
+            )
+        )
     return fitted
 
 
@@ -155,16 +173,22 @@ def _split(classifier: LinearClassifier, widths: Mapping[str, int]) -> Readout:
     return Readout(dict(zip(widths, parts, strict=True)), classifier.bias)
 
 
-def _choose_l2(features: Tensor, cells: Cells, num_images: int, num_classes: int, config: ProbeConfig) -> tuple[float, float | None]:
+def _choose_l2(
+    features: Tensor, cells: Cells, num_images: int, num_classes: int, config: ProbeConfig
+) -> tuple[float, float | None]:
     num_folds = min(config.folds, num_images)
     if num_folds < 2:
         return config.l2_fallback, None
     few = cells.turn < max(1, config.max_select_cells // num_images)
     features, targets, fold_of = features[few], cells.targets[few], cells.image_idx[few] % num_folds
-    confusions = {l2: torch.zeros(num_classes, num_classes, dtype=torch.int64) for l2 in sorted(config.l2_grid, reverse=True)}
+    confusions = {
+        l2: torch.zeros(num_classes, num_classes, dtype=torch.int64) for l2 in sorted(config.l2_grid, reverse=True)
+    }
     for fold in range(num_folds):
         held = fold_of == fold
-        for l2, classifier in fit_path(features[~held], targets[~held], num_classes, config.l2_grid, config.max_iter).items():
+        for l2, classifier in fit_path(
+            features[~held], targets[~held], num_classes, config.l2_grid, config.max_iter
+        ).items():
             confusions[l2] += confusion_matrix(targets[held], classifier.predict(features[held]), num_classes)
     scores = {l2: iou_score(confusion) for l2, confusion in confusions.items()}
     best = max(scores, key=scores.__getitem__)
@@ -192,7 +216,9 @@ def _score(extractor: str, fitted: Fitted, confusion: Tensor) -> Score:
     ious = [None if iou != iou else iou for iou in iou_by_class(confusion).tolist()]  # NaN is not JSON
     settings: dict[str, Any] = {"l2": fitted.l2, "iou_by_class": ious}
     draw = fitted.draw
-    return Score(extractor, fitted.level, len(draw.rows), draw.seed, iou_score(confusion), fitted.selection, settings=settings)
+    return Score(
+        extractor, fitted.level, len(draw.rows), draw.seed, iou_score(confusion), fitted.selection, settings=settings
+    )
 
 
 def _held_out(

@@ -79,7 +79,10 @@ class Supervised:
         device = next(self.net.parameters()).device
         with torch.no_grad():
             starts = range(0, len(images), batch_size)
-            parts = [self.net(_batch(images, slice(start, start + batch_size), device)).argmax(dim=1).cpu() for start in starts]
+            parts = [
+                self.net(_batch(images, slice(start, start + batch_size), device)).argmax(dim=1).cpu()
+                for start in starts
+            ]
         return torch.cat(parts)
 
 
@@ -107,7 +110,9 @@ def train_supervised(
     generator = np.random.Generator(np.random.Philox(seed))
     loss = torch.zeros(())
     for step, rows in enumerate(_steps(len(images), config, generator)):
-        set_learning_rate(optimizer, learning_rate(step, config.steps, round(config.warmup_share * config.steps), config.lr))
+        set_learning_rate(
+            optimizer, learning_rate(step, config.steps, round(config.warmup_share * config.steps), config.lr)
+        )
         batch, target = _batch(images, rows, device), targets[torch.from_numpy(rows)].to(device)
         if config.flip:
             batch, target = _flip(batch, target, torch.from_numpy(generator.random(len(rows)) < 0.5).to(device))

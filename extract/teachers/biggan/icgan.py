@@ -44,12 +44,19 @@ INSTANCE, BOTH = "an instance", "an instance and a class"
 class IcGanOptions(SamplingOptions):
     """What `extract.teacher.options` may hold."""
 
-    instances: str | None = Field(default=None, description=".npy file of instance features: an array (n, 2048), or the authors' dict.")
-    instance: int | Literal["sampled"] = Field(default="sampled", description="One instance for all images, or sampled for each.")
-    class_label: int | Literal["sampled", "of_instance"] = Field(
-        default="of_instance", description="For a class-conditional network: the instance's class, one for all images, or sampled."
+    instances: str | None = Field(
+        default=None, description=".npy file of instance features: an array (n, 2048), or the authors' dict."
     )
-    class_conditional: bool | None = Field(default=None, description="Needed where the shapes do not tell whether it takes a class.")
+    instance: int | Literal["sampled"] = Field(
+        default="sampled", description="One instance for all images, or sampled for each."
+    )
+    class_label: int | Literal["sampled", "of_instance"] = Field(
+        default="of_instance",
+        description="For a class-conditional network: the instance's class, one for all images, or sampled.",
+    )
+    class_conditional: bool | None = Field(
+        default=None, description="Needed where the shapes do not tell whether it takes a class."
+    )
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,30 @@ def load_icgan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTeac
     """
     options = parse_options(config, IcGanOptions)
     if options.instances is None:
-        raise ConfigError(f"an icgan teacher needs -s extract.teacher.options.instances=FILE.npy; its authors' are in {STORED_INSTANCES}")
+        raise ConfigError(
+            f"an icgan teacher needs -s extract.teacher.options.instances=FILE.npy; its authors' are in {STORED_INSTANCES}"
+        )
     tensors = read_generator(config.path)
     instances = read_instances(Path(options.instances))
     embedded = embed_instances(tensors, instances.features, options.sn_eps, config.path)
     sizes = {INSTANCE: embedded.shape[1]}
     if "shared.weight" in tensors and tensors["shared.weight"].ndim == 2:
         sizes[BOTH] = embedded.shape[1] + tensors["shared.weight"].shape[1]
-    asked = {None: sizes, True: {BOTH: sizes.get(BOTH, 0)}, False: {INSTANCE: sizes[INSTANCE]}}[options.class_conditional]
+    asked = {None: sizes, True: {BOTH: sizes.get(BOTH, 0)}, False: {INSTANCE: sizes[INSTANCE]}}[
+        options.class_conditional
+    ]
     condition, layout = infer_layout(tensors, asked, config.path)
     tables = make_tables(tensors, instances, embedded, options, condition == BOTH, config.path)
     network = build_network(tensors, layout, options, config.path)
     return make_teacher(
-        "icgan", config, options, network, tables, _recorded(options, instances, condition == BOTH), weights_digest(tensors), device
+        "icgan",
+        config,
+        options,
+        network,
+        tables,
+        _recorded(options, instances, condition == BOTH),
+        weights_digest(tensors),
+        device,
     )
 
 
@@ -99,14 +117,18 @@ def read_instances(path: Path) -> Instances:
     arrays = read_arrays(path, (FEATURES, LABELS))
     features = arrays.get(FEATURES)
     if features is None or features.ndim != 2 or features.dtype.kind != "f" or 0 in features.shape:
-        raise TeacherError(f"{path}: has no table of {FEATURES}; give one of the authors' stored_instances, or an array (n, 2048)")
+        raise TeacherError(
+            f"{path}: has no table of {FEATURES}; give one of the authors' stored_instances, or an array (n, 2048)"
+        )
     lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or not (lengths > 0).all():
         row = int(np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))[0])
         raise TeacherError(f"{path}: {FEATURES} of instance {row} are zero or not finite; make the file again")
     labels = arrays.get(LABELS)
     if labels is not None and (labels.shape != features.shape[:1] or labels.dtype.kind not in "iu"):
-        raise TeacherError(f"{path}: {LABELS} are {labels.dtype} {labels.shape}, not one class for each of {len(features)} instances")
+        raise TeacherError(
+            f"{path}: {LABELS} are {labels.dtype} {labels.shape}, not one class for each of {len(features)} instances"
+        )
     unit = (features / lengths).astype(np.float32)
     return Instances(torch.from_numpy(unit), None if labels is None else torch.from_numpy(labels.astype(np.int64)))
 
@@ -133,7 +155,12 @@ def embed_instances(tensors: Mapping[str, Tensor], features: Tensor, sn_eps: flo
 
 
 def make_tables(
-    tensors: Mapping[str, Tensor], instances: Instances, embedded: Tensor, options: IcGanOptions, with_class: bool, where: str
+    tensors: Mapping[str, Tensor],
+    instances: Instances,
+    embedded: Tensor,
+    options: IcGanOptions,
+    with_class: bool,
+    where: str,
 ) -> tuple[Table, ...]:
     """What is chosen for each image, in the order of the condition: class, then instance; as one where they go together.
 
@@ -143,7 +170,9 @@ def make_tables(
 
     instance = None if options.instance == "sampled" else options.instance
     if instance is not None and not 0 <= instance < len(embedded):
-        raise ConfigError(f"extract.teacher.options.instance is {instance}; {options.instances} has 0 to {len(embedded) - 1}")
+        raise ConfigError(
+            f"extract.teacher.options.instance is {instance}; {options.instances} has 0 to {len(embedded) - 1}"
+        )
     if not with_class:
         if options.class_label != "of_instance":
             raise ConfigError(f"{where}: the network takes no class; leave out extract.teacher.options.class_label")

@@ -31,7 +31,9 @@ _SPELLINGS = (
 )
 
 
-def infer_layout(tensors: Mapping[str, Tensor], conditions: Mapping[str, int], where: str) -> tuple[str, GeneratorLayout]:
+def infer_layout(
+    tensors: Mapping[str, Tensor], conditions: Mapping[str, int], where: str
+) -> tuple[str, GeneratorLayout]:
     """The layout of a generator, and which of the possible `conditions` (their sizes by name) its blocks take.
 
     Raises: TeacherError when it is no BigGAN generator, or none of the conditions fits; ConfigError when more than one does.
@@ -39,13 +41,17 @@ def infer_layout(tensors: Mapping[str, Tensor], conditions: Mapping[str, int], w
     from dtpipe.extract.teachers.biggan.network import GeneratorLayout
 
     if "blocks.0.0.conv3.weight" in tensors:
-        raise TeacherError(f"{where}: is a BigGAN-deep generator, whose blocks are others; give a BigGAN or IC-GAN checkpoint")
+        raise TeacherError(
+            f"{where}: is a BigGAN-deep generator, whose blocks are others; give a BigGAN or IC-GAN checkpoint"
+        )
     convolutions = _first_convolutions(tensors, where)
     outputs, z_chunk = _shape(tensors, "linear.weight", 2, where)
     first = convolutions[0][1]
     start_px = math.isqrt(outputs // first)
     if outputs != first * start_px**2 or start_px == 0:
-        raise TeacherError(f"{where}: the first layer's {outputs} outputs are no square map of {first} channels; give a G or G_ema file")
+        raise TeacherError(
+            f"{where}: the first layer's {outputs} outputs are no square map of {first} channels; give a G or G_ema file"
+        )
     name, hierarchical = _find_condition(tensors, conditions, z_chunk, where)
     return name, GeneratorLayout(
         start_px=start_px,
@@ -57,7 +63,9 @@ def infer_layout(tensors: Mapping[str, Tensor], conditions: Mapping[str, int], w
     )
 
 
-def _find_condition(tensors: Mapping[str, Tensor], conditions: Mapping[str, int], z_chunk: int, where: str) -> tuple[str, bool]:
+def _find_condition(
+    tensors: Mapping[str, Tensor], conditions: Mapping[str, int], z_chunk: int, where: str
+) -> tuple[str, bool]:
     """Which condition blocks take, and whether a chunk of the latent comes with it."""
     inputs = _shape(tensors, "blocks.0.0.bn1.gain.weight", 2, where)[1]
     fits = [(name, chunk > 0) for name, size in conditions.items() for chunk in (0, z_chunk) if size + chunk == inputs]
@@ -100,9 +108,14 @@ def with_shared_embedding(tensors: Mapping[str, Tensor], where: str) -> dict[str
     import torch
 
     if "blocks.0.0.bn1.gain.u0" in tensors:
-        raise TeacherError(f"{where}: shared.weight is missing, and no other layer holds class embeddings; download it again")
+        raise TeacherError(
+            f"{where}: shared.weight is missing, and no other layer holds class embeddings; download it again"
+        )
     looked_up = re.compile(r"blocks\.\d+\.0\.bn[12]\.(gain|bias)\.weight")
-    turned = {name: tensor.t() if looked_up.fullmatch(name) and tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    turned = {
+        name: tensor.t() if looked_up.fullmatch(name) and tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }
     num_classes = _shape(tensors, "blocks.0.0.bn1.gain.weight", 2, where)[0]
     return {**turned, "shared.weight": torch.eye(num_classes)}
 
@@ -112,7 +125,9 @@ def default_bn_eps(tensors: Mapping[str, Tensor]) -> float:
     return TFHUB_EPS if "linear.u0" in tensors and "linear.sv0" not in tensors else 1e-5
 
 
-def generator_weights(tensors: Mapping[str, Tensor], sn_eps: float, standing_stats: bool | None, where: str) -> dict[str, Tensor]:
+def generator_weights(
+    tensors: Mapping[str, Tensor], sn_eps: float, standing_stats: bool | None, where: str
+) -> dict[str, Tensor]:
     """The generator's plain weights by the names of `biggan_network`; a name of no known spelling is kept as it is.
 
     Raises: TeacherError when spectral norm or statistics are not whole; ConfigError when `standing_stats` cannot be.
@@ -128,10 +143,16 @@ def generator_weights(tensors: Mapping[str, Tensor], sn_eps: float, standing_sta
     return weights
 
 
-def _used(tensors: Mapping[str, Tensor], sn_eps: float, standing_stats: bool | None, where: str) -> Iterator[tuple[str, Tensor]]:
+def _used(
+    tensors: Mapping[str, Tensor], sn_eps: float, standing_stats: bool | None, where: str
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if module in ("shared", "shared_feat") or _UNUSED.fullmatch(name) or (leaf == "u0" and f"{module}.weight" in tensors):
+        if (
+            module in ("shared", "shared_feat")
+            or _UNUSED.fullmatch(name)
+            or (leaf == "u0" and f"{module}.weight" in tensors)
+        ):
             continue
         if leaf == "weight":
             yield name, plain_weight(tensors, module, sn_eps, where)
@@ -149,7 +170,9 @@ def plain_weight(tensors: Mapping[str, Tensor], module: str, sn_eps: float, wher
     weight, start = tensors[f"{module}.weight"].float(), tensors.get(f"{module}.u0")
     if start is not None:
         if start.shape != (1, weight.shape[0]):
-            raise TeacherError(f"{where}: {module}.u0 has shape {tuple(start.shape)}, its weight {tuple(weight.shape)}; download it again")
+            raise TeacherError(
+                f"{where}: {module}.u0 has shape {tuple(start.shape)}, its weight {tuple(weight.shape)}; download it again"
+            )
         return weight / spectral_norm(weight, start.float(), sn_eps)
     if weight.ndim > 1 and "linear.u0" in tensors and not _is_lookup(tensors, module):
         raise TeacherError(f"{where}: {module}.u0 is missing, though other layers have theirs; download it again")
@@ -186,5 +209,7 @@ def _accumulated(tensors: Mapping[str, Tensor], module: str, standing_stats: boo
             f"set extract.teacher.options.standing_stats to true (divide) or false"
         )
     if count <= 0:
-        raise ConfigError(f"{where}: {module} has no standing statistics; leave out extract.teacher.options.standing_stats")
+        raise ConfigError(
+            f"{where}: {module} has no standing statistics; leave out extract.teacher.options.standing_stats"
+        )
     return count

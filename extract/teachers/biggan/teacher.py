@@ -48,14 +48,25 @@ class SamplingOptions(StrictModel):
     """How a latent is made from `z`, and what a file's shapes do not tell."""
 
     truncation: Literal["none", "clamp", "truncated_normal"] = Field(
-        default="none", description="How latent numbers are kept within the threshold: not, cut off there, or drawn from within."
+        default="none",
+        description="How latent numbers are kept within the threshold: not, cut off there, or drawn from within.",
     )
-    threshold: float | None = Field(default=None, gt=0, description="Largest latent number before z_scale; IC-GAN's truncation t is 2t.")
-    z_scale: float = Field(default=1.0, gt=0, description="Factor of the latent; TFHub's truncation t is this with truncated_normal at 2.")
-    bn_eps: float | None = Field(default=None, gt=0, description="Epsilon of batch norms; default 1e-5, or 1e-4 for DeepMind's models.")
+    threshold: float | None = Field(
+        default=None, gt=0, description="Largest latent number before z_scale; IC-GAN's truncation t is 2t."
+    )
+    z_scale: float = Field(
+        default=1.0, gt=0, description="Factor of the latent; TFHub's truncation t is this with truncated_normal at 2."
+    )
+    bn_eps: float | None = Field(
+        default=None, gt=0, description="Epsilon of batch norms; default 1e-5, or 1e-4 for DeepMind's models."
+    )
     sn_eps: float = Field(default=1e-6, gt=0, description="Epsilon of spectral norms.")
-    standing_stats: bool | None = Field(default=None, description="Whether statistics are sums over accumulation_counter batches.")
-    pool_missing: bool = Field(default=False, description="Make levels deeper than the deepest block by average pooling it.")
+    standing_stats: bool | None = Field(
+        default=None, description="Whether statistics are sums over accumulation_counter batches."
+    )
+    pool_missing: bool = Field(
+        default=False, description="Make levels deeper than the deepest block by average pooling it."
+    )
 
     @model_validator(mode="after")
     def _threshold_if_truncated(self) -> SamplingOptions:
@@ -67,13 +78,17 @@ class SamplingOptions(StrictModel):
 class BigGanOptions(SamplingOptions):
     """What `extract.teacher.options` may hold."""
 
-    class_label: int | Literal["sampled"] = Field(default="sampled", description="One class for all images, or sampled for each.")
+    class_label: int | Literal["sampled"] = Field(
+        default="sampled", description="One class for all images, or sampled for each."
+    )
 
 
 class BigGanTeacher:
     """A frozen generator and its condition's tables on their device."""
 
-    def __init__(self, network: Generator, tables: Sequence[Table], spec: TeacherSpec, options: SamplingOptions, dtype: str) -> None:
+    def __init__(
+        self, network: Generator, tables: Sequence[Table], spec: TeacherSpec, options: SamplingOptions, dtype: str
+    ) -> None:
         from dtpipe.extract.teachers.taps import TapReader
 
         self.network = network
@@ -108,7 +123,9 @@ class BigGanTeacher:
 
         deepest = self._own[-1]
         pooled = [level for level in self.spec.levels if POOLED in level.tap]
-        return levels | {level.name: avg_pool2d(levels[deepest.name], level.stride // deepest.stride) for level in pooled}
+        return levels | {
+            level.name: avg_pool2d(levels[deepest.name], level.stride // deepest.stride) for level in pooled
+        }
 
     def _check_noise(self, noise: Mapping[str, Tensor]) -> None:
         for stream, shape in self.spec.noise_shapes.items():
@@ -156,7 +173,9 @@ def class_table(tensors: Mapping[str, Tensor], label: int | None, where: str) ->
     return Table(rows, label)
 
 
-def build_network(tensors: Mapping[str, Tensor], layout: GeneratorLayout, options: SamplingOptions, where: str) -> Generator:
+def build_network(
+    tensors: Mapping[str, Tensor], layout: GeneratorLayout, options: SamplingOptions, where: str
+) -> Generator:
     """The generator with its weights, frozen, on the CPU. Raises: TeacherError when they do not fit."""
     import torch
 
@@ -233,7 +252,9 @@ def _block_levels(layout: GeneratorLayout) -> list[TapSpec]:
     strides = [1 << (len(layout.attention) - 1 - block_idx) for block_idx in range(len(layout.attention))]
     return [
         TapSpec(level_name(stride), stride, width, f"blocks.{block_idx}.{int(attends)}")
-        for block_idx, (stride, width, attends) in enumerate(zip(strides, layout.widths[1:], layout.attention, strict=True))
+        for block_idx, (stride, width, attends) in enumerate(
+            zip(strides, layout.widths[1:], layout.attention, strict=True)
+        )
     ]
 
 
@@ -260,9 +281,15 @@ register_teacher(
                 levels="l2 384, l3 768, l4 1536",
                 image_px=(128, 128),
             ),
-            PublishedTeacher("biggan-deepmind128", _TFHUB, _APACHE, "l2 384, l3 768, l4 1536", (128, 128), {"bn_eps": 1e-4}),
-            PublishedTeacher("biggan-deepmind256", _TFHUB, _APACHE, "l2 384, l3 768, l4 768, l5 1536", (256, 256), {"bn_eps": 1e-4}),
-            PublishedTeacher("biggan-deepmind512", _TFHUB, _APACHE, "l2 192, l3 384, l4 768, l5 768", (512, 512), {"bn_eps": 1e-4}),
+            PublishedTeacher(
+                "biggan-deepmind128", _TFHUB, _APACHE, "l2 384, l3 768, l4 1536", (128, 128), {"bn_eps": 1e-4}
+            ),
+            PublishedTeacher(
+                "biggan-deepmind256", _TFHUB, _APACHE, "l2 384, l3 768, l4 768, l5 1536", (256, 256), {"bn_eps": 1e-4}
+            ),
+            PublishedTeacher(
+                "biggan-deepmind512", _TFHUB, _APACHE, "l2 192, l3 384, l4 768, l5 768", (512, 512), {"bn_eps": 1e-4}
+            ),
         ),
     )
 )

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
     from dtpipe.extract.config import TeacherConfig
 
-_MARKS = ("input_blocks.0.0.weight", "time_embed.0.weight")  # whole names: latent diffusion files have them behind a prefix
+_MARKS = (
+    "input_blocks.0.0.weight",
+    "time_embed.0.weight",
+)  # whole names: latent diffusion files have them behind a prefix
 
 
 def is_adm_file(path: str) -> bool:
@@ -82,15 +85,21 @@ def _read_mapped(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as err:  # torch raises many types for a damaged file
-        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again") from err
+        raise TeacherError(
+            f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again"
+        ) from err
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise TeacherError(f"{path}: holds other things than named tensors; give a plain state_dict, as guided-diffusion saves it")
+        raise TeacherError(
+            f"{path}: holds other things than named tensors; give a plain state_dict, as guided-diffusion saves it"
+        )
     return dict(content)
 
 
 def _check_label(label: int | None, layout: AdmLayout, where: str) -> None:
     if layout.num_classes is None and label is not None:
-        raise ConfigError(f"{where}: the network is not class-conditional; leave out extract.teacher.options.class_label")
+        raise ConfigError(
+            f"{where}: the network is not class-conditional; leave out extract.teacher.options.class_label"
+        )
     if layout.num_classes is not None and (label is None or label >= layout.num_classes):
         raise ConfigError(
             f"{where}: the network is class-conditional; give all images one class, 0 to {layout.num_classes - 1}, with "
@@ -121,7 +130,9 @@ def _check_fit(tensors: Mapping[str, Tensor], wanted: Shapes, where: str) -> Non
             problems.append(f"{name} holds values that are not finite floats")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise TeacherError(f"{where}: not a whole UNet of guided-diffusion: {'; '.join(problems[:3])}{more}; download it again")
+        raise TeacherError(
+            f"{where}: not a whole UNet of guided-diffusion: {'; '.join(problems[:3])}{more}; download it again"
+        )
 
 
 _OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"

@@ -66,7 +66,11 @@ def _blocks(layout: AdmLayout) -> Iterator[tuple[str, str, Mapping[str, str]]]:
                 yield f"output_blocks.{block}.1", f"up_blocks.{stage}.attentions.{idx}", _ATTENTION
         if stage < num_levels - 1:
             up = _RESIDUAL if layout.resblock_updown else {"conv": "conv"}
-            yield f"output_blocks.{stage * per_level + per_level - 1}.{2 if attends else 1}", f"up_blocks.{stage}.upsamplers.0", up
+            yield (
+                f"output_blocks.{stage * per_level + per_level - 1}.{2 if attends else 1}",
+                f"up_blocks.{stage}.upsamplers.0",
+                up,
+            )
 
 
 def published_shapes(layout: AdmLayout, wanted: Shapes) -> dict[str, tuple[int, ...]]:
@@ -79,7 +83,9 @@ def published_shapes(layout: AdmLayout, wanted: Shapes) -> dict[str, tuple[int, 
                 continue
             if ours.endswith("to_{}"):
                 shape = (3 * shape[0], *shape[1:])
-            shapes[f"{published}.{kind}"] = (*shape, 1) if published.endswith(("qkv", "proj_out")) and kind == "weight" else shape
+            shapes[f"{published}.{kind}"] = (
+                (*shape, 1) if published.endswith(("qkv", "proj_out")) and kind == "weight" else shape
+            )
     if layout.num_classes is not None:
         shapes[LABELS] = (layout.num_classes, wanted["time_embedding.linear_2.bias"][0])
     return shapes
@@ -102,7 +108,10 @@ def unet_tensors(
             if published.endswith(("qkv", "proj_out")) and kind == "weight":
                 value = value.squeeze(-1)  # (out, in, 1) -> (out, in)
             if ours.endswith("to_{}"):
-                yield from ((f"{ours.format(each)}.{kind}", part) for each, part in zip("qkv", _cut(value, settings), strict=True))
+                yield from (
+                    (f"{ours.format(each)}.{kind}", part)
+                    for each, part in zip("qkv", _cut(value, settings), strict=True)
+                )
             else:
                 yield f"{ours}.{kind}", value
 

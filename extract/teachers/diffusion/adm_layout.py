@@ -25,13 +25,23 @@ class AdmOptions(PixelOptions):
     """Flags that the network was trained with, by their names in guided-diffusion, and how images are encoded."""
 
     num_head_channels: int | None = Field(default=None, ge=1, description="Channels per attention head.")
-    num_heads: int | None = Field(default=None, ge=1, description="In place of num_head_channels: heads per attention layer.")
-    use_new_attention_order: bool | None = Field(default=None, description="True where q, k, v are split before the heads.")
+    num_heads: int | None = Field(
+        default=None, ge=1, description="In place of num_head_channels: heads per attention layer."
+    )
+    use_new_attention_order: bool | None = Field(
+        default=None, description="True where q, k, v are split before the heads."
+    )
     noise_schedule: Literal["linear", "cosine"] | None = Field(default=None, description="Schedule of betas.")
     diffusion_steps: int = Field(default=1000, ge=1, description="Timesteps that the network was trained with.")
-    predict_xstart: bool = Field(default=False, description="True where the network predicts the image in place of the noise.")
-    image_px: int | tuple[int, int] | None = Field(default=None, description="Side, or height and width, it was trained at, in px.")
-    class_label: int | None = Field(default=None, ge=0, description="For a class-conditional network: the class that all images get.")
+    predict_xstart: bool = Field(
+        default=False, description="True where the network predicts the image in place of the noise."
+    )
+    image_px: int | tuple[int, int] | None = Field(
+        default=None, description="Side, or height and width, it was trained at, in px."
+    )
+    class_label: int | None = Field(
+        default=None, ge=0, description="For a class-conditional network: the class that all images get."
+    )
 
 
 @dataclass(frozen=True)
@@ -95,12 +105,19 @@ def _decoder_blocks(shapes: Shapes, where: str) -> tuple[int, int]:
     ends = [
         block
         for block, last in sorted(layers.items())
-        if f"output_blocks.{block}.{last}.conv.weight" in shapes or (last and f"output_blocks.{block}.{last}.in_layers.2.weight" in shapes)
+        if f"output_blocks.{block}.{last}.conv.weight" in shapes
+        or (last and f"output_blocks.{block}.{last}.in_layers.2.weight" in shapes)
     ]
     per_level = ends[0] + 1 if ends else len(layers)
     num_levels = len(ends) + 1
-    if per_level < 2 or ends != [per_level * (level + 1) - 1 for level in range(num_levels - 1)] or len(layers) != per_level * num_levels:
-        raise TeacherError(f"{where}: {len(layers)} output_blocks with upsamplers in {ends} are not a UNet of guided-diffusion")
+    if (
+        per_level < 2
+        or ends != [per_level * (level + 1) - 1 for level in range(num_levels - 1)]
+        or len(layers) != per_level * num_levels
+    ):
+        raise TeacherError(
+            f"{where}: {len(layers)} output_blocks with upsamplers in {ends} are not a UNet of guided-diffusion"
+        )
     return per_level, num_levels
 
 
@@ -109,9 +126,13 @@ def _check_ends(shapes: Shapes, widths: tuple[int, ...], where: str) -> None:
     base = _shape(shapes, "time_embed.0.weight", where)[1]
     taken, given = _shape(shapes, "input_blocks.0.0.weight", where)[1], _shape(shapes, "out.2.weight", where)[0]
     if taken != 3:
-        raise TeacherError(f"{where}: the network takes {taken} channels (an upsampler takes 6); kind adm needs one that takes RGB images")
+        raise TeacherError(
+            f"{where}: the network takes {taken} channels (an upsampler takes 6); kind adm needs one that takes RGB images"
+        )
     if given not in (3, 6):
-        raise TeacherError(f"{where}: the network gives {given} channels; kind adm needs noise (3), or noise and variances (6)")
+        raise TeacherError(
+            f"{where}: the network gives {given} channels; kind adm needs noise (3), or noise and variances (6)"
+        )
     if widths[0] != base:
         raise TeacherError(
             f"{where}: the first level has {widths[0]} channels and num_channels is {base}; diffusers' UNet2DModel needs a channel_mult "
@@ -133,19 +154,29 @@ def complete(options: AdmOptions, layout: AdmLayout, where: str) -> AdmSettings:
         given["num_head_channels"] = _head_channels(options, layout, where)
     if _is_adm_256(layout):
         given = ADM_256 | given
-    if missing := [name if name != "num_head_channels" else "num_head_channels or num_heads" for name in ADM_256 if name not in given]:
+    if missing := [
+        name if name != "num_head_channels" else "num_head_channels or num_heads"
+        for name in ADM_256
+        if name not in given
+    ]:
         raise ConfigError(
             f"{where}: the file does not say its {', '.join(missing)}; set them under extract.teacher.options as the network was trained"
         )
     heads, px = given["num_head_channels"], given["image_px"]
     if odd := [width for width in attention_widths(layout) if width % heads]:
-        raise ConfigError(f"extract.teacher.options.num_head_channels is {heads}, and {where} has attention over {odd[0]} channels")
-    return AdmSettings(heads, given["use_new_attention_order"], given["noise_schedule"], (px, px) if isinstance(px, int) else px)
+        raise ConfigError(
+            f"extract.teacher.options.num_head_channels is {heads}, and {where} has attention over {odd[0]} channels"
+        )
+    return AdmSettings(
+        heads, given["use_new_attention_order"], given["noise_schedule"], (px, px) if isinstance(px, int) else px
+    )
 
 
 def attention_widths(layout: AdmLayout) -> set[int]:
     """Channels at which there is attention; the middle block always has it."""
-    return {width for width, attends in zip(layout.widths, layout.attention, strict=True) if attends} | {layout.widths[-1]}
+    return {width for width, attends in zip(layout.widths, layout.attention, strict=True) if attends} | {
+        layout.widths[-1]
+    }
 
 
 def unet_arguments(layout: AdmLayout, settings: AdmSettings) -> dict[str, Any]:
@@ -205,7 +236,9 @@ def _head_channels(options: AdmOptions, layout: AdmLayout, where: str) -> int:
         )
     (width,) = widths
     if width % heads:
-        raise ConfigError(f"extract.teacher.options.num_heads is {heads}, and {where} has attention over {width} channels")
+        raise ConfigError(
+            f"extract.teacher.options.num_heads is {heads}, and {where} has attention over {width} channels"
+        )
     return width // heads
 
 
@@ -216,5 +249,7 @@ def _is_adm_256(layout: AdmLayout) -> bool:
 
 def _shape(shapes: Shapes, name: str, where: str) -> tuple[int, ...]:
     if len(shapes.get(name, ())) < 2:
-        raise TeacherError(f"{where}: {name} is missing or no matrix, so it is no UNet of guided-diffusion; give another file")
+        raise TeacherError(
+            f"{where}: {name} is missing or no matrix, so it is no UNet of guided-diffusion; give another file"
+        )
     return shapes[name]

@@ -29,7 +29,9 @@ def compile_layers(unet: nn.Module, taps: Iterable[str]) -> int:
         for path, module in unet.named_modules()
         if _LAYER.fullmatch(path) and not any(tap.startswith(f"{path}.") for tap in taps)
     }
-    limits: Any = torch._dynamo.config  # layers of one class share their code, and each shape of it counts as a recompilation
+    limits: Any = (
+        torch._dynamo.config
+    )  # layers of one class share their code, and each shape of it counts as a recompilation
     name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
     setattr(limits, name, max(getattr(limits, name), len(layers)))
     for module in layers.values():
@@ -59,4 +61,6 @@ class _Compiled:
             return self._compiled(hidden, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as err:
             reason = str(err).strip().splitlines()[0][:160]
-            raise TeacherError(f"torch.compile fails here ({reason}); leave out extract.teacher.options.compile") from err
+            raise TeacherError(
+                f"torch.compile fails here ({reason}); leave out extract.teacher.options.compile"
+            ) from err

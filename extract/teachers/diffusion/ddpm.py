@@ -25,7 +25,9 @@ class DdpmOptions(PixelOptions):
     """Options of kind `ddpm`."""
 
     class_label: int | None = Field(
-        default=None, ge=0, description="For a class-conditional network: the class that all images get; default: its null class."
+        default=None,
+        ge=0,
+        description="For a class-conditional network: the class that all images get; default: its null class.",
     )
 
 
@@ -40,7 +42,10 @@ def load_ddpm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTe
     tensors = modern_names(read_weights(files.weights))
     unet = _build(files)
     load_strictly(unet, tensors, files.weights)
-    content: dict[str, Any] = {"scheduler": files.scheduler, "unet_blake3": blake3_hex(canonical_json(files.architecture))}
+    content: dict[str, Any] = {
+        "scheduler": files.scheduler,
+        "unet_blake3": blake3_hex(canonical_json(files.architecture)),
+    }
     if label is not None:
         unet, content = _of_one_class(unet, files, label), {**content, "class_label": label}
     loaded = LoadedUNet(unet, weights_digest(tensors), files.image_px, files.scheduler, content, str(files.folder))
@@ -51,7 +56,9 @@ def _class_label(label: int | None, files: UNetFiles) -> int | None:
     """The class that all images get; None for an unconditional network. Raises: ConfigError when the two do not fit."""
     if files.num_classes is None:
         if label is not None:
-            raise ConfigError(f"{files.folder}: the network is not class-conditional; leave out extract.teacher.options.class_label")
+            raise ConfigError(
+                f"{files.folder}: the network is not class-conditional; leave out extract.teacher.options.class_label"
+            )
         return None
     chosen = files.null_class if label is None else label
     if chosen is None or chosen >= files.num_classes:
@@ -78,7 +85,9 @@ def _build(files: UNetFiles) -> Any:
     try:
         return UNet2DModel(**files.architecture)
     except Exception as err:  # the constructor raises what its parts raise
-        raise TeacherError(f"{files.folder}/config.json: diffusers cannot build this UNet2DModel ({err}); check the file") from err
+        raise TeacherError(
+            f"{files.folder}/config.json: diffusers cannot build this UNet2DModel ({err}); check the file"
+        ) from err
 
 
 register_teacher(

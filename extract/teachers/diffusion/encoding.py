@@ -30,11 +30,19 @@ class EncodingOptions(StrictModel):
         default="stochastic",
         description="stochastic: noise is added; ddim_inversion: deterministic, T / inversion_stride whole passes.",
     )
-    ensemble: int = Field(default=1, ge=1, description="Noise draws per view whose features are averaged (DIFT); stochastic only.")
-    inversion_stride: int = Field(default=10, ge=1, description="Timesteps per step of DDIM inversion; every T must be a multiple.")
-    channels_last: bool = Field(default=False, description="Keep tensors as NHWC in memory, which GPUs may run faster in half precision.")
+    ensemble: int = Field(
+        default=1, ge=1, description="Noise draws per view whose features are averaged (DIFT); stochastic only."
+    )
+    inversion_stride: int = Field(
+        default=10, ge=1, description="Timesteps per step of DDIM inversion; every T must be a multiple."
+    )
+    channels_last: bool = Field(
+        default=False, description="Keep tensors as NHWC in memory, which GPUs may run faster in half precision."
+    )
 
-    compile: bool = Field(default=False, description="torch.compile the network's layers: a minute or more per worker, then faster.")
+    compile: bool = Field(
+        default=False, description="torch.compile the network's layers: a minute or more per worker, then faster."
+    )
 
     @model_validator(mode="after")
     def _one_encoding(self) -> EncodingOptions:
@@ -53,7 +61,13 @@ class EncodingOptions(StrictModel):
 
     def recipe(self) -> dict[str, Any]:
         """What of this is content of a dataset; nothing by default, so that datasets made before these options keep their digest."""
-        chosen = {"encoding", "inversion_stride", "clip_denoised"} if self.inverts else {"ensemble"} if self.ensemble > 1 else set()
+        chosen = (
+            {"encoding", "inversion_stride", "clip_denoised"}
+            if self.inverts
+            else {"ensemble"}
+            if self.ensemble > 1
+            else set()
+        )
         names = [name for name in type(self).model_fields if name in chosen]
         kernels = {name: True for name in ("channels_last", "compile") if getattr(self, name)}  # they round otherwise
         return {name: getattr(self, name) for name in names} | kernels
@@ -125,7 +139,9 @@ def check_views(views: Sequence[ViewSpec], num_timesteps: int, options: Encoding
     Raises: ConfigError.
     """
     if late := [view.timestep for view in views if timestep_of(view) >= num_timesteps]:
-        raise ConfigError(f"timestep {late[0]} is beyond this teacher's {num_timesteps} (0..{num_timesteps - 1}); lower it")
+        raise ConfigError(
+            f"timestep {late[0]} is beyond this teacher's {num_timesteps} (0..{num_timesteps - 1}); lower it"
+        )
     if not options.inverts:
         return
     if odd := [view.timestep for view in views if timestep_of(view) % options.inversion_stride]:
@@ -134,4 +150,6 @@ def check_views(views: Sequence[ViewSpec], num_timesteps: int, options: Encoding
             f"extract.teacher.options.inversion_stride"
         )
     if not draws_differ and len({(view.timestep, view.flip) for view in views}) < len(views):
-        raise ConfigError("ddim_inversion has no noise, so all draws of an image are equal; leave out extract.noise.draws")
+        raise ConfigError(
+            "ddim_inversion has no noise, so all draws of an image are equal; leave out extract.noise.draws"
+        )

@@ -68,7 +68,9 @@ def is_unet_path(path: str) -> bool:
     try:
         return read_json(_network_folder(folder) / "config.json").get("_class_name") == "UNet2DModel"
     except TeacherError:
-        return (folder / "model_index.json").exists() or (folder / "config.json").exists()  # broken: let loading say how
+        return (folder / "model_index.json").exists() or (
+            folder / "config.json"
+        ).exists()  # broken: let loading say how
 
 
 def find_unet(path: str, revision: str | None = None) -> UNetFiles:
@@ -82,10 +84,17 @@ def find_unet(path: str, revision: str | None = None) -> UNetFiles:
     folder = _network_folder(root)
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "UNet2DModel":
-        raise TeacherError(f"{folder}/config.json: holds a {config.get('_class_name', 'config without _class_name')}, not a UNet2DModel")
+        raise TeacherError(
+            f"{folder}/config.json: holds a {config.get('_class_name', 'config without _class_name')}, not a UNet2DModel"
+        )
     _check_takes_images(config, folder)
     return UNetFiles(
-        folder, weights_file(folder), _architecture(config), _scheduler(root, folder), image_px_of(config, folder), _null_class(root)
+        folder,
+        weights_file(folder),
+        _architecture(config),
+        _scheduler(root, folder),
+        image_px_of(config, folder),
+        _null_class(root),
     )
 
 
@@ -116,7 +125,9 @@ def _null_class(root: Path) -> int | None:
     """What `dtpipe train-teacher` writes in classes.json; None where there is no such file or no such class."""
     null = read_json(root / "classes.json").get("null_class") if (root / "classes.json").is_file() else None
     if null is not None and not isinstance(null, int):
-        raise TeacherError(f"{root}/classes.json: null_class is {null!r}, not the number of a class; train or export the teacher again")
+        raise TeacherError(
+            f"{root}/classes.json: null_class is {null!r}, not the number of a class; train or export the teacher again"
+        )
     return null
 
 
@@ -150,12 +161,16 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
         )
     config = read_json(found[0])
     if config.get("_class_name") not in VP_SCHEDULERS:
-        raise TeacherError(f"{found[0]}: scheduler {config.get('_class_name')} is not variance-preserving with discrete timesteps")
+        raise TeacherError(
+            f"{found[0]}: scheduler {config.get('_class_name')} is not variance-preserving with discrete timesteps"
+        )
     if config.get("rescale_betas_zero_snr"):
         raise TeacherError(f"{found[0]}: rescale_betas_zero_snr is set; that schedule is not supported")
     kept = _SCHEDULE_DEFAULTS | {name: config[name] for name in _SCHEDULE_KEYS if name in config}
     if kept["prediction_type"] not in PREDICTIONS:
-        raise TeacherError(f"{found[0]}: prediction_type is {kept['prediction_type']!r}; {', '.join(PREDICTIONS)} are known")
+        raise TeacherError(
+            f"{found[0]}: prediction_type is {kept['prediction_type']!r}; {', '.join(PREDICTIONS)} are known"
+        )
     return kept
 
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-BLOCKS = frozenset({"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"})
+BLOCKS = frozenset(
+    {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
+)
 TIME_NORMS = frozenset({"default", "scale_shift"})
 
 
@@ -28,9 +30,13 @@ def compute_in(unet: Any, dtype: torch.dtype, where: str) -> None:
     Raises: TeacherError for kinds of blocks that the rule was not checked for.
     """
     config = unet.config
-    unknown = {*config.down_block_types, *config.up_block_types} - BLOCKS | {config.resnet_time_scale_shift} - TIME_NORMS
+    unknown = {*config.down_block_types, *config.up_block_types} - BLOCKS | {
+        config.resnet_time_scale_shift
+    } - TIME_NORMS
     if unknown:
-        raise TeacherError(f"{where}: blocks of kind {', '.join(sorted(unknown))} run in float32 only; leave out extract.teacher.dtype")
+        raise TeacherError(
+            f"{where}: blocks of kind {', '.join(sorted(unknown))} run in float32 only; leave out extract.teacher.dtype"
+        )
     unet.conv_in.register_forward_hook(_result_in(dtype))
     unet.conv_norm_out.register_forward_pre_hook(_input_in_float32)
     for part in (unet.down_blocks, unet.mid_block, unet.up_blocks):

@@ -38,7 +38,9 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Schedule:
     elif name == "squaredcos_cap_v2":
         betas = _cosine_betas(steps)
     else:
-        raise TeacherError(f"scheduler has beta_schedule {name!r}; linear, scaled_linear, squaredcos_cap_v2 and trained_betas are known")
+        raise TeacherError(
+            f"scheduler has beta_schedule {name!r}; linear, scaled_linear, squaredcos_cap_v2 and trained_betas are known"
+        )
     return np.cumprod(1 - betas, dtype=np.float64)
 
 
@@ -65,7 +67,9 @@ def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
     return [int(at) for at in np.rint(np.linspace(num_timesteps - 1, 0, min(steps, num_timesteps)))]
 
 
-def ddim_sample(predict_noise: Callable[[Tensor, int], Tensor], schedule: Schedule, start: Tensor, steps: int) -> Tensor:
+def ddim_sample(
+    predict_noise: Callable[[Tensor, int], Tensor], schedule: Schedule, start: Tensor, steps: int
+) -> Tensor:
     """Images from pure noise by deterministic DDIM; x_0 is clipped to [-1, 1] at each step.
 
     Shapes: start (B, C, H, W) of unit variance -> the same, in [-1, 1].
@@ -80,7 +84,11 @@ def ddim_sample(predict_noise: Callable[[Tensor, int], Tensor], schedule: Schedu
 
 
 def ddim_invert(
-    predict_noise: Callable[[Tensor, int], Tensor], schedule: Schedule, images: Tensor, path: Sequence[int], clip: bool = False
+    predict_noise: Callable[[Tensor, int], Tensor],
+    schedule: Schedule,
+    images: Tensor,
+    path: Sequence[int],
+    clip: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
     """(T, x_T) at each timestep of `path`, ascending, by deterministic DDIM run backwards from the images.
 

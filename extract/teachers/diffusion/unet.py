@@ -91,8 +91,14 @@ class DiffusionTeacher:
 
         self._check_input(images, noise, views)
         with torch.inference_mode(), _exact_convolutions(images):
-            encoded = self._by_inversion(images, views) if self.encoding.inverts else list(self._by_noise(images, noise[FORWARD], views))
-            return {level.name: torch.stack([levels[level.name] for levels in encoded], dim=1) for level in self.spec.levels}
+            encoded = (
+                self._by_inversion(images, views)
+                if self.encoding.inverts
+                else list(self._by_noise(images, noise[FORWARD], views))
+            )
+            return {
+                level.name: torch.stack([levels[level.name] for levels in encoded], dim=1) for level in self.spec.levels
+            }
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises: TeacherError; the paper's diffusion teachers encode."""
@@ -112,7 +118,8 @@ class DiffusionTeacher:
         import torch
 
         draws = [
-            np.random.Generator(np.random.Philox([seed, idx])).standard_normal((3, *self.spec.image_px), np.float32) for idx in range(num)
+            np.random.Generator(np.random.Philox([seed, idx])).standard_normal((3, *self.spec.image_px), np.float32)
+            for idx in range(num)
         ]
         start = torch.from_numpy(np.stack(draws)).to(next(self.unet.parameters()).device)
         with torch.inference_mode(), _exact_convolutions(start):
@@ -130,7 +137,9 @@ class DiffusionTeacher:
         for view_idx, view in enumerate(views):
             draws = noise[:, view_idx].reshape(len(images), -1, *images.shape[1:])  # (B, m, 3, H, W)
             shown, timestep = _shown(images, view), timestep_of(view)
-            yield mean_levels(self.read_levels(self.noised(shown, draw, timestep), timestep) for draw in draws.unbind(1))
+            yield mean_levels(
+                self.read_levels(self.noised(shown, draw, timestep), timestep) for draw in draws.unbind(1)
+            )
 
     def _by_inversion(self, images: Tensor, views: Sequence[ViewSpec]) -> list[dict[str, Tensor]]:
         """Levels of each view; the views of one flip share a trajectory."""
@@ -172,7 +181,9 @@ def _exact_convolutions(images: Tensor) -> Any:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def make_teacher(kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding: PixelOptions, device: str) -> DiffusionTeacher:
+def make_teacher(
+    kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding: PixelOptions, device: str
+) -> DiffusionTeacher:
     """A loaded network as a teacher on its device, in the arithmetic and memory layout asked for.
 
     Raises: TeacherError when a tap is unknown, the decoder has no level, or the network cannot run in half precision.
@@ -183,7 +194,9 @@ def make_teacher(kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding:
     total_stride = 2 ** sum(block.downsamplers is not None for block in unet.down_blocks)
     levels = _levels_of(unet, total_stride, config.taps)
     if not levels:
-        raise TeacherError(f"{loaded.where}: the decoder has none of the strides 4, 8, 16, 32; name taps in extract.teacher.taps")
+        raise TeacherError(
+            f"{loaded.where}: the decoder has none of the strides 4, 8, 16, 32; name taps in extract.teacher.taps"
+        )
     schedule = alphas_cumprod(loaded.scheduler)
     spec = TeacherSpec(
         kind=kind,

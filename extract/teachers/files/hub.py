@@ -18,7 +18,9 @@ def download(path: str, revision: str | None, files: Sequence[str]) -> Path:
     Raises: TeacherError for what is no hub id, a revision that may move, and files that cannot be had.
     """
     if not HUB_ID.match(path):
-        raise TeacherError(f"{path}: no such folder; give the path of the teacher's folder, or a hub id with its commit")
+        raise TeacherError(
+            f"{path}: no such folder; give the path of the teacher's folder, or a hub id with its commit"
+        )
     if revision is None or not COMMIT.match(revision):
         raise TeacherError(
             f"{path}: no such folder; for a hub repository of this name give its commit (40 hex digits) as "

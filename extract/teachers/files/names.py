@@ -46,4 +46,6 @@ def _pickle_head(path: Path) -> bytes:
 
 def pickled_name(name: str) -> tuple[bytes, bytes]:
     """A whole string as pickle protocols 2 and 4 write it: with its length, so that a longer name does not match."""
-    return b"X" + len(name).to_bytes(4, "little") + name.encode(), b"\x8c" + len(name).to_bytes(1, "little") + name.encode()
+    return b"X" + len(name).to_bytes(4, "little") + name.encode(), b"\x8c" + len(name).to_bytes(
+        1, "little"
+    ) + name.encode()

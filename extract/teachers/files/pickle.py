@@ -30,7 +30,15 @@ COPIED_BYTES = 4096  # longer byte strings stay views of the file
 MOST_NESTED = 16  # tuples inside tuples: to hash or show deeper ones could overflow the stack
 _KEYS = (str, int, float, type(None))
 _DTYPES = frozenset({"f2", "f4", "f8", "i4", "i8"})
-_DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)  # what reading nonsense raises
+_DAMAGE = (
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)  # what reading nonsense raises
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ def read_pickle(path: Path, allowed: frozenset[str]) -> Any:
     return read_pickles(data, 1, allowed, str(path))[0][0]
 
 
-def read_pickles(data: Buffer, count: int, allowed: frozenset[str], where: str, persistent_ids: bool = False) -> tuple[list[Any], Buffer]:
+def read_pickles(
+    data: Buffer, count: int, allowed: frozenset[str], where: str, persistent_ids: bool = False
+) -> tuple[list[Any], Buffer]:
     """The contents of `count` pickles in a row, and the bytes after them.
 
     Raises: TeacherError as `read_pickle`.
@@ -273,4 +283,6 @@ def numpy_array(record: object, where: str) -> NDArray[np.generic]:
             raise ValueError(f"numbers of type {shown(code)}")
         return np.frombuffer(data, np.dtype(order + code)).reshape(shape, order="F" if fortran else "C").copy()
     except _DAMAGE as err:
-        raise TeacherError(f"{where}: holds something that is no array of numbers ({err}); download the checkpoint again") from err
+        raise TeacherError(
+            f"{where}: holds something that is no array of numbers ({err}); download the checkpoint again"
+        ) from err

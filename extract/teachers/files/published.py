@@ -42,7 +42,9 @@ def locate(config: TeacherConfig, kinds: dict[str, TeacherKind]) -> TeacherConfi
             if published.name == config.path and config.kind in ("auto", kind.kind):
                 path, revision = _place(published, config)
                 options = {**published.options, **config.options}
-                return config.model_copy(update={"path": path, "revision": revision, "kind": kind.kind, "options": options})
+                return config.model_copy(
+                    update={"path": path, "revision": revision, "kind": kind.kind, "options": options}
+                )
     if is_url(config.path):
         return config.model_copy(update={"path": str(fetch_remote(config.path, cache_folder()))})
     return config
@@ -71,9 +73,13 @@ def fetch(published: PublishedTeacher) -> Path:
         _check_unchanged(path)
         return path
     if path.suffix not in FILE_ENDINGS:
-        raise TeacherError(f"{published.name}: its authors give it by hand at {published.url}; download it and give its path")
+        raise TeacherError(
+            f"{published.name}: its authors give it by hand at {published.url}; download it and give its path"
+        )
     if os.environ.get(OFFLINE_VARIABLE, "").upper() in {"1", "TRUE", "YES", "ON"}:
-        raise TeacherError(f"{published.name} is not at {path}, and {OFFLINE_VARIABLE} is set; download {published.url} and put it there")
+        raise TeacherError(
+            f"{published.name} is not at {path}, and {OFFLINE_VARIABLE} is set; download {published.url} and put it there"
+        )
     _download(published, path)
     return path
 
@@ -96,13 +102,22 @@ def _download(published: PublishedTeacher, path: Path) -> None:
         with urlopen(published.url, timeout=TIMEOUT_S) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file, 1 << 20)
             expected = response.headers.get("Content-Length")
-        if expected is not None and partial.stat().st_size != int(expected):  # urllib takes a cut connection for the end
+        if expected is not None and partial.stat().st_size != int(
+            expected
+        ):  # urllib takes a cut connection for the end
             raise OSError(f"the connection ended after {partial.stat().st_size} of {expected} bytes")
-        record = {"url": published.url, "licence": published.licence, "size_bytes": partial.stat().st_size, "blake3": _digest(partial)}
+        record = {
+            "url": published.url,
+            "licence": published.licence,
+            "size_bytes": partial.stat().st_size,
+            "blake3": _digest(partial),
+        }
         _record_path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
     except (OSError, ValueError, HTTPException) as err:  # urllib's network errors are OSErrors
-        raise TeacherError(f"{published.name}: {published.url} cannot be fetched ({err}); download it and put it at {path}") from err
+        raise TeacherError(
+            f"{published.name}: {published.url} cannot be fetched ({err}); download it and put it at {path}"
+        ) from err
     finally:
         partial.unlink(missing_ok=True)
 
@@ -114,9 +129,13 @@ def _check_unchanged(path: Path) -> None:
     except FileNotFoundError:
         return  # put there by hand
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise TeacherError(f"{_record_path(path)}: is not readable ({err}); delete the folder to fetch the teacher again") from err
+        raise TeacherError(
+            f"{_record_path(path)}: is not readable ({err}); delete the folder to fetch the teacher again"
+        ) from err
     if path.stat().st_size != expected:
-        raise TeacherError(f"{path}: has {path.stat().st_size} bytes, {expected} were fetched; delete the folder to fetch it again")
+        raise TeacherError(
+            f"{path}: has {path.stat().st_size} bytes, {expected} were fetched; delete the folder to fetch it again"
+        )
 
 
 def _record_path(path: Path) -> Path:

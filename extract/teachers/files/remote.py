@@ -36,7 +36,9 @@ def fetch_remote(url: str, cache: Path) -> Path:
     except ImportError as err:
         raise MissingPackageError(f"{url}: {err}") from err
     except Exception as err:  # each file system raises its own
-        raise TeacherError(f"{url}: cannot be read ({type(err).__name__}: {err}); check the URL and your credentials") from err
+        raise TeacherError(
+            f"{url}: cannot be read ({type(err).__name__}: {err}); check the URL and your credentials"
+        ) from err
     if not found:
         raise TeacherError(f"{url}: nothing lies there; check the path of your teacher")
     copy = cache / "remote" / blake3_hex(canonical_json([url, found]))[:16]
@@ -50,7 +52,10 @@ def _files(fs: Any, root: str) -> dict[str, list[Any]]:
     """Path below the root (empty for the root itself) to size and what else tells one content from another."""
     listed = fs.find(root, detail=True)
     return {
-        "" if path == root else posixpath.relpath(path, root): [info["size"], *(str(info[name]) for name in _IDENTITY if info.get(name))]
+        "" if path == root else posixpath.relpath(path, root): [
+            info["size"],
+            *(str(info[name]) for name in _IDENTITY if info.get(name)),
+        ]
         for path, info in sorted(listed.items())
         if info["type"] == "file"
     }
@@ -70,6 +75,8 @@ def _copy(fs: Any, root: str, name: str, found: dict[str, list[Any]], copy: Path
             partial.rename(copy)
     except Exception as err:  # each file system raises its own
         if not copy.is_dir():
-            raise TeacherError(f"{url}: cannot be copied to {copy} ({type(err).__name__}: {err}); make room, or run again") from err
+            raise TeacherError(
+                f"{url}: cannot be copied to {copy} ({type(err).__name__}: {err}); make room, or run again"
+            ) from err
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -43,11 +43,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is an error
-            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            content = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
     except Exception as err:  # both libraries raise many types for a damaged file
-        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download or export the teacher again") from err
+        raise TeacherError(
+            f"{path}: not readable as weights ({why_unreadable(err)}); download or export the teacher again"
+        ) from err
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise TeacherError(f"{path}: holds other things than named tensors; give a plain state_dict or safetensors file")
+        raise TeacherError(
+            f"{path}: holds other things than named tensors; give a plain state_dict or safetensors file"
+        )
     return dict(content)
 
 
@@ -59,9 +67,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise TeacherError(f"{path}: not readable as JSON ({why_unreadable(err)}); download or export the teacher again") from err
+        raise TeacherError(
+            f"{path}: not readable as JSON ({why_unreadable(err)}); download or export the teacher again"
+        ) from err
     if not isinstance(content, dict):
-        raise TeacherError(f"{path}: holds a JSON {type(content).__name__}, not an object; download or export the teacher again")
+        raise TeacherError(
+            f"{path}: holds a JSON {type(content).__name__}, not an object; download or export the teacher again"
+        )
     return content
 
 
@@ -75,12 +87,16 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path
     problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(wanted))]
     for name in sorted(set(wanted) & set(tensors)):
         if tensors[name].shape != wanted[name].shape:
-            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, the config says {tuple(wanted[name].shape)}")
+            problems.append(
+                f"{name} has shape {tuple(tensors[name].shape)}, the config says {tuple(wanted[name].shape)}"
+            )
         elif not tensors[name].is_floating_point() or not bool(tensors[name].isfinite().all()):
             problems.append(f"{name} holds values that are not finite floats")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise TeacherError(f"{where}: weights do not fit their config: {'; '.join(problems[:3])}{more}; use files of one checkpoint")
+        raise TeacherError(
+            f"{where}: weights do not fit their config: {'; '.join(problems[:3])}{more}; use files of one checkpoint"
+        )
     network.load_state_dict({name: value.float() for name, value in tensors.items()})
 
 
@@ -91,6 +107,8 @@ def why_unreadable(err: Exception) -> str:
         return "there is no such file"
     if text.startswith("Weights only load failed"):  # torch goes on about how to run what is in the file
         return "it holds other things than tensors, none of which was run"
-    if isinstance(err, EOFError) or text.startswith("PytorchStreamReader failed"):  # of the zip archive that torch writes
+    if isinstance(err, EOFError) or text.startswith(
+        "PytorchStreamReader failed"
+    ):  # of the zip archive that torch writes
         return "it is cut off or damaged"
     return text.splitlines()[0][:160]

@@ -22,16 +22,43 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TEXT_WEIGHT_NAMES = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
-_SAMPLERS = {"EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "PNDM"}
+_SAMPLERS = {
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "LMSDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "PNDM",
+}
 SCHEDULERS = VP_SCHEDULERS | {f"{name}Scheduler" for name in _SAMPLERS}
 """Samplers whose config holds the betas that the network was trained with; which of them a folder names changes no feature."""
 
-_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None}
+_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+}
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
-_INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "cross_attention_norm")
+_INPUTS = (
+    "class_embed_type",
+    "num_class_embeds",
+    "addition_embed_type",
+    "encoder_hid_dim",
+    "time_cond_proj_dim",
+    "cross_attention_norm",
+)
 """Settings of U-Nets that take more than a latent, a timestep and a text, as SDXL's does."""
 
-_HUB_FILES = ("model_index.json", "*/*.json", "tokenizer/*", "*/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+_HUB_FILES = (
+    "model_index.json",
+    "*/*.json",
+    "tokenizer/*",
+    "*/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +136,9 @@ def build(kind: str, component: Component) -> Any:
         with torch.device("meta"):
             network = getattr(diffusers, kind)(**component.arguments)
     except Exception as err:  # the constructor raises what its parts raise
-        raise TeacherError(f"{component.folder}/config.json: diffusers cannot build this {kind} ({err}); check the file") from err
+        raise TeacherError(
+            f"{component.folder}/config.json: diffusers cannot build this {kind} ({err}); check the file"
+        ) from err
     return network.requires_grad_(False).eval()
 
 
@@ -147,7 +176,9 @@ def open_weights(path: Path, keep: Callable[[str], bool] = lambda _: True) -> Ma
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if keep(name)]  # noqa: SIM118  the file is no mapping
     except Exception as err:  # the library raises many types for a damaged file
-        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download or export the teacher again") from err
+        raise TeacherError(
+            f"{path}: not readable as weights ({why_unreadable(err)}); download or export the teacher again"
+        ) from err
     return StoredTensors(path, {modern_name(name): name for name in names})
 
 
@@ -167,10 +198,14 @@ def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Pat
             continue
         values[name] = tensor.to(device=device, dtype=wanted[name].dtype, copy=True)
         if not tensor.is_floating_point() or not bool(values[name].isfinite().all()):
-            problems.append(f"{name} holds values that are not finite in {str(wanted[name].dtype).removeprefix('torch.')}")
+            problems.append(
+                f"{name} holds values that are not finite in {str(wanted[name].dtype).removeprefix('torch.')}"
+            )
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise TeacherError(f"{where}: weights do not fit their config: {'; '.join(problems[:3])}{more}; use files of one checkpoint")
+        raise TeacherError(
+            f"{where}: weights do not fit their config: {'; '.join(problems[:3])}{more}; use files of one checkpoint"
+        )
     network.load_state_dict(values, assign=True)
 
 
@@ -178,9 +213,13 @@ def _component(folder: Path, kind: Any) -> Component:
     config = read_json(folder / "config.json")
     if config.get("_class_name") != kind.__name__:
         found = config.get("_class_name", "config without _class_name")
-        raise TeacherError(f"{folder}/config.json: holds a {found}, not the {kind.__name__} of Stable Diffusion 1 and 2")
+        raise TeacherError(
+            f"{folder}/config.json: holds a {found}, not the {kind.__name__} of Stable Diffusion 1 and 2"
+        )
     known = set(inspect.signature(kind.__init__).parameters) - {"self"}
-    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in known}
+    arguments = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in known
+    }
     return Component(folder, weights_file(folder), arguments)
 
 
@@ -191,20 +230,28 @@ def _check_unet(unet: Component) -> None:
         raise TeacherError(
             f"{where}: {extra[0]} is {settings[extra[0]]!r}, as in no Stable Diffusion 1 or 2 (SDXL and others are not supported)"
         )
-    blocks = {*settings.get("down_block_types", ()), settings.get("mid_block_type"), *settings.get("up_block_types", ())} - {None}
+    blocks = {
+        *settings.get("down_block_types", ()),
+        settings.get("mid_block_type"),
+        *settings.get("up_block_types", ()),
+    } - {None}
     if unknown := sorted(blocks - _BLOCKS):
         raise TeacherError(
             f"{where}: blocks of kind {', '.join(unknown)} are not supported; Stable Diffusion has {', '.join(sorted(_BLOCKS))}"
         )
     if settings.get("attention_type", "default") != "default":
-        raise TeacherError(f"{where}: attention_type {settings['attention_type']!r} is not supported; use a plain Stable Diffusion")
+        raise TeacherError(
+            f"{where}: attention_type {settings['attention_type']!r} is not supported; use a plain Stable Diffusion"
+        )
     if not isinstance(settings.get("cross_attention_dim"), int):
         raise TeacherError(
             f"{where}: cross_attention_dim is {settings.get('cross_attention_dim')!r}; write the width of its text embedding"
         )
     size = settings.get("sample_size")
     if not isinstance(size, int) and not (isinstance(size, tuple) and len(size) == 2):
-        raise TeacherError(f"{where}: sample_size is {size!r}; write the side of the latents that the network was trained on")
+        raise TeacherError(
+            f"{where}: sample_size is {size!r}; write the side of the latents that the network was trained on"
+        )
 
 
 def _check_vae(vae: Component, unet: Component) -> None:
@@ -216,7 +263,9 @@ def _check_vae(vae: Component, unet: Component) -> None:
             f"upscaling models need more than an image, so use a text-to-image one"
         )
     if moved := [name for name in ("shift_factor", "latents_mean", "latents_std") if settings.get(name) is not None]:
-        raise TeacherError(f"{where}: {moved[0]} is set, as in no Stable Diffusion 1 or 2; latents that are shifted are not supported")
+        raise TeacherError(
+            f"{where}: {moved[0]} is set, as in no Stable Diffusion 1 or 2; latents that are shifted are not supported"
+        )
     if "block_out_channels" not in settings:
         raise TeacherError(f"{where}: has no block_out_channels; download or export the teacher again")
 
@@ -225,7 +274,9 @@ def _schedule(path: Path) -> tuple[dict[str, Any], str]:
     """Betas, and what the network predicts."""
     config = read_json(path)
     if config.get("_class_name") not in SCHEDULERS:
-        raise TeacherError(f"{path}: scheduler {config.get('_class_name')} is not known to name the betas of a Stable Diffusion")
+        raise TeacherError(
+            f"{path}: scheduler {config.get('_class_name')} is not known to name the betas of a Stable Diffusion"
+        )
     if config.get("rescale_betas_zero_snr"):
         raise TeacherError(f"{path}: rescale_betas_zero_snr is set; that schedule is not supported")
     prediction = config.get("prediction_type", "epsilon")

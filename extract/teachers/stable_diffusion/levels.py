@@ -31,7 +31,10 @@ def levels_of(unet: Any, files: PipelineFiles, taps: Mapping[str, str] | None) -
 
     side = 2 * unet_stride(unet)
     with torch.device("meta"), torch.inference_mode():
-        latent, text = torch.zeros(1, files.latent_channels, side, side), torch.zeros(1, 1, files.unet.arguments["cross_attention_dim"])
+        latent, text = (
+            torch.zeros(1, files.latent_channels, side, side),
+            torch.zeros(1, 1, files.unet.arguments["cross_attention_dim"]),
+        )
 
         def forward() -> object:
             return unet(latent, 0, text)
@@ -41,7 +44,9 @@ def levels_of(unet: Any, files: PipelineFiles, taps: Mapping[str, str] | None) -
         strides = [stride * student_scale(files) for stride in DEFAULT_STRIDES]
         levels = find_levels(unet, forward, side * files.latent_stride, decoder_layers(unet), strides)
     if not levels:
-        raise TeacherError(f"{files.unet.folder}: the decoder has none of the strides {strides}; name taps in extract.teacher.taps")
+        raise TeacherError(
+            f"{files.unet.folder}: the decoder has none of the strides {strides}; name taps in extract.teacher.taps"
+        )
     return levels
 
 

@@ -26,7 +26,9 @@ class ConstantText:
 
         batch = len(hidden_states)
         query = _by_head(attention.to_q(hidden_states), attention.heads)  # (B, heads, P, D)
-        seen = scaled_dot_product_attention(query, self.key.expand(batch, -1, -1, -1), self.value.expand(batch, -1, -1, -1))
+        seen = scaled_dot_product_attention(
+            query, self.key.expand(batch, -1, -1, -1), self.value.expand(batch, -1, -1, -1)
+        )
         result: Tensor = attention.to_out[0](seen.transpose(1, 2).flatten(2))
         return result
 

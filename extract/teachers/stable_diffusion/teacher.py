@@ -69,9 +69,12 @@ class StableDiffusionOptions(EncodingOptions):
         default=None,
         description="safetensors file with the text's embedding in place of the prompt; from the teacher's folder if relative.",
     )
-    latent: Literal["mean", "sampled"] = Field(default="mean", description="The VAE's posterior's mean, or a sample of it by noise draw.")
+    latent: Literal["mean", "sampled"] = Field(
+        default="mean", description="The VAE's posterior's mean, or a sample of it by noise draw."
+    )
     vae_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Arithmetic of the VAE where the teacher's dtype is not float32; float16 may overflow in it."
+        default="float32",
+        description="Arithmetic of the VAE where the teacher's dtype is not float32; float16 may overflow in it.",
     )
 
     keep_latents: bool = Field(
@@ -135,7 +138,9 @@ class StableDiffusionTeacher:
                 f"set extract.transform.px"
             )
         with arithmetic(images.device, "float32"):
-            moments = {flip: self._vae(images.flip(-1) if flip else images).float() for flip in {view.flip for view in views}}
+            moments = {
+                flip: self._vae(images.flip(-1) if flip else images).float() for flip in {view.flip for view in views}
+            }
         return {flip: each.half() if self._keep else each for flip, each in moments.items()}
 
     def encode_from_latents(
@@ -149,10 +154,18 @@ class StableDiffusionTeacher:
 
         self._check(moments, noise, views)
         with arithmetic(moments[views[0].flip].device, "float32"):  # lower precision is in the U-Net itself
-            by_view = self._by_inversion(moments, noise, views) if self._options.inverts else self._by_noise(moments, noise, views)
+            by_view = (
+                self._by_inversion(moments, noise, views)
+                if self._options.inverts
+                else self._by_noise(moments, noise, views)
+            )
             if self._keep:
-                by_view = [levels | {self._kept_level: moments[view.flip]} for levels, view in zip(by_view, views, strict=True)]
-            return {level.name: torch.stack([levels[level.name] for levels in by_view], dim=1) for level in self.spec.levels}
+                by_view = [
+                    levels | {self._kept_level: moments[view.flip]} for levels, view in zip(by_view, views, strict=True)
+                ]
+            return {
+                level.name: torch.stack([levels[level.name] for levels in by_view], dim=1) for level in self.spec.levels
+            }
 
     @property
     def _kept_level(self) -> str:
@@ -164,7 +177,9 @@ class StableDiffusionTeacher:
 
     def predict_noise(self, noisy: Tensor, timestep: int) -> Tensor:
         """As `Denoiser.predict_noise`. Shapes: (B, 4, h, w) -> the same, float32."""
-        return predicted_noise(self._call(noisy, timestep)[0].float(), noisy, float(self.schedule[timestep]), self._prediction)
+        return predicted_noise(
+            self._call(noisy, timestep)[0].float(), noisy, float(self.schedule[timestep]), self._prediction
+        )
 
     def read_levels(self, noisy: Tensor, timestep: int) -> dict[str, Tensor]:
         """As `Denoiser.read_levels`, in float32, or float16 where the teacher runs in it."""
@@ -177,13 +192,17 @@ class StableDiffusionTeacher:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         return self._unet(noisy, timestep, encoder_hidden_states=None, return_dict=False)
 
-    def _by_noise(self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> list[dict[str, Tensor]]:
+    def _by_noise(
+        self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]
+    ) -> list[dict[str, Tensor]]:
         """Levels of each view, the mean over its draws; each member of an ensemble has its own sample of the posterior (as in DIFT)."""
         by_view = []
         for view_idx, view in enumerate(views):
             draws, timestep = self._members(noise[FORWARD], view_idx), timestep_of(view)
             latents = [self._latents(moments[view.flip], noise, view_idx, member) for member in range(len(draws))]
-            noisy = (q_sample(self.schedule, latent, timestep, draw) for latent, draw in zip(latents, draws, strict=True))
+            noisy = (
+                q_sample(self.schedule, latent, timestep, draw) for latent, draw in zip(latents, draws, strict=True)
+            )
             by_view.append(mean_levels(self.read_levels(each, timestep) for each in noisy))
         return by_view
 
@@ -192,7 +211,10 @@ class StableDiffusionTeacher:
     ) -> list[dict[str, Tensor]]:
         """Levels of each view; views of one latent share a trajectory."""
         starts = [
-            ((view.flip, view.draw if POSTERIOR in noise else None), partial(self._latents, moments[view.flip], noise, view_idx))
+            (
+                (view.flip, view.draw if POSTERIOR in noise else None),
+                partial(self._latents, moments[view.flip], noise, view_idx),
+            )
             for view_idx, view in enumerate(views)
         ]
         return levels_by_inversion(self, self._options, views, starts)
@@ -277,7 +299,9 @@ def _text(files: PipelineFiles, options: StableDiffusionOptions) -> TextEmbeddin
     return embed_prompt(files.root, options.prompt, width)
 
 
-def _spec(files: PipelineFiles, options: StableDiffusionOptions, levels: Mapping[str, TapSpec], digests: Mapping[str, str]) -> TeacherSpec:
+def _spec(
+    files: PipelineFiles, options: StableDiffusionOptions, levels: Mapping[str, TapSpec], digests: Mapping[str, str]
+) -> TeacherSpec:
     latent = options.members((files.latent_channels, -files.latent_stride, -files.latent_stride))
     taps = [*levels.values(), *([latent_level(files)] if options.keep_latents else [])]
     networks = {"unet": files.unet.arguments, "vae": files.vae.arguments}
@@ -288,7 +312,8 @@ def _spec(files: PipelineFiles, options: StableDiffusionOptions, levels: Mapping
         levels=tuple(taps),
         num_timesteps=int(files.scheduler["num_train_timesteps"]),
         student_scale=student_scale(files),
-        noise_shapes=({} if options.inverts else {FORWARD: latent}) | ({POSTERIOR: latent} if options.latent == "sampled" else {}),
+        noise_shapes=({} if options.inverts else {FORWARD: latent})
+        | ({POSTERIOR: latent} if options.latent == "sampled" else {}),
         options={
             "scheduler": files.scheduler,
             "networks_blake3": blake3_hex(canonical_json(networks)),

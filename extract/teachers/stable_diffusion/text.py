@@ -42,7 +42,12 @@ def read_embedding(path: Path, width: int) -> TextEmbedding:
     tensors = read_weights(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     values = next(iter(tensors.values())).float() if len(tensors) == 1 else None
-    if values is None or values.ndim not in (2, 3) or values.shape[-1] != width or values.numel() != values.shape[-2] * width:
+    if (
+        values is None
+        or values.ndim not in (2, 3)
+        or values.shape[-1] != width
+        or values.numel() != values.shape[-2] * width
+    ):
         raise TeacherError(f"{path}: holds {shapes}; a text embedding is one tensor of shape (tokens, {width})")
     if not bool(values.isfinite().all()):
         raise TeacherError(f"{path}: holds values that are not finite; make the text embedding again")
@@ -86,7 +91,9 @@ def _text_encoder(folder: Path, width: int) -> Any:
     try:
         encoder: Any = CLIPTextModel(CLIPTextConfig.from_dict(config))
     except Exception as err:  # the constructor raises what its parts raise
-        raise TeacherError(f"{folder}/config.json: transformers cannot build this text encoder ({err}); check the file") from err
+        raise TeacherError(
+            f"{folder}/config.json: transformers cannot build this text encoder ({err}); check the file"
+        ) from err
     return encoder.eval()
 
 
@@ -94,19 +101,27 @@ def _token_ids(folder: Path, prompt: str, encoder: Any) -> list[int]:
     """Begin, prompt, end, then the tokenizer's padding up to the length that the encoder takes."""
     from transformers import CLIPTokenizer
 
-    if missing := [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]:  # transformers goes on without
+    if missing := [
+        name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()
+    ]:  # transformers goes on without
         raise TeacherError(f"{folder}: holds no {missing[0]}; download or export the teacher again")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as err:  # missing and damaged files raise many types
         reason = (str(err).strip() or type(err).__name__).splitlines()[0][:160]
-        raise TeacherError(f"{folder}: no CLIP tokenizer can be read ({reason}); download or export the teacher again") from err
+        raise TeacherError(
+            f"{folder}: no CLIP tokenizer can be read ({reason}); download or export the teacher again"
+        ) from err
     if len(tokenizer) != encoder.vocab_size:
-        raise TeacherError(f"{folder}: has {len(tokenizer)} tokens, the text encoder {encoder.vocab_size}; use files of one checkpoint")
+        raise TeacherError(
+            f"{folder}: has {len(tokenizer)} tokens, the text encoder {encoder.vocab_size}; use files of one checkpoint"
+        )
     length = encoder.max_position_embeddings
     token_ids: list[int] = tokenizer(prompt, padding="max_length", max_length=length).input_ids
     if len(token_ids) > length:
-        raise ConfigError(f"extract.teacher.options.prompt has {len(token_ids)} tokens, the text encoder takes {length}; shorten it")
+        raise ConfigError(
+            f"extract.teacher.options.prompt has {len(token_ids)} tokens, the text encoder takes {length}; shorten it"
+        )
     return token_ids
 
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.teachers.files.pickle import PERSISTENT_ID, Record, Symbol, is_size, read_pickle, read_pickles, shown
+from dtpipe.extract.teachers.files.pickle import (
+    PERSISTENT_ID,
+    Record,
+    Symbol,
+    is_size,
+    read_pickle,
+    read_pickles,
+    shown,
+)
 from dtpipe.extract.teachers.files.weights import why_unreadable
 from dtpipe.extract.teachers.stylegan2.keys import find_layout, from_rosinality, used_tensors
 from dtpipe.extract.teachers.stylegan2.tensorflow import NETWORK, tensorflow_generator
@@ -26,7 +34,11 @@ if TYPE_CHECKING:
     from dtpipe.extract.teachers.stylegan2.network import Layout
 
 MODULE = "torch_utils.persistence._reconstruct_persistent_obj"
-PARAMETER, TENSOR, STORAGE = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"
+PARAMETER, TENSOR, STORAGE = (
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.storage._load_from_bytes",
+)
 NAMES = frozenset(
     {MODULE, PARAMETER, TENSOR, STORAGE, NETWORK, "collections.OrderedDict", "dnnlib.util.EasyDict", "builtins.set"}
     | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
@@ -66,27 +78,37 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # a training checkpoint's flags
             content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as err:  # torch raises many types for a damaged file
-        raise TeacherError(f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again") from err
+        raise TeacherError(
+            f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again"
+        ) from err
     name = "g_ema" if ema else "g"
     found = content.get(name) if isinstance(content, dict) else None
     if isinstance(found, dict) and "latent_avg" in content:
         found = {**found, "latent_avg": content["latent_avg"]}
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise TeacherError(f"{path}: holds no state dict {name!r}, as rosinality/stylegan2-pytorch saves it; give one of its checkpoints")
+        raise TeacherError(
+            f"{path}: holds no state dict {name!r}, as rosinality/stylegan2-pytorch saves it; give one of its checkpoints"
+        )
     tensors = from_rosinality(found)
     return tensors, find_layout(tensors, str(path), None, 0.01, scaled_epsilon=True)
 
 
 def _read_pkl(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
     content = read_pickle(path, NAMES)
-    if isinstance(content, tuple) and len(content) == 3 and all(isinstance(each, Record) and each.name == NETWORK for each in content):
+    if (
+        isinstance(content, tuple)
+        and len(content) == 3
+        and all(isinstance(each, Record) and each.name == NETWORK for each in content)
+    ):
         tensors, conv_clamp, mapping_lr = tensorflow_generator(content[2 if ema else 0], str(path))
         return tensors, find_layout(tensors, str(path), conv_clamp, mapping_lr, scaled_epsilon=False)
     name = "G_ema" if ema else "G"
     network = content.get(name) if isinstance(content, dict) else None
     modules = list(_modules(network, str(path))) if isinstance(network, Record) else []
     if not modules or modules[0].class_name != "Generator":
-        raise TeacherError(f"{path}: holds no network {name!r} of NVlabs/stylegan2-ada-pytorch; give one of its network snapshots")
+        raise TeacherError(
+            f"{path}: holds no network {name!r} of NVlabs/stylegan2-ada-pytorch; give one of its network snapshots"
+        )
     tensors = used_tensors(dict(_tensors(modules, str(path))))
     conv_clamp, mapping_lr = _checked_settings(modules, str(path))
     return tensors, find_layout(tensors, str(path), conv_clamp, mapping_lr, scaled_epsilon=False)
@@ -111,14 +133,22 @@ def _modules(network: Record, where: str) -> Iterator[_Module]:
         path, record = waiting.pop()
         meta = record.args[0] if isinstance(record, Record) and record.name == MODULE and len(record.args) == 1 else {}
         state = meta.get("state") if isinstance(meta, dict) else None
-        if not isinstance(state, dict) or any(not isinstance(state.get(kind), dict) for kind in ("_parameters", "_buffers", "_modules")):
-            raise TeacherError(f"{where}: {path or 'the network'} is no module as persistence of NVlabs saves it; download it again")
+        if not isinstance(state, dict) or any(
+            not isinstance(state.get(kind), dict) for kind in ("_parameters", "_buffers", "_modules")
+        ):
+            raise TeacherError(
+                f"{where}: {path or 'the network'} is no module as persistence of NVlabs saves it; download it again"
+            )
         if id(record) in seen:
-            raise TeacherError(f"{where}: {path} is in the network twice; give a network snapshot as its authors publish it")
+            raise TeacherError(
+                f"{where}: {path} is in the network twice; give a network snapshot as its authors publish it"
+            )
         seen.add(id(record))
         class_name = meta.get("class_name")
         yield _Module(path, class_name if isinstance(class_name, str) else "", state)
-        waiting += [(f"{path}.{name}".lstrip("."), each) for name, each in state["_modules"].items() if each is not None]
+        waiting += [
+            (f"{path}.{name}".lstrip("."), each) for name, each in state["_modules"].items() if each is not None
+        ]
 
 
 def _tensors(modules: list[_Module], where: str) -> Iterator[tuple[str, Tensor]]:
@@ -156,7 +186,9 @@ def _storage(data: bytes | memoryview, where: str) -> Tensor:
     import torch
 
     header, rest = read_pickles(data, _STORAGE_HEADER, frozenset(STORAGES), where, persistent_ids=True)
-    reference: tuple[Any, ...] = header[3].args[0] if isinstance(header[3], Record) and header[3].name == PERSISTENT_ID else ()
+    reference: tuple[Any, ...] = (
+        header[3].args[0] if isinstance(header[3], Record) and header[3].name == PERSISTENT_ID else ()
+    )
     kind = reference[1] if len(reference) == 6 and reference[0] == "storage" and reference[5] is None else None
     if not isinstance(kind, Symbol):
         raise TypeError("no storage of torch")
@@ -176,9 +208,16 @@ def _checked_settings(modules: list[_Module], where: str) -> tuple[float | None,
     for module in modules:
         for class_name, attribute, known in _SETTINGS:
             if module.class_name == class_name and (found := module.state.get(attribute, known)) != known:
-                raise TeacherError(f"{where}: {module.path} has {attribute} {shown(found)}; kind stylegan2 reads networks with {known!r}")
+                raise TeacherError(
+                    f"{where}: {module.path} has {attribute} {shown(found)}; kind stylegan2 reads networks with {known!r}"
+                )
     clamp = _shared(modules, ("SynthesisLayer", "ToRGBLayer"), "conv_clamp", where)
-    rate = _shared([module for module in modules if module.path.startswith("mapping.fc")], ("FullyConnectedLayer",), "bias_gain", where)
+    rate = _shared(
+        [module for module in modules if module.path.startswith("mapping.fc")],
+        ("FullyConnectedLayer",),
+        "bias_gain",
+        where,
+    )
     return clamp, 0.01 if rate is None else rate
 
 
@@ -189,5 +228,7 @@ def _shared(modules: list[_Module], class_names: tuple[str, ...], attribute: str
     """
     found = [module.state.get(attribute) for module in modules if module.class_name in class_names]
     if not all(each is None or is_size(each) for each in found) or len(set(found)) > 1:
-        raise TeacherError(f"{where}: {attribute} is not one number throughout the network; give a network snapshot of NVlabs")
+        raise TeacherError(
+            f"{where}: {attribute} is not one number throughout the network; give a network snapshot of NVlabs"
+        )
     return found[0] if found else None

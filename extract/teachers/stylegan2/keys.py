@@ -24,7 +24,9 @@ def used_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not _UNUSED.fullmatch(name)}
 
 
-def find_layout(tensors: Mapping[str, Tensor], where: str, conv_clamp: float | None, mapping_lr: float, scaled_epsilon: bool) -> Layout:
+def find_layout(
+    tensors: Mapping[str, Tensor], where: str, conv_clamp: float | None, mapping_lr: float, scaled_epsilon: bool
+) -> Layout:
     """Sizes by the tensors' shapes.
 
     Raises: TeacherError when the first of a kind is missing or has another rank, or the images are not RGB.
@@ -35,7 +37,9 @@ def find_layout(tensors: Mapping[str, Tensor], where: str, conv_clamp: float | N
         found = tuple(tensors[name].shape) if name in tensors else None
         if found is None or len(found) != rank:
             what = "is missing" if found is None else f"has shape {found}"
-            raise TeacherError(f"{where}: holds no StyleGAN2 generator ({name} {what}); kind stylegan2 reads StyleGAN2 and StyleGAN2-ADA")
+            raise TeacherError(
+                f"{where}: holds no StyleGAN2 generator ({name} {what}); kind stylegan2 reads StyleGAN2 and StyleGAN2-ADA"
+            )
         return found
 
     num_blocks = 1
@@ -75,7 +79,9 @@ _STYLED = {
     "activate.bias": "bias",
     "conv.blur.kernel": "resample_filter",
 }
-_COLOURS = {key: _STYLED[key] for key in ("conv.weight", "conv.modulation.weight", "conv.modulation.bias")} | {"bias": "bias"}
+_COLOURS = {key: _STYLED[key] for key in ("conv.weight", "conv.modulation.weight", "conv.modulation.bias")} | {
+    "bias": "bias"
+}
 _MOST_BLOCKS = 12  # more than any image needs
 
 
@@ -89,16 +95,28 @@ def _rosinality_names() -> dict[str, str]:
     """Rosinality's names to NVIDIA's, all that there can be."""
     from dtpipe.extract.teachers.stylegan2.network import block_name
 
-    names = {"input.input": "synthesis.b4.const", "noises.noise_0": "synthesis.b4.conv1.noise_const", "latent_avg": "mapping.w_avg"}
-    names |= {f"style.{idx + 1}.{kind}": f"mapping.fc{idx}.{kind}" for idx in range(_MOST_BLOCKS) for kind in ("weight", "bias")}
+    names = {
+        "input.input": "synthesis.b4.const",
+        "noises.noise_0": "synthesis.b4.conv1.noise_const",
+        "latent_avg": "mapping.w_avg",
+    }
+    names |= {
+        f"style.{idx + 1}.{kind}": f"mapping.fc{idx}.{kind}"
+        for idx in range(_MOST_BLOCKS)
+        for kind in ("weight", "bias")
+    }
     layers = [("conv1", "b4.conv1", _STYLED), ("to_rgb1", "b4.torgb", _COLOURS)]
     for idx in range(_MOST_BLOCKS):
         block = block_name(idx + 1)
         layers += [(f"convs.{2 * idx + each}", f"{block}.conv{each}", _STYLED) for each in range(2)]
         layers.append((f"to_rgbs.{idx}", f"{block}.torgb", _COLOURS))
-        names |= {f"noises.noise_{2 * idx + 1 + each}": f"synthesis.{block}.conv{each}.noise_const" for each in range(2)}
+        names |= {
+            f"noises.noise_{2 * idx + 1 + each}": f"synthesis.{block}.conv{each}.noise_const" for each in range(2)
+        }
         names[f"to_rgbs.{idx}.upsample.kernel"] = f"synthesis.{block}.resample_filter"
-    return names | {f"{theirs}.{key}": f"synthesis.{ours}.{value}" for theirs, ours, parts in layers for key, value in parts.items()}
+    return names | {
+        f"{theirs}.{key}": f"synthesis.{ours}.{value}" for theirs, ours, parts in layers for key, value in parts.items()
+    }
 
 
 def _reshaped(name: str, tensor: Tensor) -> Tensor:

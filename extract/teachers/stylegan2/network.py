@@ -218,7 +218,9 @@ class Generator(nn.Module):
         self.mapping = Mapping(layout)
         self.synthesis = Synthesis(layout)
 
-    def styles(self, z: Tensor, one_hot: Tensor | None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> Tensor:
+    def styles(
+        self, z: Tensor, one_hot: Tensor | None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
+    ) -> Tensor:
         """A style for each convolution, the first `truncation_cutoff` (default: all) drawn towards the mean style.
 
         Shapes: (B, z_dim), (B, num_classes) or None -> (B, num_styles, w_dim).

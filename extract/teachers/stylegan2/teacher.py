@@ -42,8 +42,12 @@ NUM_MEAN_STYLES = 4096
 class StyleGan2Options(StrictModel):
     """How images are drawn from the generator."""
 
-    truncation_psi: float = Field(default=1.0, ge=0, description="Styles are drawn towards their mean by this factor; 1: not at all.")
-    truncation_cutoff: int | None = Field(default=None, ge=1, description="Only so many of the first styles are; default: all.")
+    truncation_psi: float = Field(
+        default=1.0, ge=0, description="Styles are drawn towards their mean by this factor; 1: not at all."
+    )
+    truncation_cutoff: int | None = Field(
+        default=None, ge=1, description="Only so many of the first styles are; default: all."
+    )
     noise_mode: Literal["random", "const", "none"] = Field(
         default="random", description="Noise maps: drawn for each image, those of the checkpoint, or none."
     )
@@ -77,7 +81,9 @@ class StyleGan2Teacher:
         """
         made: list[Tensor] = []
         with arithmetic(noise[LATENT].device, self.dtype):
-            levels = self._reader.read(lambda: made.append(make_images(self.network, noise, self.options)), stop_early=False)
+            levels = self._reader.read(
+                lambda: made.append(make_images(self.network, noise, self.options)), stop_early=False
+            )
         images = made[0].clamp(-1, 1).where(made[0].isfinite(), float("nan"))  # an overflow must not look like white
         return images, {name: storable(level) for name, level in levels.items()}
 
@@ -85,7 +91,9 @@ class StyleGan2Teacher:
 def make_images(network: Generator, noise: Mapping[str, Tensor], options: StyleGan2Options) -> Tensor:
     """The generator's forward pass. Shapes: as `StyleGan2Teacher.synthesize` -> (B, 3, H, W), not clamped."""
     z = noise[LATENT]
-    styles = network.styles(z, _one_hot(network.layout, noise, options), options.truncation_psi, options.truncation_cutoff)
+    styles = network.styles(
+        z, _one_hot(network.layout, noise, options), options.truncation_psi, options.truncation_cutoff
+    )
     if options.noise_mode == "none":
         return network.synthesis(styles, None)  # type: ignore[no-any-return]
     maps = network.constant_noise() if options.noise_mode == "const" else network.noise_maps(noise[NOISE_MAPS])
@@ -144,7 +152,9 @@ def _check_options(options: StyleGan2Options, layout: Layout, where: str) -> Non
     label, cutoff = options.class_label, options.truncation_cutoff
     if label is not None and label >= layout.num_classes:
         known = f"classes 0 to {layout.num_classes - 1}" if layout.num_classes else "no classes"
-        raise ConfigError(f"{where}: the generator has {known}; change or leave out extract.teacher.options.class_label (found {label})")
+        raise ConfigError(
+            f"{where}: the generator has {known}; change or leave out extract.teacher.options.class_label (found {label})"
+        )
     if cutoff is not None and cutoff > layout.num_styles:
         raise ConfigError(
             f"{where}: the generator has {layout.num_styles} styles; lower extract.teacher.options.truncation_cutoff (found {cutoff})"
@@ -184,14 +194,19 @@ def _levels(network: Generator, options: StyleGan2Options, config: TeacherConfig
     if config.taps:
         zeros = {stream: torch.zeros(1, *shape) for stream, shape in _noise_shapes(layout, options).items()}
         with torch.inference_mode():
-            levels = named_levels(network, lambda: make_images(network, zeros, options), layout.image_px[1], config.taps)
+            levels = named_levels(
+                network, lambda: make_images(network, zeros, options), layout.image_px[1], config.taps
+            )
         return tuple(sorted(levels.values(), key=lambda level: (level.stride, level.name)))
     deepest = len(layout.channels) - 1
     blocks = {stride: deepest - (stride.bit_length() - 1) for stride in DEFAULT_STRIDES if stride <= 1 << deepest}
     if not blocks:
-        raise TeacherError(f"{config.path}: the generator's images are too small for a layer of stride 4; use one of 16 px or more")
+        raise TeacherError(
+            f"{config.path}: the generator's images are too small for a layer of stride 4; use one of 16 px or more"
+        )
     return tuple(
-        TapSpec(level_name(stride), stride, layout.channels[idx], f"synthesis.{block_name(idx)}.conv1") for stride, idx in blocks.items()
+        TapSpec(level_name(stride), stride, layout.channels[idx], f"synthesis.{block_name(idx)}.conv1")
+        for stride, idx in blocks.items()
     )
 
 
@@ -241,7 +256,9 @@ register_teacher(
             _published("brecahad", _ADA, "brecahad", _NARROW, 512),
             _published("cifar10", _ADA, "cifar10", "l2 512, l3 512", 32),
             _published("ffhq256", _SOURCES, "ffhq-res256-mirror-paper256-noaug", _NARROW, 256),
-            _published("celebahq256", _SOURCES, "celebahq-res256-mirror-paper256-kimg100000-ada-target0.5", _NARROW, 256),
+            _published(
+                "celebahq256", _SOURCES, "celebahq-res256-mirror-paper256-kimg100000-ada-target0.5", _NARROW, 256
+            ),
             _published("lsun-dog", _SOURCES, "lsundog-res256-paper256-kimg100000-noaug", _NARROW, 256),
             _published("lsun-cat", _TENSORFLOW, "stylegan2-cat-config-f", _WIDE, 256),
             _published("lsun-horse", _TENSORFLOW, "stylegan2-horse-config-f", _WIDE, 256),

@@ -30,7 +30,16 @@ _FIXED: dict[str, tuple[Any, ...]] = {  # the values, None apart, under which th
     "use_noise": (True,),
 }
 _OTHERS = frozenset(
-    {"latent_size", "label_size", "dlatent_size", "resolution", "mapping_layers", "label_fmaps", "mapping_fmaps", "mapping_lrmul"}
+    {
+        "latent_size",
+        "label_size",
+        "dlatent_size",
+        "resolution",
+        "mapping_layers",
+        "label_fmaps",
+        "mapping_fmaps",
+        "mapping_lrmul",
+    }
     | {"w_avg_beta", "fmap_base", "fmap_max", "num_fp16_res", "conv_clamp"}
     | {"truncation_psi", "truncation_cutoff", "style_mixing_prob", "structure"}
 )
@@ -62,14 +71,20 @@ def tensorflow_generator(network: Record, where: str) -> tuple[dict[str, Tensor]
     taps = torch.tensor(_FILTER, dtype=torch.float32)
     blocks = [name.removesuffix(".conv0.weight") for name in tensors if name.endswith(".conv0.weight")]
     for block in blocks:
-        tensors |= {f"{layer}.resample_filter": torch.outer(taps, taps) / taps.sum() ** 2 for layer in (block, f"{block}.conv0")}
+        tensors |= {
+            f"{layer}.resample_filter": torch.outer(taps, taps) / taps.sum() ** 2 for layer in (block, f"{block}.conv0")
+        }
     rate = _number(settings, "mapping_lrmul", where)
     return tensors, _number(settings, "conv_clamp", where), 0.01 if rate is None else rate
 
 
 def _settings(network: Record, where: str) -> Mapping[str, Any]:
     state = network.state
-    if not isinstance(state, dict) or not isinstance(state.get("version"), int) or not isinstance(state.get("static_kwargs"), dict):
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("version"), int)
+        or not isinstance(state.get("static_kwargs"), dict)
+    ):
         raise _other(where, "no settings")
     if state["version"] < OLDEST_VERSION:
         raise _other(where, f"version {shown(state['version'])}, so is of StyleGAN or older")

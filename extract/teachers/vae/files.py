@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 PIPELINE_PARTS = ("vae", "vqvae", "movq")  # what pipelines call their autoencoder's folder
 FULLY_CONVOLUTIONAL_PX = (256, 256)  # where the config names no size, as AutoencoderTiny's never does
-HUB_FILES = ("*.json", *(f"{folder}{name}" for folder in ("", *(f"{part}/" for part in PIPELINE_PARTS)) for name in WEIGHT_NAMES))
+HUB_FILES = (
+    "*.json",
+    *(f"{folder}{name}" for folder in ("", *(f"{part}/" for part in PIPELINE_PARTS)) for name in WEIGHT_NAMES),
+)
 TAESD_ENDINGS = (".safetensors", ".pth")
 
 
@@ -40,7 +43,10 @@ class Autoencoder:
 def is_autoencoder_path(path: str) -> bool:
     """True for the folder of one of `AUTOENCODERS`, and for taesd's files; a pipeline's folder is other families' too."""
     with suppress(OSError, TeacherError):
-        return bool(_taesd_encoders(Path(path))) or read_json(Path(path) / "config.json").get("_class_name") in AUTOENCODERS
+        return (
+            bool(_taesd_encoders(Path(path)))
+            or read_json(Path(path) / "config.json").get("_class_name") in AUTOENCODERS
+        )
     return False
 
 
@@ -72,7 +78,9 @@ def _read_diffusers(folder: Path) -> Autoencoder:
     if name not in AUTOENCODERS:
         raise TeacherError(f"{folder}/config.json: holds a {name}; kind vae reads {', '.join(AUTOENCODERS)}")
     if (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3):
-        raise TeacherError(f"{folder}/config.json: the network does not take and give RGB images; kind vae needs one that does")
+        raise TeacherError(
+            f"{folder}/config.json: the network does not take and give RGB images; kind vae needs one that does"
+        )
     weights = weights_file(folder)
     network, architecture = _build(name, config, folder)
     tensors = modern_names(read_weights(weights))
@@ -86,7 +94,9 @@ def _build(name: str, config: Mapping[str, Any], folder: Path) -> tuple[nn.Modul
 
     network_class = getattr(diffusers, name)
     known = set(inspect.signature(network_class.__init__).parameters) - {"self"}
-    architecture = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
+    architecture = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known
+    }
     try:
         return network_class(**architecture), architecture
     except Exception as err:  # the constructor raises what its parts raise
@@ -116,7 +126,12 @@ def _read_taesd(encoder: Path) -> Autoencoder:
 
 
 def _loaded(
-    network: nn.Module, tensors: dict[str, Tensor], where: Path, name: str, architecture: dict[str, Any], image_px: tuple[int, int]
+    network: nn.Module,
+    tensors: dict[str, Tensor],
+    where: Path,
+    name: str,
+    architecture: dict[str, Any],
+    image_px: tuple[int, int],
 ) -> Autoencoder:
     load_strictly(network, tensors, where)
     frozen = network.requires_grad_(False).eval()

@@ -40,7 +40,11 @@ class TinyBlock(nn.Module):
     def __init__(self, width: int, pool: bool) -> None:
         super().__init__()
         self.conv = nn.Sequential(_conv(width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width))
-        self.pool = nn.Sequential(_mix(width, 4 * width), nn.GroupNorm(4, 4 * width), nn.ReLU(), _mix(4 * width, width)) if pool else None
+        self.pool = (
+            nn.Sequential(_mix(width, 4 * width), nn.GroupNorm(4, 4 * width), nn.ReLU(), _mix(4 * width, width))
+            if pool
+            else None
+        )
         self.fuse = nn.ReLU()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -74,7 +78,9 @@ class TinyAutoencoder(nn.Module):
         return Decoded(self.decoder(latents) * 2 - 1)
 
 
-def build_tiny(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], where: Path) -> tuple[TinyAutoencoder, dict[str, Tensor]]:
+def build_tiny(
+    encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], where: Path
+) -> tuple[TinyAutoencoder, dict[str, Tensor]]:
     """The network that the weights ask for, and the weights by its names; they are not loaded yet.
 
     Raises: TeacherError when the decoder's weights are of no known shape.

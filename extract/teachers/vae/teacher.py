@@ -44,8 +44,12 @@ _log = logging.getLogger(__name__)
 class VaeOptions(StrictModel):
     """What `extract.teacher.options` may hold."""
 
-    latent: Literal["mean", "sampled"] = Field(default="mean", description="The posterior's mean, or a sample of it by noise draw.")
-    pool_missing: bool = Field(default=False, description="Make levels deeper than the decoder's deepest by average pooling it.")
+    latent: Literal["mean", "sampled"] = Field(
+        default="mean", description="The posterior's mean, or a sample of it by noise draw."
+    )
+    pool_missing: bool = Field(
+        default=False, description="Make levels deeper than the decoder's deepest by average pooling it."
+    )
 
 
 class VaeTeacher:
@@ -78,7 +82,9 @@ class VaeTeacher:
                 if key not in seen:
                     shown = images.flip(-1) if key[0] else images
                     seen[key] = self._levels(shown, noise[VAE][:, view_idx] if sampled else None)
-            return {level.name: torch.stack([seen[key][level.name] for key in keys], dim=1) for level in self.spec.levels}
+            return {
+                level.name: torch.stack([seen[key][level.name] for key in keys], dim=1) for level in self.spec.levels
+            }
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Raises: TeacherError; an autoencoder's latents are not normal, so it makes no images by itself."""
@@ -140,7 +146,9 @@ def load_vae_teacher(config: TeacherConfig, device: str = "cpu") -> VaeTeacher:
     autoencoder = read_autoencoder(config.path, config.revision)
     total_stride, latent_channels, has_posterior = _probe(autoencoder)
     if options.latent == "sampled" and not has_posterior:
-        raise ConfigError(f"extract.teacher.options.latent is sampled; {autoencoder.name} has one latent per image: leave the option out")
+        raise ConfigError(
+            f"extract.teacher.options.latent is sampled; {autoencoder.name} has one latent per image: leave the option out"
+        )
     noise_shapes = {VAE: (math.ceil(latent_channels / total_stride**2), -1, -1)} if options.latent == "sampled" else {}
     spec = TeacherSpec(
         kind="vae",
@@ -148,7 +156,11 @@ def load_vae_teacher(config: TeacherConfig, device: str = "cpu") -> VaeTeacher:
         image_px=autoencoder.image_px,
         levels=_levels_of(autoencoder, total_stride, config.taps, options.pool_missing),
         noise_shapes=noise_shapes,
-        options={"network": autoencoder.name, "network_blake3": autoencoder.architecture_blake3, **options.model_dump()},
+        options={
+            "network": autoencoder.name,
+            "network_blake3": autoencoder.architecture_blake3,
+            **options.model_dump(),
+        },
     )
     return VaeTeacher(torch.nn.Module.to(autoencoder.network, device=device), spec, total_stride, config.dtype)
 
@@ -164,7 +176,9 @@ def _probe(autoencoder: Autoencoder) -> tuple[int, int, bool]:
     return PROBE_PX // latents.shape[-1], latents.shape[1], has_posterior
 
 
-def _levels_of(autoencoder: Autoencoder, total_stride: int, taps: Mapping[str, str] | None, pool_missing: bool) -> tuple[TapSpec, ...]:
+def _levels_of(
+    autoencoder: Autoencoder, total_stride: int, taps: Mapping[str, str] | None, pool_missing: bool
+) -> tuple[TapSpec, ...]:
     """Levels found by stride or at the named taps, from fine to deep; then the pooled ones."""
     import torch
 
@@ -178,10 +192,16 @@ def _levels_of(autoencoder: Autoencoder, total_stride: int, taps: Mapping[str, s
         return network.decode(encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents)
 
     with torch.inference_mode():
-        named = named_levels(network, forward, side, taps) if taps else find_levels(network, forward, side, _decoder_layers(network))
+        named = (
+            named_levels(network, forward, side, taps)
+            if taps
+            else find_levels(network, forward, side, _decoder_layers(network))
+        )
     levels = sorted(named.values(), key=lambda level: (level.stride, level.name))
     if not levels:
-        raise TeacherError(f"{autoencoder.name}: the decoder has none of the strides 4, 8, 16, 32; name taps in extract.teacher.taps")
+        raise TeacherError(
+            f"{autoencoder.name}: the decoder has none of the strides 4, 8, 16, 32; name taps in extract.teacher.taps"
+        )
     deeper = [stride for stride in DEFAULT_STRIDES if stride > levels[-1].stride]
     if pool_missing:
         return (*levels, *(_pooled(levels[-1], level_name(stride), stride) for stride in deeper))
@@ -214,7 +234,8 @@ def _decoder_layers(network: nn.Module) -> list[str]:
     return [
         path
         for path, module in network.named_modules()
-        if re.fullmatch(r"decoder\..*(resnets|attentions)\.\d+", path) or (path.startswith("decoder.") and hasattr(module, "fuse"))
+        if re.fullmatch(r"decoder\..*(resnets|attentions)\.\d+", path)
+        or (path.startswith("decoder.") and hasattr(module, "fuse"))
     ]
 
 

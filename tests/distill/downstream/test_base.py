@@ -117,4 +117,9 @@ def test_random_initialisation_follows_its_seed_and_leaves_the_global_generator_
 
 def test_student_levels_are_named_by_stride_at_any_image_size() -> None:
     levels = student_extractor(random_student(SPEC, 0))(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))
-    assert {name: tuple(level.shape[-2:]) for name, level in levels.items()} == {"l2": (8, 8), "l3": (4, 4), "l4": (2, 2), "l5": (1, 1)}
+    assert {name: tuple(level.shape[-2:]) for name, level in levels.items()} == {
+        "l2": (8, 8),
+        "l3": (4, 4),
+        "l4": (2, 2),
+        "l5": (1, 1),
+    }

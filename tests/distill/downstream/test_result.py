@@ -22,7 +22,9 @@ def score(level: str, seed: int, value: float, selection: float | None, best: bo
 def test_best_level_is_chosen_by_selection_and_ties_go_to_the_later() -> None:
     marked = mark_best([score("l2", 0, 0.9, 0.5), score("l3", 0, 0.1, 0.7), score("all", 0, 0.2, 0.7)])
     assert [one.level for one in marked if one.best] == ["all"]
-    assert [one.level for one in mark_best([score("l2", 0, 0.9, None), score("l3", 0, 0.1, None)]) if one.best] == ["l3"]
+    assert [one.level for one in mark_best([score("l2", 0, 0.9, None), score("l3", 0, 0.1, None)]) if one.best] == [
+        "l3"
+    ]
 
 
 def test_summary_means_and_spreads() -> None:
@@ -64,7 +66,14 @@ def test_comparison_scores_every_extractor_size_and_seed_and_is_json() -> None:
 
     said: list[str] = []
     result = run_probe(
-        "knn", [PerSeed("per seed", make), raw_pixels()], labelled(20, "a"), labelled(10, "b"), [4, None], [0, 1], None, said.append
+        "knn",
+        [PerSeed("per seed", make), raw_pixels()],
+        labelled(20, "a"),
+        labelled(10, "b"),
+        [4, None],
+        [0, 1],
+        None,
+        said.append,
     )
     assert made == [0, 1]
     assert said == ["knn: per seed", "knn: raw pixels"]

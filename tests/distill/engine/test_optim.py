@@ -20,10 +20,14 @@ BASE = {"datasets": ("features",), "out": "run"}
 def test_cosine_agrees_with_timms_scheduler_after_the_warm_up():
     num_steps, num_warmup, peak, minimum = 50, 10, 4e-3, 1e-4
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    theirs = CosineLRScheduler(optimizer, t_initial=num_steps - num_warmup, lr_min=minimum, warmup_t=num_warmup, warmup_prefix=True)
+    theirs = CosineLRScheduler(
+        optimizer, t_initial=num_steps - num_warmup, lr_min=minimum, warmup_t=num_warmup, warmup_prefix=True
+    )
     for step in range(num_warmup, num_steps):
         theirs.step(step)
-        assert learning_rate(step, num_steps, num_warmup, peak, minimum) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert learning_rate(step, num_steps, num_warmup, peak, minimum) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-9
+        )
 
 
 def test_warm_up_rises_in_equal_steps_to_the_peak():
@@ -62,7 +66,9 @@ def test_weight_decay_spares_biases_and_norms(opt):
 def test_weight_decay_spares_positions_and_class_tokens(name, spared, tmp_path):
     config = tiny_config(tmp_path, student={"name": name})
     model = build_distiller(config, [level_spec("l4", 16, 3)], (64, 64))
-    decay = {id(p): group["weight_decay"] for group in build_optimizer(model, config).param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"] for group in build_optimizer(model, config).param_groups for p in group["params"]
+    }
     tensors = [(key, p) for key, p in model.named_parameters() if p.ndim > 1]
     assert {key.rpartition(".")[2] for key, p in tensors if decay[id(p)] == 0} == spared
     assert all(decay[id(p)] == 0.05 for key, p in tensors if key.endswith("weight"))
@@ -75,7 +81,9 @@ def test_adamw_takes_the_step_of_its_formula():
     set_learning_rate(optimizer, 0.01)
     model(torch.ones(1, 1)).sum().backward()
     optimizer.step()
-    assert model.weight.item() == pytest.approx(2.0 * (1 - 0.01 * 0.1) - 0.01, rel=1e-6)  # bias-corrected m / sqrt(v) is 1
+    assert model.weight.item() == pytest.approx(
+        2.0 * (1 - 0.01 * 0.1) - 0.01, rel=1e-6
+    )  # bias-corrected m / sqrt(v) is 1
 
 
 def test_lamb_scales_the_step_by_the_trust_ratio():

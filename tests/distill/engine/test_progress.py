@@ -41,8 +41,16 @@ def test_an_activity_that_fails_is_charged_too():
     ("waiting", "threads", "expected"),
     [
         (0.05, 1, None),
-        (0.0501, 1, f"5% of the time goes by waiting for data: raise distill.read_threads from 1 to up to {os.cpu_count()}"),
-        (0.4, 10_000, "40% of the time goes by waiting for data: raise distill.prefetch from 4, or bring the dataset to a faster disk"),
+        (
+            0.0501,
+            1,
+            f"5% of the time goes by waiting for data: raise distill.read_threads from 1 to up to {os.cpu_count()}",
+        ),
+        (
+            0.4,
+            10_000,
+            "40% of the time goes by waiting for data: raise distill.prefetch from 4, or bring the dataset to a faster disk",
+        ),
     ],
 )
 def test_more_than_five_percent_of_waiting_says_what_to_change(waiting, threads, expected):
@@ -99,9 +107,13 @@ def test_training_on_a_gpu_lowers_the_loss_as_the_cpu_does(gpu, tmp_path, change
     from parts.memory import MemorySource, tiny_config, write_dataset
 
     url = str(write_dataset(tmp_path / "features", MemorySource()))
-    base = tiny_config(tmp_path / "gpu", datasets=(url,), epochs=8, log_every=1, precision="float32", device="cuda", **changes)
+    base = tiny_config(
+        tmp_path / "gpu", datasets=(url,), epochs=8, log_every=1, precision="float32", device="cuda", **changes
+    )
     train(base)
-    cpu = DistillConfig.model_validate(base.model_dump() | {"out": str(tmp_path / "cpu"), "device": "cpu", "sync_bn": False})
+    cpu = DistillConfig.model_validate(
+        base.model_dump() | {"out": str(tmp_path / "cpu"), "device": "cpu", "sync_bn": False}
+    )
     train(cpu)
     losses = [[line["loss"] for line in read_metrics(Path(each.out))] for each in (base, cpu)]
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-2)

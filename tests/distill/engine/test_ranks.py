@@ -73,7 +73,9 @@ def _answer(call: Callable[[int], Any], rank: int, answer: Path) -> None:
         os._exit(0)
 
 
-def train_ranks(config: DistillConfig, folder: Path, size: int = 2, before: Callable[[int], None] = lambda _: None) -> list[Any]:
+def train_ranks(
+    config: DistillConfig, folder: Path, size: int = 2, before: Callable[[int], None] = lambda _: None
+) -> list[Any]:
     """`train` on each rank: the steps it resumed from and ended at."""
 
     def call(rank: int) -> list[int]:
@@ -198,10 +200,18 @@ def test_a_loss_that_is_not_finite_on_one_process_names_its_samples_on_all(confi
 
 
 def test_a_process_of_a_rank_that_cannot_meet_the_others_says_so(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "no.such.host.invalid",
+        "MASTER_PORT": "29500",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.distributed.init_process_group", _no_such_host)
-    with pytest.raises(ConfigError, match=r"cannot meet at no\.such\.host\.invalid:29500 .*; start them with torchrun"), join_ranks("cpu"):
+    with (
+        pytest.raises(ConfigError, match=r"cannot meet at no\.such\.host\.invalid:29500 .*; start them with torchrun"),
+        join_ranks("cpu"),
+    ):
         pass
 
 
@@ -229,7 +239,9 @@ def test_torchrun_trains_with_the_command_line_unchanged(config, tmp_path):
     settings.write_text(json.dumps({"distill": changed(config, epochs=1).model_dump(mode="json")}))
     dtpipe = Path(sys.executable).with_name("dtpipe")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run([*torchrun, dtpipe, "distill", "-c", settings, *config.datasets], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*torchrun, dtpipe, "distill", "-c", settings, *config.datasets], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("checkpoint") == 1  # the first process reports
     np.testing.assert_allclose(losses(config), losses(one), rtol=0, atol=1e-5)

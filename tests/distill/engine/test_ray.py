@@ -98,7 +98,9 @@ def test_sigterm_to_the_command_saves_and_stops_all_workers(config):
     settings = Path(config.out).with_name("run.yaml")
     settings.write_text(json.dumps({"distill": changed(config, epochs=2000, train_workers=2).model_dump(mode="json")}))
     command = [Path(sys.executable).with_name("dtpipe"), "distill", "-c", settings.name, Path(config.datasets[0]).name]
-    process = subprocess.Popen(command, cwd=settings.parent, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, cwd=settings.parent, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 300
     while not (Path(config.out) / "metrics.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
@@ -108,4 +110,6 @@ def test_sigterm_to_the_command_saves_and_stops_all_workers(config):
     _, said = process.communicate(timeout=300)
     assert process.returncode == 143, said
     assert "stopped by SIGTERM after step" in said
-    assert load_checkpoint(Path(config.out) / "last.pt")["scheduler"]["step"] == read_metrics(Path(config.out))[-1]["step"]
+    assert (
+        load_checkpoint(Path(config.out) / "last.pt")["scheduler"]["step"] == read_metrics(Path(config.out))[-1]["step"]
+    )

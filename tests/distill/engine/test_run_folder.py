@@ -11,7 +11,14 @@ import pytest
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.run_folder import RunFolder, changed_fields, read_config, read_metrics
-from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, MissingPackageError, PlanChangedError, StoreError
+from dtpipe.manifests.errors import (
+    ConfigError,
+    InputError,
+    LockHeldError,
+    MissingPackageError,
+    PlanChangedError,
+    StoreError,
+)
 
 
 def config(out, **changes) -> DistillConfig:
@@ -34,7 +41,14 @@ def test_another_config_is_refused_naming_the_fields(tmp_path):
 def test_execution_fields_may_change(tmp_path):
     RunFolder.open(config(tmp_path)).__exit__(None, None, None)
     changed = config(
-        tmp_path, log_every=3, read_threads=1, prefetch=1, keep_checkpoints=0, device="cpu", datasets=("elsewhere",), save_every_s=1
+        tmp_path,
+        log_every=3,
+        read_threads=1,
+        prefetch=1,
+        keep_checkpoints=0,
+        device="cpu",
+        datasets=("elsewhere",),
+        save_every_s=1,
     )
     with RunFolder.open(changed):
         assert read_config(tmp_path)["log_every"] == 3
@@ -100,7 +114,9 @@ def test_tensorboard_gets_the_scalars_of_each_line_and_a_resumed_run_purges_what
         with RunFolder.open(config(tmp_path)) as folder:
             folder.take_up(first, tensorboard=True)
             for step in lines:
-                folder.log({"step": step, "num_steps": 8, "loss": step / 2 + first, "share/data": 0.25, "advice": "none"})
+                folder.log(
+                    {"step": step, "num_steps": 8, "loss": step / 2 + first, "share/data": 0.25, "advice": "none"}
+                )
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["loss", "share/data"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 1.0), (4, 2.0), (6, 7.0), (8, 8.0)]
@@ -109,5 +125,8 @@ def test_tensorboard_gets_the_scalars_of_each_line_and_a_resumed_run_purges_what
 
 def test_tensorboard_that_is_not_installed_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with RunFolder.open(config(tmp_path)) as folder, pytest.raises(MissingPackageError, match=r"pip install 'dtpipe\[tensorboard\]'"):
+    with (
+        RunFolder.open(config(tmp_path)) as folder,
+        pytest.raises(MissingPackageError, match=r"pip install 'dtpipe\[tensorboard\]'"),
+    ):
         folder.take_up(0, tensorboard=True)

@@ -33,7 +33,11 @@ with torch.no_grad():
 
 def test_snippets_load_exports_in_a_process_without_dtpipe(tmp_path):
     """Their pooled output is the mean of the student's last level."""
-    names = {"resnet10t": "timm", "resnet18": "torchvision", "resnet50": "torchvision"}  # both kinds of torchvision's blocks
+    names = {
+        "resnet10t": "timm",
+        "resnet18": "torchvision",
+        "resnet50": "torchvision",
+    }  # both kinds of torchvision's blocks
     code, images = ALONE, torch.rand(2, 3, 64, 64)
     for name, layout in names.items():
         result = export_student(write_student(tmp_path / name / "last.pt", name), tmp_path / "export" / name, layout)
@@ -41,7 +45,9 @@ def test_snippets_load_exports_in_a_process_without_dtpipe(tmp_path):
         code += EACH.format(snippet=result.snippet, name=name)
     torch.save(images, tmp_path / "in.pt")
     code += "torch.save(pooled, sys.argv[2])\n"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")], check=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")], check=True, cwd=tmp_path
+    )
     pooled = torch.load(tmp_path / "out.pt", weights_only=True)
     for name in names:
         with torch.no_grad():
@@ -72,8 +78,13 @@ def test_intermediates_of_the_full_model_are_the_students_levels(tmp_path, name,
     with torch.no_grad():
         theirs = model.forward_intermediates(student.normalise(images), intermediates_only=True)
         for level in student(images):
-            assert any(level.shape == other.shape and torch.allclose(level, other, rtol=1e-4, atol=1e-5) for other in theirs)
-    assert all(part.startswith(("norm", "head", "conv_head", "fc_norm", "downsamp_modules", "final_layer")) for part in result.untrained)
+            assert any(
+                level.shape == other.shape and torch.allclose(level, other, rtol=1e-4, atol=1e-5) for other in theirs
+            )
+    assert all(
+        part.startswith(("norm", "head", "conv_head", "fc_norm", "downsamp_modules", "final_layer"))
+        for part in result.untrained
+    )
 
 
 def test_timms_local_dir_loader_reads_the_folder(tmp_path):
@@ -85,7 +96,12 @@ def test_timms_local_dir_loader_reads_the_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("resnet18", "torchvision"), ("convnext_atto", "timm"), ("test_vit", "timm"), ("swin_tiny_patch4_window7_224", "timm")],
+    [
+        ("resnet18", "torchvision"),
+        ("convnext_atto", "timm"),
+        ("test_vit", "timm"),
+        ("swin_tiny_patch4_window7_224", "timm"),
+    ],
 )
 def test_load_student_reads_exports(tmp_path, name, layout):
     write_student(tmp_path / "run" / "last.pt", name)
@@ -125,7 +141,9 @@ def perturbed(name: str) -> Student:
     return student
 
 
-@pytest.mark.parametrize(("name", "layout"), [("resnet18", "torchvision"), ("test_resnet", "timm"), ("test_convnext", "timm")])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("resnet18", "torchvision"), ("test_resnet", "timm"), ("test_convnext", "timm")]
+)
 def test_the_check_of_an_export_sees_every_tensor(tmp_path, name, layout):
     """Any trained tensor in another's place is found, not only those that reach the last level."""
     student = perturbed(name)

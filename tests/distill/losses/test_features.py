@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtpipe.distill.config import LossConfig
-from dtpipe.distill.losses.features import LOSSES, attention_map, attention_transfer, cosine_distance, feature_loss, regression_loss, whiten
+from dtpipe.distill.losses.features import (
+    LOSSES,
+    attention_map,
+    attention_transfer,
+    cosine_distance,
+    feature_loss,
+    regression_loss,
+    whiten,
+)
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 TOLERANCE = 2e-5  # float32 sums of up to a few thousand terms against float64
@@ -77,7 +85,9 @@ def loop_cosine(students: list[np.ndarray], teachers: list[np.ndarray], over: st
 
 def random_levels(seed: int, batch: int, shapes: list[tuple[int, int, int]], scale: float = 1.0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [(rng.standard_normal((batch, *shape)) * scale + rng.standard_normal()).astype(np.float32) for shape in shapes]
+    return [
+        (rng.standard_normal((batch, *shape)) * scale + rng.standard_normal()).astype(np.float32) for shape in shapes
+    ]
 
 
 def as_tensors(levels: list[np.ndarray]) -> dict[str, torch.Tensor]:
@@ -113,8 +123,12 @@ def test_each_whitening_is_its_loop(over):
         "cosine": loop_cosine(students, teachers, over),
     }
     assert {name: term.item() for name, term in loss.terms.items()} == pytest.approx(expected, rel=TOLERANCE)
-    assert loss.total.item() == pytest.approx(expected["mse"] + 10 * expected["at"] + 2 * expected["cosine"], rel=TOLERANCE)
-    single = {f"mse/l{idx}": loop_mse([a], [b], over) for idx, (a, b) in enumerate(zip(students, teachers, strict=True))}
+    assert loss.total.item() == pytest.approx(
+        expected["mse"] + 10 * expected["at"] + 2 * expected["cosine"], rel=TOLERANCE
+    )
+    single = {
+        f"mse/l{idx}": loop_mse([a], [b], over) for idx, (a, b) in enumerate(zip(students, teachers, strict=True))
+    }
     assert {name: loss.levels[name].item() for name in single} == pytest.approx(single, rel=TOLERANCE)
 
 
@@ -134,8 +148,12 @@ def test_level_weights_make_a_weighted_mean_of_every_loss():
         single = [loop([a], [b]) for a, b in zip(students, teachers, strict=True)]
         assert loss.terms[name].item() == pytest.approx((3 * single[0] + single[1]) / 4, rel=TOLERANCE)
     assert loss.total.item() == pytest.approx(loss.terms["mse"].item() + 10 * loss.terms["at"].item(), rel=TOLERANCE)
-    equal = feature_loss(as_tensors(students), as_tensors(teachers), LossConfig(), dict.fromkeys(("l0", "l1", "l2"), 7.0))
-    assert equal.total.item() == pytest.approx(feature_loss(as_tensors(students), as_tensors(teachers), LossConfig()).total.item())
+    equal = feature_loss(
+        as_tensors(students), as_tensors(teachers), LossConfig(), dict.fromkeys(("l0", "l1", "l2"), 7.0)
+    )
+    assert equal.total.item() == pytest.approx(
+        feature_loss(as_tensors(students), as_tensors(teachers), LossConfig()).total.item()
+    )
 
 
 @pytest.mark.parametrize("weights", [{"l9": 1.0}, {"l0": -1.0}, {"l0": 0.0}])
@@ -154,12 +172,16 @@ def test_cosine_distance_ignores_strength_and_is_0_for_equal_and_2_for_opposite_
 def test_paper_weight_of_attention_transfer_is_the_default():
     students, teachers = random_levels(0, 2, [(3, 4, 4)]), random_levels(1, 2, [(3, 4, 4)])
     loss = feature_loss(as_tensors(students), as_tensors(teachers), LossConfig())
-    assert loss.total.item() == pytest.approx(loop_mse(students, teachers) + 10 * loop_at(students, teachers), rel=TOLERANCE)
+    assert loss.total.item() == pytest.approx(
+        loop_mse(students, teachers) + 10 * loop_at(students, teachers), rel=TOLERANCE
+    )
 
 
 def test_whitening_is_torchs_layer_norm_over_channels_and_positions():
     level = torch.from_numpy(random_levels(3, 4, [(6, 5, 7)], scale=30.0)[0])
-    torch.testing.assert_close(whiten(level), torch.nn.functional.layer_norm(level, level.shape[1:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        whiten(level), torch.nn.functional.layer_norm(level, level.shape[1:]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_whitening_by_channel_normalises_each_position_and_erases_the_energy_map():

@@ -70,7 +70,11 @@ def test_a_limit_takes_the_same_samples_whatever_the_order_of_rows_and_nested_on
     [
         ({"keys": "KEYS"}, InputError, r"1 of 2 wanted keys \('images/nothing.png'\) are not in the data"),
         ({"keys": "nowhere.txt"}, InputError, r"distill.keys: nowhere.txt cannot be read"),
-        ({"include": ("cat/*",)}, ConfigError, r"distill.include: pattern 'cat/\*' matches no key; keys look like 'images/"),
+        (
+            {"include": ("cat/*",)},
+            ConfigError,
+            r"distill.include: pattern 'cat/\*' matches no key; keys look like 'images/",
+        ),
         ({"exclude": ("cat/*",)}, ConfigError, r"distill.exclude: pattern 'cat/\*' matches no key"),
         ({"exclude": ("*",)}, InputError, r"leave no sample to train on"),
         ({"include": ("*/003.png",)}, InputError, r"each of the 1 samples chosen is bad"),
@@ -160,7 +164,9 @@ def finish(url: Path, source: MemorySource) -> None:
     plan = load_plan(store)
     with Lock.acquire(store) as lock:
         last = plan.num_shards - 1
-        arrays = shard_arrays(source, read_listing(store, plan.listing_blake3), plan.shard_rows(last), last, plan.recipe)
+        arrays = shard_arrays(
+            source, read_listing(store, plan.listing_blake3), plan.shard_rows(last), last, plan.recipe
+        )
         commit_entry(store, write_shard(store, plan, plan_digest(store), last, arrays, lock.epoch, {}), lock.epoch)
         merge(store, plan, lock, {})
 
@@ -175,7 +181,9 @@ def test_a_run_on_an_unfinished_dataset_keeps_to_its_shards_once_it_is_finished(
     assert before.num_samples < 19
     finish(url, source)
     (tmp_path / "run" / "last.pt").unlink()
-    again = train(settings.model_copy(update={"allow_incomplete": False}))  # it is finished, so nobody needs to allow anything
+    again = train(
+        settings.model_copy(update={"allow_incomplete": False})
+    )  # it is finished, so nobody needs to allow anything
     assert (again.num_samples, again.losses) == (before.num_samples, before.losses)
     whole = tiny_config(tmp_path / "new", datasets=(str(url),), allow_incomplete=True)
     assert len(open_data(whole).sampling.rows) == 19  # of another run
@@ -186,7 +194,9 @@ def test_a_recorded_shard_that_is_gone_is_named(tmp_path, source):
     settings = config(tmp_path, url, allow_incomplete=True, epochs=1)
     train(settings)
     (url / "commits" / "00001.json").unlink()
-    with pytest.raises(IncompleteError, match=r"shard 1 is needed and not committed; run the same `dtpipe extract` again"):
+    with pytest.raises(
+        IncompleteError, match=r"shard 1 is needed and not committed; run the same `dtpipe extract` again"
+    ):
         train(settings)
 
 

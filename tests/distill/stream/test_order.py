@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtpipe.distill.stream.order import StreamPosition, cut, draw_samples, epoch_order, epoch_parts, key_hashes, mix, step_seed, use_flips
+from dtpipe.distill.stream.order import (
+    StreamPosition,
+    cut,
+    draw_samples,
+    epoch_order,
+    epoch_parts,
+    key_hashes,
+    mix,
+    step_seed,
+    use_flips,
+)
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import ViewSpec
 
@@ -38,7 +48,12 @@ def test_mix_is_splitmix64():
 
 
 @settings(max_examples=50, deadline=None)
-@given(num=st.integers(1, 60), batch=st.integers(1, 25), micro=st.one_of(st.none(), st.integers(1, 25)), world=st.integers(1, 7))
+@given(
+    num=st.integers(1, 60),
+    batch=st.integers(1, 25),
+    micro=st.one_of(st.none(), st.integers(1, 25)),
+    world=st.integers(1, 7),
+)
 def test_ranks_and_micro_batches_partition_the_same_global_batches(num, batch, micro, world):
     rows = np.arange(num) * 10
     whole = list(epoch_parts(rows, StreamPosition(2), 5, batch, None))
@@ -47,7 +62,11 @@ def test_ranks_and_micro_batches_partition_the_same_global_batches(num, batch, m
     for expected in whole:
         ranks = []
         for rank in range(world):
-            parts = [p for p in epoch_parts(rows, StreamPosition(2), 5, batch, micro, rank, world) if p.batch_idx == expected.batch_idx]
+            parts = [
+                p
+                for p in epoch_parts(rows, StreamPosition(2), 5, batch, micro, rank, world)
+                if p.batch_idx == expected.batch_idx
+            ]
             assert [p.last for p in parts] == [False] * (len(parts) - 1) + [True]
             assert all(p.num_global == len(expected.rows) for p in parts)
             assert all(p.weight in (0, len(p.rows) / p.num_global) for p in parts)
@@ -102,7 +121,11 @@ def test_draws_depend_on_the_key_and_not_on_the_company_it_is_in():
     together = draw_samples(hashes, 7, 2, VIEWS, True, 0.3)
     for idx in (0, 13, 99):
         alone = draw_samples(hashes[idx : idx + 1], 7, 2, VIEWS, True, 0.3)
-        assert (alone.flip[0], alone.view[0], alone.live[0]) == (together.flip[idx], together.view[idx], together.live[idx])
+        assert (alone.flip[0], alone.view[0], alone.live[0]) == (
+            together.flip[idx],
+            together.view[idx],
+            together.live[idx],
+        )
 
 
 def test_views_are_uniform_among_those_with_the_wanted_flip():

@@ -30,7 +30,9 @@ def row_of(key: str) -> int:
 
 
 def content(batches: list[FeatureBatch]) -> list[tuple[int, int, tuple[str, ...], bytes]]:
-    return [(b.epoch, b.batch_idx, b.keys, b.levels["l2"].numpy().tobytes() + b.images.numpy().tobytes()) for b in batches]
+    return [
+        (b.epoch, b.batch_idx, b.keys, b.levels["l2"].numpy().tobytes() + b.images.numpy().tobytes()) for b in batches
+    ]
 
 
 def test_each_epoch_holds_every_good_row_once_and_no_bad_one(source):
@@ -83,13 +85,18 @@ def test_the_position_after_a_batch_is_where_the_next_begins(source):
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (4, 7)])
 def test_reading_ahead_changes_nothing(source, threads, prefetch):
     plain = list(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
-    ahead = list(FeatureStream(source, settings(read_threads=threads, prefetch=prefetch), CPU).batches(StreamPosition()))
+    ahead = list(
+        FeatureStream(source, settings(read_threads=threads, prefetch=prefetch), CPU).batches(StreamPosition())
+    )
     assert content(ahead) == content(plain)
 
 
 def test_two_ranks_see_the_samples_of_one(source):
     whole = FeatureStream(source, settings(epochs=1), CPU).batches(StreamPosition())
-    ranks = [FeatureStream(source, settings(epochs=1, rank=rank, world=2), CPU).batches(StreamPosition()) for rank in range(2)]
+    ranks = [
+        FeatureStream(source, settings(epochs=1, rank=rank, world=2), CPU).batches(StreamPosition())
+        for rank in range(2)
+    ]
     by_batch: dict[int, list[str]] = {}
     for batch in (batch for rank in ranks for batch in rank):
         by_batch.setdefault(batch.batch_idx, []).extend(batch.keys)
@@ -159,16 +166,22 @@ class FakeTeacher:
         assert threading.current_thread() is threading.main_thread()
         for image, key in zip(images, samples.keys, strict=True):  # as stored: uint8, unflipped
             assert np.array_equal(image.numpy(), self.source.read_image(row_of(key)))
-        self.asked += zip(samples.keys, samples.views.tolist(), samples.flip.tolist(), samples.fresh.tolist(), strict=True)
+        self.asked += zip(
+            samples.keys, samples.views.tolist(), samples.flip.tolist(), samples.fresh.tolist(), strict=True
+        )
         values = torch.from_numpy(1000.0 + samples.fresh).float().view(-1, 1, 1, 1)
-        return images, {spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in self.source.levels}
+        return images, {
+            spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in self.source.levels
+        }
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_live_samples_come_in_the_same_batches_with_a_fresh_draw_per_epoch(share):
     source = MemorySource(views=FLIPPED_VIEWS)
     teacher = FakeTeacher(source)
-    batches = list(FeatureStream(source, settings(reencode=share, micro_batch=None), CPU, teacher).batches(StreamPosition()))
+    batches = list(
+        FeatureStream(source, settings(reencode=share, micro_batch=None), CPU, teacher).batches(StreamPosition())
+    )
     stored = list(FeatureStream(source, settings(micro_batch=None), CPU).batches(StreamPosition()))
     num_live = 0
     for batch, plain in zip(batches, stored, strict=True):
@@ -178,7 +191,9 @@ def test_live_samples_come_in_the_same_batches_with_a_fresh_draw_per_epoch(share
             assert torch.equal(batch.images[idx], plain.images[same])  # flipped or not, as the stored view would be
             live = batch.levels["l2"][idx].flatten()[0].item() >= 1000
             num_live += live
-            expected = torch.full_like(plain.levels["l4"][same], 1000 + batch.epoch) if live else plain.levels["l4"][same]
+            expected = (
+                torch.full_like(plain.levels["l4"][same], 1000 + batch.epoch) if live else plain.levels["l4"][same]
+            )
             assert torch.equal(batch.levels["l4"][idx].float(), expected.float())
     assert num_live == 38 if share == 1 else 8 < num_live < 30
     assert num_live == len(teacher.asked)
@@ -194,13 +209,15 @@ def test_live_features_do_not_depend_on_the_stored_ones_beside_them():
     class Exact(FakeTeacher):
         def encode(self, images, samples, prepared):
             values = torch.tensor([0.1 + row_of(key) for key in samples.keys]).view(-1, 1, 1, 1)
-            return images, {spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in source.levels}
+            return images, {
+                spec.name: values.expand(-1, spec.channels, spec.height, spec.width) for spec in source.levels
+            }
 
     for micro_batch in (1, 3, None):
         num_exact = 0
-        for batch in FeatureStream(source, settings(reencode=0.5, micro_batch=micro_batch, epochs=1), CPU, Exact(source)).batches(
-            StreamPosition()
-        ):
+        for batch in FeatureStream(
+            source, settings(reencode=0.5, micro_batch=micro_batch, epochs=1), CPU, Exact(source)
+        ).batches(StreamPosition()):
             made = torch.tensor([0.1 + row_of(key) for key in batch.keys]).view(-1, 1, 1, 1)
             num_exact += int((batch.levels["l2"] == made).flatten(1).all(dim=1).sum())
         assert num_exact == sum(live_rows(source))
@@ -220,7 +237,9 @@ class PaintingTeacher(FakeTeacher):
     def encode(self, images, samples, prepared):
         made = torch.full((len(samples), PX, PX, 3), 255, dtype=torch.uint8)
         made[:, :, 0] = 0
-        levels = {spec.name: torch.zeros(len(samples), spec.channels, spec.height, spec.width) for spec in self.source.levels}
+        levels = {
+            spec.name: torch.zeros(len(samples), spec.channels, spec.height, spec.width) for spec in self.source.levels
+        }
         for level in levels.values():
             level[..., 0] = 1
         return made, levels
@@ -230,7 +249,9 @@ class PaintingTeacher(FakeTeacher):
 def test_a_teacher_that_makes_images_gives_those_of_the_batch(share):
     source = MemorySource()
     live = 0
-    for batch in FeatureStream(source, settings(reencode=share, micro_batch=None), CPU, PaintingTeacher(source)).batches(StreamPosition()):
+    for batch in FeatureStream(
+        source, settings(reencode=share, micro_batch=None), CPU, PaintingTeacher(source)
+    ).batches(StreamPosition()):
         made = (batch.images[:, :, 1:] == 255).flatten(1).all(dim=1)
         live += int(made.sum())
         for idx, key in enumerate(batch.keys):
@@ -243,7 +264,9 @@ def test_a_teacher_that_makes_images_gives_those_of_the_batch(share):
 def test_equivariant_flips_mirror_stored_levels_and_let_the_teacher_see_the_flipped_image(share):
     source = MemorySource()
     teacher = FakeTeacher(source)
-    stream = FeatureStream(source, settings(equivariant=True, reencode=share, epochs=4), CPU, teacher if share else None)
+    stream = FeatureStream(
+        source, settings(equivariant=True, reencode=share, epochs=4), CPU, teacher if share else None
+    )
     flips = {True: 0, False: 0}
     for batch in stream.batches(StreamPosition()):
         for idx, key in enumerate(batch.keys):

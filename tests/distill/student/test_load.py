@@ -19,13 +19,19 @@ def images(px: int, batch: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "px", "strides"),
-    [("resnet10t", 64, (4, 8, 16, 32)), ("convnext_atto", 64, (4, 8, 16, 32)), ("swin_tiny_patch4_window7_224", 96, (4, 8, 16, 32))],
+    [
+        ("resnet10t", 64, (4, 8, 16, 32)),
+        ("convnext_atto", 64, (4, 8, 16, 32)),
+        ("swin_tiny_patch4_window7_224", 96, (4, 8, 16, 32)),
+    ],
 )
 def test_levels_are_nchw_at_their_strides(name, px, strides):
     student = build_student(StudentSpec(name, 4, (px, px))).eval()
     levels = student(images(px))
     assert student.strides == strides
-    assert [tuple(level.shape) for level in levels] == [(2, c, px // s, px // s) for s, c in zip(strides, student.channels, strict=True)]
+    assert [tuple(level.shape) for level in levels] == [
+        (2, c, px // s, px // s) for s, c in zip(strides, student.channels, strict=True)
+    ]
 
 
 def test_images_get_timms_mean_and_deviation():
@@ -56,7 +62,9 @@ def test_missing_strides_are_refused_listing_what_the_model_has(tmp_path):
         build_distiller(tiny_config(tmp_path), levels, (32, 32))
     with pytest.raises(ConfigError, match=r"no level of stride \[1\].*it has \[4, 8, 16, 32\]; keep l2,l3"):
         build_distiller(tiny_config(tmp_path, student={"name": "test_vit"}), levels, (32, 32))
-    with pytest.raises(ConfigError, match=r"no level of stride \[4, 8\].*it has \[16, 32, 64\]; choose another student"):
+    with pytest.raises(
+        ConfigError, match=r"no level of stride \[4, 8\].*it has \[16, 32, 64\]; choose another student"
+    ):
         build_distiller(tiny_config(tmp_path, student={"name": "efficientvit_m0"}), levels[1:], (64, 64))
 
 
@@ -81,7 +89,9 @@ def test_micro_batches_of_one_need_a_model_without_batch_norm(tmp_path):
     levels = [level_spec("l2", 4, 4)]
     with pytest.raises(ConfigError, match="batch norm"):
         build_distiller(tiny_config(tmp_path, micro_batch=1), levels, (32, 32))
-    free = tiny_config(tmp_path, micro_batch=1, student={"name": "test_convnext"}, regressor={"norm": "group", "width": 8})
+    free = tiny_config(
+        tmp_path, micro_batch=1, student={"name": "test_convnext"}, regressor={"norm": "group", "width": 8}
+    )
     build_distiller(free, levels, (32, 32))
 
 

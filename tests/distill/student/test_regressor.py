@@ -16,7 +16,10 @@ STRIDES, CHANNELS = (4, 8, 16, 32), (6, 8, 10, 12)
 
 def student_levels(height: int = 64, width: int = 96, batch: int = 2) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, c, height // s, width // s, generator=generator) for s, c in zip(STRIDES, CHANNELS, strict=True)]
+    return [
+        torch.randn(batch, c, height // s, width // s, generator=generator)
+        for s, c in zip(STRIDES, CHANNELS, strict=True)
+    ]
 
 
 def targets(*levels: tuple[str, int, int, tuple[int, int]]) -> list[TargetLevel]:
@@ -62,7 +65,9 @@ def count_by_hand(kind: str, width: int) -> int:
 @pytest.mark.parametrize("kind", REGRESSORS)
 def test_parameters_are_as_many_as_the_layout_has(kind, norm):
     for width in (16, 64):
-        regressor = FeatureRegressor(STRIDES, CHANNELS, targets(*FOUR), RegressorConfig(width=width, norm=norm, kind=kind))
+        regressor = FeatureRegressor(
+            STRIDES, CHANNELS, targets(*FOUR), RegressorConfig(width=width, norm=norm, kind=kind)
+        )
         assert sum(p.numel() for p in regressor.parameters()) == count_by_hand(kind, width)
 
 
@@ -71,7 +76,9 @@ def test_parameters_are_as_many_as_the_layout_has(kind, norm):
 def test_every_parameter_is_trained_whatever_levels_are_wanted(kind, wanted):
     """Data-parallel training waits for each parameter's gradient."""
     finest = STRIDES.index(wanted[0][1])
-    regressor = FeatureRegressor(STRIDES[finest:], CHANNELS[finest:], targets(*wanted), RegressorConfig(width=16, kind=kind))
+    regressor = FeatureRegressor(
+        STRIDES[finest:], CHANNELS[finest:], targets(*wanted), RegressorConfig(width=16, kind=kind)
+    )
     sum(level.square().mean() for level in regressor(student_levels()[finest:]).values()).backward()
     assert [name for name, p in regressor.named_parameters() if p.grad is None] == []
 
@@ -79,7 +86,10 @@ def test_every_parameter_is_trained_whatever_levels_are_wanted(kind, wanted):
 @pytest.mark.parametrize("kind", REGRESSORS)
 def test_group_norm_leaves_no_batch_norm_and_batch_norm_can_be_synchronised(kind):
     group, batch = (RegressorConfig(width=16, norm=norm, kind=kind) for norm in ("group", "batch"))
-    assert not any(isinstance(each, nn.BatchNorm2d) for each in FeatureRegressor(STRIDES, CHANNELS, targets(*FOUR), group).modules())
+    assert not any(
+        isinstance(each, nn.BatchNorm2d)
+        for each in FeatureRegressor(STRIDES, CHANNELS, targets(*FOUR), group).modules()
+    )
     regressor = FeatureRegressor(STRIDES, CHANNELS, targets(*FOUR), batch)
     before = regressor(student_levels())
     num_norms = sum(isinstance(each, nn.BatchNorm2d) for each in regressor.modules())
@@ -105,7 +115,9 @@ def test_resizing_before_the_last_convolution_equals_resizing_after_it():
     regressor = FeatureRegressor(STRIDES, CHANNELS, small, config).eval()
     reference = FeatureRegressor(STRIDES, CHANNELS, native, config).eval()
     reference.load_state_dict(regressor.state_dict())
-    after = nn.functional.interpolate(reference(student_levels())["l3"], size=(5, 7), mode="bilinear", align_corners=False)
+    after = nn.functional.interpolate(
+        reference(student_levels())["l3"], size=(5, 7), mode="bilinear", align_corners=False
+    )
     torch.testing.assert_close(regressor(student_levels())["l3"], after, rtol=1e-4, atol=1e-5)
 
 
@@ -133,7 +145,9 @@ def test_it_is_upernets_decoder_with_a_head_per_level():
     wanted = targets(("l2", 4, 3, (16, 24)), ("l3", 8, 4, (8, 12)), ("l4", 16, 5, (4, 6)), ("l5", 32, 6, (2, 3)))
     regressor, levels = FeatureRegressor(STRIDES, CHANNELS, wanted, RegressorConfig(width=8)), student_levels()
     ppm = regressor.laterals[-1]
-    pooled = [branch(nn.AdaptiveAvgPool2d(scale)(levels[3])) for scale, branch in zip((1, 2, 3, 6), ppm.branches, strict=True)]
+    pooled = [
+        branch(nn.AdaptiveAvgPool2d(scale)(levels[3])) for scale, branch in zip((1, 2, 3, 6), ppm.branches, strict=True)
+    ]
     laterals = [regressor.laterals[i](levels[i]) for i in range(3)]
     laterals.append(ppm.join(torch.cat([levels[3], *(bilinear(each, levels[3]) for each in pooled)], dim=1)))
     for i in (3, 2, 1):
@@ -142,13 +156,18 @@ def test_it_is_upernets_decoder_with_a_head_per_level():
     for level, each, head in zip(wanted, merged, regressor.heads, strict=True):
         torch.testing.assert_close(regressor(levels)[level.name], head(each))
     kernels = sorted(module.kernel_size[0] for module in regressor.modules() if isinstance(module, nn.Conv2d))
-    assert kernels == [1] * (3 + 4 + 4) + [3] * (3 + 1)  # laterals, pooled maps and heads; outputs and the pooling's own
+    assert kernels == [1] * (3 + 4 + 4) + [3] * (
+        3 + 1
+    )  # laterals, pooled maps and heads; outputs and the pooling's own
 
 
 def test_pafpn_is_panets_two_ways():
     """mmdet's PAFPN, restated with torch's functions: strided convolution of the finer level, sum, convolution."""
     wanted = targets(("l2", 4, 3, (16, 24)), ("l3", 8, 4, (8, 12)), ("l4", 16, 5, (4, 6)), ("l5", 32, 6, (2, 3)))
-    regressor, levels = FeatureRegressor(STRIDES, CHANNELS, wanted, RegressorConfig(width=8, kind="pafpn")), student_levels()
+    regressor, levels = (
+        FeatureRegressor(STRIDES, CHANNELS, wanted, RegressorConfig(width=8, kind="pafpn")),
+        student_levels(),
+    )
 
     def conv(block: nn.Sequential, level: torch.Tensor, stride: int = 1) -> torch.Tensor:
         weight = block[0].weight
@@ -166,7 +185,9 @@ def test_pafpn_is_panets_two_ways():
         torch.testing.assert_close(regressor(levels)[level.name], head(each), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "reaches"), [("fpn", False), ("fpn_attention", False), ("fpn_ppm", False), ("pafpn", True)])
+@pytest.mark.parametrize(
+    ("kind", "reaches"), [("fpn", False), ("fpn_attention", False), ("fpn_ppm", False), ("pafpn", True)]
+)
 def test_fine_levels_reach_coarse_ones_by_the_bottom_up_path_only(kind, reaches):
     wanted = targets(("l2", 4, 3, (16, 24)), ("l5", 32, 3, (2, 3)))
     regressor = FeatureRegressor(STRIDES, CHANNELS, wanted, RegressorConfig(width=8, kind=kind)).eval()

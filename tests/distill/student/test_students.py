@@ -25,10 +25,19 @@ from parts.runs import train_on
 
 HEIGHT, WIDTH = 64, 96
 FOUR = tuple(
-    LevelSpec(name=f"l{n}", stride=2**n, channels=n, height=HEIGHT >> n, width=WIDTH >> n, dtype="float32", tap="up") for n in (2, 3, 4, 5)
+    LevelSpec(name=f"l{n}", stride=2**n, channels=n, height=HEIGHT >> n, width=WIDTH >> n, dtype="float32", tap="up")
+    for n in (2, 3, 4, 5)
 )
 STAGED = (
-    *("resnet10t", "regnetx_002", "densenet121", "convnext_atto", "mambaout_femto", "hrnet_w18_small", "ese_vovnet19b_slim_dw"),
+    *(
+        "resnet10t",
+        "regnetx_002",
+        "densenet121",
+        "convnext_atto",
+        "mambaout_femto",
+        "hrnet_w18_small",
+        "ese_vovnet19b_slim_dw",
+    ),
     *("test_efficientnet", "mobilenetv3_small_050", "ghostnet_050", "edgenext_xx_small", "fastvit_t8", "repvit_m0_9"),
     *("swin_tiny_patch4_window7_224", "pvt_v2_b0", "maxvit_rmlp_pico_rw_256", "coat_lite_tiny"),
 )
@@ -39,10 +48,14 @@ PLAIN = ("test_vit", "vit_tiny_patch16_224", "xcit_nano_12_p16_224", "mixer_s32_
 def test_each_student_serves_four_levels_of_an_oblong_image_and_is_trained_whole(name, tmp_path):
     model = build_distiller(tiny_config(tmp_path, student={"name": name}), FOUR, (HEIGHT, WIDTH)).train()
     images = torch.randn(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
-    for stride, channels, level in zip(model.student.strides, model.student.channels, model.student(images), strict=True):
+    for stride, channels, level in zip(
+        model.student.strides, model.student.channels, model.student(images), strict=True
+    ):
         assert level.shape == (2, channels, HEIGHT // stride, WIDTH // stride)
     regressed = model(images)
-    assert {key: tuple(level.shape[1:]) for key, level in regressed.items()} == {s.name: (s.channels, s.height, s.width) for s in FOUR}
+    assert {key: tuple(level.shape[1:]) for key, level in regressed.items()} == {
+        s.name: (s.channels, s.height, s.width) for s in FOUR
+    }
     assert (model.regressor.pyramid is not None) == (name in PLAIN)
     sum(level.square().mean() for level in regressed.values()).backward()
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
@@ -123,7 +136,12 @@ def test_each_loss_trains(tmp_path, data: OpenedData, on, whiten):
 def test_metrics_and_result_name_the_losses_that_are_on(tmp_path, data: OpenedData):
     config = tiny_config(tmp_path, epochs=1, loss={"mse_weight": 1, "at_weight": 0, "cosine_weight": 1})
     result = train_on(data, config)
-    wanted = {"loss", "mse", "cosine", *(f"{name}/{level}" for name in ("mse", "cosine") for level in ("l2", "l3", "l4"))}
+    wanted = {
+        "loss",
+        "mse",
+        "cosine",
+        *(f"{name}/{level}" for name in ("mse", "cosine") for level in ("l2", "l3", "l4")),
+    }
     assert set(result.losses) == wanted
     assert {name for name in read_metrics(tmp_path)[-1] if name.partition("/")[0] in ("loss", *LOSSES)} == wanted
 
@@ -132,7 +150,9 @@ def losses_of(config, data: OpenedData) -> list[float]:
     """Of each epoch: 8 epochs over 19 images whose features are mostly noise, to be learnt by heart."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        trainer = Trainer(config.model_copy(update={"epochs": 8, "lr": 1e-2, "warmup_steps": 2}), data, torch.device("cpu"))
+        trainer = Trainer(
+            config.model_copy(update={"epochs": 8, "lr": 1e-2, "warmup_steps": 2}), data, torch.device("cpu")
+        )
         assert trainer.position == StreamPosition()
         losses = []
         for _ in trainer.steps():

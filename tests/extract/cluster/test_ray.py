@@ -20,7 +20,14 @@ from dtpipe.extract.cluster.preflight import check_space, check_versions, packag
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.progress import Progress
-from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, IncompleteError, StoppedError, StoreError, TeacherError
+from dtpipe.manifests.errors import (
+    ConfigError,
+    ErrorBudgetError,
+    IncompleteError,
+    StoppedError,
+    StoreError,
+    TeacherError,
+)
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import committed_shards, load_entries
 from dtpipe.manifests.write.plan import load_plan, plan_digest
@@ -79,7 +86,9 @@ def test_full_disk_is_said_before_work(make_config: MakeConfig, monkeypatch: pyt
     run_extraction(config)
     store = Store(config.out)
     assert check_space(store, load_plan(store)) > 0  # type: ignore[operator]
-    monkeypatch.setattr("dtpipe.extract.cluster.preflight.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        "dtpipe.extract.cluster.preflight.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})
+    )
     with pytest.raises(StoreError, match=r"0\.00 GB free, 2 shards need"):
         check_space(store, load_plan(store))
 
@@ -90,7 +99,9 @@ def local_ray() -> Iterator[None]:
     import ray
 
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 1024**2)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 1024**2
+    )
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the collector
@@ -163,19 +174,25 @@ def test_one_digest_for_one_and_two_actors_and_inline(form: str, ray_config: Mak
 def writers(out: str) -> set[int]:
     """Processes that wrote the shards."""
     store = Store(out)
-    return {entry.provenance["pid"] for entry in load_entries(store, load_plan(store), plan_digest(store), partial=True)}
+    return {
+        entry.provenance["pid"] for entry in load_entries(store, load_plan(store), plan_digest(store), partial=True)
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_killed_and_hung_workers_are_replaced_and_their_shards_tried_again(ray_config: MakeConfig, tmp_path: Path) -> None:
+def test_killed_and_hung_workers_are_replaced_and_their_shards_tried_again(
+    ray_config: MakeConfig, tmp_path: Path
+) -> None:
     expected = run_extraction(ray_config(out=str(tmp_path / "inline"), inline=True)).digest
     killed = Once(2, lambda: os.kill(min(writers(str(tmp_path / "killed"))), signal.SIGKILL))
     assert run_extraction(ray_config(out=str(tmp_path / "killed")), killed).digest == expected
     assert killed.acted_at is not None
     assert killed.acted_at < 20
     assert killed.said("died")
-    hung = Once(2, lambda: os.kill(min(writers(str(tmp_path / "hung"))), signal.SIGSTOP))  # one that has more shards in hand
+    hung = Once(
+        2, lambda: os.kill(min(writers(str(tmp_path / "hung"))), signal.SIGSTOP)
+    )  # one that has more shards in hand
     assert run_extraction(ray_config(out=str(tmp_path / "hung"), shard_deadline_s=3), hung).digest == expected
     assert hung.said("it took longer than extract.shard_deadline_s (3 s)")
     stopped = actors()
@@ -186,7 +203,9 @@ def test_killed_and_hung_workers_are_replaced_and_their_shards_tried_again(ray_c
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_bad_samples_and_failing_shards_end_a_ray_run_with_their_names(ray_config: MakeConfig, image_folder: Path) -> None:
+def test_bad_samples_and_failing_shards_end_a_ray_run_with_their_names(
+    ray_config: MakeConfig, image_folder: Path
+) -> None:
     (image_folder / "cat" / "001.png").write_bytes(b"")
     with pytest.raises(ErrorBudgetError, match=r"cat/001\.png: empty file"):
         run_extraction(ray_config(images=str(image_folder), max_bad=0))
@@ -197,7 +216,9 @@ def test_bad_samples_and_failing_shards_end_a_ray_run_with_their_names(ray_confi
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_node_without_the_teacher_is_left_out_with_its_reason(ray_config: MakeConfig, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_node_without_the_teacher_is_left_out_with_its_reason(
+    ray_config: MakeConfig, tiny_teacher: Path, tmp_path: Path
+) -> None:
     link = tmp_path / "teacher"
     link.symlink_to(tiny_teacher)
     config = ray_config(teacher={"path": str(link)}, noise={"timesteps": [50]})

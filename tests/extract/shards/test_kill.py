@@ -25,7 +25,13 @@ from dtpipe.manifests.write.plan import PLAN_FILE, load_plan
 NUM_SHARDS = 20
 REPAIR_POINTS = tuple(name for name in FAULT_POINTS if name.startswith("repair."))
 EXTRACT_POINTS = tuple(name for name in FAULT_POINTS if name not in (*REPAIR_POINTS, "merge.rejected"))
-NTH = {"store.temporary": 9, "shard.object": 5, "shard.objects": 3, "commit.before": 3, "commit.after": 3}  # default: the first
+NTH = {
+    "store.temporary": 9,
+    "shard.object": 5,
+    "shard.objects": 3,
+    "commit.before": 3,
+    "commit.after": 3,
+}  # default: the first
 
 Make = Callable[..., ExtractConfig]
 
@@ -35,7 +41,9 @@ def config(make_config: Make, many_images: Path) -> Make:
     """Settings for 60 images in 20 shards."""
 
     def make(**changes: Any) -> ExtractConfig:
-        return make_config(**{"images": str(many_images), "shard": {"samples": 3, "format": "zarr"}, "batch_size": 3, **changes})
+        return make_config(
+            **{"images": str(many_images), "shard": {"samples": 3, "format": "zarr"}, "batch_size": 3, **changes}
+        )
 
     return make
 
@@ -72,7 +80,9 @@ def done_shards(out: str) -> set[int]:
     return set(committed_shards(store, load_plan(store))) if store.exists(PLAN_FILE) else set()
 
 
-def assert_recovers(runs: Any, config: ExtractConfig, digest: str, workers: int = 1, num_shards: int = NUM_SHARDS) -> None:
+def assert_recovers(
+    runs: Any, config: ExtractConfig, digest: str, workers: int = 1, num_shards: int = NUM_SHARDS
+) -> None:
     """The same command again: the identical digest, and only what was not committed is done, at most one shard a second time."""
     done = done_shards(config.out)
     assert len(begun_shards(config.out) - done) <= workers
@@ -84,7 +94,9 @@ def assert_recovers(runs: Any, config: ExtractConfig, digest: str, workers: int 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
 @pytest.mark.parametrize("point", EXTRACT_POINTS)
-def test_kill_at_each_step_of_extraction_loses_at_most_one_shard(point: str, form: str, config: Make, runs: Any, unbroken: Any) -> None:
+def test_kill_at_each_step_of_extraction_loses_at_most_one_shard(
+    point: str, form: str, config: Make, runs: Any, unbroken: Any
+) -> None:
     digest = unbroken(form)
     settings = config(shard={"samples": 3, "format": form})
     pid = runs.start(settings, fault=f"{point}:{NTH.get(point, 1)}")
@@ -174,7 +186,9 @@ def _wait_for(happened: Callable[[], Any], timeout_s: float = 60.0) -> None:
         *((point, "webdataset") for point in ("store.temporary:8", "shard.objects:3")),
     ],
 )
-def test_zombie_that_wakes_after_its_successor_changes_nothing(point: str, form: str, config: Make, runs: Any, unbroken: Any) -> None:
+def test_zombie_that_wakes_after_its_successor_changes_nothing(
+    point: str, form: str, config: Make, runs: Any, unbroken: Any
+) -> None:
     digest = unbroken(form)
     settings = config(shard={"samples": 3, "format": form}, lock_stale_s=0.5)
     zombie = runs.start(settings, fault=f"{point}:stop")
@@ -203,7 +217,9 @@ def test_second_extract_is_refused_and_a_stale_lock_is_taken_over(config: Make, 
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_stops_an_inline_run_cleanly(number: int, exit_code: int, config: Make, runs: Any, unbroken: Any) -> None:
+def test_signal_stops_an_inline_run_cleanly(
+    number: int, exit_code: int, config: Make, runs: Any, unbroken: Any
+) -> None:
     digest = unbroken("zarr")
     settings = config()
     pid = runs.start(settings, sync=True)
@@ -227,7 +243,11 @@ def test_kill_on_ray(victim: str, config: Make, runs: Any, tmp_path: Path) -> No
     _wait_for(lambda: len(_actors(driver)) == 2, timeout_s=180)  # Ray starts slowly on a busy machine
     family, actors = psutil.Process(driver).children(recursive=True), _actors(driver)
     _wait_for(lambda: done_shards(settings.out), timeout_s=180)
-    for each in {"an actor": actors[:1], "the driver": [psutil.Process(driver)], "everything": [psutil.Process(driver), *family]}[victim]:
+    for each in {
+        "an actor": actors[:1],
+        "the driver": [psutil.Process(driver)],
+        "everything": [psutil.Process(driver), *family],
+    }[victim]:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
     assert len(done_shards(settings.out)) < 60, "the kill came too late to show anything"
@@ -239,7 +259,9 @@ def test_kill_on_ray(victim: str, config: Make, runs: Any, tmp_path: Path) -> No
     assert status == -signal.SIGKILL
     _, left = psutil.wait_procs(actors, timeout=60)  # Ray's own agents may linger; they write nothing
     assert not left, "workers of the dead driver are still there"
-    again = settings.model_copy(update={"inline": True})  # execution settings may change; this spares starting Ray again
+    again = settings.model_copy(
+        update={"inline": True}
+    )  # execution settings may change; this spares starting Ray again
     assert_recovers(runs, again, digest, workers=2, num_shards=60)
 
 

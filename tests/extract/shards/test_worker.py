@@ -70,7 +70,9 @@ class Wrapped:
     def __init__(self, teacher: Any, then: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
         self.spec, self._teacher, self._then = teacher.spec, teacher, then
 
-    def encode(self, images: torch.Tensor, noise: Mapping[str, torch.Tensor], views: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def encode(
+        self, images: torch.Tensor, noise: Mapping[str, torch.Tensor], views: Sequence[Any]
+    ) -> dict[str, torch.Tensor]:
         return self._then(self._teacher.encode(images, noise, views))
 
     def synthesize(self, noise: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -115,7 +117,10 @@ def test_a_shard_is_encoded_while_another_is_written_and_no_third_is_in_memory(
     monkeypatch.setattr(worker_module, "ShardBuffer", Counted)
     monkeypatch.setattr(worker_module, "write_shard", slow_write)
     worker = open_worker(lambda teacher: Wrapped(teacher, note), shard={"samples": 2})
-    threads = [threading.Thread(target=lambda idx=idx: [worker.extract_shard(idx), worker.extract_shard(idx + 1)]) for idx in (0, 2)]
+    threads = [
+        threading.Thread(target=lambda idx=idx: [worker.extract_shard(idx), worker.extract_shard(idx + 1)])
+        for idx in (0, 2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -179,7 +184,9 @@ def test_features_that_do_not_fit_make_a_bad_sample_of_zeros(open_worker: OpenWo
 
 
 def test_teacher_of_other_shapes_is_refused(open_worker: OpenWorker) -> None:
-    worker = open_worker(lambda teacher: Wrapped(teacher, lambda features: {name: level[..., :2] for name, level in features.items()}))
+    worker = open_worker(
+        lambda teacher: Wrapped(teacher, lambda features: {name: level[..., :2] for name, level in features.items()})
+    )
     with pytest.raises(ShapeError, match="came out of the teacher as"):
         worker.extract_shard(0)
 
@@ -217,7 +224,9 @@ class FlakySource:
         return data
 
 
-def test_reading_is_tried_again_before_the_shard_fails(open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_is_tried_again_before_the_shard_fails(
+    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dtpipe.extract.shards.rows.READ_PAUSE_S", 0.001)
     worker = open_worker()
     source = worker.reader.source

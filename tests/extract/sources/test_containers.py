@@ -29,7 +29,9 @@ def _classes(files: dict[str, bytes]) -> list[int]:
 
 PACKERS: dict[str, Pack] = {
     "zip": lambda root, files: write_zip(root / "a.zip", files),
-    "webdataset": lambda root, files: write_tar(root / TAR, {name.removeprefix(TAR + "/"): data for name, data in files.items()}),
+    "webdataset": lambda root, files: write_tar(
+        root / TAR, {name.removeprefix(TAR + "/"): data for name, data in files.items()}
+    ),
     "parquet": lambda root, files: write_parquet(root / "a.parquet", files, _classes(files), ["cat", "dog"]),
     "lmdb": lambda root, files: write_lmdb(root / "a_lmdb", files),
 }
@@ -107,7 +109,9 @@ def test_a_key_has_its_levels_in_any_container_and_order(
     root.mkdir()
     path = PACKERS[packed[0]](root, dict(reversed(files.items())))
     expected = FeatureDataset.open(run_extraction(make_config(images=str(folder), max_bad=1)).url)
-    dataset = FeatureDataset.open(run_extraction(make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"))).url)
+    dataset = FeatureDataset.open(
+        run_extraction(make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"))).url
+    )
     assert len(dataset.ok_rows) == 8
     for row in dataset.ok_rows:
         other = expected.row_of(dataset.keys[row])
@@ -115,17 +119,26 @@ def test_a_key_has_its_levels_in_any_container_and_order(
         for level in dataset.levels:
             found, wanted = dataset.read_level(level.name, row), expected.read_level(level.name, other)
             np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-3)  # a step of float16
-            assert np.abs(wanted - expected.read_level(level.name, next(each for each in expected.ok_rows if each != other))).max() > 0.1
+            assert (
+                np.abs(
+                    wanted - expected.read_level(level.name, next(each for each in expected.ok_rows if each != other))
+                ).max()
+                > 0.1
+            )
 
 
 @pytest.mark.slow
-def test_ray_workers_read_a_zip(files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_workers_read_a_zip(
+    files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     path = str(PACKERS["zip"](tmp_path, files))
     inline = run_extraction(make_config(images=path, max_bad=1, out=str(tmp_path / "inline")))
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 1024**2)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 1024**2
+    )
     try:
         assert run_extraction(make_config(images=path, max_bad=1, inline=False, workers=1)).digest == inline.digest
     finally:
@@ -138,7 +151,14 @@ def test_train_teacher_takes_a_zip(image_folder: Path, tmp_path: Path) -> None:
     from dtpipe.extract.train_config import TrainTeacherConfig
     from dtpipe.extract.train_teacher import train_teacher
 
-    tiny = {"px": 16, "channels": (8, 8, 16), "blocks": 1, "attention_strides": (4,), "head_channels": 8, "norm_groups": 4}
+    tiny = {
+        "px": 16,
+        "channels": (8, 8, 16),
+        "blocks": 1,
+        "attention_strides": (4,),
+        "head_channels": 8,
+        "norm_groups": 4,
+    }
     settings = {**tiny, "steps": 1, "batch_size": 3, "num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1}
     sources = {"folder": image_folder, "zip": write_zip(tmp_path / "a.zip", folder_files(image_folder))}
     results = [

@@ -35,7 +35,12 @@ def test_samples_are_those_of_the_dataset(dataset):
 
 def test_another_timestep_is_extracted_without_the_images_and_joins_the_first(dataset, make_config, tmp_path):
     """The folder of images may be gone; features equal those that its images give."""
-    new = make_config(images=dataset.url, out=str(tmp_path / "new"), noise={"timesteps": [150]}, shard={"images": "joined", "samples": 3})
+    new = make_config(
+        images=dataset.url,
+        out=str(tmp_path / "new"),
+        noise={"timesteps": [150]},
+        shard={"images": "joined", "samples": 3},
+    )
     direct = FeatureDataset.open(
         run_extraction(make_config(out=str(tmp_path / "direct"), noise={"timesteps": [150]}, shard={"samples": 3})).url
     )

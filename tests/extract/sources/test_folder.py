@@ -35,7 +35,11 @@ def test_class_folders_give_first_folder_as_label(tmp_path: Path) -> None:
     root = touch(tmp_path, "dog/1.png", "cat/b/2.jpg", "cat/1.png")
     source = open_source(str(root))
     assert source.kind == "class_folder"
-    assert [(item.key, item.label) for item in source.list()] == [("cat/1.png", "cat"), ("cat/b/2.jpg", "cat"), ("dog/1.png", "dog")]
+    assert [(item.key, item.label) for item in source.list()] == [
+        ("cat/1.png", "cat"),
+        ("cat/b/2.jpg", "cat"),
+        ("dog/1.png", "dog"),
+    ]
 
 
 def test_image_outside_of_class_folders_makes_a_plain_folder(tmp_path: Path) -> None:
@@ -80,7 +84,16 @@ def test_another_process_reads_by_uri_without_listing(tmp_path: Path) -> None:
 
 def test_other_files_are_ignored_and_counted(tmp_path: Path) -> None:
     root = touch(
-        tmp_path, "1.PNG", "2.Jpeg", "notes.txt", "LIST.tsv", "Makefile", ".hidden.png", ".git/3.png", "__MACOSX/._1.png", "a.tar.gz"
+        tmp_path,
+        "1.PNG",
+        "2.Jpeg",
+        "notes.txt",
+        "LIST.tsv",
+        "Makefile",
+        ".hidden.png",
+        ".git/3.png",
+        "__MACOSX/._1.png",
+        "a.tar.gz",
     )
     source = open_source(str(root), "folder")
     assert [item.key for item in source.list()] == ["1.PNG", "2.Jpeg"]
@@ -241,7 +254,9 @@ def test_object_store_lists_and_reads_like_a_folder(memory_images: str) -> None:
     assert source.ignored() == {"hidden": 1, ".md": 1}
 
 
-def test_object_that_has_gone_is_a_bad_sample_and_a_failing_store_is_not(memory_images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_object_that_has_gone_is_a_bad_sample_and_a_failing_store_is_not(
+    memory_images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(memory_images)
     with pytest.raises(BadImage, match="FileNotFoundError"):
         source.read("memory://source-test/dog/gone.png")

@@ -107,7 +107,10 @@ def test_16_bit_grey_is_scaled_by_its_type_and_rounded(form: str) -> None:
 
 def test_16_bit_big_endian_equals_little_endian() -> None:
     values = np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16
-    little, big = saved(Image.fromarray(values), "TIFF"), saved(Image.frombytes("I;16B", (64, 64), values.astype(">u2").tobytes()), "TIFF")
+    little, big = (
+        saved(Image.fromarray(values), "TIFF"),
+        saved(Image.frombytes("I;16B", (64, 64), values.astype(">u2").tobytes()), "TIFF"),
+    )
     assert little[:2] == b"II" and big[:2] == b"MM"
     assert_array_equal(decode(little), decode(big))
 
@@ -273,7 +276,8 @@ def test_postscript_is_never_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError("no room"), RecursionError("too deep"), struct.error("odd"), KeyError("x"), ZeroDivisionError()]
+    "error",
+    [MemoryError("no room"), RecursionError("too deep"), struct.error("odd"), KeyError("x"), ZeroDivisionError()],
 )
 def test_any_exception_of_a_decoder_is_a_bad_image(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -284,7 +288,10 @@ def test_any_exception_of_a_decoder_is_a_bad_image(monkeypatch: pytest.MonkeyPat
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), form=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "QOI", "TGA", "ICO", "AVIF"]))
+@given(
+    data=st.data(),
+    form=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "QOI", "TGA", "ICO", "AVIF"]),
+)
 def test_damaged_files_decode_or_are_bad_and_nothing_else(data: st.DataObject, form: str) -> None:
     original = saved(Image.fromarray(picture(16, 16)), form)
     damaged = bytearray(original[: data.draw(st.integers(0, len(original)))])
@@ -337,7 +344,12 @@ def test_other_modules_still_warn_while_images_decode() -> None:
 
 def test_many_threads_decode_alike_and_leave_the_warning_filters_alone() -> None:
     good, filters = saved(Image.fromarray(picture(64, 64)), "JPEG"), len(warnings.filters)
-    jobs = [(good, None), (warning_file(), None), (png_of(20_000, 20_000), "400000000 pixels"), (b"junk", "no decoder")] * 50
+    jobs = [
+        (good, None),
+        (warning_file(), None),
+        (png_of(20_000, 20_000), "400000000 pixels"),
+        (b"junk", "no decoder"),
+    ] * 50
     expected = {data: decode(data).tobytes() for data, bad in jobs if bad is None}
     barrier = threading.Barrier(8)
 
@@ -399,7 +411,9 @@ def test_center_crop_to_an_oblong_keeps_aspect_and_middle(height: int, width: in
 @pytest.mark.parametrize(("height", "width"), [(1, 100_000), (100_000, 1), (3, 50_000), (40, 60_000)])
 def test_extreme_strips_neither_explode_nor_shift(height: int, width: int) -> None:
     ramp = np.linspace(0, 255, max(height, width)).astype(np.uint8)
-    image = np.repeat(np.broadcast_to(ramp if width > height else ramp[:, None], (height, width))[:, :, None], 3, axis=2)
+    image = np.repeat(
+        np.broadcast_to(ramp if width > height else ramp[:, None], (height, width))[:, :, None], 3, axis=2
+    )
     out = resize_image(np.ascontiguousarray(image), recipe(64, 64))
     assert out.shape == (64, 64, 3)
     assert np.abs(out.astype(int) - 127).max() <= 2  # the middle of the ramp

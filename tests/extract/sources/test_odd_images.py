@@ -20,7 +20,9 @@ from dtpipe.manifests.schema import TransformRecipe
 from parts.paths import SHARED
 
 FOLDER = SHARED / "data" / "odd_images"
-pytestmark = pytest.mark.skipif(not (FOLDER / "LIST.tsv").is_file(), reason="the odd images are not beside this checkout")
+pytestmark = pytest.mark.skipif(
+    not (FOLDER / "LIST.tsv").is_file(), reason="the odd images are not beside this checkout"
+)
 
 LIMIT = 128_000_000
 STRICTER = {"broken_data_stream.png"}  # the list has it as readable; Pillow 11.3 and later stop at its broken stream
@@ -72,17 +74,23 @@ def test_every_file_is_a_sample(listed: dict[str, dict[str, str]]) -> None:
     assert source.ignored() == {".tsv": 1}
 
 
-def test_files_are_good_or_bad_as_listed(listed: dict[str, dict[str, str]], outcomes: dict[str, np.ndarray | str]) -> None:
+def test_files_are_good_or_bad_as_listed(
+    listed: dict[str, dict[str, str]], outcomes: dict[str, np.ndarray | str]
+) -> None:
     bad = {name for name, found in outcomes.items() if isinstance(found, str)}
     assert bad == {name for name, row in listed.items() if row["pillow_result"] != "ok"} | STRICTER
 
 
-def test_good_files_have_the_listed_size_once_turned(listed: dict[str, dict[str, str]], outcomes: dict[str, np.ndarray | str]) -> None:
+def test_good_files_have_the_listed_size_once_turned(
+    listed: dict[str, dict[str, str]], outcomes: dict[str, np.ndarray | str]
+) -> None:
     for name, found in outcomes.items():
         if isinstance(found, str):
             continue
         width, height = map(int, listed[name]["size"].split("x"))
-        lies = listed[name]["orientation"] in "5678" and listed[name]["format"] != "TIFF"  # of TIFFs the list has the turned size
+        lies = (
+            listed[name]["orientation"] in "5678" and listed[name]["format"] != "TIFF"
+        )  # of TIFFs the list has the turned size
         assert found.shape == ((width, height, 3) if lies else (height, width, 3)), name
         assert found.dtype == np.uint8
 
@@ -114,7 +122,9 @@ def test_good_files_resize(outcomes: dict[str, np.ndarray | str]) -> None:
 def test_photographs_of_all_orientations_agree(group: str, outcomes: dict[str, np.ndarray | str]) -> None:
     """They show one scene with the orientation's digit painted on it; unturned they would differ by far more."""
     small = {
-        name: np.array(Image.fromarray(found).resize((60, 60))).astype(int) for name, found in outcomes.items() if name.startswith(group)
+        name: np.array(Image.fromarray(found).resize((60, 60))).astype(int)
+        for name, found in outcomes.items()
+        if name.startswith(group)
     }
     reference = small.get("exifrot_Portrait_1.jpg", next(iter(small.values())))
     assert len(small) >= 4
@@ -148,7 +158,8 @@ def test_tiffs_are_turned_once(outcomes: dict[str, np.ndarray | str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("16bit.cropped.tif", 16), ("16bit.MM.cropped.tif", 16), ("16_bit_binary.pgm", 16), ("i_trns.png", 16)]
+    ("name", "bits"),
+    [("16bit.cropped.tif", 16), ("16bit.MM.cropped.tif", 16), ("16_bit_binary.pgm", 16), ("i_trns.png", 16)],
 )
 def test_16_bit_grey_is_scaled_not_clipped(name: str, bits: int, outcomes: dict[str, np.ndarray | str]) -> None:
     with Image.open(FOLDER / name) as image:

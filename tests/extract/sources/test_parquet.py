@@ -79,7 +79,9 @@ def test_labels_have_the_names_of_the_schema(tmp_path: Path) -> None:
         ({"label": [0, 1]}, None, ["0", "1"]),
     ],
 )
-def test_label_columns(tmp_path: Path, columns: dict[str, Any], features: dict[str, Any] | None, expected: list[str | None]) -> None:
+def test_label_columns(
+    tmp_path: Path, columns: dict[str, Any], features: dict[str, Any] | None, expected: list[str | None]
+) -> None:
     metadata = {"huggingface": "not json" if features is None else json.dumps({"info": {"features": features}})}
     path = write(tmp_path / "a.parquet", metadata, image=images(b"1", b"2"), **columns)
     assert list(labels(open_source(str(path))).values()) == expected
@@ -90,10 +92,18 @@ def test_rows_are_keys_where_paths_are_not_unique(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"{name}.parquet", {"1.png": b"1", "2.png": name.encode()})
     (tmp_path / "README.md").write_text("")
     source = open_source(str(tmp_path))
-    assert contents(source) == {"a/a.parquet#0": b"1", "a/a.parquet#1": b"a/a", "b.parquet#0": b"1", "b.parquet#1": b"b"}
+    assert contents(source) == {
+        "a/a.parquet#0": b"1",
+        "a/a.parquet#1": b"a/a",
+        "b.parquet#0": b"1",
+        "b.parquet#1": b"b",
+    }
     assert source.ignored() == {".md": 1}
     some_null = pa.array([{"bytes": b"1", "path": "1.png"}, {"bytes": b"2", "path": None}])
-    assert list(contents(open_source(str(write(tmp_path / "c.parquet", image=some_null))))) == ["c.parquet#0", "c.parquet#1"]
+    assert list(contents(open_source(str(write(tmp_path / "c.parquet", image=some_null))))) == [
+        "c.parquet#0",
+        "c.parquet#1",
+    ]
 
 
 def test_pattern_takes_one_split(tmp_path: Path) -> None:
@@ -102,7 +112,9 @@ def test_pattern_takes_one_split(tmp_path: Path) -> None:
     assert list(contents(open_source(f"{tmp_path}/data/train-*.parquet"))) == ["train.png"]
     assert len(open_source(str(tmp_path / "data")).list()) == 2
     assert len(open_source(str(tmp_path), "parquet").list()) == 2
-    with pytest.raises(InputError, match=r"no image in it \(2 \.parquet\); name a \.parquet file itself, or the folder right above"):
+    with pytest.raises(
+        InputError, match=r"no image in it \(2 \.parquet\); name a \.parquet file itself, or the folder right above"
+    ):
         open_source(str(tmp_path)).list()
 
 
@@ -122,7 +134,9 @@ def test_image_column_is_found(tmp_path: Path, columns: dict[str, pa.Array]) -> 
 
 
 def test_image_column_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="columns before, after could all be the images; rename the right one to `image`"):
+    with pytest.raises(
+        InputError, match="columns before, after could all be the images; rename the right one to `image`"
+    ):
         open_source(str(write(tmp_path / "a.parquet", before=images(b"x"), after=images(b"y")))).list()
     with pytest.raises(InputError, match=r"no column of images, only text \(string\), label \(int64\)"):
         open_source(str(write(tmp_path / "b.parquet", text=["x"], label=[1]))).list()
@@ -203,7 +217,9 @@ def test_threads_decode_each_group_once(tmp_path: Path) -> None:
     assert source._groups.num_decoded == 20
 
 
-def test_container_order_decodes_groups_once_and_permuted_order_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_container_order_decodes_groups_once_and_permuted_order_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the README says of order: with room for 4 of 20 groups."""
     monkeypatch.setattr("dtpipe.extract.sources.parquet.CACHE_BYTES", 4 * 10 * 3100)
     path = write_parquet(tmp_path / "a.parquet", {f"{idx}.png": bytes([idx]) * 3000 for idx in range(200)}, group=10)
@@ -232,7 +248,9 @@ def test_cache_waits_for_another_threads_decoding_and_forgets_failures() -> None
 
     cache = GroupCache(decode, max_bytes=300)
     with ThreadPoolExecutor(8) as pool:
-        assert [int(found[0]) for found in pool.map(cache.get, [("a", idx // 8) for idx in range(40)])] == [idx // 8 for idx in range(40)]
+        assert [int(found[0]) for found in pool.map(cache.get, [("a", idx // 8) for idx in range(40)])] == [
+            idx // 8 for idx in range(40)
+        ]
     assert set(began.values()) == {1}
     with pytest.raises(InputError, match="did not answer"):
         cache.get(("a", 5))

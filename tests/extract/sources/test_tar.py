@@ -107,7 +107,9 @@ def test_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_in_every_form(tmp_path: Path, form: int) -> None:
     name = "/".join(["folder" * 5] * (2 if form == tarfile.USTAR_FORMAT else 12)) + "/ä.png"
-    assert contents(open_source(str(write_tar(tmp_path / "a.tar", {name: b"x"}, format=form)))) == {f"a.tar/{name}": b"x"}
+    assert contents(open_source(str(write_tar(tmp_path / "a.tar", {name: b"x"}, format=form)))) == {
+        f"a.tar/{name}": b"x"
+    }
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="no tar on this machine")

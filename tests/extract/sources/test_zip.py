@@ -53,7 +53,10 @@ def test_image_outside_of_class_folders_takes_all_labels_away(tmp_path: Path) ->
 
 
 def test_one_folder_of_an_archive_is_a_source(tmp_path: Path) -> None:
-    files = {f"train/{name}": data for name, data in FILES.items()} | {"val/cat/9.png": b"held out", "train.png": b"beside"}
+    files = {f"train/{name}": data for name, data in FILES.items()} | {
+        "val/cat/9.png": b"held out",
+        "train.png": b"beside",
+    }
     path = write_zip(tmp_path / "photos.zip", files)
     source = open_source(f"{path}/train")
     assert contents(source) == FILES
@@ -85,7 +88,14 @@ def raw_zip(path: Path, name: bytes, flags: int = 0, extra: bytes = b"", system:
     data = b"pixels"
     common = struct.pack("<HHHHIIIHH", flags, 0, 0, 0x21, zlib.crc32(data), len(data), len(data), len(name), len(extra))
     local = b"PK\3\4" + struct.pack("<H", 20) + common + name + extra + data
-    central = b"PK\1\2" + bytes([20, system, 20, 0]) + common + struct.pack("<HHHII", 0, 0, 0, 0o100644 << 16, 0) + name + extra
+    central = (
+        b"PK\1\2"
+        + bytes([20, system, 20, 0])
+        + common
+        + struct.pack("<HHHII", 0, 0, 0, 0o100644 << 16, 0)
+        + name
+        + extra
+    )
     end = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(central), len(local), 0)
     path.write_bytes(local + central + end)
     return path

@@ -120,7 +120,12 @@ def weights(nets: Any, tmp_path: Path) -> Path:
 def settings(
     weights: Path, name: str = "Generator", taps: dict[str, str] | None = TAPS, dtype: str = "float32", **options: Any
 ) -> TeacherConfig:
-    defaults = {"module": f"{PACKAGE}.nets:{name}", "arguments": {"z": 12, "width": 4}, "z_shape": [12, 1, 1], "image_px": [64, 64]}
+    defaults = {
+        "module": f"{PACKAGE}.nets:{name}",
+        "arguments": {"z": 12, "width": 4},
+        "z_shape": [12, 1, 1],
+        "image_px": [64, 64],
+    }
     return TeacherConfig.model_validate(
         {"path": str(weights), "kind": "module", "taps": taps, "dtype": dtype, "options": {**defaults, **options}}
     )
@@ -137,9 +142,12 @@ def dcgan_by_hand(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> tuple[to
     for layer, name in ((0, "l4"), (3, "l3"), (6, "l2"), (9, "l1")):
         if layer == 0:
             levels["l5"] = maps
-        maps = F.conv_transpose2d(maps, tensors[f"main.{layer}.weight"], stride=1 if layer == 0 else 2, padding=0 if layer == 0 else 1)
+        maps = F.conv_transpose2d(
+            maps, tensors[f"main.{layer}.weight"], stride=1 if layer == 0 else 2, padding=0 if layer == 0 else 1
+        )
         mean, var, gain, bias = (
-            tensors[f"main.{layer + 1}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+            tensors[f"main.{layer + 1}.{part}"][:, None, None]
+            for part in ("running_mean", "running_var", "weight", "bias")
         )
         maps = ((maps - mean) / (var + 1e-5).sqrt() * gain + bias).clamp(min=0)
         levels[name] = maps
@@ -226,9 +234,19 @@ def test_an_encoder_reads_images_in_its_own_range(nets: Any, tmp_path: Path) -> 
     torch.manual_seed(0)
     network = nets.Encoder().eval()
     save_file(network.state_dict(), tmp_path / "encoder.safetensors")
-    taps, images = {"l2": "down.1", "l3": "down.2"}, torch.rand(2, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    taps, images = (
+        {"l2": "down.1", "l3": "down.2"},
+        torch.rand(2, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+    )
     teacher = load(
-        tmp_path / "encoder.safetensors", "Encoder", taps, arguments={}, z_shape=None, mode="encode", value_range=[0, 1], image_px=[32, 16]
+        tmp_path / "encoder.safetensors",
+        "Encoder",
+        taps,
+        arguments={},
+        z_shape=None,
+        mode="encode",
+        value_range=[0, 1],
+        image_px=[32, 16],
     )
     ran: list[object] = []
     teacher.network.get_submodule("head").register_forward_hook(lambda *_: ran.append(1))
@@ -275,7 +293,9 @@ def test_it_is_never_guessed(weights: Path) -> None:
         ("Generator", {"taps": {"l2": "main.99"}}, "no module of the teacher"),
     ],
 )
-def test_what_cannot_be_used_is_said_in_a_sentence(name: str, options: dict[str, Any], message: str, weights: Path) -> None:
+def test_what_cannot_be_used_is_said_in_a_sentence(
+    name: str, options: dict[str, Any], message: str, weights: Path
+) -> None:
     with pytest.raises(TeacherError, match=message) as caught:
         load(weights, name, **options)
     assert "\n" not in str(caught.value)
@@ -284,7 +304,15 @@ def test_what_cannot_be_used_is_said_in_a_sentence(name: str, options: dict[str,
 def test_a_level_that_is_no_whole_part_of_the_image_is_refused(nets: Any, tmp_path: Path) -> None:
     save_file(nets.Encoder().state_dict(), tmp_path / "encoder.safetensors")
     with pytest.raises(TeacherError, match="is 7x8, no whole part of 30x32 px"):
-        load(tmp_path / "encoder.safetensors", "Encoder", {"l2": "down.1"}, arguments={}, z_shape=None, mode="encode", image_px=[30, 32])
+        load(
+            tmp_path / "encoder.safetensors",
+            "Encoder",
+            {"l2": "down.1"},
+            arguments={},
+            z_shape=None,
+            mode="encode",
+            image_px=[30, 32],
+        )
 
 
 @pytest.mark.parametrize(

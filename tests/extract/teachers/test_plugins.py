@@ -105,9 +105,17 @@ def install(site: Path, source: str, package: str = "plugin-of-a-test", **entry_
 @pytest.mark.parametrize(
     ("source", "target"),
     [(GOOD, ":give"), (GOOD, ":register"), (GOOD, ":again"), (GOOD, ":KIND"), (f"{GOOD}\nregister()\n", "")],
-    ids=["function that returns", "function that registers", "function that asks again", "a kind", "module that registers"],
+    ids=[
+        "function that returns",
+        "function that registers",
+        "function that asks again",
+        "a kind",
+        "module that registers",
+    ],
 )
-def test_each_form_of_entry_point_registers_its_teacher(source: str, target: str, site: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_form_of_entry_point_registers_its_teacher(
+    source: str, target: str, site: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     install(site, source, brightness=target)
     plugins.load_plugins()
     plugins.load_plugins()
@@ -119,7 +127,11 @@ def test_each_form_of_entry_point_registers_its_teacher(source: str, target: str
 @pytest.mark.parametrize(
     ("source", "target", "reason"),
     [
-        ("import a_package_that_is_not_there", "", "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        (
+            "import a_package_that_is_not_there",
+            "",
+            "ModuleNotFoundError: No module named 'a_package_that_is_not_there'",
+        ),
         ("def x(:", "", "SyntaxError"),
         (GOOD, ":absent", "AttributeError"),
         (GOOD, ":fail", "RuntimeError: half way"),
@@ -150,7 +162,9 @@ def test_a_broken_plugin_is_named_and_harms_no_other(
         load_teacher(TeacherConfig(path="anything", kind="bad"))
 
 
-def test_a_plugin_that_fails_to_match_does_not_keep_others_from_it(site: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plugin_that_fails_to_match_does_not_keep_others_from_it(
+    site: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     install(site, GOOD, a_rude=":rude", brightness=":give")
     plugins.load_plugins()
     assert load_teacher(TeacherConfig(path="some.bright")).spec.kind == "brightness"

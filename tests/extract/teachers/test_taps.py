@@ -53,7 +53,9 @@ def full_hooks(network: nn.Module, forward, paths) -> dict[str, torch.Tensor]:
     """Outputs of a whole forward pass, read independently of TapReader."""
     seen: dict[str, torch.Tensor] = {}
     handles = [
-        dict(network.named_modules())[path].register_forward_hook(lambda _m, _i, out, path=path: seen.__setitem__(path, out.clone()))
+        dict(network.named_modules())[path].register_forward_hook(
+            lambda _m, _i, out, path=path: seen.__setitem__(path, out.clone())
+        )
         for path in paths
     ]
     forward()

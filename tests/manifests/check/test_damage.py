@@ -91,7 +91,9 @@ def test_every_damage_to_every_file_is_found_by_verify_and_by_readers_that_touch
                     read_all(dataset)
                 assert expected is IncompleteError or name in str(caught.value), f"{name} {what}: {caught.value}"
             else:
-                assert all(np.array_equal(*pair) for pair in zip(truth, read_all(dataset), strict=True)), f"{name} {what}"
+                assert all(np.array_equal(*pair) for pair in zip(truth, read_all(dataset), strict=True)), (
+                    f"{name} {what}"
+                )
             seen += 1
         path.write_bytes(whole)
     assert verify(dataset, "decode").problems == ()
@@ -109,7 +111,9 @@ def test_error_of_a_flipped_byte_names_shard_level_sample_and_object(dataset: Pa
     opened = FeatureDataset.open(dataset)
     key = opened.keys[2]
     opened.read_level("l3", 2, 0)
-    with pytest.raises(DamagedDataError, match=rf"{re.escape(stored.name)}: level l3 of sample '{key}' \(shard 1, row 2, view 1"):
+    with pytest.raises(
+        DamagedDataError, match=rf"{re.escape(stored.name)}: level l3 of sample '{key}' \(shard 1, row 2, view 1"
+    ):
         opened.read_level("l3", 2, 1)
     with pytest.raises(DamagedDataError, match=r"level l3 of sample .* view 1"):
         opened.read_batch([1, 2], ["l2", "l3"], [0, 1])
@@ -152,7 +156,10 @@ def test_swapped_levels_are_found(even: Path) -> None:
         with pytest.raises(DamagedDataError, match=f"level {level} of sample"):
             opened.read_level(level, 0)
     opened.read_level("l4.b", 0)
-    assert {problem.name for problem in verify(even).problems} == {"data.zarr/l2/c/0/0/0/0/0", "data.zarr/l3/c/0/0/0/0/0"}
+    assert {problem.name for problem in verify(even).problems} == {
+        "data.zarr/l2/c/0/0/0/0/0",
+        "data.zarr/l3/c/0/0/0/0/0",
+    }
 
 
 @pytest.mark.parametrize("even", ["webdataset"], indirect=True)
@@ -173,7 +180,11 @@ def test_stale_objects_and_stale_metadata_are_found(shard_format: str, maker: Mo
     old, new = tmp_path / "old", tmp_path / "new"
     for root, salt in ((old, 0), (new, 1)):
         maker.write_shards(str(root), maker.Settings(format=shard_format, salt=salt, weights=f"{salt:064x}"))
-    names = [name for name in files_of(new) if not name.startswith("lock") and (old / name).read_bytes() != (new / name).read_bytes()]
+    names = [
+        name
+        for name in files_of(new)
+        if not name.startswith("lock") and (old / name).read_bytes() != (new / name).read_bytes()
+    ]
     assert {"manifest.json", "plan.json", "shards.parquet"} <= set(names)
     for name in names:
         whole = (new / name).read_bytes()
@@ -197,7 +208,9 @@ def test_repair_and_extract_restore_the_identical_dataset_after_any_damage(datas
         data[len(data) // 2] ^= 4
         path.unlink() if idx % 3 == 0 else path.write_bytes(data)
         result = repair(dataset, stale_s=1)
-        assert len(result.shards) == (1 if name.startswith("commits") or (name in content and "zarr.json" not in name) else 0), name
+        assert len(result.shards) == (
+            1 if name.startswith("commits") or (name in content and "zarr.json" not in name) else 0
+        ), name
         if not name.endswith("zarr.json") and name not in ("plan.json", "manifest.json"):
             with pytest.raises(IncompleteError):
                 FeatureDataset.open(dataset)

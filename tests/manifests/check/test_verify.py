@@ -70,7 +70,9 @@ def test_recompute_says_what_it_lacks_before_it_reads_the_objects(
     maker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker.write_shards(str(tmp_path), maker.Settings(images="joined"))
-    monkeypatch.setattr("dtpipe.manifests.check.verify.check_digests", lambda *_: pytest.fail("an hour of reading, for nothing"))
+    monkeypatch.setattr(
+        "dtpipe.manifests.check.verify.check_digests", lambda *_: pytest.fail("an hour of reading, for nothing")
+    )
     for recompute in (None, teacher(maker)):
         with pytest.raises(ConfigError, match=r"needs the teacher|stores no images"):
             verify(tmp_path, "recompute", recompute)
@@ -93,7 +95,8 @@ def test_repair_reads_the_objects_once(root: Path, monkeypatch: pytest.MonkeyPat
 
 def test_levels_see_more_and_more(root: Path) -> None:
     path = max(
-        (path for path in root.rglob("*") if path.is_file() and "data" in str(path.relative_to(root))), key=lambda p: p.stat().st_size
+        (path for path in root.rglob("*") if path.is_file() and "data" in str(path.relative_to(root))),
+        key=lambda p: p.stat().st_size,
     )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -31,7 +31,9 @@ def test_float16_is_within_half_a_step(values: np.ndarray) -> None:
 
 @given(arrays(np.float32, (1, 2, 3, 4), elements=st.floats(allow_nan=False, allow_infinity=False, width=32)))
 def test_float32_is_exact(values: np.ndarray) -> None:
-    np.testing.assert_array_equal(decode_level(encode_level(values, level("float32"), CAST), level("float32"), CAST), values)
+    np.testing.assert_array_equal(
+        decode_level(encode_level(values, level("float32"), CAST), level("float32"), CAST), values
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

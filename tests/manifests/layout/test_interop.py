@@ -21,7 +21,9 @@ def true_level(maker: ModuleType, dataset: FeatureDataset, name: str) -> np.ndar
     spec = next(level for level in dataset.levels if level.name == name)
     shape = (2, spec.channels, spec.height, spec.width)
     rows = [maker.sample_values(name, key, shape, spec.dtype) for key in dataset.keys]
-    return np.stack([row * (status == "ok") for row, status in zip(rows, dataset.status, strict=True)]).astype(spec.dtype)
+    return np.stack([row * (status == "ok") for row, status in zip(rows, dataset.status, strict=True)]).astype(
+        spec.dtype
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,12 @@ def test_plain_webdataset_reads_equal_values(maker: ModuleType, tmp_path: Path) 
         bare = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert [sample["__key__"].rpartition("/")[2] for sample in samples] == [f"{row:08d}" for row in range(7)]
     for row, (sample, without) in enumerate(zip(samples, bare, strict=True)):
-        assert sample["key.json"] == {"row": row, "key": dataset.keys[row], "label": dataset.labels[row], "ok": dataset.status[row] == "ok"}
+        assert sample["key.json"] == {
+            "row": row,
+            "key": dataset.keys[row],
+            "label": dataset.labels[row],
+            "ok": dataset.status[row] == "ok",
+        }
         for level in dataset.levels:
             truth = true_level(maker, dataset, level.name)[row]
             for view in (0, 1):

@@ -43,12 +43,19 @@ def test_members_are_those_of_the_rows_in_order(plan: Plan, maker: ModuleType) -
         files = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
     for idx, row in enumerate(shard.rows):
         stem = f"{row.row:08d}"
-        assert json.loads(files[f"{stem}.key.json"]) == {"row": row.row, "key": row.key, "label": row.label, "ok": row.status == "ok"}
+        assert json.loads(files[f"{stem}.key.json"]) == {
+            "row": row.row,
+            "key": row.key,
+            "label": row.label,
+            "ok": row.status == "ok",
+        }
         assert shard.image is not None
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(files[f"{stem}.image.png"]))), shard.image[idx])
         for name, values in shard.levels.items():
             for view in (0, 1):
-                np.testing.assert_array_equal(np.load(io.BytesIO(files[f"{stem}.{name}.v{view}.npy"])), values[idx, view])
+                np.testing.assert_array_equal(
+                    np.load(io.BytesIO(files[f"{stem}.{name}.v{view}.npy"])), values[idx, view]
+                )
 
 
 def test_entry_lists_every_member_by_place_and_checksum(plan: Plan, maker: ModuleType) -> None:
@@ -65,14 +72,18 @@ def test_entry_lists_every_member_by_place_and_checksum(plan: Plan, maker: Modul
 
 
 @settings(max_examples=30)
-@given(image=arrays(np.uint8, (1, 4, 6, 3)), l2=arrays(np.float16, (1, 2, 3, 2, 2)), l4=arrays(np.float32, (1, 2, 5, 1, 2)))
+@given(
+    image=arrays(np.uint8, (1, 4, 6, 3)), l2=arrays(np.float16, (1, 2, 3, 2, 2)), l4=arrays(np.float32, (1, 2, 5, 1, 2))
+)
 def test_round_trip(plan: Plan, image: np.ndarray, l2: np.ndarray, l4: np.ndarray) -> None:
     shard = ShardArrays(image, {"l2": l2, "l3": l2[::-1], "l4.b": l4}, [IndexRow(row=4, key="k", shard=2)])
     (encoded,) = encode_tar_shard(plan, 2, shard)
     assert [encoded] == list(encode_tar_shard(plan, 2, shard))
     for name, spec in stored_arrays(plan.recipe).items():
         members = encoded.arrays[name]
-        for truth, offset, size in zip(shard.named()[name].reshape(-1, *spec.chunk_shape), members.offset, members.size, strict=True):
+        for truth, offset, size in zip(
+            shard.named()[name].reshape(-1, *spec.chunk_shape), members.offset, members.size, strict=True
+        ):
             out = np.empty(spec.chunk_shape, spec.dtype)
             decode_tar_chunk(spec, encoded.data[offset : offset + size], b"", out)
             np.testing.assert_array_equal(out.view(np.uint8), np.ascontiguousarray(truth).view(np.uint8))

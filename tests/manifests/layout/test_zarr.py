@@ -17,7 +17,13 @@ from zarr.storage import MemoryStore
 
 from dtpipe.manifests.errors import DamagedDataError, ShapeError
 from dtpipe.manifests.layout.arrays import ArraySpec, ShardArrays, stored_arrays
-from dtpipe.manifests.layout.zarr import TRAILER_BYTES, decode_zarr_chunk, encode_zarr_shard, shard_object_name, zarr_metadata
+from dtpipe.manifests.layout.zarr import (
+    TRAILER_BYTES,
+    decode_zarr_chunk,
+    encode_zarr_shard,
+    shard_object_name,
+    zarr_metadata,
+)
 from dtpipe.manifests.schema import IndexRow, Plan
 
 

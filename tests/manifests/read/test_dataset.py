@@ -29,7 +29,12 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def expect_truth(
-    dataset: FeatureSource, rows: list[int], views: list[int], images: np.ndarray, levels: dict[str, np.ndarray], maker: ModuleType
+    dataset: FeatureSource,
+    rows: list[int],
+    views: list[int],
+    images: np.ndarray,
+    levels: dict[str, np.ndarray],
+    maker: ModuleType,
 ) -> None:
     """Compare a batch with the values it was made of."""
     specs = {level.name: level for level in dataset.levels}

@@ -71,7 +71,12 @@ def test_maker_still_gives_the_golden_content(shard_format: str, maker: ModuleTy
 def test_specification_shows_the_golden_files() -> None:
     """The README's example is the real one."""
     readme = (GOLDEN.parent.parent / "manifests" / "README.md").read_text()
-    for name in ("v1_zarr/plan.json", "v1_zarr/commits/00001.json", "v1_zarr/manifest.json", "v1_zarr/data.zarr/l2/zarr.json"):
+    for name in (
+        "v1_zarr/plan.json",
+        "v1_zarr/commits/00001.json",
+        "v1_zarr/manifest.json",
+        "v1_zarr/data.zarr/l2/zarr.json",
+    ):
         assert (GOLDEN / name).read_text() in readme, name
     assert unseal((GOLDEN / "v1_zarr" / "plan.json").read_bytes(), "plan")["num_rows"] == 3
 
@@ -79,4 +84,6 @@ def test_specification_shows_the_golden_files() -> None:
 def test_a_copy_of_a_dataset_reads_like_the_dataset(tmp_path: Path) -> None:
     copy = shutil.copytree(GOLDEN / "v1_zarr", tmp_path / "copy")
     assert verify(copy, "decode").problems == ()
-    np.testing.assert_array_equal(FeatureDataset.open(copy).read_image(1), FeatureDataset.open(GOLDEN / "v1_zarr").read_image(1))
+    np.testing.assert_array_equal(
+        FeatureDataset.open(copy).read_image(1), FeatureDataset.open(GOLDEN / "v1_zarr").read_image(1)
+    )

@@ -29,7 +29,9 @@ class Folder:
     def truth(self, name: str, key: str, salt: int = 0) -> np.ndarray:
         """True values of a level. Shapes: -> [V, C, H, W]."""
         spec = next(level for level in self.maker.LEVELS if level.name == name)
-        return np.asarray(self.maker.sample_values(name, key, (2, spec.channels, spec.height, spec.width), spec.dtype, salt))
+        return np.asarray(
+            self.maker.sample_values(name, key, (2, spec.channels, spec.height, spec.width), spec.dtype, salt)
+        )
 
 
 @pytest.fixture
@@ -58,7 +60,9 @@ def test_other_timesteps_of_a_teacher_join_along_the_views(folder: Folder) -> No
 def test_another_teachers_levels_lie_beside_under_free_names(folder: Folder) -> None:
     levels = folder.maker.LEVELS
     one = folder.make("one", levels=levels[:2], bad=())
-    other = folder.make("other", weights="cd" * 32, levels=(levels[0], levels[2]), salt=2, bad=("cat/0.png",), images="joined")
+    other = folder.make(
+        "other", weights="cd" * 32, levels=(levels[0], levels[2]), salt=2, bad=("cat/0.png",), images="joined"
+    )
     joined = JoinedDataset([one, other])
     assert [level.name for level in joined.levels] == ["l2", "l3", "l2.b", "l4.b"]
     row = joined.row_of("cat/2.png")
@@ -74,7 +78,9 @@ def test_images_may_come_from_any_part(folder: Folder) -> None:
     one = folder.make("one", images="joined")
     other = folder.make("other", views=(ViewSpec(draw=5),))
     row = int(JoinedDataset([one, other]).ok_rows[0])
-    np.testing.assert_array_equal(JoinedDataset([one, other]).read_image(row), other.read_image(other.row_of(one.keys[row])))
+    np.testing.assert_array_equal(
+        JoinedDataset([one, other]).read_image(row), other.read_image(other.row_of(one.keys[row]))
+    )
     with pytest.raises(ConfigError, match="stores images"):
         JoinedDataset([one]).read_image(row)
 
@@ -92,7 +98,10 @@ def test_join_refuses_what_does_not_fit(folder: Folder) -> None:
 
 
 def test_concatenation_reads_each_row_from_its_part(folder: Folder) -> None:
-    parts = [folder.make("one", num_rows=5), folder.make("two", num_rows=4, samples=3, prefix="z/", format="webdataset", bad=())]
+    parts = [
+        folder.make("one", num_rows=5),
+        folder.make("two", num_rows=4, samples=3, prefix="z/", format="webdataset", bad=()),
+    ]
     both: FeatureSource = ConcatDataset(parts)
     assert both.num_rows == 9
     assert list(both.keys) == [*parts[0].keys, *parts[1].keys]

@@ -107,7 +107,10 @@ def test_missing_objects_are_named(store_url):
 
 @pytest.mark.parametrize("url", ["memory://ranges/here", "local"])
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.binary(min_size=1, max_size=200), ranges=st.lists(st.tuples(st.integers(0, 210), st.integers(0, 210)), max_size=6))
+@given(
+    data=st.binary(min_size=1, max_size=200),
+    ranges=st.lists(st.tuples(st.integers(0, 210), st.integers(0, 210)), max_size=6),
+)
 def test_ranges_are_exact_or_an_error(url, data, ranges, tmp_path):
     store = Store(tmp_path if url == "local" else url)
     store.write("object", data)
@@ -123,7 +126,12 @@ def test_ranges_over_s3(s3_url):
     store = Store(s3_url)
     store.write("a", bytes(range(100)))
     store.write("b", bytes(range(100, 200)))
-    assert store.read_ranges([("b", 5, 3), ("a", 0, 100), ("a", 99, 1), ("a", 7, 0)]) == [b"ijk", bytes(range(100)), b"c", b""]
+    assert store.read_ranges([("b", 5, 3), ("a", 0, 100), ("a", 99, 1), ("a", 7, 0)]) == [
+        b"ijk",
+        bytes(range(100)),
+        b"c",
+        b"",
+    ]
     for offset, size in ((90, 11), (100, 1), (500, 5)):
         with pytest.raises(DamagedDataError, match="cut short"):
             store.read_range("a", offset, size)
@@ -207,7 +215,9 @@ def test_a_file_in_place_of_the_folder_is_a_store_error(tmp_path):
         Store(tmp_path / "file" / "features").probe()
 
 
-@pytest.mark.parametrize(("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only")])
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "free some space"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only")]
+)
 def test_a_full_disk_leaves_the_old_object_and_no_litter(tmp_path, monkeypatch, number, advice):
     store = Store(tmp_path)
     store.write("object", b"old")
@@ -232,7 +242,9 @@ def test_a_file_size_limit_is_a_store_error(tmp_path):
         "try: Store(sys.argv[1]).write('big', bytes(5000))\n"
         "except StoreError as err: print(err)"
     )
-    shown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
     assert "big cannot be written: File too large" in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -314,7 +326,13 @@ def test_temporary_names():
     assert is_temporary("commits/.00001.json.0123456789ab.tmp")
     assert is_temporary(".probe-0123456789abcdef")
     assert is_temporary("..probe-0123456789abcdef.0123456789ab.tmp")
-    for name in ("commits/00001.json", "data/.hidden", ".bashrc.tmp", ".~lock.thesis.odt.tmp", ".probe-my-notes"):  # not ours to sweep
+    for name in (
+        "commits/00001.json",
+        "data/.hidden",
+        ".bashrc.tmp",
+        ".~lock.thesis.odt.tmp",
+        ".probe-my-notes",
+    ):  # not ours to sweep
         assert not is_temporary(name)
 
 

@@ -42,7 +42,12 @@ def test_extract_and_merge_on_each_store(store_url, toy, unbroken):
     assert written == [0, 1, 2, 3]
     assert manifest.digest == unbroken[0]
     assert load_manifest(store) == manifest
-    assert (manifest.totals.num_rows, manifest.totals.num_ok, manifest.totals.num_bad, manifest.totals.num_shards) == (14, 13, 1, 4)
+    assert (manifest.totals.num_rows, manifest.totals.num_ok, manifest.totals.num_bad, manifest.totals.num_shards) == (
+        14,
+        13,
+        1,
+        4,
+    )
     assert manifest.totals.size_bytes == sum(store.size(name) for name in store.list("data/"))
     assert set(manifest.files) == {"plan.json", "listing.parquet", "shards.parquet", "index.parquet"}
     for name, entry in manifest.files.items():
@@ -52,7 +57,11 @@ def test_extract_and_merge_on_each_store(store_url, toy, unbroken):
 def test_the_digest_is_the_documented_one(tmp_path, toy):
     manifest, _ = toy.extract(str(tmp_path))
     objects = [
-        {"name": path.relative_to(tmp_path).as_posix(), "size": path.stat().st_size, "blake3": blake3(path.read_bytes()).hexdigest()}
+        {
+            "name": path.relative_to(tmp_path).as_posix(),
+            "size": path.stat().st_size,
+            "blake3": blake3(path.read_bytes()).hexdigest(),
+        }
         for path in sorted((tmp_path / "data").iterdir())
     ]
     document = {"format": "dtpipe-features/1", "keys": list(toy.make_listing().keys), "objects": objects}
@@ -100,7 +109,9 @@ def test_damaged_tables_are_errors_that_name_the_file(tmp_path, toy):
         ShardTable.decode(shards, 5, "here")
     with pytest.raises(ManifestError, match="here has columns"):
         decode_index(shards, "here")
-    for place in range(0, len(index), 11):  # without the digest: an error or the very same rows, never a crash of another kind
+    for place in range(
+        0, len(index), 11
+    ):  # without the digest: an error or the very same rows, never a crash of another kind
         damaged = index[:place] + bytes([index[place] ^ 0x10]) + index[place + 1 :]
         try:
             decode_table(damaged, pq.read_schema(io.BytesIO(index)), "here")

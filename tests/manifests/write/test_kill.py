@@ -25,7 +25,9 @@ WRITER_STEPS = (
 
 
 def run_writer(url, spec=""):
-    return subprocess.run([sys.executable, str(SCRIPT), str(url), spec], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(url), spec], capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 @pytest.mark.parametrize("spec", WRITER_STEPS)
@@ -34,7 +36,9 @@ def test_a_kill_at_each_step_costs_at_most_one_shard(tmp_path, toy, unbroken, sp
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert f"fault point {spec.partition(':')[0]}: kill" in killed.stderr
     committed = len(list((tmp_path / "commits").glob("*.json"))) if (tmp_path / "commits").exists() else 0
-    begun_shards = {path.name[:5] for path in (tmp_path / "data").glob("[0-9]*")} if (tmp_path / "data").exists() else set()
+    begun_shards = (
+        {path.name[:5] for path in (tmp_path / "data").glob("[0-9]*")} if (tmp_path / "data").exists() else set()
+    )
     assert len(begun_shards) - committed <= 1
     manifest, written = toy.extract(str(tmp_path))
     assert manifest.digest == unbroken[0]
@@ -82,9 +86,13 @@ def stop_at(url, spec, stale_s=60.0):
     raise AssertionError(f"the writer never stopped at {spec}: {process.communicate()}")
 
 
-@pytest.mark.parametrize("spec", ["shard.object:3", "shard.objects:2", "commit.before:2", "store.temporary:6", "merge.before_manifest:1"])
+@pytest.mark.parametrize(
+    "spec", ["shard.object:3", "shard.objects:2", "commit.before:2", "store.temporary:6", "merge.before_manifest:1"]
+)
 def test_a_zombie_that_wakes_after_its_successor_finished_changes_nothing(tmp_path, toy, unbroken, spec):
-    beats_s = 2.0 if spec.startswith("store.") else 0.05  # so rare that the temporary file it stops at is not the lock's own
+    beats_s = (
+        2.0 if spec.startswith("store.") else 0.05
+    )  # so rare that the temporary file it stops at is not the lock's own
     zombie = stop_at(tmp_path, f"{spec}:stop", stale_s=6 * beats_s)
     try:
         time.sleep(max(0.5, 4 * beats_s))
@@ -94,7 +102,10 @@ def test_a_zombie_that_wakes_after_its_successor_finished_changes_nothing(tmp_pa
         os.kill(zombie.pid, signal.SIGCONT)
     _, stderr = zombie.communicate(timeout=60)
     # past its last check a writer may still publish: an equal manifest, or an entry that the merge looks at again
-    allowed = {"merge.before_manifest:1": 0, "store.temporary:6": StoreError.exit_code}  # the latter's temporary file was swept
+    allowed = {
+        "merge.before_manifest:1": 0,
+        "store.temporary:6": StoreError.exit_code,
+    }  # the latter's temporary file was swept
     assert zombie.returncode == allowed.get(spec, LockHeldError.exit_code), stderr
     again, written = toy.extract(str(tmp_path))
     assert (again.digest, written) == (unbroken[0], [])

@@ -55,7 +55,11 @@ def test_container_order_is_kept(keys):
 
 def test_columns_stay_together():
     listing = build_listing([Item("b", "uri b", "B"), Item("a", "uri a", None), Item("c", "uri c", "C")])
-    assert {(row.key, row.uri, row.label) for row in listing} == {("a", "uri a", None), ("b", "uri b", "B"), ("c", "uri c", "C")}
+    assert {(row.key, row.uri, row.label) for row in listing} == {
+        ("a", "uri a", None),
+        ("b", "uri b", "B"),
+        ("c", "uri c", "C"),
+    }
     assert [row.row for row in listing.rows(range(1, 3))] == [1, 2]
 
 

@@ -12,7 +12,15 @@ import pytest
 from dtpipe.manifests.canonical import dump_record, load_record
 from dtpipe.manifests.errors import LockHeldError, StoreError
 from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.write.lock import Lock, LockRecord, LockToken, check_epoch, holder_is_dead, lock_name, this_process
+from dtpipe.manifests.write.lock import (
+    Lock,
+    LockRecord,
+    LockToken,
+    check_epoch,
+    holder_is_dead,
+    lock_name,
+    this_process,
+)
 
 HOLD = """
 import sys, time
@@ -32,7 +40,9 @@ ELSEWHERE = this_process().model_copy(update={"boot": "another machine", "host":
 
 def hold_elsewhere(url, stale_s=30.0):
     """A process that holds the lock until a line is sent to it."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, url, str(stale_s)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, url, str(stale_s)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -48,7 +58,15 @@ def read_record(store, epoch):
 
 def silent_record(epoch=1, **changes):
     """A claim whose holder does nothing any more."""
-    fields = {"epoch": epoch, "holder": ELSEWHERE, "owner": "x", "beat": 3, "uptime_s": 1.0, "heartbeat": "never", "interval_s": 0.05}
+    fields = {
+        "epoch": epoch,
+        "holder": ELSEWHERE,
+        "owner": "x",
+        "beat": 3,
+        "uptime_s": 1.0,
+        "heartbeat": "never",
+        "interval_s": 0.05,
+    }
     return LockRecord(**{**fields, **changes})
 
 
@@ -114,7 +132,12 @@ def test_a_reused_pid_is_no_holder():
     here = this_process()
     fresh = {"uptime_s": time.monotonic()}
     assert holder_is_dead(silent_record(holder=here, **fresh), stale_s=60) is False
-    assert holder_is_dead(silent_record(holder=here.model_copy(update={"started_s": here.started_s - 100}), **fresh), stale_s=60) is True
+    assert (
+        holder_is_dead(
+            silent_record(holder=here.model_copy(update={"started_s": here.started_s - 100}), **fresh), stale_s=60
+        )
+        is True
+    )
 
 
 def test_a_process_in_another_container_of_this_machine_is_judged_by_the_shared_uptime():
@@ -262,7 +285,9 @@ def test_a_store_out_of_reach_for_a_while_does_not_end_the_heart(tmp_path, monke
 def test_a_forked_child_does_not_release(tmp_path):
     store = Store(tmp_path)
     lock = Lock.acquire(store)
-    lock._record = lock._record.model_copy(update={"holder": lock._record.holder.model_copy(update={"pid": os.getpid() + 1})})
+    lock._record = lock._record.model_copy(
+        update={"holder": lock._record.holder.model_copy(update={"pid": os.getpid() + 1})}
+    )
     lock.release()
     assert not read_record(store, 1).released
     lock._record = lock._record.model_copy(update={"holder": this_process()})

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from dtpipe.manifests.errors import ConfigError, ManifestError, PlanChangedError
 from dtpipe.manifests.schema import ComputeRecipe, LevelSpec, ViewSpec
 from dtpipe.manifests.store.store import MissingObjectError, Store
-from dtpipe.manifests.write.plan import bytes_per_sample, load_plan, plan_digest, recipe_changes, shard_samples_for, start_plan
+from dtpipe.manifests.write.plan import (
+    bytes_per_sample,
+    load_plan,
+    plan_digest,
+    recipe_changes,
+    shard_samples_for,
+    start_plan,
+)
 
 
 def test_a_plan_is_begun_once_and_gone_on_with(store_url, toy):
@@ -42,11 +49,17 @@ def test_another_recipe_is_refused_with_both_values(tmp_path, toy):
     start_plan(store, toy.make_recipe(), toy.make_listing(), {})
     before = store.stats()
     other = toy.make_recipe(
-        compute=ComputeRecipe(device="cpu", batch_size=64, threads=1), noise_seed=7, views=(ViewSpec(draw=0), ViewSpec(draw=1, timestep=9))
+        compute=ComputeRecipe(device="cpu", batch_size=64, threads=1),
+        noise_seed=7,
+        views=(ViewSpec(draw=0), ViewSpec(draw=1, timestep=9)),
     )
     with pytest.raises(PlanChangedError) as err:
         start_plan(store, other, toy.make_listing(), {})
-    for part in ("compute.batch_size: stored 2, wanted 64", "noise_seed: stored 0, wanted 7", "views[1].timestep: stored None, wanted 9"):
+    for part in (
+        "compute.batch_size: stored 2, wanted 64",
+        "noise_seed: stored 0, wanted 7",
+        "views[1].timestep: stored None, wanted 9",
+    ):
         assert part in str(err.value)
     assert store.stats() == before
 

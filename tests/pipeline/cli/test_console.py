@@ -11,7 +11,15 @@ from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes, for
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_500_000, "1.5 MB"), (99_960_000, "100 MB"), (999_499_999, "999 MB"), (3e16, "30 PB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (1_500_000, "1.5 MB"),
+        (99_960_000, "100 MB"),
+        (999_499_999, "999 MB"),
+        (3e16, "30 PB"),
+    ],
 )
 def test_bytes_are_three_digits_and_a_unit(size: float, text: str) -> None:
     assert format_bytes(size).replace("30.0", "30") == text
@@ -19,7 +27,14 @@ def test_bytes_are_three_digits_and_a_unit(size: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.25, "0.2 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (7800, "2 h 10 min"), (3600 * 52, "2 d 4 h")],
+    [
+        (0.25, "0.2 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (3599, "59 min 59 s"),
+        (7800, "2 h 10 min"),
+        (3600 * 52, "2 d 4 h"),
+    ],
 )
 def test_seconds_are_two_units(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text

@@ -62,7 +62,9 @@ def features(image_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pyt
 def test_unknown_command_is_one_line_with_a_near_match() -> None:
     result = run("extrakt")
     assert result.exit_code == 2
-    assert result.stderr == "error: no command 'extrakt', did you mean 'extract'?; `dtpipe --help` lists what there is\n"
+    assert (
+        result.stderr == "error: no command 'extrakt', did you mean 'extract'?; `dtpipe --help` lists what there is\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,11 @@ def test_unknown_command_is_one_line_with_a_near_match() -> None:
         (["extract", "--images", "nowhere", "--teacher", "TEACHER", "--out", "OUT", "--inline"], 3, ["nowhere"]),
         (["extract", "--images", "EMPTY", "--teacher", "TEACHER", "--out", "OUT", "--inline"], 3, ["EMPTY"]),
         (["extract", "--images", "IMAGES", "--teacher", "IMAGES", "--out", "OUT", "--inline"], 3, ["IMAGES"]),
-        (["extract", "--images", "IMAGES", "--teacher", "TEACHER", "--out", "OUT", "--px", "33", "--inline"], 2, ["33"]),
+        (
+            ["extract", "--images", "IMAGES", "--teacher", "TEACHER", "--out", "OUT", "--px", "33", "--inline"],
+            2,
+            ["33"],
+        ),
         (["distill", "nowhere", "--out", "OUT"], 3, ["nowhere"]),
         (["distill", "--out", "OUT"], 2, ["URL... (distill.datasets)"]),
         (["verify", "nowhere"], 3, ["nowhere"]),
@@ -92,7 +98,13 @@ def test_unknown_command_is_one_line_with_a_near_match() -> None:
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) and value and isinstance(value[0], str) else None,
 )
 def test_bad_input_is_one_sentence_and_the_right_code(
-    args: list[str], code: int, words: list[str], image_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    args: list[str],
+    code: int,
+    words: list[str],
+    image_folder: Path,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
@@ -164,7 +176,18 @@ def test_extract_says_what_where_and_what_next(image_folder: Path, teacher: Path
     assert "8/8" in result.stderr
     again = run("extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL)
     assert again.exit_code == 0
-    changed = run("extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL[:-1], "extract.batch_size=2")
+    changed = run(
+        "extract",
+        "--images",
+        image_folder,
+        "--teacher",
+        teacher,
+        "--out",
+        out,
+        "--inline",
+        *SMALL[:-1],
+        "extract.batch_size=2",
+    )
     assert changed.exit_code == 2
     assert "batch_size" in changed.stderr
 
@@ -183,7 +206,10 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(features: Path, image_f
     assert re.search(r"problem: .*l2", found.stdout)
     assert run("verify", features, "--repair").exit_code == 0
     assert run("verify", features).exit_code == 5
-    assert run("extract", "--images", image_folder, "--teacher", teacher, "--out", features, "--inline", *SMALL).exit_code == 0
+    assert (
+        run("extract", "--images", image_folder, "--teacher", teacher, "--out", features, "--inline", *SMALL).exit_code
+        == 0
+    )
     assert document("verify", features)["ok"] is True
 
 
@@ -202,7 +228,18 @@ def test_another_teacher_is_refused_for_recompute(features: Path, tmp_path: Path
 
 def test_distill_eval_export_report_follow_each_other(features: Path, image_folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    small = ["--student", "resnet10t", "-s", "distill.regressor.width=8", "--batch-size", 4, "--epochs", 1, "-s", "distill.log_every=1"]
+    small = [
+        "--student",
+        "resnet10t",
+        "-s",
+        "distill.regressor.width=8",
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+        "-s",
+        "distill.log_every=1",
+    ]
     trained = document("distill", features, "--out", run_dir, *small, "--reencode", 0.5)
     assert trained["num_steps"] == 2
     probe = ["-s", "eval.probe.max_iter=5", "--seeds", 1, "--labelled", "2,all"]
@@ -222,11 +259,24 @@ def test_distill_eval_export_report_follow_each_other(features: Path, image_fold
 
 
 def test_faults_are_armed_by_the_command_line_only(image_folder: Path, teacher: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dtpipe.pipeline.cli.main", "extract", "--images", str(image_folder), "--teacher", str(teacher)]
+    command = [
+        sys.executable,
+        "-m",
+        "dtpipe.pipeline.cli.main",
+        "extract",
+        "--images",
+        str(image_folder),
+        "--teacher",
+        str(teacher),
+    ]
     command += ["--out", str(tmp_path / "out"), "--inline", *SMALL]
-    killed = subprocess.run(command, env={**os.environ, "DTPIPE_FAULT": "commit.before"}, capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        command, env={**os.environ, "DTPIPE_FAULT": "commit.before"}, capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
-    wrong = subprocess.run(command, env={**os.environ, "DTPIPE_FAULT": "commit.maybe"}, capture_output=True, text=True, check=False)
+    wrong = subprocess.run(
+        command, env={**os.environ, "DTPIPE_FAULT": "commit.maybe"}, capture_output=True, text=True, check=False
+    )
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: fault point 'commit.maybe' does not exist")
 
@@ -237,7 +287,9 @@ def test_ctrl_c_stops_with_130_and_one_line(tmp_path: Path) -> None:
         "def wait(self, ctx):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "cli.DtpipeGroup.invoke = wait\ncli.main(['list'])"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)

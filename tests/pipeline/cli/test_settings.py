@@ -127,7 +127,12 @@ def test_a_check_of_several_fields_names_each_once() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [", "not valid YAML"), ("- 1\n- 2", "not a mapping"), ("extract: 5", "not a mapping"), ("extrakt:\n  out: a", "unknown key")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1\n- 2", "not a mapping"),
+        ("extract: 5", "not a mapping"),
+        ("extrakt:\n  out: a", "unknown key"),
+    ],
 )
 def test_a_file_that_is_no_settings_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "a.yaml"

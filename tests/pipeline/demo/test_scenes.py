@@ -29,7 +29,9 @@ def test_a_scene_is_a_function_of_seed_and_index():
 
 def test_masks_stay_as_they_were():
     """Golden: masks come from numpy's Philox, scikit-learn's digits and Pillow's integer resampling; no JPEG decoder rounds them."""
-    digest = blake3(b"".join(scene.semantic.tobytes() + scene.instance.tobytes() for scene in iterate_scenes(16, seed=0)))
+    digest = blake3(
+        b"".join(scene.semantic.tobytes() + scene.instance.tobytes() for scene in iterate_scenes(16, seed=0))
+    )
     assert digest.hexdigest()[:16] == "4765f278f060ccd4"
 
 

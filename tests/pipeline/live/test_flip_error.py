@@ -79,7 +79,9 @@ def test_verify_measures_it_and_distill_warns_with_it(extract: Extract) -> None:
     assert "mirrored features instead of encoded flips would have relative error: l2 " in result.stdout
     dataset = FeatureDataset.open(url)
     images, _ = dataset.read_batch(dataset.ok_rows, (), np.zeros(8, int))
-    expected = flip_errors(open_teacher(dataset.plan, {}, "cpu", exact=True), images, [dataset.keys[row] for row in dataset.ok_rows])
+    expected = flip_errors(
+        open_teacher(dataset.plan, {}, "cpu", exact=True), images, [dataset.keys[row] for row in dataset.ok_rows]
+    )
     measured = read_measured(dataset.store)
     assert measured is not None and measured.num_samples == 8
     assert measured.flip_error == pytest.approx(expected)

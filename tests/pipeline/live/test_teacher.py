@@ -50,7 +50,10 @@ def stream_of(settings: DistillConfig, data: OpenedData | None = None, **given: 
 def samples(batches: Iterator[FeatureBatch]) -> dict[tuple[int, str], tuple[np.ndarray, dict[str, np.ndarray]]]:
     """(epoch, key) to image and levels; the order within a batch is no content."""
     return {
-        (batch.epoch, key): (batch.images[idx].numpy(), {name: level[idx].float().numpy() for name, level in batch.levels.items()})
+        (batch.epoch, key): (
+            batch.images[idx].numpy(),
+            {name: level[idx].float().numpy() for name, level in batch.levels.items()},
+        )
         for batch in batches
         for idx, key in enumerate(batch.keys)
     }
@@ -77,7 +80,9 @@ class StoredDraws:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_with_the_stored_draws_forced_live_batches_equal_the_cached_ones_within_the_codecs_error(extract: Extract, dtype: str) -> None:
+def test_with_the_stored_draws_forced_live_batches_equal_the_cached_ones_within_the_codecs_error(
+    extract: Extract, dtype: str
+) -> None:
     url = extract("features", noise=FLIPS, shard={"samples": 3, "dtype": dtype})
     cached = stream_of(config(url))
     live = stream_of(config(url, reencode=1.0))
@@ -85,7 +90,9 @@ def test_with_the_stored_draws_forced_live_batches_equal_the_cached_ones_within_
     live.live = StoredDraws(live.live, live.source)
     stored, fresh = samples(cached.batches(StreamPosition())), samples(live.batches(StreamPosition()))
     assert stored.keys() == fresh.keys() and len(stored) == 16
-    assert [b.num_global for b in cached.batches(StreamPosition())] == [b.num_global for b in live.batches(StreamPosition())]
+    assert [b.num_global for b in cached.batches(StreamPosition())] == [
+        b.num_global for b in live.batches(StreamPosition())
+    ]
     tolerance = TOLERANCE if dtype == "float16" else {"rtol": 1e-5, "atol": 1e-5}
     for at, (image, levels) in stored.items():
         np.testing.assert_array_equal(fresh[at][0], image)
@@ -101,7 +108,9 @@ def test_the_fresh_draw_of_an_epoch_is_the_one_that_extract_would_store_next(ext
     for (epoch, key), (_, levels) in found.items():
         row = three.row_of(key)
         for name in LEVELS:
-            np.testing.assert_allclose(levels[name], three.read_level(name, row, 1 + epoch).astype(np.float32), **TOLERANCE)
+            np.testing.assert_allclose(
+                levels[name], three.read_level(name, row, 1 + epoch).astype(np.float32), **TOLERANCE
+            )
             assert np.abs(levels[name] - three.read_level(name, row, 0)).max() > 0.01  # noise is seen at all
 
 
@@ -136,30 +145,42 @@ def test_flips_encoded_live_equal_stored_flipped_views(extract: Extract) -> None
     assert 0 < num_flipped < 8
 
 
-def test_concatenated_datasets_are_each_encoded_with_their_own_noise(extract: Extract, image_folder: Path, tmp_path: Path) -> None:
+def test_concatenated_datasets_are_each_encoded_with_their_own_noise(
+    extract: Extract, image_folder: Path, tmp_path: Path
+) -> None:
     keys = sorted(path.relative_to(image_folder).as_posix() for path in image_folder.rglob("*.png"))
     files = []
     for idx, part in enumerate((keys[:5], keys[5:])):
         files.append(tmp_path / f"keys{idx}.txt")
         files[-1].write_text("\n".join(part))
     urls = [extract(f"part{seed}", keys=str(files[seed]), noise={"timesteps": [50], "seed": seed}) for seed in (0, 1)]
-    wanted = [FeatureDataset.open(extract(f"whole{seed}", noise={"timesteps": [50], "draws": 2, "seed": seed})) for seed in (0, 1)]
+    wanted = [
+        FeatureDataset.open(extract(f"whole{seed}", noise={"timesteps": [50], "draws": 2, "seed": seed}))
+        for seed in (0, 1)
+    ]
     found = samples(stream_of(config(*urls, reencode=1.0, epochs=1)).batches(StreamPosition()))
     assert {key for _, key in found} == set(keys)
     for (_, key), (image, levels) in found.items():
         dataset = wanted[0 if key in keys[:5] else 1]
         np.testing.assert_array_equal(image, dataset.read_image(dataset.row_of(key)))
-        np.testing.assert_allclose(levels["l3"], dataset.read_level("l3", dataset.row_of(key), 1).astype(np.float32), **TOLERANCE)
+        np.testing.assert_allclose(
+            levels["l3"], dataset.read_level("l3", dataset.row_of(key), 1).astype(np.float32), **TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_joined_timesteps_are_encoded_at_the_timestep_of_the_view(extract: Extract, order: tuple[int, int]) -> None:
-    urls = [extract("early", noise={"timesteps": [50]}), extract("late", noise={"timesteps": [150], "seed": 4}, source={"seed": 3})]
+    urls = [
+        extract("early", noise={"timesteps": [50]}),
+        extract("late", noise={"timesteps": [150], "seed": 4}, source={"seed": 3}),
+    ]
     wanted = [
         FeatureDataset.open(extract("early2", noise={"timesteps": [50], "draws": 2})),
         FeatureDataset.open(extract("late2", noise={"timesteps": [150], "draws": 2, "seed": 4})),
     ]
-    found = samples(stream_of(config(*(urls[idx] for idx in order), join=True, reencode=1.0, epochs=1)).batches(StreamPosition()))
+    found = samples(
+        stream_of(config(*(urls[idx] for idx in order), join=True, reencode=1.0, epochs=1)).batches(StreamPosition())
+    )
     seen = {0: 0, 1: 0}
     for (_, key), (_, levels) in found.items():
         stored = [dataset.read_level("l2", dataset.row_of(key), 1).astype(np.float32) for dataset in wanted]
@@ -173,10 +194,14 @@ def test_joined_teachers_each_give_their_own_levels(extract: Extract, ddpm: Path
     """One path is given, of the second teacher; the first is found where its extraction recorded it."""
     urls = [
         extract("one"),
-        extract("other", teacher={"path": str(other_ddpm)}, source={"seed": 9}, shard={"images": "joined", "samples": 3}),
+        extract(
+            "other", teacher={"path": str(other_ddpm)}, source={"seed": 9}, shard={"images": "joined", "samples": 3}
+        ),
     ]
     wanted = [
-        FeatureDataset.open(extract(f"wanted-{path.name}", teacher={"path": str(path)}, noise={"timesteps": [50], "draws": 2}))
+        FeatureDataset.open(
+            extract(f"wanted-{path.name}", teacher={"path": str(path)}, noise={"timesteps": [50], "draws": 2})
+        )
         for path in (ddpm, other_ddpm)
     ]
     settings = config(*urls, join=True, reencode=1.0, epochs=1, loss_weights=(1, 0.3))
@@ -184,7 +209,11 @@ def test_joined_teachers_each_give_their_own_levels(extract: Extract, ddpm: Path
     assert data.level_weights == {"l2": 1, "l3": 1, "l2.b": 0.3, "l3.b": 0.3}
     found = samples(stream_of(settings, data, path=str(other_ddpm)).batches(StreamPosition()))
     for (_, key), (_, levels) in found.items():
-        for name, (dataset, level) in {"l2": (wanted[0], "l2"), "l2.b": (wanted[1], "l2"), "l3.b": (wanted[1], "l3")}.items():
+        for name, (dataset, level) in {
+            "l2": (wanted[0], "l2"),
+            "l2.b": (wanted[1], "l2"),
+            "l3.b": (wanted[1], "l3"),
+        }.items():
             stored = dataset.read_level(level, dataset.row_of(key), 1).astype(np.float32)
             np.testing.assert_allclose(levels[name], stored, **TOLERANCE)
 
@@ -216,10 +245,16 @@ def live_data(ddpm: Path, image_folder: Path, tmp_path: Path) -> Callable[..., O
     return make
 
 
-def test_without_a_dataset_epoch_e_sees_what_extract_stores_as_draw_e(extract: Extract, live_data: Callable[..., OpenedData]) -> None:
+def test_without_a_dataset_epoch_e_sees_what_extract_stores_as_draw_e(
+    extract: Extract, live_data: Callable[..., OpenedData]
+) -> None:
     stored = FeatureDataset.open(extract("features", noise={"timesteps": [50], "draws": 2}))
     data = live_data()
-    assert (data.source.levels, data.source.image_px, data.student_px) == (stored.levels, stored.image_px, stored.recipe.student_px)
+    assert (data.source.levels, data.source.image_px, data.student_px) == (
+        stored.levels,
+        stored.image_px,
+        stored.recipe.student_px,
+    )
     assert sorted(data.source.keys) == sorted(stored.keys)
     found = samples(stream_of(config(reencode=1.0), data).batches(StreamPosition()))
     assert len(found) == 16
@@ -227,20 +262,26 @@ def test_without_a_dataset_epoch_e_sees_what_extract_stores_as_draw_e(extract: E
         row = stored.row_of(key)
         np.testing.assert_array_equal(image, stored.read_image(row))
         for name in LEVELS:
-            np.testing.assert_allclose(levels[name], stored.read_level(name, row, epoch).astype(np.float32), **TOLERANCE)
+            np.testing.assert_allclose(
+                levels[name], stored.read_level(name, row, epoch).astype(np.float32), **TOLERANCE
+            )
 
 
 def test_a_gan_synthesizes_online_the_dataset_in_epoch_0_and_new_images_after(
     extract: Extract, live_data: Callable[..., OpenedData], gan: dict[str, str]
 ) -> None:
     stored = FeatureDataset.open(extract("features", images=None, num_samples=7, teacher=gan))
-    found = samples(stream_of(config(reencode=1.0), live_data(images=None, num_samples=7, teacher=gan)).batches(StreamPosition()))
+    found = samples(
+        stream_of(config(reencode=1.0), live_data(images=None, num_samples=7, teacher=gan)).batches(StreamPosition())
+    )
     assert {key for _, key in found} == {f"z/{idx:09d}" for idx in range(7)}
     network = TinyGan().network
     for (epoch, key), (image, levels) in found.items():
         if epoch == 0:
             np.testing.assert_array_equal(image, stored.read_image(stored.row_of(key)))
-            np.testing.assert_allclose(levels["l2"], stored.read_level("l2", stored.row_of(key)).astype(np.float32), **TOLERANCE)
+            np.testing.assert_allclose(
+                levels["l2"], stored.read_level("l2", stored.row_of(key)).astype(np.float32), **TOLERANCE
+            )
         latent = torch.from_numpy(draw_noise(0, key, epoch, "z", (6,)))[None, :, None, None]
         with torch.inference_mode():  # one plain forward pass per image
             expected = ((network(latent)[0] + 1) * 127.5).permute(1, 2, 0).numpy()
@@ -254,7 +295,11 @@ def test_a_share_of_a_synthesized_dataset_may_be_made_anew(extract: Extract, gan
     new = sum(not np.array_equal(image, stored[at][0]) for at, (image, _) in found.items())
     assert 3 < new < 15
     with pytest.raises(ConfigError, match="is synthesized, and a new image has no features"):
-        stream_of(config(url, extract("b", images=None, num_samples=9, teacher=gan, noise={"seed": 1}), join=True, reencode=0.5))
+        stream_of(
+            config(
+                url, extract("b", images=None, num_samples=9, teacher=gan, noise={"seed": 1}), join=True, reencode=0.5
+            )
+        )
 
 
 def test_live_encoding_from_kept_latents_skips_the_vae_and_gives_the_same(extract: Extract, tmp_path: Path) -> None:
@@ -269,5 +314,8 @@ def test_live_encoding_from_kept_latents_skips_the_vae_and_gives_the_same(extrac
     expected, found = samples(whole.batches(StreamPosition())), samples(kept.batches(StreamPosition()))
     assert found.keys() == expected.keys()
     for at, (_, levels) in expected.items():
-        for name, level in levels.items():  # float32 sums in another order: the VAE's latents have another memory layout
+        for (
+            name,
+            level,
+        ) in levels.items():  # float32 sums in another order: the VAE's latents have another memory layout
             np.testing.assert_allclose(found[at][1][name], level, rtol=0, atol=1e-5 * np.abs(level).max())

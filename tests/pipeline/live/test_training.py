@@ -13,7 +13,18 @@ from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.pipeline.cli.main import main
 from parts.extractions import Extract, write_ddpm
 
-TRAIN = ["--student", "test_resnet", "--epochs", 2, "--batch-size", 4, "-s", "distill.regressor.width=8", "-s", "distill.log_every=1"]
+TRAIN = [
+    "--student",
+    "test_resnet",
+    "--epochs",
+    2,
+    "--batch-size",
+    4,
+    "-s",
+    "distill.regressor.width=8",
+    "-s",
+    "distill.log_every=1",
+]
 TRAIN += ["--device", "cpu", "--timesteps", "50", "-s", "extract.batch_size=4"]
 
 
@@ -66,7 +77,9 @@ def test_resume_refuses_another_teacher_transform_or_listing_naming_it(
     images = ["--images", image_folder]
     assert "live.teacher.weights_blake3: " in error(distill(*images, "--teacher", other_ddpm, *out), 2)
     schedule = write_ddpm(tmp_path / "schedule", beta_end=0.03)
-    assert "live.teacher.options.scheduler.beta_end: 0.02 -> 0.03" in error(distill(*images, "--teacher", schedule, *out), 2)
+    assert "live.teacher.options.scheduler.beta_end: 0.02 -> 0.03" in error(
+        distill(*images, "--teacher", schedule, *out), 2
+    )
     stretched = [*images, "--teacher", ddpm, *out, "-s", "extract.transform.resize=stretch"]
     assert 'live.transform.resize: "center_crop" -> "stretch"' in error(distill(*stretched), 2)
     next(image_folder.rglob("*.png")).unlink()
@@ -84,29 +97,48 @@ def test_broken_images_are_named_once_and_stay_out(image_folder: Path, ddpm: Pat
     assert result.exit_code == 0, result.output
     assert "images: bad: dog/empty.jpg: empty file" in result.stderr
     assert "epochs of 8 samples" in result.stdout
-    assert json.loads((tmp_path / "run" / "checked_images.json").read_text())["bad"].keys() == {"cat/broken.png", "dog/empty.jpg"}
+    assert json.loads((tmp_path / "run" / "checked_images.json").read_text())["bad"].keys() == {
+        "cat/broken.png",
+        "dog/empty.jpg",
+    }
     (image_folder / "dog" / "empty.jpg").write_bytes(next((image_folder / "dog").glob("*.png")).read_bytes())
     result = distill(*command, "--max-bad", 2)  # the run keeps to what it began with, and does not look again
     assert result.exit_code == 0 and "looked at" not in result.stderr
 
 
-def test_an_image_that_breaks_after_it_was_looked_at_stops_the_run_naming_it(image_folder: Path, ddpm: Path, tmp_path: Path) -> None:
+def test_an_image_that_breaks_after_it_was_looked_at_stops_the_run_naming_it(
+    image_folder: Path, ddpm: Path, tmp_path: Path
+) -> None:
     command = ["--images", image_folder, "--teacher", ddpm, "--out", tmp_path / "run"]
     assert distill(*command).exit_code == 0
     for name in ("last.pt", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     victim = next(image_folder.rglob("*.png"))
     victim.write_bytes(b"junk")
-    assert f"{victim.name}: not a readable image" in (said := error(distill(*command), 3)) and "was good when the run began" in said
+    assert (
+        f"{victim.name}: not a readable image" in (said := error(distill(*command), 3))
+        and "was good when the run began" in said
+    )
 
 
 def test_selection_works_without_a_dataset(image_folder: Path, ddpm: Path, tmp_path: Path) -> None:
-    result = distill("--images", image_folder, "--teacher", ddpm, "--out", tmp_path / "run", "--include", "cat/*", "--json")
+    result = distill(
+        "--images", image_folder, "--teacher", ddpm, "--out", tmp_path / "run", "--include", "cat/*", "--json"
+    )
     assert json.loads(result.stdout)["num_samples"] == 4
 
 
 def test_a_gan_trains_a_student_without_images(gan: dict[str, str], tmp_path: Path) -> None:
-    command = ["--num-samples", 9, "--teacher", gan["path"], "-s", f"extract.teacher.kind={gan['kind']}", "--out", tmp_path / "run"]
+    command = [
+        "--num-samples",
+        9,
+        "--teacher",
+        gan["path"],
+        "-s",
+        f"extract.teacher.kind={gan['kind']}",
+        "--out",
+        tmp_path / "run",
+    ]
     result = distill(*command)
     assert result.exit_code == 0, result.output
     assert "2 epochs of 9 samples" in result.stdout
@@ -115,7 +147,9 @@ def test_a_gan_trains_a_student_without_images(gan: dict[str, str], tmp_path: Pa
     assert "listing.num: 9 -> 8" in error(distill("--num-samples", 8, *command[2:]), 2)
 
 
-def test_a_dry_run_says_what_the_teacher_costs_and_writes_nothing(image_folder: Path, ddpm: Path, extract: Extract, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_the_teacher_costs_and_writes_nothing(
+    image_folder: Path, ddpm: Path, extract: Extract, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     for command in (["--images", image_folder, "--teacher", ddpm], [extract("features"), "--reencode", 0.5]):
         result = distill(*command, "--out", out, "--dry-run", "--json")
@@ -131,21 +165,40 @@ def test_a_dry_run_says_what_the_teacher_costs_and_writes_nothing(image_folder: 
         (["--images", "IMAGES"], 2, "--teacher (extract.teacher.path) must be given"),
         (["--images", "nowhere", "--teacher", "DDPM"], 3, "nowhere"),
         (["--images", "IMAGES", "--teacher", "IMAGES"], 3, "no teacher family recognises"),
-        (["--images", "IMAGES", "--teacher", "DDPM", "--reencode", "0.5"], 2, "distill.reencode is 0.5, and without a dataset"),
+        (
+            ["--images", "IMAGES", "--teacher", "DDPM", "--reencode", "0.5"],
+            2,
+            "distill.reencode is 0.5, and without a dataset",
+        ),
         (["--images", "IMAGES", "--teacher", "DDPM", "--join"], 2, "distill.join is about feature datasets"),
         (["--images", "IMAGES", "--teacher", "DDPM", "--sample-weights", "1,1"], 2, "has 2 values for 0 datasets"),
         (["--images", "IMAGES", "--teacher", "DDPM", "--include", "bird/*"], 2, "matches no key"),
         (["--num-samples", "4", "--teacher", "DDPM"], 3, "give --images instead of --num-samples"),
         (["--teacher", "DDPM"], 2, "to train without a dataset, --images"),
-        (["FEATURES", "--reencode", "0.5", "--teacher", "OTHER"], 3, "cannot be encoded live: OTHER: these weights have digest"),
+        (
+            ["FEATURES", "--reencode", "0.5", "--teacher", "OTHER"],
+            3,
+            "cannot be encoded live: OTHER: these weights have digest",
+        ),
         (["FEATURES", "--reencode", "1", "-s", "extract.teacher.dtype=bfloat16"], 3, "teacher.dtype is 'bfloat16'"),
-        (["FEATURES", "--reencode", "1", "-s", "extract.teacher.options={ensemble: 2}"], 3, "teacher.options.ensemble is 2"),
+        (
+            ["FEATURES", "--reencode", "1", "-s", "extract.teacher.options={ensemble: 2}"],
+            3,
+            "teacher.options.ensemble is 2",
+        ),
         (["FEATURES", "--keys", "nowhere.txt"], 3, "nowhere.txt cannot be read"),
         (["FEATURES", "-s", "distill.flip=true"], 2, "no flipped view is stored"),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(
-    args: list[str], code: int, said: str, image_folder: Path, ddpm: Path, other_ddpm: Path, extract: Extract, tmp_path: Path
+    args: list[str],
+    code: int,
+    said: str,
+    image_folder: Path,
+    ddpm: Path,
+    other_ddpm: Path,
+    extract: Extract,
+    tmp_path: Path,
 ) -> None:
     places = {"IMAGES": image_folder, "DDPM": ddpm, "OTHER": other_ddpm}
     if "FEATURES" in args:

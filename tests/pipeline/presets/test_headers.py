@@ -30,7 +30,11 @@ def test_the_first_line_is_what_list_shows(name: str) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_commands_in_the_header_parse_and_name_the_preset(name: str) -> None:
     text = "\n".join(header(name)).replace("\\\n", " ")
-    lines = [line.split() for line in text.splitlines() if line.startswith("  ") and " dtpipe " in f" {line}" and "`" not in line]
+    lines = [
+        line.split()
+        for line in text.splitlines()
+        if line.startswith("  ") and " dtpipe " in f" {line}" and "`" not in line
+    ]
     commands = [words[words.index("dtpipe") + 1 :] for words in lines]
     assert commands
     group = click.Context(main, info_name="dtpipe", **main.context_settings)

@@ -61,9 +61,18 @@ def test_distillation_is_the_papers(name: str) -> None:
     run, (_, distill) = RUNS[name], resolved(name)
     assert (distill.student.name, distill.student.pretrained) == (run.student, False)
     assert (distill.opt, distill.peak_lr, distill.betas, distill.weight_decay) == (run.opt, 4e-3, (0.9, 0.95), 0.05)
-    assert (distill.batch_size, distill.epochs, distill.warmup_epochs, distill.min_lr) == (run.batch, run.epochs, run.warmup, 0)
+    assert (distill.batch_size, distill.epochs, distill.warmup_epochs, distill.min_lr) == (
+        run.batch,
+        run.epochs,
+        run.warmup,
+        0,
+    )
     assert distill.num_warmup_steps(steps_per_epoch=10) == 10 * run.warmup
-    assert (distill.regressor.kind, distill.regressor.width, distill.regressor.ppm_scales) == (run.regressor, 256, (1, 2, 3, 6))
+    assert (distill.regressor.kind, distill.regressor.width, distill.regressor.ppm_scales) == (
+        run.regressor,
+        256,
+        (1, 2, 3, 6),
+    )
     assert distill.regressor.norm == "batch"
     assert distill.loss.weights == {"mse": run.mse, "at": run.at, "cosine": 0}
     assert (distill.flip, distill.equivariant, distill.clip_grad, distill.ema_decay) == (run.flips, False, None, None)
@@ -80,14 +89,20 @@ def test_rows_that_share_features_have_the_settings_of_the_base() -> None:
     base, _ = resolved("ablation")
     shared = {name for name in RUNS if resolved(name)[0] in (base, with_named_encoding(base))}
     text = " ".join(header("ablation"))
-    assert shared == {"ablation", *(name for name in RUNS if name in text), *(name for name in ROWS if name[:7] in ("table8_", "table9_"))}
+    assert shared == {
+        "ablation",
+        *(name for name in RUNS if name in text),
+        *(name for name in ROWS if name[:7] in ("table8_", "table9_")),
+    }
     for name in shared & set(ROWS):
         assert "the features of preset ablation, extracted once" in " ".join(header(name))
 
 
 def with_named_encoding(config: ExtractConfig) -> ExtractConfig:
     """The same content: the default encoding, said."""
-    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"options": {"encoding": "stochastic"}})})
+    return config.model_copy(
+        update={"teacher": config.teacher.model_copy(update={"options": {"encoding": "stochastic"}})}
+    )
 
 
 # That they run
@@ -102,7 +117,9 @@ def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> MakeTeacher:
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             made[family] = (
-                TinyTeacher(trained(folder, "bdd100k_teacher", [32, 64]), (32, 64)) if family == "ddpm" else MAKERS[family](folder)
+                TinyTeacher(trained(folder, "bdd100k_teacher", [32, 64]), (32, 64))
+                if family == "ddpm"
+                else MAKERS[family](folder)
             )
         return made[family]
 
@@ -116,9 +133,19 @@ def trained(folder: Path, name: str, px: object) -> Path:
     for idx, image in enumerate(pixels):
         Image.fromarray(image).save(folder / "images" / f"{idx}.png")
     num_levels = len(load_document(name)["train_teacher"]["channels"])
-    small = {"px": px, "channels": [8] * num_levels, "head_channels": 8, "norm_groups": 4, "batch_size": 2, "steps": 2, "log_every": 1}
+    small = {
+        "px": px,
+        "channels": [8] * num_levels,
+        "head_channels": 8,
+        "norm_groups": 4,
+        "batch_size": 2,
+        "steps": 2,
+        "log_every": 1,
+    }
     settings = folder / "small.yaml"
-    settings.write_text(yaml.safe_dump({"train_teacher": small | {"num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1}}))
+    settings.write_text(
+        yaml.safe_dump({"train_teacher": small | {"num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1}})
+    )
     invoke("train-teacher", "-c", name, "-c", settings, "--images", folder / "images", "--out", folder / "teacher")
     return folder / "teacher"
 
@@ -131,7 +158,9 @@ def invoke(*words: object) -> dict[str, Any]:
     return answer
 
 
-def arguments(name: str, teacher: TinyTeacher, images: Path, folder: Path, dtype: str = "float32", **distill: object) -> list[object]:
+def arguments(
+    name: str, teacher: TinyTeacher, images: Path, folder: Path, dtype: str = "float32", **distill: object
+) -> list[object]:
     """A preset for its tiny teacher and four images."""
     settings = teacher.settings(dtype)
     (folder / "small.yaml").write_text(yaml.safe_dump(settings | {"distill": settings["distill"] | distill}))
@@ -153,14 +182,24 @@ def test_every_preset_plans(name: str, teacher_of: MakeTeacher, image_folder: Pa
 
 
 @pytest.mark.parametrize(("name", "levels"), [("table6_biggan", 3), ("table8_pafpn", 4)])
-def test_rows_extract_and_distill(name: str, levels: int, teacher_of: MakeTeacher, image_folder: Path, tmp_path: Path) -> None:
+def test_rows_extract_and_distill(
+    name: str, levels: int, teacher_of: MakeTeacher, image_folder: Path, tmp_path: Path
+) -> None:
     """A plan does not look at flips; training does."""
     short = {"epochs": 1, "warmup_epochs": 0, "batch_size": 2}
-    words = arguments(name, teacher_of(RUNS[name].family), image_folder, tmp_path, resolved(name)[0].teacher.dtype, **short)
+    words = arguments(
+        name, teacher_of(RUNS[name].family), image_folder, tmp_path, resolved(name)[0].teacher.dtype, **short
+    )
     invoke("extract", *words, "--out", tmp_path / "features")
     dataset = FeatureDataset.open(str(tmp_path / "features"))
     assert [view.flip for view in dataset.views] == ([False, True] if RUNS[name].flips else [False])
-    run = invoke("distill", *words[: words.index("-c", len(configs(name)) * 2) + 2], tmp_path / "features", "--out", tmp_path / "run")
+    run = invoke(
+        "distill",
+        *words[: words.index("-c", len(configs(name)) * 2) + 2],
+        tmp_path / "features",
+        "--out",
+        tmp_path / "run",
+    )
     assert (run["num_steps"], run["num_samples"]) == (2, 4)
     assert len(dataset.levels) == levels
 

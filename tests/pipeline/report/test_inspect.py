@@ -45,31 +45,45 @@ def recipe(store_format: str) -> Recipe:
 
 def shard_arrays(rows: range, keys: tuple[str, ...], labels: tuple[str | None, ...]) -> ShardArrays:
     """Noise by row, zeros for the bad sample."""
-    image = np.stack([np.random.Generator(np.random.Philox(row)).integers(0, 256, (32, 48, 3), dtype=np.uint8) for row in rows])
+    image = np.stack(
+        [np.random.Generator(np.random.Philox(row)).integers(0, 256, (32, 48, 3), dtype=np.uint8) for row in rows]
+    )
     levels = {
-        "l2": np.stack([np.random.Generator(np.random.Philox(row)).normal(size=(2, 8, 8, 12)).astype(np.float16) for row in rows]),
-        "l3": np.stack([np.random.Generator(np.random.Philox(row)).normal(size=(2, 5, 4, 6)).astype(np.float32) for row in rows]),
+        "l2": np.stack(
+            [np.random.Generator(np.random.Philox(row)).normal(size=(2, 8, 8, 12)).astype(np.float16) for row in rows]
+        ),
+        "l3": np.stack(
+            [np.random.Generator(np.random.Philox(row)).normal(size=(2, 5, 4, 6)).astype(np.float32) for row in rows]
+        ),
     }
     for idx, row in enumerate(rows):
         if keys[row] == BAD_KEY:
             for array in (image, *levels.values()):
                 array[idx] = 0
     status = {BAD_KEY: "bad: truncated file"}
-    records = [IndexRow(row=row, key=keys[row], shard=row // 4, status=status.get(keys[row], "ok"), label=labels[row]) for row in rows]
+    records = [
+        IndexRow(row=row, key=keys[row], shard=row // 4, status=status.get(keys[row], "ok"), label=labels[row])
+        for row in rows
+    ]
     return ShardArrays(image, levels, records)
 
 
 def write_dataset(url: str, store_format: str, num_shards: int = 3) -> str:
     """Ten samples in three shards, of which the first `num_shards` are committed; merged when all are."""
     store = Store(url)
-    items = [SourceItem(f"{'cat' if idx % 2 else 'dog'}/{idx:02d}.png", f"x{idx}", "cat" if idx % 2 else "dog") for idx in range(10)]
+    items = [
+        SourceItem(f"{'cat' if idx % 2 else 'dog'}/{idx:02d}.png", f"x{idx}", "cat" if idx % 2 else "dog")
+        for idx in range(10)
+    ]
     with Lock.acquire(store, stale_s=60) as lock:
         plan, listing = start_plan(store, recipe(store_format), build_listing(items), {"command": "test"})
         if store_format == "zarr":
             write_zarr_metadata(store, plan)
         for shard_idx in range(num_shards):
             arrays = shard_arrays(plan.shard_rows(shard_idx), listing.keys, listing.labels)
-            commit_entry(store, write_shard(store, plan, plan_digest(store), shard_idx, arrays, lock.epoch, {}), lock.epoch)
+            commit_entry(
+                store, write_shard(store, plan, plan_digest(store), shard_idx, arrays, lock.epoch, {}), lock.epoch
+            )
         if num_shards == plan.num_shards:
             merge(store, plan, lock, {"command": "test"})
     return url
@@ -160,7 +174,10 @@ def test_picture_holds_image_and_levels_of_each_view(url: str, tmp_path: Path) -
     expected = [arrays.image[0], arrays.image[0][:, ::-1]]
     expected += [picture for level in ("l2", "l3") for picture in pca_to_rgb(list(arrays.levels[level][0]))]
     for picture in expected:
-        assert find(drawn, np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((192, 128), Image.Resampling.NEAREST)))
+        assert find(
+            drawn,
+            np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((192, 128), Image.Resampling.NEAREST)),
+        )
 
 
 def keys_of(url: str) -> tuple[str, ...]:
@@ -204,7 +221,10 @@ def test_unwritable_picture_names_the_file(url: str, tmp_path: Path) -> None:
 def test_sample_without_image_shows_levels_alone() -> None:
     spec = recipe("zarr")
     rng = np.random.Generator(np.random.Philox(0))
-    levels = {level.name: [rng.normal(size=(level.channels, level.height, level.width)) for _ in spec.views] for level in spec.levels}
+    levels = {
+        level.name: [rng.normal(size=(level.channels, level.height, level.width)) for _ in spec.views]
+        for level in spec.levels
+    }
     alone = draw_sample("key", None, spec.views, spec.levels, levels)
     beside = draw_sample("key", np.zeros((32, 48, 3), np.uint8), spec.views, spec.levels, levels)
     assert alone.width < beside.width

@@ -56,7 +56,9 @@ def test_data_uri_holds_the_image() -> None:
 
 def test_figures_are_svg_in_the_pages_colour() -> None:
     curve = figures.curves({"loss": {"loss": ([1, 2, 3], [3.0, 2.0, 1.0])}, "rate": {"lr": ([1], [0.1])}}, log=["loss"])
-    score = figures.scores("x", [5, 20], {"raw pixels": [(0.1, 0.0), None], "distilled": [(0.2, 0.1), (0.4, 0.1)]}, "IoU")
+    score = figures.scores(
+        "x", [5, 20], {"raw pixels": [(0.1, 0.0), None], "distilled": [(0.2, 0.1), (0.4, 0.1)]}, "IoU"
+    )
     for svg in (curve, score):
         assert ET.fromstring(svg).tag.endswith("svg")
         assert "currentColor" in svg
@@ -68,7 +70,10 @@ def test_a_synthesized_datasets_images_are_the_teachers() -> None:
     recipe = FeatureDataset.open(str(GOLDEN / "v1_zarr")).recipe
     made = recipe.model_copy(update={"source": recipe.source.model_copy(update={"kind": SYNTHESIZED})})
     size = f"{recipe.transform.width}x{recipe.transform.height} px"
-    assert (images_fact(recipe), images_fact(made)) == (f"{size}, {recipe.transform.resize}", f"{size}, made by the teacher")
+    assert (images_fact(recipe), images_fact(made)) == (
+        f"{size}, {recipe.transform.resize}",
+        f"{size}, made by the teacher",
+    )
 
 
 def test_curves_start_at_step_nought() -> None:

@@ -23,7 +23,9 @@ def colour_set(num: int, seed: int, num_classes: int = 3) -> LabelledSet:
     colours = rng.normal(128, 30, (num, 3))
     colours[:, 0] = 60 + 60 * labels + rng.normal(0, 18, num)
     pixels = colours[:, None, None] + rng.normal(0, 20, (num, 8, 8, 3))
-    return LabelledSet(pixels.clip(0, 255).astype(np.uint8), tuple(f"{seed}/{idx}" for idx in range(num)), labels=labels)
+    return LabelledSet(
+        pixels.clip(0, 255).astype(np.uint8), tuple(f"{seed}/{idx}" for idx in range(num)), labels=labels
+    )
 
 
 def _encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -40,7 +42,9 @@ def test_probe_equals_scikit_learn_on_the_same_features() -> None:
     scores = linear_probe(COLOURS, train, test, [Draw(0, np.arange(90))], config)
     features = [pooled.astype(np.float64) for pooled in (part.images.mean(axis=(1, 2)) / 255 for part in (train, test))]
     scaler = StandardScaler().fit(features[0])
-    reference = LogisticRegression(C=1 / (1e-2 * 90), tol=1e-9, max_iter=5000).fit(scaler.transform(features[0]), train.labels)
+    reference = LogisticRegression(C=1 / (1e-2 * 90), tol=1e-9, max_iter=5000).fit(
+        scaler.transform(features[0]), train.labels
+    )
     accuracy = reference.score(scaler.transform(features[1]), test.labels)
     assert 0.6 < accuracy < 0.99
     by_level = {score.level: score for score in scores}
@@ -53,8 +57,12 @@ def test_choices_do_not_look_at_the_held_out_images() -> None:
     train, test = colour_set(30, 0), colour_set(60, 1)
     scrambled = LabelledSet(test.images, test.keys, labels=test.labels[::-1].copy())
     for task in ("probe", "knn"):
-        first, second = (run_probe(task, [COLOURS], train, part, [12, None], [0, 1]).scores for part in (test, scrambled))
-        assert [(s.level, s.best, s.settings, s.selection) for s in first] == [(s.level, s.best, s.settings, s.selection) for s in second]
+        first, second = (
+            run_probe(task, [COLOURS], train, part, [12, None], [0, 1]).scores for part in (test, scrambled)
+        )
+        assert [(s.level, s.best, s.settings, s.selection) for s in first] == [
+            (s.level, s.best, s.settings, s.selection) for s in second
+        ]
         assert [s.value for s in first] != [s.value for s in second]
 
 
@@ -63,9 +71,13 @@ def test_votes_agree_with_scikit_learn(k: int) -> None:
     rng = np.random.default_rng(k)
     references, queries = rng.normal(size=(60, 5)), rng.normal(size=(40, 5))
     labels = rng.integers(0, 4, 60)
-    theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
     expected = theirs.fit(references, labels).predict_proba(queries)
-    votes = knn_votes(*(torch.from_numpy(part) for part in (queries, references, labels)), num_classes=4, k=k, temperature=0.07)
+    votes = knn_votes(
+        *(torch.from_numpy(part) for part in (queries, references, labels)), num_classes=4, k=k, temperature=0.07
+    )
     np.testing.assert_allclose((votes / votes.sum(dim=1, keepdim=True)).numpy(), expected, atol=1e-9)
 
 
@@ -113,4 +125,6 @@ def test_flattened_and_mean_pooling() -> None:
     flat = pooled_levels(FeatureExtractor("flat", _encode, pool="flatten"), images, 3)
     assert {name: tuple(level.shape) for name, level in mean.items()} == {"l2": (4, 2), "l3": (4, 3), "all": (4, 5)}
     np.testing.assert_allclose(mean["l3"].numpy(), images.mean(axis=(1, 2)) / 255, atol=1e-6)
-    np.testing.assert_allclose(flat["l2"].numpy(), images[..., 1:].transpose(0, 3, 1, 2).reshape(4, -1) / np.float32(255), atol=1e-6)
+    np.testing.assert_allclose(
+        flat["l2"].numpy(), images[..., 1:].transpose(0, 3, 1, 2).reshape(4, -1) / np.float32(255), atol=1e-6
+    )

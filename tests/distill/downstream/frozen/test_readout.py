@@ -61,7 +61,10 @@ def test_iou_by_hand() -> None:
     predicted = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])
     confusion = confusion_matrix(truth, predicted, 2)
     assert confusion.tolist() == [[2, 1], [2, 2]]
-    assert iou_by_class(confusion).tolist() == [2 / 5, 2 / 5]  # background: 2 of {0,1,2,5,6}; foreground: 2 of {1,3,4,5,6}
+    assert iou_by_class(confusion).tolist() == [
+        2 / 5,
+        2 / 5,
+    ]  # background: 2 of {0,1,2,5,6}; foreground: 2 of {1,3,4,5,6}
     assert iou_score(confusion) == pytest.approx(0.4)
 
 
@@ -102,7 +105,9 @@ def test_drawn_cells_match_whole_levels_and_stay_within_the_limit() -> None:
     few = draw_cells(PYRAMID, labelled, 2, 0, ProbeConfig(max_cells=60))
     assert len(few.targets) == 60
     assert torch.bincount(few.image_idx).tolist() == [10] * 6
-    assert not torch.equal(few.features["l2"], draw_cells(PYRAMID, labelled, 2, 1, ProbeConfig(max_cells=60)).features["l2"])
+    assert not torch.equal(
+        few.features["l2"], draw_cells(PYRAMID, labelled, 2, 1, ProbeConfig(max_cells=60)).features["l2"]
+    )
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
@@ -117,9 +122,14 @@ def test_readout_equals_scikit_learn_on_whole_features(num_classes: int) -> None
         targets.append(masks_at_stride(torch.from_numpy(part.masks.astype(np.int64)), 4, num_classes).flatten().numpy())
     scaler = StandardScaler().fit(features[0])
     penalty = 1e-3 * len(targets[0]) * (0.5 if num_classes == 2 else 1)
-    reference = LogisticRegression(C=1 / penalty, tol=1e-9, max_iter=5000).fit(scaler.transform(features[0]), targets[0])
+    reference = LogisticRegression(C=1 / penalty, tol=1e-9, max_iter=5000).fit(
+        scaler.transform(features[0]), targets[0]
+    )
     predicted = reference.predict(scaler.transform(features[1]))
-    ious = [np.sum((predicted == k) & (targets[1] == k)) / np.sum((predicted == k) | (targets[1] == k)) for k in range(num_classes)]
+    ious = [
+        np.sum((predicted == k) & (targets[1] == k)) / np.sum((predicted == k) | (targets[1] == k))
+        for k in range(num_classes)
+    ]
     expected = ious[1] if num_classes == 2 else np.mean(ious)
     assert 0.1 < expected < 0.95
     value = next(score.value for score in scores if score.level == "all")

@@ -24,7 +24,9 @@ def bright_halves(num: int, seed: int) -> LabelledSet:
     for idx, label in enumerate(labels):
         masks[idx, 16 * label : 16 * label + 16] = 1
     pixels += 120 * masks[..., None]
-    return LabelledSet(pixels.astype(np.uint8), tuple(f"{seed}/{idx}" for idx in range(num)), labels=labels, masks=masks)
+    return LabelledSet(
+        pixels.astype(np.uint8), tuple(f"{seed}/{idx}" for idx in range(num)), labels=labels, masks=masks
+    )
 
 
 def test_both_heads_learn_and_stand_in_one_table() -> None:
@@ -54,7 +56,10 @@ def test_every_image_is_seen_before_any_is_seen_again() -> None:
     assert [len(rows) for rows in steps] == [4] * 7
     seen = np.concatenate(steps)
     assert sorted(seen[:10].tolist()) == sorted(seen[10:20].tolist()) == list(range(10))
-    assert [len(rows) for rows in _steps(1, SupervisedConfig(steps=2, batch_size=4), np.random.default_rng(0))] == [2, 2]
+    assert [len(rows) for rows in _steps(1, SupervisedConfig(steps=2, batch_size=4), np.random.default_rng(0))] == [
+        2,
+        2,
+    ]
 
 
 def test_flip_mirrors_images_with_their_masks() -> None:

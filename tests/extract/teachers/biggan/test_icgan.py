@@ -47,7 +47,9 @@ def load(folder) -> Load:
     def _load(case: str, taps: dict[str, str] | None = None, dtype: str = "float32", **options: Any) -> Any:
         options = {"instances": str(folder / "instances.npy"), **options}
         return load_icgan_teacher(
-            TeacherConfig.model_validate({"path": str(folder / f"{case}.pth"), "taps": taps, "dtype": dtype, "options": options})
+            TeacherConfig.model_validate(
+                {"path": str(folder / f"{case}.pth"), "taps": taps, "dtype": dtype, "options": options}
+            )
         )
 
     return _load
@@ -68,7 +70,9 @@ def test_whole_arrays_of_the_original_network(call, options, tmp_path):
     stored = torch.load(cases.PARITY / "icgan" / "io.pt", weights_only=True)
     np.save(tmp_path / "h.npy", stored["h"].numpy())
     sides = [int(name.rpartition("_")[2]) for name in stored if name.startswith(f"{call}/feat_")]
-    taps = {f"l{(64 // px).bit_length() - 1}": "linear" if px == 4 else f"blocks.{px.bit_length() - 4}.0" for px in sides}
+    taps = {
+        f"l{(64 // px).bit_length() - 1}": "linear" if px == 4 else f"blocks.{px.bit_length() - 4}.0" for px in sides
+    }
     path = str(cases.PARITY / "icgan" / "G_ema.pth")
     for sample in range(2):
         given = {"instances": str(tmp_path / "h.npy"), "instance": sample, **options}
@@ -97,14 +101,19 @@ def test_a_sampled_instance_brings_its_class(load):
     noise = {"z": cases.latents(25), "label": torch.tensor([[0.0, 1], [1, 0]])}
     images = teacher.synthesize(noise)[0]
     for row, instance in enumerate((1, 0)):
-        alone = load("with_class", instance=instance, class_label=cases.CLASSES[instance]).synthesize({"z": noise["z"]})[0]
+        alone = load("with_class", instance=instance, class_label=cases.CLASSES[instance]).synthesize(
+            {"z": noise["z"]}
+        )[0]
         assert torch.equal(images[row], alone[row])
 
 
 def test_a_class_and_an_instance_are_sampled_from_two_parts_of_the_label_noise(load):
     teacher = load("with_class", class_label="sampled")
     assert teacher.spec.noise_shapes == {"z": (25,), "label": (7 + 2,)}
-    noise = {"z": cases.latents(25), "label": torch.tensor([[0.0, 0, 0, 4, 0, 0, 0, 9, 8], [3, 0, 0, 0, 0, 0, 0, 8, 9]])}
+    noise = {
+        "z": cases.latents(25),
+        "label": torch.tensor([[0.0, 0, 0, 4, 0, 0, 0, 9, 8], [3, 0, 0, 0, 0, 0, 0, 8, 9]]),
+    }
     images = teacher.synthesize(noise)[0]
     for row, (label, instance) in enumerate(((3, 0), (0, 1))):
         alone = load("with_class", instance=instance, class_label=label).synthesize({"z": noise["z"]})[0]
@@ -119,7 +128,8 @@ def test_the_recipe_knows_instances_by_their_content(load, folder, tmp_path):
     np.save(tmp_path / "other.npy", cases.features()[::-1])
     np.save(tmp_path / "longer.npy", 7 * cases.features().astype(np.float64))
     digest = {
-        name: load("icgan256", instances=str(tmp_path / f"{name}.npy")).spec.options["instances_blake3"] for name in ("same", "other")
+        name: load("icgan256", instances=str(tmp_path / f"{name}.npy")).spec.options["instances_blake3"]
+        for name in ("same", "other")
     }
     assert digest["same"] == options["instances_blake3"] != digest["other"]
     with_labels = load("with_class").spec.options
@@ -129,12 +139,20 @@ def test_the_recipe_knows_instances_by_their_content(load, folder, tmp_path):
 
 
 def test_a_dataset_follows_from_its_keys(folder, make_config):
-    teacher = {"path": str(folder / "with_class.pth"), "options": {"instances": str(folder / "instances.npy"), "class_label": "sampled"}}
-    config: ExtractConfig = make_config(images=None, num_samples=3, teacher=teacher, shard={"samples": 2, "dtype": "float32"})
+    teacher = {
+        "path": str(folder / "with_class.pth"),
+        "options": {"instances": str(folder / "instances.npy"), "class_label": "sampled"},
+    }
+    config: ExtractConfig = make_config(
+        images=None, num_samples=3, teacher=teacher, shard={"samples": 2, "dtype": "float32"}
+    )
     dataset = FeatureDataset.open(run_extraction(config).url)
     assert dataset.recipe.teacher.kind == "icgan" and [level.name for level in dataset.levels] == ["l2", "l3"]
     for row in range(3):
-        noise = {stream: draw_noise(0, f"z/{row:09d}", 0, stream, (size,))[None] for stream, size in (("z", 25), ("label", 9))}
+        noise = {
+            stream: draw_noise(0, f"z/{row:09d}", 0, stream, (size,))[None]
+            for stream, size in (("z", 25), ("label", 9))
+        }
         label, instance = int(noise["label"][0, :7].argmax()), int(noise["label"][0, 7:].argmax())
         options = {**teacher["options"], "class_label": label, "instance": instance}
         alone = load_icgan_teacher(TeacherConfig(path=teacher["path"], options=options))
@@ -163,7 +181,9 @@ def test_files_of_older_and_newer_numpy_are_read(protocol, tmp_path):
     named = {"old": content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")} if protocol == 3 else {}
     for name, pickled in {"new": content, **named}.items():
         write_object_file(tmp_path / f"{name}.npy", pickled)
-        np.testing.assert_array_equal(read_arrays(tmp_path / f"{name}.npy", ("instance_features",))["instance_features"], cases.features())
+        np.testing.assert_array_equal(
+            read_arrays(tmp_path / f"{name}.npy", ("instance_features",))["instance_features"], cases.features()
+        )
 
 
 def write_object_file(path: Path, pickled: bytes, shape: tuple[int, ...] = ()) -> Path:
@@ -187,7 +207,11 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path):
     target = tmp_path / "executed"
     features = cases.features()
     traps = [Trap(Path.touch, target), Trap(eval, f"open({str(target)!r}, 'w')"), Trap(np.save, str(target), features)]
-    contents = [each for trap in traps for each in (trap, {"instance_features": trap}, {"instance_features": features, "other": trap})]
+    contents = [
+        each
+        for trap in traps
+        for each in (trap, {"instance_features": trap}, {"instance_features": features, "other": trap})
+    ]
     for idx, content in enumerate(contents):
         for protocol in (0, 2, 3, 4, 5):
             pickled = pickle.dumps(np.array(content, dtype=object), protocol=protocol)
@@ -216,9 +240,15 @@ def _huge(path: Path) -> None:
         lambda path: write_object_file(path, b""),
         lambda path: write_object_file(path, pickle.dumps([1, 2])),
         lambda path: write_object_file(path, pickle.dumps(np.array([1, 2], dtype=object)), (2,)),
-        lambda path: write_object_file(path, pickle.dumps(np.array({"instance_features": {"a": 1}}, dtype=object), protocol=4)),
-        lambda path: write_object_file(path, pickle.dumps(np.array({"instance_features": ["a"]}, dtype=object), protocol=4)),
-        lambda path: write_object_file(path, pickle.dumps(np.array({"instance_features": cases.features()}, dtype=object))[:9000]),
+        lambda path: write_object_file(
+            path, pickle.dumps(np.array({"instance_features": {"a": 1}}, dtype=object), protocol=4)
+        ),
+        lambda path: write_object_file(
+            path, pickle.dumps(np.array({"instance_features": ["a"]}, dtype=object), protocol=4)
+        ),
+        lambda path: write_object_file(
+            path, pickle.dumps(np.array({"instance_features": cases.features()}, dtype=object))[:9000]
+        ),
         _huge,
         Path.mkdir,
     ],
@@ -286,7 +316,9 @@ def test_shapes_that_fit_two_readings_are_asked_about(load, folder):
     tensors = cases.weights("icgan256")
     chunk = tensors["linear.weight"].shape[1]
     cases.save({**tensors, "shared.weight": torch.ones(7, chunk)}, folder, "ambiguous.pth")
-    with pytest.raises(ConfigError, match=r"may be an instance or an instance and a class; set .*class_conditional to true or false"):
+    with pytest.raises(
+        ConfigError, match=r"may be an instance or an instance and a class; set .*class_conditional to true or false"
+    ):
         load("ambiguous")
     assert load("ambiguous", class_conditional=False).network.layout.hierarchical
     assert not load("ambiguous", class_conditional=True, class_label=0).network.layout.hierarchical

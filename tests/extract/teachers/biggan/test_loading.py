@@ -64,10 +64,15 @@ def _zip_without_pickle(path: Path) -> None:
 
 
 def _longer_names(path: Path) -> None:
-    torch.save({f"{name}_g": torch.zeros(1) for name in ("linear.weight", "blocks.0.0.conv1.weight", "output_layer.2.weight")}, path)
+    torch.save(
+        {f"{name}_g": torch.zeros(1) for name in ("linear.weight", "blocks.0.0.conv1.weight", "output_layer.2.weight")},
+        path,
+    )
 
 
-@pytest.mark.parametrize("write", [_not_a_zip, _zip_without_pickle, _longer_names, Path.mkdir, lambda path: path.write_text("")])
+@pytest.mark.parametrize(
+    "write", [_not_a_zip, _zip_without_pickle, _longer_names, Path.mkdir, lambda path: path.write_text("")]
+)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".txt"])
 def test_other_files_are_not_taken_for_one(write: Callable[[Path], object], suffix, tmp_path):
     path = tmp_path / f"other{suffix}"
@@ -89,7 +94,9 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path):
             return (Path.touch, (tmp_path / "executed",))
 
     with (tmp_path / "G_ema.pth").open("wb") as file:
-        pickle.dump({"linear.weight": Trap(), "blocks.0.0.conv1.weight": 0, "output_layer.2.weight": 0}, file, protocol=2)
+        pickle.dump(
+            {"linear.weight": Trap(), "blocks.0.0.conv1.weight": 0, "output_layer.2.weight": 0}, file, protocol=2
+        )
     assert is_biggan_path(str(tmp_path / "G_ema.pth"))
     with pytest.raises(TeacherError, match=r"G_ema\.pth"):
         load(tmp_path / "G_ema.pth")
@@ -113,20 +120,35 @@ def _with(name: str, value: torch.Tensor) -> Callable[[Weights], Weights]:
         (_without("blocks.1.0.bn2.stored_var"), r"blocks\.1\.0\.bn2\.var is missing"),
         (_without("output_layer.0.gain"), r"output_layer\.0\.gain is missing"),
         (_without("blocks.0.1.theta.weight"), r"blocks\.0\.1\.theta\.u0 is unexpected"),
-        (_without("linear.weight"), r"linear\.weight is missing, so this is no BigGAN generator; give a G or G_ema file"),
+        (
+            _without("linear.weight"),
+            r"linear\.weight is missing, so this is no BigGAN generator; give a G or G_ema file",
+        ),
         (_without("blocks.0.0.conv1.weight"), r"blocks\.0\.0\.conv1\.weight is missing"),
         (_without("blocks.0.0.bn1.gain.weight"), r"bn1\.gain\.weight is missing"),
         (_without("shared.weight"), r"shared\.weight is missing"),
         (_with("optimizer.step", torch.zeros(1)), r"optimizer\.step is unexpected"),
         (_with("blocks.2.0.conv1.weight", torch.ones(16, 15, 3, 3)), r"conv1\.weight has shape \(16, 15, 3, 3\)"),
         (_with("blocks.2.0.conv1.bias", torch.full((16,), torch.nan)), r"conv1\.bias holds values that are not finite"),
-        (_with("blocks.2.0.conv1.weight", torch.zeros(16, 16, 3, 3)), r"conv1\.weight holds values that are not finite"),
+        (
+            _with("blocks.2.0.conv1.weight", torch.zeros(16, 16, 3, 3)),
+            r"conv1\.weight holds values that are not finite",
+        ),
         (_with("blocks.1.0.bn1.bn.running_mean", torch.zeros(16)), r"running_mean is there in two spellings"),
-        (_with("linear.bias", torch.zeros(256, dtype=torch.int64)), r"linear\.0\.bias holds values that are not finite floats"),
+        (
+            _with("linear.bias", torch.zeros(256, dtype=torch.int64)),
+            r"linear\.0\.bias holds values that are not finite floats",
+        ),
         (_with("linear.weight", torch.ones(257, 9)), "257 outputs are no square map of 16 channels"),
         (_with("linear.weight", torch.ones(9)), r"linear\.weight has shape \(9,\)"),
-        (_with("shared.weight", torch.ones(7, 5)), r"blocks take 6 numbers, which is not a class embedding \(5\).*kind=icgan"),
-        (_with("shared.weight", torch.full((7, 6), torch.inf)), r"shared\.weight is no table of finite class embeddings"),
+        (
+            _with("shared.weight", torch.ones(7, 5)),
+            r"blocks take 6 numbers, which is not a class embedding \(5\).*kind=icgan",
+        ),
+        (
+            _with("shared.weight", torch.full((7, 6), torch.inf)),
+            r"shared\.weight is no table of finite class embeddings",
+        ),
         (_with("blocks.0.0.conv3.weight", torch.ones(1)), "is a BigGAN-deep generator"),
     ],
 )

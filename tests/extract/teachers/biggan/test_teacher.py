@@ -22,7 +22,10 @@ from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from parts import biggan_cases as cases
 
 TOLERANCE = 1e-4  # float32 sums in another order; measured: 1e-5 at most, on values up to 13
-OPTIONS: dict[str, dict[str, Any]] = {"two_vectors": {"bn_eps": 0.01, "sn_eps": 1e-4}, "biggan512": {"bn_eps": 1e-4, "sn_eps": 1e-4}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "two_vectors": {"bn_eps": 0.01, "sn_eps": 1e-4},
+    "biggan512": {"bn_eps": 1e-4, "sn_eps": 1e-4},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,9 @@ def files(tmp_path_factory) -> Path:
 
 
 def load(path: Path, taps: dict[str, str] | None = None, dtype: str = "float32", **options: Any) -> Any:
-    return load_biggan_teacher(TeacherConfig.model_validate({"path": str(path), "taps": taps, "dtype": dtype, "options": options}))
+    return load_biggan_teacher(
+        TeacherConfig.model_validate({"path": str(path), "taps": taps, "dtype": dtype, "options": options})
+    )
 
 
 @pytest.mark.parametrize("case", ["class_cond", "standing", "lookup", "two_vectors", "biggan512"])
@@ -57,7 +62,10 @@ def test_whole_arrays_of_the_original_networks(case, call, scale):
     image_px = json.loads((folder / "meta.json").read_text())["config"]["resolution"]
     labels = stored.get("y", torch.zeros(2, dtype=torch.int64))
     sides = [int(name.rpartition("_")[2]) for name in stored if name.startswith(f"{call}/feat_")]
-    taps = {f"l{(image_px // px).bit_length() - 1}": "linear" if px == 4 else f"blocks.{px.bit_length() - 4}.0" for px in sides}
+    taps = {
+        f"l{(image_px // px).bit_length() - 1}": "linear" if px == 4 else f"blocks.{px.bit_length() - 4}.0"
+        for px in sides
+    }
     for sample in range(2):
         teacher = load(folder / "G_ema.pth", taps, class_label=int(labels[sample]), z_scale=scale)
         images, levels = teacher.synthesize({"z": stored["z"]})
@@ -80,7 +88,9 @@ def test_a_conversion_of_deepminds_is_known_by_having_no_sv0(tmp_path):
 
 def test_standing_statistics_are_sums_where_the_counter_says_so(files, tmp_path):
     tensors = cases.weights("standing")
-    means = {name: tensor / 3 if "stored_" in name else tensor for name, tensor in tensors.items() if "counter" not in name}
+    means = {
+        name: tensor / 3 if "stored_" in name else tensor for name, tensor in tensors.items() if "counter" not in name
+    }
     noise = {"z": cases.latents(20)}
     expected = load(files / "standing.pth", class_label=1).synthesize(noise)[0]
     assert torch.allclose(load(cases.save(means, tmp_path), class_label=1).synthesize(noise)[0], expected, atol=1e-5)
@@ -98,7 +108,10 @@ def test_averages_with_a_counter_of_zero_are_used_as_they_are(tmp_path):
     tensors = cases.weights("standing")
     zero = {name: torch.zeros(1) if "counter" in name else tensor for name, tensor in tensors.items()}
     plain = {name.replace(".bn.stored", ".stored"): tensor for name, tensor in tensors.items() if "counter" not in name}
-    images = [load(cases.save(each, tmp_path), class_label=0).synthesize({"z": cases.latents(20)})[0] for each in (zero, plain)]
+    images = [
+        load(cases.save(each, tmp_path), class_label=0).synthesize({"z": cases.latents(20)})[0]
+        for each in (zero, plain)
+    ]
     assert torch.equal(*images)
 
 
@@ -124,7 +137,10 @@ def test_truncated_normal_numbers_are_the_same_quantiles_as_scipys():
     [
         ({"truncation": "clamp", "threshold": 0.8}, lambda z: z.clamp(-0.8, 0.8)),
         ({"truncation": "clamp", "threshold": 2.0, "z_scale": 0.5}, lambda z: z.clamp(-2, 2) * 0.5),
-        ({"truncation": "truncated_normal", "threshold": 2.0, "z_scale": 0.4}, lambda z: truncate(z, "truncated_normal", 2.0) * 0.4),
+        (
+            {"truncation": "truncated_normal", "threshold": 2.0, "z_scale": 0.4},
+            lambda z: truncate(z, "truncated_normal", 2.0) * 0.4,
+        ),
     ],
 )
 def test_truncation_changes_the_latent_and_nothing_else(options, same_as, files):
@@ -186,7 +202,12 @@ def test_the_spec_says_what_was_read_and_how_images_are_made(files):
     ]
     options = dict(spec.options)
     network = options.pop("network")
-    assert (network["start_px"], network["widths"][0], network["condition"], network["hierarchical"]) == (4, 64, 6, True)
+    assert (network["start_px"], network["widths"][0], network["condition"], network["hierarchical"]) == (
+        4,
+        64,
+        6,
+        True,
+    )
     assert options == {
         "truncation": "clamp",
         "threshold": 1.5,
@@ -226,7 +247,12 @@ def test_taps_may_name_any_layer(files):
         load(files / "class_cond.pth", {"l2": "blocks.9.0"})
 
 
-MULTIPLIERS = {64: (16, 16, 8, 4, 2), 128: (16, 16, 8, 4, 2, 1), 256: (16, 16, 8, 8, 4, 2, 1), 512: (16, 16, 8, 8, 4, 2, 1, 1)}
+MULTIPLIERS = {
+    64: (16, 16, 8, 4, 2),
+    128: (16, 16, 8, 4, 2, 1),
+    256: (16, 16, 8, 8, 4, 2, 1),
+    512: (16, 16, 8, 8, 4, 2, 1, 1),
+}
 WIDTHS = {"half": 64, "coco": 48, "imagenet64": 64}  # others have 96
 
 
@@ -251,14 +277,21 @@ def test_published_levels_are_those_of_the_published_widths(kind):
 # Arithmetic
 
 
-@pytest.mark.parametrize(("dtype", "stored", "bound"), [("float16", torch.float16, 0.01), ("bfloat16", torch.float32, 0.08)])
+@pytest.mark.parametrize(
+    ("dtype", "stored", "bound"), [("float16", torch.float16, 0.01), ("bfloat16", torch.float32, 0.08)]
+)
 def test_low_precision_is_near_float32_and_keeps_norms_in_it(dtype, stored, bound, files):
     noise = {"z": cases.latents(24), "label": cases.latents(7)}
     exact = load(files / "class_cond.pth").synthesize(noise)
     teacher = load(files / "class_cond.pth", dtype=dtype)
     seen: dict[str, torch.dtype] = {}
     block = teacher.network.blocks[0][0]
-    for name, module in {"norm": block.bn2, "gain": block.bn2.gain, "conv": block.conv2, "last": teacher.network.output_layer[0]}.items():
+    for name, module in {
+        "norm": block.bn2,
+        "gain": block.bn2.gain,
+        "conv": block.conv2,
+        "last": teacher.network.output_layer[0],
+    }.items():
         module.register_forward_hook(lambda _module, _args, output, name=name: seen.__setitem__(name, output.dtype))
     images, levels = teacher.synthesize(noise)
     low = getattr(torch, dtype)

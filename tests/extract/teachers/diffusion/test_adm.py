@@ -26,7 +26,12 @@ from parts import paths
 FIXTURES = paths.FIXTURES / "adm"
 PARITY = paths.PARITY / "adm"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "adm256_layout": {"num_head_channels": 32, "use_new_attention_order": False, "noise_schedule": "linear", "image_px": 64},
+    "adm256_layout": {
+        "num_head_channels": 32,
+        "use_new_attention_order": False,
+        "noise_schedule": "linear",
+        "image_px": 64,
+    },
     "plain": {
         "num_heads": 4,
         "use_new_attention_order": True,
@@ -41,8 +46,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "class_label": 7,
         "image_px": [32, 64],
     },
-    "a1_4level": {"num_head_channels": 32, "use_new_attention_order": False, "noise_schedule": "linear", "image_px": 64},
-    "a2_adm256_layout": {"num_head_channels": 16, "use_new_attention_order": False, "noise_schedule": "linear", "image_px": 64},
+    "a1_4level": {
+        "num_head_channels": 32,
+        "use_new_attention_order": False,
+        "noise_schedule": "linear",
+        "image_px": 64,
+    },
+    "a2_adm256_layout": {
+        "num_head_channels": 16,
+        "use_new_attention_order": False,
+        "noise_schedule": "linear",
+        "image_px": 64,
+    },
 }
 SMALL = ("adm256_layout", "plain", "class_cond")
 WHOLE = ("a1_4level", "a2_adm256_layout")
@@ -50,7 +65,9 @@ Arrays = dict[str, np.ndarray]
 
 
 def uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    raw = np.random.Philox(key=int.from_bytes(blake3(name.encode()).digest(8), "little")).random_raw(int(np.prod(shape)))
+    raw = np.random.Philox(key=int.from_bytes(blake3(name.encode()).digest(8), "little")).random_raw(
+        int(np.prod(shape))
+    )
     return ((raw >> np.uint64(11)) * 2.0**-52 - 1).reshape(shape)
 
 
@@ -79,7 +96,11 @@ def arrays(case: str) -> Arrays:
     about = json.loads(str(stored["about"]))["options"]
     shape = (2, 3, *about["input_hw"])
     inputs = {"x0": uniform("x0", shape), "noise": uniform("noise", shape) * 3**0.5}
-    return stored | {name: value.astype(np.float32) for name, value in inputs.items()} | {"t": np.array(about["timesteps"])}
+    return (
+        stored
+        | {name: value.astype(np.float32) for name, value in inputs.items()}
+        | {"t": np.array(about["timesteps"])}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +252,11 @@ def test_inversion_is_guided_diffusions(load, case):
             continue
         with torch.inference_mode():
             *_, (_, found) = ddim_invert(
-                teacher.predict_noise, teacher.schedule, torch.from_numpy(data["x0"])[: len(data[name])], path, clip == "clip1"
+                teacher.predict_noise,
+                teacher.schedule,
+                torch.from_numpy(data["x0"])[: len(data[name])],
+                path,
+                clip == "clip1",
             )
         assert error(found, data[name]) <= 1e-4 * max(1, np.abs(data[name]).max() / 4)
         compared += 1
@@ -248,12 +273,18 @@ def test_an_inversion_walks_guided_diffusions_timesteps_and_sees_its_images(load
         run, clip, calls = name.rsplit(":", 2)[0], ":clip1:" in name, int(name.rpartition(":")[2])
         spacing = run.split(":")[1]
         num = int(spacing.removeprefix("ddim"))
-        path = list(range(0, 1000, 1000 // num)) if spacing.startswith("ddim") else np.rint(np.linspace(0, 999, num)).astype(int).tolist()
+        path = (
+            list(range(0, 1000, 1000 // num))
+            if spacing.startswith("ddim")
+            else np.rint(np.linspace(0, 999, num)).astype(int).tolist()
+        )
         assert path == data[f"{run}:timestep_map"].tolist()
         np.testing.assert_allclose(teacher.schedule[path], data[f"{run}:alphas_cumprod"], rtol=1e-12)
         np.testing.assert_allclose([*teacher.schedule[path[1:]], 0], data[f"{run}:alphas_cumprod_next"], rtol=1e-12)
         with torch.inference_mode():
-            *_, (at, before) = ddim_invert(teacher.predict_noise, teacher.schedule, torch.from_numpy(data["x0"][:1]), path[:calls], clip)
+            *_, (at, before) = ddim_invert(
+                teacher.predict_noise, teacher.schedule, torch.from_numpy(data["x0"][:1]), path[:calls], clip
+            )
             clean = predict_clean(before, teacher.predict_noise(before, at), teacher.schedule[at])
         assert error(clean.clamp(-1, 1) if clip else clean, data[name]) <= 1e-4
 
@@ -279,7 +310,9 @@ def test_each_silent_setting_matters(load, wrong):
     if wrong == "middle norm":
         arguments["attn_norm_num_groups"] = None
         state = {name: each for name, each in state.items() if not name.startswith("mid_block.attentions.0.group_norm")}
-    other = UNet2DModel(**{name: value for name, value in arguments.items() if name in unet_arguments(layout, settings)}).eval()
+    other = UNet2DModel(
+        **{name: value for name, value in arguments.items() if name in unet_arguments(layout, settings)}
+    ).eval()
     other.load_state_dict(state)
     assert error(run(other, noisy(teacher, data), data)["output"], data["output"]) > 2e-5  # ours: 2e-6
 

@@ -24,7 +24,12 @@ from dtpipe.manifests.schema import ViewSpec
 from parts import paths
 
 FIXTURES = paths.FIXTURES / "adm"
-PLAIN: dict[str, Any] = {"num_heads": 4, "use_new_attention_order": True, "noise_schedule": "cosine", "image_px": [32, 64]}
+PLAIN: dict[str, Any] = {
+    "num_heads": 4,
+    "use_new_attention_order": True,
+    "noise_schedule": "cosine",
+    "image_px": [32, 64],
+}
 Weights = dict[str, torch.Tensor]
 
 
@@ -32,7 +37,10 @@ def random_weights(case: str) -> Weights:
     """The tensors of a fixture's network, with other values."""
     shapes = json.loads(str(np.load(FIXTURES / f"{case}.npz")["about"]))["shapes"]
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5 for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
+        for name, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +78,9 @@ def test_the_spec_says_what_was_read(file, weights):
     assert spec.kind == "adm"
     assert spec.weights_blake3 == weights_digest(weights)  # of the tensors as published
     assert spec.image_px == (32, 64)
-    assert [(level.name, level.channels, level.tap) for level in spec.levels] == [("l2", 64, "up_blocks.0.attentions.1")]
+    assert [(level.name, level.channels, level.tap) for level in spec.levels] == [
+        ("l2", 64, "up_blocks.0.attentions.1")
+    ]
     assert spec.noise_shapes == {"forward": (3, -1, -1)}
     assert spec.num_timesteps == 1000
     json.dumps(spec.options)
@@ -98,7 +108,9 @@ CHANGES: tuple[dict[str, Any], ...] = (
 def test_the_256_px_layout_needs_no_options():
     """The published shapes, as the fixture's with eight times the channels."""
     shapes = {name: tuple(each.shape) for name, each in random_weights("adm256_layout").items()}
-    layout = infer_layout({name: tuple(side * 8 if side >= 32 else side for side in shape) for name, shape in shapes.items()}, "file")
+    layout = infer_layout(
+        {name: tuple(side * 8 if side >= 32 else side for side in shape) for name, shape in shapes.items()}, "file"
+    )
     assert layout == AdmLayout(
         widths=(256, 256, 512, 512, 1024, 1024),
         num_res_blocks=2,
@@ -131,7 +143,9 @@ def test_linear_betas_are_scaled_to_the_number_of_steps(file, steps):
 
 
 def test_another_layout_must_be_told_what_shapes_do_not_show(file):
-    with pytest.raises(ConfigError, match=r"num_head_channels or num_heads, use_new_attention_order, noise_schedule, image_px.*options"):
+    with pytest.raises(
+        ConfigError, match=r"num_head_channels or num_heads, use_new_attention_order, noise_schedule, image_px.*options"
+    ):
         load(file, {})
     for name in ("num_heads", "use_new_attention_order", "noise_schedule", "image_px"):
         with pytest.raises(ConfigError, match=f"does not say its .*{name}"):
@@ -176,7 +190,10 @@ def test_weights_are_mapped_not_copied(tmp_path):
 
 
 def test_a_class_conditional_network_needs_one_class(conditional, tmp_path):
-    file, options = tmp_path / "classes.pt", {key: value for key, value in PLAIN.items() if key != "num_heads"} | {"num_head_channels": 32}
+    file, options = (
+        tmp_path / "classes.pt",
+        {key: value for key, value in PLAIN.items() if key != "num_heads"} | {"num_head_channels": 32},
+    )
     torch.save(conditional, file)
     for label in ({}, {"class_label": 11}):
         with pytest.raises(ConfigError, match=r"class-conditional; give all images one class, 0 to 10, .*class_label"):
@@ -214,7 +231,12 @@ def test_files_are_recognised_by_their_tensors_names(file, weights, tmp_path):
     damaged = (tmp_path / "damaged.pt").read_bytes()
     (tmp_path / "damaged.pt").write_bytes(damaged[:50] + b"\xff" * 4 + damaged[54:])
     file.rename(tmp_path / "weights.ckpt")
-    for path in [*tmp_path.iterdir(), tmp_path / "nowhere.pt", Path("https://example.org/a.pt"), Path("a" * 300 + ".pt")]:
+    for path in [
+        *tmp_path.iterdir(),
+        tmp_path / "nowhere.pt",
+        Path("https://example.org/a.pt"),
+        Path("a" * 300 + ".pt"),
+    ]:
         assert not is_adm_file(str(path)), path
 
 
@@ -226,10 +248,14 @@ class Attack:
 def test_a_pickle_is_never_executed(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(weights | {"extra": Attack()}, "attack.pt")
-    Path("plain.pt").write_bytes(pickle.dumps({"input_blocks.0.0.weight": Attack(), "time_embed.0.weight": 0}, protocol=2))
+    Path("plain.pt").write_bytes(
+        pickle.dumps({"input_blocks.0.0.weight": Attack(), "time_embed.0.weight": 0}, protocol=2)
+    )
     for name in ("attack.pt", "plain.pt"):
         assert is_adm_file(name)
-        with pytest.raises(TeacherError, match=r"not readable as weights .it holds other things than tensors, none of which was run"):
+        with pytest.raises(
+            TeacherError, match=r"not readable as weights .it holds other things than tensors, none of which was run"
+        ):
             load(Path(name))
     assert not Path("attacked").exists()
 
@@ -240,9 +266,9 @@ def test_the_kind_can_be_named(file):
 
 def test_published_files_and_their_options_are_listed():
     kind = teacher_kinds()["adm"]
-    assert {f"adm-{name}" for name in ("imagenet", "imagenet-conditional", "lsun-bedroom", "lsun-cat", "lsun-horse", "ffhq")} <= {
-        each.name for each in kind.published
-    }
+    assert {
+        f"adm-{name}" for name in ("imagenet", "imagenet-conditional", "lsun-bedroom", "lsun-cat", "lsun-horse", "ffhq")
+    } <= {each.name for each in kind.published}
     for each in kind.published:
         assert each.url.startswith("https://")
         assert each.url.endswith(".pt")
@@ -284,7 +310,10 @@ DAMAGES: dict[str, tuple[Callable[[Weights], Any], str]] = {
         lambda each: each.update({"out.0.bias": torch.full((32,), float("nan"))}),
         "out.0.bias holds values that are not finite",
     ),
-    "integers": (lambda each: each.update({"out.0.bias": torch.zeros(32, dtype=torch.int32)}), "out.0.bias holds values"),
+    "integers": (
+        lambda each: each.update({"out.0.bias": torch.zeros(32, dtype=torch.int32)}),
+        "out.0.bias holds values",
+    ),
     "training state": (lambda each: each.update(step=3), "other things than named tensors"),
 }
 
@@ -317,8 +346,16 @@ def test_a_missing_file_is_named(tmp_path):
 OPTION_ERRORS: dict[str, tuple[dict[str, Any], type[DtpipeError], str]] = {
     "both": ({"num_head_channels": 16}, ConfigError, "both num_heads and num_head_channels"),
     "heads": ({"num_heads": 5}, ConfigError, r"num_heads is 5, .* 64 channels"),
-    "head channels": ({"num_heads": None, "num_head_channels": 48}, ConfigError, r"num_head_channels is 48, .* 64 channels"),
-    "heads of the decoder": ({"num_heads_upsample": 2}, ConfigError, r"num_heads_upsample.*options of this teacher: encoding"),
+    "head channels": (
+        {"num_heads": None, "num_head_channels": 48},
+        ConfigError,
+        r"num_head_channels is 48, .* 64 channels",
+    ),
+    "heads of the decoder": (
+        {"num_heads_upsample": 2},
+        ConfigError,
+        r"num_heads_upsample.*options of this teacher: encoding",
+    ),
     "timesteps": ({"rescale_timesteps": True}, ConfigError, "rescale_timesteps"),
     "schedule": ({"noise_schedule": "sigmoid"}, ConfigError, r"noise_schedule.*'linear' or 'cosine'"),
 }

@@ -33,7 +33,9 @@ def load(tiny_teacher: Path) -> Load:
 
 def inputs(batch: int = 2, px: int = PX) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.rand((batch, 3, px, px), generator=generator) * 2 - 1, {"forward": torch.randn((batch, 1, 3, px, px), generator=generator)}
+    return torch.rand((batch, 3, px, px), generator=generator) * 2 - 1, {
+        "forward": torch.randn((batch, 1, 3, px, px), generator=generator)
+    }
 
 
 def encode(teacher: DiffusionTeacher, batch: int = 2, px: int = PX) -> dict[str, torch.Tensor]:
@@ -102,13 +104,17 @@ def test_a_compiler_that_fails_is_one_sentence(load: Load, monkeypatch: pytest.M
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward, **options: compiler(forward, backend=broken, **options))
-    with pytest.raises(TeacherError, match=r"torch.compile fails here \(.*\); leave out extract\.teacher\.options\.compile") as caught:
+    with pytest.raises(
+        TeacherError, match=r"torch.compile fails here \(.*\); leave out extract\.teacher\.options\.compile"
+    ) as caught:
         encode(load(compile=True))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
-def test_compiled_for_good_it_gives_the_same_dataset_twice(load: Load, make_config: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_compiled_for_good_it_gives_the_same_dataset_twice(
+    load: Load, make_config: Any, tiny_teacher: Path, tmp_path: Path
+) -> None:
     """With the real compiler; 1e-5 covers sums in another order."""
     assert_close(encode(load(compile=True)), encode(load()))
     teacher = {"path": str(tiny_teacher), "options": {"compile": True}}

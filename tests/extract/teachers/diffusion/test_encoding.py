@@ -44,7 +44,9 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.fixture
 def load(tiny_teacher: Path) -> Callable[..., DiffusionTeacher]:
     def loaded(dtype: str = "float32", **options: Any) -> DiffusionTeacher:
-        return load_ddpm_teacher(TeacherConfig.model_validate({"path": str(tiny_teacher), "dtype": dtype, "options": options}))
+        return load_ddpm_teacher(
+            TeacherConfig.model_validate({"path": str(tiny_teacher), "dtype": dtype, "options": options})
+        )
 
     return loaded
 
@@ -94,14 +96,18 @@ def test_noise_is_added_as_the_formula_says():
         for step in range(timestep + 1):  # 0-based: timestep 0 is one noise step
             kept *= 1 - (1e-4 + (0.02 - 1e-4) * step / 999)
         wanted = kept**0.5 * images.double() + (1 - kept) ** 0.5 * noise.double()
-        torch.testing.assert_close(q_sample(schedule, images, timestep, noise).double(), wanted, rtol=0, atol=5e-7)  # float32 rounding
+        torch.testing.assert_close(
+            q_sample(schedule, images, timestep, noise).double(), wanted, rtol=0, atol=5e-7
+        )  # float32 rounding
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_schedules_are_those_of_diffusers(name):
     scheduler = DDPMScheduler(num_train_timesteps=200, beta_schedule=name, beta_start=0.001, beta_end=0.01)
     ours = alphas_cumprod(scheduler.config)
-    np.testing.assert_allclose(ours, scheduler.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9)  # theirs is float32
+    np.testing.assert_allclose(
+        ours, scheduler.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-9
+    )  # theirs is float32
     trained = DDPMScheduler(num_train_timesteps=2, trained_betas=[0.1, 0.2])
     np.testing.assert_allclose(alphas_cumprod(trained.config), [0.9, 0.72])
 
@@ -113,7 +119,10 @@ def test_an_unknown_schedule_is_named():
 
 def test_ddim_follows_the_flow_of_a_gaussian():
     """For data N(0, s^2) the best noise estimate is known, and the flow scales x_T by s / sqrt(a s^2 + 1 - a), a at T."""
-    schedule, spread = alphas_cumprod(LINEAR | {"num_train_timesteps": 10_000, "beta_start": 1e-5, "beta_end": 0.002}), 0.25
+    schedule, spread = (
+        alphas_cumprod(LINEAR | {"num_train_timesteps": 10_000, "beta_start": 1e-5, "beta_end": 0.002}),
+        0.25,
+    )
 
     def best_noise(noisy: torch.Tensor, timestep: int) -> torch.Tensor:
         kept = schedule[timestep]
@@ -145,7 +154,9 @@ def test_inversion_follows_the_flow_of_a_gaussian():
     first, last = (float(KEPT[at] * spread**2 + 1 - KEPT[at]) ** 0.5 for at in (0, 800))
     errors = []
     for stride in (1, 10):
-        *_, (timestep, found) = ddim_invert(lambda noisy, at: best_noise(noisy, KEPT[at], spread), KEPT, start, range(0, 801, stride))
+        *_, (timestep, found) = ddim_invert(
+            lambda noisy, at: best_noise(noisy, KEPT[at], spread), KEPT, start, range(0, 801, stride)
+        )
         assert timestep == 800
         errors.append(relative(found, start * (last / first)))
     assert errors[0] < 0.006
@@ -201,7 +212,9 @@ def test_the_usual_stride_is_ten_timesteps_without_clipping(load, unet):
 
 
 def test_a_timestep_off_the_stride_is_refused(load):
-    with pytest.raises(ConfigError, match=r"timestep 50 is no multiple of the inversion's stride 20; .*inversion_stride"):
+    with pytest.raises(
+        ConfigError, match=r"timestep 50 is no multiple of the inversion's stride 20; .*inversion_stride"
+    ):
         load(**INVERSION).encode(randn(1, 3, PX, PX), {}, views(40, 50))
 
 
@@ -229,7 +242,10 @@ def test_an_ensemble_is_the_mean_of_its_members(load):
 
 def test_an_ensemble_in_half_precision_stays_in_it(load):
     noise = randn(1, 1, 2, 3, PX, PX, seed=2)
-    assert load("float16", ensemble=2).encode(randn(1, 3, PX, PX), {"forward": noise}, views(50))["l2"].dtype == torch.float16
+    assert (
+        load("float16", ensemble=2).encode(randn(1, 3, PX, PX), {"forward": noise}, views(50))["l2"].dtype
+        == torch.float16
+    )
 
 
 def test_noise_of_another_ensemble_is_refused(load):
@@ -284,7 +300,9 @@ MakeConfig = Callable[..., ExtractConfig]
 def extracted(make_config: MakeConfig, tiny_teacher: Path, **options: Any) -> FeatureDataset:
     teacher = {"path": str(tiny_teacher), "options": options}
     return FeatureDataset.open(
-        run_extraction(make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]})).url
+        run_extraction(
+            make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]})
+        ).url
     )
 
 

@@ -140,7 +140,12 @@ def test_the_weights_digest_is_of_content_not_layout(broken, teacher):
 
 def test_the_digest_tells_names_dtypes_and_shapes_apart():
     base = {"a": torch.zeros(2, 3)}
-    others = [{"b": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 3, dtype=torch.int32)}, base | {"b": torch.zeros(0)}]
+    others = [
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32)},
+        base | {"b": torch.zeros(0)},
+    ]
     digests = {weights_digest(each) for each in [base, *others]}
     assert len(digests) == 5
     assert weights_digest({"a": torch.zeros(3, 2).T}) == weights_digest(base)
@@ -163,7 +168,9 @@ def test_features_are_those_of_one_whole_denoising_call(unet_folder, teacher):
     unet = UNet2DModel.from_pretrained(unet_folder).eval()
     seen: dict[str, torch.Tensor] = {}
     for level in teacher.spec.levels:
-        unet.get_submodule(level.tap).register_forward_hook(lambda _m, _i, out, name=level.name: seen.__setitem__(name, out))
+        unet.get_submodule(level.tap).register_forward_hook(
+            lambda _m, _i, out, name=level.name: seen.__setitem__(name, out)
+        )
     betas = np.linspace(1e-4, 0.02, 1000)
     for view_idx, timestep in enumerate((50, 400)):
         kept = np.prod(1 - betas[: timestep + 1])
@@ -217,13 +224,17 @@ def test_noise_of_another_shape_is_refused(teacher):
             teacher.encode(images, noise, views(50, 60))
 
 
-@pytest.mark.parametrize(("timestep", "message"), [(1000, r"timestep 1000 is beyond.*0\.\.999"), (None, "needs a timestep")])
+@pytest.mark.parametrize(
+    ("timestep", "message"), [(1000, r"timestep 1000 is beyond.*0\.\.999"), (None, "needs a timestep")]
+)
 def test_an_unknown_timestep_is_refused(teacher, timestep, message):
     with pytest.raises(ConfigError, match=message):
         teacher.encode(randn(1, 3, PX, PX), {"forward": randn(1, 1, 3, PX, PX)}, [ViewSpec(draw=0, timestep=timestep)])
 
 
-@pytest.mark.parametrize(("dtype", "out", "bound"), [("bfloat16", torch.float32, 0.1), ("float16", torch.float16, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "out", "bound"), [("bfloat16", torch.float32, 0.1), ("float16", torch.float16, 0.02)]
+)
 def test_half_precision_is_close(unet_folder, teacher, dtype, out, bound):
     images, noise = randn(1, 3, PX, PX, seed=1), {"forward": randn(1, 1, 3, PX, PX, seed=2)}
     exact = teacher.encode(images, noise, views(50))
@@ -305,7 +316,10 @@ DAMAGES = {
     "no config": (delete("config.json"), "config.json"),
     "config is no JSON": (write("config.json", b"\xff{"), "not readable as JSON"),
     "config is a list": (write("config.json", b"[]"), "not an object"),
-    "another class": (change("config.json", _class_name="UNet2DConditionModel"), "UNet2DConditionModel, not a UNet2DModel"),
+    "another class": (
+        change("config.json", _class_name="UNet2DConditionModel"),
+        "UNet2DConditionModel, not a UNet2DModel",
+    ),
     "an impossible network": (change("config.json", block_out_channels=[7, 7]), "cannot build"),
     "latent input": (change("config.json", in_channels=4), "takes 4 channels"),
     "classes without numbers": (change("config.json", class_embed_type="timestep"), "takes classes as timestep"),
@@ -316,13 +330,19 @@ DAMAGES = {
     "weights empty": (write(WEIGHTS, b""), "not readable as weights"),
     "tensor missing": (edit_weights(lambda tensors: tensors.pop("conv_in.bias")), "conv_in.bias is missing"),
     "tensor too many": (edit_weights(lambda tensors: tensors.update(extra=torch.zeros(1))), "extra is unexpected"),
-    "wrong shape": (edit_weights(lambda tensors: tensors.update({"conv_in.bias": torch.zeros(3)})), r"conv_in.bias has shape \(3,\)"),
+    "wrong shape": (
+        edit_weights(lambda tensors: tensors.update({"conv_in.bias": torch.zeros(3)})),
+        r"conv_in.bias has shape \(3,\)",
+    ),
     "not finite": (
         edit_weights(lambda tensors: tensors["conv_in.bias"].fill_(float("nan"))),
         "conv_in.bias holds values that are not finite",
     ),
     "no schedule": (delete("scheduler_config.json"), "noise schedule is unknown"),
-    "another process": (change("scheduler_config.json", _class_name="KarrasVeScheduler"), "KarrasVeScheduler is not variance-preserving"),
+    "another process": (
+        change("scheduler_config.json", _class_name="KarrasVeScheduler"),
+        "KarrasVeScheduler is not variance-preserving",
+    ),
     "another target": (change("scheduler_config.json", prediction_type="flow"), "prediction_type is 'flow'"),
     "zero terminal SNR": (change("scheduler_config.json", rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
     "another schedule": (change("scheduler_config.json", beta_schedule="laplace"), "'laplace'"),

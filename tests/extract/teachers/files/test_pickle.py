@@ -48,18 +48,40 @@ def payloads(trap: Path) -> dict[str, bytes]:
         "STACK_GLOBAL": b"\x80\x04" + named("os", "system") + argument + b"R.",
         "eval": b"\x80\x04" + evaluate + b".",
         "exec": b"\x80\x04" + named("builtins", "exec") + text(code) + b"\x85R.",
-        "dotted name": b"\x80\x04" + named("collections", "OrderedDict.fromkeys.__class__.__base__") + b")R" + evaluate + b".",
-        "attribute of an allowed module": b"\x80\x04" + named("torch", "storage._load_from_bytes") + evaluate + b"\x85R.",
-        "getattr": b"\x80\x04" + named("builtins", "getattr") + named("os", "system") + text("__call__") + b"\x86R" + argument + b"R.",
+        "dotted name": b"\x80\x04"
+        + named("collections", "OrderedDict.fromkeys.__class__.__base__")
+        + b")R"
+        + evaluate
+        + b".",
+        "attribute of an allowed module": b"\x80\x04"
+        + named("torch", "storage._load_from_bytes")
+        + evaluate
+        + b"\x85R.",
+        "getattr": b"\x80\x04"
+        + named("builtins", "getattr")
+        + named("os", "system")
+        + text("__call__")
+        + b"\x86R"
+        + argument
+        + b"R.",
         "importlib": b"\x80\x04" + named("importlib", "import_module") + text("os") + b"\x85R.",
         "torch.load": b"\x80\x04" + named("torch.serialization", "load") + argument + b"R.",
         "INST": b"(" + text(shell) + b"ios\nsystem\n.",
         "OBJ": b"(" + named("os", "system") + text(shell) + b"o.",
         "NEWOBJ": b"\x80\x04" + named("subprocess", "Popen") + argument + b"\x81.",
         "NEWOBJ_EX": b"\x80\x04" + named("subprocess", "Popen") + argument + b"}\x92.",
-        "NEWOBJ_EX of an allowed class": b"\x80\x04" + named("collections", "OrderedDict") + b")}\x92" + evaluate + b"0.",
+        "NEWOBJ_EX of an allowed class": b"\x80\x04"
+        + named("collections", "OrderedDict")
+        + b")}\x92"
+        + evaluate
+        + b"0.",
         "BUILD": b"\x80\x04" + named("collections", "OrderedDict") + b")R" + evaluate + b"b.",
-        "BUILD of a class": b"\x80\x04" + named("collections", "OrderedDict") + b"N}" + text("__init__") + evaluate + b"s\x86b.",
+        "BUILD of a class": b"\x80\x04"
+        + named("collections", "OrderedDict")
+        + b"N}"
+        + text("__init__")
+        + evaluate
+        + b"s\x86b.",
         "persistent id": b"\x80\x04" + text(shell) + b"Q.",
         "persistent id of protocol 0": b"P" + shell.encode() + b"\n.",
         "EXT1": b"\x80\x04\x82\xf1" + argument + b"R.",
@@ -132,7 +154,19 @@ def test_every_opcode_is_known_or_refused(tmp_path: Path) -> None:
 
     taken = {*module._CONSTANTS, *module._NEW, *module._GIVEN, *module._STEPS, *module._IGNORED}
     assert {"GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"} <= taken
-    assert not taken & {"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER", "STRING", "INT"}
+    assert not taken & {
+        "INST",
+        "OBJ",
+        "NEWOBJ_EX",
+        "EXT1",
+        "EXT2",
+        "EXT4",
+        "PERSID",
+        "NEXT_BUFFER",
+        "READONLY_BUFFER",
+        "STRING",
+        "INT",
+    }
 
 
 class Thing:
@@ -190,14 +224,18 @@ def test_arrays_of_numbers_are_read(array: Any) -> None:
     assert np.array_equal(numpy_array(record, "here"), array)
 
 
-@pytest.mark.parametrize("array", [np.array([Thing(), 1], dtype=object), np.array(["text"]), np.array([("a", 1)], dtype="U1,i4")])
+@pytest.mark.parametrize(
+    "array", [np.array([Thing(), 1], dtype=object), np.array(["text"]), np.array([("a", 1)], dtype="U1,i4")]
+)
 def test_arrays_of_other_things_are_refused(array: Any) -> None:
     with pytest.raises(TeacherError, match="here: "):
         (record,), _ = read_pickles(pickle.dumps(array, 4), 1, NAMES | {f"{__name__}.Thing"}, "here")
         numpy_array(record, "here")
 
 
-@pytest.mark.parametrize("found", [None, "text", Symbol("numpy.ndarray"), Record("numpy.core.multiarray._reconstruct", (), ())])
+@pytest.mark.parametrize(
+    "found", [None, "text", Symbol("numpy.ndarray"), Record("numpy.core.multiarray._reconstruct", (), ())]
+)
 def test_what_is_no_array_is_refused(found: object) -> None:
     with pytest.raises(TeacherError, match="no array of numbers"):
         numpy_array(found, "here")
@@ -248,7 +286,8 @@ DEEP_LIST = b"]" * 5000 + b"a" * 4999
 
 
 @pytest.mark.parametrize(
-    "data", [DEEP, b"]" + DEEP + b"a", b"}" + DEEP + b"K\x01s", b")\x940" + b"(h\x00h\x00t" * 2 + b"\x86" + b"\x85" * 16]
+    "data",
+    [DEEP, b"]" + DEEP + b"a", b"}" + DEEP + b"K\x01s", b")\x940" + b"(h\x00h\x00t" * 2 + b"\x86" + b"\x85" * 16],
 )
 def test_tuples_too_deep_to_be_hashed_are_refused(data: bytes) -> None:
     with pytest.raises(TeacherError, match="nests more than 16 tuples"):

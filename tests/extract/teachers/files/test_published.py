@@ -61,7 +61,10 @@ def test_a_name_becomes_a_file_with_its_family_and_options(server: str, cache: P
 
 
 def test_a_name_or_path_that_there_is_not_is_told_from_a_file_that_nobody_reads(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match=r"adm-imagnet: no such file or folder, and no published teacher of this name; .*adm-imagenet"):
+    with pytest.raises(
+        TeacherError,
+        match=r"adm-imagnet: no such file or folder, and no published teacher of this name; .*adm-imagenet",
+    ):
         load_teacher(TeacherConfig(path="adm-imagnet"))
     with pytest.raises(TeacherError, match=r"nothing/here: no such file or folder, .* `dtpipe list teachers` shows$"):
         load_teacher(TeacherConfig(path="./nothing/here"))
@@ -84,7 +87,9 @@ def test_fetched_once_and_recorded(server: str, cache: Path, tmp_path: Path, mon
     assert fetch(entry(f"{server}/model.pt")) == path
 
 
-def test_offline_says_where_to_get_and_where_to_put_it(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_says_where_to_get_and_where_to_put_it(
+    server: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(TeacherError, match="HF_HUB_OFFLINE is set") as caught:
         fetch(entry(f"{server}/model.pt"))

@@ -47,7 +47,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def load(folders) -> Callable[..., StableDiffusionTeacher]:
     @functools.cache
     def loaded(prediction: str = "epsilon", dtype: str = "float32", **options: Any) -> StableDiffusionTeacher:
-        return load_stable_diffusion(TeacherConfig.model_validate({"path": str(folders[prediction]), "dtype": dtype, "options": options}))
+        return load_stable_diffusion(
+            TeacherConfig.model_validate({"path": str(folders[prediction]), "dtype": dtype, "options": options})
+        )
 
     return loaded
 
@@ -65,7 +67,9 @@ class Plain:
     def latent(self, shown: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         with torch.no_grad():
             posterior = self.vae.encode(shown).latent_dist
-        return (posterior.mean if noise is None else posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
+        return (
+            posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        ) * self.vae.config.scaling_factor
 
     def call(self, noisy: torch.Tensor, timestep: int) -> torch.Tensor:
         with torch.no_grad():
@@ -135,7 +139,9 @@ def test_the_views_of_one_image_share_a_trajectory(load, monkeypatch):
     teacher = load(**INVERSION)
     calls: list[int] = []
     whole = teacher.predict_noise
-    monkeypatch.setattr(teacher, "predict_noise", lambda noisy, timestep: calls.append(timestep) or whole(noisy, timestep))
+    monkeypatch.setattr(
+        teacher, "predict_noise", lambda noisy, timestep: calls.append(timestep) or whole(noisy, timestep)
+    )
     teacher.encode(images(), {}, [view(60), view(20)])
     assert calls == [0, 20, 40]
 
@@ -147,7 +153,8 @@ def test_an_ensemble_is_the_mean_over_its_draws(load, folders):
     found = teacher.encode(images(), {"forward": draws}, [view(150)])
     scheduler, steps = DDPMScheduler(**pipelines.BETAS), torch.full((2,), 150)
     members = [
-        plain.levels(scheduler.add_noise(plain.latent(images()), draws[:, 0, idx], steps), 150, taps_of(teacher)) for idx in range(3)
+        plain.levels(scheduler.add_noise(plain.latent(images()), draws[:, 0, idx], steps), 150, taps_of(teacher))
+        for idx in range(3)
     ]
     assert_close(found, {name: torch.stack([each[name] for each in members]).mean(0) for name in members[0]})
 
@@ -162,7 +169,9 @@ def test_each_member_has_its_own_sample_of_the_posterior(load, folders):
     members = []
     for idx in range(2):
         latent = plain.latent(images(), noise["vae"][:, 0, idx])
-        members.append(plain.levels(scheduler.add_noise(latent, noise["forward"][:, 0, idx], steps), 150, taps_of(teacher)))
+        members.append(
+            plain.levels(scheduler.add_noise(latent, noise["forward"][:, 0, idx], steps), 150, taps_of(teacher))
+        )
     assert_close(found, {name: torch.stack([each[name] for each in members]).mean(0) for name in members[0]})
 
 
@@ -187,7 +196,10 @@ def test_compiled_layers_give_the_same_under_the_constant_text(load, graphs):
     noise = {"forward": randn(2, 1, 4, 8, 8)}
     wanted = load().encode(images(), noise, [view(150)])
     for _ in range(2):
-        assert_close(load(compile=True).encode(images(), noise, [view(150)]), {name: level[:, 0] for name, level in wanted.items()})
+        assert_close(
+            load(compile=True).encode(images(), noise, [view(150)]),
+            {name: level[:, 0] for name, level in wanted.items()},
+        )
     assert len(graphs) >= 8
 
 
@@ -206,7 +218,13 @@ def test_a_recipe_says_what_differs_and_nothing_else(load):
         (INVERSION, [view(50)], {}, ConfigError, "timestep 50 is no multiple of the inversion's stride 20"),
         (INVERSION, [view(40), view(40, draw=1)], {}, ConfigError, "all draws of an image are equal"),
         (INVERSION, [view(1000)], {}, ConfigError, "beyond this teacher's 1000"),
-        ({"ensemble": 2}, [view(40)], {"forward": randn(2, 1, 4, 8, 8)}, ShapeError, r"is \(2, 1, 4, 8, 8\), .* \(2, 1, 2, 4, 8, 8\)"),
+        (
+            {"ensemble": 2},
+            [view(40)],
+            {"forward": randn(2, 1, 4, 8, 8)},
+            ShapeError,
+            r"is \(2, 1, 4, 8, 8\), .* \(2, 1, 2, 4, 8, 8\)",
+        ),
         (INVERSION | {"ensemble": 2}, [], {}, ConfigError, "ddim_inversion has none"),
         ({"clip_denoised": True}, [], {}, ConfigError, "clip_denoised"),
     ],
@@ -219,7 +237,9 @@ def test_what_does_not_fit_is_refused(load, options, views, noise, error, messag
 @pytest.mark.parametrize("keep", [False, True])
 def test_an_inverted_dataset_holds_inverted_features(load, folders, make_config, keep):
     teacher = {"path": str(folders["epsilon"]), "options": INVERSION | {"keep_latents": keep}}
-    config = make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]}, transform={"px": 64})
+    config = make_config(
+        teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]}, transform={"px": 64}
+    )
     dataset, plain = FeatureDataset.open(run_extraction(config).url), Plain(folders["epsilon"], "epsilon")
     pixels = torch.from_numpy(dataset.read_image(5)).permute(2, 0, 1)[None].float() / 127.5 - 1
     wanted = plain.levels(plain.inverted(plain.latent(pixels), 40, 20), 40, taps_of(load(**INVERSION)))
@@ -227,12 +247,16 @@ def test_an_inverted_dataset_holds_inverted_features(load, folders, make_config,
         if level.tap != "vae":
             name = f"l{int(level.name[1:]) + 1}"  # counted in the teacher's image, twice the student's
             tolerance = 5e-3 if keep else 1e-4  # kept latents are rounded to float16
-            np.testing.assert_allclose(dataset.read_level(level.name, 5), wanted[name][0], atol=tolerance * float(wanted[name].abs().max()))
+            np.testing.assert_allclose(
+                dataset.read_level(level.name, 5), wanted[name][0], atol=tolerance * float(wanted[name].abs().max())
+            )
 
 
 def test_an_ensembles_noise_follows_from_the_key(load, folders, make_config):
     teacher = {"path": str(folders["epsilon"]), "options": {"ensemble": 2}}
-    config = make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]}, transform={"px": 64})
+    config = make_config(
+        teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]}, transform={"px": 64}
+    )
     dataset = FeatureDataset.open(run_extraction(config).url)
     noise = torch.from_numpy(draw_noise(0, dataset.keys[3], 0, "forward", (2, 4, 8, 8)))
     pixels = torch.from_numpy(dataset.read_image(3)).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.diffusion.files import is_unet_path
-from dtpipe.extract.teachers.stable_diffusion.files import Component, PipelineFiles, build, find_pipeline, is_pipeline_path
+from dtpipe.extract.teachers.stable_diffusion.files import (
+    Component,
+    PipelineFiles,
+    build,
+    find_pipeline,
+    is_pipeline_path,
+)
 from dtpipe.extract.teachers.stable_diffusion.levels import levels_of
 from dtpipe.extract.teachers.stable_diffusion.teacher import load_stable_diffusion
 from dtpipe.extract.teachers.stable_diffusion.text import embed_prompt, read_embedding
@@ -81,7 +87,9 @@ def test_the_layout_of_stable_diffusion_1_4_has_the_papers_strides_for_half_the_
     unet = build("UNet2DConditionModel", files.unet)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
     assert files.image_px == (512, 512)
-    assert [(level.name, level.stride, level.channels, level.tap) for level in levels_of(unet, files, None).values()] == [
+    assert [
+        (level.name, level.stride, level.channels, level.tap) for level in levels_of(unet, files, None).values()
+    ] == [
         ("l3", 8, 320, "up_blocks.3.attentions.2"),
         ("l4", 16, 640, "up_blocks.2.attentions.2"),
         ("l5", 32, 1280, "up_blocks.1.attentions.2"),
@@ -92,7 +100,10 @@ def test_the_layout_of_stable_diffusion_1_4_has_the_papers_strides_for_half_the_
 def test_a_path_is_taken_only_for_what_it_is(folder, tiny_teacher, tmp_path):
     assert is_pipeline_path(str(folder))
     assert not is_unet_path(str(folder))
-    assert not any(is_pipeline_path(str(path)) for path in (tiny_teacher, folder / "unet", tmp_path, "CompVis/stable-diffusion-v1-4", ""))
+    assert not any(
+        is_pipeline_path(str(path))
+        for path in (tiny_teacher, folder / "unet", tmp_path, "CompVis/stable-diffusion-v1-4", "")
+    )
 
 
 def test_tokens_are_padded_as_the_tokenizer_says(folder, tmp_path):
@@ -135,9 +146,16 @@ def test_a_text_embedding_has_one_row_per_token(tmp_path):
         found.append(read_embedding(path, 4))
     assert all(torch.equal(each.values, rows[None]) for each in found)
     assert found[0].blake3 != found[2].blake3
-    for wrong in ({"text": rows.T.contiguous()}, {"a": rows, "b": rows + 1}, {"text": torch.zeros(2, 2, 4)}, {"text": torch.zeros(4)}):
+    for wrong in (
+        {"text": rows.T.contiguous()},
+        {"a": rows, "b": rows + 1},
+        {"text": torch.zeros(2, 2, 4)},
+        {"text": torch.zeros(4)},
+    ):
         save_file(wrong, path)
-        with pytest.raises(TeacherError, match=r"text\.safetensors: holds .*; a text embedding is one tensor of shape \(tokens, 4\)"):
+        with pytest.raises(
+            TeacherError, match=r"text\.safetensors: holds .*; a text embedding is one tensor of shape \(tokens, 4\)"
+        ):
             read_embedding(path, 4)
     save_file({"text": rows / 0}, path)
     with pytest.raises(TeacherError, match="not finite"):
@@ -150,7 +168,9 @@ def test_weights_are_in_memory_once_while_they_load(tmp_path):
 
     Pages of the mapped file do not count, since the kernel takes them back when it likes; what is freed is given back at once.
     """
-    save_file({f"{idx}.weight": torch.zeros(1024, 1024, dtype=torch.float16) for idx in range(50)}, tmp_path / "w.safetensors")
+    save_file(
+        {f"{idx}.weight": torch.zeros(1024, 1024, dtype=torch.float16) for idx in range(50)}, tmp_path / "w.safetensors"
+    )
     script = tmp_path / "load.py"
     script.write_text(f"""
 import threading, torch
@@ -171,7 +191,9 @@ seen.append(own_mib()); done.set(); watcher.join()
 print(max(seen) - before)
 """)
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env={**os.environ, **at_once})
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, env={**os.environ, **at_once}
+    )
     assert 150 < float(result.stdout) < 1.3 * 200
 
 
@@ -183,7 +205,9 @@ def without(*names: str) -> Callable[[Path], None]:
 
 
 def setting(name: str, **changes: object) -> Callable[[Path], None]:
-    return lambda root: edit_json(root / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), **changes)
+    return lambda root: edit_json(
+        root / name / ("scheduler_config.json" if name == "scheduler" else "config.json"), **changes
+    )
 
 
 def tensor(name: str, key: str, value: torch.Tensor | None) -> Callable[[Path], None]:
@@ -247,9 +271,19 @@ def test_a_folder_that_does_not_fit_says_where_and_why(broken, damage, says):
     [
         ("nowhere/at/all", {}, TeacherError, "nowhere/at/all: no such folder; give the path"),
         ("CompVis/stable-diffusion-v1-4", {}, TeacherError, "give its commit"),
-        (None, {"prompt": "a a a a a a a a a a a"}, ConfigError, "prompt has 13 tokens, the text encoder takes 12; shorten it"),
+        (
+            None,
+            {"prompt": "a a a a a a a a a a a"},
+            ConfigError,
+            "prompt has 13 tokens, the text encoder takes 12; shorten it",
+        ),
         (None, {"prompt": "cat", "text_embedding": "x"}, ConfigError, "prompt and text_embedding are both given"),
-        (None, {"text_embedding": "missing.safetensors"}, TeacherError, r"missing\.safetensors: not readable as weights"),
+        (
+            None,
+            {"text_embedding": "missing.safetensors"},
+            TeacherError,
+            r"missing\.safetensors: not readable as weights",
+        ),
         (None, {"vae_dtype": "float16"}, ConfigError, r"extract\.teacher\.options\.vae_dtype"),
     ],
 )
@@ -262,5 +296,7 @@ def test_settings_that_do_not_fit_are_refused(folder, path, options, error, says
 def test_a_hub_repository_that_is_not_there_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(TeacherError, match=r"cannot be had from the hub or its cache .*; download it and give the folder"):
+    with pytest.raises(
+        TeacherError, match=r"cannot be had from the hub or its cache .*; download it and give the folder"
+    ):
         find_pipeline("CompVis/stable-diffusion-v1-4", "1" * 40)

@@ -26,7 +26,12 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import ViewSpec
 from parts import sd_pipelines as pipelines
 
-SD2 = {"layers_per_block": 2, "use_linear_projection": True, "upcast_attention": True, "attention_head_dim": (2, 4, 4, 8)}
+SD2 = {
+    "layers_per_block": 2,
+    "use_linear_projection": True,
+    "upcast_attention": True,
+    "attention_head_dim": (2, 4, 4, 8),
+}
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,7 +50,9 @@ def view(timestep: int = 150, flip: bool = False) -> ViewSpec:
     return ViewSpec(draw=0, timestep=timestep, flip=flip)
 
 
-def load(folder: Path | str, dtype: str = "float32", taps: dict[str, str] | None = None, **options: object) -> StableDiffusionTeacher:
+def load(
+    folder: Path | str, dtype: str = "float32", taps: dict[str, str] | None = None, **options: object
+) -> StableDiffusionTeacher:
     return load_stable_diffusion(TeacherConfig(path=str(folder), dtype=dtype, taps=taps, options=options))
 
 
@@ -95,7 +102,9 @@ def test_features_are_those_of_diffusers(folder, prompt):
     found = teacher.encode(images(), draws, views)
     for idx, each in enumerate(views):
         shown = images().flip(-1) if each.flip else images()
-        wanted = pipelines.plain_features(folder, shown, draws["forward"][:, idx], each.timestep, taps_of(teacher), prompt)
+        wanted = pipelines.plain_features(
+            folder, shown, draws["forward"][:, idx], each.timestep, taps_of(teacher), prompt
+        )
         for level in teacher.spec.levels:
             assert found[level.name].shape == (2, 3, level.channels, 64 // level.stride, 128 // level.stride)
             assert relative(found[level.name][:, idx], wanted[level.name]) < 1e-5
@@ -165,7 +174,10 @@ def test_features_from_kept_latents_are_the_same(folder):
 
 def test_latents_kept_in_float16_cost_less_than_storing_features_in_it(teacher):
     moments = {flip: each.half() for flip, each in teacher.encode_latents(images(), [view()]).items()}
-    exact, kept = (teacher.encode_from_latents(each, noise(), [view()]) for each in (teacher.encode_latents(images(), [view()]), moments))
+    exact, kept = (
+        teacher.encode_from_latents(each, noise(), [view()])
+        for each in (teacher.encode_latents(images(), [view()]), moments)
+    )
     assert all(0 < relative(kept[name], exact[name]) < 2**-11 for name in exact)
 
 
@@ -187,7 +199,10 @@ def test_a_prompt_changes_features_and_recipe(folder, teacher):
     other = loaded(folder, prompt="a cat")
     assert other.spec.options["prompt"] == "a cat"
     assert other.spec.weights_blake3 != teacher.spec.weights_blake3
-    assert relative(other.encode(images(), noise(), [view()])["l3"], teacher.encode(images(), noise(), [view()])["l3"]) > 1e-4
+    assert (
+        relative(other.encode(images(), noise(), [view()])["l3"], teacher.encode(images(), noise(), [view()])["l3"])
+        > 1e-4
+    )
 
 
 def test_an_embedding_file_stands_for_the_prompt(folder, tmp_path, monkeypatch):
@@ -197,7 +212,9 @@ def test_an_embedding_file_stands_for_the_prompt(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     teacher = load(folder, text_embedding=str(tmp_path / "text.safetensors"))
     found = teacher.encode(images(), noise(), [view()])
-    assert all(relative(found[name], wanted[name]) < 1e-5 for name in wanted)  # the encoder's last bits move with memory alignment
+    assert all(
+        relative(found[name], wanted[name]) < 1e-5 for name in wanted
+    )  # the encoder's last bits move with memory alignment
     with pytest.raises(MissingPackageError, match=r"pip install .dtpipe.sd.*text_embedding"):
         load(folder)
 
@@ -224,7 +241,9 @@ print(teacher.spec.options["text_blake3"])
 @pytest.mark.parametrize("latent", ["mean", "sampled"])
 def test_a_dataset_has_the_papers_levels_for_a_student_of_half_the_size(folder, make_config, latent):
     config = make_config(
-        teacher={"path": str(folder), "options": {"latent": latent}}, noise={"timesteps": [50], "flips": True}, shard={"samples": 8}
+        teacher={"path": str(folder), "options": {"latent": latent}},
+        noise={"timesteps": [50], "flips": True},
+        shard={"samples": 8},
     )
     dataset = FeatureDataset.open(run_extraction(config).url)
     assert dataset.recipe.student_px == (32, 32)
@@ -258,7 +277,9 @@ def test_kept_latents_give_other_timesteps_and_draws_without_the_vae(folder, mak
     with monkeypatch.context() as patched:
         patched.setattr(stable_diffusion, "_vae_encoder", lambda files: _without_vae(files))
         patched.setattr(stable_diffusion, "_load", _load_but_vae)
-        again = FeatureDataset.open(run_extraction(make_config(**other, out=str(tmp_path / "again"), images=kept.url)).url)
+        again = FeatureDataset.open(
+            run_extraction(make_config(**other, out=str(tmp_path / "again"), images=kept.url)).url
+        )
     assert again.recipe.source.kind == "features"
     assert sorted(again.keys) == sorted(direct.keys) == sorted(kept.keys)
     for key in direct.keys:
@@ -266,7 +287,10 @@ def test_kept_latents_give_other_timesteps_and_draws_without_the_vae(folder, mak
         np.testing.assert_array_equal(direct.read_image(rows[0]), again.read_image(rows[1]))
         for level in direct.levels:
             for idx in range(len(direct.views)):
-                expected, found = direct.read_level(level.name, rows[0], idx), again.read_level(level.name, rows[1], idx)
+                expected, found = (
+                    direct.read_level(level.name, rows[0], idx),
+                    again.read_level(level.name, rows[1], idx),
+                )
                 np.testing.assert_allclose(found, expected, rtol=0, atol=2**-10 * np.abs(expected).max())
 
 
@@ -289,11 +313,19 @@ def _load_but_vae(network: torch.nn.Module, tensors: object, where: Path, device
         ({"teacher": {"options": {"keep_latents": True, "prompt": "cat"}}}, False),  # another teacher, by its digest
     ],
 )
-def test_kept_latents_are_read_only_where_they_are_what_the_vae_would_give(folder, make_config, tmp_path, changes, reads):
-    kept = make_config(teacher={"path": str(folder), "options": {"keep_latents": True}}, noise={"timesteps": [50]}, shard={"samples": 8})
+def test_kept_latents_are_read_only_where_they_are_what_the_vae_would_give(
+    folder, make_config, tmp_path, changes, reads
+):
+    kept = make_config(
+        teacher={"path": str(folder), "options": {"keep_latents": True}},
+        noise={"timesteps": [50]},
+        shard={"samples": 8},
+    )
     dataset = FeatureDataset.open(run_extraction(kept).url)
     options = changes.get("teacher", {}).get("options", {"keep_latents": True})
-    config = make_config(teacher={"path": str(folder), "options": options}, noise=changes.get("noise", {"timesteps": [150]}))
+    config = make_config(
+        teacher={"path": str(folder), "options": options}, noise=changes.get("noise", {"timesteps": [150]})
+    )
     spec = load_teacher(config.teacher).spec
     found = StoredLatents.find(dataset, spec, make_recipe(config, spec, "features", "cpu"))
     assert (found is not None) == reads
@@ -340,7 +372,9 @@ def test_the_vae_stays_in_float32_with_a_float32_teacher(folder, teacher):
 def test_sizes_noise_and_timesteps_that_do_not_fit_are_refused(teacher):
     with pytest.raises(ShapeError, match="images are 64x96; this teacher needs sides that are multiples of 64"):
         teacher.encode(images(2, 64, 96), noise(), [view()])
-    with pytest.raises(ShapeError, match=r"noise\['forward'\] is \(2, 1, 4, 8, 16\), latents and views ask for \(2, 2, 4, 8, 16\)"):
+    with pytest.raises(
+        ShapeError, match=r"noise\['forward'\] is \(2, 1, 4, 8, 16\), latents and views ask for \(2, 2, 4, 8, 16\)"
+    ):
         teacher.encode(images(), noise(), [view(), view(50)])
     with pytest.raises(ConfigError, match=r"timestep 1000 is beyond this teacher's 1000 \(0..999\)"):
         teacher.encode(images(), noise(), [view(1000)])

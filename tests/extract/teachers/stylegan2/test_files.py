@@ -30,7 +30,15 @@ from parts import stylegan2_snapshots as files
 FIXTURES = paths.FIXTURES / "stylegan2"
 PARITY = paths.PARITY / "stylegan2_nvidia"
 LAYOUT = Layout(
-    z_dim=6, w_dim=5, num_classes=0, embed_dim=0, mapping_widths=(7, 5), base_px=(4, 4), channels=(4, 5, 3), conv_clamp=2.0, mapping_lr=0.02
+    z_dim=6,
+    w_dim=5,
+    num_classes=0,
+    embed_dim=0,
+    mapping_widths=(7, 5),
+    base_px=(4, 4),
+    channels=(4, 5, 3),
+    conv_clamp=2.0,
+    mapping_lr=0.02,
 )
 TENSORS: dict[str, Tensor] = files.random_weights(LAYOUT)
 
@@ -61,13 +69,17 @@ def test_a_snapshot_gives_its_averaged_weights_and_settings(protocol: int, tmp_p
 def test_a_snapshot_holds_the_originals_state_dict() -> None:
     wanted = torch.load(PARITY / "state_dict.pt", weights_only=True)
     tensors, _ = read_checkpoint(PARITY / "network-snapshot-tiny.pkl", ema=True)
-    unused = {"synthesis.b4.resample_filter"} | {f"synthesis.b{res}.conv1.resample_filter" for res in (4, 8, 16, 32, 64)}
+    unused = {"synthesis.b4.resample_filter"} | {
+        f"synthesis.b{res}.conv1.resample_filter" for res in (4, 8, 16, 32, 64)
+    }
     assert same_tensors(tensors, {name: value for name, value in wanted.items() if name not in unused})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_precision_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
-    path = write(tmp_path / "x.pkl", files.snapshot({name: tensor.to(dtype) for name, tensor in TENSORS.items()}, LAYOUT))
+    path = write(
+        tmp_path / "x.pkl", files.snapshot({name: tensor.to(dtype) for name, tensor in TENSORS.items()}, LAYOUT)
+    )
     weight = loaded(path).network.state_dict()["synthesis.b8.conv1.weight"]
     assert torch.equal(weight, TENSORS["synthesis.b8.conv1.weight"].to(dtype).float())
 
@@ -75,7 +87,9 @@ def test_weights_of_other_precision_become_float32(dtype: torch.dtype, tmp_path:
 def test_strided_and_shared_storages_are_read(tmp_path: Path) -> None:
     """Weights in channels-last memory, and two that are parts of one storage."""
     tensors = dict(TENSORS)
-    tensors["synthesis.b8.conv1.weight"] = tensors["synthesis.b8.conv1.weight"].contiguous(memory_format=torch.channels_last)
+    tensors["synthesis.b8.conv1.weight"] = tensors["synthesis.b8.conv1.weight"].contiguous(
+        memory_format=torch.channels_last
+    )
     both = torch.stack([tensors["synthesis.b8.conv1.bias"], tensors["synthesis.b8.conv0.bias"]])
     tensors |= {"synthesis.b8.conv1.bias": both[0], "synthesis.b8.conv0.bias": both[1]}
     assert same_tensors(read_checkpoint(write(tmp_path / "x.pkl", files.snapshot(tensors, LAYOUT)), True)[0], TENSORS)
@@ -133,7 +147,9 @@ def bombs(trap: Path) -> dict[str, Callable[[dict[str, Any]], None]]:
         "in place of a module": lambda content: state(content)["_modules"].update(synthesis=Bomb(trap)),
         "in place of a tensor": lambda content: layer(content)["_buffers"].update(noise_const=Bomb(trap)),
         "inside a storage": lambda content: layer(content)["_buffers"].update(networks),
-        "as a shape": lambda content: layer(content)["_buffers"].update(noise_const=Rebuilt(storage, 0, Bomb(trap), (1,), False, {})),
+        "as a shape": lambda content: layer(content)["_buffers"].update(
+            noise_const=Rebuilt(storage, 0, Bomb(trap), (1,), False, {})
+        ),
     }
 
 
@@ -196,13 +212,19 @@ def cut(name: str) -> Callable[[dict[str, Any]], None]:
 
 LAYER = ("synthesis", "b8", "conv1")
 NOT_STYLEGAN2: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "resnet": (lambda content: layer(content, "synthesis", "b8").update(architecture="resnet"), "architecture 'resnet'"),
+    "resnet": (
+        lambda content: layer(content, "synthesis", "b8").update(architecture="resnet"),
+        "architecture 'resnet'",
+    ),
     "activation": (lambda content: layer(content, *LAYER).update(activation="relu"), "activation 'relu'"),
     "no noise": (lambda content: layer(content, *LAYER).update(use_noise=False), "use_noise False"),
     "two clamps": (lambda content: layer(content, *LAYER).update(conv_clamp=7), "conv_clamp is not one number"),
     "clamp of text": (lambda content: layer(content, *LAYER).update(conv_clamp="7"), "conv_clamp is not one number"),
     "no averaged network": (lambda content: content.pop("G_ema"), "no network 'G_ema'"),
-    "discriminator": (lambda content: content["G_ema"].call[1][0].update(class_name="Discriminator"), "no network 'G_ema'"),
+    "discriminator": (
+        lambda content: content["G_ema"].call[1][0].update(class_name="Discriminator"),
+        "no network 'G_ema'",
+    ),
     "no synthesis": (cut("synthesis"), "synthesis.b4.const is missing"),
     "no mapping": (cut("mapping"), "mapping.fc0.weight is missing"),
     "state of text": (lambda content: content["G_ema"].call[1][0].update(state="x"), "no module"),
@@ -210,20 +232,34 @@ NOT_STYLEGAN2: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "inside itself": (lambda content: state(content)["_modules"].update(again=content["G_ema"]), "twice"),
     "unknown tensor": (lambda content: state(content)["_buffers"].update(more=torch.zeros(3)), "more is unexpected"),
     "missing tensor": (lambda content: layer(content, *LAYER)["_parameters"].pop("bias"), "conv1.bias is missing"),
-    "wrong shape": (lambda content: layer(content, *LAYER)["_parameters"].update(bias=torch.zeros(9)), r"has shape \(9,\)"),
-    "wrong rank": (lambda content: layer(content, *LAYER)["_parameters"].update(weight=torch.zeros(9)), r"has shape \(9,\)"),
+    "wrong shape": (
+        lambda content: layer(content, *LAYER)["_parameters"].update(bias=torch.zeros(9)),
+        r"has shape \(9,\)",
+    ),
+    "wrong rank": (
+        lambda content: layer(content, *LAYER)["_parameters"].update(weight=torch.zeros(9)),
+        r"has shape \(9,\)",
+    ),
     "no latent": (
         lambda content: layer(content, "mapping")["_modules"].update(
             embed=files.module("FullyConnectedLayer", {"weight": torch.zeros(6, 2)}, {})
         ),
         "no latent beside the class",
     ),
-    "not finite": (lambda content: layer(content, *LAYER)["_parameters"].update(bias=torch.full((5,), torch.nan)), "not finite"),
+    "not finite": (
+        lambda content: layer(content, *LAYER)["_parameters"].update(bias=torch.full((5,), torch.nan)),
+        "not finite",
+    ),
     "grey": (
-        lambda content: layer(content, "synthesis", "b4", "torgb")["_parameters"].update(weight=torch.zeros(1, 4, 1, 1)),
+        lambda content: layer(content, "synthesis", "b4", "torgb")["_parameters"].update(
+            weight=torch.zeros(1, 4, 1, 1)
+        ),
         "images of 1 channels",
     ),
-    "text for a tensor": (lambda content: layer(content, *LAYER)["_parameters"].update(bias="x"), "conv1.bias: is no tensor"),
+    "text for a tensor": (
+        lambda content: layer(content, *LAYER)["_parameters"].update(bias="x"),
+        "conv1.bias: is no tensor",
+    ),
     "beyond its storage": (
         lambda content: layer(content, *LAYER)["_parameters"].update(bias=rebuilt(offset=3)),
         "conv1.bias: is no tensor of numbers",
@@ -232,9 +268,14 @@ NOT_STYLEGAN2: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda content: layer(content, *LAYER)["_parameters"].update(bias=rebuilt(size=(10**9, 10**9), stride=(0, 0))),
         "more values than the 5",
     ),
-    "shape of text": (lambda content: layer(content, *LAYER)["_parameters"].update(bias=rebuilt(size=("5",))), "is no tensor of numbers"),
+    "shape of text": (
+        lambda content: layer(content, *LAYER)["_parameters"].update(bias=rebuilt(size=("5",))),
+        "is no tensor of numbers",
+    ),
     "storage of nothing": (
-        lambda content: layer(content, *LAYER)["_parameters"].update(bias=Rebuilt(Storage(range(5)), 0, (5,), (1,), False, {})),
+        lambda content: layer(content, *LAYER)["_parameters"].update(
+            bias=Rebuilt(Storage(range(5)), 0, (5,), (1,), False, {})
+        ),
         "no storage of torch",
     ),
 }
@@ -270,7 +311,9 @@ def test_a_cut_file_is_refused(tmp_path: Path) -> None:
 
 def test_tensorflow_networks_give_the_same_weights(tmp_path: Path) -> None:
     layout = replace(LAYOUT, mapping_lr=0.01)
-    tensors = {name: torch.outer(taps, taps) / 64 if name.endswith("filter") else each for name, each in TENSORS.items()}
+    tensors = {
+        name: torch.outer(taps, taps) / 64 if name.endswith("filter") else each for name, each in TENSORS.items()
+    }
     path = write(tmp_path / "x.pkl", files.tensorflow(tensors, conv_clamp=2.0))
     found, found_layout = read_checkpoint(path, ema=True)
     assert found.keys() == tensors.keys() and found_layout == layout
@@ -278,7 +321,9 @@ def test_tensorflow_networks_give_the_same_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)  # scales are stored without their 1
     classes = replace(LAYOUT, num_classes=3, embed_dim=5)
     conditional = files.random_weights(classes)
-    path = write(tmp_path / "classes.pkl", files.tensorflow(conditional, label_size=3, mapping_lrmul=0.02, conv_clamp=2.0))
+    path = write(
+        tmp_path / "classes.pkl", files.tensorflow(conditional, label_size=3, mapping_lrmul=0.02, conv_clamp=2.0)
+    )
     assert read_checkpoint(path, ema=True)[1] == classes
     assert loaded(path).spec.noise_shapes["label"] == (3,)
 
@@ -319,7 +364,13 @@ def test_damaged_tensorflow_networks_are_refused(tmp_path: Path) -> None:
 def test_a_training_checkpoint_of_rosinality_has_flags_and_no_mean_style(tmp_path: Path) -> None:
     stored = torch.load(FIXTURES / "rosinality.pt", weights_only=True)
     doubled = {name: 2 * tensor for name, tensor in stored["g_ema"].items()}
-    training = {"g": doubled, "d": {}, "g_ema": stored["g_ema"], "g_optim": {"state": {}}, "args": argparse.Namespace(size=64)}
+    training = {
+        "g": doubled,
+        "d": {},
+        "g_ema": stored["g_ema"],
+        "g_optim": {"state": {}},
+        "args": argparse.Namespace(size=64),
+    }
     torch.save(training, tmp_path / "x.pt")
     torch.save(training, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     z = {"z": torch.from_numpy(draw_noise(5, "a", 0, "z", (2, 48)))}

@@ -34,7 +34,15 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 PARITY_TOLERANCE = 1e-4  # the originals', on values up to 12; 7e-6 is reached
 LAYOUT = Layout(
-    z_dim=6, w_dim=5, num_classes=3, embed_dim=4, mapping_widths=(7, 5), base_px=(4, 4), channels=(4, 5, 3), conv_clamp=2.0, mapping_lr=0.01
+    z_dim=6,
+    w_dim=5,
+    num_classes=3,
+    embed_dim=4,
+    mapping_widths=(7, 5),
+    base_px=(4, 4),
+    channels=(4, 5, 3),
+    conv_clamp=2.0,
+    mapping_lr=0.01,
 )
 
 
@@ -52,7 +60,8 @@ def written(tmp_path: Path, layout: Layout = LAYOUT, seed: int = 0) -> tuple[Pat
 
 def drawn(teacher: StyleGan2Teacher, batch: int = 2) -> dict[str, Tensor]:
     rows = [
-        {stream: draw_noise(0, str(row), 0, stream, shape) for stream, shape in teacher.spec.noise_shapes.items()} for row in range(batch)
+        {stream: draw_noise(0, str(row), 0, stream, shape) for stream, shape in teacher.spec.noise_shapes.items()}
+        for row in range(batch)
     ]
     return {stream: torch.from_numpy(np.stack([row[stream] for row in rows])) for stream in rows[0]}
 
@@ -109,7 +118,9 @@ def test_styles_images_and_features_are_those_of_the_original(file: str, call: s
 
 
 @pytest.mark.skipif(not PARITY.exists(), reason="the whole arrays of the original code are not here")
-@pytest.mark.parametrize(("folder", "file"), [("stylegan2_nvidia", "network-snapshot-tiny.pkl"), ("stylegan2_rosinality", "checkpoint.pt")])
+@pytest.mark.parametrize(
+    ("folder", "file"), [("stylegan2_nvidia", "network-snapshot-tiny.pkl"), ("stylegan2_rosinality", "checkpoint.pt")]
+)
 def test_all_arrays_of_the_original(folder: str, file: str) -> None:
     arrays = {name: value.numpy() for name, value in torch.load(PARITY / folder / "io.pt", weights_only=True).items()}
     errors: dict[str, float] = {}
@@ -153,13 +164,18 @@ def test_it_computes_the_papers_equations(layout: Layout, tmp_path: Path) -> Non
 @pytest.mark.parametrize("scaled_epsilon", [False, True])
 def test_weights_as_small_as_epsilon_are_demodulated_as_in_either_code(scaled_epsilon: bool) -> None:
     layout = replace(LAYOUT, num_classes=0, embed_dim=0, conv_clamp=None, scaled_epsilon=scaled_epsilon)
-    tensors = {name: tensor * (1e-5 if tensor.shape[2:] == (3, 3) else 1) for name, tensor in files.random_weights(layout).items()}
+    tensors = {
+        name: tensor * (1e-5 if tensor.shape[2:] == (3, 3) else 1)
+        for name, tensor in files.random_weights(layout).items()
+    }
     network = Generator(layout)
     network.load_state_dict(tensors)
     styles = torch.randn(1, layout.num_styles, layout.w_dim, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         image = network.synthesis(styles, None)[0]
-    np.testing.assert_allclose(image, files.reference(tensors, layout, styles[0].double().numpy(), None)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        image, files.reference(tensors, layout, styles[0].double().numpy(), None)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_noise_maps_are_random_the_checkpoints_or_none(tmp_path: Path) -> None:
@@ -233,11 +249,16 @@ def test_low_precision_is_close_and_its_features_can_be_stored(dtype: str, toler
 def test_float16_keeps_clear_of_its_range(tmp_path: Path) -> None:
     """Plain weights of this size would sum to more than 65504 before the demodulation brings them back."""
     layout = replace(LAYOUT, num_classes=0, embed_dim=0, conv_clamp=256.0, channels=(64, 64, 64))
-    tensors = {name: tensor * (40 if tensor.shape[2:] == (3, 3) else 1) for name, tensor in files.random_weights(layout).items()}
+    tensors = {
+        name: tensor * (40 if tensor.shape[2:] == (3, 3) else 1)
+        for name, tensor in files.random_weights(layout).items()
+    }
     tensors["synthesis.b4.const"] *= 250
     (tmp_path / "x.pkl").write_bytes(files.dumps(files.snapshot(tensors, layout)))
     exact = teacher_of(tmp_path / "x.pkl", noise_mode="none")
-    low = load_stylegan2_teacher(TeacherConfig(path=str(tmp_path / "x.pkl"), dtype="float16", options={"noise_mode": "none"}))
+    low = load_stylegan2_teacher(
+        TeacherConfig(path=str(tmp_path / "x.pkl"), dtype="float16", options={"noise_mode": "none"})
+    )
     noise = drawn(exact)
     for level, values in exact.synthesize(noise)[1].items():
         assert float((low.synthesize(noise)[1][level] - values).norm() / values.norm()) < 0.01
@@ -248,11 +269,15 @@ def test_levels_have_the_usual_strides_and_taps_can_be_named(tmp_path: Path) -> 
     levels = [(level.name, level.stride, level.channels, level.tap) for level in teacher_of(path).spec.levels]
     wanted = [("l2", 4, 6, 32), ("l3", 8, 7, 16), ("l4", 16, 8, 8), ("l5", 32, 9, 4)]
     assert levels == [(name, stride, width, f"synthesis.b{res}.conv1") for name, stride, width, res in wanted]
-    config = TeacherConfig(path=str(path), taps={"l3": "synthesis.b16.conv0", "l3.b": "synthesis.b16", "l0": "synthesis.b128.conv1"})
+    config = TeacherConfig(
+        path=str(path), taps={"l3": "synthesis.b16.conv0", "l3.b": "synthesis.b16", "l0": "synthesis.b128.conv1"}
+    )
     teacher = load_stylegan2_teacher(config)
     assert [(level.name, level.stride) for level in teacher.spec.levels] == [("l0", 1), ("l3", 8), ("l3.b", 8)]
     noise = drawn(teacher)
-    plain = TapReader(teacher.network, config.taps or {}).read(lambda: make_images(teacher.network, noise, teacher.options))
+    plain = TapReader(teacher.network, config.taps or {}).read(
+        lambda: make_images(teacher.network, noise, teacher.options)
+    )
     found = teacher.synthesize(noise)[1]
     assert all(torch.equal(found[name], plain[name]) for name in found)
 
@@ -293,11 +318,16 @@ def test_the_spec_tells_apart_what_gives_other_features(tmp_path: Path) -> None:
 def test_a_dataset_holds_what_the_generator_makes(tmp_path: Path) -> None:
     path, _ = written(tmp_path)
     settings = {"num_samples": 5, "out": str(tmp_path / "out"), "batch_size": 2, "inline": True, "device": "cpu"}
-    config = ExtractConfig.model_validate({**settings, "teacher": {"path": str(path)}, "shard": {"samples": 3, "dtype": "float32"}})
+    config = ExtractConfig.model_validate(
+        {**settings, "teacher": {"path": str(path)}, "shard": {"samples": 3, "dtype": "float32"}}
+    )
     dataset = FeatureDataset.open(run_extraction(config).url)
     teacher = teacher_of(path)
     for row in dataset.ok_rows:
-        streams = {stream: draw_noise(0, f"z/{row:09d}", 0, stream, shape) for stream, shape in teacher.spec.noise_shapes.items()}
+        streams = {
+            stream: draw_noise(0, f"z/{row:09d}", 0, stream, shape)
+            for stream, shape in teacher.spec.noise_shapes.items()
+        }
         image, levels = teacher.synthesize({stream: torch.from_numpy(each[None]) for stream, each in streams.items()})
         np.testing.assert_allclose(dataset.read_level("l2", row), levels["l2"][0], atol=1e-5)
         assert np.abs(dataset.read_image(row) - (image[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 0.51

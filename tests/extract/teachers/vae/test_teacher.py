@@ -47,11 +47,19 @@ F16 = {
 KL_TAPS = {"l2": "decoder.up_blocks.1.resnets.1", "l3": "decoder.up_blocks.0.resnets.1"}
 CASES = {
     "kl": (AutoencoderKL, F8, KL_TAPS),
-    "kl_without_quant_conv": (AutoencoderKL, F8 | {"use_quant_conv": False, "use_post_quant_conv": False, "latent_channels": 16}, KL_TAPS),
+    "kl_without_quant_conv": (
+        AutoencoderKL,
+        F8 | {"use_quant_conv": False, "use_post_quant_conv": False, "latent_channels": 16},
+        KL_TAPS,
+    ),
     "vq_f16": (
         VQModel,
         F16,
-        {"l2": "decoder.up_blocks.2.resnets.1", "l3": "decoder.up_blocks.1.resnets.1", "l4": "decoder.up_blocks.0.attentions.1"},
+        {
+            "l2": "decoder.up_blocks.2.resnets.1",
+            "l3": "decoder.up_blocks.1.resnets.1",
+            "l4": "decoder.up_blocks.0.attentions.1",
+        },
     ),
     "tiny": (AutoencoderTiny, {"latent_channels": 4}, {"l2": "decoder.layers.9", "l3": "decoder.layers.4"}),
 }
@@ -87,7 +95,9 @@ def hooked(network: torch.nn.Module, taps: dict[str, str], run: Callable[[], obj
     """Outputs of modules during a whole, plain forward pass."""
     found: dict[str, torch.Tensor] = {}
     for name, path in taps.items():
-        network.get_submodule(path).register_forward_hook(lambda _m, _a, output, name=name: found.__setitem__(name, output.detach()))
+        network.get_submodule(path).register_forward_hook(
+            lambda _m, _a, output, name=name: found.__setitem__(name, output.detach())
+        )
     with torch.no_grad():
         run()
     return found
@@ -105,7 +115,9 @@ def test_levels_are_those_of_the_whole_forward_pass_of_diffusers(case: str, tmp_
     teacher = load(save(tmp_path, case))
     images = pictures()
     network = network_class.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
-    tiny = network_class is AutoencoderTiny  # its forward() rounds latents to bytes, as if stored: encode and decode do not
+    tiny = (
+        network_class is AutoencoderTiny
+    )  # its forward() rounds latents to bytes, as if stored: encode and decode do not
     wanted = hooked(network, taps, lambda: network.decode(network.encode(images).latents) if tiny else network(images))
     found = teacher.encode(images, {}, ONE_VIEW)
     assert {level.name: level.tap for level in teacher.spec.levels} == taps
@@ -119,12 +131,18 @@ def test_a_sampled_latent_is_mean_plus_deviation_times_noise(kl_folder: Path) ->
     teacher = load(kl_folder, options={"latent": "sampled"})
     assert teacher.spec.noise_shapes == {"vae": (1, -1, -1)}
     images, draws = pictures(), torch.from_numpy(draw_noise(0, "key", 0, "vae", (2, 3, 1, 32, 64)))
-    views = [ViewSpec(draw=0, timestep=None), ViewSpec(draw=4, timestep=None), ViewSpec(draw=4, timestep=None, flip=True)]
+    views = [
+        ViewSpec(draw=0, timestep=None),
+        ViewSpec(draw=4, timestep=None),
+        ViewSpec(draw=4, timestep=None, flip=True),
+    ]
     found = teacher.encode(images, {"vae": draws}, views)
     network = AutoencoderKL.from_pretrained(kl_folder, low_cpu_mem_usage=False).eval().double()
     for idx, view in enumerate(views):
         shown = (images.flip(-1) if view.flip else images).double()
-        mean, logvar = network.encode(shown).latent_dist.parameters.detach().numpy().reshape(2, 2, 4, 4, 8).swapaxes(0, 1)
+        mean, logvar = (
+            network.encode(shown).latent_dist.parameters.detach().numpy().reshape(2, 2, 4, 4, 8).swapaxes(0, 1)
+        )
         noise = np.empty_like(mean)
         for channel, row, column in np.ndindex(4, 4, 8):
             noise[:, channel, row, column] = draws[:, idx, 0, row * 8 + channel // 8, column * 8 + channel % 8]
@@ -135,9 +153,15 @@ def test_a_sampled_latent_is_mean_plus_deviation_times_noise(kl_folder: Path) ->
 
 
 def test_noise_is_asked_for_in_as_many_channels_as_cells_need(tmp_path: Path) -> None:
-    f2 = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    f2 = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     teacher = load(
-        save(tmp_path, latent_channels=9, **f2), options={"latent": "sampled"}, taps={"l0": "decoder.conv_out", "l1": "decoder.conv_in"}
+        save(tmp_path, latent_channels=9, **f2),
+        options={"latent": "sampled"},
+        taps={"l0": "decoder.conv_out", "l1": "decoder.conv_in"},
     )
     assert teacher.spec.noise_shapes == {"vae": (3, -1, -1)}
     draws = torch.from_numpy(draw_noise(0, "key", 0, "vae", (1, 1, 3, 32, 32)))
@@ -146,7 +170,11 @@ def test_noise_is_asked_for_in_as_many_channels_as_cells_need(tmp_path: Path) ->
 
 def test_a_flipped_view_sees_the_flipped_image_and_draws_of_a_mean_are_equal(kl_folder: Path) -> None:
     teacher, images = load(kl_folder), pictures()
-    views = [ViewSpec(draw=0, timestep=None), ViewSpec(draw=0, timestep=None, flip=True), ViewSpec(draw=1, timestep=None)]
+    views = [
+        ViewSpec(draw=0, timestep=None),
+        ViewSpec(draw=0, timestep=None, flip=True),
+        ViewSpec(draw=1, timestep=None),
+    ]
     found = teacher.encode(images, {}, views)
     flipped = teacher.encode(images.flip(-1), {}, ONE_VIEW)
     assert torch.equal(found["l2"][:, 1], flipped["l2"][:, 0])
@@ -158,7 +186,10 @@ def test_features_do_not_depend_on_the_batch_and_padding_is_finite(kl_folder: Pa
     teacher, images = load(kl_folder, options={"latent": "sampled"}), pictures(3)
     draws = torch.from_numpy(draw_noise(0, "key", 0, "vae", (3, 1, 1, 32, 64)))
     images[2], draws[2] = 0, 0
-    together, alone = teacher.encode(images, {"vae": draws}, ONE_VIEW), teacher.encode(images[1:2], {"vae": draws[1:2]}, ONE_VIEW)
+    together, alone = (
+        teacher.encode(images, {"vae": draws}, ONE_VIEW),
+        teacher.encode(images[1:2], {"vae": draws[1:2]}, ONE_VIEW),
+    )
     assert all(largest_error(together[name][1:2], alone[name]) < 1e-5 for name in alone)
     assert all(bool(level.isfinite().all()) for level in together.values())
 
@@ -204,7 +235,10 @@ def test_the_pass_ends_after_the_last_tap(kl_folder: Path) -> None:
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 3e-3), ("bfloat16", 3e-2)])
 def test_low_precision_is_near_and_comes_back_storable(kl_folder: Path, dtype: str, limit: float) -> None:
     images = pictures()
-    exact, rounded = load(kl_folder).encode(images, {}, ONE_VIEW), load(kl_folder, dtype=dtype).encode(images, {}, ONE_VIEW)
+    exact, rounded = (
+        load(kl_folder).encode(images, {}, ONE_VIEW),
+        load(kl_folder, dtype=dtype).encode(images, {}, ONE_VIEW),
+    )
     for name, level in rounded.items():
         assert level.dtype in (torch.float16, torch.float32)
         assert 0 < largest_error(level, exact[name]) < limit
@@ -258,7 +292,10 @@ def test_taesd_files_give_the_features_of_the_original(variant: str, levels: str
 
 def test_taesd_files_are_found_by_folder_and_by_either_file(tmp_path: Path) -> None:
     taesd_folder(tmp_path, "taesd")
-    found = [load_teacher(TeacherConfig(path=str(tmp_path / name))).spec for name in ("", "taesd_encoder.pth", "taesd_decoder.pth")]
+    found = [
+        load_teacher(TeacherConfig(path=str(tmp_path / name))).spec
+        for name in ("", "taesd_encoder.pth", "taesd_decoder.pth")
+    ]
     assert found[0] == found[1] == found[2]
     assert (found[0].kind, found[0].options["network"], found[0].image_px) == ("vae", "TAESD", (256, 256))
     for part in ("encoder", "decoder"):
@@ -277,7 +314,11 @@ def test_taesd_files_are_found_by_folder_and_by_either_file(tmp_path: Path) -> N
 def test_only_autoencoders_are_recognised(kl_folder: Path, tmp_path: Path) -> None:
     assert is_autoencoder_path(str(kl_folder))
     UNet2DModel(
-        8, block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=4
+        8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
     ).save_config(tmp_path)
     for path in (tmp_path, tmp_path / "config.json", tmp_path / "none", "owner/name", "\0", "x" * 5000):
         assert not is_autoencoder_path(str(path))
@@ -295,7 +336,10 @@ def edit_config(folder: Path, **changes: object) -> None:
         (lambda folder: edit_config(folder, in_channels=4), "does not take and give RGB"),
         (lambda folder: edit_config(folder, norm_num_groups=5), "diffusers cannot build this AutoencoderKL"),
         (lambda folder: edit_config(folder, latent_channels=3), "weights do not fit their config"),
-        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50]), "not readable as weights"),
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50]),
+            "not readable as weights",
+        ),
         (lambda folder: (folder / WEIGHTS).unlink(), "holds none of"),
         (lambda folder: (folder / "config.json").unlink(), "not readable as JSON"),
         (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
@@ -344,7 +388,10 @@ def test_an_extracted_dataset_holds_the_features_of_its_draws(
     again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, dataset.keys)
     for name, level in again.items():
         np.testing.assert_allclose(
-            np.stack([dataset.read_level(name, row, view) for row in range(8) for view in range(4)]), level.flatten(0, 1), 1e-4, 1e-5
+            np.stack([dataset.read_level(name, row, view) for row in range(8) for view in range(4)]),
+            level.flatten(0, 1),
+            1e-4,
+            1e-5,
         )
     other = run_extraction(make_config(**config.model_dump() | {"out": str(tmp_path / "other"), "decode_threads": 3}))
     assert other.digest == result.digest
@@ -355,7 +402,9 @@ def test_several_draws_of_a_latent_without_noise_are_refused(
 ) -> None:
     """They would be equal, and stored twice."""
     config = make_config(teacher={"path": str(kl_folder)}, noise={"draws": 2})
-    with pytest.raises(ConfigError, match=r"extract\.noise\.draws is 2, and this teacher's encoding has no noise; leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"extract\.noise\.draws is 2, and this teacher's encoding has no noise; leave it out"
+    ):
         run_extraction(config)
     assert not (tmp_path / "features").exists()
 
@@ -365,8 +414,14 @@ def test_several_draws_of_a_latent_without_noise_are_refused(
 def test_real_weights_reconstruct_photographs() -> None:
     teacher = load_teacher(TeacherConfig(path=str(SHARED / "weights" / "taef2")))
     assert isinstance(teacher, VaeTeacher)
-    files = [sorted(folder.iterdir())[0] for folder in sorted((SHARED / "data" / "flowers5_128").iterdir()) if folder.is_dir()]
-    images = torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("RGB").crop((0, 0, 128, 128))) for file in files]))
+    files = [
+        sorted(folder.iterdir())[0]
+        for folder in sorted((SHARED / "data" / "flowers5_128").iterdir())
+        if folder.is_dir()
+    ]
+    images = torch.from_numpy(
+        np.stack([np.asarray(Image.open(file).convert("RGB").crop((0, 0, 128, 128))) for file in files])
+    )
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.inference_mode():
         decoded = teacher.network.decode(teacher.latent(pixels)).sample.clamp(-1, 1)
