@@ -283,7 +283,7 @@ def test_faults_are_armed_by_the_command_line_only(image_folder: Path, teacher: 
 
 def test_ctrl_c_stops_with_130_and_one_line(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom dtpipe.pipeline import cli\n"
+        "import sys, time\nfrom dtpipe.pipeline.cli import main as cli\n"
         "def wait(self, ctx):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "cli.DtpipeGroup.invoke = wait\ncli.main(['list'])"
     )
