@@ -25,7 +25,7 @@ from dtpipe.distill.engine.optim import build_optimizer, learning_rate, set_lear
 from dtpipe.distill.engine.progress import Meter, OnProgress, RunResult, TrainProgress, shares, waiting_advice
 from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks
 from dtpipe.distill.engine.run_folder import LAST, RunFolder, read_metrics
-from dtpipe.distill.engine.timing import StopRequest, Stopwatch, catch_stop_signals
+from dtpipe.distill.engine.timing import Stopwatch
 from dtpipe.distill.losses.features import feature_loss
 from dtpipe.distill.stream.batch import FeatureBatch, student_images
 from dtpipe.distill.stream.data import OpenedData, OpenSource, open_data
@@ -44,6 +44,7 @@ from dtpipe.distill.student.distiller import (
 )
 from dtpipe.distill.student.load import spec_to_dict
 from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedError
+from dtpipe.manifests.stopping import StopRequest
 
 NUM_KEYS_SHOWN = 8
 
@@ -71,7 +72,7 @@ def train(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             trainer = Trainer(config, data, device, teacher, ranks)
-            with ExitStack() as stack, catch_stop_signals() as signals:
+            with ExitStack() as stack, StopRequest() as signals:
                 folder = _hold_folder(config, fresh, data, ranks, stack)
                 return run(trainer, folder, stop or signals, on_progress or _ignore)
 

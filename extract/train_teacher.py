@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dtpipe.extract.stopping import StopRequest
+from dtpipe.manifests.stopping import StopRequest
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_data import TrainImages, draw_batch, load_images
 from dtpipe.extract.train_export import SAMPLES, export_teacher

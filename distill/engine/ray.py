@@ -22,11 +22,11 @@ from typing import Any
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.progress import OnProgress, RunResult, TrainProgress
 from dtpipe.distill.engine.run_folder import RunFolder, read_metrics
-from dtpipe.distill.engine.timing import StopRequest, catch_stop_signals
 from dtpipe.distill.stream.data import OpenSource, open_data
 from dtpipe.distill.stream.live import OpenLive
 from dtpipe.distill.trainer import train
 from dtpipe.manifests.errors import DtpipeError, IncompleteError, MissingPackageError
+from dtpipe.manifests.stopping import StopRequest
 
 STOP, END, STORE = ".stop", ".end.json", ".ray"
 POLL_S = 0.5
@@ -52,7 +52,7 @@ def train_on_ray(
     for name in (STOP, END):
         (folder / name).unlink(missing_ok=True)
     trainer = _make_trainer(config, num_workers, gpus, {"live": live, "open_source": open_source})
-    with catch_stop_signals() as stop, ThreadPoolExecutor(1, thread_name_prefix="dtpipe-ray-train") as pool:
+    with StopRequest() as stop, ThreadPoolExecutor(1, thread_name_prefix="dtpipe-ray-train") as pool:
         fitted = pool.submit(trainer.fit)
         _watch(folder, stop, fitted.done, on_progress)
     error = fitted.exception()
@@ -113,10 +113,10 @@ def _use_device() -> None:
 
 
 def _await_stop(folder: Path, stop: StopRequest) -> None:
-    while stop.signal is None:
+    while not stop.requested:
         time.sleep(POLL_S)
         if (folder / STOP).exists():
-            stop.signal = signal.Signals(int((folder / STOP).read_text() or signal.SIGTERM))
+            stop.request(int((folder / STOP).read_text() or signal.SIGTERM))
 
 
 def _watch(folder: Path, stop: StopRequest, done: Callable[[], bool], on_progress: OnProgress | None) -> None:
@@ -126,7 +126,7 @@ def _watch(folder: Path, stop: StopRequest, done: Callable[[], bool], on_progres
         time.sleep(POLL_S)
         if stop.signal is not None and not asked:
             asked = True
-            (folder / STOP).write_text(str(int(stop.signal)))
+            (folder / STOP).write_text(str(stop.signal))
         lines = read_metrics(folder)
         if len(lines) > shown and on_progress:
             on_progress(TrainProgress.from_record(lines[-1]))

@@ -1,14 +1,10 @@
-"""Where the time of a training loop goes, and stopping it by a signal."""
+"""Where the time of a training loop goes."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -54,33 +50,3 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-
-@dataclass
-class StopRequest:
-    """Which signal, if any, asked to stop."""
-
-    signal: signal.Signals | None = None
-
-
-@contextmanager
-def catch_stop_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request that the loop answers between steps; a second one acts at once.
-
-    Outside the main thread Python allows no handlers, so there signals keep what they did.
-    """
-    request = StopRequest()
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        request.signal = signal.Signals(number)
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, note)
-    try:
-        yield request
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dtpipe.extract.shards.progress import ProgressMeter
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, Task
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardSummary, ShardWorker, summarize
-from dtpipe.extract.stopping import StopRequest
+from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.schema import ShardEntry
 
 TICK_S = 0.5

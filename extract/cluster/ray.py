@@ -24,7 +24,7 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.shards.progress import ProgressMeter
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, Task
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardSummary, WorkerContext
-from dtpipe.extract.stopping import SIGNALS, StopRequest
+from dtpipe.manifests.stopping import SIGNALS, StopRequest
 from dtpipe.manifests.errors import DtpipeError, IncompleteError
 
 REFRESH_S = 2.0  # between looks at which nodes there are

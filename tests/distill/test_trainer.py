@@ -18,7 +18,6 @@ from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.progress import TrainProgress
 from dtpipe.distill.engine.run_folder import read_metrics
-from dtpipe.distill.engine.timing import StopRequest, catch_stop_signals
 from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream
@@ -211,15 +210,6 @@ def test_a_signal_saves_and_stops_with_its_exit_code(tmp_path, data, number, cod
     assert error.value.exit_code == code
     assert load_checkpoint(tmp_path / "last.pt")["scheduler"]["step"] == 2
     assert train_on(data, config).resumed_step == 2
-
-
-def test_handlers_are_given_back_and_a_second_signal_acts_at_once():
-    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert StopRequest().signal is None
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path, data):

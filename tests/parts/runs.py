@@ -10,9 +10,9 @@ from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.progress import RunResult
 from dtpipe.distill.engine.run_folder import RunFolder, read_metrics
-from dtpipe.distill.engine.timing import catch_stop_signals
 from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.trainer import Trainer, run
+from dtpipe.manifests.stopping import StopRequest
 
 WITHOUT_BATCH_NORM = {
     "student": {"name": "test_convnext"},
@@ -28,7 +28,7 @@ def train_on(data: OpenedData, config: DistillConfig, on_progress=None) -> RunRe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trainer = Trainer(config, data, CPU)
-        with RunFolder.open(config) as folder, catch_stop_signals() as stop:
+        with RunFolder.open(config) as folder, StopRequest() as stop:
             return run(trainer, folder, stop, on_progress or (lambda _progress: None))
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dtpipe.extract.stopping import SIGNALS, StopRequest
+from dtpipe.manifests.stopping import SIGNALS, StopRequest
 from dtpipe.manifests.errors import StoppedError
 
 
@@ -31,7 +31,7 @@ def test_a_signal_asks_a_second_one_hurries_and_handlers_are_put_back(number: in
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_third_signal_ends_a_process_that_hangs(number: int) -> None:
     code = (
-        "import os, sys, time; from dtpipe.extract.stopping import StopRequest\n"
+        "import os, sys, time; from dtpipe.manifests.stopping import StopRequest\n"
         "with StopRequest():\n"
         "    for _ in range(3):\n"
         "        os.kill(os.getpid(), int(sys.argv[1]))\n"

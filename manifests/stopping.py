@@ -1,5 +1,7 @@
-"""SIGTERM and SIGINT as a request: the run finishes what is nearly done and ends cleanly; a second signal hurries it, a third
-ends the process."""
+"""SIGTERM and SIGINT as a request, in every command: a run brings what it has in hand to a good end and stops.
+
+A second signal hurries it; a third ends the process.
+"""
 
 from __future__ import annotations
 
