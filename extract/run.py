@@ -19,10 +19,10 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.recipe import Resolved, max_bad_samples, resolve_recipe, with_whole_paths
 from dtpipe.extract.shards.progress import BadSample, OnProgress, ProgressMeter
 from dtpipe.extract.shards.queue import ShardQueue
-from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.errors import ErrorBudgetError, IncompleteError
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, Manifest, Plan
+from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.store.faults import FAULT_VARIABLE
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import (

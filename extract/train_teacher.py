@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dtpipe.manifests.stopping import StopRequest
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_data import TrainImages, draw_batch, load_images
 from dtpipe.extract.train_export import SAMPLES, export_teacher
@@ -25,6 +24,7 @@ from dtpipe.extract.train_parallel import Ranks, join_ranks, ranks_of_this_machi
 from dtpipe.extract.train_state import CHECKPOINT, TrainState, find_checkpoint, resume_or_start, save_checkpoint
 from dtpipe.extract.train_step import learning_rate, train_step
 from dtpipe.manifests.errors import ConfigError, StoreError
+from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.lock import Lock
 

@@ -9,8 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dtpipe.extract.shards.progress import ProgressMeter
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, Task
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardSummary, ShardWorker, summarize
-from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.schema import ShardEntry
+from dtpipe.manifests.stopping import StopRequest
 
 TICK_S = 0.5
 

@@ -24,8 +24,8 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.shards.progress import ProgressMeter
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, Task
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardSummary, WorkerContext
-from dtpipe.manifests.stopping import SIGNALS, StopRequest
 from dtpipe.manifests.errors import DtpipeError, IncompleteError
+from dtpipe.manifests.stopping import SIGNALS, StopRequest
 
 REFRESH_S = 2.0  # between looks at which nodes there are
 TICK_S = 0.5

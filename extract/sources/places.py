@@ -158,9 +158,8 @@ def folder_of(place: Place, ending: str) -> bool:
 def find_files(place: Place, ignored: Counter[str]) -> list[tuple[str, str]]:
     """(POSIX path inside, path) of all files below a folder, sorted; hidden and special ones are counted. Raises: InputError."""
     if place.is_local:
-        return sorted(
-            ("/".join(parts), os.path.join(place.path, *parts)) for parts in _local_files(place.path, ignored)
-        )  # noqa: PTH118
+        files = _local_files(place.path, ignored)
+        return sorted(("/".join(parts), os.path.join(place.path, *parts)) for parts in files)  # noqa: PTH118  keeps `..`
     with _looking_at(place.url):
         paths = [(posixpath.relpath(path, place.path or "/"), path) for path in place.fs.find(place.path)]
     return sorted(each for each in paths if not _counted_hidden(each[0], ignored))

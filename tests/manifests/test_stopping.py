@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from dtpipe.manifests.stopping import SIGNALS, StopRequest
 from dtpipe.manifests.errors import StoppedError
+from dtpipe.manifests.stopping import SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)
