@@ -6,21 +6,20 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small tensors are fastest on one thread
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import numpy as np
 import pytest
-from PIL import Image
 
-os.fsync = lambda _: (
-    None
-)  # takes 10 ms a file on a disk, and no test can see it: a killed process loses nothing of the page cache
+from parts.extractions import Extract, MakeConfig, extract_config
+from parts.images import write_images
 
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # a shell's background job; what the tests start would ignore Ctrl-C too
+# A sync takes 10 ms a file on a disk, and no test can see it: a killed process loses nothing of the page cache.
+os.fsync = lambda _: None
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background job; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -33,19 +32,51 @@ def signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def draw_image(idx: int, px: int = 32) -> np.ndarray:
-    """One smooth random image, uint8 [px, px, 3]: a pure function of `idx`, so that folders are equal everywhere."""
-    rng = np.random.Generator(np.random.Philox(idx))
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    return np.asarray(coarse.resize((px, px), Image.Resampling.BICUBIC))
-
-
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Eight 32 px PNG files in two class folders, `cat` and `dog`."""
-    root = tmp_path / "images"
-    for idx in range(8):
-        path = root / ("cat" if idx % 2 else "dog") / f"{idx:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_image(idx)).save(path)
-    return root
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny diffusion teacher of 32 px with levels l2 and l3."""
+    from parts.teachers import write_ddpm
+
+    return write_ddpm(tmp_path_factory.mktemp("ddpm"))
+
+
+@pytest.fixture(scope="session")
+def other_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture with other weights."""
+    from parts.teachers import write_ddpm
+
+    return write_ddpm(tmp_path_factory.mktemp("other-ddpm"), seed=1)
+
+
+@pytest.fixture
+def gan() -> Iterator[dict[str, str]]:
+    """The settings of a GAN teacher whose family is known during one test."""
+    from dtpipe.extract.teachers import base
+    from parts.teachers import TinyGan
+
+    base.register_teacher(base.TeacherKind("tiny_gan", "nothing", lambda path: False, lambda config, device: TinyGan()))
+    yield {"path": "tiny", "kind": "tiny_gan"}
+    del base._KINDS["tiny_gan"]
+
+
+@pytest.fixture
+def make_config(ddpm: Path, image_folder: Path, tmp_path: Path) -> MakeConfig:
+    """Settings of an extraction of `image_folder` with the tiny diffusion teacher; keyword arguments replace fields."""
+    return lambda **changes: extract_config(image_folder, ddpm, tmp_path / "features", **changes)
+
+
+@pytest.fixture
+def extract(make_config: MakeConfig, tmp_path: Path) -> Extract:
+    """Extract into a folder by name, in this process; keyword arguments replace settings. Returns the URL."""
+    from dtpipe.extract.run import run_extraction
+
+    def run(name: str = "features", **changes: Any) -> str:
+        return run_extraction(make_config(out=str(tmp_path / name), **changes)).url
+
+    return run

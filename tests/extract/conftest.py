@@ -1,79 +1,25 @@
-"""A tiny real teacher, settings to extract with it, and runs in forked processes that can be killed."""
+"""Runs in forked processes that can be killed, and torch.compile as tests want it."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dtpipe.extract.config import ExtractConfig
+from parts.images import write_images
 from parts.paths import PARTS
-
-TINY_PX = 32
-
-
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DDPM pipeline folder: a UNet2DModel of 32 px with random weights, levels at strides 1 to 8."""
-    import torch
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=TINY_PX,
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownBlock2D",) * 4,
-        up_block_types=("UpBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        add_attention=False,
-    )
-    path = tmp_path_factory.mktemp("teacher")
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=1000)).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="session")
 def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty 32 px PNG files in three class folders."""
-    import numpy as np
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("images")
-    for idx in range(60):
-        path = root / f"class{idx % 3}" / f"{idx:03d}.png"
-        path.parent.mkdir(exist_ok=True)
-        pixels = np.random.Generator(np.random.Philox(idx)).integers(0, 256, (TINY_PX, TINY_PX, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-    return root
-
-
-MakeConfig = Callable[..., ExtractConfig]
-
-
-@pytest.fixture
-def make_config(tiny_teacher: Path, image_folder: Path, tmp_path: Path) -> MakeConfig:
-    """Settings of a small inline extraction of `image_folder`; keyword arguments replace fields."""
-
-    def make(**changes: Any) -> ExtractConfig:
-        fields = {
-            "images": str(image_folder),
-            "out": str(tmp_path / "features"),
-            "teacher": {"path": str(tiny_teacher)},
-            "noise": {"timesteps": [50]},
-            "shard": {"samples": 3},
-            "batch_size": 2,
-            "inline": True,
-            "device": "cpu",
-        }
-        return ExtractConfig.model_validate({**fields, **changes})
-
-    return make
+    return write_images(tmp_path_factory.mktemp("images"), 60, classes=("a", "b", "c"))
 
 
 class Runs:

@@ -17,8 +17,7 @@ from dtpipe.extract.shards.worker import WorkerContext
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
-
-MakeConfig = Callable[..., ExtractConfig]
+from parts.extractions import MakeConfig
 
 
 def no_images(tmp_path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.recipe import make_recipe, stored_levels
@@ -28,12 +26,11 @@ from dtpipe.manifests.errors import (
 )
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
-
-MakeConfig = Callable[..., ExtractConfig]
+from parts.extractions import MakeConfig
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
-def test_stored_features_are_those_of_plain_diffusers(form: str, make_config: MakeConfig, tiny_teacher: Path) -> None:
+def test_stored_features_are_those_of_plain_diffusers(form: str, make_config: MakeConfig, ddpm: Path) -> None:
     from diffusers import DDPMScheduler, UNet2DModel
 
     config = make_config(
@@ -41,8 +38,8 @@ def test_stored_features_are_those_of_plain_diffusers(form: str, make_config: Ma
         noise={"timesteps": [50, 300], "draws": 2, "flips": True},
     )
     dataset = FeatureDataset.open(run_extraction(config).url)
-    unet = UNet2DModel.from_pretrained(tiny_teacher / "unet").eval()
-    scheduler = DDPMScheduler.from_pretrained(tiny_teacher / "scheduler")
+    unet = UNet2DModel.from_pretrained(ddpm / "unet").eval()
+    scheduler = DDPMScheduler.from_pretrained(ddpm / "scheduler")
     for row in (0, 4, 7):
         pixels = torch.from_numpy(dataset.read_image(row)).permute(2, 0, 1)[None].float() / 127.5 - 1
         for idx, view in enumerate(dataset.views):
@@ -124,9 +121,9 @@ def test_images_that_another_dataset_has_can_be_left_out(form: str, make_config:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_low_precision_costs_stands_in_the_manifest(
-    dtype: str, make_config: MakeConfig, tiny_teacher: Path, tmp_path: Path
+    dtype: str, make_config: MakeConfig, ddpm: Path, tmp_path: Path
 ) -> None:
-    teacher = {"path": str(tiny_teacher), "dtype": dtype}
+    teacher = {"path": str(ddpm), "dtype": dtype}
     low = run_extraction(make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}))
     exact = run_extraction(make_config(out=str(tmp_path / "exact"), shard={"samples": 3, "dtype": "float32"}))
     assert exact.float32_error == {}

@@ -2,94 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
-from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.teachers import base
-from dtpipe.extract.teachers.base import (
-    TapSpec,
-    TeacherKind,
-    TeacherSpec,
-    load_teacher,
-    register_teacher,
-    takes_no_images,
-)
-from dtpipe.extract.teachers.files.weights import weights_digest
-from dtpipe.extract.teachers.taps import TapReader
+from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError, PlanChangedError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.save_images import save_images
-
-MakeConfig = Callable[..., ExtractConfig]
-PX = 32
-
-
-def network() -> nn.Sequential:
-    """z (B, 6, 1, 1) -> image (B, 3, 32, 32); layers 0, 2, 4 have strides 8, 4, 2."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return nn.Sequential(
-            nn.ConvTranspose2d(6, 12, 4, 1),
-            nn.LeakyReLU(0.2),
-            nn.ConvTranspose2d(12, 8, 4, 2, 1),
-            nn.LeakyReLU(0.2),
-            nn.ConvTranspose2d(8, 8, 4, 2, 1),
-            nn.Tanh(),
-            nn.ConvTranspose2d(8, 3, 4, 2, 1),
-        )
-
-
-class TinyGan:
-    """A GAN whose first latent value above 2 gives an image that is not finite."""
-
-    def __init__(self) -> None:
-        self.network = network().eval()
-        taps = (TapSpec("l2", 4, 8, "2"), TapSpec("l3", 8, 12, "0"))
-        digest = weights_digest(self.network.state_dict())
-        self.spec = TeacherSpec("tiny_gan", digest, (PX, PX), taps, noise_shapes={"z": (6,)}, synthesizes=True)
-
-    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: object) -> dict[str, Tensor]:
-        raise takes_no_images("tiny_gan")
-
-    def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images: list[Tensor] = []
-        reader = TapReader(self.network, {level.name: level.tap for level in self.spec.levels})
-        levels = reader.read(lambda: images.append(self.network(noise["z"][:, :, None, None])), stop_early=False)
-        made = images[0] * 2
-        made[noise["z"][:, 0] > 2] = float("inf")
-        return made, levels
-
-
-@pytest.fixture(autouse=True)
-def gan() -> Iterator[None]:
-    """The family, known during one test."""
-    register_teacher(TeacherKind("tiny_gan", "nothing", lambda path: False, lambda config, device: TinyGan()))
-    yield
-    del base._KINDS["tiny_gan"]
+from parts.extractions import MakeConfig
+from parts.teachers import gan_network
 
 
 @pytest.fixture
-def make_synthetic(make_config: MakeConfig) -> MakeConfig:
+def make_synthetic(make_config: MakeConfig, gan: dict[str, str]) -> MakeConfig:
     """Settings of a small synthesized dataset."""
-
-    def make(**changes: object) -> ExtractConfig:
-        teacher = {"path": "tiny", "kind": "tiny_gan"}
-        return make_config(
-            **{"images": None, "num_samples": 10, "teacher": teacher, "batch_size": 4, "max_bad": 1.0, **changes}
-        )
-
-    return make
+    fields = {"images": None, "num_samples": 10, "teacher": gan, "batch_size": 4, "max_bad": 1.0}
+    return lambda **changes: make_config(**{**fields, **changes})
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
@@ -98,7 +35,7 @@ def test_images_and_features_are_those_of_a_plain_forward_pass(form: str, make_s
     dataset = FeatureDataset.open(result.url)
     assert list(dataset.keys) == [f"z/{idx:09d}" for idx in range(10)]
     assert [level.name for level in dataset.levels] == ["l2", "l3"]
-    net = network()
+    net = gan_network()
     for row in dataset.ok_rows:
         latent = torch.from_numpy(draw_noise(0, f"z/{row:09d}", 0, "z", (6,)))
         with torch.inference_mode():
@@ -174,13 +111,13 @@ def test_roles_that_do_not_fit_are_refused(
         make_synthetic(images=str(image_folder))
 
 
-def test_a_synthesized_image_has_no_second_draw(make_synthetic: MakeConfig) -> None:
+def test_a_synthesized_image_has_no_second_draw(make_synthetic: MakeConfig, gan: dict[str, str]) -> None:
     config = make_synthetic()
     dataset = FeatureDataset.open(run_extraction(config).url)
     views = [dataset.recipe.views[0].model_copy(update={"draw": 1})]
     with pytest.raises(ConfigError, match="no other noise draws"):
         encode_rows(
-            load_teacher(TeacherConfig(path="tiny", kind="tiny_gan")),
+            load_teacher(TeacherConfig.model_validate(gan)),
             dataset.recipe,
             dataset.read_image(0)[None],
             ["z/000000000"],

@@ -31,8 +31,8 @@ from dtpipe.manifests.errors import (
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import committed_shards, load_entries
 from dtpipe.manifests.write.plan import load_plan, plan_digest
+from parts.extractions import MakeConfig
 
-MakeConfig = Callable[..., ExtractConfig]
 GPU_WORKER, CPU_WORKER = WorkerShape(cpus=1, gpus=1), WorkerShape(cpus=1, gpus=0)
 
 
@@ -217,10 +217,10 @@ def test_bad_samples_and_failing_shards_end_a_ray_run_with_their_names(
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_node_without_the_teacher_is_left_out_with_its_reason(
-    ray_config: MakeConfig, tiny_teacher: Path, tmp_path: Path
+    ray_config: MakeConfig, ddpm: Path, tmp_path: Path
 ) -> None:
     link = tmp_path / "teacher"
-    link.symlink_to(tiny_teacher)
+    link.symlink_to(ddpm)
     config = ray_config(teacher={"path": str(link)}, noise={"timesteps": [50]})
 
     def lose_teacher(progress: Progress) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import cast_level
 from dtpipe.extract.recipe import max_bad_samples, resolve_recipe
 from dtpipe.extract.shards import worker as worker_module
@@ -30,8 +29,8 @@ from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import pending_shards
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import start_plan
+from parts.extractions import MakeConfig
 
-MakeConfig = Callable[..., ExtractConfig]
 OpenWorker = Callable[..., ShardWorker]
 
 

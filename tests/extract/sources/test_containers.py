@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.sources import open_source
 from dtpipe.manifests.errors import ErrorBudgetError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from parts.extractions import MakeConfig
 from parts.packing import contents, folder_files, labels, write_lmdb, write_parquet, write_tar, write_zip
 
-MakeConfig = Callable[..., ExtractConfig]
 Pack = Callable[[Path, dict[str, bytes]], Path]
 
 TAR = "train-0.tar"

@@ -143,7 +143,7 @@ def test_each_form_of_entry_point_registers_its_teacher(
     ],
 )
 def test_a_broken_plugin_is_named_and_harms_no_other(
-    source: str, target: str, reason: str, site: Path, tiny_teacher: Path, caplog: pytest.LogCaptureFixture
+    source: str, target: str, reason: str, site: Path, ddpm: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = teacher_kinds()
     install(site, source, bad=target)
@@ -157,7 +157,7 @@ def test_a_broken_plugin_is_named_and_harms_no_other(
     assert kinds.keys() - before.keys() == {"bad", "brightness"}
     assert reason in kinds["bad"].reads
     assert load_teacher(TeacherConfig(path="some.bright")).spec.kind == "brightness"
-    assert load_teacher(TeacherConfig(path=str(tiny_teacher))).spec.kind == "ddpm"
+    assert load_teacher(TeacherConfig(path=str(ddpm))).spec.kind == "ddpm"
     with pytest.raises(TeacherError, match=r"plugin-of-a-test 1\.2 .* is broken: .* mend or uninstall the package"):
         load_teacher(TeacherConfig(path="anything", kind="bad"))
 

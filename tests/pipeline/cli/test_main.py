@@ -36,16 +36,10 @@ def document(*args: object) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny diffusers folder with random weights, 32 px."""
-    import torch
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    """A tiny diffusers folder with random weights, 32 px, levels l2 to l5."""
+    from parts.teachers import write_ddpm
 
-    torch.manual_seed(0)
-    shape = {"sample_size": 32, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": (8, 8, 8, 8, 16, 16)}
-    kinds = {"down_block_types": ("DownBlock2D",) * 6, "up_block_types": ("UpBlock2D",) * 6}
-    folder = tmp_path_factory.mktemp("teacher")
-    DDPMPipeline(UNet2DModel(**shape, **kinds), DDPMScheduler()).save_pretrained(folder)
-    return folder
+    return write_ddpm(tmp_path_factory.mktemp("teacher"), channels=(8, 8, 8, 8, 16, 16))
 
 
 @pytest.fixture

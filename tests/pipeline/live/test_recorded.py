@@ -12,7 +12,8 @@ from dtpipe.manifests.schema import Plan
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import load_plan
 from dtpipe.pipeline.live.recorded import open_teacher
-from parts.extractions import Extract, write_ddpm
+from parts.extractions import Extract
+from parts.teachers import write_ddpm
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.pipeline.cli.main import main
-from parts.extractions import Extract, write_ddpm
+from parts.extractions import Extract
+from parts.teachers import write_ddpm
 
 TRAIN = [
     "--student",

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 @pytest.fixture
-def load(tiny_teacher: Path) -> Load:
+def load(ddpm: Path) -> Load:
     def loaded(dtype: str = "float32", taps: dict[str, str] | None = None, **options: Any) -> DiffusionTeacher:
-        config = {"path": str(tiny_teacher), "dtype": dtype, "taps": taps, "options": options}
+        config = {"path": str(ddpm), "dtype": dtype, "taps": taps, "options": options}
         return load_ddpm_teacher(TeacherConfig.model_validate(config))
 
     return loaded
@@ -113,10 +113,10 @@ def test_a_compiler_that_fails_is_one_sentence(load: Load, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_compiled_for_good_it_gives_the_same_dataset_twice(
-    load: Load, make_config: Any, tiny_teacher: Path, tmp_path: Path
+    load: Load, make_config: Any, ddpm: Path, tmp_path: Path
 ) -> None:
     """With the real compiler; 1e-5 covers sums in another order."""
     assert_close(encode(load(compile=True)), encode(load()))
-    teacher = {"path": str(tiny_teacher), "options": {"compile": True}}
+    teacher = {"path": str(ddpm), "options": {"compile": True}}
     digests = {run_extraction(make_config(teacher=teacher, out=str(tmp_path / name))).digest for name in "ab"}
     assert len(digests) == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
-from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.diffusion.ddpm import load_ddpm_teacher
@@ -20,6 +20,7 @@ from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import ViewSpec
+from parts.extractions import MakeConfig
 
 PX = 32
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -42,19 +43,17 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.fixture
-def load(tiny_teacher: Path) -> Callable[..., DiffusionTeacher]:
+def load(ddpm: Path) -> Callable[..., DiffusionTeacher]:
     def loaded(dtype: str = "float32", **options: Any) -> DiffusionTeacher:
-        return load_ddpm_teacher(
-            TeacherConfig.model_validate({"path": str(tiny_teacher), "dtype": dtype, "options": options})
-        )
+        return load_ddpm_teacher(TeacherConfig.model_validate({"path": str(ddpm), "dtype": dtype, "options": options}))
 
     return loaded
 
 
 @pytest.fixture(scope="module")
-def unet(tiny_teacher: Path) -> Any:
+def unet(ddpm: Path) -> Any:
     """The tiny teacher as diffusers itself loads it."""
-    return UNet2DModel.from_pretrained(tiny_teacher / "unet").eval()
+    return UNet2DModel.from_pretrained(ddpm / "unet").eval()
 
 
 def levels_of(unet: Any, noisy: torch.Tensor, timestep: int) -> dict[str, torch.Tensor]:
@@ -294,11 +293,8 @@ def test_blocks_that_half_precision_was_not_checked_for_are_refused(tmp_path):
 # Whole extractions
 
 
-MakeConfig = Callable[..., ExtractConfig]
-
-
-def extracted(make_config: MakeConfig, tiny_teacher: Path, **options: Any) -> FeatureDataset:
-    teacher = {"path": str(tiny_teacher), "options": options}
+def extracted(make_config: MakeConfig, ddpm: Path, **options: Any) -> FeatureDataset:
+    teacher = {"path": str(ddpm), "options": options}
     return FeatureDataset.open(
         run_extraction(
             make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]})
@@ -310,8 +306,8 @@ def pixels_of(dataset: FeatureDataset, row: int) -> torch.Tensor:
     return torch.from_numpy(dataset.read_image(row)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def test_an_inverted_dataset_holds_inverted_features(make_config, tiny_teacher, unet):
-    dataset = extracted(make_config, tiny_teacher, **INVERSION)
+def test_an_inverted_dataset_holds_inverted_features(make_config, ddpm, unet):
+    dataset = extracted(make_config, ddpm, **INVERSION)
     assert dataset.recipe.teacher.options["encoding"] == "ddim_inversion"
     for row in (0, 7):
         noisy = inverted(unet, pixels_of(dataset, row), 40, 20)
@@ -319,9 +315,9 @@ def test_an_inverted_dataset_holds_inverted_features(make_config, tiny_teacher, 
             np.testing.assert_allclose(dataset.read_level(name, row, 0), wanted[0], rtol=1e-4, atol=5e-5)
 
 
-def test_an_ensemble_dataset_holds_means(make_config, tiny_teacher, unet):
-    dataset = extracted(make_config, tiny_teacher, ensemble=2)
-    scheduler = DDIMScheduler.from_pretrained(tiny_teacher / "scheduler")
+def test_an_ensemble_dataset_holds_means(make_config, ddpm, unet):
+    dataset = extracted(make_config, ddpm, ensemble=2)
+    scheduler = DDIMScheduler.from_pretrained(ddpm / "scheduler")
     noise = torch.from_numpy(draw_noise(0, dataset.keys[4], 0, "forward", (2, 3, PX, PX)))
     noisy = scheduler.add_noise(pixels_of(dataset, 4).expand(2, -1, -1, -1), noise, torch.tensor([40, 40]))
     for name, members in levels_of(unet, noisy, 40).items():

@@ -270,8 +270,8 @@ def test_a_sample_depends_on_its_seed_and_index_only(teacher):
 # Loading
 
 
-def test_a_pipeline_folder_and_its_unet_folder_are_one_teacher(tiny_teacher):
-    whole, part = load(tiny_teacher), load(tiny_teacher / "unet")
+def test_a_pipeline_folder_and_its_unet_folder_are_one_teacher(ddpm):
+    whole, part = load(ddpm), load(ddpm / "unet")
     assert whole.spec == part.spec
     assert [level.name for level in whole.spec.levels] == ["l2", "l3"]
 

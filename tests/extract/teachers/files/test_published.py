@@ -163,10 +163,10 @@ def test_a_url_without_a_teacher_is_said() -> None:
         locate(TeacherConfig(path="memory://nowhere/teacher"), {})
 
 
-def test_a_teacher_behind_a_url_extracts(tiny_teacher: Path, make_config: Callable[..., ExtractConfig]) -> None:
+def test_a_teacher_behind_a_url_extracts(ddpm: Path, make_config: Callable[..., ExtractConfig]) -> None:
     memory = fsspec.filesystem("memory")
-    memory.put(str(tiny_teacher), "/bucket/tiny", recursive=True)
+    memory.put(str(ddpm), "/bucket/tiny", recursive=True)
     there = run_extraction(make_config(teacher={"path": "memory://bucket/tiny"}))
-    here = run_extraction(make_config(teacher={"path": str(tiny_teacher)}, out=there.url + "2"))
+    here = run_extraction(make_config(teacher={"path": str(ddpm)}, out=there.url + "2"))
     assert there.digest == here.digest
     memory.rm("/bucket", recursive=True)

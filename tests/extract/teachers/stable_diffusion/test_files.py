@@ -97,12 +97,11 @@ def test_the_layout_of_stable_diffusion_1_4_has_the_papers_strides_for_half_the_
     ]
 
 
-def test_a_path_is_taken_only_for_what_it_is(folder, tiny_teacher, tmp_path):
+def test_a_path_is_taken_only_for_what_it_is(folder, ddpm, tmp_path):
     assert is_pipeline_path(str(folder))
     assert not is_unet_path(str(folder))
     assert not any(
-        is_pipeline_path(str(path))
-        for path in (tiny_teacher, folder / "unet", tmp_path, "CompVis/stable-diffusion-v1-4", "")
+        is_pipeline_path(str(path)) for path in (ddpm, folder / "unet", tmp_path, "CompVis/stable-diffusion-v1-4", "")
     )
 
 
