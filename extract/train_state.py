@@ -6,7 +6,6 @@ the one before. Nothing in it depends on how many processes trained.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from dtpipe.extract.train_config import EXECUTION, TrainTeacherConfig
 from dtpipe.extract.train_network import build_unet, start_from
 from dtpipe.manifests.errors import DamagedDataError, PlanChangedError, StoreError
+from dtpipe.manifests.store.publish import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,14 +86,13 @@ def update_ema(state: TrainState, decay: float) -> None:
 
 
 def save_checkpoint(config: TrainTeacherConfig, state: TrainState) -> Path:
-    """Write `last.pt` into `config.out`: beside it, brought to disk, then in one move.
+    """Write `last.pt` into `config.out`, whole.
 
     Raises: StoreError when the folder is full or unwritable.
     """
     import torch
 
     path = Path(config.out) / CHECKPOINT
-    partial = path.with_name(f".{CHECKPOINT}.partial")
     content = {
         "config": config.model_dump_json(),
         "unet": state.unet.state_dict(),
@@ -106,11 +105,8 @@ def save_checkpoint(config: TrainTeacherConfig, state: TrainState) -> Path:
         "started_from": state.started_from,
     }
     try:
-        with partial.open("wb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except (OSError, RuntimeError) as err:
         raise StoreError(
             f"{path}: cannot write the checkpoint ({err}); make room and run the same command again"

@@ -25,6 +25,7 @@ from dtpipe.extract.train_state import CHECKPOINT, TrainState, find_checkpoint, 
 from dtpipe.extract.train_step import learning_rate, train_step
 from dtpipe.manifests.errors import ConfigError, StoreError
 from dtpipe.manifests.stopping import StopRequest
+from dtpipe.manifests.store.publish import write_whole
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.lock import Lock
 
@@ -201,9 +202,10 @@ def drop_lines_after(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was not written whole
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
-    partial = path.with_name(f".{METRICS}.partial")
-    _write(partial, "w", "".join(f"{line}\n" for line in kept))
-    partial.replace(path)
+    try:
+        write_whole(path, "".join(f"{line}\n" for line in kept))
+    except OSError as err:
+        raise _unwritable(path, err) from err
 
 
 def _step_of(line: str) -> int | None:
@@ -215,17 +217,17 @@ def _step_of(line: str) -> int | None:
 
 
 def _log(path: Path, progress: TrainTeacherProgress) -> None:
-    _write(path, "a", json.dumps(asdict(progress)) + "\n")
-
-
-def _write(path: Path, mode: str, text: str) -> None:
     try:
-        with path.open(mode, encoding="utf-8") as file:
-            file.write(text)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(progress)) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as err:
-        raise StoreError(f"{path}: cannot write ({err}); make room and run the same command again") from err
+        raise _unwritable(path, err) from err
+
+
+def _unwritable(path: Path, err: OSError) -> StoreError:
+    return StoreError(f"{path}: cannot write ({err}); make room and run the same command again")
 
 
 def _mean(losses: list[float]) -> float:

@@ -18,6 +18,7 @@ from blake3 import blake3
 from dtpipe.extract.config import NoiseConfig, TeacherConfig
 from dtpipe.manifests.errors import ConfigError, DtpipeError, StoreError
 from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec
+from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
 from dtpipe.pipeline.live.recorded import pick_device, recorded_teacher
@@ -295,10 +296,7 @@ def _write(config: EvalConfig, task: str, result: ProbeResult) -> Path:
     path = result_path(config, task)
     document = {"config": config.model_dump(mode="json"), **result.to_json()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(document, indent=2, default=str) + "\n")
     except OSError as err:
         raise StoreError(f"{path} cannot be written: {err}; choose another --out") from err
     return path

@@ -17,25 +17,20 @@ import torch
 
 from dtpipe.distill.student.load import Student, build_student, spec_from_dict
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
+from dtpipe.manifests.store.publish import whole_file
 
 FORMAT = "dtpipe-run/1"
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint beside `path`, bring it to disk, then rename it into place.
+    """Write a checkpoint whole.
 
     Raises: StoreError when the disk is full or unwritable.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process leaves, the next one overwrites
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as err:
-        temporary.unlink(missing_ok=True)
         raise StoreError(
             f"{path}: the checkpoint cannot be written: {err}; free or change the disk and run again"
         ) from err
@@ -65,14 +60,11 @@ def keep_epoch(last: Path, epoch: int, num_kept: int) -> None:
     """Keep `last` as the checkpoint of an epoch's end, and drop the oldest beyond `num_kept`."""
     folder = last.parent / "checkpoints"
     if num_kept > 0:
-        folder.mkdir(exist_ok=True)
-        temporary, target = folder / ".epoch.tmp", folder / f"epoch-{epoch:05d}.pt"
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(last, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(last, temporary)
-        temporary.replace(target)
+        with whole_file(folder / f"epoch-{epoch:05d}.pt", ".epoch.tmp") as temporary:
+            try:
+                os.link(last, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last, temporary)
     for old in sorted(folder.glob("epoch-*.pt"))[: -num_kept or None]:
         old.unlink()
 

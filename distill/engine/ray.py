@@ -27,6 +27,7 @@ from dtpipe.distill.stream.live import OpenLive
 from dtpipe.distill.trainer import train
 from dtpipe.manifests.errors import DtpipeError, IncompleteError, MissingPackageError
 from dtpipe.manifests.stopping import StopRequest
+from dtpipe.manifests.store.publish import unique_temporary, write_whole
 
 STOP, END, STORE = ".stop", ".end.json", ".ray"
 POLL_S = 0.5
@@ -134,9 +135,7 @@ def _watch(folder: Path, stop: StopRequest, done: Callable[[], bool], on_progres
 
 
 def _write_end(folder: Path, end: dict[str, Any]) -> None:
-    temporary = folder / f"{END}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(end))
-    temporary.replace(folder / END)
+    write_whole(folder / END, json.dumps(end), unique_temporary(folder / END))
 
 
 def _read_end(folder: Path, error: BaseException | None) -> RunResult:

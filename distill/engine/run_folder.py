@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from dtpipe.distill.config import EXECUTION, DistillConfig
 from dtpipe.distill.engine.tensorboard import ScalarWriter
 from dtpipe.distill.stream.record import DATA_FILE, refuse_other_data
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, PlanChangedError, StoreError
+from dtpipe.manifests.store.publish import write_whole
 
 if TYPE_CHECKING:
     from dtpipe.distill.stream.data import OpenedData
@@ -87,7 +87,7 @@ class RunFolder:
         """
         if self.metrics.exists():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step]
-            write_whole(self.metrics, "".join(kept))
+            _write(self.metrics, "".join(kept))
         if tensorboard:
             self._scalars = ScalarWriter(self.path, step + 1)
 
@@ -105,9 +105,9 @@ class RunFolder:
                 )
         if data is not None:
             refuse_other_data(self.path, data.record)
-            write_whole(self.path / DATA_FILE, json.dumps(data.record, indent=1) + "\n")
+            _write(self.path / DATA_FILE, json.dumps(data.record, indent=1) + "\n")
         sections = {SECTION: config.model_dump(mode="json"), **(data.sections if data is not None else {})}
-        write_whole(file, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+        _write(file, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
 
 
 def read_config(path: Path, section: str = SECTION) -> dict[str, Any]:
@@ -161,14 +161,8 @@ def _hold(lock: TextIO, path: Path) -> None:
         ) from err
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all. Raises: StoreError."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def _write(path: Path, text: str) -> None:
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, text)
     except OSError as err:
         raise StoreError(f"{path} cannot be written: {err}; free or change the disk and run again") from err

@@ -31,6 +31,7 @@ from dtpipe.distill.student.load import (
     student_name,
 )
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, InputError
+from dtpipe.manifests.store.publish import whole_file, write_whole
 
 WEIGHTS = "model.safetensors"
 TORCHVISION_NAMES = (
@@ -80,15 +81,10 @@ def export_student(checkpoint: str | Path, out: str | Path, layout: Layout = "ti
         )
     weights, untrained = full_weights(student)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{os.getpid()}.{WEIGHTS}"  # load_file and timm go by the suffix
-    save_file(weights, temporary, metadata=_metadata(student, layout))
-    try:
+    with whole_file(out / WEIGHTS, f".{os.getpid()}.{WEIGHTS}") as temporary:  # timm and load_file go by the suffix
+        save_file(weights, temporary, metadata=_metadata(student, layout))
         difference = compare(student, _reload(temporary, student, layout))
-        (out / "config.json").write_text(json.dumps(_hub_config(student), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(out / WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_whole(out / "config.json", json.dumps(_hub_config(student), indent=2) + "\n")
     count = sum(tensor.numel() for tensor in weights.values())
     return ExportResult(out / WEIGHTS, layout, count, difference, untrained, _snippet(out / WEIGHTS, student, layout))
 

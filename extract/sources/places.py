@@ -159,7 +159,7 @@ def find_files(place: Place, ignored: Counter[str]) -> list[tuple[str, str]]:
     """(POSIX path inside, path) of all files below a folder, sorted; hidden and special ones are counted. Raises: InputError."""
     if place.is_local:
         files = _local_files(place.path, ignored)
-        return sorted(("/".join(parts), os.path.join(place.path, *parts)) for parts in files)  # noqa: PTH118  keeps `..`
+        return sorted(("/".join(parts), os.path.join(place.path, *parts)) for parts in files)  # noqa: PTH118  surrogates in names survive
     with _looking_at(place.url):
         paths = [(posixpath.relpath(path, place.path or "/"), path) for path in place.fs.find(place.path)]
     return sorted(each for each in paths if not _counted_hidden(each[0], ignored))

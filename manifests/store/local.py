@@ -1,25 +1,18 @@
-"""Files of a dataset on a local or mounted disk: published whole by a rename or a hard link, and on disk when we say so.
-
-One rule: a name never shows half a file. Bytes go to a temporary name in the same folder, are synced, then take the name.
-"""
+"""Files of a dataset on a local or mounted disk, with what `Store` needs of them: ranges, identities, put-if-absent."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtpipe.manifests.store.faults import fault_point
+from dtpipe.manifests.store.publish import create_whole, is_unique_temporary, rename, unique_temporary, write_whole
 
-_TEMPORARY = re.compile(
-    r"\.probe-[0-9a-f]{16}|\..+\.[0-9a-f]{12}\.tmp"
-)  # no looser: these files are swept, those of others are not ours
+_PROBE = re.compile(r"\.probe-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,8 @@ class ObjectStat:
 
 def is_temporary(name: str) -> bool:
     """True for names that are no part of a dataset: half-written files and probes."""
-    return _TEMPORARY.fullmatch(name.rpartition("/")[2]) is not None
+    name = name.rpartition("/")[2]
+    return is_unique_temporary(name) or _PROBE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -52,30 +46,11 @@ class LocalFiles:
     def write(self, name: str, data: bytes) -> ObjectStat:
         """Write or replace a file whole."""
         path = self.root / name
-        with _temporary(path, data) as temporary:
-            written = _stat_of(temporary.stat())  # before others can replace it; a rename keeps inode and time
-            temporary.replace(path)
-        _sync_folder(path.parent)
-        return written
+        return _stat_of(write_whole(path, data, unique_temporary(path)))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file whole unless it exists; True if this call made it."""
-        path = self.root / name
-        with _temporary(path, data) as temporary:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                if temporary.stat().st_nlink != 2:  # 2: an NFS server linked it and the answer was lost
-                    return False
-            except OSError as err:
-                if err.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                    raise OSError(
-                        err.errno,
-                        "the file system has no hard links, which put-if-absent needs; use the object store's URL",
-                    ) from err
-                raise
-        _sync_folder(path.parent)
-        return True
+        return create_whole(self.root / name, data)
 
     def stat(self, name: str) -> ObjectStat:
         """Size and identity of one file."""
@@ -98,8 +73,7 @@ class LocalFiles:
 
     def rename(self, old: str, new: str) -> None:
         """Give a file another name."""
-        (self.root / old).replace(self.root / new)
-        _sync_folder((self.root / new).parent)
+        rename(self.root / old, self.root / new)
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is gone is fine."""
@@ -129,32 +103,3 @@ def _raise_unless_gone(err: OSError) -> None:
 
 def _stat_of(found: os.stat_result) -> ObjectStat:
     return ObjectStat(size=found.st_size, identity=f"{found.st_mtime_ns}-{found.st_ino}")
-
-
-@contextlib.contextmanager
-def _temporary(path: Path, data: bytes) -> Iterator[Path]:
-    """A whole, synced temporary file beside `path`; gone afterwards if it was not renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("xb", buffering=0) as file:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-            os.fsync(file.fileno())
-        fault_point("store.temporary")
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power cut; file systems that cannot sync folders are let be."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as err:
-        if err.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -18,13 +18,13 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from dtpipe.distill.engine.run_folder import write_whole
 from dtpipe.extract.shards.progress import BadSample
 from dtpipe.extract.shards.rows import RowReader
 from dtpipe.extract.shards.worker import budget_message
 from dtpipe.extract.sources.images import BadImage
 from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.errors import ErrorBudgetError, StoreError
+from dtpipe.manifests.store.publish import write_whole
 
 CHECKED_FILE = "checked_images.json"
 _AT_ONCE = 1024  # rows handed to the threads at a time
@@ -55,7 +55,8 @@ def check_images(
             if len(bad) > max_bad(len(rows)):
                 raise ErrorBudgetError(budget_message("the source", len(bad), max_bad(len(rows)), samples))
             document = {"of": _name(reader, rows), "num": len(rows), "bad": bad}
-            write_whole(run / CHECKED_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+            with _writing(run):
+                write_whole(run / CHECKED_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return bad
 
 
@@ -100,11 +101,17 @@ def _reason(reader: RowReader, row: int) -> str | None:
 
 @contextmanager
 def _turn(run: Path) -> Iterator[None]:
-    try:
+    with _writing(run):
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".checking").open("a+")
-    except OSError as err:
-        raise StoreError(f"{run}: the run folder cannot be written: {err}; choose another --out") from err
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _writing(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise StoreError(f"{run}: the run folder cannot be written: {err}; choose another --out") from err

@@ -19,6 +19,7 @@ import yaml
 
 from dtpipe.manifests.errors import DtpipeError, InputError, StoreError
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
+from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import format_bytes
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report import figures
@@ -44,10 +45,7 @@ def write_report(config: ReportConfig, note: Note) -> Path:
     context = build_context(run, config, note)
     out = Path(config.out) if config.out else run / "report.html"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(render(context), encoding="utf-8")
-        temporary.replace(out)
+        write_whole(out, render(context))
     except OSError as err:
         raise StoreError(f"{out} cannot be written: {err}; choose another --out") from err
     return out

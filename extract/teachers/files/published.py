@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from dtpipe.extract.teachers.files.remote import fetch_remote, is_url
 from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.store.publish import unique_temporary, whole_file
 
 if TYPE_CHECKING:
     from dtpipe.extract.config import TeacherConfig
@@ -96,30 +97,25 @@ def _cache_path(published: PublishedTeacher) -> Path:
 
 def _download(published: PublishedTeacher, path: Path) -> None:
     """Fetch beside its place, record, then move there: a file without its record is never taken for whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urlopen(published.url, timeout=TIMEOUT_S) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, file, 1 << 20)
-            expected = response.headers.get("Content-Length")
-        if expected is not None and partial.stat().st_size != int(
-            expected
-        ):  # urllib takes a cut connection for the end
-            raise OSError(f"the connection ended after {partial.stat().st_size} of {expected} bytes")
-        record = {
-            "url": published.url,
-            "licence": published.licence,
-            "size_bytes": partial.stat().st_size,
-            "blake3": _digest(partial),
-        }
-        _record_path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path, unique_temporary(path)) as partial:
+            with urlopen(published.url, timeout=TIMEOUT_S) as response, partial.open("wb") as file:
+                shutil.copyfileobj(response, file, 1 << 20)
+                expected = response.headers.get("Content-Length")
+            size = partial.stat().st_size
+            if expected is not None and size != int(expected):  # urllib takes a cut connection for the end
+                raise OSError(f"the connection ended after {size} of {expected} bytes")
+            record = {
+                "url": published.url,
+                "licence": published.licence,
+                "size_bytes": size,
+                "blake3": _digest(partial),
+            }
+            _record_path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except (OSError, ValueError, HTTPException) as err:  # urllib's network errors are OSErrors
         raise TeacherError(
             f"{published.name}: {published.url} cannot be fetched ({err}); download it and put it at {path}"
         ) from err
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_unchanged(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import MissingPackageError, TeacherError
+from dtpipe.manifests.store.publish import rename
 
 _IDENTITY = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
 
@@ -72,7 +73,7 @@ def _copy(fs: Any, root: str, name: str, found: dict[str, list[Any]], copy: Path
             if size is not None and target.stat().st_size != size:
                 raise OSError(f"{path or name} came with {target.stat().st_size} of {size} bytes")
         if not copy.is_dir():
-            partial.rename(copy)
+            rename(partial, copy)
     except Exception as err:  # each file system raises its own
         if not copy.is_dir():
             raise TeacherError(

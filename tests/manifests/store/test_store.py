@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, ManifestError, StoreError
-from dtpipe.manifests.store import local as local_files
-from dtpipe.manifests.store.local import LocalFiles, is_temporary
+from dtpipe.manifests.store import publish
+from dtpipe.manifests.store.local import is_temporary
 from dtpipe.manifests.store.store import MissingObjectError, Store
 
 
@@ -85,7 +85,7 @@ def test_write_tells_of_its_own_bytes_when_another_writes_right_after(tmp_path, 
         (folder / "aside").write_bytes(b"zombie")
         (folder / "aside").replace(folder / "object")
 
-    monkeypatch.setattr(local_files, "_sync_folder", zombie)  # the step after the name was published
+    monkeypatch.setattr(publish, "_sync_folder", zombie)  # the step after the name was published
     written = store.write("object", b"ours!!")
     assert store.read("object") == b"zombie"
     assert store.identity("object") != written.identity
@@ -311,15 +311,6 @@ def test_file_systems_without_hard_links_are_refused_with_the_way_out(tmp_path, 
     monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(StoreError, match="hard links"):
         Store(tmp_path).probe()
-
-
-def test_created_files_follow_the_umask(tmp_path):
-    before = os.umask(0o022)
-    try:
-        LocalFiles(tmp_path).create("file", b"")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
 
 
 def test_temporary_names():
