@@ -26,7 +26,8 @@ from timm.models import model_entrypoint
 from dtpipe.distill.config import DistillConfig, RegressorConfig, StudentConfig
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.export.write import ExportError, export_student
-from dtpipe.distill.student.load import Student, load_student
+from dtpipe.distill.student.load import load_student
+from dtpipe.distill.student.student import Student
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig

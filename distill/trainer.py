@@ -42,7 +42,7 @@ from dtpipe.distill.student.distiller import (
     student_size,
     synchronise_norms,
 )
-from dtpipe.distill.student.load import spec_to_dict
+from dtpipe.distill.student.student import spec_to_dict
 from dtpipe.manifests.errors import DivergedError, PlanChangedError, StoppedError
 from dtpipe.manifests.stopping import StopRequest
 

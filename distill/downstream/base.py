@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtpipe.distill.stream.batch import student_images
-from dtpipe.distill.student.load import Student, StudentSpec, build_student
+from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 IGNORE = 255

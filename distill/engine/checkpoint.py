@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from dtpipe.distill.student.load import Student, build_student, spec_from_dict
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
 from dtpipe.manifests.store.publish import whole_file
 
@@ -67,20 +66,3 @@ def keep_epoch(last: Path, epoch: int, num_kept: int) -> None:
                 shutil.copyfile(last, temporary)
     for old in sorted(folder.glob("epoch-*.pt"))[: -num_kept or None]:
         old.unlink()
-
-
-def student_state(state: Mapping[str, Any], ema: bool) -> Mapping[str, Any]:
-    """Weights of the student in a checkpoint: the average where there is one and `ema` asks for it."""
-    average = state["ema"] if ema else None
-    return dict(average if average is not None else state["student"])
-
-
-def read_student(path: Path, ema: bool = True) -> Student:
-    """The student of a checkpoint in eval mode.
-
-    Raises: InputError, DamagedDataError as `load_checkpoint`.
-    """
-    state = load_checkpoint(path)
-    student = build_student(spec_from_dict(state["student_spec"]))
-    student.load_state_dict(student_state(state, ema))
-    return student.eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,23 +17,14 @@ from typing import Any, Literal
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dtpipe.distill.student.load import (
-    Student,
-    build_student,
-    load_student,
-    model_options,
-    spec_from_dict,
-    spec_to_dict,
-    student_name,
-)
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, InputError
+from dtpipe.distill.student.load import STUDENT_KEY, WEIGHTS, load_student
+from dtpipe.distill.student.student import Student, model_options, spec_to_dict, student_name
+from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.store.publish import whole_file, write_whole
 
-WEIGHTS = "model.safetensors"
 TORCHVISION_NAMES = (
     "resnet18",
     "resnet34",
@@ -134,43 +125,6 @@ def compare(student: Student, reloaded: Reloaded) -> float:
     return largest
 
 
-def is_export(path: Path) -> bool:
-    """Whether a path is an export: a folder with model.safetensors, or such a file."""
-    return path.suffix == ".safetensors" or (path / WEIGHTS).is_file()
-
-
-def read_export(path: Path) -> Student:
-    """The student of an export, in eval mode.
-
-    Raises: InputError when the file was not exported by dtpipe; DamagedDataError when it cannot be read.
-    """
-    path = path / WEIGHTS if path.is_dir() else path
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        weights = load_file(path)
-    except FileNotFoundError as err:
-        raise InputError(f"{path}: no such export") from err
-    except (SafetensorError, OSError) as err:
-        raise DamagedDataError(f"{path}: the export cannot be read: {err}; export again") from err
-    if "dtpipe_student" not in metadata:
-        raise InputError(f"{path}: holds no student of dtpipe; give a run folder, its last.pt or an export")
-    student = build_student(spec_from_dict(json.loads(metadata["dtpipe_student"])))
-    student.net.load_state_dict(_student_names(student, weights))
-    return student.eval()
-
-
-def _student_names(student: Student, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The full model's weights under the names of the student's `features_only` model."""
-    wanted = set(student.net.state_dict())
-    named = {}
-    for name, tensor in weights.items():
-        alias = student_name(name, wanted)
-        if alias is not None:
-            named[alias] = tensor
-    return named
-
-
 def _full_model(student: Student) -> nn.Module:
     model: nn.Module = timm.create_model(student.spec.name, num_classes=0, **model_options(student.spec))
     return model.eval()
@@ -204,7 +158,7 @@ def _each_output(modules: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
 
 
 def _metadata(student: Student, layout: Layout) -> dict[str, str]:
-    return {"format": "pt", "layout": layout, "dtpipe_student": json.dumps(spec_to_dict(student.spec))}
+    return {"format": "pt", "layout": layout, STUDENT_KEY: json.dumps(spec_to_dict(student.spec))}
 
 
 def _hub_config(student: Student) -> dict[str, Any]:

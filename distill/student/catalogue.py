@@ -1,7 +1,8 @@
 """At which strides each of timm's models gives levels, for `dtpipe list students`.
 
 Building them all takes minutes, so the answers for one version of timm lie beside this file; models that are not in it
-are built when asked for, without memory for their weights. `python -m dtpipe.distill.student.catalogue` writes the file anew.
+are built when asked for, without memory for their weights. `python -m dtpipe.distill.student.catalogue` writes the file
+anew.
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+
 from dtpipe.distill.student.pyramid import PYRAMID_STRIDES
+from dtpipe.distill.student.student import power_of_two
 
 FILE = "timm_students.json"
 
 
 def level_strides(name: str) -> tuple[int, ...]:
     """Strides of the levels of one timm model, from the model itself."""
-    import timm
-    import torch
-
-    from dtpipe.distill.student.load import power_of_two
-
     with torch.device("meta"):
         net: Any = timm.create_model(name, features_only=True)
     return tuple(sorted({power_of_two(reduction) for reduction in net.feature_info.reduction()}))
@@ -31,10 +31,9 @@ def level_strides(name: str) -> tuple[int, ...]:
 
 def students(names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
     """Strides by name, of all of timm's models or of `names`."""
-    import timm
-
     known = {name: strides for strides, group in _recorded().items() for name in group}
-    return {name: known.get(name) or level_strides(name) for name in (timm.list_models() if names is None else names)}
+    names = timm.list_models() if names is None else names
+    return {name: known.get(name) or level_strides(name) for name in names}
 
 
 def stride_text(strides: Sequence[int]) -> str:
@@ -61,15 +60,12 @@ def _document() -> dict[str, Any]:
 
 
 def _record(path: Path) -> None:
-    import timm
-
     groups: dict[str, list[str]] = {}
     for name in timm.list_models():
         groups.setdefault(" ".join(map(str, level_strides(name))), []).append(name)
     lines = (f" {json.dumps(strides)}: {json.dumps(names)}" for strides, names in sorted(groups.items()))
-    path.write_text(
-        f'{{"timm": {json.dumps(timm.__version__)}, "students": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8"
-    )
+    head = f'{{"timm": {json.dumps(timm.__version__)}, "students": {{\n'
+    path.write_text(head + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

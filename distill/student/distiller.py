@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.stream.order import num_parts
-from dtpipe.distill.student.load import Student, StudentSpec, build_student, check_image_size, check_strides
 from dtpipe.distill.student.regressor import FeatureRegressor, TargetLevel
+from dtpipe.distill.student.student import Student, StudentSpec, build_student, check_image_size, check_strides
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec
 

@@ -45,8 +45,9 @@ class ShownMaps:
 
 def load_distiller(run: Path, config: DistillConfig, levels: Sequence[Any], image_px: tuple[int, int]) -> Distiller:
     """Student and regressor of a run's last checkpoint, in eval mode on the CPU."""
-    from dtpipe.distill.engine.checkpoint import load_checkpoint, student_state
+    from dtpipe.distill.engine.checkpoint import load_checkpoint
     from dtpipe.distill.student.distiller import build_distiller
+    from dtpipe.distill.student.load import student_state
 
     state = load_checkpoint(run / "last.pt")
     unpretrained = config.model_copy(update={"student": config.student.model_copy(update={"pretrained": False})})

@@ -11,7 +11,7 @@ import torch
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import save_checkpoint
-from dtpipe.distill.student.load import StudentSpec, build_student, spec_to_dict
+from dtpipe.distill.student.student import StudentSpec, build_student, spec_to_dict
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import (
     ComputeRecipe,

@@ -13,7 +13,7 @@ from dtpipe.distill.downstream.base import LabelledSet
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder
-from dtpipe.distill.student.load import StudentSpec, build_student, spec_to_dict
+from dtpipe.distill.student.student import StudentSpec, build_student, spec_to_dict
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate, overlap_notes

@@ -32,7 +32,7 @@ from dtpipe.distill.downstream.frozen.readout import at_grid, cells_of, confusio
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.distill.engine.optim import learning_rate, set_learning_rate
 from dtpipe.distill.stream.batch import flip_where, student_images
-from dtpipe.distill.student.load import Student, StudentSpec
+from dtpipe.distill.student.student import Student, StudentSpec
 
 SUPERVISED = "supervised"
 

@@ -21,7 +21,7 @@ from dtpipe.distill.downstream.base import (
     raw_pixels,
     student_extractor,
 )
-from dtpipe.distill.student.load import StudentSpec
+from dtpipe.distill.student.student import StudentSpec
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 SPEC = StudentSpec("resnet10t", 4, (32, 32))

@@ -8,7 +8,8 @@ import torch
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.student.distiller import build_distiller, choose_levels, norms_for
-from dtpipe.distill.student.load import StudentSpec, build_student, load_student, spec_from_dict, spec_to_dict
+from dtpipe.distill.student.load import load_student
+from dtpipe.distill.student.student import StudentSpec, build_student, spec_from_dict, spec_to_dict
 from dtpipe.manifests.errors import ConfigError
 from parts.memory import level_spec, tiny_config, write_student
 

@@ -14,9 +14,9 @@ from dtpipe.distill.losses.features import LOSSES
 from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.student.distiller import build_distiller
-from dtpipe.distill.student.load import StudentSpec, build_student
 from dtpipe.distill.student.pyramid import SimplePyramid
 from dtpipe.distill.student.regressor import REGRESSORS
+from dtpipe.distill.student.student import StudentSpec, build_student
 from dtpipe.distill.trainer import Trainer
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec

@@ -10,7 +10,7 @@ from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import SupervisedConfig
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.supervised import _flip, _steps, run_supervised, train_supervised
-from dtpipe.distill.student.load import StudentSpec
+from dtpipe.distill.student.student import StudentSpec
 
 SPEC = StudentSpec("test_resnet", 4, (32, 32))
 
