@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dtpipe.extract.train_config import EXECUTION, TrainTeacherConfig
 from dtpipe.extract.train_network import build_unet, start_from
+from dtpipe.manifests.differences import differences, refuse_differences
 from dtpipe.manifests.errors import DamagedDataError, PlanChangedError, StoreError
 from dtpipe.manifests.store.publish import whole_file
 
@@ -157,11 +158,5 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_settings(config: TrainTeacherConfig, saved: TrainTeacherConfig, path: Path) -> None:
-    old, new = saved.model_dump(), config.model_dump()
-    changed = [
-        f"{name} was {old[name]}, is {new[name]}" for name in new if name not in EXECUTION and old[name] != new[name]
-    ]
-    if changed:
-        raise PlanChangedError(
-            f"{path} was made with other settings: {'; '.join(changed)}; keep them or name another --out"
-        )
+    stored, wanted = (settings.model_dump(mode="json", exclude=set(EXECUTION)) for settings in (saved, config))
+    refuse_differences(f"{path} was made with other settings", differences(stored, wanted, "train_teacher."))

@@ -18,7 +18,8 @@ import yaml
 from dtpipe.distill.config import EXECUTION, DistillConfig
 from dtpipe.distill.engine.tensorboard import ScalarWriter
 from dtpipe.distill.stream.record import DATA_FILE, refuse_other_data
-from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, PlanChangedError, StoreError
+from dtpipe.manifests.differences import Difference, differences, refuse_differences
+from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, StoreError
 from dtpipe.manifests.store.publish import write_whole
 
 if TYPE_CHECKING:
@@ -99,10 +100,7 @@ class RunFolder:
             )
         if file.exists():
             changes = changed_fields(read_config(self.path), config)
-            if changes:
-                raise PlanChangedError(
-                    f"{self.path} holds a run with other settings: {'; '.join(changes)}; choose another --out or set them back"
-                )
+            refuse_differences(f"{self.path} holds a run with other settings", changes)
         if data is not None:
             refuse_other_data(self.path, data.record)
             _write(self.path / DATA_FILE, json.dumps(data.record, indent=1) + "\n")
@@ -133,23 +131,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was not written whole
 
 
-def changed_fields(old: Mapping[str, Any], config: DistillConfig) -> list[str]:
-    """`distill.x: old -> new` for each field that decides the result and differs."""
-    defaults = _flat(DistillConfig(out="").model_dump(mode="json"))  # of fields that did not exist when the run began
-    before, after = defaults | _flat(old), _flat(config.model_dump(mode="json"))
-    names = sorted(name for name in before.keys() | after.keys() if name.split(".")[0] not in EXECUTION)
-    return [
-        f"distill.{name}: {before.get(name)} -> {after.get(name)}"
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
+def changed_fields(old: Mapping[str, Any], config: DistillConfig) -> list[Difference]:
+    """Fields that decide the result and differ; the old config lacks those that did not exist when its run began."""
+    stored, wanted = _over(DistillConfig(out="").model_dump(mode="json"), old), config.model_dump(mode="json")
+    for name in EXECUTION:
+        stored.pop(name, None)
+        wanted.pop(name, None)
+    return differences(stored, wanted, "distill.")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, and the defaults of those that are not there."""
+    nested = {
+        name: _over(default, values[name])
+        for name, default in defaults.items()
+        if isinstance(default, Mapping) and isinstance(values.get(name), Mapping)
+    }
+    return {**defaults, **values, **nested}
 
 
 def _hold(lock: TextIO, path: Path) -> None:

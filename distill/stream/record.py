@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtpipe.manifests.errors import InputError, PlanChangedError
-from dtpipe.manifests.write.plan import recipe_changes
+from dtpipe.manifests.differences import differences, refuse_differences
+from dtpipe.manifests.errors import InputError
 
 DATA_FILE = "data.json"
-_SHOWN = 5  # fields named in a message
-_LONG = 60
 
 
 def read_record(run: Path) -> dict[str, Any] | None:
@@ -51,16 +49,6 @@ def refuse_other_data(run: Path, record: Mapping[str, Any], partly: bool = False
     stored = read_record(run)
     if stored is None:
         return
-    changes = recipe_changes({name: stored[name] for name in stored if name in record or not partly}, record)
-    if not changes:
-        return
-    named = "; ".join(f"{name}: {_short(old)} -> {_short(new)}" for name, old, new in changes[:_SHOWN])
-    more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-    raise PlanChangedError(
-        f"{run} holds a run that was trained on other data ({named}{more}); give that data, or choose another --out"
-    )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONG else f"{text[:_LONG]}.."
+    stored = {name: value for name, value in stored.items() if name in record or not partly}
+    holder = f"{run} holds a run that was trained on other data"
+    refuse_differences(holder, differences(stored, record), "give that data, or choose another --out")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset, Integers, Levels, Samples
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
-from dtpipe.manifests.write.plan import recipe_changes
 
 _SUFFIXES = "bcdefghijklmnopqrstuvwxyz"
 _SHOWN = 3  # keys listed in a message
@@ -239,11 +239,10 @@ def _refuse_differences(parts: Sequence[FeatureDataset], fields: Sequence[str], 
         raise ConfigError("no dataset was given; name at least one")
     first = parts[0].recipe.model_dump(mode="json", include=set(fields))
     for part in parts[1:]:
-        changes = recipe_changes(first, part.recipe.model_dump(mode="json", include=set(fields)))
-        if changes:
-            named = "; ".join(f"{name}: {one!r} and {other!r}" for name, one, other in changes[:5])
+        if changes := differences(first, part.recipe.model_dump(mode="json", include=set(fields))):
             raise ConfigError(
-                f"{parts[0].url} and {part.url} do not fit ({named}); extract one of them again with equal settings{otherwise}"
+                f"{parts[0].url} and {part.url} do not fit ({listed(changes)}); extract one of them again with equal "
+                f"settings{otherwise}"
             )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
+from dtpipe.manifests.differences import differences, refuse_differences
 from dtpipe.manifests.errors import ConfigError, ManifestError, PlanChangedError
 from dtpipe.manifests.layout.tables import LISTING_FILE
 from dtpipe.manifests.schema import LevelSpec, Plan, Recipe
@@ -18,11 +19,9 @@ from dtpipe.manifests.store.store import LOCK_FOLDER, MissingObjectError, Store
 from dtpipe.manifests.write.listing import Listing, encode_listing, read_listing, write_listing
 
 PLAN_FILE = "plan.json"
-ABSENT = "<absent>"
 SELECTION = "selection"  # key of a plan's provenance
 TARGET_SHARD_BYTES = 256 * 2**20
 MIN_SHARD_SAMPLES, MAX_SHARD_SAMPLES = 16, 4096
-_SHOWN = 8  # fields or names listed in a message
 
 
 def start_plan(
@@ -100,14 +99,6 @@ def shard_samples_for(sample_bytes: int) -> int:
     return max(MIN_SHARD_SAMPLES, min(MAX_SHARD_SAMPLES, 1 << max(power, 0)))
 
 
-def recipe_changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
-    """Fields in which two JSON documents differ: (dotted name, stored, wanted), with `ABSENT` where one has none."""
-    changes: list[tuple[str, Any, Any]] = []
-    for name in [*stored, *(name for name in wanted if name not in stored)]:
-        changes += _value_changes(f"{path}{name}", stored.get(name, ABSENT), wanted.get(name, ABSENT))
-    return changes
-
-
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 
 
@@ -135,17 +126,10 @@ def _refuse_foreign(store: Store) -> None:
 
 
 def _refuse_changes(store: Store, plan: Plan, recipe: Recipe, selection: Mapping[str, Any] | None) -> None:
-    changes = recipe_changes(plan.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    changes = differences(plan.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if selection is not None:
-        changes += recipe_changes(plan.provenance.get(SELECTION, {}), selection)
-    if changes:
-        fields = "; ".join(
-            f"{name}: stored {_short(stored)}, wanted {_short(wanted)}" for name, stored, wanted in changes[:_SHOWN]
-        )
-        more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-        raise PlanChangedError(
-            f"{store.url} holds a dataset of another recipe ({fields}{more}); choose another --out, or use the stored settings to go on"
-        )
+        changes += differences(plan.provenance.get(SELECTION, {}), selection)
+    refuse_differences(f"{store.url} holds a dataset of another recipe", changes)
 
 
 def _stored_listing(
@@ -172,17 +156,3 @@ def _first_difference(stored: Listing, given: Listing) -> str:
         if (one.key, one.label) != (other.key, other.label):
             return f"row {one.row}: stored {one.key!r}, wanted {other.key!r}"
     return f"row {min(len(stored), len(given))}"
-
-
-def _value_changes(name: str, stored: object, wanted: object) -> list[tuple[str, Any, Any]]:
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        return recipe_changes(stored, wanted, f"{name}.")
-    if isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
-        pairs = enumerate(zip(stored, wanted, strict=True))
-        return [change for place, (one, other) in pairs for change in _value_changes(f"{name}[{place}]", one, other)]
-    return [] if stored == wanted and isinstance(stored, bool) == isinstance(wanted, bool) else [(name, stored, wanted)]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

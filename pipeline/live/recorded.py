@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from dtpipe.extract.config import TeacherConfig
+from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import LevelSpec, Plan, Recipe, TeacherRecipe, ViewSpec
-from dtpipe.manifests.write.plan import ABSENT, recipe_changes
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from dtpipe.extract.teachers.base import Teacher, TeacherSpec
-
-_SHOWN = 4  # differences named in a message
 
 
 def pick_device(name: str) -> str:
@@ -65,9 +63,9 @@ class RecipeTeacher:
             configure_torch(recipe.compute)
         self.teacher: Teacher = teacher if teacher is not None else load_teacher(config, self.device)
         if found := teacher_differences(recipe, self.teacher.spec, config.dtype):
-            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise TeacherError(
-                f"{config.path}: {'; '.join(found[:_SHOWN])}{more}; give the teacher that made it with --teacher, and its settings"
+                f"{config.path} is not the teacher that made the dataset ({listed(found)}); give that one with --teacher, "
+                "and its settings"
             )
 
     def encode(
@@ -84,24 +82,18 @@ def teacher_differences(recipe: Recipe, spec: TeacherSpec, dtype: str) -> list[s
     made = recipe.teacher
     if spec.weights_blake3 != made.weights_blake3:
         return [
-            f"these weights have digest {spec.weights_blake3[:16]}.., the dataset was made with {made.weights_blake3[:16]}.."
+            f"weights have digest {spec.weights_blake3[:16]}.., the dataset was made with {made.weights_blake3[:16]}.."
         ]
     found = TeacherRecipe(kind=spec.kind, weights_blake3=spec.weights_blake3, options=dict(spec.options))
     stored, loaded = (
         {**each.model_dump(mode="json"), "dtype": at} for each, at in ((made, recipe.compute.dtype), (found, dtype))
     )
-    changes = recipe_changes(stored, loaded)
-    clauses = [_changed(f"teacher.{name}", old, new) for name, old, new in changes]
+    clauses = [str(difference) for difference in differences(stored, loaded, "teacher.")]
     clauses += [difference for level in recipe.levels if (difference := _level_difference(recipe, level, spec))]
     latest = max((view.timestep for view in recipe.views if view.timestep is not None), default=0)
     if spec.num_timesteps is not None and latest >= spec.num_timesteps:
         clauses.append(f"it has timesteps 0 to {spec.num_timesteps - 1}, the dataset was made at {latest}")
     return clauses
-
-
-def _changed(name: str, old: object, new: object) -> str:
-    now = f"{name} is not set" if new == ABSENT else f"{name} is {new!r}"
-    return f"{now}, the dataset was made without it" if old == ABSENT else f"{now}, the dataset was made with {old!r}"
 
 
 def _level_difference(recipe: Recipe, level: LevelSpec, spec: TeacherSpec) -> str | None:

@@ -139,7 +139,7 @@ def test_what_low_precision_costs_stands_in_the_manifest(
 
 def test_another_recipe_is_refused_by_name_and_execution_settings_may_change(make_config: MakeConfig) -> None:
     run_extraction(make_config())
-    with pytest.raises(PlanChangedError, match="batch_size: stored 2, wanted 4"):
+    with pytest.raises(PlanChangedError, match="batch_size: 2 -> 4"):
         run_extraction(make_config(batch_size=4))
     with pytest.raises(PlanChangedError, match="limit"):
         run_extraction(make_config(limit=5))

@@ -139,7 +139,7 @@ def test_a_time_limit_stops_and_still_writes(config):
 
 def test_other_settings_into_the_same_folder_are_refused(config):
     train_teacher(changed(config, steps=1))
-    with pytest.raises(PlanChangedError, match=r"lr was 0\.001, is 0\.01; seed was 0, is 1"):
+    with pytest.raises(PlanChangedError, match=r"train_teacher\.lr: 0\.001 -> 0\.01; train_teacher\.seed: 0 -> 1"):
         train_teacher(changed(config, lr=0.01, seed=1))
 
 

@@ -33,7 +33,7 @@ def test_the_resolved_config_is_written_and_read_back(tmp_path):
 
 def test_another_config_is_refused_naming_the_fields(tmp_path):
     RunFolder.open(config(tmp_path)).__exit__(None, None, None)
-    with pytest.raises(PlanChangedError, match=r"distill.loss.at_weight: 10.0 -> 5.0; distill.lr: 0.004 -> 0.001;"):
+    with pytest.raises(PlanChangedError, match=r"\(distill.loss.at_weight: 10.0 -> 5.0; distill.lr: 0.004 -> 0.001\);"):
         RunFolder.open(config(tmp_path, lr=1e-3, loss={"at_weight": 5}))
     assert read_config(tmp_path)["lr"] == 4e-3  # the refusal changed nothing
 

@@ -123,7 +123,7 @@ def test_concatenation_refuses_what_does_not_fit(folder: Folder) -> None:
     one = folder.make("one")
     with pytest.raises(ConfigError, match=r"share 5 keys .*join them by key"):
         ConcatDataset([one, folder.make("same")])
-    with pytest.raises(ConfigError, match=r"teacher\.weights_blake3: 'abab.*' and 'cdcd"):
+    with pytest.raises(ConfigError, match=r'teacher\.weights_blake3: "abab.*" -> "cdcd'):
         ConcatDataset([one, folder.make("teacher", weights="cd" * 32, prefix="z/")])
     with pytest.raises(ConfigError, match="views"):
         ConcatDataset([one, folder.make("views", views=(ViewSpec(draw=0),), prefix="z/")])

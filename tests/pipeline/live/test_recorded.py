@@ -35,7 +35,7 @@ def test_other_weights_are_refused(plan: Plan, other_ddpm: Path) -> None:
     digest = plan.recipe.teacher.weights_blake3[:16]
     with pytest.raises(
         TeacherError,
-        match=rf"{other_ddpm}: these weights have digest [0-9a-f]{{16}}.., the dataset was made with {digest}",
+        match=rf"{other_ddpm} is not .*\(weights have digest [0-9a-f]{{16}}.., the dataset was made with {digest}",
     ):
         open_teacher(plan, {"path": str(other_ddpm)}, "cpu")
 
@@ -43,11 +43,11 @@ def test_other_weights_are_refused(plan: Plan, other_ddpm: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"dtype": "bfloat16"}, r"teacher.dtype is 'bfloat16', the dataset was made with 'float32'"),
-        ({"options": {"ensemble": 2}}, r"teacher.options.ensemble is 2, the dataset was made without it"),
+        ({"dtype": "bfloat16"}, 'teacher.dtype: "float32" -> "bfloat16"'),
+        ({"options": {"ensemble": 2}}, "teacher.options.ensemble: not set -> 2"),
         (
             {"options": {"encoding": "ddim_inversion"}},
-            r"teacher.options.encoding is 'ddim_inversion'.*options.inversion_stride is 10",
+            'options.encoding: .* -> "ddim_inversion"; .*options.inversion_stride: not set -> 10',
         ),
         (
             {"taps": {"l2": "up_blocks.1.resnets.0", "l3": "up_blocks.0.resnets.1"}},
@@ -64,12 +64,10 @@ def test_other_settings_are_refused_naming_them(plan: Plan, settings: dict[str, 
 
 def test_another_noise_schedule_of_the_same_weights_is_refused(plan: Plan, tmp_path: Path) -> None:
     other = write_ddpm(tmp_path / "other", beta_end=0.03)
-    with pytest.raises(
-        TeacherError, match=r"teacher.options.scheduler.beta_end is 0.03, the dataset was made with 0.02"
-    ):
+    with pytest.raises(TeacherError, match=r"options\.scheduler\.beta_end: 0\.02 -> 0\.03"):
         open_teacher(plan, {"path": str(other)}, "cpu")
     short = write_ddpm(tmp_path / "short", num_train_timesteps=40)
     with pytest.raises(
-        TeacherError, match=r"num_train_timesteps is 40.*it has timesteps 0 to 39, the dataset was made at 50"
+        TeacherError, match=r"num_train_timesteps: .* -> 40.*it has timesteps 0 to 39, the dataset was made at 50"
     ):
         open_teacher(plan, {"path": str(short)}, "cpu")
