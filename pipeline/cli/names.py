@@ -125,7 +125,7 @@ def _regressors() -> Rows:
 
 
 def _losses() -> Rows:
-    from dtpipe.distill.losses.features import LOSSES
+    from dtpipe.distill.losses.registry import LOSSES
 
     return _texts(LOSSES)
 

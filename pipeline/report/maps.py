@@ -64,7 +64,7 @@ def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> S
     """
     import torch
 
-    from dtpipe.distill.losses.features import whiten
+    from dtpipe.distill.losses.base import whiten
     from dtpipe.distill.stream.batch import student_images
     from dtpipe.distill.student.distiller import choose_levels, student_size
 

@@ -11,15 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtpipe.distill.config import LossConfig
-from dtpipe.distill.losses.features import (
-    LOSSES,
-    attention_map,
-    attention_transfer,
-    cosine_distance,
-    feature_loss,
-    regression_loss,
-    whiten,
-)
+from dtpipe.distill.losses.attention import AttentionTransfer
+from dtpipe.distill.losses.base import whiten
+from dtpipe.distill.losses.cosine import CosineDistance
+from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.losses.mse import RegressionLoss
+from dtpipe.distill.losses.registry import LOSSES
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 TOLERANCE = 2e-5  # float32 sums of up to a few thousand terms against float64
@@ -54,9 +51,11 @@ def loop_mse(students: list[np.ndarray], teachers: list[np.ndarray], over: str =
     return sum(per_level) / len(per_level)
 
 
-def loop_map(sample: np.ndarray) -> list[float]:
+def loop_map(sample: np.ndarray, power: int = 2) -> list[float]:
     channels, height, width = sample.shape
-    energy = [sum(float(sample[c, y, x]) ** 2 for c in range(channels)) for y in range(height) for x in range(width)]
+    energy = [
+        sum(abs(float(sample[c, y, x])) ** power for c in range(channels)) for y in range(height) for x in range(width)
+    ]
     norm = math.sqrt(sum(value**2 for value in energy))
     return [value / norm for value in energy]
 
@@ -165,8 +164,8 @@ def test_level_weights_that_do_not_fit_are_refused(weights):
 
 def test_cosine_distance_ignores_strength_and_is_0_for_equal_and_2_for_opposite_directions():
     white = whiten(torch.from_numpy(random_levels(5, 2, [(8, 4, 4)])[0]))
-    assert cosine_distance(white * 7, white, "none").item() == pytest.approx(0, abs=1e-6)
-    assert cosine_distance(-white, white, "none").item() == pytest.approx(2, abs=1e-6)
+    assert CosineDistance("none")(white * 7, white).item() == pytest.approx(0, abs=1e-6)
+    assert CosineDistance("none")(-white, white).item() == pytest.approx(2, abs=1e-6)
 
 
 def test_paper_weight_of_attention_transfer_is_the_default():
@@ -189,19 +188,27 @@ def test_whitening_by_channel_normalises_each_position_and_erases_the_energy_map
     white = whiten(level, "channel")
     torch.testing.assert_close(white.mean(dim=1), torch.zeros(2, 3, 3), rtol=0, atol=1e-5)
     torch.testing.assert_close(white.var(dim=1, correction=0), torch.ones(2, 3, 3), rtol=1e-4, atol=1e-4)
-    assert attention_transfer(white, level) > 5 * attention_transfer(torch.ones_like(level), white)
+    assert AttentionTransfer()(white, level) > 5 * AttentionTransfer()(torch.ones_like(level), white)
 
 
 def test_attention_ignores_the_strength_and_the_number_of_channels():
     level = torch.from_numpy(random_levels(5, 2, [(8, 4, 4)])[0])
     doubled = torch.cat([level, level], dim=1) * 3
-    assert attention_transfer(doubled, level).item() < 1e-6
-    torch.testing.assert_close(attention_map(level).norm(dim=1), torch.ones(2))
+    assert AttentionTransfer()(doubled, level).item() < 1e-6
+    torch.testing.assert_close(AttentionTransfer().attention_map(level).norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("power", [1, 2, 3, 4])
+def test_attention_maps_are_their_loop_at_every_power(power):
+    level = random_levels(12, 2, [(5, 3, 4)])[0]
+    expected = [loop_map(sample, power) for sample in level]
+    maps = AttentionTransfer(power).attention_map(torch.from_numpy(level))
+    np.testing.assert_allclose(maps.numpy(), expected, rtol=TOLERANCE)
 
 
 def test_losses_of_parts_weighted_by_count_are_the_loss_of_the_whole():
     student, teacher = (torch.from_numpy(random_levels(seed, 7, [(4, 3, 3)])[0]) for seed in (6, 7))
-    for loss in (regression_loss, attention_transfer, cosine_distance):
+    for loss in (RegressionLoss(), AttentionTransfer(), CosineDistance()):
         parts = loss(student[:5], teacher[:5]) * 5 / 7 + loss(student[5:], teacher[5:]) * 2 / 7
         assert parts.item() == pytest.approx(loss(student, teacher).item(), rel=1e-6)
 
@@ -209,7 +216,7 @@ def test_losses_of_parts_weighted_by_count_are_the_loss_of_the_whole():
 def test_half_precision_levels_are_reduced_in_float32():
     level = torch.full((1, 300, 4, 4), 60.0, dtype=torch.float16)  # the sum of squares is over float16's largest
     level[:, :, 0, 0] = 120.0
-    assert torch.isfinite(attention_map(level)).all()
+    assert torch.isfinite(AttentionTransfer().attention_map(level)).all()
     assert whiten(level).dtype == torch.float32
 
 
@@ -222,8 +229,8 @@ def test_a_silent_level_has_finite_gradients():
 
 def test_levels_that_do_not_fit_are_refused_with_both_shapes():
     with pytest.raises(ShapeError, match=r"\(4, 4\).*\(2, 2\)"):
-        attention_transfer(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 2, 2))
+        AttentionTransfer()(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 2, 2))
     with pytest.raises(ShapeError, match=r"\(1, 3, 4, 4\).*\(1, 5, 4, 4\)"):
-        regression_loss(torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 4, 4))
+        RegressionLoss()(torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 4, 4))
     with pytest.raises(ShapeError, match=r"l2.*l3"):
         feature_loss({"l2": torch.zeros(1, 3, 4, 4)}, {"l3": torch.zeros(1, 3, 4, 4)}, LossConfig())

@@ -10,7 +10,7 @@ from timm.layers import convert_sync_batchnorm
 from dtpipe.distill.config import LossConfig
 from dtpipe.distill.downstream.base import student_extractor
 from dtpipe.distill.engine.run_folder import read_metrics
-from dtpipe.distill.losses.features import LOSSES
+from dtpipe.distill.losses.registry import LOSSES
 from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.student.distiller import build_distiller
