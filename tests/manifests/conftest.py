@@ -1,16 +1,15 @@
-"""An S3 server of moto's, and a toy writer of datasets that runs here or in a subprocess."""
+"""Empty datasets on each kind of store, S3 by moto's server, and what the toy writer writes undisturbed."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import hypothesis
 import pytest
 
-from parts import golden, toy_writer
+from parts import toy
 
 hypothesis.settings.register_profile("dtpipe", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("dtpipe")
@@ -68,21 +67,9 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def toy() -> ModuleType:
-    """The toy writer."""
-    return toy_writer
-
-
-@pytest.fixture(scope="session")
-def unbroken(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bytes]]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bytes]]:
     """The digest and the merged files of a toy dataset that nothing disturbed."""
     root = tmp_path_factory.mktemp("unbroken")
-    manifest, written = toy.extract(str(root))
+    manifest, written = toy.extract(root)
     assert written == [0, 1, 2, 3]
     return manifest.digest, toy.content_of(root)
-
-
-@pytest.fixture(scope="session")
-def maker() -> ModuleType:
-    """`parts/golden.py`: writes small datasets whose values follow from names."""
-    return golden

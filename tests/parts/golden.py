@@ -1,6 +1,6 @@
 """Make small feature datasets from arithmetic alone: the golden ones of a format version, and those of tests.
 
-    python tests/parts/golden.py OUT_FOLDER      writes OUT_FOLDER/v1_zarr and OUT_FOLDER/v1_webdataset
+    cd tests && python -m parts.golden OUT_FOLDER      writes OUT_FOLDER/v1_zarr and OUT_FOLDER/v1_webdataset
 
 The golden datasets in tests/golden were made so, once, and are never made again: readers must read them for ever.
 """
@@ -14,10 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import (
-    CodecRecipe,
-    ComputeRecipe,
     IndexRow,
     LevelSpec,
     Manifest,
@@ -29,12 +26,10 @@ from dtpipe.manifests.schema import (
     TransformRecipe,
     ViewSpec,
 )
-from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.write.commit import commit_entry, merge, pending_shards
 from dtpipe.manifests.write.listing import Listing, build_listing
-from dtpipe.manifests.write.lock import Lock
-from dtpipe.manifests.write.plan import plan_digest, start_plan
-from dtpipe.manifests.write.shard import ShardArrays, write_shard
+from dtpipe.manifests.write.shard import ShardArrays
+from parts.datasets import Item, write_features
+from parts.datasets import make_recipe as recipe_of
 
 LEVELS = (
     LevelSpec(name="l2", stride=4, channels=3, height=2, width=2, dtype="float16", tap="up.3"),
@@ -42,15 +37,6 @@ LEVELS = (
     LevelSpec(name="l4.b", stride=16, channels=5, height=1, width=2, dtype="float32", tap="up.1"),
 )
 VIEWS = (ViewSpec(draw=0, timestep=50), ViewSpec(draw=0, timestep=50, flip=True))
-
-
-@dataclass(frozen=True)
-class Item:
-    """A listed sample."""
-
-    key: str
-    uri: str
-    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,17 +63,15 @@ def golden_settings(shard_format: str) -> Settings:
 
 def make_recipe(settings: Settings) -> Recipe:
     """The recipe of a small dataset: 4 by 6 px images of student size 8 by 8."""
-    return Recipe(
+    return recipe_of(
         source=SourceRecipe(kind="class_folder", seed=1),
         transform=TransformRecipe(height=4, width=6, resize="stretch"),
         student_px=(8, 8),
         teacher=TeacherRecipe(kind="ddpm", weights_blake3=settings.weights),
         views=settings.views,
         levels=settings.levels,
-        images=settings.images,  # type: ignore[arg-type]
-        codec=CodecRecipe(),
+        images=settings.images,
         shard=ShardRecipe(format=settings.format, samples=settings.samples),  # type: ignore[arg-type]
-        compute=ComputeRecipe(device="cpu", batch_size=2, threads=1),
     )
 
 
@@ -104,6 +88,16 @@ def sample_values(name: str, key: str, shape: tuple[int, ...], dtype: str, salt:
     if dtype == "uint8":
         return steps.astype(np.uint8).reshape(shape)
     return ((steps - 125) / 32).astype(dtype).reshape(shape)
+
+
+def true_level(level: LevelSpec, key: str, salt: int = 0) -> np.ndarray:
+    """The true content of a level of one sample. Shapes: -> [V, C, H, W], of the two views that are the default."""
+    return sample_values(level.name, key, (2, level.channels, level.height, level.width), level.dtype, salt)
+
+
+def true_image(key: str) -> np.ndarray:
+    """The true image of one sample. Shapes: -> [4, 6, 3]."""
+    return sample_values("image", key, (4, 6, 3), "uint8")
 
 
 def shard_arrays(plan: Plan, listing: Listing, shard_idx: int, settings: Settings) -> ShardArrays:
@@ -128,18 +122,16 @@ def shard_arrays(plan: Plan, listing: Listing, shard_idx: int, settings: Setting
     return ShardArrays(image=np.stack(images) if recipe.images == "stored" else None, levels=stored, rows=rows)
 
 
-def write_shards(url: str, settings: Settings, limit: int | None = None, do_merge: bool = True) -> Manifest | None:
-    """Write what is pending, at most `limit` shards, and merge: what extraction does, without a teacher."""
-    store, listing = Store(url), make_listing(settings)
-    with Lock.acquire(store, stale_s=1) as lock:
-        plan, _ = start_plan(store, make_recipe(settings), listing, settings.provenance)
-        if settings.format == "zarr":
-            write_zarr_metadata(store, plan)
-        for shard_idx in pending_shards(store, plan)[:limit]:
-            arrays = shard_arrays(plan, listing, shard_idx, settings)
-            entry = write_shard(store, plan, plan_digest(store), shard_idx, arrays, lock.epoch, settings.provenance)
-            commit_entry(store, entry, lock.epoch)
-        return merge(store, plan, lock, settings.provenance) if do_merge else None
+def write_shards(
+    url: str | Path, settings: Settings, limit: int | None = None, do_merge: bool = True
+) -> Manifest | None:
+    """Write what is pending, at most `limit` shards, and merge."""
+
+    def arrays(plan: Plan, listing: Listing, shard_idx: int) -> ShardArrays:
+        return shard_arrays(plan, listing, shard_idx, settings)
+
+    recipe, listing = make_recipe(settings), make_listing(settings)
+    return write_features(url, recipe, listing, arrays, limit, do_merge, settings.provenance)
 
 
 def main(out: str) -> None:

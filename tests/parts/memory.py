@@ -12,32 +12,18 @@ import torch
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.student.student import StudentSpec, build_student, spec_to_dict
-from dtpipe.manifests.layout.zarr import write_zarr_metadata
-from dtpipe.manifests.schema import (
-    ComputeRecipe,
-    IndexRow,
-    LevelSpec,
-    Recipe,
-    ShardRecipe,
-    SourceRecipe,
-    TeacherRecipe,
-    TransformRecipe,
-    ViewSpec,
-)
-from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.write.commit import commit_entry, merge
+from dtpipe.manifests.schema import IndexRow, LevelSpec, Plan, Recipe, ShardRecipe, TransformRecipe, ViewSpec
 from dtpipe.manifests.write.listing import Listing, build_listing
-from dtpipe.manifests.write.lock import Lock
-from dtpipe.manifests.write.plan import plan_digest, start_plan
-from dtpipe.manifests.write.shard import ShardArrays, write_shard
+from dtpipe.manifests.write.shard import ShardArrays
+from parts.datasets import Item, make_recipe, write_features
 
 PX = 32
 
 
-def level_spec(name: str, stride: int, channels: int) -> LevelSpec:
-    return LevelSpec(
-        name=name, stride=stride, channels=channels, height=PX // stride, width=PX // stride, tap=f"up.{name}"
-    )
+def level_spec(name: str, stride: int, channels: int, px: tuple[int, int] = (PX, PX), **changes: object) -> LevelSpec:
+    """A level of an image of `px` by its stride; `changes` replace fields."""
+    sizes = {"height": px[0] // stride, "width": px[1] // stride}
+    return LevelSpec(name=name, stride=stride, channels=channels, **sizes, **{"tap": f"up.{name}", **changes})
 
 
 @dataclass
@@ -48,6 +34,7 @@ class MemorySource:
     bad: tuple[int, ...] = (3, 11)
     views: tuple[ViewSpec, ...] = (ViewSpec(draw=0, timestep=50),)
     levels: tuple[LevelSpec, ...] = (level_spec("l2", 4, 6), level_spec("l3", 8, 8), level_spec("l4", 16, 10))
+    px: tuple[int, int] = (PX, PX)
     read: list[tuple[list[int], list[str], list[int]]] = field(default_factory=list)
 
     @property
@@ -63,7 +50,7 @@ class MemorySource:
         return np.array([row for row in range(self.num_rows) if row not in self.bad])
 
     def read_image(self, row: int) -> np.ndarray:
-        return np.random.default_rng([row, 0]).integers(0, 256, (PX, PX, 3), dtype=np.uint8)
+        return np.random.default_rng([row, 0]).integers(0, 256, (*self.px, 3), dtype=np.uint8)
 
     def read_level(self, name: str, row: int, view: int = 0) -> np.ndarray:
         spec = next(level for level in self.levels if level.name == name)
@@ -120,46 +107,30 @@ def write_student(path: Path, name: str, px: tuple[int, int] = (64, 64), ema: bo
     return path
 
 
-@dataclass(frozen=True)
-class _Item:
-    key: str
-    uri: str
-    label: str | None = None
-
-
 def write_dataset(
     root: Path, source: MemorySource, prefix: str = "images", merged: bool = True, **changes: object
 ) -> Path:
     """The content of a memory source as a feature dataset of 8-row shards; `changes` replace fields of the recipe.
 
-    Its rows are permuted; the sample with key `<prefix>/007.png` holds what row 7 of the source holds.
+    Its rows are permuted; the sample with key `<prefix>/007.png` holds what row 7 of the source holds. Unmerged, it lacks
+    its last shard.
     """
     fields: dict[str, object] = {
-        "source": SourceRecipe(kind="folder"),
-        "transform": TransformRecipe(height=PX, width=PX),
-        "student_px": (PX, PX),
-        "teacher": TeacherRecipe(kind="random", weights_blake3="0" * 64),
+        "transform": TransformRecipe(height=source.px[0], width=source.px[1]),
+        "student_px": source.px,
         "views": source.views,
         "levels": source.levels,
         "shard": ShardRecipe(samples=8),
-        "compute": ComputeRecipe(device="cpu", batch_size=2, threads=1),
     }
-    recipe = Recipe(**{**fields, **changes})
-    store = Store(root)
-    listing = build_listing(
-        _Item(f"{prefix}/{row:03d}.png", f"{row}", source.labels[row]) for row in range(source.num_rows)
-    )
-    with Lock.acquire(store) as lock:
-        plan, listing = start_plan(store, recipe, listing, {})
-        if recipe.shard.format == "zarr":
-            write_zarr_metadata(store, plan)
-        for shard_idx in range(plan.num_shards if merged else plan.num_shards - 1):
-            arrays = shard_arrays(source, listing, plan.shard_rows(shard_idx), shard_idx, recipe)
-            commit_entry(
-                store, write_shard(store, plan, plan_digest(store), shard_idx, arrays, lock.epoch, {}), lock.epoch
-            )
-        if merged:
-            merge(store, plan, lock, {})
+    names = [f"{prefix}/{row:03d}.png" for row in range(source.num_rows)]
+    listing = build_listing(Item(name, label=label) for name, label in zip(names, source.labels, strict=True))
+    recipe = make_recipe(**{**fields, **changes})
+    num_shards = -(-source.num_rows // recipe.shard.samples)
+
+    def arrays(plan: Plan, listing: Listing, shard_idx: int) -> ShardArrays:
+        return shard_arrays(source, listing, plan.shard_rows(shard_idx), shard_idx, recipe)
+
+    write_features(root, recipe, listing, arrays, num_shards if merged else num_shards - 1, merged, {"command": "test"})
     return root
 
 

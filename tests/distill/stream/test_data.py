@@ -18,13 +18,7 @@ from dtpipe.distill.stream.record import read_record
 from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.trainer import stream_settings, train
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, PlanChangedError
-from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.write.commit import commit_entry, merge
-from dtpipe.manifests.write.listing import read_listing
-from dtpipe.manifests.write.lock import Lock
-from dtpipe.manifests.write.plan import load_plan, plan_digest
-from dtpipe.manifests.write.shard import write_shard
-from parts.memory import MemorySource, level_spec, shard_arrays, tiny_config, write_dataset
+from parts.memory import MemorySource, level_spec, tiny_config, write_dataset
 
 
 def config(tmp_path: Path, *urls: Path, **changes: object) -> DistillConfig:
@@ -158,19 +152,6 @@ def test_weights_too_small_for_any_sample_are_refused(tmp_path, source):
 # --- unfinished datasets, and resumed runs ---------------------------------------------------------------------------
 
 
-def finish(url: Path, source: MemorySource) -> None:
-    """Commit the last shard of a dataset of `write_dataset(merged=False)` and merge."""
-    store = Store(url)
-    plan = load_plan(store)
-    with Lock.acquire(store) as lock:
-        last = plan.num_shards - 1
-        arrays = shard_arrays(
-            source, read_listing(store, plan.listing_blake3), plan.shard_rows(last), last, plan.recipe
-        )
-        commit_entry(store, write_shard(store, plan, plan_digest(store), last, arrays, lock.epoch, {}), lock.epoch)
-        merge(store, plan, lock, {})
-
-
 def test_a_run_on_an_unfinished_dataset_keeps_to_its_shards_once_it_is_finished(tmp_path, source):
     url = write_dataset(tmp_path / "part", source, merged=False)
     with pytest.raises(IncompleteError, match="--allow-incomplete"):
@@ -179,7 +160,7 @@ def test_a_run_on_an_unfinished_dataset_keeps_to_its_shards_once_it_is_finished(
     before = train(settings)
     assert read_record(tmp_path / "run")["datasets"][0]["shards"] == [0, 1]
     assert before.num_samples < 19
-    finish(url, source)
+    write_dataset(url, source)  # the shard that was missing
     (tmp_path / "run" / "last.pt").unlink()
     again = train(
         settings.model_copy(update={"allow_incomplete": False})

@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,16 +16,17 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entry
 from dtpipe.manifests.write.plan import load_plan, plan_digest
+from parts import golden
 
 FORMATS = ("zarr", "webdataset")
 READ_ON_OPEN = {"manifest.json", "plan.json", "index.parquet", "shards.parquet"}
 
 
 @pytest.fixture(params=FORMATS)
-def dataset(request: pytest.FixtureRequest, tmp_path: Path, maker: ModuleType) -> Path:
+def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A small dataset of two shards, without locks."""
     root = tmp_path / "features"
-    maker.write_shards(str(root), maker.golden_settings(request.param))
+    golden.write_shards(root, golden.golden_settings(request.param))
     shutil.rmtree(root / "lock")
     return root
 
@@ -128,10 +128,10 @@ def swap(one: Path, other: Path) -> None:
 
 
 @pytest.fixture
-def even(request: pytest.FixtureRequest, tmp_path: Path, maker: ModuleType) -> Path:
+def even(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Two shards of equal size, so that only content tells them apart."""
     root = tmp_path / "even"
-    maker.write_shards(str(root), maker.Settings(format=request.param, num_rows=4, samples=2, bad=()))
+    golden.write_shards(root, golden.Settings(format=request.param, num_rows=4, samples=2, bad=()))
     return root
 
 
@@ -176,10 +176,10 @@ def test_swapped_levels_inside_a_tar_are_found(even: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)
-def test_stale_objects_and_stale_metadata_are_found(shard_format: str, maker: ModuleType, tmp_path: Path) -> None:
+def test_stale_objects_and_stale_metadata_are_found(shard_format: str, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     for root, salt in ((old, 0), (new, 1)):
-        maker.write_shards(str(root), maker.Settings(format=shard_format, salt=salt, weights=f"{salt:064x}"))
+        golden.write_shards(root, golden.Settings(format=shard_format, salt=salt, weights=f"{salt:064x}"))
     names = [
         name
         for name in files_of(new)
@@ -197,8 +197,8 @@ def test_stale_objects_and_stale_metadata_are_found(shard_format: str, maker: Mo
     assert verify(new).problems == ()
 
 
-def test_repair_and_extract_restore_the_identical_dataset_after_any_damage(dataset: Path, maker: ModuleType) -> None:
-    settings = maker.golden_settings("zarr" if (dataset / "data.zarr").exists() else "webdataset")
+def test_repair_and_extract_restore_the_identical_dataset_after_any_damage(dataset: Path) -> None:
+    settings = golden.golden_settings("zarr" if (dataset / "data.zarr").exists() else "webdataset")
     before = FeatureDataset.open(dataset).manifest
     assert before is not None
     content = {name: (dataset / name).read_bytes() for name in files_of(dataset) if name.startswith("data")}
@@ -214,7 +214,7 @@ def test_repair_and_extract_restore_the_identical_dataset_after_any_damage(datas
         if not name.endswith("zarr.json") and name not in ("plan.json", "manifest.json"):
             with pytest.raises(IncompleteError):
                 FeatureDataset.open(dataset)
-        after = maker.write_shards(str(dataset), settings)
+        after = golden.write_shards(dataset, settings)
         assert after.digest == before.digest, name
         assert verify(dataset, "decode").problems == (), name
         assert {name: (dataset / name).read_bytes() for name in content} == content

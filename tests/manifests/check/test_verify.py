@@ -4,76 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from dtpipe.manifests.check.verify import repair, verify
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError
+from dtpipe.manifests.schema import Plan
 from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.shard import ShardArrays
+from parts import golden
+from parts.datasets import write_features
 
 FORMATS = ("zarr", "webdataset")
 
 
 @pytest.fixture(params=FORMATS)
-def root(request: pytest.FixtureRequest, tmp_path: Path, maker: ModuleType) -> Path:
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Seven rows in shards of three, one bad."""
-    maker.write_shards(str(tmp_path / "features"), maker.Settings(format=request.param, num_rows=7, samples=3))
+    golden.write_shards(tmp_path / "features", golden.Settings(format=request.param, num_rows=7, samples=3))
     return tmp_path / "features"
 
 
-def teacher(maker: ModuleType, error: float = 0.0) -> Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]]:
-    """The maker's values again, in float32, times 1 + error."""
+def teacher(error: float = 0.0) -> Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]]:
+    """The true values again, in float32, times 1 + error."""
 
     def run(images: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
         assert images.shape == (len(keys), 4, 6, 3)
-        out = {}
-        for level in maker.LEVELS:
-            shape = (2, level.channels, level.height, level.width)
-            values = np.stack([maker.sample_values(level.name, key, shape, level.dtype) for key in keys])
-            out[level.name] = values.astype(np.float32) * np.float32(1 + error)
-        return out
+        true = {level.name: np.stack([golden.true_level(level, key) for key in keys]) for level in golden.LEVELS}
+        return {name: values.astype(np.float32) * np.float32(1 + error) for name, values in true.items()}
 
     return run
 
 
-def test_recomputing_the_same_gives_no_error(root: Path, maker: ModuleType) -> None:
-    report = verify(root, "recompute", teacher(maker), rows=4, tolerance=0)
+def test_recomputing_the_same_gives_no_error(root: Path) -> None:
+    report = verify(root, "recompute", teacher(), rows=4, tolerance=0)
     assert report.ok
     assert report.num_recomputed == 4
     assert report.max_relative_error == {"l2": 0.0, "l3": 0.0, "l4.b": 0.0}
 
 
-def test_recomputing_states_the_relative_error_and_holds_the_tolerance(root: Path, maker: ModuleType) -> None:
-    report = verify(root, "recompute", teacher(maker, 0.01), rows=100, tolerance=0.02)
+def test_recomputing_states_the_relative_error_and_holds_the_tolerance(root: Path) -> None:
+    report = verify(root, "recompute", teacher(0.01), rows=100, tolerance=0.02)
     assert report.ok
     assert report.num_recomputed == 6
     assert report.max_relative_error["l4.b"] == pytest.approx(0.01, rel=1e-4)
     assert report.max_relative_error["l2"] == pytest.approx(0.01, rel=0.1)  # float16 moves it by up to 2^-11
-    strict = verify(root, "recompute", teacher(maker, 0.01), rows=100, tolerance=0.005)
+    strict = verify(root, "recompute", teacher(0.01), rows=100, tolerance=0.005)
     assert {problem.name for problem in strict.problems} == {"level l2", "level l3", "level l4.b"}
     assert "from the teacher's features, allowed is 0.005" in strict.problems[0].what
 
 
-def test_recompute_needs_a_teacher_and_stored_images(root: Path, maker: ModuleType, tmp_path: Path) -> None:
+def test_recompute_needs_a_teacher_and_stored_images(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs the teacher"):
         verify(root, "recompute")
-    maker.write_shards(str(tmp_path / "bare"), maker.Settings(images="joined"))
+    golden.write_shards(tmp_path / "bare", golden.Settings(images="joined"))
     with pytest.raises(ConfigError, match="stores no images"):
-        verify(tmp_path / "bare", "recompute", teacher(maker))
+        verify(tmp_path / "bare", "recompute", teacher())
 
 
 def test_recompute_says_what_it_lacks_before_it_reads_the_objects(
-    maker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker.write_shards(str(tmp_path), maker.Settings(images="joined"))
+    golden.write_shards(tmp_path, golden.Settings(images="joined"))
     monkeypatch.setattr(
         "dtpipe.manifests.check.verify.check_digests", lambda *_: pytest.fail("an hour of reading, for nothing")
     )
-    for recompute in (None, teacher(maker)):
+    for recompute in (None, teacher()):
         with pytest.raises(ConfigError, match=r"needs the teacher|stores no images"):
             verify(tmp_path, "recompute", recompute)
 
@@ -107,13 +106,11 @@ def test_levels_see_more_and_more(root: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)
-def test_decode_finds_values_that_should_never_have_been_written(
-    shard_format: str, maker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good = maker.shard_arrays
+def test_decode_finds_values_that_should_never_have_been_written(shard_format: str, tmp_path: Path) -> None:
+    settings = golden.Settings(format=shard_format)
 
-    def spoiled(*args: object) -> ShardArrays:
-        shard = good(*args)
+    def spoiled(plan: Plan, listing: Listing, shard_idx: int) -> ShardArrays:
+        shard = golden.shard_arrays(plan, listing, shard_idx, settings)
         for idx, row in enumerate(shard.rows):
             if row.status != "ok":
                 shard.image[idx] = 7
@@ -121,17 +118,18 @@ def test_decode_finds_values_that_should_never_have_been_written(
                 shard.levels["l3"][idx, 1, 0, 0, 0] = np.nan
         return shard
 
-    monkeypatch.setattr(maker, "shard_arrays", spoiled)
-    maker.write_shards(str(tmp_path), maker.Settings(format=shard_format))
+    write_features(tmp_path, golden.make_recipe(settings), golden.make_listing(settings), spoiled)
     assert verify(tmp_path, "digest").ok
     report = verify(tmp_path, "decode")
-    found = sorted(problem.what.split(" (")[0] for problem in report.problems)
-    assert found == ["image of sample 'dog/3.png'", "l3 of sample 'cat/2.png'"]
+    assert sorted(problem.what.split(" (")[0] for problem in report.problems) == [
+        "image of sample 'dog/3.png'",
+        "l3 of sample 'cat/2.png'",
+    ]
     assert len(repair(tmp_path, "decode", stale_s=1).shards) == len({problem.shard for problem in report.problems})
 
 
-def test_an_unfinished_dataset_is_checked_as_far_as_it_goes(maker: ModuleType, tmp_path: Path) -> None:
-    maker.write_shards(str(tmp_path), maker.Settings(num_rows=7, samples=3), limit=2, do_merge=False)
+def test_an_unfinished_dataset_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
+    golden.write_shards(tmp_path, golden.Settings(num_rows=7, samples=3), limit=2, do_merge=False)
     report = verify(tmp_path, "decode")
     assert report.ok
     assert (report.complete, report.num_shards, report.num_shards_missing) == (False, 2, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,47 +11,45 @@ import tensorstore
 import zarr
 
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.schema import LevelSpec
+from parts import golden
 
 SETTINGS = {"num_rows": 7, "samples": 3}
 
 
-def true_level(maker: ModuleType, dataset: FeatureDataset, name: str) -> np.ndarray:
+def stored_level(dataset: FeatureDataset, level: LevelSpec) -> np.ndarray:
     """All rows of a level from what it was made of; bad rows zero."""
-    spec = next(level for level in dataset.levels if level.name == name)
-    shape = (2, spec.channels, spec.height, spec.width)
-    rows = [maker.sample_values(name, key, shape, spec.dtype) for key in dataset.keys]
-    return np.stack([row * (status == "ok") for row, status in zip(rows, dataset.status, strict=True)]).astype(
-        spec.dtype
-    )
+    rows = zip(dataset.keys, dataset.status, strict=True)
+    return np.stack([golden.true_level(level, key) * np.uint8(status == "ok") for key, status in rows])
 
 
 @pytest.fixture(scope="module")
-def zarr_dataset(tmp_path_factory: pytest.TempPathFactory, maker: ModuleType) -> FeatureDataset:
+def zarr_dataset(tmp_path_factory: pytest.TempPathFactory) -> FeatureDataset:
     """A zarr dataset whose last shard is short."""
     root = tmp_path_factory.mktemp("zarr")
-    maker.write_shards(str(root), maker.Settings(format="zarr", **SETTINGS))
+    golden.write_shards(root, golden.Settings(format="zarr", **SETTINGS))
     return FeatureDataset.open(root)
 
 
-def test_zarr_python_reads_equal_values(zarr_dataset: FeatureDataset, maker: ModuleType) -> None:
+def test_zarr_python_reads_equal_values(zarr_dataset: FeatureDataset) -> None:
     group = zarr.open_group(f"{zarr_dataset.url}/data.zarr", mode="r")
     assert sorted(name for name, _ in group.arrays()) == ["image", "l2", "l3", "l4.b"]
     for level in zarr_dataset.levels:
         array = group[level.name]
         assert isinstance(array, zarr.Array)
         assert array.dtype == level.dtype
-        np.testing.assert_array_equal(array[:], true_level(maker, zarr_dataset, level.name))
+        np.testing.assert_array_equal(array[:], stored_level(zarr_dataset, level))
     images = group["image"]
     assert isinstance(images, zarr.Array)
     for row in zarr_dataset.ok_rows:
         np.testing.assert_array_equal(images[int(row)], zarr_dataset.read_image(row))
 
 
-def test_tensorstore_reads_equal_values(zarr_dataset: FeatureDataset, maker: ModuleType) -> None:
+def test_tensorstore_reads_equal_values(zarr_dataset: FeatureDataset) -> None:
     for level in zarr_dataset.levels:
         path = f"{zarr_dataset.url}/data.zarr/{level.name}/"
         array = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}).result()
-        np.testing.assert_array_equal(array.read().result(), true_level(maker, zarr_dataset, level.name))
+        np.testing.assert_array_equal(array.read().result(), stored_level(zarr_dataset, level))
 
 
 def test_zarr_python_and_tensorstore_raise_on_a_flipped_byte(zarr_dataset: FeatureDataset) -> None:
@@ -70,8 +67,8 @@ def test_zarr_python_and_tensorstore_raise_on_a_flipped_byte(zarr_dataset: Featu
         path.write_bytes(whole)
 
 
-def test_plain_webdataset_reads_equal_values(maker: ModuleType, tmp_path: Path) -> None:
-    maker.write_shards(str(tmp_path), maker.Settings(format="webdataset", **SETTINGS))
+def test_plain_webdataset_reads_equal_values(tmp_path: Path) -> None:
+    golden.write_shards(tmp_path, golden.Settings(format="webdataset", **SETTINGS))
     dataset = FeatureDataset.open(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # webdataset's own, on import and on few shards
@@ -89,7 +86,7 @@ def test_plain_webdataset_reads_equal_values(maker: ModuleType, tmp_path: Path) 
             "ok": dataset.status[row] == "ok",
         }
         for level in dataset.levels:
-            truth = true_level(maker, dataset, level.name)[row]
+            truth = stored_level(dataset, level)[row]
             for view in (0, 1):
                 np.testing.assert_array_equal(sample[f"{level.name}.v{view}.npy"], truth[view])
                 np.testing.assert_array_equal(without[f"{level.name}.v{view}.npy"], truth[view])

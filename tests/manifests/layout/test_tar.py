@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from types import ModuleType
 
 import google_crc32c
 import numpy as np
@@ -18,24 +17,25 @@ from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, ShardArrays, stored_arrays
 from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_shard
 from dtpipe.manifests.schema import IndexRow, Plan
+from parts import golden
 
 
 @pytest.fixture(scope="module")
-def plan(maker: ModuleType) -> Plan:
+def plan() -> Plan:
     """Five rows in shards of two."""
-    recipe = maker.make_recipe(maker.Settings(format="webdataset"))
+    recipe = golden.make_recipe(golden.Settings(format="webdataset"))
     return Plan(recipe=recipe, num_rows=5, num_shards=3, listing_blake3="0" * 64)
 
 
-def encode(plan: Plan, maker: ModuleType, shard_idx: int) -> tuple[ShardArrays, EncodedObject]:
+def encode(plan: Plan, shard_idx: int) -> tuple[ShardArrays, EncodedObject]:
     """A shard and its tar."""
-    shard = maker.shard_arrays(plan, maker.make_listing(maker.Settings()), shard_idx, maker.Settings())
+    shard = golden.shard_arrays(plan, golden.make_listing(golden.Settings()), shard_idx, golden.Settings())
     (encoded,) = encode_tar_shard(plan, shard_idx, shard)
     return shard, encoded
 
 
-def test_members_are_those_of_the_rows_in_order(plan: Plan, maker: ModuleType) -> None:
-    shard, encoded = encode(plan, maker, 1)
+def test_members_are_those_of_the_rows_in_order(plan: Plan) -> None:
+    shard, encoded = encode(plan, 1)
     suffixes = ["key.json", "image.png"] + [f"{name}.v{view}.npy" for name in ("l2", "l3", "l4.b") for view in (0, 1)]
     with tarfile.open(fileobj=io.BytesIO(encoded.data)) as tar:
         assert tar.getnames() == [f"{row:08d}.{suffix}" for row in (2, 3) for suffix in suffixes]
@@ -58,8 +58,8 @@ def test_members_are_those_of_the_rows_in_order(plan: Plan, maker: ModuleType) -
                 )
 
 
-def test_entry_lists_every_member_by_place_and_checksum(plan: Plan, maker: ModuleType) -> None:
-    _, encoded = encode(plan, maker, 0)
+def test_entry_lists_every_member_by_place_and_checksum(plan: Plan) -> None:
+    _, encoded = encode(plan, 0)
     with tarfile.open(fileobj=io.BytesIO(encoded.data)) as tar:
         places = {(member.offset_data, member.size) for member in tar}
     listed = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import ModuleType
 
 import google_crc32c
 import numpy as np
@@ -25,12 +24,13 @@ from dtpipe.manifests.layout.zarr import (
     zarr_metadata,
 )
 from dtpipe.manifests.schema import IndexRow, Plan
+from parts import golden
 
 
 @pytest.fixture(scope="module")
-def plan(maker: ModuleType) -> Plan:
+def plan() -> Plan:
     """Five rows in shards of two."""
-    recipe = maker.make_recipe(maker.Settings())
+    recipe = golden.make_recipe(golden.Settings())
     return Plan(recipe=recipe, num_rows=5, num_shards=3, listing_blake3="0" * 64)
 
 
@@ -60,10 +60,10 @@ def test_metadata_is_what_zarr_python_writes(plan: Plan, name: str) -> None:
     assert ours == theirs
 
 
-def test_last_shard_is_what_zarr_python_reads_and_its_index_marks_rows_beyond(plan: Plan, maker: ModuleType) -> None:
-    settings = maker.Settings()
-    listing = maker.make_listing(settings)
-    given_arrays = maker.shard_arrays(plan, listing, 2, settings)
+def test_last_shard_is_what_zarr_python_reads_and_its_index_marks_rows_beyond(plan: Plan) -> None:
+    settings = golden.Settings()
+    listing = golden.make_listing(settings)
+    given_arrays = golden.shard_arrays(plan, listing, 2, settings)
     (encoded,) = [each for each in encode_zarr_shard(plan, 2, given_arrays) if "l2" in each.arrays]
     assert encoded.name == "data.zarr/l2/c/2/0/0/0/0"
     index = np.frombuffer(encoded.data[-(4 * 16 + 4) : -4], "<u8").reshape(4, 2)
@@ -74,10 +74,10 @@ def test_last_shard_is_what_zarr_python_reads_and_its_index_marks_rows_beyond(pl
     np.testing.assert_array_equal(array[4:5], given_arrays.levels["l2"])
 
 
-def test_entry_tells_chunk_and_its_checksum_apart(plan: Plan, maker: ModuleType) -> None:
+def test_entry_tells_chunk_and_its_checksum_apart(plan: Plan) -> None:
     """A checksum over data and its own crc32c would be the same constant for every chunk, and find no swap."""
-    settings = maker.Settings()
-    for encoded in encode_zarr_shard(plan, 0, maker.shard_arrays(plan, maker.make_listing(settings), 0, settings)):
+    settings = golden.Settings()
+    for encoded in encode_zarr_shard(plan, 0, golden.shard_arrays(plan, golden.make_listing(settings), 0, settings)):
         ((_, members),) = encoded.arrays.items()
         assert len(set(members.crc32c)) == len(members.crc32c)
         for offset, size, checksum in zip(members.offset, members.size, members.crc32c, strict=True):
@@ -108,9 +108,9 @@ def test_round_trip(plan: Plan, image: np.ndarray, l2: np.ndarray, l4: np.ndarra
             np.testing.assert_array_equal(out, truth)
 
 
-def test_arrays_that_are_not_the_plans_are_refused(plan: Plan, maker: ModuleType) -> None:
-    settings = maker.Settings()
-    good = maker.shard_arrays(plan, maker.make_listing(settings), 0, settings)
+def test_arrays_that_are_not_the_plans_are_refused(plan: Plan) -> None:
+    settings = golden.Settings()
+    good = golden.shard_arrays(plan, golden.make_listing(settings), 0, settings)
     bad = [
         ShardArrays(None, good.levels, good.rows),
         ShardArrays(good.image, {**good.levels, "l2": good.levels["l2"].astype(np.float32)}, good.rows),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,55 +15,48 @@ from hypothesis import strategies as st
 
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset, FeatureSource
+from parts import golden
 
 FORMATS = ("zarr", "webdataset")
 NAMES = ("l2", "l3", "l4.b")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, maker: ModuleType) -> str:
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Seven rows in shards of three; one bad."""
     root = str(tmp_path_factory.mktemp(request.param) / "features")
-    maker.write_shards(root, maker.Settings(format=request.param, num_rows=7, samples=3))
+    golden.write_shards(root, golden.Settings(format=request.param, num_rows=7, samples=3))
     return root
 
 
 def expect_truth(
-    dataset: FeatureSource,
-    rows: list[int],
-    views: list[int],
-    images: np.ndarray,
-    levels: dict[str, np.ndarray],
-    maker: ModuleType,
+    dataset: FeatureSource, rows: Sequence[int], views: Sequence[int], names: Sequence[str] = NAMES
 ) -> None:
-    """Compare a batch with the values it was made of."""
+    """Read a batch and compare it with the values it was made of."""
+    images, levels = dataset.read_batch(np.array(rows, dtype=np.int64), names, np.array(views, dtype=np.int64))
+    assert images.shape == (len(rows), 4, 6, 3)
+    assert list(levels) == list(names)
     specs = {level.name: level for level in dataset.levels}
     for idx, (row, view) in enumerate(zip(rows, views, strict=True)):
-        key = dataset.keys[row]
-        np.testing.assert_array_equal(images[idx], maker.sample_values("image", key, (4, 6, 3), "uint8"))
+        np.testing.assert_array_equal(images[idx], golden.true_image(dataset.keys[row]))
         for name, values in levels.items():
-            spec = specs[name]
-            truth = maker.sample_values(name, key, (2, spec.channels, spec.height, spec.width), spec.dtype)
-            np.testing.assert_array_equal(values[idx], truth[view])
+            np.testing.assert_array_equal(values[idx], golden.true_level(specs[name], dataset.keys[row])[view])
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_batch_has_the_true_values_in_the_order_asked_for(url: str, maker: ModuleType, data: st.DataObject) -> None:
+def test_any_batch_has_the_true_values_in_the_order_asked_for(url: str, data: st.DataObject) -> None:
     dataset = FeatureDataset.open(url)
     rows = data.draw(st.lists(st.sampled_from(dataset.ok_rows.tolist()), max_size=9))
     views = data.draw(st.lists(st.integers(0, 1), min_size=len(rows), max_size=len(rows)))
     names = data.draw(st.lists(st.sampled_from(NAMES), unique=True))
-    images, levels = dataset.read_batch(np.array(rows, dtype=np.int64), names, np.array(views, dtype=np.int64))
-    assert images.shape == (len(rows), 4, 6, 3)
-    assert list(levels) == names
-    expect_truth(dataset, rows, views, images, levels, maker)
+    expect_truth(dataset, rows, views, names)
 
 
-def test_columns_say_what_is_in_which_row(url: str, maker: ModuleType) -> None:
+def test_columns_say_what_is_in_which_row(url: str) -> None:
     dataset = FeatureDataset.open(url)
     assert dataset.num_rows == 7
-    assert dataset.keys == maker.make_listing(maker.Settings(num_rows=7)).keys
+    assert dataset.keys == golden.make_listing(golden.Settings(num_rows=7)).keys
     assert [dataset.row_of(key) for key in dataset.keys] == list(range(7))
     assert all(label == key.split("/")[0] for key, label in zip(dataset.keys, dataset.labels, strict=True))
     bad = dataset.row_of("dog/3.png")
@@ -96,9 +89,9 @@ def test_without_images_none_are_read(url: str) -> None:
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)
-def test_unfinished_datasets_open_only_on_request(shard_format: str, maker: ModuleType, tmp_path: Path) -> None:
-    settings_ = maker.Settings(format=shard_format, num_rows=7, samples=3)
-    maker.write_shards(str(tmp_path), settings_, limit=2, do_merge=False)
+def test_unfinished_datasets_open_only_on_request(shard_format: str, tmp_path: Path) -> None:
+    settings_ = golden.Settings(format=shard_format, num_rows=7, samples=3)
+    golden.write_shards(tmp_path, settings_, limit=2, do_merge=False)
     with pytest.raises(IncompleteError, match="unfinished"):
         FeatureDataset.open(tmp_path)
     dataset = FeatureDataset.open(tmp_path, allow_incomplete=True)
@@ -107,9 +100,8 @@ def test_unfinished_datasets_open_only_on_request(shard_format: str, maker: Modu
     assert 6 not in dataset.ok_rows
     with pytest.raises(IncompleteError, match="not written yet"):
         dataset.read_image(6)
-    rows = dataset.ok_rows.tolist()
-    expect_truth(dataset, rows, [1] * len(rows), *dataset.read_batch(rows, NAMES, [1] * len(rows)), maker)
-    maker.write_shards(str(tmp_path), settings_)
+    expect_truth(dataset, dataset.ok_rows.tolist(), [1] * len(dataset.ok_rows))
+    golden.write_shards(tmp_path, settings_)
     assert FeatureDataset.open(tmp_path).status[6] == "ok"
 
 
@@ -119,8 +111,8 @@ def test_a_folder_without_a_dataset_is_an_input_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)
-def test_levels_without_images(shard_format: str, maker: ModuleType, tmp_path: Path) -> None:
-    maker.write_shards(str(tmp_path), maker.Settings(format=shard_format, images="joined"))
+def test_levels_without_images(shard_format: str, tmp_path: Path) -> None:
+    golden.write_shards(tmp_path, golden.Settings(format=shard_format, images="joined"))
     dataset = FeatureDataset.open(tmp_path)
     dataset.read_level("l2", int(dataset.ok_rows[0]))
     with pytest.raises(ConfigError, match="stores no images; join it"):
@@ -128,13 +120,12 @@ def test_levels_without_images(shard_format: str, maker: ModuleType, tmp_path: P
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)
-def test_round_trip_over_s3(shard_format: str, s3_url: str, maker: ModuleType, tmp_path: Path) -> None:
-    settings_ = maker.Settings(format=shard_format)
-    local, remote = maker.write_shards(str(tmp_path), settings_), maker.write_shards(s3_url, settings_)
+def test_round_trip_over_s3(shard_format: str, s3_url: str, tmp_path: Path) -> None:
+    settings_ = golden.Settings(format=shard_format)
+    local, remote = golden.write_shards(tmp_path, settings_), golden.write_shards(s3_url, settings_)
     assert remote.digest == local.digest
     dataset = FeatureDataset.open(s3_url)
-    rows = dataset.ok_rows.tolist()
-    expect_truth(dataset, rows, [1] * len(rows), *dataset.read_batch(rows, NAMES, [1] * len(rows)), maker)
+    expect_truth(dataset, dataset.ok_rows.tolist(), [1] * len(dataset.ok_rows))
 
 
 def read_sums(dataset: FeatureDataset) -> list[float]:

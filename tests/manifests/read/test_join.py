@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,37 +13,27 @@ from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset, FeatureSource
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.schema import ViewSpec
+from parts import golden
 
-
-class Folder:
-    """Makes datasets in a temporary folder."""
-
-    def __init__(self, root: Path, maker: ModuleType) -> None:
-        self.root, self.maker = root, maker
-
-    def make(self, name: str, **settings: Any) -> FeatureDataset:
-        """Write and open one."""
-        self.maker.write_shards(str(self.root / name), self.maker.Settings(**settings))
-        return FeatureDataset.open(self.root / name)
-
-    def truth(self, name: str, key: str, salt: int = 0) -> np.ndarray:
-        """True values of a level. Shapes: -> [V, C, H, W]."""
-        spec = next(level for level in self.maker.LEVELS if level.name == name)
-        return np.asarray(
-            self.maker.sample_values(name, key, (2, spec.channels, spec.height, spec.width), spec.dtype, salt)
-        )
+Make = Callable[..., FeatureDataset]
+L2, L3, L4 = golden.LEVELS
 
 
 @pytest.fixture
-def folder(tmp_path: Path, maker: ModuleType) -> Folder:
-    """An empty folder for datasets."""
-    return Folder(tmp_path, maker)
+def make(tmp_path: Path) -> Make:
+    """Writes and opens a dataset by name; keyword arguments are its settings."""
+
+    def write(name: str, **settings: Any) -> FeatureDataset:
+        golden.write_shards(tmp_path / name, golden.Settings(**settings))
+        return FeatureDataset.open(tmp_path / name)
+
+    return write
 
 
-def test_other_timesteps_of_a_teacher_join_along_the_views(folder: Folder) -> None:
+def test_other_timesteps_of_a_teacher_join_along_the_views(make: Make) -> None:
     late = (ViewSpec(draw=0, timestep=150), ViewSpec(draw=1, timestep=150))
-    one = folder.make("one", num_rows=6, samples=2)
-    other = folder.make("other", num_rows=6, samples=4, format="webdataset", views=late, salt=1, images="joined")
+    one = make("one", num_rows=6, samples=2)
+    other = make("other", num_rows=6, samples=4, format="webdataset", views=late, salt=1, images="joined")
     joined: FeatureSource = JoinedDataset([one, other])
     assert joined.views == (*one.views, *late)
     assert joined.levels == one.levels
@@ -52,31 +42,28 @@ def test_other_timesteps_of_a_teacher_join_along_the_views(folder: Folder) -> No
     images, levels = joined.read_batch(rows, ("l2", "l4.b"), views)
     for idx, (row, view) in enumerate(zip(rows, views, strict=True)):
         key = joined.keys[row]
-        np.testing.assert_array_equal(images[idx], folder.maker.sample_values("image", key, (4, 6, 3), "uint8"))
-        for name in ("l2", "l4.b"):
-            np.testing.assert_array_equal(levels[name][idx], folder.truth(name, key, salt=view // 2)[view % 2])
+        np.testing.assert_array_equal(images[idx], golden.true_image(key))
+        for level in (L2, L4):
+            np.testing.assert_array_equal(levels[level.name][idx], golden.true_level(level, key, view // 2)[view % 2])
 
 
-def test_another_teachers_levels_lie_beside_under_free_names(folder: Folder) -> None:
-    levels = folder.maker.LEVELS
-    one = folder.make("one", levels=levels[:2], bad=())
-    other = folder.make(
-        "other", weights="cd" * 32, levels=(levels[0], levels[2]), salt=2, bad=("cat/0.png",), images="joined"
-    )
+def test_another_teachers_levels_lie_beside_under_free_names(make: Make) -> None:
+    one = make("one", levels=(L2, L3), bad=())
+    other = make("other", weights="cd" * 32, levels=(L2, L4), salt=2, bad=("cat/0.png",), images="joined")
     joined = JoinedDataset([one, other])
     assert [level.name for level in joined.levels] == ["l2", "l3", "l2.b", "l4.b"]
     row = joined.row_of("cat/2.png")
-    np.testing.assert_array_equal(joined.read_level("l2", row, 1), folder.truth("l2", "cat/2.png")[1])
-    np.testing.assert_array_equal(joined.read_level("l2.b", row, 1), folder.truth("l2", "cat/2.png", salt=2)[1])
+    np.testing.assert_array_equal(joined.read_level("l2", row, 1), golden.true_level(L2, "cat/2.png")[1])
+    np.testing.assert_array_equal(joined.read_level("l2.b", row, 1), golden.true_level(L2, "cat/2.png", salt=2)[1])
     np.testing.assert_array_equal(joined.read_image(row), one.read_image(one.row_of("cat/2.png")))
     assert joined.row_of("cat/0.png") not in joined.ok_rows
     with pytest.raises(InputError, match="bad: truncated file"):
         joined.read_level("l3", joined.row_of("cat/0.png"))
 
 
-def test_images_may_come_from_any_part(folder: Folder) -> None:
-    one = folder.make("one", images="joined")
-    other = folder.make("other", views=(ViewSpec(draw=5),))
+def test_images_may_come_from_any_part(make: Make) -> None:
+    one = make("one", images="joined")
+    other = make("other", views=(ViewSpec(draw=5),))
     row = int(JoinedDataset([one, other]).ok_rows[0])
     np.testing.assert_array_equal(
         JoinedDataset([one, other]).read_image(row), other.read_image(other.row_of(one.keys[row]))
@@ -85,22 +72,22 @@ def test_images_may_come_from_any_part(folder: Folder) -> None:
         JoinedDataset([one]).read_image(row)
 
 
-def test_join_refuses_what_does_not_fit(folder: Folder) -> None:
-    one = folder.make("one")
+def test_join_refuses_what_does_not_fit(make: Make) -> None:
+    one = make("one")
     with pytest.raises(ConfigError, match=r"both hold view .*'timestep': 50"):
-        JoinedDataset([one, folder.make("again")])
+        JoinedDataset([one, make("again")])
     with pytest.raises(ConfigError, match=r"not over the same keys: 2 differ \('cat/6\.png' only in .*more"):
-        JoinedDataset([one, folder.make("more", num_rows=7)])
+        JoinedDataset([one, make("more", num_rows=7)])
     with pytest.raises(ConfigError, match=r"views do not pair up \(flips \[False, True\] and \[False\]\)"):
-        JoinedDataset([one, folder.make("flips", weights="cd" * 32, views=(ViewSpec(draw=0),))])
+        JoinedDataset([one, make("flips", weights="cd" * 32, views=(ViewSpec(draw=0),))])
     with pytest.raises(ConfigError, match="no dataset"):
         JoinedDataset([])
 
 
-def test_concatenation_reads_each_row_from_its_part(folder: Folder) -> None:
+def test_concatenation_reads_each_row_from_its_part(make: Make) -> None:
     parts = [
-        folder.make("one", num_rows=5),
-        folder.make("two", num_rows=4, samples=3, prefix="z/", format="webdataset", bad=()),
+        make("one", num_rows=5),
+        make("two", num_rows=4, samples=3, prefix="z/", format="webdataset", bad=()),
     ]
     both: FeatureSource = ConcatDataset(parts)
     assert both.num_rows == 9
@@ -112,18 +99,18 @@ def test_concatenation_reads_each_row_from_its_part(folder: Folder) -> None:
     for idx, (row, view) in enumerate(zip(rows, views, strict=True)):
         key = both.keys[row]
         assert both.row_of(key) == row
-        np.testing.assert_array_equal(images[idx], folder.maker.sample_values("image", key, (4, 6, 3), "uint8"))
-        np.testing.assert_array_equal(levels["l3"][idx], folder.truth("l3", key)[view])
+        np.testing.assert_array_equal(images[idx], golden.true_image(key))
+        np.testing.assert_array_equal(levels["l3"][idx], golden.true_level(L3, key)[view])
     assert both.read_batch([], ("l3",), [])[1]["l3"].shape == (0, 3, 2, 2)
     with pytest.raises(InputError, match="no row 9"):
         both.read_image(9)
 
 
-def test_concatenation_refuses_what_does_not_fit(folder: Folder) -> None:
-    one = folder.make("one")
+def test_concatenation_refuses_what_does_not_fit(make: Make) -> None:
+    one = make("one")
     with pytest.raises(ConfigError, match=r"share 5 keys .*join them by key"):
-        ConcatDataset([one, folder.make("same")])
+        ConcatDataset([one, make("same")])
     with pytest.raises(ConfigError, match=r'teacher\.weights_blake3: "abab.*" -> "cdcd'):
-        ConcatDataset([one, folder.make("teacher", weights="cd" * 32, prefix="z/")])
+        ConcatDataset([one, make("teacher", weights="cd" * 32, prefix="z/")])
     with pytest.raises(ConfigError, match="views"):
-        ConcatDataset([one, folder.make("views", views=(ViewSpec(draw=0),), prefix="z/")])
+        ConcatDataset([one, make("views", views=(ViewSpec(draw=0),), prefix="z/")])

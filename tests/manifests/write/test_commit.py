@@ -23,10 +23,11 @@ from dtpipe.manifests.write.commit import (
 )
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import plan_digest, start_plan
+from parts import toy
 
 
 @pytest.fixture
-def begun(toy, tmp_path):
+def begun(tmp_path):
     """A store with a lock, a plan, a listing and shards 0 and 1 of 4 committed."""
     store = Store(tmp_path / "features")
     with Lock.acquire(store) as lock:
@@ -36,7 +37,7 @@ def begun(toy, tmp_path):
         yield store, lock, plan, listing
 
 
-def test_extract_and_merge_on_each_store(store_url, toy, unbroken):
+def test_extract_and_merge_on_each_store(store_url, unbroken):
     manifest, written = toy.extract(store_url)
     store = Store(store_url)
     assert written == [0, 1, 2, 3]
@@ -54,8 +55,8 @@ def test_extract_and_merge_on_each_store(store_url, toy, unbroken):
         assert (entry.size_bytes, entry.blake3) == (store.size(name), blake3(store.read(name)).hexdigest())
 
 
-def test_the_digest_is_the_documented_one(tmp_path, toy):
-    manifest, _ = toy.extract(str(tmp_path))
+def test_the_digest_is_the_documented_one(tmp_path):
+    manifest, _ = toy.extract(tmp_path)
     objects = [
         {
             "name": path.relative_to(tmp_path).as_posix(),
@@ -69,7 +70,7 @@ def test_the_digest_is_the_documented_one(tmp_path, toy):
     assert manifest.digest == blake3(canonical_json(document)).hexdigest()
 
 
-def test_the_digest_depends_on_each_part(toy):
+def test_the_digest_depends_on_each_part():
     recipe, keys, objects = toy.make_recipe(), ["a", "b"], [("data/0", 3, "a" * 64), ("data/1", 4, "b" * 64)]
     digest = dataset_digest(recipe, keys, objects)
     assert dataset_digest(recipe, keys, reversed(objects)) == digest
@@ -84,8 +85,8 @@ def test_the_digest_depends_on_each_part(toy):
     assert len({digest, *others}) == 7
 
 
-def test_merged_tables_hold_the_entries(tmp_path, toy):
-    toy.extract(str(tmp_path))
+def test_merged_tables_hold_the_entries(tmp_path):
+    toy.extract(tmp_path)
     store = Store(tmp_path)
     plan, listing = start_plan(store, toy.make_recipe(), toy.make_listing, {})
     entries = load_entries(store, plan, plan_digest(store))
@@ -102,8 +103,8 @@ def test_merged_tables_hold_the_entries(tmp_path, toy):
     assert [row[:2] for row in table.all_objects()][:2] == [(0, "data/00000-0.bin"), (0, "data/00000-1.bin")]
 
 
-def test_damaged_tables_are_errors_that_name_the_file(tmp_path, toy):
-    toy.extract(str(tmp_path))
+def test_damaged_tables_are_errors_that_name_the_file(tmp_path):
+    toy.extract(tmp_path)
     shards, index = (tmp_path / "shards.parquet").read_bytes(), (tmp_path / "index.parquet").read_bytes()
     with pytest.raises(ManifestError, match="here does not list shards 0 to 4"):
         ShardTable.decode(shards, 5, "here")
@@ -119,15 +120,15 @@ def test_damaged_tables_are_errors_that_name_the_file(tmp_path, toy):
             assert "here" in str(err)
 
 
-def test_zarr_datasets_need_their_metadata(tmp_path, toy):
+def test_zarr_datasets_need_their_metadata(tmp_path):
     level = LevelSpec(name="l2", stride=4, channels=2, height=8, width=8, tap="x")
     recipe = toy.make_recipe(shard=ShardRecipe(samples=4, format="zarr"), levels=(level,))
     with pytest.raises(MissingObjectError, match=r"data\.zarr/zarr\.json"):
-        toy.extract(str(tmp_path), recipe)
+        toy.extract(tmp_path, recipe)
     names = ["data.zarr/zarr.json", "data.zarr/image/zarr.json", "data.zarr/l2/zarr.json"]
     for name in names:
         Store(tmp_path).write(name, b"{}")
-    manifest, written = toy.extract(str(tmp_path), recipe)
+    manifest, written = toy.extract(tmp_path, recipe)
     assert written == []
     assert set(names) < set(manifest.files)
 
@@ -148,7 +149,7 @@ def test_an_unfinished_dataset_does_not_merge(begun):
     assert [entry.shard for entry in load_entries(store, plan, plan_digest(store), partial=True)] == [0, 1]
 
 
-def test_a_second_commit_of_equal_content_is_fine_and_of_other_content_is_not(begun, toy):
+def test_a_second_commit_of_equal_content_is_fine_and_of_other_content_is_not(begun):
     store, lock, plan, listing = begun
     before = store.read(commit_name(1))
     commit_entry(store, toy.write_shard(store, plan, listing, 1, lock.epoch), lock.epoch)
@@ -157,7 +158,7 @@ def test_a_second_commit_of_equal_content_is_fine_and_of_other_content_is_not(be
     assert store.read(commit_name(1)) == before
 
 
-def test_a_commit_of_an_old_epoch_is_refused(begun, toy):
+def test_a_commit_of_an_old_epoch_is_refused(begun):
     store, lock, plan, listing = begun
     entry = toy.write_shard(store, plan, listing, 2, lock.epoch)
     with pytest.raises(ManifestError, match="epoch"):
@@ -195,7 +196,7 @@ def test_a_flipped_byte_in_an_entry_names_it(begun):
             load_entries(store, plan, plan_digest(store), partial=True)
 
 
-def test_keys_that_are_not_the_listing_are_refused(begun, toy):
+def test_keys_that_are_not_the_listing_are_refused(begun):
     store, lock, plan, listing = begun
     for shard_idx in (2, 3):
         entry = toy.write_shard(store, plan, listing, shard_idx, lock.epoch)
@@ -224,31 +225,31 @@ def damage_swapped(store, name):
 
 
 @pytest.mark.parametrize("damage", [damage_rewritten, damage_truncated, damage_deleted, damage_swapped])
-def test_objects_changed_after_their_commit_are_sent_back_and_mended(tmp_path, toy, unbroken, damage):
-    toy.extract(str(tmp_path))
+def test_objects_changed_after_their_commit_are_sent_back_and_mended(tmp_path, unbroken, damage):
+    toy.extract(tmp_path)
     store = Store(tmp_path)
     damage(store, "data/00001-0.bin")
     with pytest.raises(IncompleteError, match=r"objects of 1 shards .* \(1\)"):
-        toy.extract(str(tmp_path))
+        toy.extract(tmp_path)
     assert store.exists("commits/00001.json.rejected")
-    manifest, written = toy.extract(str(tmp_path))
+    manifest, written = toy.extract(tmp_path)
     assert (manifest.digest, written) == (unbroken[0], [1])
     assert {name: data for name, data in toy.content_of(tmp_path).items() if name != "data/aside"} == unbroken[1]
 
 
-def test_objects_written_again_with_equal_bytes_are_not_redone(tmp_path, toy, unbroken):
-    toy.extract(str(tmp_path))
+def test_objects_written_again_with_equal_bytes_are_not_redone(tmp_path, unbroken):
+    toy.extract(tmp_path)
     for path in sorted((tmp_path / "data").iterdir()):
         before = Store(tmp_path).identity(f"data/{path.name}")
         copy = path.with_suffix(".copy")
         copy.write_bytes(path.read_bytes())
         copy.replace(path)
         assert Store(tmp_path).identity(f"data/{path.name}") != before
-    manifest, written = toy.extract(str(tmp_path))
+    manifest, written = toy.extract(tmp_path)
     assert (manifest.digest, written) == (unbroken[0], [])
 
 
-def test_a_late_write_over_s3_is_noticed_by_its_etag(s3_url, toy, unbroken):
+def test_a_late_write_over_s3_is_noticed_by_its_etag(s3_url, unbroken):
     toy.extract(s3_url)
     damage_rewritten(Store(s3_url), "data/00002-1.bin")
     with pytest.raises(IncompleteError, match=r"\(2\)"):
@@ -257,7 +258,7 @@ def test_a_late_write_over_s3_is_noticed_by_its_etag(s3_url, toy, unbroken):
     assert (manifest.digest, written) == (unbroken[0], [2])
 
 
-def test_rejected_entries_are_all_kept(begun, toy):
+def test_rejected_entries_are_all_kept(begun):
     store, lock, plan, listing = begun
     names = []
     for _ in range(3):
@@ -268,16 +269,16 @@ def test_rejected_entries_are_all_kept(begun, toy):
     assert set(names) < set(store.list())
 
 
-def test_merging_again_changes_nothing_but_times(tmp_path, toy):
-    first, _ = toy.extract(str(tmp_path))
+def test_merging_again_changes_nothing_but_times(tmp_path):
+    first, _ = toy.extract(tmp_path)
     before = toy.content_of(tmp_path)
-    second, written = toy.extract(str(tmp_path))
+    second, written = toy.extract(tmp_path)
     assert written == []
     assert second.model_copy(update={"provenance": {}}) == first.model_copy(update={"provenance": {}})
     assert toy.content_of(tmp_path) == before
 
 
-def test_a_zombie_that_writes_other_bytes_between_commit_and_merge_is_noticed(begun, toy, unbroken):
+def test_a_zombie_that_writes_other_bytes_between_commit_and_merge_is_noticed(begun, unbroken):
     store, lock, plan, listing = begun
     for shard_idx in (2, 3):
         commit_entry(store, toy.write_shard(store, plan, listing, shard_idx, lock.epoch), lock.epoch)

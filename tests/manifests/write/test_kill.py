@@ -14,9 +14,10 @@ import pytest
 
 from dtpipe.manifests.errors import LockHeldError, StoreError
 from dtpipe.manifests.store.store import Store
+from parts import toy
 from parts.paths import PARTS
 
-SCRIPT = PARTS / "toy_writer.py"
+WRITER = [sys.executable, "-m", "parts.toy"]
 WRITER_STEPS = (
     "lock.acquired", "plan.listing", "plan.created", "shard.object:5", "shard.objects:2", "commit.before:3", "commit.after:2",
     "merge.shards", "merge.index", "merge.before_manifest", "merge.after",
@@ -26,12 +27,12 @@ WRITER_STEPS = (
 
 def run_writer(url, spec=""):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), str(url), spec], capture_output=True, text=True, check=False, timeout=120
+        [*WRITER, str(url), spec], cwd=PARTS.parent, capture_output=True, text=True, check=False, timeout=120
     )
 
 
 @pytest.mark.parametrize("spec", WRITER_STEPS)
-def test_a_kill_at_each_step_costs_at_most_one_shard(tmp_path, toy, unbroken, spec):
+def test_a_kill_at_each_step_costs_at_most_one_shard(tmp_path, unbroken, spec):
     killed = run_writer(tmp_path, spec)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert f"fault point {spec.partition(':')[0]}: kill" in killed.stderr
@@ -40,15 +41,15 @@ def test_a_kill_at_each_step_costs_at_most_one_shard(tmp_path, toy, unbroken, sp
         {path.name[:5] for path in (tmp_path / "data").glob("[0-9]*")} if (tmp_path / "data").exists() else set()
     )
     assert len(begun_shards) - committed <= 1
-    manifest, written = toy.extract(str(tmp_path))
+    manifest, written = toy.extract(tmp_path)
     assert manifest.digest == unbroken[0]
     assert len(written) == 4 - committed
     assert toy.content_of(tmp_path) == unbroken[1]
     assert not [path for path in tmp_path.rglob("*.tmp") if path.parent.name != "lock" and ".probe-" not in path.name]
 
 
-def test_kills_in_the_merge_that_sends_back(tmp_path, toy, unbroken):
-    toy.extract(str(tmp_path))
+def test_kills_in_the_merge_that_sends_back(tmp_path, unbroken):
+    toy.extract(tmp_path)
     for shard_idx in (1, 3):
         Store(tmp_path).write(f"data/{shard_idx:05d}-0.bin", b"another writer's bytes")
     killed = run_writer(tmp_path, "merge.rejected")
@@ -61,7 +62,7 @@ def test_kills_in_the_merge_that_sends_back(tmp_path, toy, unbroken):
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments(tmp_path, toy, unbroken):
+def test_kills_at_random_moments(tmp_path, unbroken):
     rng, kills = random.Random(0), 0
     while (done := run_writer(tmp_path, f"store.temporary:{rng.randint(1, 14)}")).returncode == -signal.SIGKILL:
         kills += 1
@@ -69,14 +70,14 @@ def test_kills_at_random_moments(tmp_path, toy, unbroken):
             break
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     assert kills >= 4
-    assert toy.extract(str(tmp_path))[0].digest == unbroken[0]
+    assert toy.extract(tmp_path)[0].digest == unbroken[0]
     assert toy.content_of(tmp_path) == unbroken[1]
 
 
 def stop_at(url, spec, stale_s=60.0):
     """A writer that has stopped itself at a step."""
-    command = [sys.executable, str(SCRIPT), str(url), spec, str(stale_s)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*WRITER, str(url), spec, str(stale_s)]
+    process = subprocess.Popen(command, cwd=PARTS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
@@ -89,14 +90,14 @@ def stop_at(url, spec, stale_s=60.0):
 @pytest.mark.parametrize(
     "spec", ["shard.object:3", "shard.objects:2", "commit.before:2", "store.temporary:6", "merge.before_manifest:1"]
 )
-def test_a_zombie_that_wakes_after_its_successor_finished_changes_nothing(tmp_path, toy, unbroken, spec):
+def test_a_zombie_that_wakes_after_its_successor_finished_changes_nothing(tmp_path, unbroken, spec):
     beats_s = (
         2.0 if spec.startswith("store.") else 0.05
     )  # so rare that the temporary file it stops at is not the lock's own
     zombie = stop_at(tmp_path, f"{spec}:stop", stale_s=6 * beats_s)
     try:
         time.sleep(max(0.5, 4 * beats_s))
-        manifest, _ = toy.extract(str(tmp_path), stale_s=0.1)
+        manifest, _ = toy.extract(tmp_path, stale_s=0.1)
         assert manifest.digest == unbroken[0]
     finally:
         os.kill(zombie.pid, signal.SIGCONT)
@@ -107,7 +108,7 @@ def test_a_zombie_that_wakes_after_its_successor_finished_changes_nothing(tmp_pa
         "store.temporary:6": StoreError.exit_code,
     }  # the latter's temporary file was swept
     assert zombie.returncode == allowed.get(spec, LockHeldError.exit_code), stderr
-    again, written = toy.extract(str(tmp_path))
+    again, written = toy.extract(tmp_path)
     assert (again.digest, written) == (unbroken[0], [])
     assert toy.content_of(tmp_path) == unbroken[1]
 

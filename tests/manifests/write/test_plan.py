@@ -16,9 +16,10 @@ from dtpipe.manifests.write.plan import (
     shard_samples_for,
     start_plan,
 )
+from parts import toy
 
 
-def test_a_plan_is_begun_once_and_gone_on_with(store_url, toy):
+def test_a_plan_is_begun_once_and_gone_on_with(store_url):
     store = Store(store_url)
     plan, listing = start_plan(store, toy.make_recipe(), toy.make_listing(), {"host": "one"})
     assert store.list() == ["listing.parquet", "plan.json"]
@@ -30,7 +31,7 @@ def test_a_plan_is_begun_once_and_gone_on_with(store_url, toy):
     assert load_plan(store) == plan
 
 
-def test_resume_never_lists_the_source(tmp_path, toy):
+def test_resume_never_lists_the_source(tmp_path):
     store, calls = Store(tmp_path), []
 
     def list_source():
@@ -43,7 +44,7 @@ def test_resume_never_lists_the_source(tmp_path, toy):
     assert len(calls) == 1
 
 
-def test_another_recipe_is_refused_with_both_values(tmp_path, toy):
+def test_another_recipe_is_refused_with_both_values(tmp_path):
     store = Store(tmp_path)
     start_plan(store, toy.make_recipe(), toy.make_listing(), {})
     before = store.stats()
@@ -63,35 +64,35 @@ def test_another_recipe_is_refused_with_both_values(tmp_path, toy):
     assert store.stats() == before
 
 
-def test_other_rows_are_refused(tmp_path, toy):
+def test_other_rows_are_refused(tmp_path):
     store = Store(tmp_path)
     start_plan(store, toy.make_recipe(), toy.make_listing(14), {})
     with pytest.raises(PlanChangedError, match="14 stored, 13 wanted"):
         start_plan(store, toy.make_recipe(), toy.make_listing(13), {})
 
 
-def test_another_selection_is_refused_by_name(tmp_path, toy):
+def test_another_selection_is_refused_by_name(tmp_path):
     store = Store(tmp_path)
     start_plan(store, toy.make_recipe(), toy.make_listing, {}, selection={"limit": 10, "keys_blake3": None})
     with pytest.raises(PlanChangedError, match="limit: 10 -> 20"):
         start_plan(store, toy.make_recipe(), toy.make_listing, {}, selection={"limit": 20, "keys_blake3": None})
 
 
-def test_fresh_refuses_when_output_exists(tmp_path, toy):
+def test_fresh_refuses_when_output_exists(tmp_path):
     store = Store(tmp_path)
     start_plan(store, toy.make_recipe(), toy.make_listing, {}, fresh=True)
     with pytest.raises(ConfigError, match="--fresh"):
         start_plan(store, toy.make_recipe(), toy.make_listing, {}, fresh=True)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path, toy):
+def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("important")
     with pytest.raises(ConfigError, match=r"thesis\.tex"):
         start_plan(Store(tmp_path), toy.make_recipe(), toy.make_listing, {})
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_lost_or_damaged_listing_comes_back_from_an_unchanged_source(tmp_path, toy):
+def test_a_lost_or_damaged_listing_comes_back_from_an_unchanged_source(tmp_path):
     store = Store(tmp_path)
     _, listing = start_plan(store, toy.make_recipe(), toy.make_listing, {})
     whole = store.read("listing.parquet")
@@ -104,7 +105,7 @@ def test_a_lost_or_damaged_listing_comes_back_from_an_unchanged_source(tmp_path,
         start_plan(store, toy.make_recipe(), lambda: toy.make_listing(9), {})
 
 
-def test_every_changed_byte_of_the_plan_is_an_error_that_names_it(tmp_path, toy):
+def test_every_changed_byte_of_the_plan_is_an_error_that_names_it(tmp_path):
     store = Store(tmp_path)
     start_plan(store, toy.make_recipe(), toy.make_listing, {})
     whole = store.read("plan.json")
@@ -114,7 +115,7 @@ def test_every_changed_byte_of_the_plan_is_an_error_that_names_it(tmp_path, toy)
             load_plan(store)
 
 
-def test_provenance_that_is_no_json_is_refused_before_work(tmp_path, toy):
+def test_provenance_that_is_no_json_is_refused_before_work(tmp_path):
     with pytest.raises(ManifestError, match="JSON"):
         start_plan(Store(tmp_path), toy.make_recipe(), toy.make_listing, {"when": object()})
 

@@ -1,6 +1,6 @@
 """A whole writer of a toy dataset: lock, plan, shards of fixed bytes, commits, merge. Run as a script it can be killed.
 
-    python toy_writer.py URL [FAULT_SPEC [STALE_S]]
+    cd tests && python -m parts.toy URL [FAULT_SPEC [STALE_S]]
 
 It prints one line per step to stdout.
 """
@@ -10,58 +10,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
 from dtpipe.manifests.errors import DtpipeError
-from dtpipe.manifests.schema import (
-    ComputeRecipe,
-    IndexRow,
-    LevelSpec,
-    Manifest,
-    Members,
-    ObjectEntry,
-    Plan,
-    Recipe,
-    ShardEntry,
-    ShardRecipe,
-    SourceRecipe,
-    TeacherRecipe,
-    TransformRecipe,
-    ViewSpec,
-)
+from dtpipe.manifests.schema import IndexRow, Manifest, Members, ObjectEntry, Plan, Recipe, ShardEntry
 from dtpipe.manifests.store.faults import arm_spec, fault_point
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import commit_entry, merge, pending_shards
 from dtpipe.manifests.write.listing import Listing, build_listing
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import plan_digest, start_plan
-
-
-@dataclass(frozen=True)
-class Item:
-    """A listed sample."""
-
-    key: str
-    uri: str
-    label: str | None = None
-
-
-def make_recipe(**changes: object) -> Recipe:
-    """A small valid recipe; `changes` replace top-level fields."""
-    fields: dict[str, object] = {
-        "source": SourceRecipe(kind="folder"),
-        "transform": TransformRecipe(height=32, width=32),
-        "student_px": (32, 32),
-        "teacher": TeacherRecipe(kind="toy", weights_blake3="0" * 64),
-        "views": (ViewSpec(draw=0), ViewSpec(draw=1)),
-        "levels": (LevelSpec(name="l2", stride=4, channels=2, height=8, width=8, tap="up.3"),),
-        "shard": ShardRecipe(samples=4, format="webdataset"),
-        "compute": ComputeRecipe(device="cpu", batch_size=2, threads=1),
-    }
-    return Recipe(**{**fields, **changes})  # type: ignore[arg-type]
+from parts.datasets import Item, make_recipe
 
 
 def make_listing(num_rows: int = 14) -> Listing:
@@ -116,7 +77,7 @@ def write_shard(
     )
 
 
-def extract(url: str, recipe: Recipe | None = None, stale_s: float = 5.0) -> tuple[Manifest, list[int]]:
+def extract(url: str | Path, recipe: Recipe | None = None, stale_s: float = 5.0) -> tuple[Manifest, list[int]]:
     """Write what is missing and merge. Returns the manifest and the shards written now."""
     store = Store(url)
     with Lock.acquire(store, stale_s=stale_s) as lock:
