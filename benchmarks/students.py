@@ -25,14 +25,14 @@ from timm.models import model_entrypoint
 
 from dtpipe.distill.config import DistillConfig, RegressorConfig, StudentConfig
 from dtpipe.distill.engine.run_folder import read_metrics
-from dtpipe.distill.export.write import ExportError, export_student
+from dtpipe.distill.export.write import export_student
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.student.student import Student
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.run import run_extraction
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, ExportError
 from dtpipe.pipeline.demo.run import shipped_teacher
 from dtpipe.pipeline.demo.scenes import write_scenes
 

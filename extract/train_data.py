@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.base import SourceItem
-from dtpipe.extract.sources.images import BadImage, decode_image, resize_image
+from dtpipe.extract.sources.images import decode_image, resize_image
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_network import null_class
-from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, InputError
+from dtpipe.manifests.errors import BadImage, ConfigError, ErrorBudgetError, InputError
 from dtpipe.manifests.schema import TransformRecipe
 
 if TYPE_CHECKING:

@@ -1,8 +1,33 @@
-"""Every error dtpipe raises on purpose, each with the exit code of the command that meets it.
+"""Every error that dtpipe raises on purpose, with the exit code of the command that meets it.
+
+    DtpipeError                  1
+    ├── ConfigError              2  a flag, a setting or their combination
+    │   ├── PlanChangedError        the output holds a dataset, run or teacher of other settings
+    │   ├── LockHeldError           another live writer owns the output
+    │   └── ShapeError              two arrays or modules that must fit do not
+    ├── InputError               3  an input is missing or cannot be read
+    │   ├── TeacherError            a teacher's checkpoint
+    │   └── BadImage                one sample; counted, named and skipped
+    ├── DamagedDataError         4  stored bytes are not those that were written
+    │   ├── ManifestError           a manifest, plan, entry or index
+    │   ├── MissingObjectError      an object of a dataset is not there
+    │   └── ProblemsFoundError      `dtpipe verify` printed what is wrong
+    ├── IncompleteError          5  work is left; run the same command again
+    ├── MissingPackageError      6  an optional package is not installed
+    ├── ErrorBudgetError         7  more failed than the error budget allows
+    ├── StoreError               8  the store is full, unwritable or breaks its promises
+    ├── DivergedError            1  a loss or its gradient is not finite
+    ├── ExportError              1  an export does not compute what the student computes
+    ├── DemoStepError            *  that of the demo's command that failed
+    └── StoppedError             *  130 or 143: a signal asked for a stop, and the run stopped cleanly
 
 A message has three parts: what is wrong with the value seen, where, what to do next. The command line prints one line
 for these and a traceback only for other exceptions.
 """
+
+from __future__ import annotations
+
+import re
 
 
 class DtpipeError(Exception):
@@ -18,7 +43,7 @@ class ConfigError(DtpipeError):
 
 
 class PlanChangedError(ConfigError):
-    """The output holds a dataset of another recipe."""
+    """The output holds a dataset, run or teacher of other settings."""
 
 
 class LockHeldError(ConfigError):
@@ -39,6 +64,14 @@ class TeacherError(InputError):
     """A teacher checkpoint is missing, of another kind, or cannot be represented."""
 
 
+class BadImage(InputError):  # noqa: N818  it says what the sample is
+    """One sample cannot be used; `reason` is one line and goes into the index."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = _one_line(reason)
+        super().__init__(self.reason)
+
+
 class DamagedDataError(DtpipeError):
     """Stored bytes are not those that were written."""
 
@@ -47,6 +80,14 @@ class DamagedDataError(DtpipeError):
 
 class ManifestError(DamagedDataError):
     """A manifest, plan, entry or index is unreadable or contradicts what lies beside it."""
+
+
+class MissingObjectError(DamagedDataError):
+    """An object that should be in the dataset is not there."""
+
+
+class ProblemsFoundError(DamagedDataError):
+    """Something is wrong with a dataset; the problems were printed."""
 
 
 class IncompleteError(DtpipeError):
@@ -77,7 +118,22 @@ class DivergedError(DtpipeError):
     """A loss or its gradient is not finite; the weights are as before the step."""
 
 
+class ExportError(DtpipeError):
+    """An export, loaded again, does not compute what the student computes; nothing was left behind."""
+
+
+class DemoStepError(DtpipeError):
+    """A command of the demo failed; its own message came before, and its exit code is this one's."""
+
+
 class StoppedError(DtpipeError):
     """A signal asked the run to stop and it did so cleanly."""
 
     exit_code = 143
+
+
+def _one_line(reason: str) -> str:
+    """No addresses, line breaks or novels, so that the reason is the same on every run."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", reason)
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return text[:200] or "unknown"

@@ -127,7 +127,8 @@ class LabelledReader:
         )
 
     def _read_image(self, item: SourceItem, note: Callable[[str], None]) -> NDArray[np.uint8] | None:
-        from dtpipe.extract.sources.images import BadImage, decode_image, resize_image
+        from dtpipe.extract.sources.images import decode_image, resize_image
+        from dtpipe.manifests.errors import BadImage
 
         try:
             return resize_image(decode_image(self.source.read(item.uri), MAX_PIXELS), self.recipe)

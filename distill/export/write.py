@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dtpipe.distill.student.load import STUDENT_KEY, WEIGHTS, load_student
 from dtpipe.distill.student.student import Student, model_options, spec_to_dict, student_name
-from dtpipe.manifests.errors import ConfigError, DtpipeError
+from dtpipe.manifests.errors import ConfigError, ExportError
 from dtpipe.manifests.store.publish import whole_file, write_whole
 
 TORCHVISION_NAMES = (
@@ -37,10 +37,6 @@ TOLERANCE = 1e-5  # of a level's largest value: the same operations in float32, 
 Layout = Literal["timm", "torchvision"]
 Reloaded = Callable[[Tensor], Sequence[Tensor]]
 """A model of the other library: images, normalised as timm does, to what its stages give, (B, C, h, w) each."""
-
-
-class ExportError(DtpipeError):
-    """An export, loaded again, does not compute what the student computes; nothing was left behind."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.names import (
     CONTAINERS,
     MAX_FILE_BYTES,
@@ -26,7 +25,7 @@ from dtpipe.extract.sources.names import (
     takes,
 )
 from dtpipe.extract.sources.places import Place, find_files, local_path, open_place
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import BadImage, InputError
 
 _TRY_AGAIN = frozenset(
     {errno.EINTR, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError, _imaging
 
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import Filter, TransformRecipe
 
 Pixels = NDArray[np.uint8]
@@ -51,14 +51,6 @@ _SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # filt
 _MAX_OVERHANG = 16  # center_crop: resized area over the target's above which only the crop is computed
 _PILLOW_MODULES = r"PIL\."
 _LOCK = threading.Lock()
-
-
-class BadImage(InputError):  # noqa: N818  it says what the sample is
-    """One sample cannot be used; `reason` is one line and goes into the index."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = _one_line(reason)
-        super().__init__(self.reason)
 
 
 def decode_image(data: bytes, max_pixels: int) -> Pixels:
@@ -179,13 +171,6 @@ def _unrecognised(data: bytes) -> str:
     if not data:
         return "empty file"
     return f"not a readable image: no decoder takes this file, which starts with {data[:8].hex(' ')}"
-
-
-def _one_line(reason: str) -> str:
-    """No addresses, line breaks or novels, so that the reason is the same on every run."""
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", reason)
-    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return text[:200] or "unknown"
 
 
 # --- orientation -----------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, key_of
 from dtpipe.extract.sources.places import local_path, local_uri, open_place
-from dtpipe.manifests.errors import InputError, MissingPackageError
+from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
 
 if TYPE_CHECKING:
     import lmdb

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
 from dtpipe.extract.sources.group_cache import GroupCache
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.names import key_of
 from dtpipe.extract.sources.parquet_columns import Columns, find_columns
 from dtpipe.extract.sources.places import changed, container_files, folder_of, is_pattern, open_place, unreadable
-from dtpipe.manifests.errors import DtpipeError, InputError
+from dtpipe.manifests.errors import BadImage, DtpipeError, InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.names import extension, is_hidden, is_image, key_of
-from dtpipe.manifests.errors import InputError, MissingPackageError
+from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
 
 _QUOTED = "file-bytes:"  # URI of a local path that is not valid Unicode
 _PATTERN = re.compile(r"[*?\[{]")

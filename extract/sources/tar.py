@@ -18,10 +18,9 @@ from functools import cached_property
 from typing import BinaryIO
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, no_images, takes
 from dtpipe.extract.sources.places import Place, container_files, folder_of, is_pattern, open_place, read_at, unreadable
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import BadImage, InputError
 
 _ENDING = ".tar"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

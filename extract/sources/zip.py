@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.names import (
     MAX_FILE_BYTES,
     in_class_folders,
@@ -28,7 +27,7 @@ from dtpipe.extract.sources.names import (
     takes,
 )
 from dtpipe.extract.sources.places import Place, open_place, read_at, unreadable
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import BadImage, InputError
 
 _ENCRYPTED, _UTF8_NAME = 0x1, 0x800
 _UNICODE_NAME = 0x7075  # Info-ZIP's extra field

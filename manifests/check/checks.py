@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from dtpipe.manifests.canonical import blake3_hex, dump_record, load_record
-from dtpipe.manifests.errors import DamagedDataError
+from dtpipe.manifests.errors import DamagedDataError, MissingObjectError
 from dtpipe.manifests.layout.arrays import KEY, stored_arrays
 from dtpipe.manifests.layout.tables import (
     INDEX_FILE,
@@ -29,7 +29,8 @@ from dtpipe.manifests.layout.tar import encode_key
 from dtpipe.manifests.layout.zarr import zarr_metadata
 from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
 from dtpipe.manifests.schema import Manifest, Plan, ShardEntry
-from dtpipe.manifests.store.store import LOCK_FOLDER, MissingObjectError, ObjectStat, Store
+from dtpipe.manifests.store.local import ObjectStat
+from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.commit import (
     MANIFEST_FILE,
     commit_name,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from dtpipe.manifests.canonical import dump_record, load_record
-from dtpipe.manifests.errors import ManifestError
+from dtpipe.manifests.errors import ManifestError, MissingObjectError
 from dtpipe.manifests.schema import StrictModel
-from dtpipe.manifests.store.store import MissingObjectError, Store
+from dtpipe.manifests.store.store import Store
 
 MEASURED_FILE = "measured.json"
 

@@ -15,7 +15,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from dtpipe.manifests.errors import DamagedDataError
+from dtpipe.manifests.errors import DamagedDataError, MissingObjectError
 from dtpipe.manifests.layout.arrays import (
     ArraySpec,
     EncodedObject,
@@ -26,7 +26,7 @@ from dtpipe.manifests.layout.arrays import (
     stored_arrays,
 )
 from dtpipe.manifests.schema import FORMAT, IMAGE, Plan
-from dtpipe.manifests.store.store import MissingObjectError, Store
+from dtpipe.manifests.store.store import Store
 
 ROOT = "data.zarr"
 TRAILER_BYTES = 4  # the stored crc32c behind each chunk's zstd frame

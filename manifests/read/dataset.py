@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, ManifestError
+from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.layout.tables import (
     INDEX_FILE,
@@ -28,7 +28,7 @@ from dtpipe.manifests.layout.tables import (
 )
 from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Manifest, Plan, Recipe, ViewSpec
-from dtpipe.manifests.store.store import MissingObjectError, Store
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import MANIFEST_FILE, load_entries, load_manifest
 from dtpipe.manifests.write.listing import read_listing
 from dtpipe.manifests.write.plan import PLAN_FILE, load_plan, plan_digest

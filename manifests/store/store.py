@@ -14,17 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, StoreError
+from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, MissingObjectError, StoreError
 from dtpipe.manifests.store.local import LocalFiles, ObjectStat, is_temporary
 from dtpipe.manifests.store.remote import RemoteFiles
 
-__all__ = ["MissingObjectError", "ObjectStat", "Store"]
-
 LOCK_FOLDER = "lock/"
-
-
-class MissingObjectError(DamagedDataError):
-    """An object that should be in the dataset is not there."""
 
 
 class _Files(Protocol):

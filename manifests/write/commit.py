@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 from blake3 import blake3
 
 from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
-from dtpipe.manifests.errors import IncompleteError, ManifestError
+from dtpipe.manifests.errors import IncompleteError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.tables import INDEX_FILE, LISTING_FILE, SHARDS_FILE, encode_index, encode_shards
 from dtpipe.manifests.schema import FORMAT, IMAGE, FileEntry, Manifest, ObjectEntry, Plan, Recipe, ShardEntry, Totals
 from dtpipe.manifests.store.faults import fault_point
-from dtpipe.manifests.store.store import MissingObjectError, ObjectStat, Store
+from dtpipe.manifests.store.local import ObjectStat
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import Listing, read_listing
 from dtpipe.manifests.write.lock import Lock, check_epoch
 from dtpipe.manifests.write.plan import PLAN_FILE, plan_digest

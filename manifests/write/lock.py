@@ -24,10 +24,10 @@ import psutil
 from pydantic import Field
 
 from dtpipe.manifests.canonical import dump_record, load_record
-from dtpipe.manifests.errors import LockHeldError, ManifestError, StoreError
+from dtpipe.manifests.errors import LockHeldError, ManifestError, MissingObjectError, StoreError
 from dtpipe.manifests.schema import StrictModel
 from dtpipe.manifests.store.faults import fault_point
-from dtpipe.manifests.store.store import LOCK_FOLDER, MissingObjectError, Store
+from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 
 _MISSED_BEATS = 3  # a holder is dead only after so many of its own intervals
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
 from dtpipe.manifests.differences import differences, refuse_differences
-from dtpipe.manifests.errors import ConfigError, ManifestError, PlanChangedError
+from dtpipe.manifests.errors import ConfigError, ManifestError, MissingObjectError, PlanChangedError
 from dtpipe.manifests.layout.tables import LISTING_FILE
 from dtpipe.manifests.schema import LevelSpec, Plan, Recipe
 from dtpipe.manifests.store.faults import fault_point
-from dtpipe.manifests.store.store import LOCK_FOLDER, MissingObjectError, Store
+from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.listing import Listing, encode_listing, read_listing, write_listing
 
 PLAN_FILE = "plan.json"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, IncompleteError
+from dtpipe.manifests.errors import ConfigError, DtpipeError, IncompleteError, ProblemsFoundError
 from dtpipe.pipeline.cli.console import Console, format_bytes
 
 if TYPE_CHECKING:
@@ -33,10 +33,6 @@ Example:
   dtpipe verify features/ --level recompute --rows 64
   dtpipe verify features/ --repair
 """
-
-
-class ProblemsFoundError(DamagedDataError):
-    """Something is wrong with a dataset; the problems were printed."""
 
 
 @click.command("verify", help=HELP)

@@ -18,16 +18,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
+from dtpipe.manifests.errors import ConfigError, DemoStepError, InputError
 from dtpipe.pipeline.cli.console import Console, format_seconds
 from dtpipe.pipeline.config import DemoConfig
 
 MARKER = ".dtpipe-demo"
 FEW = (5, 20, 80)
-
-
-class DemoStepError(DtpipeError):
-    """A command of the demo failed; its own message came before."""
 
 
 @dataclass

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from dtpipe.extract.shards.progress import BadSample
 from dtpipe.extract.shards.rows import RowReader
 from dtpipe.extract.shards.worker import budget_message
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.manifests.canonical import canonical_json
-from dtpipe.manifests.errors import ErrorBudgetError, StoreError
+from dtpipe.manifests.errors import BadImage, ErrorBudgetError, StoreError
 from dtpipe.manifests.store.publish import write_whole
 
 CHECKED_FILE = "checked_images.json"

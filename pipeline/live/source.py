@@ -22,11 +22,10 @@ from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.recipe import list_source, make_recipe, max_bad_samples, with_whole_paths
 from dtpipe.extract.shards.rows import RowReader
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.sources.numbered import open_images
 from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.manifests.canonical import canonical_json
-from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.read.dataset import Integers, Levels
 from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.write.listing import Listing

@@ -107,8 +107,9 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
 
 def _probe_images(resolved: Resolved, num: int) -> tuple[NDArray[np.uint8], list[str], float]:
     """The first good images of the listing, their keys, and the seconds per image it took to prepare them."""
-    from dtpipe.extract.sources.images import BadImage, decode_image, resize_image
+    from dtpipe.extract.sources.images import decode_image, resize_image
     from dtpipe.extract.synthesize import synthesize_rows
+    from dtpipe.manifests.errors import BadImage
 
     listing, recipe = resolved.listing, resolved.recipe
     if recipe.synthesized:

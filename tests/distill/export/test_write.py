@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dtpipe.distill.export import write as export
-from dtpipe.distill.export.write import ExportError, export_student
+from dtpipe.distill.export.write import export_student
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, ExportError, InputError
 from parts.memory import write_student
 
 ALONE = """

@@ -19,10 +19,9 @@ from dtpipe.extract.shards import worker as worker_module
 from dtpipe.extract.shards.buffer import ShardBuffer
 from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue, StageSeconds
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardWorker, WorkerContext
-from dtpipe.extract.sources.images import BadImage
 from dtpipe.extract.teachers.base import makes_no_images
 from dtpipe.manifests.codecs.base import encode_level
-from dtpipe.manifests.errors import ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
+from dtpipe.manifests.errors import BadImage, ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import CodecRecipe, LevelSpec
 from dtpipe.manifests.store.store import Store

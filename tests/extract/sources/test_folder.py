@@ -15,8 +15,7 @@ import fsspec
 import pytest
 
 from dtpipe.extract.sources import SourceItem, open_source, source_kinds
-from dtpipe.extract.sources.images import BadImage
-from dtpipe.manifests.errors import ConfigError, InputError, MissingPackageError
+from dtpipe.manifests.errors import BadImage, ConfigError, InputError, MissingPackageError
 
 
 def touch(root: Path, *names: str) -> Path:

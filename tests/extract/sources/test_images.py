@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageCms, ImageSequence
 
-from dtpipe.extract.sources.images import BadImage, decode_image, resize_image
+from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import TransformRecipe
 
 LIMIT = 128_000_000

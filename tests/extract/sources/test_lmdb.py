@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtpipe.extract.sources import open_source
-from dtpipe.extract.sources.images import BadImage
-from dtpipe.manifests.errors import InputError, MissingPackageError
+from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
 from parts.packing import contents, labels, write_lmdb
 
 pytest.importorskip("lmdb", reason="needs the extra `lmdb`")

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from dtpipe.extract.sources import open_source
-from dtpipe.extract.sources.images import BadImage, decode_image, resize_image
+from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import TransformRecipe
 from parts.paths import SHARED
 

@@ -19,9 +19,9 @@ import pytest
 
 from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.group_cache import GroupCache
-from dtpipe.extract.sources.images import BadImage, decode_image
+from dtpipe.extract.sources.images import decode_image
 from dtpipe.extract.sources.parquet import ParquetSource
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.write.listing import permutation
 from parts.packing import contents, labels, write_parquet
 from parts.paths import FIXTURES

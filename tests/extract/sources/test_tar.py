@@ -16,8 +16,7 @@ import fsspec
 import pytest
 
 from dtpipe.extract.sources import open_source
-from dtpipe.extract.sources.images import BadImage
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.write.listing import build_listing
 from parts.packing import contents, labels, write_tar
 

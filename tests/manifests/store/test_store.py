@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, ManifestError, StoreError
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, ManifestError, MissingObjectError, StoreError
 from dtpipe.manifests.store import publish
 from dtpipe.manifests.store.local import is_temporary
-from dtpipe.manifests.store.store import MissingObjectError, Store
+from dtpipe.manifests.store.store import Store
 
 
 def test_probe_passes_and_leaves_nothing(store_url):

@@ -7,10 +7,10 @@ import pytest
 from blake3 import blake3
 
 from dtpipe.manifests.canonical import canonical_json, dump_record
-from dtpipe.manifests.errors import IncompleteError, LockHeldError, ManifestError
+from dtpipe.manifests.errors import IncompleteError, LockHeldError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.tables import ShardTable, decode_index, decode_table, index_rows
 from dtpipe.manifests.schema import LevelSpec, ShardRecipe
-from dtpipe.manifests.store.store import MissingObjectError, Store
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import (
     commit_entry,
     commit_name,

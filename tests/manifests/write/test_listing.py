@@ -11,8 +11,8 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtpipe.manifests.errors import InputError, ManifestError
-from dtpipe.manifests.store.store import MissingObjectError, Store
+from dtpipe.manifests.errors import InputError, ManifestError, MissingObjectError
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import build_listing, encode_listing, permutation, read_listing, write_listing
 
 # frozen when the format was made: another numpy or machine must give the same rows

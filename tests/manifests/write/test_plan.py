@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtpipe.manifests.errors import ConfigError, ManifestError, PlanChangedError
+from dtpipe.manifests.errors import ConfigError, ManifestError, MissingObjectError, PlanChangedError
 from dtpipe.manifests.schema import ComputeRecipe, LevelSpec, ViewSpec
-from dtpipe.manifests.store.store import MissingObjectError, Store
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import (
     bytes_per_sample,
     load_plan,
