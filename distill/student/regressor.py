@@ -1,21 +1,22 @@
 """The feature regressor: laterals, top-down path, output convolutions, and a 1x1 convolution to each teacher level.
 
-As FPN (arXiv 1612.03144); the default, with pyramid pooling, is UPerNet's decoder (arXiv 1807.10221; mmseg's UPerHead).
-The rows of the paper's table 8 differ in what `REGRESSORS` names; another variant is a function or module and a line there.
+The rows of the paper's table 8 differ in what the kinds of `regressors/` add to that.
 
 The one place where a level changes its spatial size to the teacher's is `FeatureRegressor.forward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from dtpipe.distill.config import RegressorConfig
-from dtpipe.distill.student.blocks import BottomUpPath, PyramidPooling, SelfAttention, conv_norm_relu, resize
+from dtpipe.distill.student.blocks import conv_norm_relu, resize
 from dtpipe.distill.student.pyramid import PYRAMID_STRIDES, SimplePyramid
+from dtpipe.distill.student.regressors.base import RegressorKind, lateral
+from dtpipe.distill.student.regressors.registry import REGRESSORS
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 
@@ -27,45 +28,6 @@ class TargetLevel:
     stride: int
     channels: int
     size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class RegressorKind:
-    """What one variant adds to laterals, top-down path and output convolutions."""
-
-    summary: str
-    coarsest: Callable[[int, RegressorConfig], nn.Module]
-    """Makes the lateral of the coarsest level: (B, channels, H, W) -> (B, width, H, W)."""
-    smooth_coarsest: bool = True
-    """Whether the coarsest level has an output convolution; not where its lateral ends in one."""
-    path: Callable[[int, RegressorConfig], nn.Module] | None = None
-    """Makes what follows the output convolutions: that many levels of (B, width, H_i, W_i), finest first -> the same."""
-
-
-def _lateral(channels: int, config: RegressorConfig) -> nn.Module:
-    return conv_norm_relu(channels, config.width, 1, config.norm)
-
-
-def _attending(channels: int, config: RegressorConfig) -> nn.Module:
-    return nn.Sequential(_lateral(channels, config), SelfAttention(config.width, config.norm))
-
-
-def _pooling(channels: int, config: RegressorConfig) -> nn.Module:
-    return PyramidPooling(channels, config.width, config.ppm_scales, config.norm)
-
-
-def _bottom_up(num_levels: int, config: RegressorConfig) -> nn.Module:
-    return BottomUpPath(num_levels, config.width, config.norm)
-
-
-REGRESSORS = {
-    "fpn": RegressorKind("feature pyramid network: laterals, top-down path, output convolutions", _lateral),
-    "fpn_attention": RegressorKind("FPN with a self-attention layer on the coarsest level", _attending),
-    "pafpn": RegressorKind("FPN followed by PANet's bottom-up path", _lateral, path=_bottom_up),
-    "fpn_ppm": RegressorKind(
-        "FPN with pyramid pooling on the coarsest level: the paper's choice", _pooling, smooth_coarsest=False
-    ),
-}
 
 
 class FeatureRegressor(nn.Module):
@@ -80,7 +42,8 @@ class FeatureRegressor(nn.Module):
     ) -> None:
         """`strides` and `channels` of the student's levels, finest first.
 
-        Raises: ConfigError for a kind that is not in `REGRESSORS`; ShapeError when a target has a stride that the student has not.
+        Raises: ConfigError for a kind that is not in `REGRESSORS`; ShapeError when a target has a stride that the
+        student does not have.
         """
         super().__init__()
         kind = _find_kind(config.kind)
@@ -90,15 +53,13 @@ class FeatureRegressor(nn.Module):
             strides, channels = _pyramid_strides(targets), self.pyramid.channels
         self.level_of = [_index_of(target, strides) for target in targets]
         last = len(channels) - 1
-        self.laterals = nn.ModuleList(_lateral(c, config) for c in channels[:-1])
+        self.laterals = nn.ModuleList(lateral(width, config) for width in channels[:-1])
         self.laterals.append(kind.coarsest(channels[-1], config))
         smoothed = range(max(self.level_of) + 1) if kind.path else sorted(set(self.level_of))
         bare = set() if kind.smooth_coarsest else {last}
+        width, norm = config.width, config.norm
         self.outputs = nn.ModuleDict(
-            {
-                str(i): nn.Identity() if i in bare else conv_norm_relu(config.width, config.width, 3, config.norm)
-                for i in smoothed
-            }
+            {str(i): nn.Identity() if i in bare else conv_norm_relu(width, width, 3, norm) for i in smoothed}
         )
         self.path = kind.path(len(smoothed), config) if kind.path else None
         self.heads = nn.ModuleList(nn.Conv2d(config.width, target.channels, 1) for target in targets)
@@ -110,7 +71,9 @@ class FeatureRegressor(nn.Module):
         """
         if self.pyramid is not None:
             levels = self.pyramid(levels[0])
-        merged = [lateral(level) for lateral, level in zip(self.laterals, levels, strict=True)]  # (B, width, H_i, W_i)
+        merged = [
+            convolve(level) for convolve, level in zip(self.laterals, levels, strict=True)
+        ]  # (B, width, H_i, W_i)
         for i in range(len(merged) - 2, -1, -1):
             merged[i] = merged[i] + resize(merged[i + 1], merged[i].shape[-2:])
         smooth = {int(idx): output(merged[int(idx)]) for idx, output in self.outputs.items()}

@@ -119,7 +119,7 @@ def _students() -> Rows:
 
 
 def _regressors() -> Rows:
-    from dtpipe.distill.student.regressor import REGRESSORS
+    from dtpipe.distill.student.regressors.registry import REGRESSORS
 
     return _texts(REGRESSORS)
 

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from dtpipe.distill.config import RegressorConfig
-from dtpipe.distill.student.blocks import BottomUpPath, PyramidPooling, SelfAttention
-from dtpipe.distill.student.regressor import REGRESSORS, FeatureRegressor, TargetLevel
+from dtpipe.distill.student.regressor import FeatureRegressor, TargetLevel
+from dtpipe.distill.student.regressors.fpn_attention import SelfAttention
+from dtpipe.distill.student.regressors.fpn_ppm import PyramidPooling
+from dtpipe.distill.student.regressors.pafpn import BottomUpPath
+from dtpipe.distill.student.regressors.registry import REGRESSORS
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 STRIDES, CHANNELS = (4, 8, 16, 32), (6, 8, 10, 12)

@@ -15,7 +15,7 @@ from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.student.distiller import build_distiller
 from dtpipe.distill.student.pyramid import SimplePyramid
-from dtpipe.distill.student.regressor import REGRESSORS
+from dtpipe.distill.student.regressors.registry import REGRESSORS
 from dtpipe.distill.student.student import StudentSpec, build_student
 from dtpipe.distill.trainer import Trainer
 from dtpipe.manifests.errors import ConfigError
