@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from dtpipe.pipeline.cli.main import COMMANDS, main
 from dtpipe.pipeline.cli.reference import BEGIN, END, help_text, with_reference
+from parts.images import write_images
 from parts.paths import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -74,12 +73,8 @@ def test_every_command_line_in_the_readme_parses() -> None:
 @pytest.mark.slow
 def test_runnable_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    rng = np.random.Generator(np.random.Philox(0))
     for folder in ("photos", "labelled"):
-        for idx in range(24):
-            path = tmp_path / folder / "ab"[idx % 2] / f"{idx}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+        write_images(tmp_path / folder, 24)
     blocks = [block for marked, block in BLOCK.findall(README) if marked]
     commands = [words for block in blocks for words in commands_in(block)]
     assert len(commands) >= 8

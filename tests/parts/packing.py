@@ -1,4 +1,4 @@
-"""Writes images into each kind of container, with the tools that users write them with."""
+"""Images in each kind of container, written with the tools that users write them with, and what a source makes of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dtpipe.extract.sources import Source
+from dtpipe.manifests.errors import BadImage, InputError
 
 Files = Mapping[str, bytes]
 
@@ -69,6 +73,14 @@ def write_lmdb(path: Path, files: Mapping[str | bytes, bytes], **options: Any) -
     for lock in (path / "lock.mdb", path.with_name(path.name + "-lock")):
         lock.unlink() if lock.exists() else None
     return path
+
+
+@contextmanager
+def no_fault_of_the_image(reason: str) -> Iterator[None]:
+    """What is read here fails, by `reason`, without the image being written off as a bad one."""
+    with pytest.raises(InputError, match=reason) as caught:
+        yield
+    assert not isinstance(caught.value, BadImage)
 
 
 def contents(source: Source) -> dict[str, bytes]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.downstream.base import LabelledSet
@@ -18,6 +17,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate, overlap_notes
 from parts import paths
+from parts.images import png, write_files
 
 GOLDEN = paths.GOLDEN / "v1_zarr"
 
@@ -51,10 +51,8 @@ def test_a_plain_transformer_is_scored_on_its_one_level(name: str, px: int, tmp_
         image, mask = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8), np.zeros((32, 32), np.uint8)
         image[:16, :, idx % 2] += 170
         mask[:16] = 1
-        for folder, array in (("images", image), ("masks", mask)):
-            path = tmp_path / folder / "ab"[idx % 2] / f"{idx}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(path)
+        name = f"{'ab'[idx % 2]}/{idx}.png"
+        write_files(tmp_path, {f"images/{name}": png(image), f"masks/{name}": png(mask)})
     probe = ProbeConfig(max_iter=20, l2_grid=(0.1,), folds=2)
     for masks in (None, str(tmp_path / "masks")):
         config = EvalConfig(

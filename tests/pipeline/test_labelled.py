@@ -14,12 +14,7 @@ from dtpipe.extract.sources.images import resize_image
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.labelled import LabelledReader, class_names_of, decode_mask, resize_mask, split_by_key
-
-
-def png(array: np.ndarray, mode: str | None = None) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).convert(mode).save(buffer, "PNG") if mode else Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
+from parts.images import png, write_files
 
 
 @pytest.mark.parametrize("resize", ["center_crop", "stretch"])
@@ -79,8 +74,6 @@ def test_reader_names_bad_images_and_missing_masks(image_folder: Path, tmp_path:
     assert [labelled.class_names[idx] for idx in labelled.labels] == [key.split("/")[0] for key in labelled.keys]
     assert len(notes) == 1
     assert "cat/bad.png" in notes[0]
-    masks = tmp_path / "masks" / "cat"
-    masks.mkdir(parents=True)
-    (masks / "001.png").write_bytes(png(np.ones((32, 32), np.uint8)))
+    masks = write_files(tmp_path / "masks", {"cat/001.png": png(np.ones((32, 32), np.uint8))})
     with pytest.raises(InputError, match="no mask for image"):
-        LabelledReader(str(image_folder), str(tmp_path / "masks"), recipe).read((), notes.append, range(9))
+        LabelledReader(str(image_folder), str(masks), recipe).read((), notes.append, range(9))

@@ -13,7 +13,8 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.extract.sources import open_source
 from dtpipe.manifests.errors import ErrorBudgetError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from parts.extractions import MakeConfig
+from parts.extractions import Extract, MakeConfig
+from parts.images import write_files
 from parts.packing import contents, folder_files, labels, write_lmdb, write_parquet, write_tar, write_zip
 
 Pack = Callable[[Path, dict[str, bytes]], Path]
@@ -46,11 +47,7 @@ def files(image_folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(files: dict[str, bytes], tmp_path: Path) -> Path:
-    root = tmp_path / "tree"
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
+    return write_files(tmp_path / "tree", files)
 
 
 @pytest.fixture(params=PACKERS)
@@ -71,13 +68,13 @@ def assert_same_dataset(one: FeatureDataset, other: FeatureDataset) -> None:
 
 
 def test_every_container_gives_the_dataset_of_its_folder(
-    packed: tuple[str, Path], folder: Path, make_config: MakeConfig, tmp_path: Path
+    packed: tuple[str, Path], folder: Path, make_config: MakeConfig, extract: Extract, tmp_path: Path
 ) -> None:
     kind, path = packed
     source = open_source(str(path))
     assert source.kind == kind
     assert contents(source) == contents(open_source(str(folder)))
-    expected = FeatureDataset.open(run_extraction(make_config(images=str(folder), max_bad=1)).url)
+    expected = FeatureDataset.open(extract(images=str(folder), max_bad=1))
     config = make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"), source={"order": "permuted"})
     first = run_extraction(config)
     dataset = FeatureDataset.open(first.url)
@@ -91,26 +88,24 @@ def test_every_container_gives_the_dataset_of_its_folder(
 
 @pytest.mark.parametrize(("kind", "own"), [("parquet", True), ("webdataset", True), ("zip", False)])
 def test_tars_and_parquet_keep_their_order_and_others_are_permuted(
-    kind: str, own: bool, files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path
+    kind: str, own: bool, files: dict[str, bytes], extract: Extract, tmp_path: Path
 ) -> None:
     shuffled = dict(reversed(files.items()))
     path = PACKERS[kind](tmp_path, shuffled)
-    dataset = FeatureDataset.open(run_extraction(make_config(images=str(path), max_bad=1)).url)
+    dataset = FeatureDataset.open(extract(images=str(path), max_bad=1))
     assert dataset.recipe.source.order == ("container" if own else "permuted")
     assert (list(dataset.keys) == list(shuffled)) == own
 
 
 def test_a_key_has_its_levels_in_any_container_and_order(
-    packed: tuple[str, Path], folder: Path, files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path
+    packed: tuple[str, Path], folder: Path, files: dict[str, bytes], extract: Extract, tmp_path: Path
 ) -> None:
     """Tars and Parquet keep their own order here, in which a batch has other rows: so within rounding, not to the bit."""
     root = tmp_path / "backwards"
     root.mkdir()
     path = PACKERS[packed[0]](root, dict(reversed(files.items())))
-    expected = FeatureDataset.open(run_extraction(make_config(images=str(folder), max_bad=1)).url)
-    dataset = FeatureDataset.open(
-        run_extraction(make_config(images=str(path), max_bad=1, out=str(tmp_path / "packed"))).url
-    )
+    expected = FeatureDataset.open(extract(images=str(folder), max_bad=1))
+    dataset = FeatureDataset.open(extract("packed", images=str(path), max_bad=1))
     assert len(dataset.ok_rows) == 8
     for row in dataset.ok_rows:
         other = expected.row_of(dataset.keys[row])
@@ -118,12 +113,8 @@ def test_a_key_has_its_levels_in_any_container_and_order(
         for level in dataset.levels:
             found, wanted = dataset.read_level(level.name, row), expected.read_level(level.name, other)
             np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-3)  # a step of float16
-            assert (
-                np.abs(
-                    wanted - expected.read_level(level.name, next(each for each in expected.ok_rows if each != other))
-                ).max()
-                > 0.1
-            )
+            another = next(each for each in expected.ok_rows if each != other)
+            assert np.abs(wanted - expected.read_level(level.name, another)).max() > 0.1
 
 
 @pytest.mark.slow

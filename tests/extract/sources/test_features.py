@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtpipe.extract.run import run_extraction
 from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.features import FeaturesSource
 from dtpipe.extract.sources.images import decode_image
@@ -18,8 +17,8 @@ from dtpipe.manifests.read.join import JoinedDataset
 
 
 @pytest.fixture
-def dataset(make_config) -> FeatureDataset:
-    return FeatureDataset.open(run_extraction(make_config(noise={"timesteps": [50]}, shard={"samples": 3})).url)
+def dataset(extract) -> FeatureDataset:
+    return FeatureDataset.open(extract())
 
 
 def test_samples_are_those_of_the_dataset(dataset):
@@ -33,18 +32,11 @@ def test_samples_are_those_of_the_dataset(dataset):
         np.testing.assert_array_equal(decode_image(source.read(item.uri), 10**6), dataset.read_image(row))
 
 
-def test_another_timestep_is_extracted_without_the_images_and_joins_the_first(dataset, make_config, tmp_path):
+def test_another_timestep_is_extracted_without_the_images_and_joins_the_first(dataset, extract):
     """The folder of images may be gone; features equal those that its images give."""
-    new = make_config(
-        images=dataset.url,
-        out=str(tmp_path / "new"),
-        noise={"timesteps": [150]},
-        shard={"images": "joined", "samples": 3},
-    )
-    direct = FeatureDataset.open(
-        run_extraction(make_config(out=str(tmp_path / "direct"), noise={"timesteps": [150]}, shard={"samples": 3})).url
-    )
-    added = FeatureDataset.open(run_extraction(new).url)
+    late, joined_shard = {"timesteps": [150]}, {"images": "joined", "samples": 3}
+    direct = FeatureDataset.open(extract("direct", noise=late))
+    added = FeatureDataset.open(extract("new", images=dataset.url, noise=late, shard=joined_shard))
     joined = JoinedDataset([dataset, added])
     assert [view.timestep for view in joined.views] == [50, 150]
     for key in dataset.keys:
@@ -53,19 +45,16 @@ def test_another_timestep_is_extracted_without_the_images_and_joins_the_first(da
             np.testing.assert_array_equal(joined.read_level(level.name, joined.row_of(key), 1), expected)
 
 
-def test_bad_samples_are_left_out_and_counted(image_folder, make_config, tmp_path):
-    folder = shutil.copytree(image_folder, tmp_path / "photos")
-    (folder / "broken.png").write_bytes(b"no image")
-    url = run_extraction(make_config(images=str(folder), max_bad=1)).url
-    source = FeaturesSource(url)
+def test_bad_samples_are_left_out_and_counted(image_folder, extract):
+    (image_folder / "broken.png").write_bytes(b"no image")
+    source = FeaturesSource(extract(max_bad=1))
     assert "broken.png" not in [item.key for item in source.list()]
     assert source.ignored() == {"bad": 1}
 
 
-def test_what_is_no_sound_dataset_with_images_is_refused(dataset, make_config, tmp_path):
-    joined = make_config(out=str(tmp_path / "joined"), noise={"timesteps": [50]}, shard={"images": "joined"})
+def test_what_is_no_sound_dataset_with_images_is_refused(dataset, extract, tmp_path):
     with pytest.raises(InputError, match="stores no images, so it is no source of them"):
-        open_source(run_extraction(joined).url)
+        open_source(extract("joined", shard={"images": "joined"}))
     with pytest.raises(InputError, match="holds no feature dataset"):
         FeaturesSource(str(tmp_path))
     unfinished = Path(shutil.copytree(dataset.url, tmp_path / "unfinished"))

@@ -8,17 +8,17 @@ import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from dtpipe.extract.sources import open_source
 from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.write.listing import build_listing
-from parts.packing import contents, labels, write_tar
+from parts.images import write_files
+from parts.packing import contents, labels, no_fault_of_the_image, write_tar
 
 FILES = {"b/2.png": b"two", "a/1.jpg": b"one" * 1000, "ä.webp": b"", "a/10.png": b"ten"}
 
@@ -113,9 +113,7 @@ def test_long_names_in_every_form(tmp_path: Path, form: int) -> None:
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="no tar on this machine")
 def test_tar_of_a_folder_with_links(tmp_path: Path) -> None:
-    root = tmp_path / "folder"
-    (root / "cat").mkdir(parents=True)
-    (root / "cat" / "1.png").write_bytes(b"one")
+    root = write_files(tmp_path / "folder", {"cat/1.png": b"one"})
     (root / "cat" / "2.png").hardlink_to(root / "cat" / "1.png")
     (root / "cat" / "3.png").symlink_to("1.png")
     subprocess.run(["tar", "--sort=name", "-cf", "../a.tar", "."], cwd=root, check=True)
@@ -133,21 +131,14 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
         assert [keyed("a.tar", files)[item.key] for item in items] == list(found)
 
 
-@pytest.fixture
-def remote_tars(tmp_path: Path) -> Iterator[str]:
-    fs = fsspec.filesystem("memory")
-    for idx in range(3):
-        fs.pipe(f"/tar-test/{idx:02d}.tar", write_tar(tmp_path / "a.tar", FILES).read_bytes())
-    yield "memory://tar-test"
-    fs.rm("/tar-test", recursive=True)
-
-
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/{00..02}.tar"])
-def test_object_store_gives_the_same(remote_tars: str, pattern: str) -> None:
-    source = open_source(remote_tars + pattern)
+def test_object_store_gives_the_same(upload: Callable[..., str], pattern: str, tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", FILES).read_bytes()
+    url = upload({f"{idx:02d}.tar": tar for idx in range(3)}) + pattern
+    source = open_source(url)
     assert source.kind == "webdataset"
     assert contents(source) == keyed("00.tar") | keyed("01.tar") | keyed("02.tar")
-    assert open_source(remote_tars + pattern, "webdataset").read(source.list()[1].uri) == b"one" * 1000
+    assert open_source(url, "webdataset").read(source.list()[1].uri) == b"one" * 1000
 
 
 def test_tar_that_is_gone_or_shorter_is_no_fault_of_the_image(tmp_path: Path) -> None:
@@ -155,13 +146,11 @@ def test_tar_that_is_gone_or_shorter_is_no_fault_of_the_image(tmp_path: Path) ->
     source = open_source(str(path))
     last = source.list()[-1].uri
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(InputError, match=r"a\.tar ends before byte \d+, so it changed since it was listed") as caught:
+    with no_fault_of_the_image(r"a\.tar ends before byte \d+, so it changed since it was listed"):
         source.read(last)
-    assert not isinstance(caught.value, BadImage)
     path.unlink()
-    with pytest.raises(InputError, match=r"No such file.*run again") as caught:
+    with no_fault_of_the_image(r"No such file.*run again"):
         source.read(last)
-    assert not isinstance(caught.value, BadImage)
 
 
 def test_oversized_member_is_not_read(tmp_path: Path) -> None:
@@ -227,7 +216,7 @@ def test_what_is_no_tar_says_so(tmp_path: Path) -> None:
         open_source(str(tmp_path / "a.tar")).list()
     with pytest.raises(InputError, match=r"no image in it \(1 \.txt\)"):
         open_source(str(write_tar(tmp_path / "b.tar", {"1.txt": b""}))).list()
-    (tmp_path / "c.tar").write_bytes(io.BytesIO().getvalue())
+    (tmp_path / "c.tar").write_bytes(b"")
     with pytest.raises(InputError, match="damaged or cut off at byte 0"):
         open_source(str(tmp_path / "c.tar")).list()
 

@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from dtpipe.manifests import errors
-from dtpipe.pipeline.cli.main import COMMANDS, main
+from dtpipe.pipeline.cli.main import COMMANDS, DtpipeGroup, main
 
 SMALL = ["-s", "extract.noise.timesteps=50", "-s", "extract.shard.samples=4", "-s", "extract.batch_size=4"]
 
@@ -112,25 +113,27 @@ def test_bad_input_is_one_sentence_and_the_right_code(
         assert places.get(word, word) in errors_shown[0]
 
 
-def test_every_error_of_ours_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+class Failing(DtpipeGroup):
+    """The command line, at work on something that fails."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__("dtpipe")
+        self.error = error
+
+    def invoke(self, ctx: click.Context) -> None:
+        raise self.error
+
+
+def test_every_error_of_ours_ends_with_its_own_code() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.DtpipeError)]
     assert len(kinds) > 10
     for kind in kinds:
-
-        def fail(_self: object, _ctx: object, kind: type[errors.DtpipeError] = kind) -> None:
-            raise kind("what\nwhere; next")
-
-        monkeypatch.setattr(type(main), "invoke", fail)
-        result = run("list")
+        result = CliRunner().invoke(Failing(kind("what\nwhere; next")), ["list"])
         assert (result.exit_code, result.stderr) == (kind.exit_code, "error: what where; next\n")
 
 
-def test_an_unexpected_error_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_self: object, _ctx: object) -> None:
-        raise ZeroDivisionError("surprise")
-
-    monkeypatch.setattr(type(main), "invoke", fail)
-    result = run("list")
+def test_an_unexpected_error_shows_its_traceback() -> None:
+    result = CliRunner().invoke(Failing(ZeroDivisionError("surprise")), ["list"])
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert "ZeroDivisionError: surprise" in result.stderr

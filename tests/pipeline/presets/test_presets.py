@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import yaml
 from click.testing import CliRunner
-from PIL import Image
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.extract.config import ExtractConfig
@@ -20,6 +18,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.cli.main import main
 from dtpipe.pipeline.cli.names import published_teachers
 from dtpipe.pipeline.cli.settings import gather, load_document, preset_names, validate
+from parts.images import write_images
 from parts.paper_runs import OTHERS, ROWS, RUNS, configs, header
 from parts.tiny_teachers import MAKERS, TinyTeacher
 
@@ -128,10 +127,7 @@ def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> MakeTeacher:
 
 def trained(folder: Path, name: str, px: object) -> Path:
     """The teacher that a preset of `train-teacher` makes of eight images, a few channels wide, in two steps."""
-    (folder / "images").mkdir()
-    pixels = np.random.Generator(np.random.Philox(0)).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    for idx, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / "images" / f"{idx}.png")
+    images = write_images(folder / "images", px=64)
     num_levels = len(load_document(name)["train_teacher"]["channels"])
     small = {
         "px": px,
@@ -146,7 +142,7 @@ def trained(folder: Path, name: str, px: object) -> Path:
     settings.write_text(
         yaml.safe_dump({"train_teacher": small | {"num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1}})
     )
-    invoke("train-teacher", "-c", name, "-c", settings, "--images", folder / "images", "--out", folder / "teacher")
+    invoke("train-teacher", "-c", name, "-c", settings, "--images", images, "--out", folder / "teacher")
     return folder / "teacher"
 
 
