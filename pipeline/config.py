@@ -66,7 +66,7 @@ class ExportConfig(StrictModel):
 
     checkpoint: str = Field(description="Run folder or checkpoint.")
     out: str = Field(description="Folder to write: model.safetensors, config.json and export.yaml, these settings.")
-    layout: Literal["timm", "torchvision"] = Field(default="timm", description="Whose names the weights take.")
+    layout: str = Field(default="timm", description="Which library loads it; `dtpipe list exports` names them.")
 
 
 class ReportConfig(StrictModel):

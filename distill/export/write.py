@@ -1,4 +1,4 @@
-"""The trained backbone as others load it: timm or torchvision layout, safetensors, without dtpipe.
+"""The trained backbone as others load it, in safetensors, without dtpipe.
 
 An export is loaded again into a clean model of the other library and compared with the student on random images
 before success is reported. Either way the model takes images normalised with the `mean` and `std` in config.json.
@@ -9,34 +9,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dtpipe.distill.export.base import Reloaded
+from dtpipe.distill.export.registry import EXPORTS
 from dtpipe.distill.student.load import STUDENT_KEY, WEIGHTS, load_student
 from dtpipe.distill.student.student import Student, model_options, spec_to_dict, student_name
 from dtpipe.manifests.errors import ConfigError, ExportError
 from dtpipe.manifests.store.publish import whole_file, write_whole
 
-TORCHVISION_NAMES = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-)  # timm's blocks and keys are torchvision's
 TOLERANCE = 1e-5  # of a level's largest value: the same operations in float32, perhaps by another kernel
-
-Layout = Literal["timm", "torchvision"]
-Reloaded = Callable[[Tensor], Sequence[Tensor]]
-"""A model of the other library: images, normalised as timm does, to what its stages give, (B, C, h, w) each."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ class ExportResult:
     """Where the export lies and how to load it."""
 
     path: Path
-    layout: Layout
+    layout: str
     num_parameters: int
     max_difference: float
     """Largest absolute difference between the student's levels and the reloaded export's on random images."""
@@ -54,30 +43,28 @@ class ExportResult:
     """Python that loads it."""
 
 
-def export_student(checkpoint: str | Path, out: str | Path, layout: Layout = "timm", ema: bool = True) -> ExportResult:
+def export_student(checkpoint: str | Path, out: str | Path, layout: str = "timm", ema: bool = True) -> ExportResult:
     """Write the student of a run or checkpoint into folder `out` as model.safetensors and config.json.
 
-    Raises: InputError on a checkpoint that cannot be used; ConfigError when the layout has no place for the student;
-    ExportError when the reloaded export differs.
+    Raises: InputError on a checkpoint that cannot be used; ConfigError when there is no such layout or it has no place
+    for the student; ExportError when the reloaded export differs.
     """
-    student = load_student(checkpoint, ema)
-    if layout == "torchvision" and student.spec.name not in TORCHVISION_NAMES:
-        raise ConfigError(
-            f"student {student.spec.name} has no torchvision counterpart with the same layers; those with one are "
-            f"{', '.join(TORCHVISION_NAMES)}; export it in timm's layout"
-        )
+    if layout not in EXPORTS:
+        raise ConfigError(f"export.layout is {layout!r}; choose one of {', '.join(EXPORTS)}")
+    library, student = EXPORTS[layout], load_student(checkpoint, ema)
+    library.check(student)
     weights, untrained = full_weights(student)
     out = Path(out)
     with whole_file(out / WEIGHTS, f".{os.getpid()}.{WEIGHTS}") as temporary:  # timm and load_file go by the suffix
         save_file(weights, temporary, metadata=_metadata(student, layout))
-        difference = compare(student, _reload(temporary, student, layout))
+        difference = compare(student, library.reload(temporary, student))
         write_whole(out / "config.json", json.dumps(_hub_config(student), indent=2) + "\n")
     count = sum(tensor.numel() for tensor in weights.values())
-    return ExportResult(out / WEIGHTS, layout, count, difference, untrained, _snippet(out / WEIGHTS, student, layout))
+    return ExportResult(out / WEIGHTS, layout, count, difference, untrained, library.snippet(out / WEIGHTS, student))
 
 
 def full_weights(student: Student) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """State dict of timm's full model without classifier, with the student's weights, and the names it has no weights for.
+    """State dict of timm's full model without classifier, with the student's weights; the names it has no weights for.
 
     Raises: ExportError when a weight of the student has no place in the full model.
     """
@@ -91,7 +78,8 @@ def full_weights(student: Student) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         weights[name] = (initial if alias is None else trained.pop(alias)).detach().cpu().clone().contiguous()
     if trained:
         raise ExportError(
-            f"{student.spec.name}: weights {sorted(trained)[:3]} have no place in timm's full model; export is not possible"
+            f"{student.spec.name}: weights {sorted(trained)[:3]} have no place in timm's full model; "
+            "export is not possible"
         )
     return weights, tuple(untrained)
 
@@ -114,8 +102,8 @@ def compare(student: Student, reloaded: Reloaded) -> float:
         )
         if not difference <= TOLERANCE * level.abs().max().item():
             raise ExportError(
-                f"{student.spec.name}: the reloaded export differs from the student by {difference:g} at stride {stride}; "
-                "nothing was exported"
+                f"{student.spec.name}: the reloaded export differs from the student by {difference:g} "
+                f"at stride {stride}; nothing was exported"
             )
         largest = max(largest, difference)
     return largest
@@ -126,34 +114,7 @@ def _full_model(student: Student) -> nn.Module:
     return model.eval()
 
 
-def _reload(path: Path, student: Student, layout: Layout) -> Reloaded:
-    """A clean model of the other library with the exported weights."""
-    if layout == "timm":
-        model: Any = timm.create_model(
-            student.spec.name, num_classes=0, checkpoint_path=str(path), **model_options(student.spec)
-        )
-        if not hasattr(model, "forward_intermediates"):
-            raise ExportError(
-                f"{student.spec.name}: timm's model does not show its levels, so the export cannot be checked"
-            )
-        return partial(model.eval().forward_intermediates, intermediates_only=True)
-    import torchvision
-
-    resnet = getattr(torchvision.models, student.spec.name)()
-    resnet.fc = nn.Identity()
-    resnet.load_state_dict(load_file(path))
-    return partial(_each_output, list(resnet.eval().children())[:-2])  # without pooling and fc
-
-
-def _each_output(modules: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
-    """What each module gives when they run one after the other."""
-    outputs = [images]
-    for module in modules:
-        outputs.append(module(outputs[-1].clone()))  # a ReLU may work in place
-    return outputs[1:]
-
-
-def _metadata(student: Student, layout: Layout) -> dict[str, str]:
+def _metadata(student: Student, layout: str) -> dict[str, str]:
     return {"format": "pt", "layout": layout, STUDENT_KEY: json.dumps(spec_to_dict(student.spec))}
 
 
@@ -171,18 +132,3 @@ def _hub_config(student: Student) -> dict[str, Any]:
             "num_classes": 0,
         },
     }
-
-
-def _snippet(path: Path, student: Student, layout: Layout) -> str:
-    name, options = (
-        student.spec.name,
-        "".join(f", {key}={value!r}" for key, value in model_options(student.spec).items()),
-    )
-    if layout == "timm":
-        return (
-            f"import timm\nmodel = timm.create_model({name!r}, num_classes=0, checkpoint_path={str(path)!r}{options})\n"
-        )
-    return (
-        "import torch, torchvision\nfrom safetensors.torch import load_file\n"
-        f"model = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\nmodel.load_state_dict(load_file({str(path)!r}))\n"
-    )

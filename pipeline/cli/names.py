@@ -130,6 +130,12 @@ def _losses() -> Rows:
     return _texts(LOSSES)
 
 
+def _exports() -> Rows:
+    from dtpipe.distill.export.registry import EXPORTS
+
+    return _texts(EXPORTS)
+
+
 def _texts(registry: object) -> Rows:
     """Names and the first sentence that a registry holds about each."""
     if not isinstance(registry, dict):
@@ -152,6 +158,7 @@ _CATALOGUES: dict[str, Callable[[], Rows]] = {
     "presets": _presets,
     "regressors": _regressors,
     "losses": _losses,
+    "exports": _exports,
     "students": _students,
 }
 KINDS = tuple(_CATALOGUES)

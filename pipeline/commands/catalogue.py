@@ -7,7 +7,7 @@ import click
 from dtpipe.pipeline.cli.console import Console
 from dtpipe.pipeline.cli.names import KINDS, catalogue, published_teachers, teacher_options
 
-HELP = """Name the teachers, sources, codecs, tasks, presets, regressors, losses and students there are.
+HELP = """Name the teachers, sources, codecs, tasks, presets, regressors, losses, exports and students there are.
 
 \b
 Example:

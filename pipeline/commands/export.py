@@ -9,7 +9,7 @@ from dtpipe.pipeline.cli.settings import dump
 FLAGS = (
     Flag("checkpoint", "export.checkpoint", "CKPT"),
     Flag("--out", "export.out", "DIR"),
-    Flag("--layout", "export.layout", "timm|torchvision"),
+    Flag("--layout", "export.layout", "NAME"),
 )
 EXAMPLE = """
 dtpipe export runs/r50 --out r50/

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dtpipe.distill.export import write as export
+from dtpipe.distill.export.registry import EXPORTS
 from dtpipe.distill.export.write import export_student
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
@@ -113,6 +114,11 @@ def test_load_student_reads_exports(tmp_path, name, layout):
         assert all(torch.equal(a, b) for a, b in zip(trained(images), again(images), strict=True))
 
 
+def test_an_unknown_layout_is_refused_with_the_choices(tmp_path):
+    with pytest.raises(ConfigError, match=r"export.layout is 'onnx'; choose one of timm, torchvision"):
+        export_student(tmp_path, tmp_path / "export", "onnx")
+
+
 def test_torchvision_is_refused_for_other_students(tmp_path):
     with pytest.raises(ConfigError, match=r"resnet10t has no torchvision counterpart.*resnet18, resnet34"):
         export_student(write_student(tmp_path / "last.pt", "resnet10t"), tmp_path / "export", "torchvision")
@@ -150,7 +156,7 @@ def test_the_check_of_an_export_sees_every_tensor(tmp_path, name, layout):
     student = perturbed(name)
     weights, untrained = export.full_weights(student)
     save_file(weights, tmp_path / "model.safetensors")
-    reloaded = export._reload(tmp_path / "model.safetensors", student, layout)
+    reloaded = EXPORTS[layout].reload(tmp_path / "model.safetensors", student)
     assert export.compare(student, reloaded) < 1e-3
     model = reloaded.func.__self__ if layout == "timm" else torch.nn.ModuleList(reloaded.args[0])
     unread = {tensor.data_ptr() for tensor_name, tensor in model.state_dict().items() if tensor_name in untrained}

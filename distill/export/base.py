@@ -1,0 +1,28 @@
+"""What a format of export declares: which students it has a place for, how a file is loaded again, and how a user does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dtpipe.distill.student.student import Student
+
+Reloaded = Callable[[Tensor], Sequence[Tensor]]
+"""A model of the other library: images, normalised as timm does, to what its stages give, (B, C, h, w) each."""
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A library that loads the written weights. Files have the names of timm's full model, which torchvision shares."""
+
+    name: str
+    summary: str
+    check: Callable[[Student], None]
+    """Raises: ConfigError when the library has no model for the student."""
+    reload: Callable[[Path, Student], Reloaded]
+    """A clean model of the library with the weights of a file."""
+    snippet: Callable[[Path, Student], str]
+    """Python that loads the file without dtpipe, as `model`."""

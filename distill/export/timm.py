@@ -1,0 +1,36 @@
+"""Exports that timm loads, by `checkpoint_path` or from the folder as `local-dir:`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from dtpipe.distill.export.base import ExportFormat, Reloaded
+from dtpipe.distill.student.student import Student, model_options
+from dtpipe.manifests.errors import ExportError
+
+
+def check(_student: Student) -> None:
+    """Every student is a timm model."""
+
+
+def reload(path: Path, student: Student) -> Reloaded:
+    """Raises: ExportError for a model of timm that does not show its levels."""
+    name = student.spec.name
+    model: Any = timm.create_model(name, num_classes=0, checkpoint_path=str(path), **model_options(student.spec))
+    if not hasattr(model, "forward_intermediates"):
+        raise ExportError(f"{name}: timm's model does not show its levels, so the export cannot be checked")
+    return partial(model.eval().forward_intermediates, intermediates_only=True)
+
+
+def snippet(path: Path, student: Student) -> str:
+    """One call of timm."""
+    options = "".join(f", {key}={value!r}" for key, value in model_options(student.spec).items())
+    arguments = f"{student.spec.name!r}, num_classes=0, checkpoint_path={str(path)!r}{options}"
+    return f"import timm\nmodel = timm.create_model({arguments})\n"
+
+
+FORMAT = ExportFormat("timm", "timm.create_model loads it, any student", check, reload, snippet)
