@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dtpipe.manifests.schema import StrictModel
+from dtpipe.manifests.schema import Size, StrictModel
 
 PAPER_BATCH_SIZE = 256
 PAPER_WARMUP_SHARE = 0.2  # 20 of 100 epochs
@@ -105,9 +105,7 @@ class DistillConfig(StrictModel):
         default=None, min_length=1, description="Levels to regress; default: all of the dataset."
     )
     student: StudentConfig = StudentConfig()
-    student_px: int | tuple[int, int] | None = Field(
-        default=None, description="Student's image size in px; default: the dataset's."
-    )
+    student_px: Size | None = Field(default=None, description="Student's image size in px; default: the dataset's.")
     regressor: RegressorConfig = RegressorConfig()
     loss: LossConfig = LossConfig()
     epochs: int = Field(default=100, ge=1, description="Passes over the data.")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dtpipe.manifests.schema import Filter, Order, Resize, ShardFormat, StoredDtype, StrictModel
+from dtpipe.manifests.schema import Filter, Order, Resize, ShardFormat, Size, StoredDtype, StrictModel
 
 
 class SourceConfig(StrictModel):
@@ -32,9 +32,7 @@ class TransformConfig(StrictModel):
     resize: Resize = Field(
         default="center_crop", description="How an image comes to that size; center_crop is guided-diffusion's."
     )
-    px: int | tuple[int, int] | None = Field(
-        default=None, description="Side, or height and width, in px; default: the teacher's."
-    )
+    px: Size | None = Field(default=None, description="Side, or height and width, in px; default: the teacher's.")
     filter: Filter = Field(default="bicubic", description="Resampling filter.")
     antialias: bool = Field(default=True, description="Widen the filter when shrinking.")
 
@@ -99,7 +97,7 @@ class ExtractConfig(StrictModel):
     teacher: TeacherConfig
     noise: NoiseConfig = NoiseConfig()
     shard: ShardConfig = ShardConfig()
-    student_px: int | tuple[int, int] | None = Field(
+    student_px: Size | None = Field(
         default=None,
         description="Student's image size in px; default: the stored one, half of it for Stable Diffusion.",
     )

@@ -33,6 +33,7 @@ from dtpipe.manifests.schema import (
     TeacherRecipe,
     TransformRecipe,
     ViewSpec,
+    height_width,
 )
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import Listing, build_listing, read_key_file
@@ -100,9 +101,10 @@ def _order(config: ExtractConfig, source_kind: str) -> Order:
 
 def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, device: str) -> Recipe:
     """The recipe that settings and a teacher give. Raises: ConfigError when they do not fit each other."""
-    image_px = _sides(config.transform.px) or spec.image_px
+    image_px = height_width(config.transform.px or spec.image_px)
     check_role(spec, source_kind, image_px)
-    student_px = _sides(config.student_px) or (image_px[0] // spec.student_scale, image_px[1] // spec.student_scale)
+    shrunk = (image_px[0] // spec.student_scale, image_px[1] // spec.student_scale)
+    student_px = height_width(config.student_px or shrunk)
     levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
     views = make_views(config, spec)
     samples = config.shard.samples or shard_samples_for(
@@ -266,7 +268,3 @@ def _require_gpu() -> None:
         raise ConfigError(
             "the dataset is to be made with device cuda and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu"
         )
-
-
-def _sides(px: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return (px, px) if isinstance(px, int) else px

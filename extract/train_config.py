@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dtpipe.manifests.schema import Filter, Resize, StrictModel
+from dtpipe.manifests.schema import Filter, Resize, Size, StrictModel, height_width
 
 EXECUTION = frozenset(
     {"images", "out", "steps", "decay_steps", "max_hours", "checkpoint_every", "log_every", "threads", "device"}
@@ -30,7 +30,7 @@ class TrainTeacherConfig(StrictModel):
     max_bad: int | float = Field(
         default=0.01, ge=0, description="Bad images allowed: an integer is a count, a fraction a share."
     )
-    px: int | tuple[int, int] = Field(
+    px: Size = Field(
         default=256,
         description="Side, or height and width, of the images in px; multiples of the network's total stride.",
     )
@@ -94,7 +94,7 @@ class TrainTeacherConfig(StrictModel):
     @property
     def image_px(self) -> tuple[int, int]:
         """Height and width of the images."""
-        return (self.px, self.px) if isinstance(self.px, int) else self.px
+        return height_width(self.px)
 
     def max_bad_images(self, num: int) -> int:
         """Bad images that a source of so many may have."""
@@ -102,7 +102,7 @@ class TrainTeacherConfig(StrictModel):
 
     @field_validator("px")
     @classmethod
-    def _one_side_of_a_square(cls, px: int | tuple[int, int]) -> int | tuple[int, int]:
+    def _one_side_of_a_square(cls, px: Size) -> Size:
         """One spelling of a square, so that a resumed run finds the same settings."""
         return px[0] if isinstance(px, tuple) and px[0] == px[1] else px
 

@@ -26,6 +26,14 @@ Resize = Literal["center_crop", "stretch", "none"]
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 ShardFormat = Literal["zarr", "webdataset"]
 Order = Literal["permuted", "container"]
+_Side = Annotated[int, Field(ge=1)]
+Size = _Side | tuple[_Side, _Side]
+"""A size in px as settings give it: the side of a square, or height and width."""
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Both sides of a size."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class StrictModel(BaseModel):

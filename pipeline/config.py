@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dtpipe.distill.downstream.config import ProbeConfig
-from dtpipe.manifests.schema import Resize, StrictModel
+from dtpipe.manifests.schema import Resize, Size, StrictModel
 
 
 class EvalConfig(StrictModel):
@@ -30,7 +30,7 @@ class EvalConfig(StrictModel):
     )
     foreground: bool = Field(default=False, description="Merge all mask classes but 0 into one.")
     ignore_value: int | None = Field(default=255, ge=0, le=255, description="Mask value of pixels that do not count.")
-    px: int | tuple[int, int] | None = Field(
+    px: Size | None = Field(
         default=None, description="Side, or height and width, in px of images; default: the student's."
     )
     resize: Resize = Field(default="center_crop", description="How images come to that size; masks follow.")

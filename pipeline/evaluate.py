@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from dtpipe.extract.config import NoiseConfig, TeacherConfig
 from dtpipe.manifests.errors import ConfigError, DtpipeError, StoreError
-from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec
+from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec, height_width
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
@@ -77,7 +77,7 @@ def _task(config: EvalConfig) -> str:
 
 def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:
     """Images to draw labels from, and images held out. Raises: InputError, ConfigError."""
-    height, width = _size(config.px, student_px)
+    height, width = height_width(config.px or student_px)
     recipe = TransformRecipe(resize=config.resize, height=height, width=width)
     reader = LabelledReader(config.images, config.masks, recipe)
     names = () if config.masks else class_names_of(reader.items)
@@ -109,12 +109,6 @@ def _limited(rows: Sequence[int], limit: int | None) -> Sequence[int]:
     if limit is None or len(rows) <= limit // 2:
         return rows
     return [rows[idx] for idx in np.linspace(0, len(rows) - 1, limit // 2).astype(int)]
-
-
-def _size(px: int | tuple[int, int] | None, student_px: tuple[int, int]) -> tuple[int, int]:
-    if px is None:
-        return student_px
-    return (px, px) if isinstance(px, int) else px
 
 
 def label_counts(config: EvalConfig, task: str, train: LabelledSet) -> list[int | None]:
@@ -165,7 +159,7 @@ def _live_settings(checkpoint: str) -> dict[str, Any]:
 
 def _live_px(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     px = settings.get("transform", {}).get("px")
-    return (px, px) if isinstance(px, int) else px and tuple(px)
+    return height_width(px) if px else None
 
 
 def _live_keys(checkpoint: str) -> set[str]:

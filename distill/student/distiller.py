@@ -15,7 +15,7 @@ from dtpipe.distill.stream.order import num_parts
 from dtpipe.distill.student.regressor import FeatureRegressor, TargetLevel
 from dtpipe.distill.student.student import Student, StudentSpec, build_student, check_image_size, check_strides
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec
+from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec, height_width
 
 POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few models of timm leave them out of theirs
 
@@ -53,10 +53,7 @@ def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> 
 
 def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the student's images in px: the config's, else the dataset's."""
-    px = config.student_px
-    if px is None:
-        return stored
-    return (px, px) if isinstance(px, int) else px
+    return height_width(config.student_px or stored)
 
 
 def build_distiller(

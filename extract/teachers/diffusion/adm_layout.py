@@ -16,6 +16,7 @@ from pydantic import Field
 
 from dtpipe.extract.teachers.diffusion.unet import PixelOptions
 from dtpipe.manifests.errors import ConfigError, TeacherError
+from dtpipe.manifests.schema import Size, height_width
 
 Shapes = Mapping[str, tuple[int, ...]]
 GROUPS = 32  # of every group norm
@@ -36,9 +37,7 @@ class AdmOptions(PixelOptions):
     predict_xstart: bool = Field(
         default=False, description="True where the network predicts the image in place of the noise."
     )
-    image_px: int | tuple[int, int] | None = Field(
-        default=None, description="Side, or height and width, it was trained at, in px."
-    )
+    image_px: Size | None = Field(default=None, description="Side, or height and width, it was trained at, in px.")
     class_label: int | None = Field(
         default=None, ge=0, description="For a class-conditional network: the class that all images get."
     )
@@ -167,9 +166,7 @@ def complete(options: AdmOptions, layout: AdmLayout, where: str) -> AdmSettings:
         raise ConfigError(
             f"extract.teacher.options.num_head_channels is {heads}, and {where} has attention over {odd[0]} channels"
         )
-    return AdmSettings(
-        heads, given["use_new_attention_order"], given["noise_schedule"], (px, px) if isinstance(px, int) else px
-    )
+    return AdmSettings(heads, given["use_new_attention_order"], given["noise_schedule"], height_width(px))
 
 
 def attention_widths(layout: AdmLayout) -> set[int]:

@@ -17,6 +17,7 @@ from dtpipe.extract.teachers.diffusion.files import VP_SCHEDULERS, modern_name, 
 from dtpipe.extract.teachers.files.hub import download
 from dtpipe.extract.teachers.files.weights import read_json, read_weights, why_unreadable
 from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.schema import height_width
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,8 +97,7 @@ class PipelineFiles:
     @property
     def image_px(self) -> tuple[int, int]:
         """Height and width of the images that the U-Net was trained on."""
-        size = self.unet.arguments["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = height_width(self.unet.arguments["sample_size"])
         return height * self.latent_stride, width * self.latent_stride
 
 
