@@ -26,7 +26,7 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import configure_torch, encode_batch, row_noise, stack_noise
 from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.pipeline.demo.scenes import write_scenes
 
 NUM_SCENES = 2048

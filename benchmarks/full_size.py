@@ -123,7 +123,7 @@ def own_bytes() -> int:
 def load_only(path: str, options: str) -> None:
     """Load a teacher, watching this process's memory, and print what was seen."""
     from dtpipe.extract.config import TeacherConfig
-    from dtpipe.extract.teachers.base import load_teacher
+    from dtpipe.extract.teachers.registry import load_teacher
 
     config = TeacherConfig(path=path, options=json.loads(options))
     warm_imports()

@@ -113,14 +113,14 @@ def stable_diffusion(px: Px) -> TeacherCost:
 
 def biggan(condition: int, attention_px: int) -> TeacherCost:
     """BigGAN of 256 px and width 96, as DeepMind's and IC-GAN's."""
-    from dtpipe.extract.teachers.biggan.network import Generator, GeneratorLayout
+    from dtpipe.extract.teachers.biggan.network import BigGanLayout, BigGanNetwork
     from dtpipe.extract.teachers.biggan.teacher import _block_levels
 
     widths = tuple(96 * factor for factor in (16, 16, 8, 8, 4, 2, 1))
-    layout = GeneratorLayout(
+    layout = BigGanLayout(
         4, widths, tuple(side == attention_px for side in (8, 16, 32, 64, 128, 256)), 20, condition, True
     )
-    network = Generator(layout, 1e-5).eval().requires_grad_(False)
+    network = BigGanNetwork(layout, 1e-5).eval().requires_grad_(False)
     with torch.inference_mode():
         cost = gflop_of(lambda: network(torch.zeros(1, layout.z_size), torch.zeros(1, condition)))
     taps = sorted(
@@ -133,13 +133,13 @@ def biggan(condition: int, attention_px: int) -> TeacherCost:
 
 def stylegan2(px: Px) -> TeacherCost:
     """StyleGAN2's config-f, its constant as many times higher or wider than 4x4 as the image is not square."""
-    from dtpipe.extract.teachers.stylegan2.network import Generator, Layout
+    from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout, StyleGan2Network
 
     num_blocks = (min(px) // 4).bit_length()
     widths = tuple(min(512, 32768 // (4 << idx)) for idx in range(num_blocks))
     base_px = (px[0] >> num_blocks - 1, px[1] >> num_blocks - 1)
-    layout = Layout(512, 512, 0, 0, (512,) * 8, base_px, widths)
-    network = Generator(layout).eval().requires_grad_(False)
+    layout = StyleGan2Layout(512, 512, 0, 0, (512,) * 8, base_px, widths)
+    network = StyleGan2Network(layout).eval().requires_grad_(False)
     maps = [torch.zeros(1, 1, *side) for side in layout.noise_px]
     with torch.inference_mode():
         cost = gflop_of(lambda: network.synthesis(network.styles(torch.zeros(1, 512), None), maps))

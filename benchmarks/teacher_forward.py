@@ -37,7 +37,8 @@ from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.encode import row_noise
 from dtpipe.extract.recipe import make_views
-from dtpipe.extract.teachers.base import Teacher, load_teacher
+from dtpipe.extract.teachers.base import Generator, Teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.teachers.taps import TapReader
 from dtpipe.pipeline.live.recorded import pick_device
 
@@ -56,7 +57,7 @@ class Case:
     def run(self) -> dict[str, Tensor]:
         """Features of the batch: {level: (B, ...)}."""
         with torch.inference_mode():
-            if self.teacher.spec.synthesizes:
+            if isinstance(self.teacher, Generator):
                 return self.teacher.synthesize({name: each[:, 0] for name, each in self.noise.items()})[1]
             return self.teacher.encode(self.images, self.noise, self.views)
 

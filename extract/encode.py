@@ -7,7 +7,6 @@ runs it, or whether its batch was full: short batches are padded to the recipe's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.teachers.base import LatentTeacher, Teacher, TeacherSpec
+from dtpipe.extract.teachers.base import Encoder, LatentEncoder, Teacher, TeacherSpec
 from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.schema import ComputeRecipe, LevelSpec, Recipe, ViewSpec
 
@@ -94,8 +93,10 @@ def encode_on_device(
     with torch.inference_mode():
         view_noise = {stream: each.index_select(1, draw_of_view) for stream, each in noise.items()}
         if latents:
-            features = cast("LatentTeacher", teacher).encode_from_latents(latents, view_noise, views)
+            assert isinstance(teacher, LatentEncoder)
+            features = teacher.encode_from_latents(latents, view_noise, views)
         else:
+            assert isinstance(teacher, Encoder)
             features = teacher.encode(pixels.float() / 127.5 - 1.0, view_noise, views)
     level_of_tap = {level.tap: level.name for level in teacher.spec.levels}
     encoded = {level.name: features[level_of_tap[level.tap]] for level in levels}

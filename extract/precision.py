@@ -8,7 +8,7 @@ import numpy as np
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import encode_rows
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.schema import Recipe
 from dtpipe.manifests.write.shard import ShardArrays
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.sources import Source, source_kinds
-from dtpipe.extract.sources.numbered import open_images
-from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherSpec, load_teacher, makes_no_images, takes_no_images
+from dtpipe.extract.sources.base import Source
+from dtpipe.extract.sources.registry import SOURCES, open_images
+from dtpipe.extract.teachers.base import Generator, TapSpec, Teacher, TeacherSpec
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import (
     SYNTHESIZED,
     CodecRecipe,
@@ -83,7 +84,7 @@ def resolve_recipe(
     if config.inline and device == "cuda":
         _require_gpu()
     teacher = load_teacher(config.teacher, device if config.inline else "cpu")
-    return Resolved(config, make_recipe(config, teacher.spec, source.kind, device), teacher, source, selection, listed)
+    return Resolved(config, make_recipe(config, teacher, source.kind, device), teacher, source, selection, listed)
 
 
 def list_source(config: ExtractConfig, source: Source) -> Listing:
@@ -96,13 +97,16 @@ def _order(config: ExtractConfig, source_kind: str) -> Order:
     """As asked, or as the source is best read. Synthesized samples are independent draws and stay in the order of their numbers."""
     if source_kind == SYNTHESIZED:
         return "container"
-    return source_kinds()[source_kind].order if config.source.order == "auto" else config.source.order
+    return SOURCES[source_kind].order if config.source.order == "auto" else config.source.order
 
 
-def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, device: str) -> Recipe:
+def make_recipe(config: ExtractConfig, teacher: Teacher, source_kind: str, device: str) -> Recipe:
     """The recipe that settings and a teacher give. Raises: ConfigError when they do not fit each other."""
+    spec = teacher.spec
     image_px = height_width(config.transform.px or spec.image_px)
-    check_role(spec, source_kind, image_px)
+    check_role(teacher, source_kind)
+    if source_kind == SYNTHESIZED:
+        _check_synthesized(config, spec, image_px)
     shrunk = (image_px[0] // spec.student_scale, image_px[1] // spec.student_scale)
     student_px = height_width(config.student_px or shrunk)
     levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
@@ -114,7 +118,7 @@ def make_recipe(config: ExtractConfig, spec: TeacherSpec, source_kind: str, devi
     return Recipe(
         source=SourceRecipe(kind=source_kind, order=_order(config, source_kind), seed=config.source.seed),
         transform=TransformRecipe(
-            resize="none" if spec.synthesizes else transform.resize,
+            resize="none" if source_kind == SYNTHESIZED else transform.resize,
             height=image_px[0],
             width=image_px[1],
             filter=transform.filter,
@@ -140,10 +144,6 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
     Raises: ConfigError for a timestep that the teacher does not have, or one given twice.
     """
     noise = config.noise
-    if spec.synthesizes and (noise.draws > 1 or noise.flips):
-        raise ConfigError(
-            "a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples"
-        )
     _check_encoding(config, spec)
     timesteps: tuple[int | None, ...] = noise.timesteps
     if spec.num_timesteps is None:
@@ -180,13 +180,24 @@ def _check_encoding(config: ExtractConfig, spec: TeacherSpec) -> None:
         )
 
 
-def check_role(spec: TeacherSpec, source_kind: str, image_px: tuple[int, int]) -> None:
-    """A teacher that synthesizes needs numbered samples, one that encodes needs images. Raises: ConfigError, TeacherError."""
-    if spec.synthesizes and source_kind != SYNTHESIZED:
-        raise takes_no_images(spec.kind)
-    if not spec.synthesizes and source_kind == SYNTHESIZED:
-        raise makes_no_images(spec.kind)
-    if spec.synthesizes and image_px != spec.image_px:
+def check_role(teacher: Teacher, source_kind: str) -> None:
+    """A generator needs numbered samples, an encoder images. Raises: TeacherError."""
+    kind = teacher.spec.kind
+    if isinstance(teacher, Generator) and source_kind != SYNTHESIZED:
+        raise TeacherError(
+            f"a {kind} teacher makes its own images and cannot encode others; give --num-samples instead of --images"
+        )
+    if not isinstance(teacher, Generator) and source_kind == SYNTHESIZED:
+        raise TeacherError(f"a {kind} teacher encodes images and makes none; give --images instead of --num-samples")
+
+
+def _check_synthesized(config: ExtractConfig, spec: TeacherSpec, image_px: tuple[int, int]) -> None:
+    """A generator's images have its own size and one view. Raises: ConfigError."""
+    if config.noise.draws > 1 or config.noise.flips:
+        raise ConfigError(
+            "a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples"
+        )
+    if image_px != spec.image_px:
         raise ConfigError(
             f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher makes {spec.image_px[0]}x{spec.image_px[1]} px"
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtpipe.extract.encode import check_shape, row_noise, stack_noise
-from dtpipe.extract.teachers.base import Teacher
+from dtpipe.extract.teachers.base import Generator, Teacher
 from dtpipe.manifests.schema import Recipe
 
 ONE_VIEW = 1  # another draw would be another image, and its features are known as made only
@@ -37,6 +37,7 @@ def synthesize_on_device(
     teacher: Teacher, recipe: Recipe, noise: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As `synthesize_batch`, of noise that is on the device already. Shapes: noise {stream: (B, 1, *shape)} -> the same."""
+    assert isinstance(teacher, Generator)
     with torch.inference_mode():
         images, features = teacher.synthesize({stream: each[:, 0] for stream, each in noise.items()})
         level_of_tap = {level.tap: level.name for level in teacher.spec.levels}

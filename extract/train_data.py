@@ -18,9 +18,9 @@ import psutil
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.extract.sources.registry import open_source
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_network import null_class
 from dtpipe.manifests.errors import BadImage, ConfigError, ErrorBudgetError, InputError

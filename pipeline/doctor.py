@@ -161,7 +161,7 @@ def _store(url: str) -> Iterator[Finding]:
 
 def _teacher(path: str, device: str) -> Iterator[Finding]:
     from dtpipe.extract.config import TeacherConfig
-    from dtpipe.extract.teachers.base import load_teacher
+    from dtpipe.extract.teachers.registry import load_teacher
 
     try:
         spec = load_teacher(TeacherConfig(path=path), device).spec

@@ -16,7 +16,7 @@ import numpy as np
 from blake3 import blake3
 
 from dtpipe.extract.config import NoiseConfig, TeacherConfig
-from dtpipe.manifests.errors import ConfigError, DtpipeError, StoreError
+from dtpipe.manifests.errors import ConfigError, DtpipeError, StoreError, TeacherError
 from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec, height_width
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.config import EvalConfig
@@ -166,7 +166,7 @@ def _live_keys(checkpoint: str) -> set[str]:
     """Keys of the images of live training, as far as they are still there."""
     from dtpipe.extract.config import ExtractConfig
     from dtpipe.extract.recipe import list_source
-    from dtpipe.extract.sources.numbered import open_images
+    from dtpipe.extract.sources.registry import open_images
 
     settings = _live_settings(checkpoint)
     if not settings.get("images"):
@@ -253,12 +253,13 @@ def teacher_extractor(
 
     from dtpipe.distill.downstream.base import FeatureExtractor
     from dtpipe.extract.encode import row_noise
-    from dtpipe.extract.teachers.base import load_teacher, takes_no_images
+    from dtpipe.extract.teachers.base import Generator
+    from dtpipe.extract.teachers.registry import load_teacher
 
     teacher = load_teacher(config, device)
     spec = teacher.spec
-    if spec.synthesizes:
-        raise takes_no_images(spec.kind)
+    if isinstance(teacher, Generator):
+        raise TeacherError(f"{config.path}: a {spec.kind} teacher makes its own images and cannot encode these")
     size = image_px or spec.image_px
     views = [ViewSpec(draw=0, timestep=timestep if spec.num_timesteps is not None else None)]
 

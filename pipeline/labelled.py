@@ -87,7 +87,7 @@ class LabelledReader:
     """Reads samples of one source, with masks where there is a folder of them."""
 
     def __init__(self, images: str, masks: str | None, recipe: TransformRecipe, source_kind: str = "auto") -> None:
-        from dtpipe.extract.sources import open_source
+        from dtpipe.extract.sources.registry import open_source
 
         self.images, self.masks, self.recipe = images, masks, recipe
         self.source = open_source(images, source_kind)

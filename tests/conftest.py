@@ -55,14 +55,13 @@ def other_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def gan() -> Iterator[dict[str, str]]:
+def gan(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The settings of a GAN teacher whose family is known during one test."""
-    from dtpipe.extract.teachers import base
-    from parts.teachers import TinyGan
+    from dtpipe.extract.teachers.registry import KINDS
+    from parts.teachers import GAN_KIND
 
-    base.register_teacher(base.TeacherKind("tiny_gan", "nothing", lambda path: False, lambda config, device: TinyGan()))
-    yield {"path": "tiny", "kind": "tiny_gan"}
-    del base._KINDS["tiny_gan"]
+    monkeypatch.setitem(KINDS, GAN_KIND.kind, GAN_KIND)
+    return {"path": "tiny", "kind": GAN_KIND.kind}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import TeacherError
 from parts import sd_pipelines
 from parts.paths import REPO

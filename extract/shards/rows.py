@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dtpipe.extract.encode import RowNoise, row_noise
 from dtpipe.extract.latents import Latents, StoredLatents
-from dtpipe.extract.sources import Source
+from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.images import decode_image, resize_image
 from dtpipe.extract.teachers.base import TeacherSpec
 from dtpipe.manifests.errors import BadImage, DamagedDataError, InputError

@@ -26,9 +26,10 @@ from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.shards.progress import BadSample
 from dtpipe.extract.shards.rows import BatchQueue, PreparedRow, RowReader, StageSeconds
 from dtpipe.extract.sources.features import FeaturesSource
-from dtpipe.extract.sources.numbered import open_images
+from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.synthesize import synthesize_batch
-from dtpipe.extract.teachers.base import Teacher, load_teacher
+from dtpipe.extract.teachers.base import Teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ErrorBudgetError, TeacherError
 from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, IndexRow, Recipe, ShardEntry
 from dtpipe.manifests.store.store import Store

@@ -1,7 +1,8 @@
-"""What a source of images is, and the registry that finds one by kind.
+"""What a source of images is.
 
 A source lists samples and hands out the bytes of one; it does not decode. Keys are content of the dataset, URIs are
-not: the same images listed elsewhere give the same keys.
+not: the same images listed elsewhere give the same keys. A kind of source declares itself as `KIND` in its file, and
+`registry` collects them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.schema import Order
 
 
@@ -52,49 +52,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SourceKind:
-    """One registered kind."""
+    """One kind of source, declared in its file."""
 
     kind: str
     reads: str
     """One sentence for `dtpipe list sources`: what it reads."""
     open: Callable[[str], Source]
     recognise: Callable[[str], Source | None]
-    """The source at a URL of unknown kind, or None. Cheap: looks at the name and at what lies right below it."""
+    """The source at a URL of unknown kind, or None. Cheap, but for folders: looks at the name and at what lies right below it."""
     order: Order = "permuted"
     """Order of rows unless `extract.source.order` names one: containers that are read in runs keep their own."""
-    asked_last: bool = False
-    """True for folders, which take whatever the others do not; `recognise` may then list, and say what is wrong."""
-
-
-_KINDS: dict[str, SourceKind] = {}
-
-
-def register_source(kind: SourceKind) -> None:
-    """Make a kind known; its file in `extract/sources/` calls this once."""
-    _KINDS[kind.kind] = kind
-
-
-def source_kinds() -> dict[str, SourceKind]:
-    """All registered kinds by name."""
-    from dtpipe.extract.sources import features, folder, lmdb, parquet, tar, zip  # noqa: F401  one name per file
-
-    return dict(sorted(_KINDS.items(), key=lambda item: item[1].asked_last))
-
-
-def open_source(url: str, kind: str = "auto") -> Source:
-    """The source at `url`; with `auto` its kind follows from what the URL holds.
-
-    Raises: ConfigError for an unknown kind; InputError when there is nothing of that kind at `url`.
-    """
-    kinds = source_kinds()
-    if kind != "auto":
-        if kind not in kinds:
-            raise ConfigError(f"source kind {kind!r} is unknown; choose one of {sorted(kinds)}")
-        return kinds[kind].open(url)
-    for candidate in kinds.values():
-        source = candidate.recognise(url)
-        if source is not None:
-            return source
-    raise InputError(
-        f"{url}: no source kind recognises this; `dtpipe list sources` says what each reads, or set extract.source.kind"
-    )

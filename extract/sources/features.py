@@ -12,7 +12,7 @@ from functools import cached_property
 
 from PIL import Image
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
+from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.places import open_place
 from dtpipe.manifests.errors import DtpipeError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -71,11 +71,9 @@ def _recognise(url: str) -> FeaturesSource | None:
     return FeaturesSource(url) if place.is_folder and place.fs.isfile(f"{place.path}/{MANIFEST_FILE}") else None
 
 
-register_source(
-    SourceKind(
-        kind="features",
-        reads="A feature dataset that stores images: they are encoded again, by another teacher or with other draws and timesteps.",
-        open=FeaturesSource,
-        recognise=_recognise,
-    )
+KIND = SourceKind(
+    kind="features",
+    reads="A feature dataset that stores images: they are encoded again, by another teacher or with other draws and timesteps.",
+    open=FeaturesSource,
+    recognise=_recognise,
 )

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
+from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.names import (
     CONTAINERS,
     MAX_FILE_BYTES,
@@ -147,31 +147,22 @@ def _holds_anything(folder: str) -> bool:
         return False
 
 
-# --- registration ----------------------------------------------------------------------------------------------------
-
-
 def _recognise(url: str) -> FolderSource:
-    """Class folders when every image lies in a sub-folder, else a plain folder."""
+    """Class folders when every image lies in a sub-folder, else a plain folder. Raises: InputError for what is neither."""
     source = FolderSource(url, labelled=False)
     source.labelled = source.has_only_class_folders()
     return source
 
 
-register_source(
-    SourceKind(
-        kind="class_folder",
-        reads="Images in sub-folders of a folder or URL; the first folder's name is the label.",
-        open=lambda url: FolderSource(url, labelled=True),
-        recognise=_recognise,
-        asked_last=True,
-    )
+CLASS_FOLDER = SourceKind(
+    kind="class_folder",
+    reads="Images in sub-folders of a folder or URL; the first folder's name is the label.",
+    open=lambda url: FolderSource(url, labelled=True),
+    recognise=_recognise,
 )
-register_source(
-    SourceKind(
-        kind="folder",
-        reads="All images below a folder or URL, without labels.",
-        open=lambda url: FolderSource(url, labelled=False),
-        recognise=_recognise,
-        asked_last=True,
-    )
+FOLDER = SourceKind(
+    kind="folder",
+    reads="All images below a folder or URL, without labels.",
+    open=lambda url: FolderSource(url, labelled=False),
+    recognise=_recognise,
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
+from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, key_of
 from dtpipe.extract.sources.places import local_path, local_uri, open_place
 from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
@@ -140,11 +140,9 @@ def _recognise(url: str) -> LmdbSource | None:
     return LmdbSource(url) if is_file or Path(place.path, _DATA_FILE).is_file() else None
 
 
-register_source(
-    SourceKind(
-        kind="lmdb",
-        reads="Images in an LMDB database (a folder with data.mdb), as LSUN has them; needs the extra `lmdb`.",
-        open=LmdbSource,
-        recognise=_recognise,
-    )
+KIND = SourceKind(
+    kind="lmdb",
+    reads="Images in an LMDB database (a folder with data.mdb), as LSUN has them; needs the extra `lmdb`.",
+    open=LmdbSource,
+    recognise=_recognise,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dtpipe.extract.sources.base import Source, SourceItem, open_source
-from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.extract.sources.base import SourceItem
+from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.schema import SYNTHESIZED
 
 
@@ -28,12 +28,3 @@ class SynthesizedSource:
     def read(self, uri: str) -> bytes:
         """Raises: InputError, always."""
         raise InputError(f"{uri} is made by the teacher and has no file; `dtpipe inspect` writes it as PNG")
-
-
-def open_images(images: str | None, num_samples: int | None, kind: str) -> Source:
-    """The source that settings name, or the numbered samples of a synthesized dataset. Raises: ConfigError, InputError."""
-    if images is None:
-        return SynthesizedSource(num_samples or 0)
-    if kind == SYNTHESIZED:
-        raise ConfigError(f"{images}: this dataset is synthesized; run the command that began it, with --num-samples")
-    return open_source(images, kind)

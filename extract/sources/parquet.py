@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
+from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.group_cache import GroupCache
 from dtpipe.extract.sources.names import key_of
 from dtpipe.extract.sources.parquet_columns import Columns, find_columns
@@ -178,12 +178,10 @@ def _recognise(url: str) -> ParquetSource | None:
     return ParquetSource(url) if folder_of(place, _ENDING) or (named and not place.is_folder) else None
 
 
-register_source(
-    SourceKind(
-        kind="parquet",
-        reads="Images in Parquet files as Hugging Face writes them: a file, a folder or a pattern.",
-        open=ParquetSource,
-        recognise=_recognise,
-        order="container",  # a row is only had by decoding its whole row group
-    )
+KIND = SourceKind(
+    kind="parquet",
+    reads="Images in Parquet files as Hugging Face writes them: a file, a folder or a pattern.",
+    open=ParquetSource,
+    recognise=_recognise,
+    order="container",  # a row is only had by decoding its whole row group
 )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import BinaryIO
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
+from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, no_images, takes
 from dtpipe.extract.sources.places import Place, container_files, folder_of, is_pattern, open_place, read_at, unreadable
 from dtpipe.manifests.errors import BadImage, InputError
@@ -215,12 +215,10 @@ def _recognise(url: str) -> TarSource | None:
     return TarSource(url) if folder_of(place, _ENDING) or (named and not place.is_folder) else None
 
 
-register_source(
-    SourceKind(
-        kind="webdataset",
-        reads="Images in one tar, a folder of tars or a pattern (train-{0000..0099}.tar); labels from .cls or .json's `label` beside them.",
-        open=TarSource,
-        recognise=_recognise,
-        order="container",  # tars are written in a random order, to be read in runs
-    )
+KIND = SourceKind(
+    kind="webdataset",
+    reads="Images in one tar, a folder of tars or a pattern (train-{0000..0099}.tar); labels from .cls or .json's `label` beside them.",
+    open=TarSource,
+    recognise=_recognise,
+    order="container",  # tars are written in a random order, to be read in runs
 )

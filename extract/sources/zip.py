@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind, register_source
+from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.names import (
     MAX_FILE_BYTES,
     in_class_folders,
@@ -213,11 +213,9 @@ def _recognise(url: str) -> ZipSource | None:
     return None if place.is_folder or (inside and not place.is_file) else ZipSource(url)
 
 
-register_source(
-    SourceKind(
-        kind="zip",
-        reads="Images in a zip archive, or in one folder of it (photos.zip/train); keys and labels as in the unpacked folder.",
-        open=ZipSource,
-        recognise=_recognise,
-    )
+KIND = SourceKind(
+    kind="zip",
+    reads="Images in a zip archive, or in one folder of it (photos.zip/train); keys and labels as in the unpacked folder.",
+    open=ZipSource,
+    recognise=_recognise,
 )

@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import (
-    TapSpec,
-    TeacherKind,
-    TeacherSpec,
-    makes_no_images,
-    parse_options,
-    register_teacher,
-    takes_no_images,
-)
+from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherKind, TeacherSpec, parse_options
 from dtpipe.extract.teachers.files.weights import read_weights, weights_digest
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
@@ -65,32 +57,26 @@ class ModuleOptions(StrictModel):
         return self
 
 
-class ModuleTeacher:
-    """A frozen torch module on its device."""
+class ModuleEncoder:
+    """A frozen torch module on its device that takes images."""
 
     def __init__(self, network: nn.Module, spec: TeacherSpec, options: ModuleOptions, dtype: str) -> None:
         from dtpipe.extract.teachers.taps import TapReader
 
-        self.network = network
-        self.spec = spec
-        self.options = options
-        self.dtype = dtype
+        self.spec, self.network, self._dtype = spec, network, dtype
+        self._black, self._white = options.value_range
         self._reader = TapReader(network, {level.name: level.tap for level in spec.levels})
 
-    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
+    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:  # noqa: ARG002
         """Features of images, stopped after the last tap; the draw plays no part.
 
         Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {level: (B, V, C, h, w)}, float32, or float16 in low precision.
-        Raises: TeacherError when the module synthesizes.
         """
         import torch
 
-        if self.spec.synthesizes:
-            raise takes_no_images(self.spec.kind)
-        black, white = self.options.value_range
-        scaled = (images + 1) / 2 * (white - black) + black
+        scaled = (images + 1) / 2 * (self._white - self._black) + self._black
         levels: dict[bool, dict[str, Tensor]] = {}
-        with arithmetic(images.device, self.dtype):
+        with arithmetic(images.device, self._dtype):
             for flip in {view.flip for view in views}:
                 levels[flip] = self._reader.read(partial(self.network, scaled.flip(-1) if flip else scaled))
         return {
@@ -98,26 +84,33 @@ class ModuleTeacher:
             for level in self.spec.levels
         }
 
+
+class ModuleGenerator:
+    """A frozen torch module on its device that makes images from a latent z."""
+
+    def __init__(self, network: nn.Module, spec: TeacherSpec, options: ModuleOptions, dtype: str) -> None:
+        from dtpipe.extract.teachers.taps import TapReader
+
+        self.spec, self.network, self._options, self._dtype = spec, network, options, dtype
+        self._reader = TapReader(network, {level.name: level.tap for level in spec.levels})
+
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images and the features they were made through.
 
         Shapes: noise["z"] (B, *z_shape) -> (B, 3, H, W) float32 in [-1, 1], {level: (B, C, h, w)}.
-        Raises: TeacherError when the module encodes.
         """
-        if not self.spec.synthesizes:
-            raise makes_no_images(self.spec.kind)
-        made: list[Tensor] = []
-        with arithmetic(noise[LATENT].device, self.dtype):
+        images: list[Tensor] = []
+        latent = noise[LATENT]
+        with arithmetic(latent.device, self._dtype):
             levels = self._reader.read(
-                lambda: made.append(_images_in(self.network(noise[LATENT]), self.options)), stop_early=False
+                lambda: images.append(_images_in(self.network(latent), self._options)), stop_early=False
             )
-        black, white = self.options.value_range
-        return (made[0].float() - black) / (white - black) * 2 - 1, {
-            name: storable(level) for name, level in levels.items()
-        }
+        black, white = self._options.value_range
+        scaled = (images[0].float() - black) / (white - black) * 2 - 1
+        return scaled, {name: storable(level) for name, level in levels.items()}
 
 
-def load_module_teacher(config: TeacherConfig, device: str = "cpu") -> ModuleTeacher:
+def load_module_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
     """The teacher that `config` names, frozen and in eval mode.
 
     Raises: TeacherError when the class or its weights cannot be had, do not fit, or the module draws noise of its own.
@@ -135,9 +128,9 @@ def load_module_teacher(config: TeacherConfig, device: str = "cpu") -> ModuleTea
         levels=_probe(network, options, config.taps),
         noise_shapes={LATENT: options.z_shape} if options.z_shape else {},
         options=options.model_dump(mode="json"),
-        synthesizes=options.mode == "synthesize",
     )
-    return ModuleTeacher(torch.nn.Module.to(network, device=device), spec, options, config.dtype)
+    kind = ModuleGenerator if options.mode == "synthesize" else ModuleEncoder
+    return kind(torch.nn.Module.to(network, device=device), spec, options, config.dtype)
 
 
 def _build(options: ModuleOptions) -> nn.Module:
@@ -287,12 +280,11 @@ def _images_in(output: object, options: ModuleOptions) -> Tensor:
     return first
 
 
-register_teacher(
-    TeacherKind(
-        kind="module",
-        reads="Weights of a torch module of your own installed code, named in the options; ask for it by kind.",
-        matches=lambda _: False,
-        load=load_module_teacher,
-        options=ModuleOptions,
-    )
+KIND = TeacherKind(
+    kind="module",
+    reads="Weights of a torch module of your own installed code, named in the options; ask for it by kind.",
+    protocol=Teacher,
+    matches=lambda _: False,
+    load=load_module_teacher,
+    options=ModuleOptions,
 )

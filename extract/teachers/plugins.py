@@ -1,18 +1,19 @@
 """Teachers of other packages, found by the entry point group `dtpipe.teachers`.
 
-An entry point names a module that calls `register_teacher`, a function that does or returns a TeacherKind, or a
-TeacherKind. A plugin that fails takes no other teacher with it: its name stays listed, with the reason.
+An entry point names a TeacherKind, a function that returns one, or a module that declares one as `KIND`. A plugin that
+fails takes no other teacher with it: its name stays listed, with the reason.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from dtpipe.extract.teachers.base import _KINDS, Matcher, Teacher, TeacherKind, register_teacher
+from dtpipe.extract.teachers.base import Matcher, Teacher, TeacherKind
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -21,46 +22,45 @@ if TYPE_CHECKING:
 GROUP = "dtpipe.teachers"
 
 _log = logging.getLogger(__name__)
-_seen: set[EntryPoint] = set()
 
 
-def load_plugins() -> None:
-    """Register every installed plugin, once per process; a broken one is logged."""
+def installed_kinds(known: frozenset[str]) -> dict[str, TeacherKind]:
+    """The families of installed packages by kind, none of which may be one of `known`; a broken one is logged, once."""
+    kinds: dict[str, TeacherKind] = {}
     for entry in sorted(entry_points(group=GROUP)):
-        if entry not in _seen:
-            _seen.add(entry)  # first, since a plugin may ask for the registry while it loads
-            _load(entry)
+        kind = _kind_of(entry, known.union(kinds))
+        kinds.setdefault(kind.kind, kind)
+    return {name: kind for name, kind in kinds.items() if name not in known}
 
 
-def _load(entry: EntryPoint) -> None:
-    """Register one plugin's families, or in their place one that says why it cannot be used."""
-    before = dict(_KINDS)
+@lru_cache
+def _kind_of(entry: EntryPoint, known: frozenset[str]) -> TeacherKind:
+    """One plugin's family, or in its place one that says why it cannot be used."""
     try:
-        _register(entry, before)
+        kind = _declared(entry)
+        if kind.kind in known:
+            raise ValueError(f"kind {kind.kind!r} is registered already")
+        return replace(kind, matches=_guarded(kind, entry))
     except (Exception, SystemExit) as err:  # code of others raises anything
-        _KINDS.clear()
-        _KINDS.update(before)
-        reason = f"teacher plugin {_package(entry)} ({entry.name} = {entry.value}) is broken: {type(err).__name__}: {' '.join(str(err).split())}"
+        reason = (
+            f"teacher plugin {_package(entry)} ({entry.name} = {entry.value}) is broken: "
+            f"{type(err).__name__}: {' '.join(str(err).split())}"
+        )
         _log.warning("%s; mend or uninstall the package", reason)
-        if entry.name not in before:
-            register_teacher(_broken(entry.name, reason))
+        return _broken(entry.name, reason)
 
 
-def _register(entry: EntryPoint, before: dict[str, TeacherKind]) -> None:
-    found = entry.load()
-    if callable(found):
-        found = found()
-    if isinstance(found, TeacherKind):
-        register_teacher(found)
-    elif found is not None and not isinstance(found, ModuleType):
-        raise TypeError(f"it gives a {type(found).__name__}, not a TeacherKind")
-    added = {name: kind for name, kind in _KINDS.items() if before.get(name) is not kind}
-    if taken := sorted(before.keys() & added.keys()):
-        raise ValueError(f"kind {taken[0]!r} is registered already")
-    if not added:
-        raise ValueError("it registers no teacher")
-    for kind in added.values():
-        register_teacher(replace(kind, matches=_guarded(kind, entry)))
+def _declared(entry: EntryPoint) -> TeacherKind:
+    loaded = entry.load()
+    if isinstance(loaded, ModuleType):
+        loaded = getattr(loaded, "KIND", None)
+    elif callable(loaded):
+        loaded = loaded()
+    if loaded is None:
+        raise ValueError("it declares no teacher")
+    if not isinstance(loaded, TeacherKind):
+        raise TypeError(f"it gives a {type(loaded).__name__}, not a TeacherKind")
+    return loaded
 
 
 def _guarded(kind: TeacherKind, entry: EntryPoint) -> Matcher:
@@ -70,14 +70,8 @@ def _guarded(kind: TeacherKind, entry: EntryPoint) -> Matcher:
         try:
             return bool(kind.matches(path))
         except Exception as err:  # code of others raises anything
-            _log.warning(
-                "teacher plugin %s: matches(%r) of kind %s raised %s: %s",
-                _package(entry),
-                path,
-                kind.kind,
-                type(err).__name__,
-                err,
-            )
+            message = "teacher plugin %s: matches(%r) of kind %s raised %s: %s"
+            _log.warning(message, _package(entry), path, kind.kind, type(err).__name__, err)
             return False
 
     return matches
@@ -87,7 +81,7 @@ def _broken(name: str, reason: str) -> TeacherKind:
     def load(_config: TeacherConfig, _device: str) -> Teacher:
         raise TeacherError(f"{reason}; mend or uninstall the package")
 
-    return TeacherKind(kind=name, reads=f"Nothing: {reason}.", matches=lambda _: False, load=load)
+    return TeacherKind(name, f"Nothing: {reason}.", Teacher, lambda _: False, load)
 
 
 def _package(entry: EntryPoint) -> str:

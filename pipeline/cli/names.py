@@ -12,7 +12,8 @@ from dtpipe.pipeline.cli.console import format_bytes
 from dtpipe.pipeline.cli.settings import preset_names, preset_summary
 
 if TYPE_CHECKING:
-    from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind
+    from dtpipe.extract.teachers.base import TeacherKind
+    from dtpipe.extract.teachers.files.published import PublishedTeacher
 
 Rows = dict[str, str]
 
@@ -38,45 +39,40 @@ class Published:
         return asdict(self)
 
 
-def published_teachers(match: str | None = None) -> list[Published]:
+def published(match: str | None = None) -> list[Published]:
     """Every published checkpoint of every family, by name; `match` is a shell pattern."""
-    from dtpipe.extract.teachers.base import teacher_kinds
+    from dtpipe.extract.teachers.files.published import published_teachers
+
+    teachers = (teacher for teacher in published_teachers() if fnmatch.fnmatch(teacher.name, match or "*"))
+    return sorted(map(_published, teachers), key=lambda entry: entry.name)
+
+
+def _published(teacher: PublishedTeacher) -> Published:
     from dtpipe.extract.teachers.files.published import cached_file
 
-    found = [
-        Published(
-            each.name,
-            kind.kind,
-            each.image_px,
-            each.levels,
-            _bytes(each),
-            each.licence,
-            each.url,
-            cached_file(each) is not None,
-        )
-        for kind in teacher_kinds().values()
-        for each in kind.published
-    ]
-    return sorted((each for each in found if fnmatch.fnmatch(each.name, match or "*")), key=lambda each: each.name)
+    levels = ", ".join(f"{name} {channels}" for name, channels in teacher.levels.items())
+    cached = cached_file(teacher) is not None
+    return Published(
+        teacher.name, teacher.kind, teacher.image_px, levels, _bytes(teacher), teacher.licence, teacher.url, cached
+    )
 
 
-def _bytes(published: PublishedTeacher) -> int:
-    """Bytes of one image and its levels, `l2 256, l3 512`: channels * (height * width / 4^n), two bytes each."""
-    height, width = published.image_px
-    levels = (part.split() for part in published.levels.split(","))
-    per_cell = [(int(name[1]), int(channels)) for name, channels in levels]
-    return 3 * height * width + sum(2 * channels * height * width // (1 << 2 * level) for level, channels in per_cell)
+def _bytes(teacher: PublishedTeacher) -> int:
+    """Bytes of one image and its levels: channels * (height * width / 4^n) of l{n}, two bytes each."""
+    height, width = teacher.image_px
+    levels = ((int(name.removeprefix("l")), channels) for name, channels in teacher.levels.items())
+    return 3 * height * width + sum(2 * channels * height * width // (1 << 2 * level) for level, channels in levels)
 
 
 def _teachers() -> Rows:
-    from dtpipe.extract.teachers.base import teacher_kinds
+    from dtpipe.extract.teachers.registry import teacher_kinds
 
     return _texts(teacher_kinds())
 
 
 def teacher_options(match: str | None = None) -> dict[str, str]:
     """What `extract.teacher.options` may hold, by family, with defaults."""
-    from dtpipe.extract.teachers.base import teacher_kinds
+    from dtpipe.extract.teachers.registry import teacher_kinds
 
     kinds = {name: kind for name, kind in sorted(teacher_kinds().items()) if fnmatch.fnmatch(name, match or "*")}
     return {name: _options(kind) for name, kind in kinds.items() if kind.options.model_fields}
@@ -91,9 +87,9 @@ def _options(kind: TeacherKind) -> str:
 
 
 def _sources() -> Rows:
-    from dtpipe.extract.sources import source_kinds
+    from dtpipe.extract.sources.registry import SOURCES
 
-    return _texts(source_kinds())
+    return _texts(SOURCES)
 
 
 def _codecs() -> Rows:

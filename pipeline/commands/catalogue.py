@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dtpipe.pipeline.cli.console import Console
-from dtpipe.pipeline.cli.names import KINDS, catalogue, published_teachers, teacher_options
+from dtpipe.pipeline.cli.names import KINDS, catalogue, published, teacher_options
 
 HELP = """Name the teachers, sources, codecs, tasks, presets, regressors, losses, exports and students there are.
 
@@ -40,7 +40,7 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
             "students: timm's models; `dtpipe list students` names them and says at which strides each gives levels"
         )
     console.document(
-        {**found, "published": [each.to_json() for each in published_teachers(match)]} if kind == "teachers" else found
+        {**found, "published": [each.to_json() for each in published(match)]} if kind == "teachers" else found
     )
 
 
@@ -53,7 +53,7 @@ def _print_options(console: Console, match: str | None) -> None:
 
 def _print_published(console: Console, match: str | None) -> None:
     """Checkpoints whose names stand for their files; `size` is of float16 features and the image, of one view."""
-    rows = published_teachers(match)
+    rows = published(match)
     if not rows:
         return
     console.result("\npublished: give the name as --teacher; it is fetched once, from where its authors put it")

@@ -91,7 +91,7 @@ class _Demo:
 
     def own_images(self) -> DemoResult:
         """The user's folder: a small teacher of its own, and a class probe where it has class folders."""
-        from dtpipe.extract.sources import open_source
+        from dtpipe.extract.sources.registry import open_source
 
         config = self.config
         assert config.images is not None

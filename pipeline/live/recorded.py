@@ -55,7 +55,7 @@ class RecipeTeacher:
     ) -> None:
         """`teacher`: what `config` names, where it is loaded already. Raises: TeacherError saying what differs from the recipe."""
         from dtpipe.extract.encode import configure_torch
-        from dtpipe.extract.teachers.base import load_teacher
+        from dtpipe.extract.teachers.registry import load_teacher
 
         self.recipe = recipe
         self.device = pick_device(device)

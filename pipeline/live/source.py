@@ -22,8 +22,8 @@ from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.recipe import list_source, make_recipe, max_bad_samples, with_whole_paths
 from dtpipe.extract.shards.rows import RowReader
-from dtpipe.extract.sources.numbered import open_images
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.sources.registry import open_images
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.read.dataset import Integers, Levels
@@ -122,7 +122,7 @@ def open_live_data(
     listing = list_source(extract, images)
     device = pick_device(config.device)
     teacher = load_teacher(extract.teacher, device)
-    recipe = make_recipe(extract, teacher.spec, images.kind, device)
+    recipe = make_recipe(extract, teacher, images.kind, device)
     reader = RowReader(images, listing, recipe, teacher.spec, extract.source.max_pixels)
     opened = RecipeTeacher(recipe, extract.teacher, device, teacher=teacher)
     record = {"live": _content(recipe), "listing": _listing_record(listing)}

@@ -18,7 +18,8 @@ from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.extract.encode import encode_on_device, row_noise, stack_noise
 from dtpipe.extract.latents import StoredLatents
 from dtpipe.extract.synthesize import synthesize_on_device
-from dtpipe.extract.teachers.base import Teacher, load_teacher
+from dtpipe.extract.teachers.base import Teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset, FeatureSource
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset

@@ -217,7 +217,7 @@ def _samples(config: ReportConfig) -> Any:
     if config.teacher is None:
         return None
     from dtpipe.extract.config import TeacherConfig
-    from dtpipe.extract.teachers.base import load_teacher
+    from dtpipe.extract.teachers.registry import load_teacher
     from dtpipe.pipeline.live.recorded import pick_device
     from dtpipe.pipeline.report.maps import tile
 

@@ -15,7 +15,8 @@ from dtpipe.extract.recipe import make_recipe, stored_levels
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.progress import Progress, ProgressMeter
 from dtpipe.extract.shards.queue import ShardQueue
-from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, load_teacher
+from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import (
     ConfigError,
     ErrorBudgetError,

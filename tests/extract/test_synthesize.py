@@ -13,7 +13,7 @@ from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError, PlanChangedError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dtpipe.extract import train_teacher as module
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.train_config import EXECUTION, TrainTeacherConfig
 from dtpipe.extract.train_export import export_teacher, tile
 from dtpipe.extract.train_state import CHECKPOINT, load_checkpoint

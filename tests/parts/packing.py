@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dtpipe.extract.sources import Source
+from dtpipe.extract.sources.base import Source
 from dtpipe.manifests.errors import BadImage, InputError
 
 Files = Mapping[str, bytes]

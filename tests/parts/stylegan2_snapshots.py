@@ -19,16 +19,17 @@ import torch
 from numpy.typing import NDArray
 from scipy.signal import convolve2d, correlate2d
 
-from dtpipe.extract.teachers.stylegan2.network import Generator, Layout
+from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout, StyleGan2Network
 
 Array = NDArray[np.float64]
 
 
-def random_weights(layout: Layout, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(layout: StyleGan2Layout, seed: int = 0) -> dict[str, torch.Tensor]:
     """Normal weights under NVIDIA's names; the filters are not symmetric, so that a flipped one shows."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: torch.randn(tensor.shape, generator=generator) for name, tensor in Generator(layout).state_dict().items()
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in StyleGan2Network(layout).state_dict().items()
     }
     for name, tensor in tensors.items():
         if name.endswith("resample_filter"):
@@ -103,7 +104,9 @@ def module(
 CLASSES = {"mapping": "MappingNetwork", "synthesis": "SynthesisNetwork", "torgb": "ToRGBLayer", "": "Generator"}
 
 
-def persistent(tensors: Mapping[str, Any], layout: Layout, path: str = "", source: str = "", **changed: Any) -> Made:
+def persistent(
+    tensors: Mapping[str, Any], layout: StyleGan2Layout, path: str = "", source: str = "", **changed: Any
+) -> Made:
     """A generator as NVIDIA pickles it; `changed` replaces settings of all synthesis layers and blocks."""
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
     parts = sorted({name.split(".")[0] for name in tensors if "." in name})
@@ -137,7 +140,7 @@ def persistent(tensors: Mapping[str, Any], layout: Layout, path: str = "", sourc
     return module(class_name, own, inside, source, **settings)
 
 
-def snapshot(tensors: Mapping[str, Any], layout: Layout, **changed: Any) -> dict[str, Any]:
+def snapshot(tensors: Mapping[str, Any], layout: StyleGan2Layout, **changed: Any) -> dict[str, Any]:
     """A network snapshot; its G has all weights doubled."""
     doubled = {name: tensor * 2 for name, tensor in tensors.items()}
     return {
@@ -195,7 +198,7 @@ def _tensorflow_variable(words: list[str], value: Any) -> tuple[str, Any]:
 
 
 def reference(
-    tensors: Mapping[str, torch.Tensor], layout: Layout, styles: Array, noise: list[Array] | None
+    tensors: Mapping[str, torch.Tensor], layout: StyleGan2Layout, styles: Array, noise: list[Array] | None
 ) -> tuple[Array, dict[str, Array]]:
     """The image and every convolution's output of one sample, with the weights scaled as in the paper (eq. 1 and 3).
 
@@ -249,7 +252,7 @@ def zero_stuffed(x: Array) -> Array:
     return out
 
 
-def mapped(tensors: Mapping[str, torch.Tensor], layout: Layout, z: Array, label: int | None = None) -> Array:
+def mapped(tensors: Mapping[str, torch.Tensor], layout: StyleGan2Layout, z: Array, label: int | None = None) -> Array:
     """The style of one latent. Shapes: (z_dim,) -> (w_dim,)."""
     weights = {name: tensor.double().numpy() for name, tensor in tensors.items()}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, takes_no_images
+from dtpipe.extract.teachers.base import Generator, TapSpec, TeacherKind, TeacherSpec
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.taps import TapReader
 from parts.images import PX
@@ -50,10 +50,7 @@ class TinyGan:
         self.network = gan_network()
         taps = (TapSpec("l2", 4, 8, "2"), TapSpec("l3", 8, 12, "0"))
         digest = weights_digest(self.network.state_dict())
-        self.spec = TeacherSpec("tiny_gan", digest, (PX, PX), taps, noise_shapes={"z": (6,)}, synthesizes=True)
-
-    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: object) -> dict[str, Tensor]:
-        raise takes_no_images("tiny_gan")
+        self.spec = TeacherSpec("tiny_gan", digest, (PX, PX), taps, noise_shapes={"z": (6,)})
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         outputs: list[Tensor] = []
@@ -62,3 +59,6 @@ class TinyGan:
         images = outputs[0] * 2
         images[noise["z"][:, 0] > 2] = float("inf")
         return images, levels
+
+
+GAN_KIND = TeacherKind("tiny_gan", "nothing", Generator, lambda path: False, lambda config, device: TinyGan())

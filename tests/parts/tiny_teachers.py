@@ -67,10 +67,10 @@ def icgan(folder: Path) -> TinyTeacher:
 
 def stylegan2(folder: Path) -> TinyTeacher:
     """A snapshot whose images are twice as wide as high, since the learned constant is."""
-    from dtpipe.extract.teachers.stylegan2.network import Layout
+    from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout
 
     files = stylegan2_snapshots
-    layout = Layout(6, 5, 0, 0, (7, 5), (4, 8), (6, 5, 4, 3, 3), conv_clamp=256.0)
+    layout = StyleGan2Layout(6, 5, 0, 0, (7, 5), (4, 8), (6, 5, 4, 3, 3), conv_clamp=256.0)
     path = folder / "network-snapshot.pkl"
     path.write_bytes(files.dumps(files.snapshot(files.random_weights(layout), layout)))
     return TinyTeacher(path, (64, 128), True)

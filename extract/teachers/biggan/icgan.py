@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, parse_options, register_teacher
+from dtpipe.extract.teachers.base import Generator, TeacherKind, parse_options
 from dtpipe.extract.teachers.biggan.keys import infer_layout, plain_weight
 from dtpipe.extract.teachers.biggan.teacher import (
     INSTANCE_MARK,
@@ -202,38 +202,11 @@ def _recorded(options: IcGanOptions, instances: Instances, with_class: bool) -> 
     }
 
 
-_URL = "https://dl.fbaipublicfiles.com/ic_gan/"
-_LICENCE = "CC-BY-NC-4.0 (its BigGAN part: MIT)"
-_PX_256, _HALF, _PX_128, _PX_64 = (
-    "l2 384, l3 768, l4 768, l5 1536",
-    "l2 256, l3 512, l4 512, l5 1024",
-    "l2 384, l3 768, l4 1536",
-    "l2 512, l3 1024",
-)
-
-
-def _published(name: str, file: str, levels: str, px: int) -> PublishedTeacher:
-    return PublishedTeacher(name, f"{_URL}{file}.tar.gz", _LICENCE, levels, (px, px))
-
-
-register_teacher(
-    TeacherKind(
-        kind="icgan",
-        reads="A G_ema_best file of an IC-GAN with a BigGAN backbone, with its stored instance features as option `instances`.",
-        matches=is_icgan_path,
-        load=load_icgan_teacher,
-        options=IcGanOptions,
-        published=(
-            _published("icgan-imagenet256", "icgan_biggan_imagenet_res256", _PX_256, 256),
-            _published("icgan-imagenet256-half", "icgan_biggan_imagenet_res256_halfcap", _HALF, 256),
-            _published("icgan-imagenet128", "icgan_biggan_imagenet_res128", _PX_128, 128),
-            _published("icgan-imagenet64", "icgan_biggan_imagenet_res64", _PX_64, 64),
-            _published("icgan-imagenet256-conditional", "cc_icgan_biggan_imagenet_res256", _PX_256, 256),
-            _published("icgan-imagenet256-half-conditional", "cc_icgan_biggan_imagenet_res256_halfcap", _HALF, 256),
-            _published("icgan-imagenet128-conditional", "cc_icgan_biggan_imagenet_res128", _PX_128, 128),
-            _published("icgan-imagenet64-conditional", "cc_icgan_biggan_imagenet_res64", _PX_64, 64),
-            _published("icgan-coco256", "icgan_biggan_coco_res256", "l2 192, l3 384, l4 384, l5 768", 256),
-            _published("icgan-coco128", "icgan_biggan_coco_res128", "l2 192, l3 384, l4 768", 128),
-        ),
-    )
+KIND = TeacherKind(
+    kind="icgan",
+    reads="A G_ema_best file of an IC-GAN with a BigGAN backbone, with its stored instance features as option `instances`.",
+    protocol=Generator,
+    matches=is_icgan_path,
+    load=load_icgan_teacher,
+    options=IcGanOptions,
 )

@@ -19,7 +19,7 @@ from dtpipe.manifests.errors import ConfigError, TeacherError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dtpipe.extract.teachers.biggan.network import GeneratorLayout
+    from dtpipe.extract.teachers.biggan.network import BigGanLayout
 
 TFHUB_EPS = 1e-4  # of DeepMind's own models; their conversions are known by having no sv0
 _UNUSED = re.compile(r".*\.(sv\d+|u[1-9]\d*|num_batches_tracked|accumulation_counter)")
@@ -31,14 +31,12 @@ _SPELLINGS = (
 )
 
 
-def infer_layout(
-    tensors: Mapping[str, Tensor], conditions: Mapping[str, int], where: str
-) -> tuple[str, GeneratorLayout]:
+def infer_layout(tensors: Mapping[str, Tensor], conditions: Mapping[str, int], where: str) -> tuple[str, BigGanLayout]:
     """The layout of a generator, and which of the possible `conditions` (their sizes by name) its blocks take.
 
     Raises: TeacherError when it is no BigGAN generator, or none of the conditions fits; ConfigError when more than one does.
     """
-    from dtpipe.extract.teachers.biggan.network import GeneratorLayout
+    from dtpipe.extract.teachers.biggan.network import BigGanLayout
 
     if "blocks.0.0.conv3.weight" in tensors:
         raise TeacherError(
@@ -53,7 +51,7 @@ def infer_layout(
             f"{where}: the first layer's {outputs} outputs are no square map of {first} channels; give a G or G_ema file"
         )
     name, hierarchical = _find_condition(tensors, conditions, z_chunk, where)
-    return name, GeneratorLayout(
+    return name, BigGanLayout(
         start_px=start_px,
         widths=(first, *(shape[0] for shape in convolutions)),
         attention=tuple(f"blocks.{block_idx}.1.gamma" in tensors for block_idx in range(len(convolutions))),

@@ -17,7 +17,7 @@ OUTPUT_EPS = 1e-5  # of the last batch norm, whatever the others have
 
 
 @dataclass(frozen=True)
-class GeneratorLayout:
+class BigGanLayout:
     """What a generator's tensors tell about it."""
 
     start_px: int
@@ -115,7 +115,7 @@ class Attention(nn.Module):
         self.o = nn.Conv2d(channels // 2, channels, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(()))
 
-    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:  # noqa: ARG002
         """Shapes: (B, C, h, w) -> (B, C, h, w); the condition, which blocks take, is not used."""
         query = _as_sequence(self.theta(features))  # (B, 1, hw, C/8)
         key = _as_sequence(F.max_pool2d(self.phi(features), 2))  # (B, 1, hw/4, C/8)
@@ -125,10 +125,10 @@ class Attention(nn.Module):
         return self.gamma * mixed + features
 
 
-class Generator(nn.Module):
+class BigGanNetwork(nn.Module):
     """From a latent and a condition to an image."""
 
-    def __init__(self, layout: GeneratorLayout, bn_eps: float) -> None:
+    def __init__(self, layout: BigGanLayout, bn_eps: float) -> None:
         super().__init__()
         self.layout = layout
         self.bn_eps = bn_eps

@@ -14,28 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import (
-    PublishedTeacher,
-    TapSpec,
-    TeacherKind,
-    TeacherSpec,
-    architecture,
-    parse_options,
-    register_teacher,
-    takes_no_images,
-)
+from dtpipe.extract.teachers.base import Generator, TapSpec, TeacherKind, TeacherSpec, architecture, parse_options
 from dtpipe.extract.teachers.biggan.keys import default_bn_eps, generator_weights, infer_layout, with_shared_embedding
 from dtpipe.extract.teachers.files.names import names_tensors
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.extract.teachers.gan import Table, choose_rows, truncate
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
-from dtpipe.manifests.schema import StrictModel, ViewSpec
+from dtpipe.manifests.schema import StrictModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dtpipe.extract.config import TeacherConfig
-    from dtpipe.extract.teachers.biggan.network import Generator, GeneratorLayout
+    from dtpipe.extract.teachers.biggan.network import BigGanLayout, BigGanNetwork
 
 MARKS = ("linear.weight", "blocks.0.0.conv1.weight", "output_layer.2.weight")
 INSTANCE_MARK = "shared_feat.weight"  # IC-GAN's
@@ -87,7 +78,7 @@ class BigGanTeacher:
     """A frozen generator and its condition's tables on their device."""
 
     def __init__(
-        self, network: Generator, tables: Sequence[Table], spec: TeacherSpec, options: SamplingOptions, dtype: str
+        self, network: BigGanNetwork, tables: Sequence[Table], spec: TeacherSpec, options: SamplingOptions, dtype: str
     ) -> None:
         from dtpipe.extract.teachers.taps import TapReader
 
@@ -98,10 +89,6 @@ class BigGanTeacher:
         self.dtype = dtype
         self._own = [level for level in spec.levels if POOLED not in level.tap]
         self._reader = TapReader(network, {level.name: level.tap for level in self._own})
-
-    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
-        """Raises: TeacherError; there is no encoder."""
-        raise takes_no_images(self.spec.kind)
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images and the features of the last layer at each resolution, which is the attention layer where there is one.
@@ -174,16 +161,16 @@ def class_table(tensors: Mapping[str, Tensor], label: int | None, where: str) ->
 
 
 def build_network(
-    tensors: Mapping[str, Tensor], layout: GeneratorLayout, options: SamplingOptions, where: str
-) -> Generator:
+    tensors: Mapping[str, Tensor], layout: BigGanLayout, options: SamplingOptions, where: str
+) -> BigGanNetwork:
     """The generator with its weights, frozen, on the CPU. Raises: TeacherError when they do not fit."""
     import torch
 
-    from dtpipe.extract.teachers.biggan.network import Generator
+    from dtpipe.extract.teachers.biggan.network import BigGanNetwork
 
     weights = generator_weights(tensors, options.sn_eps, options.standing_stats, where)
     with torch.device("meta"):
-        network = Generator(layout, options.bn_eps or default_bn_eps(tensors))
+        network = BigGanNetwork(layout, options.bn_eps or default_bn_eps(tensors))
     network.to_empty(device="cpu")
     load_strictly(network, weights, Path(where))
     return network.eval().requires_grad_(False)
@@ -193,7 +180,7 @@ def make_teacher(
     kind: str,
     config: TeacherConfig,
     options: SamplingOptions,
-    network: Generator,
+    network: BigGanNetwork,
     tables: Sequence[Table],
     conditions: Mapping[str, Any],
     digest: str,
@@ -214,13 +201,12 @@ def make_teacher(
             "network": architecture(layout),
             **conditions,
         },
-        synthesizes=True,
     )
     on_device = [Table(table.rows.to(device), table.constant) for table in tables]
     return BigGanTeacher(network.to(device), on_device, spec, options, config.dtype)
 
 
-def _levels_of(network: Generator, taps: Mapping[str, str] | None, pool_missing: bool) -> tuple[TapSpec, ...]:
+def _levels_of(network: BigGanNetwork, taps: Mapping[str, str] | None, pool_missing: bool) -> tuple[TapSpec, ...]:
     """Levels at the named taps, or at the last layer of each resolution; then the pooled ones. From fine to deep."""
     import torch
 
@@ -246,7 +232,7 @@ def _levels_of(network: Generator, taps: Mapping[str, str] | None, pool_missing:
     return tuple(levels)
 
 
-def _block_levels(layout: GeneratorLayout) -> list[TapSpec]:
+def _block_levels(layout: BigGanLayout) -> list[TapSpec]:
     from dtpipe.extract.teachers.taps import level_name
 
     strides = [1 << (len(layout.attention) - 1 - block_idx) for block_idx in range(len(layout.attention))]
@@ -263,33 +249,11 @@ def _pooled(deepest: TapSpec, name: str, stride: int) -> TapSpec:
     return TapSpec(name, stride, deepest.channels, f"{deepest.tap}{POOLED}{stride // deepest.stride}")
 
 
-_TFHUB = "https://github.com/ajbrock/BigGAN-PyTorch/tree/master/TFHub"  # how to convert DeepMind's models
-_MIT, _APACHE = "MIT", "Apache-2.0"
-
-register_teacher(
-    TeacherKind(
-        kind="biggan",
-        reads="A G or G_ema file of BigGAN-PyTorch or of IC-GAN's BigGAN, or DeepMind's BigGAN converted by BigGAN-PyTorch.",
-        matches=is_biggan_path,
-        load=load_biggan_teacher,
-        options=BigGanOptions,
-        published=(
-            PublishedTeacher(
-                name="biggan-imagenet128",
-                url="https://drive.google.com/open?id=1nAle7FCVFZdix2--ks0r5JBkFnKw8ctW",
-                licence=_MIT,
-                levels="l2 384, l3 768, l4 1536",
-                image_px=(128, 128),
-            ),
-            PublishedTeacher(
-                "biggan-deepmind128", _TFHUB, _APACHE, "l2 384, l3 768, l4 1536", (128, 128), {"bn_eps": 1e-4}
-            ),
-            PublishedTeacher(
-                "biggan-deepmind256", _TFHUB, _APACHE, "l2 384, l3 768, l4 768, l5 1536", (256, 256), {"bn_eps": 1e-4}
-            ),
-            PublishedTeacher(
-                "biggan-deepmind512", _TFHUB, _APACHE, "l2 192, l3 384, l4 768, l5 768", (512, 512), {"bn_eps": 1e-4}
-            ),
-        ),
-    )
+KIND = TeacherKind(
+    kind="biggan",
+    reads="A G or G_ema file of BigGAN-PyTorch or of IC-GAN's BigGAN, or DeepMind's BigGAN converted by BigGAN-PyTorch.",
+    protocol=Generator,
+    matches=is_biggan_path,
+    load=load_biggan_teacher,
+    options=BigGanOptions,
 )

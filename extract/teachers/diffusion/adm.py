@@ -7,17 +7,15 @@ copied, and nothing in it is executed.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, architecture, parse_options, register_teacher
+from dtpipe.extract.teachers.base import Encoder, TeacherKind, architecture, parse_options
 from dtpipe.extract.teachers.diffusion.adm_keys import published_shapes, unet_tensors
 from dtpipe.extract.teachers.diffusion.adm_layout import (
     AdmLayout,
     AdmOptions,
     AdmSettings,
-    Shapes,
     complete,
     infer_layout,
     scheduler_config,
@@ -25,7 +23,7 @@ from dtpipe.extract.teachers.diffusion.adm_layout import (
 )
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, make_teacher
 from dtpipe.extract.teachers.files.names import names_tensors
-from dtpipe.extract.teachers.files.weights import weights_digest, why_unreadable
+from dtpipe.extract.teachers.files.weights import check_fit, weights_digest, why_unreadable
 from dtpipe.manifests.errors import ConfigError, TeacherError
 
 if TYPE_CHECKING:
@@ -56,8 +54,8 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
     settings = complete(options, layout, config.path)
     _check_label(options.class_label, layout, config.path)
     unet = _build(layout, settings, config.path)
-    wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    _check_fit(tensors, published_shapes(layout, wanted), config.path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    check_fit(tensors, published_shapes(layout, shapes), Path(config.path))
     unet.load_state_dict(dict(unet_tensors(tensors, layout, settings, options.class_label)), assign=True)
     loaded = LoadedUNet(
         unet=unet,
@@ -119,50 +117,11 @@ def _build(layout: AdmLayout, settings: AdmSettings, where: str) -> Any:
         raise TeacherError(f"{where}: diffusers cannot build this UNet ({err}); use another checkpoint") from err
 
 
-def _check_fit(tensors: Mapping[str, Tensor], wanted: Shapes, where: str) -> None:
-    """Every name and shape must fit, every value be finite. Raises: TeacherError that names the first tensors that do not."""
-    problems = [f"{name} is missing" for name in sorted(set(wanted) - set(tensors))]
-    problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(wanted))]
-    for name in sorted(set(wanted) & set(tensors)):
-        if tuple(tensors[name].shape) != wanted[name]:
-            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, its neighbours ask for {wanted[name]}")
-        elif not tensors[name].is_floating_point() or not bool(tensors[name].isfinite().all()):
-            problems.append(f"{name} holds values that are not finite floats")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise TeacherError(
-            f"{where}: not a whole UNet of guided-diffusion: {'; '.join(problems[:3])}{more}; download it again"
-        )
-
-
-_OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
-_YANDEX = "https://storage.yandexcloud.net/yandex-research/ddpm-segmentation/models/ddpm_checkpoints/"
-
-
-_ADM_256 = "l2 512, l3 512, l4 1024, l5 1024"
-_ADM_64 = {"num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine", "image_px": 64}
-
-
-def _published(name: str, url: str, levels: str = _ADM_256, px: int = 256, **options: Any) -> PublishedTeacher:
-    return PublishedTeacher(f"adm-{name}", url, "MIT", levels, (px, px), options)
-
-
-register_teacher(
-    TeacherKind(
-        kind="adm",
-        reads="A guided-diffusion .pt file (ADM): ImageNet, LSUN and FFHQ at 256 px, or your own with its training flags as options.",
-        matches=is_adm_file,
-        load=load_adm_teacher,
-        options=AdmOptions,
-        published=(
-            _published("imagenet", f"{_OPENAI}256x256_diffusion_uncond.pt"),
-            _published("imagenet-conditional", f"{_OPENAI}256x256_diffusion.pt"),
-            _published("imagenet64-conditional", f"{_OPENAI}64x64_diffusion.pt", "l2 576, l3 768", 64, **_ADM_64),
-            _published("lsun-bedroom", f"{_OPENAI}lsun_bedroom.pt"),
-            _published("lsun-cat", f"{_OPENAI}lsun_cat.pt"),
-            _published("lsun-horse", f"{_OPENAI}lsun_horse.pt"),
-            _published("lsun-horse-nodropout", f"{_OPENAI}lsun_horse_nodropout.pt"),
-            _published("ffhq", f"{_YANDEX}ffhq.pt"),
-        ),
-    )
+KIND = TeacherKind(
+    kind="adm",
+    reads="A guided-diffusion .pt file (ADM): ImageNet, LSUN and FFHQ at 256 px, or your own with its training flags as options.",
+    protocol=Encoder,
+    matches=is_adm_file,
+    load=load_adm_teacher,
+    options=AdmOptions,
 )

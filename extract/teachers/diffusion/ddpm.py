@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from dtpipe.extract.teachers.base import TeacherKind, parse_options, register_teacher
+from dtpipe.extract.teachers.base import Encoder, TeacherKind, parse_options
 from dtpipe.extract.teachers.diffusion.files import UNetFiles, find_unet, is_unet_path, modern_names
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, PixelOptions, make_teacher
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
@@ -90,12 +90,11 @@ def _build(files: UNetFiles) -> Any:
         ) from err
 
 
-register_teacher(
-    TeacherKind(
-        kind="ddpm",
-        reads="A diffusers UNet2DModel or DDPMPipeline folder, or a hub id of one with a pinned revision.",
-        matches=is_unet_path,
-        load=load_ddpm_teacher,
-        options=DdpmOptions,
-    )
+KIND = TeacherKind(
+    kind="ddpm",
+    reads="A diffusers UNet2DModel or DDPMPipeline folder, or a hub id of one with a pinned revision.",
+    protocol=Encoder,
+    matches=is_unet_path,
+    load=load_ddpm_teacher,
+    options=DdpmOptions,
 )

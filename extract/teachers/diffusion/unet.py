@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, makes_no_images
+from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
 from dtpipe.extract.teachers.diffusion.compiled import compile_layers
 from dtpipe.extract.teachers.diffusion.encoding import (
     FORWARD,
@@ -99,10 +99,6 @@ class DiffusionTeacher:
             return {
                 level.name: torch.stack([levels[level.name] for levels in encoded], dim=1) for level in self.spec.levels
             }
-
-    def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Raises: TeacherError; the paper's diffusion teachers encode."""
-        raise makes_no_images(self.spec.kind)
 
     def noised(self, images: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """x_T of q(x_T | x_0). Shapes: (B, 3, H, W) both -> the same, float32."""

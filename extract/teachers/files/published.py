@@ -1,4 +1,6 @@
-"""Published checkpoints by name: `--teacher adm-imagenet-256` stands for a file in a local cache, fetched once.
+"""Published checkpoints by name: `--teacher adm-imagenet` stands for a file in a local cache, fetched once.
+
+Which there are is data: `published.yaml`, beside the families.
 
 The cache is `$DTPIPE_CACHE`, else `~/.cache/dtpipe`; beside each file lies a record of where it came from, with its
 size and blake3. Offline mode (`HF_HUB_OFFLINE=1`) fetches nothing. A path always works in place of a name.
@@ -9,43 +11,67 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
 from blake3 import blake3
+from pydantic import Field
 
 from dtpipe.extract.teachers.files.remote import fetch_remote, is_url
 from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.schema import StrictModel
 from dtpipe.manifests.store.publish import unique_temporary, whole_file
 
 if TYPE_CHECKING:
     from dtpipe.extract.config import TeacherConfig
-    from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind
 
+PUBLISHED_FILE = Path(__file__).parents[1] / "published.yaml"
 CACHE_VARIABLE, OFFLINE_VARIABLE = "DTPIPE_CACHE", "HF_HUB_OFFLINE"
 TIMEOUT_S = 60
 HUB = "hf://"  # hf://owner/name@commit
 FILE_ENDINGS = frozenset({".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors"})
 
 
-def locate(config: TeacherConfig, kinds: dict[str, TeacherKind]) -> TeacherConfig:
+class PublishedTeacher(StrictModel):
+    """One checkpoint that its authors published: its name can stand for its path."""
+
+    name: str
+    kind: str
+    url: str
+    licence: str
+    image_px: tuple[int, int]
+    levels: dict[str, int]
+    """Channels by level; l{n} has stride 2^n."""
+    options: dict[str, Any] = Field(default={}, description="Settings of the family that this file needs.")
+
+
+@lru_cache(maxsize=1)
+def published_teachers() -> tuple[PublishedTeacher, ...]:
+    """Every published checkpoint that is known, family by family."""
+    import yaml
+
+    documents = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
+    return tuple(PublishedTeacher.model_validate(document) for document in documents)
+
+
+def locate(config: TeacherConfig, published: Sequence[PublishedTeacher]) -> TeacherConfig:
     """The settings with a URL replaced by its local copy, and a published name by its file, family and options.
 
     Raises: TeacherError when the file cannot be had.
     """
     if Path(config.path).exists():
         return config
-    for kind in kinds.values():
-        for published in kind.published:
-            if published.name == config.path and config.kind in ("auto", kind.kind):
-                path, revision = _place(published, config)
-                options = {**published.options, **config.options}
-                return config.model_copy(
-                    update={"path": path, "revision": revision, "kind": kind.kind, "options": options}
-                )
+    for teacher in published:
+        if teacher.name == config.path and config.kind in ("auto", teacher.kind):
+            path, revision = _place(teacher, config)
+            options = {**teacher.options, **config.options}
+            found = {"path": path, "revision": revision, "kind": teacher.kind, "options": options}
+            return config.model_copy(update=found)
     if is_url(config.path):
         return config.model_copy(update={"path": str(fetch_remote(config.path, cache_folder()))})
     return config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,22 +82,40 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path
 
     Raises: TeacherError that names the first tensors that do not.
     """
-    wanted = network.state_dict()
-    problems = [f"{name} is missing" for name in sorted(set(wanted) - set(tensors))]
-    problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(wanted))]
-    for name in sorted(set(wanted) & set(tensors)):
-        if tensors[name].shape != wanted[name].shape:
-            problems.append(
-                f"{name} has shape {tuple(tensors[name].shape)}, the config says {tuple(wanted[name].shape)}"
-            )
-        elif not tensors[name].is_floating_point() or not bool(tensors[name].isfinite().all()):
+    check_fit(tensors, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}, where)
+    network.load_state_dict({name: value.float() for name, value in tensors.items()})
+
+
+def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Every name and shape must be the network's, every value finite.
+
+    Raises: TeacherError that names the first tensors that do not fit.
+    """
+    problems = name_problems(tensors, shapes)
+    for name in sorted(shapes.keys() & tensors.keys()):
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shapes[name]:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the network asks for {shapes[name]}")
+        elif not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             problems.append(f"{name} holds values that are not finite floats")
+    raise_unfit(problems, where)
+
+
+def name_problems(tensors: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """Which tensors are missing or one too many, a clause each."""
+    there, asked = set(tensors), set(wanted)
+    missing = [f"{name} is missing" for name in sorted(asked - there)]
+    return missing + [f"{name} is unexpected" for name in sorted(there - asked)]
+
+
+def raise_unfit(problems: Sequence[str], where: Path) -> None:
+    """Raises: TeacherError naming the first of the problems, if there are any."""
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise TeacherError(
-            f"{where}: weights do not fit their config: {'; '.join(problems[:3])}{more}; use files of one checkpoint"
+            f"{where}: weights do not fit their network: {'; '.join(problems[:3])}{more}; "
+            f"use files of one checkpoint, or download it again"
         )
-    network.load_state_dict({name: value.float() for name, value in tensors.items()})
 
 
 def why_unreadable(err: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dtpipe.extract.teachers.diffusion.encoding import PREDICTIONS
 from dtpipe.extract.teachers.diffusion.files import VP_SCHEDULERS, modern_name, weights_file
 from dtpipe.extract.teachers.files.hub import download
-from dtpipe.extract.teachers.files.weights import read_json, read_weights, why_unreadable
+from dtpipe.extract.teachers.files.weights import name_problems, raise_unfit, read_json, read_weights, why_unreadable
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.schema import height_width
 
@@ -188,24 +188,17 @@ def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Pat
     Raises: TeacherError for names and shapes that do not fit, and for values that are not finite.
     """
     wanted = network.state_dict()
-    problems = [f"{name} is missing" for name in sorted(set(wanted) - set(tensors))]
-    problems += [f"{name} is unexpected" for name in sorted(set(tensors) - set(wanted))]
+    problems = name_problems(tensors, wanted)
     values = {}
     for name in sorted(wanted) if not problems else ():
-        tensor = tensors[name]
+        tensor, dtype = tensors[name], wanted[name].dtype  # read once, since it may come from the file
         if tensor.shape != wanted[name].shape:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}")
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the network asks for {tuple(wanted[name].shape)}")
             continue
-        values[name] = tensor.to(device=device, dtype=wanted[name].dtype, copy=True)
+        values[name] = tensor.to(device=device, dtype=dtype, copy=True)
         if not tensor.is_floating_point() or not bool(values[name].isfinite().all()):
-            problems.append(
-                f"{name} holds values that are not finite in {str(wanted[name].dtype).removeprefix('torch.')}"
-            )
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise TeacherError(
-            f"{where}: weights do not fit their config: {'; '.join(problems[:3])}{more}; use files of one checkpoint"
-        )
+            problems.append(f"{name} holds values that are not finite in {str(dtype).removeprefix('torch.')}")
+    raise_unfit(problems, where)
     network.load_state_dict(values, assign=True)
 
 

@@ -17,15 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import (
-    PublishedTeacher,
-    TapSpec,
-    TeacherKind,
-    TeacherSpec,
-    makes_no_images,
-    parse_options,
-    register_teacher,
-)
+from dtpipe.extract.teachers.base import LatentEncoder, TapSpec, TeacherKind, TeacherSpec, parse_options
 from dtpipe.extract.teachers.diffusion.compiled import compile_layers
 from dtpipe.extract.teachers.diffusion.encoding import (
     FORWARD,
@@ -57,7 +49,6 @@ if TYPE_CHECKING:
 
     from dtpipe.extract.config import TeacherConfig
 
-KIND = "stable_diffusion"
 POSTERIOR = "vae"  # the noise stream of the VAE's posterior
 
 
@@ -170,10 +161,6 @@ class StableDiffusionTeacher:
     @property
     def _kept_level(self) -> str:
         return next(level.name for level in self.spec.levels if level.tap == VAE)
-
-    def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Raises: TeacherError; the paper's diffusion teachers encode."""
-        raise makes_no_images(self.spec.kind)
 
     def predict_noise(self, noisy: Tensor, timestep: int) -> Tensor:
         """As `Denoiser.predict_noise`. Shapes: (B, 4, h, w) -> the same, float32."""
@@ -306,7 +293,7 @@ def _spec(
     taps = [*levels.values(), *([latent_level(files)] if options.keep_latents else [])]
     networks = {"unet": files.unet.arguments, "vae": files.vae.arguments}
     return TeacherSpec(
-        kind=KIND,
+        kind="stable_diffusion",
         weights_blake3=blake3_hex(canonical_json(digests)),
         image_px=files.image_px,
         levels=tuple(taps),
@@ -325,32 +312,12 @@ def _spec(
     )
 
 
-_OPENRAIL = "CreativeML OpenRAIL-M"
-_LEVELS = "l3 320, l4 640, l5 1280, l6 1280"  # of the teacher's image; l2 to l5 of a student's at half the size
-
-register_teacher(
-    TeacherKind(
-        kind=KIND,
-        reads="A diffusers folder of Stable Diffusion 1 or 2 (unet, vae, text_encoder, tokenizer, scheduler), or a hub id of one "
-        "with a pinned revision and kind stable_diffusion.",
-        matches=is_pipeline_path,
-        load=load_stable_diffusion,
-        options=StableDiffusionOptions,
-        published=(
-            PublishedTeacher(
-                "stable-diffusion-1.4",
-                "hf://CompVis/stable-diffusion-v1-4@133a221b8aa7292a167afc5127cb63fb5005638b",
-                _OPENRAIL,
-                _LEVELS,
-                (512, 512),
-            ),
-            PublishedTeacher(
-                "stable-diffusion-1.5",
-                "hf://stable-diffusion-v1-5/stable-diffusion-v1-5@451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
-                _OPENRAIL,
-                _LEVELS,
-                (512, 512),
-            ),
-        ),
-    )
+KIND = TeacherKind(
+    kind="stable_diffusion",
+    reads="A diffusers folder of Stable Diffusion 1 or 2 (unet, vae, text_encoder, tokenizer, scheduler), or a hub id of one "
+    "with a pinned revision and kind stable_diffusion.",
+    protocol=LatentEncoder,
+    matches=is_pipeline_path,
+    load=load_stable_diffusion,
+    options=StableDiffusionOptions,
 )

@@ -31,7 +31,7 @@ from dtpipe.manifests.errors import TeacherError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dtpipe.extract.teachers.stylegan2.network import Layout
+    from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout
 
 MODULE = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER, TENSOR, STORAGE = (
@@ -61,7 +61,7 @@ _SETTINGS = (  # class, attribute, and the value with which the network is the o
 )
 
 
-def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
+def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layout]:
     """A generator's tensors under NVIDIA's names, on the CPU: the averaged ones (`ema`) or those of the last step.
 
     Raises: TeacherError when the file is missing, damaged, unsafe, or holds something else.
@@ -71,7 +71,7 @@ def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
     return _read_torch(path, ema) if path.suffix != ".pkl" else _read_pkl(path, ema)
 
 
-def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
+def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layout]:
     import torch
 
     try:
@@ -93,7 +93,7 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
     return tensors, find_layout(tensors, str(path), None, 0.01, scaled_epsilon=True)
 
 
-def _read_pkl(path: Path, ema: bool) -> tuple[dict[str, Tensor], Layout]:
+def _read_pkl(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layout]:
     content = read_pickle(path, NAMES)
     if (
         isinstance(content, tuple)

@@ -14,7 +14,7 @@ from dtpipe.manifests.errors import TeacherError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dtpipe.extract.teachers.stylegan2.network import Layout
+    from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout
 
 _UNUSED = re.compile(r"synthesis\.(b4|b\d+\.conv1)\.resample_filter")  # stored, but these layers do not resample
 
@@ -26,12 +26,12 @@ def used_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def find_layout(
     tensors: Mapping[str, Tensor], where: str, conv_clamp: float | None, mapping_lr: float, scaled_epsilon: bool
-) -> Layout:
+) -> StyleGan2Layout:
     """Sizes by the tensors' shapes.
 
     Raises: TeacherError when the first of a kind is missing or has another rank, or the images are not RGB.
     """
-    from dtpipe.extract.teachers.stylegan2.network import Layout, block_name
+    from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout, block_name
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         found = tuple(tensors[name].shape) if name in tensors else None
@@ -57,7 +57,7 @@ def find_layout(
     if z_dim < 1:
         raise TeacherError(f"{where}: the mapping takes no latent beside the class; use a generator that has one")
     widths = tuple(shape(f"mapping.fc{idx}.weight", 2)[0] for idx in range(num_layers))
-    return Layout(
+    return StyleGan2Layout(
         z_dim=z_dim,
         w_dim=widths[-1],
         num_classes=num_classes,

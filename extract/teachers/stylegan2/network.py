@@ -22,7 +22,7 @@ FILTER_TAPS = 4
 
 
 @dataclass(frozen=True)
-class Layout:
+class StyleGan2Layout:
     """Sizes of a generator, and what its weights do not tell."""
 
     z_dim: int
@@ -84,7 +84,7 @@ class Linear(nn.Module):
 class Mapping(nn.Module):
     """From a latent and a class to a style. Shapes: (B, z_dim), (B, num_classes) or None -> (B, w_dim)."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: StyleGan2Layout) -> None:
         super().__init__()
         self.embed = Linear(layout.num_classes, layout.embed_dim) if layout.num_classes else None
         widths = (layout.z_dim + layout.embed_dim, *layout.mapping_widths)
@@ -109,7 +109,7 @@ class StyledConv(nn.Module):
     sample apart (eq. 1-3), needs no weights per sample and mixes no samples.
     """
 
-    def __init__(self, inputs: int, outputs: int, layout: Layout, side_px: tuple[int, int], up: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, layout: StyleGan2Layout, side_px: tuple[int, int], up: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 3))
         self.bias = nn.Parameter(torch.empty(outputs))
@@ -147,7 +147,7 @@ class StyledConv(nn.Module):
 class ToRgb(nn.Module):
     """Modulated 1x1 convolution to colours, without demodulation. Shapes: (B, I, H, W), (B, w_dim) -> (B, 3, H, W)."""
 
-    def __init__(self, inputs: int, layout: Layout) -> None:
+    def __init__(self, inputs: int, layout: StyleGan2Layout) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3, inputs, 1, 1))
         self.bias = nn.Parameter(torch.empty(3))
@@ -163,7 +163,7 @@ class ToRgb(nn.Module):
 class Block(nn.Module):
     """One resolution: the constant, or an upsampling convolution; a convolution; colours added to the upsampled image."""
 
-    def __init__(self, layout: Layout, idx: int) -> None:
+    def __init__(self, layout: StyleGan2Layout, idx: int) -> None:
         super().__init__()
         outputs, side_px = layout.channels[idx], layout.side_px(idx)
         if idx == 0:
@@ -192,7 +192,7 @@ class Block(nn.Module):
 class Synthesis(nn.Module):
     """From styles to an image."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: StyleGan2Layout) -> None:
         super().__init__()
         self.num_blocks = len(layout.channels)
         for idx in range(self.num_blocks):
@@ -209,10 +209,10 @@ class Synthesis(nn.Module):
         return cast(Tensor, image)
 
 
-class Generator(nn.Module):
+class StyleGan2Network(nn.Module):
     """Mapping and synthesis. Its parameters are empty until weights are loaded."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: StyleGan2Layout) -> None:
         super().__init__()
         self.layout = layout
         self.mapping = Mapping(layout)

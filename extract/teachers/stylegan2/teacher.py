@@ -7,32 +7,23 @@ the network is our own, in `stylegan2_network`.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import (
-    PublishedTeacher,
-    TapSpec,
-    TeacherKind,
-    TeacherSpec,
-    architecture,
-    parse_options,
-    register_teacher,
-    takes_no_images,
-)
+from dtpipe.extract.teachers.base import Generator, TapSpec, TeacherKind, TeacherSpec, architecture, parse_options
 from dtpipe.extract.teachers.files.names import names_tensors, pickled_name
 from dtpipe.manifests.errors import ConfigError, TeacherError
-from dtpipe.manifests.schema import StrictModel, ViewSpec
+from dtpipe.manifests.schema import StrictModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dtpipe.extract.config import TeacherConfig
-    from dtpipe.extract.teachers.stylegan2.network import Generator, Layout
+    from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout, StyleGan2Network
 
 LATENT, NOISE_MAPS, LABEL = "z", "style_noise", "label"
 HEAD_BYTES = 1 << 26  # in an NVIDIA snapshot the first convolution lies behind the mapping's weights
@@ -60,7 +51,7 @@ class StyleGan2Options(StrictModel):
 class StyleGan2Teacher:
     """A frozen generator on its device."""
 
-    def __init__(self, network: Generator, spec: TeacherSpec, options: StyleGan2Options, dtype: str) -> None:
+    def __init__(self, network: StyleGan2Network, spec: TeacherSpec, options: StyleGan2Options, dtype: str) -> None:
         from dtpipe.extract.teachers.taps import TapReader
 
         self.network = network
@@ -68,10 +59,6 @@ class StyleGan2Teacher:
         self.options = options
         self.dtype = dtype
         self._reader = TapReader(network, {level.name: level.tap for level in spec.levels})
-
-    def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
-        """Raises: TeacherError, always."""
-        raise takes_no_images(self.spec.kind)
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images and the features they were made through; a class is the place of the greatest number in `label`.
@@ -88,7 +75,7 @@ class StyleGan2Teacher:
         return images, {name: storable(level) for name, level in levels.items()}
 
 
-def make_images(network: Generator, noise: Mapping[str, Tensor], options: StyleGan2Options) -> Tensor:
+def make_images(network: StyleGan2Network, noise: Mapping[str, Tensor], options: StyleGan2Options) -> Tensor:
     """The generator's forward pass. Shapes: as `StyleGan2Teacher.synthesize` -> (B, 3, H, W), not clamped."""
     z = noise[LATENT]
     styles = network.styles(
@@ -100,7 +87,7 @@ def make_images(network: Generator, noise: Mapping[str, Tensor], options: StyleG
     return network.synthesis(styles, maps)  # type: ignore[no-any-return]
 
 
-def _one_hot(layout: Layout, noise: Mapping[str, Tensor], options: StyleGan2Options) -> Tensor | None:
+def _one_hot(layout: StyleGan2Layout, noise: Mapping[str, Tensor], options: StyleGan2Options) -> Tensor | None:
     """Shapes: -> (B, classes), or None for a generator without classes."""
     import torch
     from torch.nn.functional import one_hot
@@ -121,7 +108,7 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
 
     from dtpipe.extract.teachers.files.weights import load_strictly, weights_digest
     from dtpipe.extract.teachers.stylegan2.files import read_checkpoint
-    from dtpipe.extract.teachers.stylegan2.network import Generator
+    from dtpipe.extract.teachers.stylegan2.network import StyleGan2Network
 
     options = parse_options(config, StyleGan2Options)
     path = Path(config.path)
@@ -129,7 +116,7 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
     _check_options(options, layout, config.path)
     needs_mean = "mapping.w_avg" not in tensors and not layout.num_classes
     mean = {"mapping.w_avg": torch.zeros(layout.w_dim)} if needs_mean else {}
-    network = Generator(layout).requires_grad_(False).eval()
+    network = StyleGan2Network(layout).requires_grad_(False).eval()
     load_strictly(network, tensors | mean, path)
     if needs_mean and options.truncation_psi != 1:
         _set_mean_style(network)
@@ -143,12 +130,11 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
             **options.model_dump(mode="json"),
             "network": architecture(layout),
         },
-        synthesizes=True,
     )
     return StyleGan2Teacher(network.to(device), spec, options, config.dtype)
 
 
-def _check_options(options: StyleGan2Options, layout: Layout, where: str) -> None:
+def _check_options(options: StyleGan2Options, layout: StyleGan2Layout, where: str) -> None:
     label, cutoff = options.class_label, options.truncation_cutoff
     if label is not None and label >= layout.num_classes:
         known = f"classes 0 to {layout.num_classes - 1}" if layout.num_classes else "no classes"
@@ -161,7 +147,7 @@ def _check_options(options: StyleGan2Options, layout: Layout, where: str) -> Non
         )
 
 
-def _set_mean_style(network: Generator) -> None:
+def _set_mean_style(network: StyleGan2Network) -> None:
     """The mean style, for a checkpoint without one. Source: rosinality/stylegan2-pytorch `generate.py`, which draws as many."""
     import torch
 
@@ -171,7 +157,7 @@ def _set_mean_style(network: Generator) -> None:
     network.mapping.w_avg = network.mapping(z).mean(dim=0)
 
 
-def _noise_shapes(layout: Layout, options: StyleGan2Options) -> dict[str, tuple[int, ...]]:
+def _noise_shapes(layout: StyleGan2Layout, options: StyleGan2Options) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {LATENT: (layout.z_dim,)}
     if options.noise_mode == "random":
         shapes[NOISE_MAPS] = (sum(height * width for height, width in layout.noise_px),)
@@ -180,7 +166,7 @@ def _noise_shapes(layout: Layout, options: StyleGan2Options) -> dict[str, tuple[
     return shapes
 
 
-def _levels(network: Generator, options: StyleGan2Options, config: TeacherConfig) -> tuple[TapSpec, ...]:
+def _levels(network: StyleGan2Network, options: StyleGan2Options, config: TeacherConfig) -> tuple[TapSpec, ...]:
     """The taps that a person named, else the last convolution of each resolution at the usual strides, from fine to deep.
 
     Raises: TeacherError when there is none.
@@ -226,44 +212,11 @@ def is_stylegan2_file(path: str) -> bool:
         return False
 
 
-_NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
-_LICENCE = "Nvidia Source Code License (non-commercial)"
-_WIDE, _NARROW = "l2 512, l3 512, l4 512, l5 512", "l2 256, l3 512, l4 512, l5 512"
-_NARROWEST = "l2 128, l3 256, l4 512, l5 512"
-
-
-def _published(name: str, folder: str, file: str, levels: str, px: int) -> PublishedTeacher:
-    return PublishedTeacher(f"stylegan2-{name}", f"{_NVIDIA}/{folder}/{file}.pkl", _LICENCE, levels, (px, px))
-
-
-_ADA = "stylegan2-ada-pytorch/pretrained"
-_SOURCES = f"{_ADA}/transfer-learning-source-nets"
-_TENSORFLOW = "stylegan2/networks"
-
-register_teacher(
-    TeacherKind(
-        kind="stylegan2",
-        reads="A StyleGAN2 generator: NVIDIA's .pkl (ADA, PyTorch or TensorFlow), or a rosinality/stylegan2-pytorch .pt; makes images.",
-        matches=is_stylegan2_file,
-        load=load_stylegan2_teacher,
-        options=StyleGan2Options,
-        published=(
-            _published("ffhq", _ADA, "ffhq", _NARROWEST, 1024),
-            _published("metfaces", _ADA, "metfaces", _NARROWEST, 1024),
-            _published("afhqcat", _ADA, "afhqcat", _NARROW, 512),
-            _published("afhqdog", _ADA, "afhqdog", _NARROW, 512),
-            _published("afhqwild", _ADA, "afhqwild", _NARROW, 512),
-            _published("brecahad", _ADA, "brecahad", _NARROW, 512),
-            _published("cifar10", _ADA, "cifar10", "l2 512, l3 512", 32),
-            _published("ffhq256", _SOURCES, "ffhq-res256-mirror-paper256-noaug", _NARROW, 256),
-            _published(
-                "celebahq256", _SOURCES, "celebahq-res256-mirror-paper256-kimg100000-ada-target0.5", _NARROW, 256
-            ),
-            _published("lsun-dog", _SOURCES, "lsundog-res256-paper256-kimg100000-noaug", _NARROW, 256),
-            _published("lsun-cat", _TENSORFLOW, "stylegan2-cat-config-f", _WIDE, 256),
-            _published("lsun-horse", _TENSORFLOW, "stylegan2-horse-config-f", _WIDE, 256),
-            _published("lsun-church", _TENSORFLOW, "stylegan2-church-config-f", _WIDE, 256),
-            _published("lsun-car", _TENSORFLOW, "stylegan2-car-config-f", _NARROW, 512),
-        ),
-    )
+KIND = TeacherKind(
+    kind="stylegan2",
+    reads="A StyleGAN2 generator: NVIDIA's .pkl (ADA, PyTorch or TensorFlow), or a rosinality/stylegan2-pytorch .pt; makes images.",
+    protocol=Generator,
+    matches=is_stylegan2_file,
+    load=load_stylegan2_teacher,
+    options=StyleGan2Options,
 )

@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import (
-    PublishedTeacher,
-    TapSpec,
-    TeacherKind,
-    TeacherSpec,
-    makes_no_images,
-    parse_options,
-    register_teacher,
-)
+from dtpipe.extract.teachers.base import Encoder, TapSpec, TeacherKind, TeacherSpec, parse_options
 from dtpipe.extract.teachers.vae.files import Autoencoder, is_autoencoder_path, read_autoencoder
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
@@ -53,7 +45,7 @@ class VaeOptions(StrictModel):
 
 
 class VaeTeacher:
-    """A frozen autoencoder on its device."""
+    """A frozen autoencoder on its device; its latents are not normal, so it makes no images by itself."""
 
     def __init__(self, network: nn.Module, spec: TeacherSpec, total_stride: int, dtype: str) -> None:
         from dtpipe.extract.teachers.taps import TapReader
@@ -85,10 +77,6 @@ class VaeTeacher:
             return {
                 level.name: torch.stack([seen[key][level.name] for key in keys], dim=1) for level in self.spec.levels
             }
-
-    def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Raises: TeacherError; an autoencoder's latents are not normal, so it makes no images by itself."""
-        raise makes_no_images(self.spec.kind)
 
     def latent(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """What the decoder is given: mean + standard deviation * noise of the posterior, its mean without noise.
@@ -239,21 +227,11 @@ def _decoder_layers(network: nn.Module) -> list[str]:
     ]
 
 
-register_teacher(
-    TeacherKind(
-        kind="vae",
-        reads="A diffusers AutoencoderKL, VQModel or AutoencoderTiny folder, a hub id of one with a pinned revision, or taesd's two files.",
-        matches=is_autoencoder_path,
-        load=load_vae_teacher,
-        options=VaeOptions,
-        published=(
-            PublishedTeacher(
-                name="sd-vae-ft-mse",
-                url="hf://stabilityai/sd-vae-ft-mse@31f26fdeee1355a5c34592e401dd41e45d25a493",
-                licence="MIT",
-                levels="l2 512, l3 512",
-                image_px=(256, 256),
-            ),
-        ),
-    )
+KIND = TeacherKind(
+    kind="vae",
+    reads="A diffusers AutoencoderKL, VQModel or AutoencoderTiny folder, a hub id of one with a pinned revision, or taesd's two files.",
+    protocol=Encoder,
+    matches=is_autoencoder_path,
+    load=load_vae_teacher,
+    options=VaeOptions,
 )

@@ -19,7 +19,6 @@ from dtpipe.extract.shards import worker as worker_module
 from dtpipe.extract.shards.buffer import ShardBuffer
 from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue, StageSeconds
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardWorker, WorkerContext
-from dtpipe.extract.teachers.base import makes_no_images
 from dtpipe.manifests.codecs.base import encode_level
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
@@ -72,9 +71,6 @@ class Wrapped:
         self, images: torch.Tensor, noise: Mapping[str, torch.Tensor], views: Sequence[Any]
     ) -> dict[str, torch.Tensor]:
         return self._then(self._teacher.encode(images, noise, views))
-
-    def synthesize(self, noise: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        raise makes_no_images("wrapped")
 
 
 def test_shard_is_committed_once_and_not_done_again(open_worker: OpenWorker) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.sources import open_source
+from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import ErrorBudgetError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from parts.extractions import Extract, MakeConfig

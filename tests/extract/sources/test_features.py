@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.features import FeaturesSource
 from dtpipe.extract.sources.images import decode_image
+from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import IncompleteError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset

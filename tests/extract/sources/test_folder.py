@@ -14,7 +14,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from dtpipe.extract.sources import SourceItem, open_source, source_kinds
+from dtpipe.extract.sources.base import SourceItem
+from dtpipe.extract.sources.registry import SOURCES, open_source
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError, MissingPackageError
 from parts.images import write_files
 from parts.packing import no_fault_of_the_image
@@ -179,8 +180,8 @@ def test_file_instead_of_folder_says_so(tmp_path: Path) -> None:
 
 
 def test_containers_are_asked_before_folders() -> None:
-    assert list(source_kinds())[-2:] == ["class_folder", "folder"]
-    assert {"zip", "webdataset", "parquet", "lmdb"} <= set(source_kinds())
+    assert list(SOURCES)[-2:] == ["class_folder", "folder"]
+    assert {"zip", "webdataset", "parquet", "lmdb"} <= set(SOURCES)
 
 
 def test_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
@@ -220,8 +221,8 @@ def test_missing_file_system_package_has_its_own_error(monkeypatch: pytest.Monke
 
 
 def test_kinds_describe_themselves() -> None:
-    assert {"folder", "class_folder"} <= set(source_kinds())
-    assert all(kind.kind == name and kind.reads.endswith(".") for name, kind in source_kinds().items())
+    assert {"folder", "class_folder"} <= set(SOURCES)
+    assert all(kind.kind == name and kind.reads.endswith(".") for name, kind in SOURCES.items())
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dtpipe.extract.sources import open_source
+from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
 from parts.packing import contents, labels, write_lmdb
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import TransformRecipe
 from parts.paths import SHARED

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtpipe.extract.sources import open_source
 from dtpipe.extract.sources.group_cache import GroupCache
 from dtpipe.extract.sources.images import decode_image
 from dtpipe.extract.sources.parquet import ParquetSource
+from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.write.listing import permutation
 from parts.packing import contents, labels, no_fault_of_the_image, write_parquet

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dtpipe.extract.sources import open_source
+from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.write.listing import build_listing
 from parts.images import write_files

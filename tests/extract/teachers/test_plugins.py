@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers import base, plugins
-from dtpipe.extract.teachers.base import load_teacher, teacher_kinds
+from dtpipe.extract.teachers import plugins
+from dtpipe.extract.teachers.registry import load_teacher, teacher_kinds
 from dtpipe.manifests.errors import TeacherError
 
 GOOD = '''
 import torch
-from dtpipe.extract.teachers.base import TapSpec, TeacherKind, TeacherSpec, register_teacher
+from dtpipe.extract.teachers.base import Encoder, TapSpec, TeacherKind, TeacherSpec
 
 
 class Brightness:
@@ -30,15 +30,15 @@ class Brightness:
         return {"l2": torch.stack([torch.nn.functional.avg_pool2d(images, 4) for _ in views], 1)}
 
 
-KIND = TeacherKind("brightness", "Any .bright file.", lambda path: path.endswith(".bright"), lambda config, device: Brightness())
+def kind(name, reads, matches, teacher=Brightness):
+    return TeacherKind(name, reads, Encoder, matches, lambda config, device: teacher())
+
+
+BRIGHTNESS = kind("brightness", "Any .bright file.", lambda path: path.endswith(".bright"))
 
 
 def give():
-    return KIND
-
-
-def register():
-    register_teacher(KIND)
+    return BRIGHTNESS
 
 
 def nothing():
@@ -50,7 +50,6 @@ def number():
 
 
 def fail():
-    register_teacher(KIND)
     raise RuntimeError("half way")
 
 
@@ -58,35 +57,28 @@ def leave():
     raise SystemExit("needs a licence")
 
 
-def again():
-    from dtpipe.extract.teachers.plugins import load_plugins
-
-    load_plugins()
-    return KIND
-
-
 def rude():
-    return TeacherKind("rude", "Everything.", lambda path: 1 / 0, lambda config, device: Brightness())
+    return kind("rude", "Everything.", lambda path: 1 / 0)
+
+
+def mute():
+    return kind("mute", "Any .mute file.", lambda path: path.endswith(".mute"), object)
 
 
 def taken():
-    return TeacherKind("ddpm", "Mine.", lambda path: True, lambda config, device: Brightness())
+    return kind("ddpm", "Mine.", lambda path: True)
 '''
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to install into; the registry is as before afterwards."""
+    """A folder to install into."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
-    before = teacher_kinds()
-    seen = set(plugins._seen)
+    plugins._kind_of.cache_clear()
     yield folder
-    base._KINDS.clear()
-    base._KINDS.update(before)
-    plugins._seen.clear()
-    plugins._seen.update(seen)
+    plugins._kind_of.cache_clear()
     for name in [name for name in sys.modules if name.startswith("plugin_of_a_test")]:
         del sys.modules[name]
 
@@ -104,21 +96,14 @@ def install(site: Path, source: str, package: str = "plugin-of-a-test", **entry_
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [(GOOD, ":give"), (GOOD, ":register"), (GOOD, ":again"), (GOOD, ":KIND"), (f"{GOOD}\nregister()\n", "")],
-    ids=[
-        "function that returns",
-        "function that registers",
-        "function that asks again",
-        "a kind",
-        "module that registers",
-    ],
+    [(GOOD, ":give"), (GOOD, ":BRIGHTNESS"), (f"{GOOD}\nKIND = BRIGHTNESS\n", "")],
+    ids=["function that returns a kind", "a kind", "module that declares one"],
 )
-def test_each_form_of_entry_point_registers_its_teacher(
+def test_each_form_of_entry_point_brings_its_teacher(
     source: str, target: str, site: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(site, source, brightness=target)
-    plugins.load_plugins()
-    plugins.load_plugins()
+    assert teacher_kinds() == teacher_kinds()
     assert caplog.text == ""
     assert teacher_kinds()["brightness"].reads == "Any .bright file."
     assert load_teacher(TeacherConfig(path="some.bright")).spec.kind == "brightness"
@@ -136,8 +121,8 @@ def test_each_form_of_entry_point_registers_its_teacher(
         (GOOD, ":absent", "AttributeError"),
         (GOOD, ":fail", "RuntimeError: half way"),
         (GOOD, ":leave", "SystemExit: needs a licence"),
-        (GOOD, ":nothing", "it registers no teacher"),
-        (GOOD, "", "it registers no teacher"),
+        (GOOD, ":nothing", "it declares no teacher"),
+        (GOOD, "", "it declares no teacher"),
         (GOOD, ":number", "it gives a int, not a TeacherKind"),
         (GOOD, ":taken", "kind 'ddpm' is registered already"),
     ],
@@ -148,7 +133,7 @@ def test_a_broken_plugin_is_named_and_harms_no_other(
     before = teacher_kinds()
     install(site, source, bad=target)
     install(site, GOOD, "plugin-of-a-test-that-works", brightness=":give")
-    plugins.load_plugins()
+    assert teacher_kinds() == teacher_kinds()
     assert len(caplog.records) == 1
     assert "plugin-of-a-test 1.2 (bad = plugin_of_a_test" in caplog.text
     assert reason in caplog.text
@@ -166,9 +151,14 @@ def test_a_plugin_that_fails_to_match_does_not_keep_others_from_it(
     site: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(site, GOOD, a_rude=":rude", brightness=":give")
-    plugins.load_plugins()
     assert load_teacher(TeacherConfig(path="some.bright")).spec.kind == "brightness"
     assert "plugin-of-a-test 1.2: matches('some.bright') of kind rude raised ZeroDivisionError" in caplog.text
+
+
+def test_a_plugin_whose_teacher_has_not_the_methods_it_declares_is_refused(site: Path) -> None:
+    install(site, GOOD, mute=":mute")
+    with pytest.raises(TeacherError, match=r"some\.mute: kind mute gives a object, which has not the methods"):
+        load_teacher(TeacherConfig(path="some.mute"))
 
 
 def test_images_are_extracted_with_an_installed_teacher(site: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dtpipe.extract.teachers.files.published import published_teachers
+from dtpipe.extract.teachers.registry import KINDS
 from dtpipe.pipeline.cli.main import main
-from dtpipe.pipeline.cli.names import KINDS, catalogue, published_teachers
+from dtpipe.pipeline.cli.names import KINDS as CATALOGUES
+from dtpipe.pipeline.cli.names import catalogue, published
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CATALOGUES)
 def test_every_name_has_a_sentence(kind: str) -> None:
     names = catalogue(kind)[kind]
     assert names
@@ -21,14 +24,14 @@ def test_every_name_has_a_sentence(kind: str) -> None:
 
 def test_published_teachers_say_what_one_image_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTPIPE_CACHE", str(tmp_path))
-    [found] = published_teachers("adm-imagenet")
+    [found] = published("adm-imagenet")
     image, cells = 3 * 256 * 256, {4: 512, 8: 512, 16: 1024, 32: 1024}
     assert found.size_bytes == image + sum(2 * channels * (256 // stride) ** 2 for stride, channels in cells.items())
     assert found.url.startswith("https://") and found.licence == "MIT" and not found.cached
     path = tmp_path / "teachers" / "adm-imagenet" / found.url.rpartition("/")[2]
     path.parent.mkdir(parents=True)
     path.touch()
-    assert published_teachers("adm-imagenet")[0].cached
+    assert published("adm-imagenet")[0].cached
 
 
 def test_list_students_says_which_levels_each_can_serve() -> None:
@@ -39,10 +42,12 @@ def test_list_students_says_which_levels_each_can_serve() -> None:
 
 
 def test_every_published_teacher_is_complete() -> None:
-    found = published_teachers()
-    assert len({each.name for each in found}) == len(found)
-    for each in found:
-        assert each.url.startswith(("https://", "hf://")) and each.licence and min(each.px) >= 32, each.name
+    teachers = published_teachers()
+    assert len({teacher.name for teacher in teachers}) == len(teachers)
+    for teacher in teachers:
+        assert teacher.url.startswith(("https://", "hf://")) and teacher.licence, teacher.name
+        assert min(teacher.image_px) >= 32 and all(level.startswith("l") for level in teacher.levels), teacher.name
+        KINDS[teacher.kind].options.model_validate(teacher.options)
 
 
 def test_list_teachers_prints_families_options_and_published_files() -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from dtpipe.pipeline.cli.main import main
-from dtpipe.pipeline.cli.names import published_teachers
+from dtpipe.pipeline.cli.names import published
 from dtpipe.pipeline.cli.settings import preset_names
 from parts.paper_runs import PAPER, PRESETS, ROWS, RUNS, configs, header
 
@@ -99,7 +99,7 @@ def test_figures_of_the_ablations_are_complete() -> None:
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.teacher])
 def test_counted_bytes_are_those_of_the_published_teacher(name: str) -> None:
     run = RUNS[name]
-    [found] = [each for each in published_teachers() if each.name == run.teacher]
+    [found] = [each for each in published() if each.name == run.teacher]
     image = 3 * run.px[0] * run.px[1]
     counted = COSTS["teachers"][run.costs]
     assert (counted["bytes_1"], counted["bytes_2"]) == (found.size_bytes, 2 * found.size_bytes - image)

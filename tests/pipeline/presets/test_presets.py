@@ -16,7 +16,7 @@ from dtpipe.distill.config import DistillConfig
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.cli.main import main
-from dtpipe.pipeline.cli.names import published_teachers
+from dtpipe.pipeline.cli.names import published
 from dtpipe.pipeline.cli.settings import gather, load_document, preset_names, validate
 from parts.images import write_images
 from parts.paper_runs import OTHERS, ROWS, RUNS, configs, header
@@ -80,7 +80,7 @@ def test_distillation_is_the_papers(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.teacher])
 def test_teachers_are_published_ones_of_that_size(name: str) -> None:
-    [found] = [each for each in published_teachers() if each.name == RUNS[name].teacher]
+    [found] = [each for each in published() if each.name == RUNS[name].teacher]
     assert found.px == RUNS[name].px
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.extract.teachers.biggan.icgan import is_icgan_path
 from dtpipe.extract.teachers.biggan.teacher import is_biggan_path, load_biggan_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from parts import biggan_cases as cases
 
@@ -185,8 +185,3 @@ def test_a_folder_a_missing_file_and_a_cut_one_are_refused(weights, tmp_path):
     path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(TeacherError, match="not readable as weights"):
         load(path)
-
-
-def test_real_images_are_refused(weights, tmp_path):
-    with pytest.raises(TeacherError, match="--num-samples instead of --images"):
-        load(cases.save(weights, tmp_path)).encode(torch.zeros(1, 3, 32, 32), {}, [])

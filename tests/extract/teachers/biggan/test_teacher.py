@@ -12,10 +12,10 @@ import torch
 from scipy import stats
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.base import TeacherKind, teacher_kinds
 from dtpipe.extract.teachers.biggan.keys import spectral_norm
-from dtpipe.extract.teachers.biggan.network import Generator, GeneratorLayout
+from dtpipe.extract.teachers.biggan.network import BigGanLayout, BigGanNetwork
 from dtpipe.extract.teachers.biggan.teacher import load_biggan_teacher
+from dtpipe.extract.teachers.files.published import published_teachers
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.gan import Table, choose_rows, truncate
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
@@ -193,7 +193,7 @@ def test_noise_of_another_shape_is_refused(files):
 
 def test_the_spec_says_what_was_read_and_how_images_are_made(files):
     spec = load(files / "class_cond.pth", class_label=3, truncation="clamp", threshold=1.5).spec
-    assert spec.kind == "biggan" and spec.synthesizes and spec.image_px == (128, 128) and spec.num_timesteps is None
+    assert spec.kind == "biggan" and spec.image_px == (128, 128) and spec.num_timesteps is None
     assert spec.weights_blake3 == weights_digest(cases.weights("class_cond"))  # of the tensors as published
     assert [(level.name, level.stride, level.channels, level.tap) for level in spec.levels] == [
         ("l2", 4, 16, "blocks.2.0"),
@@ -258,19 +258,17 @@ WIDTHS = {"half": 64, "coco": 48, "imagenet64": 64}  # others have 96
 
 @pytest.mark.parametrize("kind", ["biggan", "icgan"])
 def test_published_levels_are_those_of_the_published_widths(kind):
-    from dtpipe.extract.teachers.biggan.teacher import (
-        _levels_of,
-        icgan,  # noqa: F401  registers the other kind
-    )
+    from dtpipe.extract.teachers.biggan.teacher import _levels_of
 
-    family: TeacherKind = teacher_kinds()[kind]
-    for published in family.published:
+    family = [published for published in published_teachers() if published.kind == kind]
+    assert family
+    for published in family:
         width = next((each for name, each in WIDTHS.items() if name in published.name), 96)
         widths = tuple(width * each for each in MULTIPLIERS[published.image_px[0]])
-        layout = GeneratorLayout(4, widths, (False,) * (len(widths) - 1), 17, 128, True)
+        layout = BigGanLayout(4, widths, (False,) * (len(widths) - 1), 17, 128, True)
         with torch.device("meta"):
-            levels = _levels_of(Generator(layout, 1e-5), None, False)
-        assert ", ".join(f"{level.name} {level.channels}" for level in levels) == published.levels, published.name
+            levels = _levels_of(BigGanNetwork(layout, 1e-5), None, False)
+        assert {level.name: level.channels for level in levels} == published.levels, published.name
         assert layout.image_px == published.image_px[0]
 
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.base import load_teacher, teacher_kinds
 from dtpipe.extract.teachers.diffusion.adm import is_adm_file, load_adm_teacher
 from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmOptions, complete, infer_layout, unet_arguments
+from dtpipe.extract.teachers.files.published import published_teachers
 from dtpipe.extract.teachers.files.weights import weights_digest
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
 from dtpipe.manifests.schema import ViewSpec
 from parts import paths
@@ -265,11 +266,11 @@ def test_the_kind_can_be_named(file):
 
 
 def test_published_files_and_their_options_are_listed():
-    kind = teacher_kinds()["adm"]
+    family = [published for published in published_teachers() if published.kind == "adm"]
     assert {
         f"adm-{name}" for name in ("imagenet", "imagenet-conditional", "lsun-bedroom", "lsun-cat", "lsun-horse", "ffhq")
-    } <= {each.name for each in kind.published}
-    for each in kind.published:
+    } <= {each.name for each in family}
+    for each in family:
         assert each.url.startswith("https://")
         assert each.url.endswith(".pt")
         AdmOptions.model_validate(each.options)
@@ -304,7 +305,7 @@ DAMAGES: dict[str, tuple[Callable[[Weights], Any], str]] = {
     "an upsampling layer missing": (drop("output_blocks.1.2."), "output_blocks"),
     "a tensor missing": (drop("input_blocks.3.0.in_layers.0.bias"), "input_blocks.3.0.in_layers.0.bias is missing"),
     "a tensor too many": (widen("extra", 1), "extra is unexpected"),
-    "a wrong shape": (widen("out.0.bias", 5), r"out.0.bias has shape \(5,\), its neighbours ask for \(32,\)"),
+    "a wrong shape": (widen("out.0.bias", 5), r"out.0.bias has shape \(5,\), the network asks for \(32,\)"),
     "q, k, v of another size": (widen("middle_block.1.qkv.weight", 190, 64, 1), r"qkv.weight has shape \(190, 64, 1\)"),
     "not finite": (
         lambda each: each.update({"out.0.bias": torch.full((32,), float("nan"))}),

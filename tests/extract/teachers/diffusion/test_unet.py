@@ -14,10 +14,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.base import load_teacher
 from dtpipe.extract.teachers.diffusion.ddpm import load_ddpm_teacher
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher
 from dtpipe.extract.teachers.files.weights import weights_digest
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import ViewSpec
 

@@ -16,8 +16,8 @@ from blake3 import blake3
 
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.teachers.base import PublishedTeacher, TeacherKind, load_teacher
-from dtpipe.extract.teachers.files.published import fetch, locate
+from dtpipe.extract.teachers.files.published import PublishedTeacher, fetch, locate
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import TeacherError
 
 WEIGHTS = bytes(range(256)) * 40
@@ -43,18 +43,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def entry(url: str) -> PublishedTeacher:
-    return PublishedTeacher("tiny", url, "MIT", "l2 8", (32, 32), {"learn_sigma": True, "heads": 4})
-
-
-def kinds(url: str) -> dict[str, TeacherKind]:
-    def load(config: object, device: str) -> object:
-        raise AssertionError("not loaded here")
-
-    return {"adm": TeacherKind("adm", "files", lambda path: False, load, published=(entry(url),))}  # type: ignore[arg-type]
+    return PublishedTeacher(
+        name="tiny",
+        kind="adm",
+        url=url,
+        licence="MIT",
+        image_px=(32, 32),
+        levels={"l2": 8},
+        options={"learn_sigma": True, "heads": 4},
+    )
 
 
 def test_a_name_becomes_a_file_with_its_family_and_options(server: str, cache: Path) -> None:
-    found = locate(TeacherConfig(path="tiny", options={"heads": 2}), kinds(f"{server}/model.pt"))
+    found = locate(TeacherConfig(path="tiny", options={"heads": 2}), [entry(f"{server}/model.pt")])
     assert (found.kind, found.options) == ("adm", {"learn_sigma": True, "heads": 2})
     assert Path(found.path) == cache / "tiny" / "model.pt"
     assert Path(found.path).read_bytes() == WEIGHTS
@@ -132,12 +133,12 @@ def test_a_page_without_a_direct_link_asks_for_the_path() -> None:
 
 def test_hub_entries_become_id_and_commit_and_paths_stay(tmp_path: Path) -> None:
     commit = "0" * 40
-    found = locate(TeacherConfig(path="tiny"), kinds(f"hf://owner/model@{commit}"))
+    found = locate(TeacherConfig(path="tiny"), [entry(f"hf://owner/model@{commit}")])
     assert (found.path, found.revision) == ("owner/model", commit)
     (tmp_path / "tiny").mkdir()
     config = TeacherConfig(path=str(tmp_path / "tiny"))
-    assert locate(config, kinds("https://example.org/model.pt")) is config
-    assert locate(TeacherConfig(path="tiny", kind="biggan"), kinds("https://example.org/model.pt")).path == "tiny"
+    assert locate(config, [entry("https://example.org/model.pt")]) is config
+    assert locate(TeacherConfig(path="tiny", kind="biggan"), [entry("https://example.org/model.pt")]).path == "tiny"
 
 
 @pytest.mark.parametrize("as_file", [True, False])
@@ -145,14 +146,14 @@ def test_a_teacher_behind_a_url_is_copied_once_and_again_when_it_changes(as_file
     memory = fsspec.filesystem("memory")
     memory.pipe({"/bucket/teacher/unet/config.json": b"{}", "/bucket/teacher/unet/model.safetensors": WEIGHTS})
     url = "memory://bucket/teacher/unet/model.safetensors" if as_file else "memory://bucket/teacher"
-    found = Path(locate(TeacherConfig(path=url), {}).path)
+    found = Path(locate(TeacherConfig(path=url), []).path)
     file = found if as_file else found / "unet" / "model.safetensors"
     assert file.read_bytes() == WEIGHTS
     assert found.is_relative_to(cache)
     assert (found.name == "model.safetensors") == as_file
-    assert Path(locate(TeacherConfig(path=url), {}).path) == found
+    assert Path(locate(TeacherConfig(path=url), []).path) == found
     memory.pipe("/bucket/teacher/unet/model.safetensors", WEIGHTS[:-5])
-    again = Path(locate(TeacherConfig(path=url), {}).path)
+    again = Path(locate(TeacherConfig(path=url), []).path)
     assert (again if as_file else again / "unet" / "model.safetensors").read_bytes() == WEIGHTS[:-5]
     assert not list((cache / "remote").glob(".*"))
     memory.rm("/bucket", recursive=True)
@@ -160,7 +161,7 @@ def test_a_teacher_behind_a_url_is_copied_once_and_again_when_it_changes(as_file
 
 def test_a_url_without_a_teacher_is_said() -> None:
     with pytest.raises(TeacherError, match=r"nothing lies there|cannot be read"):
-        locate(TeacherConfig(path="memory://nowhere/teacher"), {})
+        locate(TeacherConfig(path="memory://nowhere/teacher"), [])
 
 
 def test_a_teacher_behind_a_url_extracts(ddpm: Path, make_config: Callable[..., ExtractConfig]) -> None:

@@ -18,7 +18,7 @@ from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.latents import StoredLatents
 from dtpipe.extract.recipe import make_recipe
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.teachers.stable_diffusion import teacher as stable_diffusion
 from dtpipe.extract.teachers.stable_diffusion.teacher import StableDiffusionTeacher, load_stable_diffusion
 from dtpipe.manifests.errors import ConfigError, MissingPackageError, ShapeError, TeacherError
@@ -380,5 +380,3 @@ def test_sizes_noise_and_timesteps_that_do_not_fit_are_refused(teacher):
         teacher.encode(images(), noise(), [view(1000)])
     with pytest.raises(ConfigError, match="needs a timestep in every view"):
         teacher.encode(images(), noise(), [ViewSpec(draw=0)])
-    with pytest.raises(TeacherError, match="encodes images and makes none"):
-        teacher.synthesize({})

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.teachers.stylegan2.files import read_checkpoint
-from dtpipe.extract.teachers.stylegan2.network import Layout
+from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout
 from dtpipe.extract.teachers.stylegan2.teacher import StyleGan2Teacher, is_stylegan2_file, load_stylegan2_teacher
 from dtpipe.manifests.errors import TeacherError
 from parts import paths
@@ -29,7 +29,7 @@ from parts import stylegan2_snapshots as files
 
 FIXTURES = paths.FIXTURES / "stylegan2"
 PARITY = paths.PARITY / "stylegan2_nvidia"
-LAYOUT = Layout(
+LAYOUT = StyleGan2Layout(
     z_dim=6,
     w_dim=5,
     num_classes=0,

@@ -18,7 +18,7 @@ from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.teachers.base import load_teacher
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.teachers.vae.teacher import VaeTeacher, is_autoencoder_path, load_vae_teacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -335,7 +335,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         (lambda folder: edit_config(folder, _class_name="AutoencoderDC"), "holds a AutoencoderDC; kind vae reads"),
         (lambda folder: edit_config(folder, in_channels=4), "does not take and give RGB"),
         (lambda folder: edit_config(folder, norm_num_groups=5), "diffusers cannot build this AutoencoderKL"),
-        (lambda folder: edit_config(folder, latent_channels=3), "weights do not fit their config"),
+        (lambda folder: edit_config(folder, latent_channels=3), "weights do not fit their network"),
         (
             lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50]),
             "not readable as weights",
