@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,6 +201,7 @@ def test_rate_and_eta_come_from_what_was_encoded_lately(monkeypatch: pytest.Monk
 
 TAPS = (TapSpec("l2", 4, 8, "a"), TapSpec("l5", 32, 16, "b"), TapSpec("l5.b", 32, 4, "c"))
 SPEC = TeacherSpec("toy", "0" * 64, (64, 64), TAPS, 1000, {"forward": (3, -1, -1)})
+TEACHER: Any = SimpleNamespace(spec=SPEC)
 
 
 def test_levels_are_named_by_strides_of_the_students_image() -> None:
@@ -217,26 +220,26 @@ def test_sizes_that_do_not_fit_the_teacher_are_refused(image_px: tuple[int, int]
 
 
 def test_views_are_every_combination_and_timesteps_must_exist(make_config: MakeConfig) -> None:
-    recipe = make_recipe(make_config(noise={"timesteps": [50, 7], "draws": 2, "flips": True}), SPEC, "folder", "cpu")
+    recipe = make_recipe(make_config(noise={"timesteps": [50, 7], "draws": 2, "flips": True}), TEACHER, "folder", "cpu")
     assert [(view.timestep, view.draw, view.flip) for view in recipe.views] == [
         (step, draw, flip) for step in (50, 7) for draw in (0, 1) for flip in (False, True)
     ]
     assert recipe.shard.samples == 3
     assert (
-        make_recipe(make_config(shard={}), SPEC, "folder", "cpu").shard.samples == 4096
+        make_recipe(make_config(shard={}), TEACHER, "folder", "cpu").shard.samples == 4096
     )  # 64 px images and small levels
     for wrong in ([1000], [5, 5]):
         with pytest.raises(ConfigError, match=r"extract\.noise\.timesteps"):
-            make_recipe(make_config(noise={"timesteps": wrong}), SPEC, "folder", "cpu")
+            make_recipe(make_config(noise={"timesteps": wrong}), TEACHER, "folder", "cpu")
 
 
 def test_a_deterministic_encoding_has_one_draw_and_stops_at_its_stride(make_config: MakeConfig) -> None:
-    spec = replace(SPEC, noise_shapes={}, options={"inversion_stride": 10})
-    assert make_recipe(make_config(noise={"timesteps": [50, 150]}), spec, "folder", "cpu").views
+    teacher: Any = SimpleNamespace(spec=replace(SPEC, noise_shapes={}, options={"inversion_stride": 10}))
+    assert make_recipe(make_config(noise={"timesteps": [50, 150]}), teacher, "folder", "cpu").views
     with pytest.raises(ConfigError, match="has no noise"):
-        make_recipe(make_config(noise={"draws": 2}), spec, "folder", "cpu")
+        make_recipe(make_config(noise={"draws": 2}), teacher, "folder", "cpu")
     with pytest.raises(ConfigError, match=r"has 55, no multiple of .*inversion_stride 10"):
-        make_recipe(make_config(noise={"timesteps": [50, 55]}), spec, "folder", "cpu")
+        make_recipe(make_config(noise={"timesteps": [50, 55]}), teacher, "folder", "cpu")
 
 
 def test_queue_retries_then_sets_aside_and_reports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,8 +326,8 @@ def test_kept_latents_are_read_only_where_they_are_what_the_vae_would_give(
     config = make_config(
         teacher={"path": str(folder), "options": options}, noise=changes.get("noise", {"timesteps": [150]})
     )
-    spec = load_teacher(config.teacher).spec
-    found = StoredLatents.find(dataset, spec, make_recipe(config, spec, "features", "cpu"))
+    teacher = load_teacher(config.teacher)
+    found = StoredLatents.find(dataset, teacher.spec, make_recipe(config, teacher, "features", "cpu"))
     assert (found is not None) == reads
 
 

@@ -369,8 +369,6 @@ def test_options_and_inputs_that_do_not_fit_are_refused(kl_folder: Path, tmp_pat
         teacher.encode(pictures(2, 36, 32), {}, ONE_VIEW)
     with pytest.raises(ShapeError, match=r"noise\['vae'\] is None"):
         teacher.encode(pictures(), {}, ONE_VIEW)
-    with pytest.raises(TeacherError, match="--images instead of --num-samples"):
-        teacher.synthesize({})
 
 
 def test_an_extracted_dataset_holds_the_features_of_its_draws(
