@@ -249,9 +249,9 @@ def teacher_extractor(
     (default: the teacher's own) are resized on the device. Raises: TeacherError for a teacher that makes its own images.
     """
     import torch
-    from torch.nn.functional import interpolate
 
     from dtpipe.distill.downstream.base import FeatureExtractor
+    from dtpipe.distill.stream.batch import student_images
     from dtpipe.extract.encode import row_noise
     from dtpipe.extract.teachers.base import Generator
     from dtpipe.extract.teachers.registry import load_teacher
@@ -265,9 +265,7 @@ def teacher_extractor(
 
     def encode(images: Tensor) -> dict[str, Tensor]:
         keys = [blake3(image.numpy().tobytes()).hexdigest() for image in images.contiguous()]
-        pixels = images.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
-        if tuple(pixels.shape[-2:]) != size:
-            pixels = interpolate(pixels, size=size, mode="bilinear", antialias=True).clamp(-1, 1)
+        pixels = student_images(images.to(device), size)  # (B, 3, H, W)
         rows = [row_noise(seed, key, views, spec, size) for key in keys]
         noise = {
             stream: torch.from_numpy(np.stack([row[stream] for row in rows])).to(device) for stream in spec.noise_shapes

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dtpipe.distill.stream.batch import student_images
+from dtpipe.distill.stream.batch import scaled, student_images
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
@@ -209,7 +209,7 @@ def raw_pixels(strides: Sequence[int] = (4, 8, 16, 32)) -> FeatureExtractor:
     """
 
     def encode(images: Tensor) -> dict[str, Tensor]:
-        pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
+        pixels = scaled(images)  # (B, 3, H, W)
         fitting = [stride for stride in strides if stride <= min(pixels.shape[-2:])]
         return {f"l{stride.bit_length() - 1}": nn.functional.avg_pool2d(pixels, stride) for stride in fitting}
 

@@ -59,7 +59,7 @@ def scaled(images: Tensor) -> Tensor:
 
 
 def student_images(images: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """The student's input: scaled to [-1, 1] and, where the sizes differ, resized with antialiasing on the device.
+    """The input of a student or teacher: scaled to [-1, 1] and, where sizes differ, resized with antialiasing on the device.
 
     Shapes: images (B, H, W, 3) uint8 -> (B, 3, *size_px) float32 in [-1, 1].
     """
