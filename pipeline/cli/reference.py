@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,10 +23,9 @@ HEAD = """# Commands
 
 def help_text(name: str) -> str:
     """The help page of one command, as a wide terminal shows it."""
-    width = {"max_content_width": WIDTH, "terminal_width": WIDTH}
-    group = click.Context(
-        main, info_name="dtpipe", **{**main.context_settings, **width}
-    )  # as `main` gives its commands
+    width: dict[str, Any] = {"max_content_width": WIDTH, "terminal_width": WIDTH}
+    settings = {**main.context_settings, **width}  # as `main` itself gives its commands
+    group = click.Context(main, info_name="dtpipe", **settings)
     command = main.get_command(group, name)
     assert command is not None
     return command.get_help(click.Context(command, info_name=name, parent=group, **width))
