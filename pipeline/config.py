@@ -29,7 +29,6 @@ class EvalConfig(StrictModel):
         default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images."
     )
     foreground: bool = Field(default=False, description="Merge all mask classes but 0 into one.")
-    ignore_value: int | None = Field(default=255, ge=0, le=255, description="Mask value of pixels that do not count.")
     px: Size | None = Field(
         default=None, description="Side, or height and width, in px of images; default: the student's."
     )

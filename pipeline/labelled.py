@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dtpipe.extract.sources.base import Source, SourceItem
 
 MAX_PIXELS = 128_000_000
-BACKGROUND, IGNORED = 0, 255
+IGNORED = 255
 Mask = NDArray[np.uint8]
 
 

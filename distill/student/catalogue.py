@@ -45,11 +45,6 @@ def stride_text(strides: Sequence[int]) -> str:
     return f"strides {listed}" + (f"; not for levels of stride {', '.join(missing)}" if missing else "")
 
 
-def recorded_version() -> str:
-    """The version of timm that the file is of."""
-    return str(_document()["timm"])
-
-
 def _recorded() -> dict[tuple[int, ...], list[str]]:
     return {tuple(map(int, strides.split())): names for strides, names in _document()["students"].items()}
 

@@ -7,13 +7,13 @@ of kills writes the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dtpipe.manifests.errors import ManifestError
-from dtpipe.manifests.schema import IndexRow, Members, ObjectEntry, ShardEntry
+from dtpipe.manifests.schema import ObjectEntry, ShardEntry
 
 LISTING_FILE = "listing.parquet"
 SHARDS_FILE = "shards.parquet"
@@ -133,45 +133,6 @@ def decode_index(data: bytes, where: str) -> pa.Table:
     return table
 
 
-def index_rows(table: pa.Table) -> list[IndexRow]:
-    """The records of an index, or of a slice of one."""
-    return [IndexRow.model_construct(**row) for row in table.to_pylist()]
-
-
-class ShardTable:
-    """shards.parquet in memory; a shard's records are made only when asked for."""
-
-    def __init__(self, table: pa.Table, num_shards: int, where: str) -> None:
-        self._table = table
-        shards = table["shard"].to_pylist()
-        if shards != sorted(shards) or set(shards) != set(range(num_shards)):
-            raise ManifestError(
-                f"{where} does not list shards 0 to {num_shards - 1} in order; run `dtpipe verify --repair` on the dataset"
-            )
-        self._rows: dict[int, list[int]] = {}
-        for row, shard in enumerate(shards):
-            self._rows.setdefault(shard, []).append(row)
-
-    @classmethod
-    def decode(cls, data: bytes, num_shards: int, where: str) -> ShardTable:
-        """From the bytes of shards.parquet.
-
-        Raises: ManifestError naming `where` when they are damaged or list other shards.
-        """
-        return cls(decode_table(data, SHARDS_SCHEMA, where), num_shards, where)
-
-    def objects_of(self, shard_idx: int) -> tuple[ObjectEntry, ...]:
-        """The objects of one shard, with an empty identity: that one is the store's, not content."""
-        rows = self._rows[shard_idx]
-        found = self._table.slice(rows[0], len(rows)).to_pylist()
-        return tuple(_object_entry(row) for row in found)
-
-    def all_objects(self) -> list[tuple[int, str, int, str]]:
-        """(shard, name, size in bytes, blake3) of every object, in order."""
-        columns = [self._table[name].to_pylist() for name in ("shard", "name", "size_bytes", "blake3")]
-        return list(zip(*columns, strict=True))
-
-
 def _object_row(shard_idx: int, stored: ObjectEntry) -> dict[str, object]:
     arrays = [
         {"name": name, "offset": list(members.offset), "size": list(members.size), "crc32c": list(members.crc32c)}
@@ -184,14 +145,3 @@ def _object_row(shard_idx: int, stored: ObjectEntry) -> dict[str, object]:
         "blake3": stored.blake3,
         "arrays": arrays,
     }
-
-
-def _object_entry(row: dict[str, object]) -> ObjectEntry:
-    found = row["arrays"]
-    assert isinstance(found, Sequence)
-    arrays = {
-        array["name"]: Members(offset=tuple(array["offset"]), size=tuple(array["size"]), crc32c=tuple(array["crc32c"]))
-        for array in found
-    }
-    fields = {name: row[name] for name in ("name", "size_bytes", "blake3")}
-    return ObjectEntry.model_validate({**fields, "identity": "", "arrays": arrays})

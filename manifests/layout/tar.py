@@ -7,10 +7,8 @@ One rule: the row number is webdataset's sample key, because its own rule (all u
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,14 +104,6 @@ def decode_tar_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArray
     if found.shape != spec.chunk_shape or found.dtype != spec.dtype:
         raise DamagedDataError(f"it holds {found.dtype}{list(found.shape)}, not {spec.dtype}{list(spec.chunk_shape)}")
     out[...] = found
-
-
-def decode_key(chunk: bytes) -> dict[str, Any]:
-    """The content of a `key.json` member."""
-    try:
-        return dict(json.loads(chunk))
-    except (ValueError, TypeError) as err:
-        raise DamagedDataError(f"it is no JSON object ({err})") from err
 
 
 def _read_png(chunk: bytes) -> NDArray[np.generic]:

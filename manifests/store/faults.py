@@ -80,8 +80,3 @@ def arm_spec(spec: str) -> None:
     if count and not count.isdecimal():
         raise ConfigError(f"{FAULT_VARIABLE}={spec}: {count!r} is not a count; write name[:nth[:kill|stop]]")
     arm(name, int(count or 1), action or "kill")  # type: ignore[arg-type]
-
-
-def disarm() -> None:
-    """Forget all armed steps."""
-    _armed.clear()

@@ -16,7 +16,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -55,17 +54,6 @@ class LockRecord(StrictModel):
     heartbeat: str = Field(description="Wall clock of the last heartbeat, for people only.")
     interval_s: float = Field(gt=0, description="Seconds between heartbeats.")
     released: bool = False
-
-
-@dataclass(frozen=True)
-class LockToken:
-    """A writer's right to publish, to be handed to workers."""
-
-    epoch: int
-
-    def check(self, store: Store) -> None:
-        """Raise LockHeldError if a later writer took the dataset over."""
-        check_epoch(store, self.epoch)
 
 
 def check_epoch(store: Store, epoch: int) -> None:
@@ -145,11 +133,6 @@ class Lock:
     def epoch(self) -> int:
         """Number of this claim; higher than that of every earlier writer."""
         return self._record.epoch
-
-    @property
-    def token(self) -> LockToken:
-        """What workers need to check."""
-        return LockToken(self.epoch)
 
     def check(self) -> None:
         """Raise LockHeldError if another writer took over. Call before each publish."""

@@ -23,7 +23,6 @@ from dtpipe.manifests.errors import ConfigError, StoreError
 Part = Literal["train", "held_out"]
 Pixels = NDArray[np.uint8]
 
-NUM_CLASSES = 11  # background and ten digits
 TRAIN_SHARE = 0.75  # of the digit images and of each photograph's width
 MAIN_SIZE = (24 / 64, 44 / 64)  # of the scene's side: 24..44 px at 64 px
 EXTRA_SIZE = (12 / 64, 18 / 64)

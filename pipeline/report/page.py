@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from dtpipe.distill.config import DistillConfig
 
 SAMPLE_COLUMNS = 8
-SHOWN_PX = 128
 Note = Callable[[str], None]
 
 

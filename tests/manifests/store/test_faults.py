@@ -36,13 +36,6 @@ def test_wrong_specs_are_refused(spec):
     assert not faults._armed
 
 
-def test_arm_and_disarm():
-    faults.arm("merge.after", nth=2, action="stop")
-    faults.fault_point("merge.after")
-    faults.disarm()
-    faults.fault_point("merge.after")
-
-
 def test_every_step_that_code_passes_is_listed():
     packages = [REPO / name for name in ("manifests", "extract", "pipeline", "distill")]
     code = "\n".join(path.read_text() for package in packages for path in package.rglob("*.py"))
