@@ -28,6 +28,8 @@ from dtpipe.extract.encode import configure_torch, encode_rows
 from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.shards.rows import RowReader, StageSeconds
 from dtpipe.manifests.check.verify import relative_error
+from dtpipe.manifests.codecs.base import decode_level
+from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.schema import Recipe
 from dtpipe.pipeline.demo.scenes import write_scenes
 
@@ -56,9 +58,10 @@ def errors(recipe: Recipe, reference: Features, other: Features) -> dict[str, di
     """Largest relative error by level, before and after rounding."""
     found = {}
     for level in recipe.levels:
+        codec = open_codec(level)
         pairs = list(zip(reference[level.name], other[level.name], strict=True))
         plain = max(float(np.abs(one - two).max() / np.abs(one).max()) for one, two in pairs)
-        stored = max(relative_error(level, recipe, one.astype(level.dtype), two) for one, two in pairs)
+        stored = max(relative_error(codec, decode_level(codec, codec.encode(one)), two) for one, two in pairs)
         found[level.name] = {"float32": plain, level.dtype: stored}
     return found
 

@@ -182,12 +182,3 @@ def stack_noise(noise: Sequence[RowNoise | None], spec: TeacherSpec, batch_size:
                 out[idx] = each[stream]
         stacked[stream] = out
     return stacked
-
-
-def cast_level(features: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Features rounded to the stored dtype on their device, and which rows fit it (all values finite).
-
-    Shapes: (B, V, C, h, w) -> the same in `dtype`, and (B,) bool.
-    """
-    coded = features.to(getattr(torch, dtype))
-    return coded, torch.isfinite(coded).flatten(1).all(dim=1)

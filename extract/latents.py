@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dtpipe.extract.teachers.base import TeacherSpec
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec, Recipe
+from dtpipe.manifests.schema import LevelSpec, Recipe
 
 Latents = Mapping[bool, NDArray[np.generic]]
 """Moments of the posterior by flip, {flip: [C, h, w]} of one sample or {flip: [B, C, h, w]} of several."""
@@ -33,7 +33,7 @@ class StoredLatents:
     def find(cls, dataset: FeatureDataset, spec: TeacherSpec, recipe: Recipe) -> StoredLatents | None:
         """Those that the VAE of this teacher made of images of the same size, for all flips that `recipe` has; None without."""
         made = dataset.recipe
-        level = next((each for each in made.levels if each.name.endswith(LATENT_SUFFIX)), None)
+        level = next((level for level in made.levels if level.role == "latent"), None)
         flips = {view.flip: idx for idx, view in reversed(list(enumerate(made.views)))}
         same = (
             spec.options.get(KEEP_LATENTS)
@@ -51,8 +51,8 @@ class StoredLatents:
 
         Raises: DamagedDataError as the reader does.
         """
-        name = self.level.name
-        return self.dataset.read_batch(rows, (name,), [self.view_of_flip[flip]] * len(rows), images=False)[1][name]
+        name, views = self.level.name, [self.view_of_flip[flip]] * len(rows)
+        return self.dataset.read(rows, (name,), views, images=False)[1].decode()[name]
 
 
 def stack_latents(latents: Sequence[Latents | None], batch_size: int) -> dict[bool, NDArray[np.generic]]:

@@ -9,7 +9,9 @@ import numpy as np
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.teachers.registry import load_teacher
-from dtpipe.manifests.schema import Recipe
+from dtpipe.manifests.codecs.coded import CodedLevels
+from dtpipe.manifests.codecs.registry import level_codecs
+from dtpipe.manifests.schema import IMAGE, Recipe
 from dtpipe.manifests.write.shard import ShardArrays
 
 NUM_COMPARED = 8
@@ -21,14 +23,16 @@ def float32_error(config: TeacherConfig, recipe: Recipe, arrays: ShardArrays, de
     Loads the teacher a second time, in float32, for as long as this takes. Empty without good samples, or where images are not stored.
     """
     good = [idx for idx, row in enumerate(arrays.rows) if row.status == "ok"][:NUM_COMPARED]
-    if not good or arrays.image is None:
+    if not good or recipe.images != "stored":
         return {}
+    chosen = {name: values[good] for name, values in arrays.arrays.items()}
+    stored = CodedLevels.of_arrays(len(good), level_codecs(recipe), chosen).decode()
     keys = [arrays.rows[idx].key for idx in good]
     teacher = load_teacher(config.model_copy(update={"dtype": "float32"}), device)
-    exact = encode_rows(teacher, recipe, arrays.image[good], keys, device=device)
+    exact = encode_rows(teacher, recipe, chosen[IMAGE].astype(np.uint8, copy=False), keys, device=device)
     errors = {}
     for name, features in exact.items():
         wanted = features.double().cpu().numpy()
         largest = float(np.abs(wanted).max()) or 1.0
-        errors[name] = float(np.abs(arrays.levels[name][good].astype(np.float64) - wanted).max()) / largest
+        errors[name] = float(np.abs(stored[name].astype(np.float64) - wanted).max()) / largest
     return errors

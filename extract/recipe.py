@@ -24,6 +24,7 @@ from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import (
     SYNTHESIZED,
     CodecRecipe,
+    CodecSpec,
     ComputeRecipe,
     LevelSpec,
     Order,
@@ -109,7 +110,7 @@ def make_recipe(config: ExtractConfig, teacher: Teacher, source_kind: str, devic
         _check_synthesized(config, spec, image_px)
     shrunk = (image_px[0] // spec.student_scale, image_px[1] // spec.student_scale)
     student_px = height_width(config.student_px or shrunk)
-    levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype)
+    levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype, config.shard.codec)
     views = make_views(config, spec)
     samples = config.shard.samples or shard_samples_for(
         bytes_per_sample(levels, len(views), image_px if config.shard.images == "stored" else None)
@@ -130,7 +131,7 @@ def make_recipe(config: ExtractConfig, teacher: Teacher, source_kind: str, devic
         views=views,
         levels=levels,
         images=config.shard.images,
-        codec=CodecRecipe(name=config.shard.codec, zstd_level=config.shard.zstd_level),
+        codec=CodecRecipe(zstd_level=config.shard.zstd_level),
         shard=ShardRecipe(format=config.shard.format, samples=samples),
         compute=ComputeRecipe(
             device=device, dtype=config.teacher.dtype, batch_size=config.batch_size, threads=config.threads
@@ -204,9 +205,13 @@ def _check_synthesized(config: ExtractConfig, spec: TeacherSpec, image_px: tuple
 
 
 def stored_levels(
-    taps: tuple[TapSpec, ...], image_px: tuple[int, int], student_px: tuple[int, int], dtype: StoredDtype
+    taps: tuple[TapSpec, ...],
+    image_px: tuple[int, int],
+    student_px: tuple[int, int],
+    dtype: StoredDtype,
+    codec: str = "cast",
 ) -> tuple[LevelSpec, ...]:
-    """The teacher's levels as stored: strides and names count pixels of the student's image.
+    """The teacher's levels as stored: strides and names count pixels of the student's image; `codec` is of those to regress.
 
     Raises: ConfigError when the image's sides are no multiple of the largest stride, or the student's are no 2^n-th of them.
     """
@@ -215,7 +220,11 @@ def stored_levels(
         raise ConfigError(
             f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of {largest}"
         )
-    return tuple(_stored_level(tap, image_px, student_px, dtype) for tap in taps)
+    levels = (_stored_level(tap, image_px, student_px, dtype) for tap in taps)
+    return tuple(
+        level.model_copy(update={"codec": CodecSpec(name=codec)}) if level.role == "features" else level
+        for level in levels
+    )
 
 
 def _stored_level(

@@ -14,7 +14,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ValidationError
 
 from dtpipe.manifests.errors import ManifestError
-from dtpipe.manifests.schema import FORMAT
+from dtpipe.manifests.schema import FORMAT, FORMATS
 
 CHECKSUM = "checksum"
 Record = TypeVar("Record", bound=BaseModel)
@@ -74,10 +74,10 @@ def load_record(model: type[Record], data: bytes, where: str) -> Record:
     Raises: ManifestError naming `where` when the bytes were changed or are no record of this kind.
     """
     value = unseal(data, where)
-    found = value.get("format", FORMAT)
-    if found != FORMAT:
+    if (stated := value.get("format", FORMAT)) not in FORMATS:
         raise ManifestError(
-            f"{where} has format {found!r}, this dtpipe reads {FORMAT!r}; install the version that wrote it or a newer one"
+            f"{where} has format {stated!r}, this dtpipe reads {' and '.join(map(repr, FORMATS))}; "
+            "install the version that wrote it or a newer one"
         )
     try:
         return model.model_validate(value)

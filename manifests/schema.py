@@ -1,20 +1,24 @@
-"""The records of format v1: recipe, plan, shard entry, manifest.
+"""The records of the formats v1 and v2: recipe, plan, shard entry, manifest.
 
 Everything that determines the content of a dataset stands in `Recipe` and nowhere else; times, hosts and library
-versions are provenance and stay outside the digest. Unknown fields are refused.
+versions are provenance and stay outside the digest. Unknown fields are refused. What v2 added is left out of a record
+where it says what v1 implied, so that a dataset which v1 can describe is written, and digested, as v1.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+Format = Literal["dtpipe-features/1", "dtpipe-features/2"]
 FORMAT: Final = "dtpipe-features/1"
+CODECS_AND_ROLES: Final = "dtpipe-features/2"  # where a level names a codec, or a role that its name does not imply
+FORMATS: Final[tuple[Format, ...]] = (FORMAT, CODECS_AND_ROLES)
 FLOAT32_ERROR: Final = "float32_error"  # in provenance: by level, how far low precision is from float32
 MEASURED_SHARD: Final = 0  # whose entry holds it
 SYNTHESIZED: Final = "synthesized"  # source kind of images that the teacher makes itself
-LATENT_SUFFIX: Final = ".latent"  # of the level that holds a latent teacher's own input, which no student regresses
+LATENT_SUFFIX: Final = ".latent"  # of a level's name: in v1 the only sign of its role
 IMAGE = "image"  # name of the array that holds the stored images
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="blake3, 64 hexadecimal digits.")]
@@ -22,6 +26,7 @@ LevelName = Annotated[
     str, Field(pattern=r"^l[0-9](\.[a-z0-9]+)?$", description="l{n} has stride 2^n; l4.b is a second tap.")
 ]
 StoredDtype = Literal["float16", "float32"]
+Role = Literal["features", "latent", "soft_labels"]
 Resize = Literal["center_crop", "stretch", "none"]
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 ShardFormat = Literal["zarr", "webdataset"]
@@ -50,16 +55,47 @@ class ViewSpec(StrictModel):
     flip: bool = Field(default=False, description="True when the horizontally flipped image was encoded.")
 
 
+class CodecSpec(StrictModel):
+    """Which codec turns a level into stored arrays, and back."""
+
+    name: str = Field(default="cast", description="Registered codec; `cast` rounds to the level's dtype.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Of this codec.")
+
+
 class LevelSpec(StrictModel):
-    """One feature level as stored: array [N, V, channels, height, width]."""
+    """One level: features [N, V, channels, height, width], stored as the arrays that its codec makes of them."""
 
     name: LevelName
     stride: int = Field(ge=1, description="Student pixels per cell.")
     channels: int = Field(ge=1)
     height: int = Field(ge=1)
     width: int = Field(ge=1)
-    dtype: StoredDtype = "float16"
+    dtype: StoredDtype = Field(default="float16", description="Of the features, as they are read.")
     tap: str = Field(description="Module path in the teacher where the level is read.")
+    codec: CodecSpec = CodecSpec()
+    role: Role = Field(
+        default="features",
+        description="What it holds: features to regress, a latent teacher's own input, or soft labels. "
+        "A level called `l{n}.latent` that says nothing is a latent.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _imply_role(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "role" not in fields and isinstance(fields.get("name"), str):
+            return {**fields, "role": implied_role(fields["name"])}
+        return fields
+
+    @model_serializer(mode="wrap")
+    def _leave_out_implied(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        implied = {"codec": self.codec == CodecSpec(), "role": self.role == implied_role(self.name)}
+        return {name: value for name, value in fields.items() if not implied.get(name)}
+
+
+def implied_role(name: str) -> Role:
+    """The role of a level that names none: all that v1 has."""
+    return "latent" if name.endswith(LATENT_SUFFIX) else "features"
 
 
 class SourceRecipe(StrictModel):
@@ -98,9 +134,9 @@ class ComputeRecipe(StrictModel):
 
 
 class CodecRecipe(StrictModel):
-    """How feature levels and images become bytes."""
+    """How stored arrays become bytes."""
 
-    name: str = Field(default="cast", description="Registered codec; `cast` rounds to the level's dtype.")
+    name: Literal["cast"] = Field(default="cast", description="Codec of the levels that name none of their own.")
     zstd_level: int = Field(default=3, ge=1, le=19)
 
 
@@ -131,16 +167,32 @@ class Recipe(StrictModel):
         """True when the teacher made the images too."""
         return self.source.kind == SYNTHESIZED
 
+    @property
+    def format(self) -> Format:
+        """The oldest format that can describe this."""
+        v1 = all(level.codec == CodecSpec() and level.role == implied_role(level.name) for level in self.levels)
+        return FORMAT if v1 else CODECS_AND_ROLES
+
+
+def _check_format(record: Plan | Manifest) -> None:
+    if record.format != record.recipe.format:
+        raise ValueError(f"format is {record.format}, the levels of its recipe need {record.recipe.format}")
+
 
 class Plan(StrictModel):
     """plan.json: the recipe and the fixed rows, written before any work."""
 
-    format: Literal["dtpipe-features/1"] = FORMAT
+    format: Format = Field(default=FORMAT, description="That of the recipe.")
     recipe: Recipe
     num_rows: int = Field(ge=1)
     num_shards: int = Field(ge=1)
     listing_blake3: Digest
     provenance: dict[str, Any] = Field(default_factory=dict, description="Time, host, versions, config; not content.")
+
+    @model_validator(mode="after")
+    def _format_fits(self) -> Self:
+        _check_format(self)
+        return self
 
     def shard_rows(self, shard_idx: int) -> range:
         """Rows of one shard; only the last may be short."""
@@ -187,7 +239,7 @@ class IndexRow(StrictModel):
 class ShardEntry(StrictModel):
     """commits/00042.json: written last; its presence is the commit."""
 
-    format: Literal["dtpipe-features/1"] = FORMAT
+    format: Format = Field(default=FORMAT, description="That of the plan.")
     shard: int = Field(ge=0)
     plan_blake3: Digest = Field(description="Digest of plan.json's bytes: an entry of another plan is refused.")
     epoch: int = Field(ge=0, description="Epoch of the writer's lock.")
@@ -216,10 +268,15 @@ class Totals(StrictModel):
 class Manifest(StrictModel):
     """manifest.json: the only entry point for readers; written by the merge."""
 
-    format: Literal["dtpipe-features/1"] = FORMAT
+    format: Format = Field(default=FORMAT, description="That of the recipe.")
     complete: bool = Field(description="False after a repair has sent shards back to work.")
     digest: Digest = Field(description="Digest of the content: equal for any number of workers and after kills.")
     recipe: Recipe
     totals: Totals
     files: dict[str, FileEntry] = Field(description="plan.json, listing, shards, index, zarr metadata.")
     provenance: dict[str, Any] = Field(default_factory=dict, description="Versions, devices, commands; not content.")
+
+    @model_validator(mode="after")
+    def _format_fits(self) -> Self:
+        _check_format(self)
+        return self

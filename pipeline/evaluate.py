@@ -128,7 +128,7 @@ def overlap_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
     seen: set[str] = _live_keys(config.checkpoint)
     for url in _dataset_urls(config.checkpoint):
         with suppress(DtpipeError):  # a dataset that is gone cannot be compared
-            seen.update(FeatureDataset.open(url, allow_incomplete=True).keys)
+            seen.update(FeatureDataset.open(url, allow_incomplete=True).columns.keys)
     shared = len(seen & set(test.keys))
     return (
         [f"{shared} of the held-out images have keys of the distillation dataset: seen there, without labels"]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dtpipe.manifests.errors import InputError, StoreError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image
 
 
 def save_images(url: str, folder: str | Path) -> int:
@@ -17,9 +18,10 @@ def save_images(url: str, folder: str | Path) -> int:
     DamagedDataError when a stored byte changed.
     """
     dataset = FeatureDataset.open(url)
-    rows = dataset.ok_rows
+    rows = dataset.columns.ok_rows
     for row in rows:
-        path, image = _path_below(Path(folder), dataset.keys[row]), Image.fromarray(dataset.read_image(int(row)))
+        path = _path_below(Path(folder), dataset.columns.keys[row])
+        image = Image.fromarray(read_image(dataset, int(row)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)

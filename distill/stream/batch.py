@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Images and the teacher's levels of one micro-batch. Losses cannot tell stored levels from live ones."""
+    """Images and the teacher's features of one micro-batch. Losses cannot tell stored levels from live ones."""
 
     images: Tensor
     """(B, H, W, 3) uint8; flipped where the levels are those of the flipped image."""
     levels: dict[str, Tensor]
-    """Level name to (B, C, h, w), in the dtype they are stored in, or a wider one where the live teacher gives that."""
+    """Level name to features (B, C, h, w), in the level's dtype, or a wider one where the live teacher gives that."""
     keys: tuple[str, ...]
     labels: tuple[str | None, ...]
     epoch: int

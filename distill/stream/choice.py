@@ -19,7 +19,7 @@ from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.write.listing import missing_keys, normal_keys, read_key_file
 
 if TYPE_CHECKING:
-    from dtpipe.manifests.read.dataset import FeatureSource
+    from dtpipe.manifests.read.source import FeatureSource
 
 Rows = NDArray[np.int64]
 
@@ -31,19 +31,19 @@ def select_rows(source: FeatureSource, config: DistillConfig) -> Rows:
     and those of a smaller limit are among those of a larger one.
     Raises: InputError for a key that is not in the data, or when no row is left; ConfigError for a pattern that matches none.
     """
-    wanted = np.ones(source.num_rows, dtype=bool)
+    keys, ok_rows = source.columns.keys, source.columns.ok_rows
+    wanted = np.ones(len(keys), dtype=bool)
     if config.keys is not None:
-        wanted &= _in_file(source.keys, config.keys)
+        wanted &= _in_file(keys, config.keys)
     if config.include:
-        wanted &= _matching(source.keys, config.include, "include")
+        wanted &= _matching(keys, config.include, "include")
     if config.exclude:
-        wanted &= ~_matching(source.keys, config.exclude, "exclude")
-    ok_rows = np.asarray(source.ok_rows, dtype=np.int64)
+        wanted &= ~_matching(keys, config.exclude, "exclude")
     rows = ok_rows[wanted[ok_rows]]
     if len(rows) == 0:
         raise InputError(_nothing_left(len(ok_rows), int(wanted.sum())))
     if config.limit is not None and config.limit < len(rows):
-        hashes = key_hashes([source.keys[row] for row in rows])
+        hashes = key_hashes([keys[row] for row in rows])
         rows = np.sort(rows[np.argsort(hashes, kind="stable")[: config.limit]])
     return rows
 

@@ -17,7 +17,8 @@ from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.manifests.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dtpipe.manifests.read.dataset import FeatureDataset, FeatureSource
+    from dtpipe.manifests.read.dataset import FeatureDataset
+    from dtpipe.manifests.read.source import FeatureSource
 
 Shards = Sequence[int] | None
 
@@ -69,7 +70,7 @@ def open_data(config: DistillConfig) -> OpenedData:
         source,
         min(sizes),
         _digest(contents, rows),
-        Sampling(rows, source.num_rows, _row_weights(source, rows, config)),
+        Sampling(rows, len(source.columns), _row_weights(source, rows, config)),
         _level_weights(source, config),
         _record(contents, shards, rows),
     )
@@ -108,7 +109,7 @@ def _row_weights(source: FeatureSource, rows: np.ndarray, config: DistillConfig)
         return None
     part = source.part_of(rows) if isinstance(source, ConcatDataset) else np.zeros(len(rows), np.int64)
     weights = np.array(config.sample_weights)[part]
-    if Sampling(rows, source.num_rows, weights).epoch_size == 0:
+    if Sampling(rows, len(source.columns), weights).epoch_size == 0:
         raise ConfigError(
             f"distill.sample_weights {list(config.sample_weights)} of {len(rows)} samples leave none; raise them"
         )
@@ -129,7 +130,7 @@ def _level_weights(source: FeatureSource, config: DistillConfig) -> dict[str, fl
     part_of = (
         {name: place.part for (name, _), place in source.places.items()} if isinstance(source, JoinedDataset) else {}
     )
-    names = config.levels or tuple(level.name for level in source.levels)
+    names = config.levels or tuple(level.name for level in source.levels if level.role == "features")
     weights = {name: config.loss_weights[part_of.get(name, 0)] for name in names}
     if not any(weights.values()):
         raise ConfigError(f"distill.loss_weights give all of {list(weights)} the weight 0; nothing is left to train on")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dtpipe.manifests.read.dataset import FeatureSource
+    from dtpipe.manifests.read.source import FeatureSource
 
 
 @dataclass(frozen=True)

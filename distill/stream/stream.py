@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dtpipe.distill.engine.timing import Stopwatch
 from dtpipe.distill.stream.batch import FeatureBatch, flip_where, mirror_where
+from dtpipe.distill.stream.decode import SentLevels
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.order import (
     Part,
@@ -31,10 +32,12 @@ from dtpipe.distill.stream.order import (
 from dtpipe.distill.stream.sampling import Sampling, pass_hashes
 from dtpipe.distill.stream.transfer import DeviceCopies, Sent
 from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.read.source import read_images
 from dtpipe.manifests.schema import IMAGE
 
 if TYPE_CHECKING:
-    from dtpipe.manifests.read.dataset import FeatureSource
+    from dtpipe.manifests.codecs.coded import CodedLevels
+    from dtpipe.manifests.read.source import FeatureSource
 
 FLIP, MIRROR = "flip", "mirror"
 
@@ -62,7 +65,9 @@ class _ReadPart:
     """A part as the reading threads leave it: on its way to the device, stored samples first, live ones after them."""
 
     sent: Sent
-    """`image`, `flip` and, where levels are mirrored, `mirror` of all samples; the levels of the stored ones."""
+    """`image`, `flip` and, where levels are mirrored, `mirror` of all samples."""
+    levels: SentLevels | None
+    """Of the stored samples; None without any."""
     rows: np.ndarray
     live: LiveSamples
     prepared: Any
@@ -88,7 +93,7 @@ class FeatureStream:
         self.source, self.settings, self.device, self.live = source, settings, device, live
         self._watch = watch or Stopwatch(device)
         self._copies = DeviceCopies(device)
-        self.sampling = sampling or Sampling(np.asarray(source.ok_rows, dtype=np.int64), source.num_rows)
+        self.sampling = sampling or Sampling(source.columns.ok_rows, len(source.columns))
         self.rows = self.sampling.rows
         if len(self.rows) == 0:
             raise InputError("the dataset has no good row; `dtpipe inspect` lists the bad ones")
@@ -101,7 +106,7 @@ class FeatureStream:
         self.flips = use_flips(self.views, wanted, "distill.datasets", otherwise)
         self.mirrors = self.flips and not any(view.flip for view in self.views)
         """Whether stored levels are mirrored for flipped images."""
-        self._keys, self._labels = source.keys, source.labels
+        self._keys, self._labels = source.columns.keys, source.columns.labels
         self._hashes = key_hashes(self._keys)
 
     @property
@@ -150,38 +155,39 @@ class FeatureStream:
             pass_hashes(self._hashes[rows], passes), s.seed, part.epoch, self.views, self.flips, s.reencode
         )
         by_origin = np.argsort(draws.live, kind="stable")
-        rows, view, passes = (each[by_origin] for each in (rows, draws.view, passes))
+        rows, view, passes = (column[by_origin] for column in (rows, draws.view, passes))
         flip, live = draws.flip[by_origin], draws.live[by_origin]
         num_stored = len(rows) - int(live.sum())
-        images, levels = self._read_rows(rows, view, num_stored)
+        images, coded = self._read_rows(rows, view, num_stored)
         fresh = part.epoch * self.sampling.max_passes + passes
         samples = LiveSamples(self._keys_of(rows), view, flip, fresh).take(np.arange(num_stored, len(rows)))
         prepared = self.live.prepare(samples) if self.live is not None and len(samples) else None
         mirror = {MIRROR: flip & ~(live & self._exact_live)} if self.mirrors else {}
-        return _ReadPart(self._copies.send({IMAGE: images, FLIP: flip, **mirror, **levels}), rows, samples, prepared)
+        sent = self._copies.send({IMAGE: images, FLIP: flip, **mirror})
+        levels = None if coded is None else SentLevels.send(coded, self._copies)
+        return _ReadPart(sent, levels, rows, samples, prepared)
 
-    def _read_rows(
-        self, rows: np.ndarray, view: np.ndarray, num_stored: int
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _read_rows(self, rows: np.ndarray, view: np.ndarray, num_stored: int) -> tuple[np.ndarray, CodedLevels | None]:
         """Images of all rows, levels of the first `num_stored`."""
         names = self.settings.levels
         if num_stored == len(rows):
-            return self.source.read_batch(rows, names, view)
-        images, _ = self.source.read_batch(rows[num_stored:], (), view[num_stored:])
+            return self.source.read(rows, names, view)
+        images = read_images(self.source, rows[num_stored:])
         if num_stored == 0:
-            return images, {}
-        stored_images, levels = self.source.read_batch(rows[:num_stored], names, view[:num_stored])
-        return np.concatenate([stored_images, images]), levels
+            return images, None
+        stored_images, coded = self.source.read(rows[:num_stored], names, view[:num_stored])
+        return np.concatenate([stored_images, images]), coded
 
     def _keys_of(self, rows: np.ndarray) -> tuple[str, ...]:
         return tuple(self._keys[row] for row in rows)
 
     def _finish(self, part: Part, future: Future[_ReadPart]) -> FeatureBatch:
-        """Add live levels, then flip; runs where the training loop runs."""
+        """Decode, add live levels, then flip; runs where the training loop runs."""
         read = future.result()
         with self._watch.time("transfer"):
-            levels = dict(self._copies.receive(read.sent))
-        images, flip, mirror = levels.pop(IMAGE), levels.pop(FLIP), levels.pop(MIRROR, None)
+            sent = self._copies.receive(read.sent)
+            levels = {} if read.levels is None else read.levels.receive(self._copies)
+        images, flip, mirror = sent[IMAGE], sent[FLIP], sent.get(MIRROR)
         if len(read.live):
             with self._watch.time("teacher"):
                 images, levels = self._with_live(read, images, levels)

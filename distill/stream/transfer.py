@@ -17,7 +17,7 @@ from torch import Tensor
 class Sent:
     """Tensors on their way to the device."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     done: torch.cuda.Event | None
     """Recorded behind the copies; None on the CPU."""
 
@@ -45,4 +45,4 @@ class DeviceCopies:
             current.wait_event(sent.done)
             for tensor in sent.tensors.values():
                 tensor.record_stream(current)
-        return sent.tensors
+        return dict(sent.tensors)

@@ -15,7 +15,7 @@ from dtpipe.distill.stream.order import num_parts
 from dtpipe.distill.student.regressor import FeatureRegressor, TargetLevel
 from dtpipe.distill.student.student import Student, StudentSpec, build_student, check_image_size, check_strides
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.schema import LATENT_SUFFIX, LevelSpec, height_width
+from dtpipe.manifests.schema import LevelSpec, height_width
 
 POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few models of timm leave them out of theirs
 
@@ -39,7 +39,7 @@ class Distiller(nn.Module):
 
 
 def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> tuple[LevelSpec, ...]:
-    """The levels to regress, finest first; by default all but a latent teacher's own input.
+    """The levels to regress, finest first; by default all that hold features.
 
     Raises: ConfigError when a wanted level is not stored.
     """
@@ -47,7 +47,7 @@ def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> 
     unknown = [name for name in wanted or () if name not in by_name]
     if unknown:
         raise ConfigError(f"distill.levels names {unknown}, the dataset has {sorted(by_name)}; choose among those")
-    chosen = wanted or [name for name in by_name if not name.endswith(LATENT_SUFFIX)]
+    chosen = wanted or [level.name for level in stored if level.role == "features"]
     return tuple(sorted((by_name[name] for name in chosen), key=lambda level: (level.stride, level.name)))
 
 

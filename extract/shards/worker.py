@@ -30,6 +30,7 @@ from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.synthesize import synthesize_batch
 from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
+from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.errors import ErrorBudgetError, TeacherError
 from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, IndexRow, Recipe, ShardEntry
 from dtpipe.manifests.store.store import Store
@@ -169,7 +170,7 @@ class ShardWorker:
             return self._publish(shard_idx, arrays, seconds, started_s)
 
     def _encode(self, shard_idx: int, batches: BatchQueue, seconds: StageSeconds) -> ShardArrays:
-        """All rows of a shard through the teacher, into arrays of the stored dtypes."""
+        """All rows of a shard through the teacher, coded."""
         torch.set_num_threads(self.recipe.compute.threads)  # OpenMP keeps this per thread
         num_rows = len(self.plan.shard_rows(shard_idx))
         shard = ShardBuffer(self.recipe, num_rows)
@@ -180,7 +181,7 @@ class ShardWorker:
             batch = batches.take()
             seconds.add("wait_for_decode", started_s)
             started_s = time.perf_counter()
-            coded = None if batch is None else self._encode_batch(batch, shard.dtypes)
+            coded = None if batch is None else self._encode_batch(batch, shard.codecs)
             if on_device is not None:
                 shard.take(on_device)
                 self.num_encoded += len(on_device.rows)
@@ -188,7 +189,7 @@ class ShardWorker:
             on_device = coded
         return shard.arrays()
 
-    def _encode_batch(self, batch: Sequence[PreparedRow], dtypes: Mapping[str, str]) -> CodedBatch:
+    def _encode_batch(self, batch: Sequence[PreparedRow], codecs: Mapping[str, LevelCodec]) -> CodedBatch:
         """Start one batch on the device. Bad rows and padding are zeros, so that a row's place never matters."""
         recipe, size = self.recipe, self.recipe.compute.batch_size
         rows, device = [row.index for row in batch], self.context.device
@@ -196,7 +197,7 @@ class ShardWorker:
         if recipe.synthesized:
             made, features = synthesize_batch(self.teacher, recipe, noise, device)
             coded = CodedBatch(rows, made[: len(batch)])
-            coded.start(features, dtypes)
+            coded.start(features, codecs)
             return coded
         images = np.zeros((size, recipe.transform.height, recipe.transform.width, 3), np.uint8)
         for idx, row in enumerate(batch):
@@ -208,7 +209,7 @@ class ShardWorker:
             features = encode_batch(
                 self.teacher, images, noise, latents, levels=recipe.levels, views=recipe.views, device=device
             )
-            coded.start(features, dtypes)
+            coded.start(features, codecs)
         return coded
 
     def _drop_if_stopped(self, shard_idx: int, share_done: float) -> None:

@@ -16,6 +16,7 @@ from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.places import open_place
 from dtpipe.manifests.errors import DtpipeError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image
 from dtpipe.manifests.write.commit import MANIFEST_FILE
 
 
@@ -44,13 +45,13 @@ class FeaturesSource:
 
     def ignored(self) -> Mapping[str, int]:
         """Bad samples of the dataset."""
-        num_bad = self.dataset.num_rows - len(self.dataset.ok_rows)
+        num_bad = len(self.dataset.columns) - len(self.dataset.columns.ok_rows)
         return {"bad": num_bad} if num_bad else {}
 
     def read(self, uri: str) -> bytes:
         """The stored image as an uncompressed PNG. Raises: InputError when the dataset is damaged there."""
         try:
-            pixels = self.dataset.read_image(int(uri))
+            pixels = read_image(self.dataset, int(uri))
         except InputError:
             raise
         except DtpipeError as err:
@@ -61,8 +62,8 @@ class FeaturesSource:
 
     @cached_property
     def _listed(self) -> Sequence[SourceItem]:
-        dataset = self.dataset
-        items = (SourceItem(dataset.keys[row], str(row), dataset.labels[row]) for row in dataset.ok_rows)
+        columns = self.dataset.columns
+        items = (SourceItem(columns.keys[row], str(row), columns.labels[row]) for row in columns.ok_rows)
         return sorted(items, key=lambda item: item.key)
 
 

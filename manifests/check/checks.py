@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import blake3_hex, dump_record, load_record
+from dtpipe.manifests.codecs.base import LevelCodec, array_name, decode_level, parts_of
+from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import DamagedDataError, MissingObjectError
-from dtpipe.manifests.layout.arrays import KEY, stored_arrays
+from dtpipe.manifests.layout.arrays import KEY
 from dtpipe.manifests.layout.tables import (
     INDEX_FILE,
     LISTING_FILE,
@@ -28,7 +31,7 @@ from dtpipe.manifests.layout.tables import (
 from dtpipe.manifests.layout.tar import encode_key
 from dtpipe.manifests.layout.zarr import zarr_metadata
 from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
-from dtpipe.manifests.schema import Manifest, Plan, ShardEntry
+from dtpipe.manifests.schema import IndexRow, Manifest, Plan, ShardEntry
 from dtpipe.manifests.store.local import ObjectStat
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.commit import (
@@ -99,6 +102,7 @@ def rebuilt_plan(manifest: Manifest) -> bytes | None:
     if PLAN_FILE not in files or LISTING_FILE not in files:
         return None
     plan = Plan(
+        format=manifest.format,
         recipe=manifest.recipe,
         num_rows=totals.num_rows,
         num_shards=totals.num_shards,
@@ -248,43 +252,44 @@ def _digest_or_reason(store: Store, name: str, size: int) -> str:
 
 
 def check_chunks(store: Store, plan: Plan, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> int:
-    """Every chunk of every row decodes to finite values, and bad rows are zeros. Returns the number of chunks."""
+    """Every chunk of every row can be read, levels decode to finite values, and bad rows are zeros. Returns the number of chunks."""
     damaged = {problem.shard for problem in problems}
     good = [entry for shard_idx, entry in entries.items() if shard_idx not in damaged]
     keys = {row.row: row.key for entry in good for row in entry.rows}
     names = [keys.get(row, "") for row in range(plan.num_rows)]
     reader = ChunkReader(store, plan, chunk_tables(plan, shards_table(good), store.url), names)
+    codecs = level_codecs(plan.recipe)
     num_chunks = 0
     for entry in good:
         for row in entry.rows:
-            for name, what in _row_problems(reader, plan, entry, row.row):
+            for array, what in _row_problems(reader, codecs, row):
+                name = reader.tables[array].objects[entry.shard] or ""
                 problems.append(Problem(name, what, "extract", entry.shard))
             num_chunks += sum(spec.chunks_per_row for spec in reader.arrays.values())
     return num_chunks
 
 
-def _row_problems(reader: ChunkReader, plan: Plan, entry: ShardEntry, row: int) -> Iterator[tuple[str, str]]:
-    """Object and what is wrong with a row's chunks."""
-    index_row = entry.rows[row - entry.rows[0].row]
-    place = f"sample {index_row.key!r} (row {row})"
-    for name, spec in stored_arrays(plan.recipe).items():
-        object_name = reader.tables[name].objects[entry.shard] or ""
-        values = np.empty((spec.chunks_per_row, *spec.chunk_shape), spec.dtype)
+def _row_problems(reader: ChunkReader, codecs: Mapping[str, LevelCodec], row: IndexRow) -> Iterator[tuple[str, str]]:
+    """Array and what is wrong with it in one row."""
+    place = f"sample {row.key!r} (row {row.row})"
+    values: dict[str, NDArray[np.generic]] = {}
+    for name, spec in reader.arrays.items():
+        chunks = np.empty((spec.chunks_per_row, *spec.chunk_shape), spec.dtype)
         try:
-            reader.read([ChunkRequest(name, row, view, values[view]) for view in range(spec.chunks_per_row)])
+            reader.read([ChunkRequest(name, row.row, view, chunks[view, ...]) for view in range(len(chunks))])
         except DamagedDataError as err:
-            yield object_name, reason(err)
+            yield name, reason(err)
             continue
-        if not np.isfinite(values).all():
-            yield object_name, f"{name} of {place} is not finite"
-        if index_row.status != "ok" and values.any():
-            yield object_name, f"{name} of {place} is not zero, although the sample is {index_row.status}"
+        values[name] = chunks
+        if row.status != "ok" and chunks.any():
+            yield name, f"{name} of {place} is not zero, although the sample is {row.status}"
+    for name, codec in codecs.items():
+        whole = all(array_name(name, part) in values for part in codec.parts)
+        if whole and row.status == "ok" and not np.isfinite(decode_level(codec, parts_of(codec, values))).all():
+            yield name, f"{name} of {place} is not finite"
     if KEY in reader.tables:
         try:
-            if reader.read_bytes(KEY, row) != encode_key(index_row):
-                yield (
-                    reader.tables[KEY].objects[entry.shard] or "",
-                    f"key.json of {place} says otherwise than the index",
-                )
+            if reader.read_bytes(KEY, row.row) != encode_key(row):
+                yield KEY, f"key.json of {place} says otherwise than the index"
         except DamagedDataError as err:
-            yield reader.tables[KEY].objects[entry.shard] or "", reason(err)
+            yield KEY, reason(err)

@@ -25,12 +25,13 @@ from dtpipe.manifests.check.checks import (
     reason,
 )
 from dtpipe.manifests.check.measured import MEASURED_FILE
-from dtpipe.manifests.codecs.base import decode_level, encode_level
+from dtpipe.manifests.codecs.base import LevelCodec, decode_level, encode_level
+from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
 from dtpipe.manifests.layout.tables import INDEX_FILE, LISTING_FILE, SHARDS_FILE
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.schema import LevelSpec, Recipe
+from dtpipe.manifests.read.source import read_images, read_level
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.commit import COMMIT_FOLDER, MANIFEST_FILE, REJECTED, commit_name, reject_entry
@@ -198,7 +199,7 @@ def _check_recompute(
         return 0, {}
     damaged = {each.shard for each in problems}
     samples = dataset.recipe.shard.samples
-    good = [int(row) for row in dataset.ok_rows if int(row) // samples not in damaged]
+    good = [int(row) for row in dataset.columns.ok_rows if int(row) // samples not in damaged]
     chosen = (
         [good[idx] for idx in np.unique(np.linspace(0, len(good) - 1, min(rows, len(good))).astype(int))]
         if good
@@ -206,44 +207,44 @@ def _check_recompute(
     )
     if not chosen:
         return 0, {}
-    images, _ = dataset.read_batch(chosen, (), [0] * len(chosen))
-    again = recompute(images, [dataset.keys[row] for row in chosen])
-    errors = {}
-    for level in dataset.levels:
-        errors[level.name] = _compare(dataset, level, chosen, again[level.name], tolerance, problems)
+    again = recompute(read_images(dataset, chosen), [dataset.columns.keys[row] for row in chosen])
+    errors = {
+        name: _compare(dataset, codec, chosen, again[name], tolerance, problems)
+        for name, codec in level_codecs(dataset.recipe).items()
+    }
     return len(chosen), errors
 
 
 def _compare(
     dataset: FeatureDataset,
-    level: LevelSpec,
+    codec: LevelCodec,
     rows: Sequence[int],
     again: NDArray[np.generic],
     tolerance: float,
     problems: list[Problem],
 ) -> float:
-    worst = 0.0
+    name, worst = codec.level.name, 0.0
     for idx, row in enumerate(rows):
-        stored = np.stack([dataset.read_level(level.name, row, view) for view in range(len(dataset.views))])
-        error = relative_error(level, dataset.recipe, stored, again[idx], dataset.keys[row])
+        key = dataset.columns.keys[row]
+        stored = np.stack([read_level(dataset, name, row, view) for view in range(len(dataset.views))])
+        error = relative_error(codec, stored, again[idx], key)
         worst = max(worst, error)
         if not error <= tolerance:
-            what = f"sample {dataset.keys[row]!r} (row {row}) differs by {error:.3g} from the teacher's features, allowed is {tolerance:g}"
-            problems.append(Problem(f"level {level.name}", what, "nobody", row // dataset.recipe.shard.samples))
+            what = f"sample {key!r} (row {row}) differs by {error:.3g} from the teacher's features, allowed is {tolerance:g}"
+            problems.append(Problem(f"level {name}", what, "nobody", row // dataset.recipe.shard.samples))
     return worst
 
 
 def relative_error(
-    level: LevelSpec, recipe: Recipe, stored: NDArray[np.generic], again: NDArray[np.generic], sample: str = ""
+    codec: LevelCodec, stored: NDArray[np.generic], again: NDArray[np.generic], sample: str = ""
 ) -> float:
     """Largest difference over the largest stored value; 0 when the teacher gives the same symbols.
 
-    Shapes: both [V, C, H, W]; `stored` as read, `again` as the teacher gave it.
+    Shapes: both [V, C, H, W]; `stored` as decoded, `again` as the teacher gave it.
     """
-    one = decode_level(stored, level, recipe.codec).astype(np.float64)
-    other = decode_level(encode_level(again, level, recipe.codec, sample), level, recipe.codec).astype(np.float64)
-    difference = float(np.abs(one - other).max())
-    return difference / max(float(np.abs(one).max()), _TINY)
+    one = stored.astype(np.float64)
+    other = decode_level(codec, encode_level(codec, again, sample)).astype(np.float64)
+    return float(np.abs(one - other).max()) / max(float(np.abs(one).max()), _TINY)
 
 
 def _report(

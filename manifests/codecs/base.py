@@ -1,106 +1,136 @@
-"""Codecs of feature levels: from float features to the numbers that are stored, and back. The reference, in numpy.
+"""What a codec is: which arrays a level becomes, encoding, decoding, and how far decoded features may be from the true ones.
 
-One rule: a codec is a pure function of one sample's level and the recipe. A codec is one entry in `CODECS`; zstd and
-checksums come after it and are the stores' affair.
+One rule: what a codec stores are symbols, and only its `decode` turns them into features. numpy is the reference; encoders
+and decoders for a device (`extract.shards.codecs`, `distill.stream.decode`) are proven equal to it. zstd and checksums come
+after a codec and are the stores' affair. A codec is a file here that declares `CODEC`, and its line in `registry`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
-from dtpipe.manifests.schema import CodecRecipe, LevelSpec
+from dtpipe.manifests.schema import LevelSpec
 
-Encode = Callable[[NDArray[np.generic], LevelSpec], NDArray[np.generic]]
-Decode = Callable[[NDArray[np.generic], LevelSpec], NDArray[np.generic]]
+Array = NDArray[np.generic]
+Arrays = Mapping[str, Array]
+
+SYMBOLS = ""  # name of the part that holds the level itself; others are what decoding needs beside it, such as `scale`
+LEVEL_AXES = ("channel", "y", "x")
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """One of the arrays that a level becomes."""
+
+    dtype: np.dtype[np.generic]
+    """Little-endian."""
+    shape: tuple[int, ...]
+    """Of one row and view."""
+    axes: tuple[str, ...]
+    """Names of these axes."""
+
+
+class LevelCodec(Protocol):
+    """A codec set up for one level; picklable.
+
+    Features are [..., C, H, W], and the arrays of their parts have the same leading axes: rows, or rows and views. Each of
+    these is coded by itself, so that any of them can be read alone.
+    """
+
+    @property
+    def level(self) -> LevelSpec: ...
+
+    @property
+    def parts(self) -> Mapping[str, PartSpec]:
+        """The arrays that the level becomes, by part; `SYMBOLS` is always among them."""
+        ...
+
+    def encode(self, features: Array) -> dict[str, Array]:
+        """Finite features to parts. Float parts that are not finite say that these features cannot be stored."""
+        ...
+
+    def decode(self, parts: Arrays) -> Array:
+        """Parts to features, in the level's dtype."""
+        ...
+
+    def error(self, parts: Arrays) -> NDArray[np.float64]:
+        """How far what `decode` gives may be from what `encode` was given: root mean square over C, H and W.
+
+        Shapes: parts of [..., C, H, W] -> [...].
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One way to store levels. Shapes of both functions: [..., C, H, W] -> the same."""
+    """One way to store levels."""
 
     name: str
     summary: str
     """One sentence for `dtpipe list codecs`."""
-    stored_dtype: Callable[[LevelSpec], np.dtype[np.generic]]
-    encode: Encode
-    decode: Decode
+    open: Callable[[LevelSpec], LevelCodec]
+    """Sets it up for a level by `level.codec.parameters`. Raises: ConfigError for parameters it cannot use."""
 
 
-def _float_dtype(level: LevelSpec) -> np.dtype[np.generic]:
-    return np.dtype(level.dtype).newbyteorder("<")
+def array_name(level: str, part: str) -> str:
+    """Name of a stored array: `l2` holds symbols, `l2_scale` what a codec keeps beside them."""
+    return level if part == SYMBOLS else f"{level}_{part}"
 
 
-def _cast(values: NDArray[np.generic], level: LevelSpec) -> NDArray[np.generic]:
-    with np.errstate(over="ignore"):  # overflow is found, with its place, by `encode_level`
-        return values.astype(_float_dtype(level), copy=False)
+def parts_of(codec: LevelCodec, arrays: Arrays) -> dict[str, Array]:
+    """The parts of a codec's level, out of arrays by their stored names."""
+    return {part: arrays[array_name(codec.level.name, part)] for part in codec.parts}
 
 
-CODECS: dict[str, Codec] = {
-    "cast": Codec(
-        "cast", "rounds to the level's dtype, float16 or float32", _float_dtype, _cast, lambda stored, _: stored
-    ),
-}
+def are_finite(parts: Arrays) -> bool:
+    """False when features did not fit their codec."""
+    return all(np.isfinite(values).all() for values in parts.values() if values.dtype.kind == "f")
 
 
-def find_codec(recipe: CodecRecipe) -> Codec:
-    """The codec of a recipe.
-
-    Raises: ConfigError listing the choices.
-    """
-    if recipe.name not in CODECS:
-        raise ConfigError(f"codec {recipe.name!r} is unknown; choose one of {', '.join(sorted(CODECS))}")
-    return CODECS[recipe.name]
-
-
-def stored_dtype(level: LevelSpec, recipe: CodecRecipe) -> np.dtype[np.generic]:
-    """Dtype of a level's array in the store, little-endian."""
-    return find_codec(recipe).stored_dtype(level)
-
-
-def encode_level(
-    values: NDArray[np.generic], level: LevelSpec, recipe: CodecRecipe, sample: str = ""
-) -> NDArray[np.generic]:
+def encode_level(codec: LevelCodec, features: Array, sample: str = "") -> dict[str, Array]:
     """One sample's features as they are stored; `sample` is its key, for messages.
 
-    Shapes: [V, C, H, W] (any leading axes) -> the same, in the stored dtype.
-    Raises: ShapeError; TeacherError on NaN or infinity; ConfigError when finite values overflow the stored dtype.
+    Shapes: [V, C, H, W] (any leading axes) -> {part: [V, *its shape]}.
+    Raises: ShapeError; TeacherError on NaN or infinity; ConfigError when finite values do not fit the codec.
     """
-    codec, shape = find_codec(recipe), (level.channels, level.height, level.width)
-    if values.shape[-3:] != shape:
-        raise ShapeError(
-            f"level {level.name}{_of(sample)} is {list(values.shape)}, the recipe says [.., {', '.join(map(str, shape))}]"
-        )
-    if not np.isfinite(values).all():
-        count = int(values.size - np.isfinite(values).sum())
-        raise TeacherError(
-            f"level {level.name}{_of(sample)}: {count} of {values.size} features are not finite; use float32 in the teacher"
-        )
-    coded = codec.encode(values, level)
-    if coded.dtype.kind == "f" and not np.isfinite(coded).all():
-        largest = float(np.abs(values).max())
+    level, shape = codec.level, _shape(codec.level)
+    of = f"level {codec.level.name}" + (f" of sample {sample!r}" if sample else "")
+    if features.shape[-3:] != shape:
+        raise ShapeError(f"{of} is {list(features.shape)}, the recipe says [.., {', '.join(map(str, shape))}]")
+    if not np.isfinite(features).all():
+        count = int(features.size - np.isfinite(features).sum())
+        raise TeacherError(f"{of}: {count} of {features.size} features are not finite; use float32 in the teacher")
+    parts = codec.encode(features)
+    if not are_finite(parts):
+        largest = float(np.abs(features).max())
         raise ConfigError(
-            f"level {level.name}{_of(sample)}: {largest:.4g} does not fit {coded.dtype}; extract with -s extract.shard.dtype=float32"
+            f"{of}: {largest:.4g} does not fit {level.dtype}; extract with -s extract.shard.dtype=float32"
         )
-    return coded
+    return parts
 
 
-def decode_level(stored: NDArray[np.generic], level: LevelSpec, recipe: CodecRecipe) -> NDArray[np.generic]:
-    """Features from stored numbers. Shapes: [..., C, H, W] -> the same, float16 or float32.
+def decode_level(codec: LevelCodec, parts: Arrays) -> Array:
+    """Features from stored parts. Shapes: {part: [..., *its shape]} -> [..., C, H, W], in the level's dtype.
 
-    Raises: ShapeError on another shape or dtype than the recipe says.
+    Raises: ShapeError on other parts, shapes or dtypes than the codec says.
     """
-    codec, shape = find_codec(recipe), (level.channels, level.height, level.width)
-    if stored.shape[-3:] != shape or stored.dtype != codec.stored_dtype(level):
-        raise ShapeError(
-            f"level {level.name} is {stored.dtype}{list(stored.shape)}, the recipe says {codec.stored_dtype(level)}{list(shape)}"
-        )
-    return codec.decode(stored, level)
+    for part, spec in codec.parts.items():
+        values, name = parts[part], array_name(codec.level.name, part)
+        if values.shape[values.ndim - len(spec.shape) :] != spec.shape or values.dtype != spec.dtype:
+            raise ShapeError(
+                f"array {name} is {values.dtype}{list(values.shape)}, the recipe says {spec.dtype}{list(spec.shape)}"
+            )
+    features = codec.decode(parts)
+    assert features.shape[-3:] == _shape(codec.level), "a codec gives the shape of its level"
+    assert features.dtype == codec.level.dtype, "a codec gives the dtype of its level"
+    return features
 
 
-def _of(sample: str) -> str:
-    return f" of sample {sample!r}" if sample else ""
+def _shape(level: LevelSpec) -> tuple[int, int, int]:
+    return level.channels, level.height, level.width

@@ -12,7 +12,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.base import stored_dtype
+from dtpipe.manifests.codecs.base import array_name
+from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ShapeError
 from dtpipe.manifests.schema import IMAGE, IndexRow, Members, Plan, Recipe
 
@@ -27,6 +28,8 @@ class ArraySpec:
     dtype: np.dtype[np.generic]  # little-endian
     num_views: int | None  # None: no V axis
     chunk_shape: tuple[int, ...]
+    chunk_axes: tuple[str, ...]
+    level: str | None = None  # whose codec made it; None: the image
 
     @property
     def chunks_per_row(self) -> int:
@@ -40,32 +43,25 @@ class ArraySpec:
 
 
 def stored_arrays(recipe: Recipe) -> dict[str, ArraySpec]:
-    """All arrays of a dataset by name, image first. A codec with side parameters per sample adds its own arrays here."""
+    """All arrays of a dataset by name: the image, then those that each level's codec makes. Raises: as `open_codec`."""
     arrays = {}
     if recipe.images == "stored":
-        arrays[IMAGE] = ArraySpec(IMAGE, np.dtype("u1"), None, (recipe.transform.height, recipe.transform.width, 3))
-    for level in recipe.levels:
-        shape = (level.channels, level.height, level.width)
-        arrays[level.name] = ArraySpec(level.name, stored_dtype(level, recipe.codec), len(recipe.views), shape)
+        shape = (recipe.transform.height, recipe.transform.width, 3)
+        arrays[IMAGE] = ArraySpec(IMAGE, np.dtype("u1"), None, shape, ("y", "x", "rgb"))
+    for level, codec in level_codecs(recipe).items():
+        for part, spec in codec.parts.items():
+            name = array_name(level, part)
+            arrays[name] = ArraySpec(name, spec.dtype, len(recipe.views), spec.shape, spec.axes, level)
     return arrays
 
 
 @dataclass(frozen=True)
 class ShardArrays:
-    """All rows of one shard in memory; bad rows are zeros.
+    """All rows of one shard in memory, coded; bad rows are zeros."""
 
-    Levels are in their stored dtype, or float to be coded on writing.
-    Shapes: image [n, H, W, 3] uint8 or None, levels {name: [n, V, C, H, W]}.
-    """
-
-    image: NDArray[np.uint8] | None
-    levels: Mapping[str, NDArray[np.generic]]
+    arrays: Mapping[str, NDArray[np.generic]]
+    """As `stored_arrays` says. Shapes: image [n, H, W, 3], others [n, V, *chunk_shape]."""
     rows: Sequence[IndexRow]
-
-    def named(self) -> dict[str, NDArray[np.generic]]:
-        """Arrays by name."""
-        images: dict[str, NDArray[np.generic]] = {} if self.image is None else {IMAGE: self.image}
-        return {**images, **self.levels}
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def check_arrays(plan: Plan, shard_idx: int, arrays: ShardArrays) -> dict[str, N
 
     Raises: ShapeError naming the array.
     """
-    rows, specs, named = plan.shard_rows(shard_idx), stored_arrays(plan.recipe), arrays.named()
+    rows, specs, named = plan.shard_rows(shard_idx), stored_arrays(plan.recipe), arrays.arrays
     if [(row.row, row.shard) for row in arrays.rows] != [(row, shard_idx) for row in rows]:
         raise ShapeError(
             f"shard {shard_idx} holds rows {rows.start} to {rows.stop - 1} in the plan, other rows were given"
@@ -116,10 +112,10 @@ def check_arrays(plan: Plan, shard_idx: int, arrays: ShardArrays) -> dict[str, N
     if named.keys() != specs.keys():
         raise ShapeError(f"shard {shard_idx} has arrays {sorted(named)}, the recipe says {sorted(specs)}")
     for name, spec in specs.items():
-        found = named[name]
-        shape = spec.shape(len(rows))
-        if found.shape != shape or found.dtype != spec.dtype:
+        values, shape = named[name], spec.shape(len(rows))
+        if values.shape != shape or values.dtype != spec.dtype:
             raise ShapeError(
-                f"shard {shard_idx}, array {name}: {found.dtype}{list(found.shape)} given, the recipe says {spec.dtype}{list(shape)}"
+                f"shard {shard_idx}, array {name}: {values.dtype}{list(values.shape)} given, "
+                f"the recipe says {spec.dtype}{list(shape)}"
             )
     return {name: np.ascontiguousarray(named[name]) for name in specs}

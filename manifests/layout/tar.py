@@ -91,7 +91,7 @@ def _encode_png(image: NDArray[np.generic]) -> bytes:
 
 def _encode_npy(chunk: NDArray[np.generic]) -> bytes:
     sink = io.BytesIO()
-    np.lib.format.write_array(sink, np.ascontiguousarray(chunk), version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(sink, np.asarray(chunk), version=(1, 0), allow_pickle=False)
     return sink.getvalue()
 
 

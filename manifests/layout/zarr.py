@@ -25,7 +25,7 @@ from dtpipe.manifests.layout.arrays import (
     crc32c,
     stored_arrays,
 )
-from dtpipe.manifests.schema import FORMAT, IMAGE, Plan
+from dtpipe.manifests.schema import Plan
 from dtpipe.manifests.store.store import Store
 
 ROOT = "data.zarr"
@@ -100,19 +100,16 @@ def write_zarr_metadata(store: Store, plan: Plan) -> None:
 
 def zarr_metadata(plan: Plan) -> dict[str, bytes]:
     """The zarr.json documents by object name, as the zarr v3 specification has them; they follow from the plan."""
-    documents = {f"{ROOT}/zarr.json": _group_document()}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {"format": plan.format}}
+    documents: dict[str, dict[str, Any]] = {f"{ROOT}/zarr.json": group}
     for name, spec in stored_arrays(plan.recipe).items():
         documents[f"{ROOT}/{name}/zarr.json"] = _array_document(spec, plan)
     return {name: (json.dumps(document, indent=2) + "\n").encode() for name, document in documents.items()}
 
 
-def _group_document() -> dict[str, Any]:
-    return {"zarr_format": 3, "node_type": "group", "attributes": {"format": FORMAT}}
-
-
 def _array_document(spec: ArraySpec, plan: Plan) -> dict[str, Any]:
     row_axes, samples = (1,) * (len(spec.shape(1)) - len(spec.chunk_shape)), plan.recipe.shard.samples
-    axes = ["row", "y", "x", "rgb"] if spec.name == IMAGE else ["row", "view", "channel", "y", "x"]
+    axes = ["row", *(["view"] if spec.num_views else []), *spec.chunk_axes]
     return {
         "zarr_format": 3,
         "node_type": "array",

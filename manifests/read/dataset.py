@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.codecs.coded import CodedLevels
+from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, ManifestError, MissingObjectError
-from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.layout.tables import (
     INDEX_FILE,
     SHARDS_FILE,
@@ -27,6 +27,7 @@ from dtpipe.manifests.layout.tables import (
     shards_table,
 )
 from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
+from dtpipe.manifests.read.source import Columns, Integers
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import MANIFEST_FILE, load_entries, load_manifest
@@ -35,61 +36,16 @@ from dtpipe.manifests.write.plan import PLAN_FILE, load_plan, plan_digest
 
 MISSING = "missing"  # status of a row whose shard is not written yet
 
-Levels = dict[str, NDArray[np.generic]]
-Integers = Sequence[int] | NDArray[np.integer]
-
-
-class FeatureSource(Protocol):
-    """What training reads from: one dataset, several joined by key, or several one after the other."""
-
-    @property
-    def levels(self) -> tuple[LevelSpec, ...]: ...
-    @property
-    def views(self) -> tuple[ViewSpec, ...]: ...
-    @property
-    def image_px(self) -> tuple[int, int]: ...
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def keys(self) -> Sequence[str]: ...
-    @property
-    def labels(self) -> Sequence[str | None]: ...
-    @property
-    def status(self) -> Sequence[str]: ...
-    @property
-    def ok_rows(self) -> NDArray[np.int64]: ...
-
-    def row_of(self, key: str) -> int: ...
-    def read_image(self, row: int) -> NDArray[np.uint8]: ...
-    def read_level(self, name: str, row: int, view: int = 0) -> NDArray[np.generic]: ...
-    def read_batch(
-        self, rows: Integers, levels: Sequence[str], view_of_row: Integers, images: bool = True
-    ) -> tuple[NDArray[np.uint8], Levels]: ...
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The columns of a dataset by row, and where each key is."""
-
-    keys: tuple[str, ...]
-    labels: tuple[str | None, ...]
-    status: tuple[str, ...]
-
-    def ok_rows(self) -> NDArray[np.int64]:
-        """Rows that can be read, in order."""
-        return np.flatnonzero(np.array([status == "ok" for status in self.status], dtype=bool)).astype(np.int64)
-
 
 class FeatureDataset:
     """One dataset, open for reading; safe to use from many threads and processes. Make one with `open`."""
 
     def __init__(
-        self, store: Store, plan: Plan, manifest: Manifest | None, samples: Samples, chunks: ChunkReader
+        self, store: Store, plan: Plan, manifest: Manifest | None, columns: Columns, chunks: ChunkReader
     ) -> None:
         self.store, self.plan, self.manifest = store, plan, manifest
-        self._samples, self._chunks = samples, chunks
-        self._row_of = {key: row for row, key in enumerate(samples.keys)}
-        self._ok_rows = samples.ok_rows()
+        self.columns, self._chunks = columns, chunks
+        self._codecs = level_codecs(plan.recipe)
 
     @classmethod
     def open(
@@ -120,7 +76,7 @@ class FeatureDataset:
         return _open_partial(store, manifest)
 
     def __repr__(self) -> str:
-        return f"FeatureDataset({self.url!r}, {self.num_rows} rows)"
+        return f"FeatureDataset({self.url!r}, {len(self.columns)} rows)"
 
     @property
     def url(self) -> str:
@@ -148,81 +104,30 @@ class FeatureDataset:
         return self.recipe.transform.height, self.recipe.transform.width
 
     @property
-    def num_rows(self) -> int:
-        """Rows, bad and missing ones too."""
-        return self.plan.num_rows
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Key by row."""
-        return self._samples.keys
-
-    @property
-    def labels(self) -> tuple[str | None, ...]:
-        """Label by row."""
-        return self._samples.labels
-
-    @property
-    def status(self) -> tuple[str, ...]:
-        """`ok`, `bad: ` and the reason, or `missing`, by row."""
-        return self._samples.status
-
-    @property
-    def ok_rows(self) -> NDArray[np.int64]:
-        """Rows that can be read, in order."""
-        return self._ok_rows
-
-    @property
     def shards(self) -> tuple[int, ...]:
         """Shards that are committed, or of these the ones it was opened with."""
         size = self.recipe.shard.samples
-        return tuple(sorted({row // size for row, status in enumerate(self.status) if status != MISSING}))
+        return tuple(sorted({row // size for row, status in enumerate(self.columns.status) if status != MISSING}))
 
-    def row_of(self, key: str) -> int:
-        """Row of a key. Raises: InputError for an unknown one."""
-        if key not in self._row_of:
-            raise InputError(f"{self.url} has no sample {key!r}; keys look like {self.keys[0]!r}")
-        return self._row_of[key]
-
-    def read_image(self, row: int) -> NDArray[np.uint8]:
-        """The stored image. Shapes: -> [H, W, 3] uint8. Raises: as `read_batch`."""
-        image: NDArray[np.uint8] = self.read_batch([row], (), [0])[0][0]
-        return image
-
-    def read_level(self, name: str, row: int, view: int = 0) -> NDArray[np.generic]:
-        """One level of one view as stored. Shapes: -> [C, H, W]. Raises: as `read_batch`."""
-        level: NDArray[np.generic] = self.read_batch([row], (name,), [view], images=False)[1][name][0]
-        return level
-
-    def read_batch(
-        self, rows: Integers, levels: Sequence[str], view_of_row: Integers, images: bool = True
-    ) -> tuple[NDArray[np.uint8], Levels]:
-        """Images and levels of some rows, in their order; `view_of_row[i]` is the view of `rows[i]`.
-
-        Shapes: -> images [B, H, W, 3] uint8 ([0, H, W, 3] without `images`), {level: [B, C, H, W] in the stored dtype}.
-        Raises: DamagedDataError naming shard, level, sample and object; InputError for bad and unknown rows, IncompleteError
-        for missing ones; ConfigError for an unknown level or view, or when images are asked for and not stored.
-        """
-        wanted = [int(row) for row in rows]
-        views = [int(view) for view in view_of_row]
-        self._check(wanted, levels, views, images)
-        count = len(wanted)
-        pixels = np.empty((count if images else 0, *self.image_px, 3), np.uint8)
-        specs = self._chunks.arrays
-        features = {name: np.empty((count, *specs[name].chunk_shape), specs[name].dtype) for name in levels}
+    def read(
+        self, rows: Integers, names: Sequence[str], views: Integers, images: bool = True
+    ) -> tuple[NDArray[np.uint8], CodedLevels]:
+        """As `FeatureSource.read`."""
+        rows, views = [int(row) for row in rows], [int(view) for view in views]
+        self._check(rows, names, views, images)
+        codecs = {name: self._codecs[name] for name in names}
+        specs = [spec for spec in self._chunks.arrays.values() if spec.level in codecs]
+        arrays = {spec.name: np.empty((len(rows), *spec.chunk_shape), spec.dtype) for spec in specs}
+        pixels = np.empty((len(rows) if images else 0, *self.image_px, 3), np.uint8)
         requests = [
-            ChunkRequest(name, row, view, out[idx])
-            for name, out in features.items()
-            for idx, (row, view) in enumerate(zip(wanted, views, strict=True))
+            ChunkRequest(name, row, view, out[idx, ...])
+            for name, out in arrays.items()
+            for idx, (row, view) in enumerate(zip(rows, views, strict=True))
         ]
         if images:
-            requests += [ChunkRequest(IMAGE, row, 0, pixels[idx]) for idx, row in enumerate(wanted)]
+            requests += [ChunkRequest(IMAGE, row, 0, pixels[idx]) for idx, row in enumerate(rows)]
         self._chunks.read(requests)
-        return pixels, features
-
-    def read_chunk_bytes(self, array: str, row: int, view: int = 0) -> bytes:
-        """The checked bytes of one chunk as they lie in the store, of any row that was written; for verification."""
-        return self._chunks.read_bytes(array, row, view)
+        return pixels, CodedLevels.of_arrays(len(rows), codecs, arrays)
 
     def _keep_shards(self, shards: Collection[int]) -> None:
         """Rows of other shards count as missing."""
@@ -231,14 +136,12 @@ class FeatureDataset:
                 f"{self.url}: shard {lost[0]} is needed and not committed; run the same `dtpipe extract` again"
             )
         size, kept = self.recipe.shard.samples, set(shards)
-        status = tuple(each if row // size in kept else MISSING for row, each in enumerate(self.status))
-        self._samples = replace(self._samples, status=status)
-        self._ok_rows = self._samples.ok_rows()
+        status = tuple(old if row // size in kept else MISSING for row, old in enumerate(self.columns.status))
+        self.columns = replace(self.columns, status=status)
 
-    def _check(self, rows: Sequence[int], levels: Sequence[str], views: Sequence[int], images: bool) -> None:
-        names = [level.name for level in self.levels]
-        if unknown := [name for name in levels if name not in names]:
-            raise ConfigError(f"{self.url} has no level {unknown[0]!r}; choose from {', '.join(names)}")
+    def _check(self, rows: Sequence[int], names: Sequence[str], views: Sequence[int], images: bool) -> None:
+        if unknown := [name for name in names if name not in self._codecs]:
+            raise ConfigError(f"{self.url} has no level {unknown[0]!r}; choose from {', '.join(self._codecs)}")
         if images and self.recipe.images != "stored":
             raise ConfigError(f"{self.url} stores no images; join it with the dataset that has them (--join)")
         if len(views) != len(rows):
@@ -250,15 +153,15 @@ class FeatureDataset:
                 raise ConfigError(f"{self.url} has no view {view}; it has views 0 to {len(self.views) - 1}")
 
     def _check_row(self, row: int) -> None:
-        if not 0 <= row < self.num_rows:
-            raise InputError(f"{self.url} has no row {row}; it has rows 0 to {self.num_rows - 1}")
-        status = self.status[row]
+        if not 0 <= row < len(self.columns):
+            raise InputError(f"{self.url} has no row {row}; it has rows 0 to {len(self.columns) - 1}")
+        key, status = self.columns.keys[row], self.columns.status[row]
         if status == MISSING:
             raise IncompleteError(
-                f"{self.url}: sample {self.keys[row]!r} (row {row}) is not written yet; run `dtpipe extract` again"
+                f"{self.url}: sample {key!r} (row {row}) is not written yet; run `dtpipe extract` again"
             )
         if status != "ok":
-            raise InputError(f"{self.url}: sample {self.keys[row]!r} (row {row}) is {status}; read only `ok_rows`")
+            raise InputError(f"{self.url}: sample {key!r} (row {row}) is {status}; read only `ok_rows`")
 
 
 def _find_manifest(store: Store) -> Manifest | None:
@@ -283,9 +186,9 @@ def _open_complete(store: Store, manifest: Manifest) -> FeatureDataset:
     if index.num_rows != plan.num_rows:
         raise ManifestError(f"{store.where(INDEX_FILE)} has {index.num_rows} rows, the plan {plan.num_rows}; {_REPAIR}")
     shards = decode_table(_checked_file(store, manifest, SHARDS_FILE), SHARDS_SCHEMA, store.where(SHARDS_FILE))
-    samples = Samples(*(tuple(index[name].to_pylist()) for name in ("key", "label", "status")))
-    dataset = _assemble(store, plan, manifest, samples, shards)
-    if missing := [shard for shard, name in enumerate(_objects(dataset)) if name is None]:
+    columns = Columns(store.url, *(tuple(index[name].to_pylist()) for name in ("key", "label", "status")))
+    dataset = _assemble(store, plan, manifest, columns, shards)
+    if missing := sorted(set(range(plan.num_shards)) - set(shards["shard"].to_pylist())):
         raise ManifestError(f"{store.where(SHARDS_FILE)} does not list shard {missing[0]}; {_REPAIR}")
     return dataset
 
@@ -303,23 +206,18 @@ def _open_partial(store: Store, manifest: Manifest | None) -> FeatureDataset:
                 raise ManifestError(
                     f"{store.url}: shard {entry.shard} has {row.key!r} in row {row.row}, the listing {listing.keys[row.row]!r}; {_REPAIR}"
                 )
-    samples = Samples(listing.keys, listing.labels, tuple(status))
-    return _assemble(store, plan, manifest, samples, shards_table(entries))
+    columns = Columns(store.url, listing.keys, listing.labels, tuple(status))
+    return _assemble(store, plan, manifest, columns, shards_table(entries))
 
 
 _REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
 
 
 def _assemble(
-    store: Store, plan: Plan, manifest: Manifest | None, samples: Samples, shards: pa.Table
+    store: Store, plan: Plan, manifest: Manifest | None, columns: Columns, shards: pa.Table
 ) -> FeatureDataset:
     tables = chunk_tables(plan, shards, store.where(SHARDS_FILE))
-    return FeatureDataset(store, plan, manifest, samples, ChunkReader(store, plan, tables, samples.keys))
-
-
-def _objects(dataset: FeatureDataset) -> list[str | None]:
-    first = next(iter(stored_arrays(dataset.recipe)))
-    return dataset._chunks.tables[first].objects
+    return FeatureDataset(store, plan, manifest, columns, ChunkReader(store, plan, tables, columns.keys))
 
 
 def _checked_file(store: Store, manifest: Manifest, name: str) -> bytes:

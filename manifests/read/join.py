@@ -6,15 +6,17 @@ One rule: what does not fit is refused with what differs; nothing is dropped to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
 from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.manifests.read.dataset import FeatureDataset, Integers, Levels, Samples
-from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import Columns, Integers, read_images
+from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, ViewSpec
 
 _SUFFIXES = "bcdefghijklmnopqrstuvwxyz"
 _SHOWN = 3  # keys listed in a message
@@ -42,150 +44,119 @@ class JoinedDataset:
         _refuse_differences(parts, ("transform", "student_px"))
         _refuse_other_keys(parts)
         self.parts, first = tuple(parts), parts[0]
-        self._part_rows = [np.array([part.row_of(key) for key in first.keys], np.int64) for part in parts]
+        self._part_rows = [
+            np.array([part.columns.row_of(key) for key in first.columns.keys], np.int64) for part in parts
+        ]
         self._images = next((idx for idx, part in enumerate(parts) if part.recipe.images == "stored"), None)
-        self._samples = self._join_samples()
-        self.image_px, self.num_rows, self.ok_rows = first.image_px, first.num_rows, self._samples.ok_rows()
-        self.keys, self.labels, self.status = self._samples.keys, self._samples.labels, self._samples.status
-        self.along_views = all(_levels_of(part.recipe) == _levels_of(first.recipe) for part in parts)
+        self.columns, self.image_px = self._join_columns(), first.image_px
+        self.along_views = all(_same_levels(part.recipe, first.recipe) for part in parts)
         self.levels, self.views, self.places = _join_views(parts) if self.along_views else _join_levels(parts)
 
-    def row_of(self, key: str) -> int:
-        """Row of a key. Raises: InputError for an unknown one."""
-        return self.parts[0].row_of(key)
-
-    def read_image(self, row: int) -> NDArray[np.uint8]:
-        """As `FeatureDataset.read_image`."""
-        image: NDArray[np.uint8] = self.read_batch([row], (), [0])[0][0]
-        return image
-
-    def read_level(self, name: str, row: int, view: int = 0) -> NDArray[np.generic]:
-        """As `FeatureDataset.read_level`."""
-        level: NDArray[np.generic] = self.read_batch([row], (name,), [view], images=False)[1][name][0]
-        return level
-
-    def read_batch(
-        self, rows: Integers, levels: Sequence[str], view_of_row: Integers, images: bool = True
-    ) -> tuple[NDArray[np.uint8], Levels]:
-        """As `FeatureDataset.read_batch`. Shapes and raises: the same."""
-        wanted, views = np.asarray(rows, np.int64), np.asarray(view_of_row, np.int64)
-        self._check(wanted, levels, views, images)
+    def read(
+        self, rows: Integers, names: Sequence[str], views: Integers, images: bool = True
+    ) -> tuple[NDArray[np.uint8], CodedLevels]:
+        """As `FeatureSource.read`."""
+        rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
+        self._check(rows, names, views, images)
         pixels = np.empty((0, *self.image_px, 3), np.uint8)
         if images and self._images is not None:
-            pixels, _ = self.parts[self._images].read_batch(
-                self._part_rows[self._images][wanted], (), np.zeros_like(wanted)
-            )
-        specs = {level.name: level for level in self.levels}
-        return pixels, {name: self._read_joined(specs[name], wanted, views) for name in levels}
+            pixels = read_images(self.parts[self._images], self._part_rows[self._images][rows])
+        return pixels, CodedLevels(len(rows), {name: self._read_level(name, rows, views) for name in names})
 
-    def _read_joined(self, level: LevelSpec, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.generic]:
+    def _read_level(self, name: str, rows: NDArray[np.integer], views: NDArray[np.integer]) -> list[CodedPiece]:
         """One level of all rows, each from the part that its view lies in."""
-        places = [self.places[level.name, int(view)] for view in views]
-        out: NDArray[np.generic] | None = None
-        for part_idx in sorted({place.part for place in places}):
+        places = [self.places[name, int(view)] for view in views]
+        pieces = []
+        for part_idx in sorted({place.part for place in places}) or [self.places[name, 0].part]:
             chosen = np.array([idx for idx, place in enumerate(places) if place.part == part_idx], np.int64)
-            name = places[chosen[0]].level
-            part_views = [places[idx].view for idx in chosen]
-            _, found = self.parts[part_idx].read_batch(
-                self._part_rows[part_idx][rows[chosen]], (name,), part_views, images=False
-            )
-            if out is None:
-                out = np.empty((len(rows), *found[name].shape[1:]), found[name].dtype)
-            out[chosen] = found[name]
-        return np.empty((0, level.channels, level.height, level.width), level.dtype) if out is None else out
+            part_rows, part_views = self._part_rows[part_idx][rows[chosen]], [places[idx].view for idx in chosen]
+            level = self.places[name, int(views[chosen[0]]) if len(chosen) else 0].level
+            _, coded = self.parts[part_idx].read(part_rows, (level,), part_views, images=False)
+            pieces += [replace(piece, rows=chosen) for piece in coded.pieces[level]]
+        return pieces
 
-    def _check(self, rows: NDArray[np.int64], levels: Sequence[str], views: NDArray[np.int64], images: bool) -> None:
-        names = [level.name for level in self.levels]
-        if unknown := [name for name in levels if name not in names]:
-            raise ConfigError(
-                f"{_urls(self.parts)} joined have no level {unknown[0]!r}; choose from {', '.join(names)}"
-            )
+    def _check(self, rows: NDArray[np.integer], names: Sequence[str], views: NDArray[np.integer], images: bool) -> None:
+        stored = [level.name for level in self.levels]
+        if unknown := [name for name in names if name not in stored]:
+            raise ConfigError(f"{self.columns.where} have no level {unknown[0]!r}; choose from {', '.join(stored)}")
         if images and self._images is None:
             raise ConfigError(f"none of {_urls(self.parts)} stores images; join a dataset that does")
         if len(views) != len(rows) or (len(views) and (views.min() < 0 or views.max() >= len(self.views))):
-            raise ConfigError(
-                f"{_urls(self.parts)} joined have views 0 to {len(self.views) - 1}; give one of them per row"
-            )
+            raise ConfigError(f"{self.columns.where} have views 0 to {len(self.views) - 1}; give one of them per row")
         for row in rows:
-            if not 0 <= row < self.num_rows or self.status[row] != "ok":
-                status = self.status[row] if 0 <= row < self.num_rows else "not in the dataset"
-                raise InputError(f"{_urls(self.parts)} joined: row {row} is {status}; read only `ok_rows`")
+            status = self.columns.status[row] if 0 <= row < len(self.columns) else "not in the dataset"
+            if status != "ok":
+                raise InputError(f"{self.columns.where}: row {row} is {status}; read only `ok_rows`")
 
-    def _join_samples(self) -> Samples:
-        columns = [[part.status[row] for row in rows] for part, rows in zip(self.parts, self._part_rows, strict=True)]
-        status = tuple(next((each for each in found if each != "ok"), "ok") for found in zip(*columns, strict=True))
-        labels = [[part.labels[row] for row in rows] for part, rows in zip(self.parts, self._part_rows, strict=True)]
-        label = tuple(next((each for each in found if each is not None), None) for found in zip(*labels, strict=True))
-        return Samples(self.parts[0].keys, label, status)
+    def _join_columns(self) -> Columns:
+        """Of each row, the first status that is not ok and the first label there is."""
+        by_part = list(zip((part.columns for part in self.parts), self._part_rows, strict=True))
+        statuses = zip(*([columns.status[row] for row in rows] for columns, rows in by_part), strict=True)
+        labels = zip(*([columns.labels[row] for row in rows] for columns, rows in by_part), strict=True)
+        return Columns(
+            f"{_urls(self.parts)} joined",
+            self.parts[0].columns.keys,
+            tuple(next((label for label in of_row if label is not None), None) for of_row in labels),
+            tuple(next((status for status in of_row if status != "ok"), "ok") for of_row in statuses),
+        )
 
 
 class ConcatDataset:
-    """Datasets over different keys as one `FeatureSource`, one after the other; all else must be equal."""
+    """Datasets over different keys as one `FeatureSource`, one after the other; all but the codecs must be equal."""
 
     def __init__(self, parts: Sequence[FeatureDataset]) -> None:
         """Raises: ConfigError naming what differs, or the keys that are in two datasets."""
-        _refuse_differences(
-            parts, ("transform", "teacher", "views", "levels", "codec", "images"), ", or join them with --join"
-        )
+        _refuse_differences(parts, ("transform", "teacher", "views", "levels", "images"), ", or join them with --join")
         _refuse_shared_keys(parts)
         self.parts, first = tuple(parts), parts[0]
-        self._starts = np.cumsum([0, *(part.num_rows for part in parts)])
+        self._starts = np.cumsum([0, *(len(part.columns) for part in parts)])
         self.levels, self.views, self.image_px = first.levels, first.views, first.image_px
-        self.keys = tuple(key for part in parts for key in part.keys)
-        self.labels = tuple(label for part in parts for label in part.labels)
-        self.status = tuple(status for part in parts for status in part.status)
-        self.num_rows = len(self.keys)
-        self.ok_rows = Samples(self.keys, self.labels, self.status).ok_rows()
-        self._row_of = {key: row for row, key in enumerate(self.keys)}
+        self.columns = Columns(
+            _urls(parts),
+            tuple(key for part in parts for key in part.columns.keys),
+            tuple(label for part in parts for label in part.columns.labels),
+            tuple(status for part in parts for status in part.columns.status),
+        )
 
     def part_of(self, rows: Integers) -> NDArray[np.int64]:
         """Which of `parts` each row lies in. Shapes: [B] -> [B]."""
         return np.searchsorted(self._starts, np.asarray(rows, np.int64), side="right") - 1
 
-    def row_of(self, key: str) -> int:
-        """Row of a key. Raises: InputError for an unknown one."""
-        if key not in self._row_of:
-            raise InputError(f"none of {_urls(self.parts)} has sample {key!r}; keys look like {self.keys[0]!r}")
-        return self._row_of[key]
-
-    def read_image(self, row: int) -> NDArray[np.uint8]:
-        """As `FeatureDataset.read_image`."""
-        image: NDArray[np.uint8] = self.read_batch([row], (), [0])[0][0]
-        return image
-
-    def read_level(self, name: str, row: int, view: int = 0) -> NDArray[np.generic]:
-        """As `FeatureDataset.read_level`."""
-        level: NDArray[np.generic] = self.read_batch([row], (name,), [view], images=False)[1][name][0]
-        return level
-
-    def read_batch(
-        self, rows: Integers, levels: Sequence[str], view_of_row: Integers, images: bool = True
-    ) -> tuple[NDArray[np.uint8], Levels]:
-        """As `FeatureDataset.read_batch`. Shapes and raises: the same."""
-        wanted, views = np.asarray(rows, np.int64), np.asarray(view_of_row, np.int64)
-        if len(views) != len(wanted):
-            raise ConfigError(f"{len(wanted)} rows and {len(views)} views were asked for; give one view per row")
-        if outside := [row for row in wanted if not 0 <= row < self.num_rows]:
-            raise InputError(f"{_urls(self.parts)} have no row {outside[0]}; they have rows 0 to {self.num_rows - 1}")
-        part_of_row = self.part_of(wanted)
-        out: dict[str, NDArray[np.generic]] = {}
+    def read(
+        self, rows: Integers, names: Sequence[str], views: Integers, images: bool = True
+    ) -> tuple[NDArray[np.uint8], CodedLevels]:
+        """As `FeatureSource.read`."""
+        rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
+        self._check(rows, views)
+        part_of_row = self.part_of(rows)
+        pixels = np.empty((len(rows) if images else 0, *self.image_px, 3), np.uint8)
+        pieces: dict[str, list[CodedPiece]] = {name: [] for name in names}
         for idx in sorted(set(part_of_row.tolist())) or [0]:
             chosen = np.flatnonzero(part_of_row == idx)
-            pixels, found = self.parts[idx].read_batch(
-                wanted[chosen] - self._starts[idx], levels, views[chosen], images
-            )
-            for name, values in {IMAGE: pixels, **found}.items():
-                whole = out.setdefault(
-                    name, np.empty((len(wanted) if len(values) else 0, *values.shape[1:]), values.dtype)
-                )
-                if len(values):
-                    whole[chosen] = values
-        image = out.pop(IMAGE)
-        return image.astype(np.uint8, copy=False), out
+            part_pixels, coded = self.parts[idx].read(rows[chosen] - self._starts[idx], names, views[chosen], images)
+            if images:
+                pixels[chosen] = part_pixels
+            for name, of_level in coded.pieces.items():
+                pieces[name] += [replace(piece, rows=chosen) for piece in of_level]
+        return pixels, CodedLevels(len(rows), pieces)
+
+    def _check(self, rows: NDArray[np.integer], views: NDArray[np.integer]) -> None:
+        """What no part can see; the rest each part checks itself."""
+        if len(views) != len(rows):
+            raise ConfigError(f"{len(rows)} rows and {len(views)} views were asked for; give one view per row")
+        if outside := [row for row in rows if not 0 <= row < len(self.columns)]:
+            last = len(self.columns) - 1
+            raise InputError(f"{self.columns.where} have no row {outside[0]}; they have rows 0 to {last}")
 
 
-def _levels_of(recipe: Recipe) -> tuple[object, ...]:
-    return recipe.teacher, recipe.levels, recipe.codec
+def _without_codecs(recipe: Recipe) -> Recipe:
+    """What features are of, whatever they lie under."""
+    levels = tuple(level.model_copy(update={"codec": CodecSpec()}) for level in recipe.levels)
+    return recipe.model_copy(update={"levels": levels})
+
+
+def _same_levels(one: Recipe, other: Recipe) -> bool:
+    return one.teacher == other.teacher and _without_codecs(one).levels == _without_codecs(other).levels
 
 
 def _join_views(
@@ -237,9 +208,9 @@ def _free_name(name: str, taken: Mapping[str, LevelSpec]) -> str:
 def _refuse_differences(parts: Sequence[FeatureDataset], fields: Sequence[str], otherwise: str = "") -> None:
     if not parts:
         raise ConfigError("no dataset was given; name at least one")
-    first = parts[0].recipe.model_dump(mode="json", include=set(fields))
-    for part in parts[1:]:
-        if changes := differences(first, part.recipe.model_dump(mode="json", include=set(fields))):
+    first, *others = (_without_codecs(part.recipe).model_dump(mode="json", include=set(fields)) for part in parts)
+    for part, other in zip(parts[1:], others, strict=True):
+        if changes := differences(first, other):
             raise ConfigError(
                 f"{parts[0].url} and {part.url} do not fit ({listed(changes)}); extract one of them again with equal "
                 f"settings{otherwise}"
@@ -247,13 +218,13 @@ def _refuse_differences(parts: Sequence[FeatureDataset], fields: Sequence[str], 
 
 
 def _refuse_other_keys(parts: Sequence[FeatureDataset]) -> None:
-    first = set(parts[0].keys)
+    first = set(parts[0].columns.keys)
     for part in parts[1:]:
-        found = set(part.keys)
-        if found != first:
+        keys = set(part.columns.keys)
+        if keys != first:
             only = [
-                *(f"{key!r} only in {parts[0].url}" for key in sorted(first - found)),
-                *(f"{key!r} only in {part.url}" for key in sorted(found - first)),
+                *(f"{key!r} only in {parts[0].url}" for key in sorted(first - keys)),
+                *(f"{key!r} only in {part.url}" for key in sorted(keys - first)),
             ]
             raise ConfigError(
                 f"{parts[0].url} and {part.url} are not over the same keys: {len(only)} differ ({'; '.join(only[:_SHOWN])}); "
@@ -264,13 +235,13 @@ def _refuse_other_keys(parts: Sequence[FeatureDataset]) -> None:
 def _refuse_shared_keys(parts: Sequence[FeatureDataset]) -> None:
     owner: dict[str, FeatureDataset] = {}
     for part in parts:
-        shared = [key for key in part.keys if key in owner]
+        shared = [key for key in part.columns.keys if key in owner]
         if shared:
             raise ConfigError(
                 f"{owner[shared[0]].url} and {part.url} share {len(shared)} keys ({', '.join(map(repr, shared[:_SHOWN]))}); "
                 "join them by key with --join, or extract other samples"
             )
-        owner.update(dict.fromkeys(part.keys, part))
+        owner.update(dict.fromkeys(part.columns.keys, part))
 
 
 def _refuse_other_flips(parts: Sequence[FeatureDataset]) -> None:

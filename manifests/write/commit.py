@@ -16,7 +16,8 @@ from blake3 import blake3
 from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
 from dtpipe.manifests.errors import IncompleteError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.tables import INDEX_FILE, LISTING_FILE, SHARDS_FILE, encode_index, encode_shards
-from dtpipe.manifests.schema import FORMAT, IMAGE, FileEntry, Manifest, ObjectEntry, Plan, Recipe, ShardEntry, Totals
+from dtpipe.manifests.layout.zarr import zarr_metadata
+from dtpipe.manifests.schema import FileEntry, Manifest, ObjectEntry, Plan, Recipe, ShardEntry, Totals
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.local import ObjectStat
 from dtpipe.manifests.store.store import Store
@@ -27,7 +28,6 @@ from dtpipe.manifests.write.plan import PLAN_FILE, plan_digest
 MANIFEST_FILE = "manifest.json"
 COMMIT_FOLDER = "commits/"
 REJECTED = ".rejected"
-ZARR_ROOT = "data.zarr"
 _THREADS = 16  # requests to the store at once
 _BLOCK_BYTES = 16 * 2**20
 _SHOWN = 5  # shards listed in a message
@@ -126,7 +126,12 @@ def dataset_digest(recipe: Recipe, keys: Sequence[str], objects: Iterable[tuple[
     `keys` by row; `objects` as (name, size in bytes, blake3), in any order. Times, hosts, URIs and versions stay out.
     """
     stored = [{"name": name, "size": size, "blake3": digest} for name, size, digest in sorted(objects)]
-    document = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "keys": list(keys), "objects": stored}
+    document = {
+        "format": recipe.format,
+        "recipe": recipe.model_dump(mode="json"),
+        "keys": list(keys),
+        "objects": stored,
+    }
     return blake3_hex(canonical_json(document))
 
 
@@ -144,7 +149,7 @@ def merge(store: Store, plan: Plan, lock: Lock, provenance: Mapping[str, Any]) -
     entries = load_entries(store, plan, digest)
     _check_keys(store, entries, listing)
     _send_back_misfits(store, entries, lock)
-    files = _metadata_files(store, plan.recipe)
+    files = _metadata_files(store, plan)
     for name, data, step in (
         (SHARDS_FILE, encode_shards(entries), "merge.shards"),
         (INDEX_FILE, encode_index(entries), "merge.index"),
@@ -227,11 +232,8 @@ def _send_back_misfits(store: Store, entries: list[ShardEntry], lock: Lock) -> N
         )
 
 
-def _metadata_files(store: Store, recipe: Recipe) -> dict[str, FileEntry]:
-    names = [PLAN_FILE, LISTING_FILE]
-    if recipe.shard.format == "zarr":
-        arrays = [IMAGE] * (recipe.images == "stored") + [level.name for level in recipe.levels]
-        names += [f"{ZARR_ROOT}/zarr.json", *(f"{ZARR_ROOT}/{array}/zarr.json" for array in arrays)]
+def _metadata_files(store: Store, plan: Plan) -> dict[str, FileEntry]:
+    names = [PLAN_FILE, LISTING_FILE, *(zarr_metadata(plan) if plan.recipe.shard.format == "zarr" else ())]
     found = _together(store.read, names)
     return {
         name: FileEntry(size_bytes=len(data), blake3=blake3_hex(data)) for name, data in zip(names, found, strict=True)
@@ -252,7 +254,15 @@ def _manifest(
     )
     digest = dataset_digest(plan.recipe, listing.keys, objects)
     kept = {**provenance, "plan": plan.provenance}  # so that a lost plan.json can be written again, byte for byte
-    return Manifest(complete=True, digest=digest, recipe=plan.recipe, totals=totals, files=files, provenance=kept)
+    return Manifest(
+        format=plan.format,
+        complete=True,
+        digest=digest,
+        recipe=plan.recipe,
+        totals=totals,
+        files=files,
+        provenance=kept,
+    )
 
 
 def _together(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
+from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.differences import differences, refuse_differences
 from dtpipe.manifests.errors import ConfigError, ManifestError, MissingObjectError, PlanChangedError
 from dtpipe.manifests.layout.tables import LISTING_FILE
@@ -88,9 +89,10 @@ def plan_digest(store: Store) -> str:
 
 
 def bytes_per_sample(levels: Sequence[LevelSpec], num_views: int, image_px: tuple[int, int] | None) -> int:
-    """Bytes of one sample before compression: all levels of all views, and the uint8 RGB image (height, width) if stored."""
-    cells = sum(level.channels * level.height * level.width * _ITEM_BYTES[level.dtype] for level in levels)
-    return cells * num_views + (3 * image_px[0] * image_px[1] if image_px else 0)
+    """Bytes of one sample before compression: all levels of all views as coded, and the uint8 RGB image (height, width) if stored."""
+    parts = [spec for level in levels for spec in open_codec(level).parts.values()]
+    view_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in parts)
+    return view_bytes * num_views + (3 * image_px[0] * image_px[1] if image_px else 0)
 
 
 def shard_samples_for(sample_bytes: int) -> int:
@@ -99,13 +101,11 @@ def shard_samples_for(sample_bytes: int) -> int:
     return max(MIN_SHARD_SAMPLES, min(MAX_SHARD_SAMPLES, 1 << max(power, 0)))
 
 
-_ITEM_BYTES = {"float16": 2, "float32": 4}
-
-
 def _new_plan(recipe: Recipe, listing: Listing, listing_blake3: str, provenance: dict[str, Any]) -> Plan:
     num_shards = math.ceil(len(listing) / recipe.shard.samples)
     canonical_json(provenance)  # say now, not after the work, that it cannot be stored
     return Plan(
+        format=recipe.format,
         recipe=recipe,
         num_rows=len(listing),
         num_shards=num_shards,

@@ -5,23 +5,24 @@ One rule: nothing here is seen by a reader until the entry is committed, so a ki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.codecs.base import encode_level, find_codec
-from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, ShardArrays
+from dtpipe.manifests.codecs.base import array_name, encode_level
+from dtpipe.manifests.codecs.registry import level_codecs
+from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, ShardArrays, stored_arrays
 from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_shard
 from dtpipe.manifests.layout.zarr import TRAILER_BYTES, decode_zarr_chunk, encode_zarr_shard
-from dtpipe.manifests.schema import ObjectEntry, Plan, Recipe, ShardEntry
+from dtpipe.manifests.schema import IMAGE, IndexRow, ObjectEntry, Plan, Recipe, ShardEntry
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.store import Store
 
-__all__ = ["FORMATS", "ShardArrays", "ShardFormatKind", "encode_shard", "write_shard"]
+__all__ = ["FORMATS", "ShardArrays", "ShardFormatKind", "code_features", "encode_shard", "write_shard"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,11 @@ FORMATS: Mapping[str, ShardFormatKind] = {
 
 
 def encode_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterator[EncodedObject]:
-    """The objects of one shard, one at a time; levels that are not in their stored dtype yet are coded first.
+    """The objects of one shard, one at a time.
 
-    Raises: ShapeError when the arrays are not those of the plan, and what `encode_level` raises.
+    Raises: ShapeError when the arrays are not those of the plan.
     """
-    coded = replace(arrays, levels=_coded_levels(plan.recipe, arrays))
-    return FORMATS[plan.recipe.shard.format].encode(plan, shard_idx, coded)
+    return FORMATS[plan.recipe.shard.format].encode(plan, shard_idx, arrays)
 
 
 def write_shard(
@@ -78,6 +78,7 @@ def write_shard(
         )
     fault_point("shard.objects")
     return ShardEntry(
+        format=plan.format,
         shard=shard_idx,
         plan_blake3=plan_blake3,
         epoch=epoch,
@@ -87,12 +88,24 @@ def write_shard(
     )
 
 
-def _coded_levels(recipe: Recipe, arrays: ShardArrays) -> dict[str, NDArray[np.generic]]:
-    codec, coded = find_codec(recipe.codec), dict(arrays.levels)
-    for level in recipe.levels:
-        values = coded.get(level.name)
-        if values is None or values.dtype == codec.stored_dtype(level):
+def code_features(
+    recipe: Recipe,
+    image: NDArray[np.uint8] | None,
+    features: Mapping[str, NDArray[np.generic]],
+    rows: Sequence[IndexRow],
+) -> ShardArrays:
+    """A shard of features, coded by the reference; bad rows become zeros.
+
+    Shapes: image [n, H, W, 3] or None, features {level: [n, V, C, H, W]}.
+    Raises: what `encode_level` raises, naming level and sample.
+    """
+    arrays = {name: np.zeros(spec.shape(len(rows)), spec.dtype) for name, spec in stored_arrays(recipe).items()}
+    for idx, row in enumerate(rows):
+        if row.status != "ok":
             continue
-        rows = zip(values, arrays.rows, strict=True)
-        coded[level.name] = np.stack([encode_level(value, level, recipe.codec, row.key) for value, row in rows])
-    return coded
+        if image is not None:
+            arrays[IMAGE][idx] = image[idx]
+        for level, codec in level_codecs(recipe).items():
+            for part, values in encode_level(codec, features[level][idx], row.key).items():
+                arrays[array_name(level, part)][idx] = values
+    return ShardArrays(arrays, rows)

@@ -93,9 +93,9 @@ def _sources() -> Rows:
 
 
 def _codecs() -> Rows:
-    from dtpipe.manifests.codecs import base as codec
+    from dtpipe.manifests.codecs.registry import CODECS
 
-    return _texts(codec.CODECS)
+    return _texts(CODECS)
 
 
 def _tasks() -> Rows:

@@ -25,8 +25,9 @@ from dtpipe.extract.shards.rows import RowReader
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.canonical import canonical_json
+from dtpipe.manifests.codecs.coded import CodedLevels
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
-from dtpipe.manifests.read.dataset import Integers, Levels
+from dtpipe.manifests.read.source import Columns, Integers
 from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.pipeline.live.check import OnChecked, check_images, kept_result
@@ -61,46 +62,36 @@ class LiveSource:
         self.levels: tuple[LevelSpec, ...] = recipe.levels
         self.views: tuple[ViewSpec, ...] = recipe.views
         self.image_px = (recipe.transform.height, recipe.transform.width)
-        self.keys, self.labels, self.num_rows = listing.keys, listing.labels, len(listing)
-        self.status = tuple(f"bad: {bad[key]}" if key in bad else "ok" for key in self.keys)
-        self.ok_rows: NDArray[np.int64] = np.flatnonzero([status == "ok" for status in self.status]).astype(np.int64)
-        self._row_of: dict[str, int] = {}
+        status = tuple(f"bad: {bad[key]}" if key in bad else "ok" for key in listing.keys)
+        self.columns = Columns("the source", listing.keys, listing.labels, status)
 
-    def row_of(self, key: str) -> int:
-        """Row of a key. Raises: InputError for an unknown one."""
-        self._row_of = self._row_of or {each: row for row, each in enumerate(self.keys)}
-        if key not in self._row_of:
-            raise InputError(f"the source has no sample {key!r}; keys look like {self.keys[0]!r}")
-        return self._row_of[key]
+    def read(
+        self,
+        rows: Integers,
+        names: Sequence[str],
+        views: Integers,  # noqa: ARG002  nothing is stored
+        images: bool = True,
+    ) -> tuple[NDArray[np.uint8], CodedLevels]:
+        """Images of some rows, decoded now; zeros where the teacher makes them.
 
-    def read_image(self, row: int) -> NDArray[np.uint8]:
-        """The teacher's input. Shapes: -> [H, W, 3] uint8, zeros where the teacher makes it. Raises: InputError."""
-        if self.recipe.synthesized:
-            return np.zeros((*self.image_px, 3), np.uint8)
+        Raises: ConfigError when levels are asked for; InputError when an image cannot be read.
+        """
+        if names:
+            raise ConfigError(f"level {names[0]} is not stored: this run encodes live")
+        pixels = np.zeros((len(rows) if images else 0, *self.image_px, 3), np.uint8)
+        if not self.recipe.synthesized:
+            for idx in range(len(pixels)):
+                pixels[idx] = self._image(int(rows[idx]))
+        return pixels, CodedLevels(len(rows), {})
+
+    def _image(self, row: int) -> NDArray[np.uint8]:
         try:
             return self.reader.image(row)
         except BadImage as err:
             raise InputError(
-                f"sample {self.keys[row]}: {err.reason}; it was good when the run began: restore it and run again, or begin another --out"
+                f"sample {self.columns.keys[row]}: {err.reason}; it was good when the run began: restore it and run again, "
+                "or begin another --out"
             ) from err
-
-    def read_level(self, name: str, row: int, view: int = 0) -> NDArray[np.generic]:
-        """Raises: ConfigError, always."""
-        raise ConfigError(f"level {name} of {self.keys[row]} (view {view}) is not stored: this run encodes live")
-
-    def read_batch(
-        self, rows: Integers, levels: Sequence[str], view_of_row: Integers, images: bool = True
-    ) -> tuple[NDArray[np.uint8], Levels]:
-        """Images of some rows, decoded now. Shapes: -> [B, H, W, 3] uint8, {}.
-
-        Raises: ConfigError when levels are asked for; InputError.
-        """
-        if levels and len(rows):
-            self.read_level(levels[0], int(rows[0]), int(view_of_row[0]))
-        pixels = np.empty((len(rows) if images else 0, *self.image_px, 3), np.uint8)
-        for idx in range(len(pixels)):
-            pixels[idx] = self.read_image(int(rows[idx]))
-        return pixels, {}
 
 
 def live_settings(config: ExtractConfig) -> ExtractConfig:
@@ -131,13 +122,13 @@ def open_live_data(
     rows = select_rows(source, config)
     if not recipe.synthesized:
         source = LiveSource(reader, opened, _bad_images(reader, rows, extract, Path(config.out), on_checked, check))
-        rows = rows[np.isin(rows, source.ok_rows)]
+        rows = rows[np.isin(rows, source.columns.ok_rows)]
         if len(rows) == 0:
             raise InputError(f"{extract.images}: none of the images can be used; look at one of them")
     record = {**record, "samples": rows_record(rows)}
     digest = blake3(canonical_json(record)).hexdigest()
     sections = {SECTION: extract.model_dump(mode="json", exclude=_NOT_STORED)}
-    return OpenedData(source, recipe.student_px, digest, Sampling(rows, source.num_rows), None, record, sections)
+    return OpenedData(source, recipe.student_px, digest, Sampling(rows, len(source.columns)), None, record, sections)
 
 
 def _bad_images(
@@ -159,7 +150,7 @@ def _content(recipe: Recipe) -> dict[str, Any]:
     kept = recipe.model_dump(
         mode="json", include={"source", "transform", "student_px", "teacher", "noise_seed", "views"}
     )
-    levels = [level.model_dump(mode="json", exclude={"dtype"}) for level in recipe.levels]
+    levels = [level.model_dump(mode="json", exclude={"dtype", "codec"}) for level in recipe.levels]
     return {**kept, "levels": levels, "dtype": recipe.compute.dtype}
 
 

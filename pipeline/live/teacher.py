@@ -21,8 +21,9 @@ from dtpipe.extract.synthesize import synthesize_on_device
 from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
-from dtpipe.manifests.read.dataset import FeatureDataset, FeatureSource
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
+from dtpipe.manifests.read.source import FeatureSource
 from dtpipe.manifests.schema import ViewSpec
 from dtpipe.pipeline.live.recorded import RecipeTeacher, teacher_config
 from dtpipe.pipeline.live.source import LiveSource
@@ -122,8 +123,9 @@ class RecipeLive:
         stored = self.latents
         if stored is None or not {bool(samples.flip[idx]) for idx in rows} <= stored.view_of_flip.keys():
             return None
-        found = [stored.read([stored.dataset.row_of(samples.keys[idx])], bool(samples.flip[idx]))[0] for idx in rows]
-        return self._on_host(np.stack(found))
+        columns = stored.dataset.columns
+        latents = [stored.read([columns.row_of(samples.keys[idx])], bool(samples.flip[idx]))[0] for idx in rows]
+        return self._on_host(np.stack(latents))
 
     def _on_host(self, values: NDArray[np.generic]) -> Tensor:
         import torch
@@ -141,7 +143,7 @@ class ConcatLive:
 
     def prepare(self, samples: LiveSamples) -> list[tuple[int, NDArray[np.int64], Any]]:
         """Samples by dataset, each prepared by its own."""
-        part_of = self._source.part_of([self._source.row_of(key) for key in samples.keys])
+        part_of = self._source.part_of([self._source.columns.row_of(key) for key in samples.keys])
         chosen = {part: np.flatnonzero(part_of == part) for part in sorted(set(part_of.tolist()))}
         return [(part, rows, self._parts[part].prepare(samples.take(rows))) for part, rows in chosen.items()]
 

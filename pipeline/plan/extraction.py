@@ -15,7 +15,7 @@ import numpy as np
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
 from dtpipe.manifests.errors import InputError
-from dtpipe.manifests.schema import LevelSpec, Recipe
+from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.write.plan import bytes_per_sample
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dtpipe.extract.recipe import Resolved
+    from dtpipe.manifests.write.shard import ShardArrays
 
 PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
 
@@ -77,8 +78,8 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
     recipe = resolved.recipe
     configure_torch(recipe.compute)
     images, keys, prepare_s = _probe_images(resolved, recipe.compute.batch_size)
-    levels, teacher_s, device_bytes = _probe_teacher(resolved, images, keys)
-    coded_bytes, code_s = _probe_codec(recipe, images, keys, levels)
+    shard, teacher_s, device_bytes = _probe_teacher(resolved, images, keys)
+    coded_bytes, code_s = _probe_store(recipe, shard)
     num_samples = len(resolved.listing)
     raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
     workers = _workers(config, recipe.compute.device)
@@ -136,11 +137,12 @@ def _probe_images(resolved: Resolved, num: int) -> tuple[NDArray[np.uint8], list
 
 def _probe_teacher(
     resolved: Resolved, images: NDArray[np.uint8], keys: Sequence[str]
-) -> tuple[dict[str, NDArray[np.generic]], float, int | None]:
-    """Levels as stored, seconds per image of a full batch after warm-up, peak bytes on the GPU."""
+) -> tuple[ShardArrays, float, int | None]:
+    """A shard of the probe's images, seconds per image of a full batch after warm-up, codec included, peak bytes on the GPU."""
     import torch
 
     from dtpipe.extract.encode import encode_rows
+    from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 
     recipe, device = resolved.recipe, resolved.recipe.compute.device
     if device == "cuda":
@@ -148,37 +150,30 @@ def _probe_teacher(
     encode_rows(resolved.teacher, recipe, images, keys, device=device)
     started = time.perf_counter()
     encoded = encode_rows(resolved.teacher, recipe, images, keys, device=device)
-    dtypes = {level.name: np.dtype(level.dtype) for level in recipe.levels}
-    levels = {name: features.float().cpu().numpy().astype(dtypes[name]) for name, features in encoded.items()}
+    batch = CodedBatch([IndexRow(row=row, key=key, shard=0) for row, key in enumerate(keys)], images)
+    shard = ShardBuffer(recipe, len(keys))
+    batch.start(encoded, shard.codecs)
+    shard.take(batch)
     seconds = (time.perf_counter() - started) / recipe.compute.batch_size
-    return levels, seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return shard.arrays(), seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
-def _probe_codec(
-    recipe: Recipe, images: NDArray[np.uint8], keys: Sequence[str], levels: dict[str, NDArray[np.generic]]
-) -> tuple[int, float]:
-    """Stored bytes per sample and seconds per sample, from a shard of the probe's images that is never written."""
+def _probe_store(recipe: Recipe, shard: ShardArrays) -> tuple[int, float]:
+    """Stored bytes per sample and seconds per sample, from a shard that is never written."""
     from dtpipe.manifests.canonical import blake3_hex
-    from dtpipe.manifests.schema import IndexRow, Plan
-    from dtpipe.manifests.write.shard import ShardArrays, encode_shard
+    from dtpipe.manifests.write.shard import encode_shard
 
-    num = len(keys)
+    num = len(shard.rows)
     small = recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})})
-    plan = Plan(recipe=small, num_rows=num, num_shards=1, listing_blake3=blake3_hex(b""))
-    rows = [IndexRow(row=row, key=key, shard=0) for row, key in enumerate(keys)]
-    arrays = ShardArrays(images if recipe.images == "stored" else None, levels, rows)
+    plan = Plan(format=recipe.format, recipe=small, num_rows=num, num_shards=1, listing_blake3=blake3_hex(b""))
     started = time.perf_counter()
-    size = sum(len(encoded.data) for encoded in encode_shard(plan, 0, arrays) if blake3_hex(encoded.data))
+    size = sum(len(encoded.data) for encoded in encode_shard(plan, 0, shard) if blake3_hex(encoded.data))
     return size // num, (time.perf_counter() - started) / num
 
 
 def _bytes_by_array(recipe: Recipe) -> dict[str, int]:
     sizes = {} if recipe.images == "joined" else {"image": 3 * recipe.transform.height * recipe.transform.width}
-    return sizes | {level.name: len(recipe.views) * _level_bytes(level) for level in recipe.levels}
-
-
-def _level_bytes(level: LevelSpec) -> int:
-    return level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
+    return sizes | {level.name: bytes_per_sample((level,), len(recipe.views), None) for level in recipe.levels}
 
 
 def _stored_image(recipe: Recipe) -> tuple[int, int] | None:

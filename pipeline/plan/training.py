@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dtpipe.distill.stream.data import OpenSource
     from dtpipe.distill.stream.live import LiveTeacher, OpenLive
     from dtpipe.distill.student.distiller import Distiller
-    from dtpipe.manifests.read.dataset import FeatureSource
+    from dtpipe.manifests.read.source import FeatureSource
 
 TIMED_STEPS = 3
 CPU_IMAGES = 16  # per timed pass; a micro-batch that fills a GPU would overfill a machine without one
@@ -83,7 +83,7 @@ def _time_teacher(live: LiveTeacher, source: FeatureSource, num: int, device: to
 
     from dtpipe.distill.stream.live import LiveSamples
 
-    keys = tuple(source.keys[row] for row in source.ok_rows[:num])
+    keys = tuple(source.columns.keys[row] for row in source.columns.ok_rows[:num])
     images = torch.zeros((len(keys), *source.image_px, 3), dtype=torch.uint8, device=device)
     samples = LiveSamples(keys, np.zeros(len(keys), np.int64), np.zeros(len(keys), bool), np.zeros(len(keys), np.int64))
     seconds = []

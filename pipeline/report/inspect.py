@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dtpipe.manifests.codecs.base import decode_level
 from dtpipe.manifests.errors import InputError, StoreError
+from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.layout.tables import SHARDS_FILE, SHARDS_SCHEMA, decode_table, encode_shards
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entries
@@ -46,7 +47,7 @@ def describe_dataset(url: str) -> dict[str, Any]:
     stored = _stored_bytes(table)
     size_bytes = sum(table["size_bytes"].to_pylist())
     complete = dataset.manifest if dataset.manifest is not None and dataset.manifest.complete else None
-    described = [IMAGE, *(level.name for level in dataset.recipe.levels)]
+    arrays = stored_arrays(dataset.recipe)
     return {
         "url": url,
         "complete": complete is not None,
@@ -55,9 +56,9 @@ def describe_dataset(url: str) -> dict[str, Any]:
         "recipe": _recipe_summary(dataset.recipe),
         "views": [view.model_dump() for view in dataset.recipe.views],
         "images": _image_bytes(dataset.recipe, stored),
-        "levels": [_level_bytes(level, len(dataset.recipe.views), stored) for level in dataset.recipe.levels],
-        "overhead_bytes": size_bytes - sum(stored[name][1] for name in described if name in stored),
-        "labels": dict(sorted(Counter(label for label in dataset.labels if label is not None).items())),
+        "levels": [_level_bytes(level, dataset.recipe, stored) for level in dataset.recipe.levels],
+        "overhead_bytes": size_bytes - sum(stored[name][1] for name in arrays if name in stored),
+        "labels": dict(sorted(Counter(label for label in dataset.columns.labels if label is not None).items())),
         "bad": bad_samples(dataset),
         "provenance": dict((dataset.plan if complete is None else complete).provenance),
     }
@@ -65,11 +66,11 @@ def describe_dataset(url: str) -> dict[str, Any]:
 
 def bad_samples(dataset: FeatureDataset) -> list[dict[str, Any]]:
     """Row, key and reason of each bad sample, in row order."""
-    rows = zip(dataset.keys, dataset.status, strict=True)
+    rows = zip(dataset.columns.keys, dataset.columns.status, strict=True)
     return [
-        {"row": row, "key": str(key), "reason": str(status).removeprefix(_BAD)}
+        {"row": row, "key": key, "reason": status.removeprefix(_BAD)}
         for row, (key, status) in enumerate(rows)
-        if str(status).startswith(_BAD)
+        if status.startswith(_BAD)
     ]
 
 
@@ -80,19 +81,19 @@ def render_sample(url: str, key: str, png_path: str | Path) -> Path:
     Raises: InputError for an unknown key or a bad sample; DamagedDataError when a stored byte changed.
     """
     dataset = FeatureDataset.open(url, allow_incomplete=True)
-    row = dataset.row_of(key)
-    status = str(dataset.status[row])
+    row = dataset.columns.row_of(key)
+    status = dataset.columns.status[row]
     if status != "ok":
         raise InputError(
             f"{url}: {key} has no features to draw, its status is `{status}`; `dtpipe inspect {url}` lists the bad samples"
         )
-    image = dataset.read_image(row) if dataset.recipe.images == "stored" else None
+    image = read_image(dataset, row) if dataset.recipe.images == "stored" else None
     views = dataset.recipe.views
     levels = {
-        spec.name: [_read_level(dataset, spec, row, view) for view in range(len(views))]
-        for spec in dataset.recipe.levels
+        level.name: [read_level(dataset, level.name, row, view) for view in range(len(views))]
+        for level in dataset.recipe.levels
     }
-    label = dataset.labels[row]
+    label = dataset.columns.labels[row]
     title = key if label is None else f"{key}   label {label}"
     buffer = io.BytesIO()
     draw_sample(title, image, views, dataset.recipe.levels, levels).save(buffer, "PNG")
@@ -153,9 +154,9 @@ def _stored_bytes(table: pa.Table) -> dict[str, tuple[int, int]]:
 
 
 def _totals(dataset: FeatureDataset, table: pa.Table, size_bytes: int) -> dict[str, int]:
-    statuses = Counter("bad" if str(status).startswith(_BAD) else str(status) for status in dataset.status)
+    statuses = Counter("bad" if status.startswith(_BAD) else status for status in dataset.columns.status)
     return {
-        "num_rows": dataset.num_rows,
+        "num_rows": len(dataset.columns),
         "num_ok": statuses["ok"],
         "num_bad": statuses["bad"],
         "num_shards": dataset.plan.num_shards,
@@ -169,10 +170,13 @@ def _recipe_summary(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude={"levels", "views"})
 
 
-def _level_bytes(level: LevelSpec, num_views: int, stored: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    num_chunks, size_bytes = stored.get(level.name, (0, 0))
-    raw = num_chunks * level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
-    shape = [num_views, level.channels, level.height, level.width]
+def _level_bytes(level: LevelSpec, recipe: Recipe, stored: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """Bytes of all arrays of a level, beside those of its features as they are read."""
+    names = [spec.name for spec in stored_arrays(recipe).values() if spec.level == level.name]
+    size_bytes = sum(stored[name][1] for name in names if name in stored)
+    shape = [len(recipe.views), level.channels, level.height, level.width]
+    num_views, _ = stored.get(level.name, (0, 0))
+    raw = num_views * level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
     summary = {"name": level.name, "stride": level.stride, "shape": shape, "dtype": level.dtype, "tap": level.tap}
     return summary | _ratio(raw, size_bytes)
 
@@ -192,10 +196,6 @@ def _ratio(raw_bytes: int, size_bytes: int) -> dict[str, Any]:
         "raw_bytes": raw_bytes,
         "ratio": round(raw_bytes / size_bytes, 3) if size_bytes else None,
     }
-
-
-def _read_level(dataset: FeatureDataset, spec: LevelSpec, row: int, view: int) -> NDArray[Any]:
-    return decode_level(dataset.read_level(spec.name, row, view), spec, dataset.recipe.codec)
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------

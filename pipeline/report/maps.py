@@ -73,18 +73,19 @@ def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> S
     names = [level.name for level in levels]
     image_px = student_size(config, data.student_px)
     model = load_distiller(run, config, levels, image_px)
-    rows = np.asarray(data.sampling.rows if data.sampling else data.source.ok_rows)
+    columns = data.source.columns
+    rows = np.asarray(data.sampling.rows if data.sampling else columns.ok_rows)
     generator = np.random.Generator(np.random.Philox(seed))
     rows = np.sort(generator.choice(rows, size=min(num_images, len(rows)), replace=False))
-    images, stored = read(rows, names)
+    images, features = read(rows, names)
     with torch.inference_mode():
         regressed = model(student_images(torch.from_numpy(images), image_px))
-        teacher = {name: whiten(torch.from_numpy(stored[name]), config.loss.whiten) for name in names}
+        teacher = {name: whiten(torch.from_numpy(features[name]), config.loss.whiten) for name in names}
         errors = {name: float((regressed[name].float() - teacher[name]).square().mean()) for name in names}
     pairs = {name: _pair(teacher[name].numpy(), regressed[name].float().numpy()) for name in names}
     shown = [
         ShownImage(
-            str(data.source.keys[row]),
+            columns.keys[row],
             images[idx],
             {name: (pairs[name][0][idx], pairs[name][1][idx]) for name in names},
         )
@@ -94,14 +95,19 @@ def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> S
 
 
 def _open(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
-    """The run's data, and how to read images and levels of some of its rows: stored, or encoded now on the CPU."""
+    """The run's data, and how to read images and features of some of its rows: stored, or encoded now on the CPU."""
     from dtpipe.distill.stream.data import open_data
 
     config = config.model_copy(update={"out": str(run)})  # a run folder may have been moved
     if config.datasets:
         data = open_data(config)
-        view = next((idx for idx, each in enumerate(data.source.views) if not each.flip), 0)
-        return data, lambda rows, names: data.source.read_batch(rows, names, np.full(len(rows), view))
+        unflipped = next((idx for idx, view in enumerate(data.source.views) if not view.flip), 0)
+
+        def read(rows: NDArray[np.int64], names: Sequence[str]) -> tuple[Picture, Mapping[str, NDArray[np.generic]]]:
+            images, coded = data.source.read(rows, names, np.full(len(rows), unflipped))
+            return images, coded.decode()
+
+        return data, read
     return _open_live(run, config)
 
 
@@ -110,6 +116,7 @@ def _open_live(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
 
     from dtpipe.distill.engine.run_folder import read_config
     from dtpipe.distill.stream.live import LiveSamples
+    from dtpipe.manifests.read.source import read_images
     from dtpipe.pipeline.live.data import recorded_inputs
 
     inputs = recorded_inputs(config.model_copy(update={"device": "cpu"}), read_config(run, "extract"))
@@ -119,9 +126,9 @@ def _open_live(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
 
     def read(rows: NDArray[np.int64], _names: Sequence[str]) -> tuple[Picture, dict[str, NDArray[np.generic]]]:
         none = np.zeros(len(rows), np.int64)
-        samples = LiveSamples(tuple(data.source.keys[row] for row in rows), none, none.astype(bool), none)
-        given, _ = data.source.read_batch(rows, (), none)
-        images, levels = live.encode(torch.from_numpy(given), samples, live.prepare(samples))
+        samples = LiveSamples(tuple(data.source.columns.keys[row] for row in rows), none, none.astype(bool), none)
+        seen = torch.from_numpy(read_images(data.source, rows))
+        images, levels = live.encode(seen, samples, live.prepare(samples))
         return images.numpy(), {name: level.float().numpy() for name, level in levels.items()}
 
     return data, read

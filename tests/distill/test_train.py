@@ -20,6 +20,7 @@ from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream, StreamSettings
 from dtpipe.distill.trainer import train
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, IncompleteError, PlanChangedError
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ShardRecipe
 from parts.memory import FLIPPED_VIEWS, MemorySource, level_spec, tiny_config, write_dataset
 from parts.runs import assert_equal_checkpoints
@@ -58,14 +59,14 @@ def test_batches_from_a_dataset_hold_what_was_written(tmp_path, shard_format):
         for idx, key in enumerate(batch.keys):
             row = int(key[-7:-4])
             view = next(
-                v for v in range(4) if np.array_equal(batch.levels["l2"][idx].numpy(), source.read_level("l2", row, v))
+                v for v in range(4) if np.array_equal(batch.levels["l2"][idx].numpy(), read_level(source, "l2", row, v))
             )
-            assert np.array_equal(batch.levels["l3"][idx].numpy(), source.read_level("l3", row, view))
-            stored = source.read_image(row)
+            assert np.array_equal(batch.levels["l3"][idx].numpy(), read_level(source, "l3", row, view))
+            stored = read_image(source, row)
             assert np.array_equal(batch.images[idx].numpy(), stored[:, ::-1] if FLIPPED_VIEWS[view].flip else stored)
-            assert batch.labels[idx] == source.labels[row]
+            assert batch.labels[idx] == source.columns.labels[row]
             seen.append(row)
-    assert sorted(seen) == source.ok_rows.tolist()
+    assert sorted(seen) == source.columns.ok_rows.tolist()
 
 
 def test_both_stores_train_to_the_same_weights_but_are_other_data(tmp_path, source):

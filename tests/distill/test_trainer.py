@@ -24,6 +24,7 @@ from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.student.distiller import build_distiller
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import Trainer
+from dtpipe.manifests.codecs.base import SYMBOLS
 from dtpipe.manifests.errors import ConfigError, DivergedError, PlanChangedError, StoppedError
 from parts.memory import FLIPPED_VIEWS, PX, MemorySource, tiny_config
 from parts.runs import assert_equal_checkpoints, train_on
@@ -154,14 +155,14 @@ def test_other_data_in_a_resumed_run_is_refused(tmp_path, data):
 
 def test_a_loss_that_is_not_finite_names_the_samples_and_spoils_no_weights(tmp_path, data):
     trainer = Trainer(tiny_config(tmp_path, micro_batch=None), data, CPU)
-    good = data.source.read_batch
+    good = data.source.read
 
-    def poisoned(rows, levels, view_of_row, images=True):
-        pixels, features = good(rows, levels, view_of_row, images)
-        features["l3"][0] = np.nan
-        return pixels, features
+    def poisoned(rows, names, views, images=True):
+        pixels, coded = good(rows, names, views, images)
+        coded.pieces["l3"][0].parts[SYMBOLS][0] = np.nan
+        return pixels, coded
 
-    data.source.read_batch = poisoned
+    data.source.read = poisoned
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     keys = next(trainer.stream.batches(StreamPosition())).keys
     with pytest.raises(DivergedError, match="the loss is nan in step 1") as error:
@@ -192,7 +193,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, data):
 
 def test_a_tail_of_one_sample_trains(tmp_path):
     source = MemorySource(num_rows=10)
-    assert len(source.ok_rows) == 9  # a batch of 8, then one sample
+    assert len(source.columns.ok_rows) == 9  # a batch of 8, then one sample
     result = train_on(OpenedData(source, (PX, PX), "0" * 64), tiny_config(tmp_path, epochs=1))
     assert result.num_steps == 2
 

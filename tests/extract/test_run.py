@@ -29,6 +29,7 @@ from dtpipe.manifests.errors import (
 )
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
+from dtpipe.manifests.read.source import read_image, read_images, read_level
 from parts.extractions import MakeConfig
 
 
@@ -44,14 +45,14 @@ def test_stored_features_are_those_of_plain_diffusers(form: str, make_config: Ma
     unet = UNet2DModel.from_pretrained(ddpm / "unet").eval()
     scheduler = DDPMScheduler.from_pretrained(ddpm / "scheduler")
     for row in (0, 4, 7):
-        pixels = torch.from_numpy(dataset.read_image(row)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = torch.from_numpy(read_image(dataset, row)).permute(2, 0, 1)[None].float() / 127.5 - 1
         for idx, view in enumerate(dataset.views):
-            noise = torch.from_numpy(draw_noise(0, dataset.keys[row], view.draw, "forward", (3, 32, 32)))[None]
+            noise = torch.from_numpy(draw_noise(0, dataset.columns.keys[row], view.draw, "forward", (3, 32, 32)))[None]
             clean = pixels.flip(-1) if view.flip else pixels
             expected = _levels(unet, scheduler.add_noise(clean, noise, torch.tensor([view.timestep])), view.timestep)
             for name, level in expected.items():
                 # float32 sums in another order: oneDNN picks kernels by batch size
-                np.testing.assert_allclose(dataset.read_level(name, row, idx), level, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(read_level(dataset, name, row, idx), level, rtol=1e-4, atol=1e-5)
 
 
 def _levels(unet: torch.nn.Module, noisy: torch.Tensor, timestep: int) -> dict[str, np.ndarray]:
@@ -90,7 +91,7 @@ def test_shard_size_and_decode_threads_do_not_change_features(make_config: MakeC
     datasets = [FeatureDataset.open(url) for url in urls]
     for row in range(8):
         for name in ("l2", "l3"):
-            values = [dataset.read_level(name, row) for dataset in datasets]
+            values = [read_level(dataset, name, row) for dataset in datasets]
             np.testing.assert_array_equal(values[0], values[1])  # padding and neighbours leave no trace
             np.testing.assert_array_equal(values[0], values[2])
 
@@ -100,11 +101,13 @@ def test_recomputed_features_are_the_stored_ones_before_rounding(make_config: Ma
     dataset = FeatureDataset.open(run_extraction(config).url)
     rows = [1, 6, 3]
     assert [level.name for level in dataset.levels] == ["l1", "l2"]
-    images, _ = dataset.read_batch(rows, (), [0, 0, 0])
-    again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, [dataset.keys[row] for row in rows])
+    images = read_images(dataset, rows)
+    again = encode_rows(
+        load_teacher(config.teacher), dataset.recipe, images, [dataset.columns.keys[row] for row in rows]
+    )
     for name, level in again.items():
         assert level.dtype == torch.float32
-        stored = np.stack([np.stack([dataset.read_level(name, row, 0)]) for row in rows])
+        stored = np.stack([np.stack([read_level(dataset, name, row, 0)]) for row in rows])
         np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)
 
 
@@ -117,9 +120,9 @@ def test_images_that_another_dataset_has_can_be_left_out(form: str, make_config:
     )
     assert not [path for path in (tmp_path / "bare").rglob("*") if path.name == "image" or "image.png" in path.name]
     both = JoinedDataset([bare, whole])
-    assert both.num_rows == whole.num_rows
-    for row in range(both.num_rows):
-        assert np.array_equal(both.read_image(row), whole.read_image(whole.row_of(both.keys[row])))
+    assert len(both.columns) == len(whole.columns)
+    for row in range(len(both.columns)):
+        assert np.array_equal(read_image(both, row), read_image(whole, whole.columns.row_of(both.columns.keys[row])))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -132,8 +135,8 @@ def test_what_low_precision_costs_stands_in_the_manifest(
     assert exact.float32_error == {}
     one, other = FeatureDataset.open(low.url), FeatureDataset.open(exact.url)
     for level in one.levels:
-        found = np.stack([one.read_level(level.name, row) for row in range(3)])  # the first shard
-        wanted = np.stack([other.read_level(level.name, row) for row in range(3)])
+        found = np.stack([read_level(one, level.name, row) for row in range(3)])  # the first shard
+        wanted = np.stack([read_level(other, level.name, row) for row in range(3)])
         expected = np.abs(found - wanted).max() / np.abs(wanted).max()
         assert 0 < expected < 0.05
         assert low.float32_error[level.name] == pytest.approx(expected, rel=0.01)
@@ -154,7 +157,7 @@ def test_keys_file_and_limit_choose_samples(make_config: MakeConfig, tmp_path: P
     keys = tmp_path / "keys.txt"
     keys.write_text("cat/001.png\ndog/004.png\n\n")
     dataset = FeatureDataset.open(run_extraction(make_config(keys=str(keys))).url)
-    assert sorted(dataset.keys) == ["cat/001.png", "dog/004.png"]
+    assert sorted(dataset.columns.keys) == ["cat/001.png", "dog/004.png"]
     assert run_extraction(make_config(out=str(tmp_path / "few"), limit=5)).num_rows == 5
     with pytest.raises(InputError, match=r"extract\.keys"):
         run_extraction(make_config(out=str(tmp_path / "none"), keys=str(tmp_path / "absent")))
@@ -172,7 +175,7 @@ def test_bad_samples_are_named_within_the_budget_and_end_the_run_beyond_it(
     assert (result.num_ok, result.num_bad) == (6, 2)
     assert {each.key: each.reason for each in result.bad}["cat/001.png"] == "empty file"
     dataset = FeatureDataset.open(result.url)
-    assert dataset.status[dataset.row_of("cat/001.png")] == "bad: empty file"
+    assert dataset.columns.status[dataset.columns.row_of("cat/001.png")] == "bad: empty file"
     assert run_extraction(make_config(max_bad=2)).bad == result.bad
     assert run_extraction(make_config(max_bad=0.25)).digest == result.digest  # two of eight
 

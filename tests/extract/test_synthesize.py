@@ -17,6 +17,7 @@ from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError, PlanChangedError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.pipeline.save_images import save_images
 from parts.extractions import MakeConfig
 from parts.teachers import gan_network
@@ -33,27 +34,27 @@ def make_synthetic(make_config: MakeConfig, gan: dict[str, str]) -> MakeConfig:
 def test_images_and_features_are_those_of_a_plain_forward_pass(form: str, make_synthetic: MakeConfig) -> None:
     result = run_extraction(make_synthetic(shard={"samples": 3, "format": form, "dtype": "float32"}))
     dataset = FeatureDataset.open(result.url)
-    assert list(dataset.keys) == [f"z/{idx:09d}" for idx in range(10)]
+    assert list(dataset.columns.keys) == [f"z/{idx:09d}" for idx in range(10)]
     assert [level.name for level in dataset.levels] == ["l2", "l3"]
     net = gan_network()
-    for row in dataset.ok_rows:
+    for row in dataset.columns.ok_rows:
         latent = torch.from_numpy(draw_noise(0, f"z/{row:09d}", 0, "z", (6,)))
         with torch.inference_mode():
             deep = net[0](latent[None, :, None, None])
             middle = net[2](net[1](deep))
             image = 2 * net[3:](middle)[0]
         pixels = np.rint((np.clip(image.numpy(), -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
-        assert np.abs(dataset.read_image(row).astype(int) - pixels).max() <= 1
-        np.testing.assert_allclose(dataset.read_level("l3", row), deep[0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(dataset.read_level("l2", row), middle[0], rtol=1e-4, atol=1e-5)
+        assert np.abs(read_image(dataset, row).astype(int) - pixels).max() <= 1
+        np.testing.assert_allclose(read_level(dataset, "l3", row), deep[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(read_level(dataset, "l2", row), middle[0], rtol=1e-4, atol=1e-5)
 
 
 def test_an_image_that_is_not_finite_is_a_bad_sample_with_its_reason(make_synthetic: MakeConfig) -> None:
     dataset = FeatureDataset.open(run_extraction(make_synthetic(num_samples=80)).url)
     broken = [idx for idx in range(80) if draw_noise(0, f"z/{idx:09d}", 0, "z", (6,))[0] > 2]
     assert broken
-    assert [row for row in range(80) if dataset.status[row] != "ok"] == broken
-    assert "not finite" in dataset.status[broken[0]]
+    assert [row for row in range(80) if dataset.columns.status[row] != "ok"] == broken
+    assert "not finite" in dataset.columns.status[broken[0]]
 
 
 def test_the_digest_depends_on_nothing_but_the_plan_and_survives_a_second_run(
@@ -84,10 +85,14 @@ def test_recompute_finds_the_stored_features(make_synthetic: MakeConfig) -> None
 def test_png_files_hold_the_stored_images(make_synthetic: MakeConfig, tmp_path: Path) -> None:
     url = run_extraction(make_synthetic()).url
     dataset = FeatureDataset.open(url)
-    assert save_images(url, tmp_path / "png") == len(dataset.ok_rows) == len(list((tmp_path / "png").rglob("*.png")))
-    row = int(dataset.ok_rows[0])
-    with Image.open(tmp_path / "png" / f"{dataset.keys[row]}.png") as image:
-        assert np.array_equal(np.asarray(image), dataset.read_image(row))
+    assert (
+        save_images(url, tmp_path / "png")
+        == len(dataset.columns.ok_rows)
+        == len(list((tmp_path / "png").rglob("*.png")))
+    )
+    row = int(dataset.columns.ok_rows[0])
+    with Image.open(tmp_path / "png" / f"{dataset.columns.keys[row]}.png") as image:
+        assert np.array_equal(np.asarray(image), read_image(dataset, row))
 
 
 def test_another_number_of_samples_into_the_same_output_is_refused(make_synthetic: MakeConfig) -> None:
@@ -119,7 +124,7 @@ def test_a_synthesized_image_has_no_second_draw(make_synthetic: MakeConfig, gan:
         encode_rows(
             load_teacher(TeacherConfig.model_validate(gan)),
             dataset.recipe,
-            dataset.read_image(0)[None],
+            read_image(dataset, 0)[None],
             ["z/000000000"],
             views=views,
         )

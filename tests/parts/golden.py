@@ -27,7 +27,7 @@ from dtpipe.manifests.schema import (
     ViewSpec,
 )
 from dtpipe.manifests.write.listing import Listing, build_listing
-from dtpipe.manifests.write.shard import ShardArrays
+from dtpipe.manifests.write.shard import ShardArrays, code_features
 from parts.datasets import Item, write_features
 from parts.datasets import make_recipe as recipe_of
 
@@ -111,15 +111,12 @@ def shard_arrays(plan: Plan, listing: Listing, shard_idx: int, settings: Setting
         rows.append(
             IndexRow(row=listed.row, key=listed.key, shard=shard_idx, status=status, label=listed.label, **size)
         )
-        scale = np.uint8(not bad)
-        images.append(
-            sample_values("image", listed.key, (recipe.transform.height, recipe.transform.width, 3), "uint8") * scale
-        )
+        images.append(sample_values("image", listed.key, (recipe.transform.height, recipe.transform.width, 3), "uint8"))
         for level in recipe.levels:
             shape = (num_views, level.channels, level.height, level.width)
-            levels[level.name].append(sample_values(level.name, listed.key, shape, level.dtype, settings.salt) * scale)
-    stored = {name: np.stack(values) for name, values in levels.items()}
-    return ShardArrays(image=np.stack(images) if recipe.images == "stored" else None, levels=stored, rows=rows)
+            levels[level.name].append(sample_values(level.name, listed.key, shape, level.dtype, settings.salt))
+    features = {name: np.stack(values) for name, values in levels.items()}
+    return code_features(recipe, np.stack(images) if recipe.images == "stored" else None, features, rows)
 
 
 def write_shards(

@@ -12,9 +12,13 @@ import torch
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.student.student import StudentSpec, build_student, spec_to_dict
+from dtpipe.manifests.codecs.base import encode_level
+from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
+from dtpipe.manifests.codecs.registry import open_codec
+from dtpipe.manifests.read.source import Columns
 from dtpipe.manifests.schema import IndexRow, LevelSpec, Plan, Recipe, ShardRecipe, TransformRecipe, ViewSpec
 from dtpipe.manifests.write.listing import Listing, build_listing
-from dtpipe.manifests.write.shard import ShardArrays
+from dtpipe.manifests.write.shard import ShardArrays, code_features
 from parts.datasets import Item, make_recipe, write_features
 
 PX = 32
@@ -28,49 +32,42 @@ def level_spec(name: str, stride: int, channels: int, px: tuple[int, int] = (PX,
 
 @dataclass
 class MemorySource:
-    """The common read interface over arrays; row i's features are a pure function of (i, view)."""
+    """A `FeatureSource` over arrays; row i's features are a pure function of (i, view)."""
 
     num_rows: int = 21
     bad: tuple[int, ...] = (3, 11)
     views: tuple[ViewSpec, ...] = (ViewSpec(draw=0, timestep=50),)
     levels: tuple[LevelSpec, ...] = (level_spec("l2", 4, 6), level_spec("l3", 8, 8), level_spec("l4", 16, 10))
-    px: tuple[int, int] = (PX, PX)
-    read: list[tuple[list[int], list[str], list[int]]] = field(default_factory=list)
+    image_px: tuple[int, int] = (PX, PX)
+    reads: list[tuple[list[int], list[str], list[int]]] = field(default_factory=list)
 
     @property
-    def keys(self) -> list[str]:
-        return [f"images/{row:03d}.png" for row in range(self.num_rows)]
+    def columns(self) -> Columns:
+        rows = range(self.num_rows)
+        labels = ["even" if row % 2 == 0 else None for row in rows]
+        status = ["bad: broken" if row in self.bad else "ok" for row in rows]
+        return Columns("memory", [f"images/{row:03d}.png" for row in rows], labels, status)
 
-    @property
-    def labels(self) -> list[str | None]:
-        return ["even" if row % 2 == 0 else None for row in range(self.num_rows)]
+    def image(self, row: int) -> np.ndarray:
+        return np.random.default_rng([row, 0]).integers(0, 256, (*self.image_px, 3), dtype=np.uint8)
 
-    @property
-    def ok_rows(self) -> np.ndarray:
-        return np.array([row for row in range(self.num_rows) if row not in self.bad])
+    def features(self, level: LevelSpec, row: int, view: int = 0) -> np.ndarray:
+        shape = (level.channels, level.height, level.width)
+        noise = np.random.default_rng([row, view, level.stride]).standard_normal(shape)
+        return (noise * 3 + self.image(row).mean() / 100).astype(level.dtype)
 
-    def read_image(self, row: int) -> np.ndarray:
-        return np.random.default_rng([row, 0]).integers(0, 256, (*self.px, 3), dtype=np.uint8)
-
-    def read_level(self, name: str, row: int, view: int = 0) -> np.ndarray:
-        spec = next(level for level in self.levels if level.name == name)
-        noise = np.random.default_rng([row, view, spec.stride]).standard_normal(
-            (spec.channels, spec.height, spec.width)
-        )
-        return (noise * 3 + self.read_image(row).mean() / 100).astype(spec.dtype)
-
-    def read_batch(
-        self, rows: Sequence[int], levels: Sequence[str], view_of_row: Sequence[int], images: bool = True
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def read(
+        self, rows: Sequence[int], names: Sequence[str], views: Sequence[int], images: bool = True
+    ) -> tuple[np.ndarray, CodedLevels]:
         assert not set(rows) & set(self.bad), "a bad row was read"
-        self.read.append((list(map(int, rows)), list(levels), list(map(int, view_of_row))))
-        pixels = (
-            np.stack([self.read_image(row) for row in rows]) if images else np.zeros((len(rows), 0, 0, 3), np.uint8)
-        )
-        return pixels, {
-            name: np.stack([self.read_level(name, row, view) for row, view in zip(rows, view_of_row, strict=True)])
-            for name in levels
-        }
+        self.reads.append((list(map(int, rows)), list(names), list(map(int, views))))
+        pixels = [self.image(row) for row in rows] if images else np.zeros((0, *self.image_px, 3))
+        pieces = {}
+        for level in (level for name in names for level in self.levels if level.name == name):
+            features = np.stack([self.features(level, row, view) for row, view in zip(rows, views, strict=True)])
+            codec = open_codec(level)
+            pieces[level.name] = [CodedPiece(codec, encode_level(codec, features))]
+        return np.array(pixels, np.uint8), CodedLevels(len(rows), pieces)
 
 
 FLIPPED_VIEWS = tuple(ViewSpec(draw=draw, timestep=50, flip=flip) for flip in (False, True) for draw in range(2))
@@ -116,14 +113,14 @@ def write_dataset(
     its last shard.
     """
     fields: dict[str, object] = {
-        "transform": TransformRecipe(height=source.px[0], width=source.px[1]),
-        "student_px": source.px,
+        "transform": TransformRecipe(height=source.image_px[0], width=source.image_px[1]),
+        "student_px": source.image_px,
         "views": source.views,
         "levels": source.levels,
         "shard": ShardRecipe(samples=8),
     }
     names = [f"{prefix}/{row:03d}.png" for row in range(source.num_rows)]
-    listing = build_listing(Item(name, label=label) for name, label in zip(names, source.labels, strict=True))
+    listing = build_listing(Item(name, label=label) for name, label in zip(names, source.columns.labels, strict=True))
     recipe = make_recipe(**{**fields, **changes})
     num_shards = -(-source.num_rows // recipe.shard.samples)
 
@@ -136,18 +133,15 @@ def write_dataset(
 
 def shard_arrays(source: MemorySource, listing: Listing, rows: range, shard_idx: int, recipe: Recipe) -> ShardArrays:
     listed = listing.rows(rows)
-    numbers = [int(each.key[-7:-4]) for each in listed]
-    image = np.stack([source.read_image(row) * (row not in source.bad) for row in numbers])
-    levels = {}
-    for level in recipe.levels:
-        views = [
-            [source.read_level(level.name, row, view) * (row not in source.bad) for view in range(len(source.views))]
-            for row in numbers
-        ]
-        levels[level.name] = np.array(views)
-    status = ["bad: broken" if row in source.bad else "ok" for row in numbers]
+    numbers = [int(item.key[-7:-4]) for item in listed]
+    status, views = source.columns.status, range(len(source.views))
+    image = np.stack([source.image(row) for row in numbers]) if recipe.images == "stored" else None
+    features = {
+        level.name: np.array([[source.features(level, row, view) for view in views] for row in numbers])
+        for level in recipe.levels
+    }
     index = [
-        IndexRow(row=e.row, key=e.key, shard=shard_idx, status=s, label=e.label)
-        for e, s in zip(listed, status, strict=True)
+        IndexRow(row=item.row, key=item.key, shard=shard_idx, status=status[row], label=item.label)
+        for item, row in zip(listed, numbers, strict=True)
     ]
-    return ShardArrays(image if recipe.images == "stored" else None, levels, index)
+    return code_features(recipe, image, features, index)

@@ -27,7 +27,7 @@ def labelled(*keys: str) -> LabelledSet:
 
 
 def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: Path) -> None:
-    keys = FeatureDataset.open(GOLDEN).keys
+    keys = FeatureDataset.open(GOLDEN).columns.keys
     RunFolder.open(DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), out=str(tmp_path))).__exit__(
         None, None, None
     )

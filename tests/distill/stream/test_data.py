@@ -18,6 +18,7 @@ from dtpipe.distill.stream.record import read_record
 from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.trainer import stream_settings, train
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, PlanChangedError
+from dtpipe.manifests.read.source import read_image
 from parts.memory import MemorySource, level_spec, tiny_config, write_dataset
 
 
@@ -28,7 +29,7 @@ def config(tmp_path: Path, *urls: Path, **changes: object) -> DistillConfig:
 def chosen(settings: DistillConfig) -> list[str]:
     data = open_data(settings)
     assert data.sampling is not None
-    return sorted(data.source.keys[row] for row in data.sampling.rows)
+    return sorted(data.source.columns.keys[row] for row in data.sampling.rows)
 
 
 def number(key: str) -> int:
@@ -40,7 +41,7 @@ def number(key: str) -> int:
 
 def test_keys_patterns_and_limit_choose_samples(tmp_path, source):
     url = write_dataset(tmp_path / "data_set", source)
-    good = [f"images/{row:03d}.png" for row in source.ok_rows]
+    good = [f"images/{row:03d}.png" for row in source.columns.ok_rows]
     assert chosen(config(tmp_path, url)) == good
     file = tmp_path / "keys.txt"
     file.write_text("images/007.png\n\nimages/003.png\nimages/012.png\n")  # 3 is bad, which is no mistake of the file
@@ -233,6 +234,6 @@ def test_labels_and_counts_of_the_chosen_samples_stay_with_their_keys(tmp_path, 
     for batch in stream.batches(StreamPosition()):
         for idx, key in enumerate(batch.keys):
             assert batch.labels[idx] == "even"
-            np.testing.assert_array_equal(batch.images[idx].numpy(), source.read_image(number(key)))
+            np.testing.assert_array_equal(batch.images[idx].numpy(), read_image(source, number(key)))
             seen[number(key)] += 1
-    assert seen == dict.fromkeys((row for row in source.ok_rows if row % 2 == 0), 1)
+    assert seen == dict.fromkeys((row for row in source.columns.ok_rows if row % 2 == 0), 1)

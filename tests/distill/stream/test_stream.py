@@ -15,6 +15,7 @@ from dtpipe.distill.stream.order import StreamPosition, draw_samples, key_hashes
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.distill.stream.stream import FeatureStream, StreamSettings
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError
+from dtpipe.manifests.read.source import read_image, read_level
 from parts.memory import FLIPPED_VIEWS, PX, MemorySource
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_each_epoch_holds_every_good_row_once_and_no_bad_one(source):
     batches = list(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
     for epoch in (0, 1):
         rows = [row_of(key) for batch in batches if batch.epoch == epoch for key in batch.keys]
-        assert sorted(rows) == source.ok_rows.tolist()
+        assert sorted(rows) == source.columns.ok_rows.tolist()
     assert [b.keys for b in batches if b.epoch == 0] != [b.keys for b in batches if b.epoch == 1]
 
 
@@ -49,9 +50,9 @@ def test_a_batch_holds_what_the_source_holds(source):
     assert set(batch.levels) == {"l2", "l4"}
     for idx, key in enumerate(batch.keys):
         row = row_of(key)
-        assert np.array_equal(batch.images[idx].numpy(), source.read_image(row))
-        assert np.array_equal(batch.levels["l4"][idx].numpy(), source.read_level("l4", row))
-        assert batch.labels[idx] == source.labels[row]
+        assert np.array_equal(batch.images[idx].numpy(), read_image(source, row))
+        assert np.array_equal(batch.levels["l4"][idx].numpy(), read_level(source, "l4", row))
+        assert batch.labels[idx] == source.columns.labels[row]
 
 
 def test_the_tail_is_smaller_and_micro_batches_add_up(source):
@@ -113,8 +114,8 @@ def test_flipped_views_come_with_flipped_images():
     for batch in stream.batches(StreamPosition()):
         for idx, key in enumerate(batch.keys):
             row, level = row_of(key), batch.levels["l2"][idx].numpy()
-            view = next(v for v in range(4) if np.array_equal(level, source.read_level("l2", row, v)))
-            stored = source.read_image(row)
+            view = next(v for v in range(4) if np.array_equal(level, read_level(source, "l2", row, v)))
+            stored = read_image(source, row)
             shown = stored[:, ::-1] if FLIPPED_VIEWS[view].flip else stored
             assert np.array_equal(batch.images[idx].numpy(), shown)
             seen.add(view)
@@ -135,7 +136,7 @@ def test_damage_found_by_a_reading_thread_reaches_the_loop(source, monkeypatch):
     def damaged(*_args: object, **_kwargs: object) -> None:
         raise DamagedDataError("shard 00003, level l2, images/003.png: checksum differs")
 
-    monkeypatch.setattr(source, "read_batch", damaged)
+    monkeypatch.setattr(source, "read", damaged)
     with pytest.raises(DamagedDataError, match="level l2"):
         next(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
 
@@ -165,7 +166,7 @@ class FakeTeacher:
         assert list(samples.keys) == prepared
         assert threading.current_thread() is threading.main_thread()
         for image, key in zip(images, samples.keys, strict=True):  # as stored: uint8, unflipped
-            assert np.array_equal(image.numpy(), self.source.read_image(row_of(key)))
+            assert np.array_equal(image.numpy(), read_image(self.source, row_of(key)))
         self.asked += zip(
             samples.keys, samples.views.tolist(), samples.flip.tolist(), samples.fresh.tolist(), strict=True
         )
@@ -199,7 +200,7 @@ def test_live_samples_come_in_the_same_batches_with_a_fresh_draw_per_epoch(share
     assert num_live == len(teacher.asked)
     assert all(FLIPPED_VIEWS[view].flip == flip for _, view, flip, _ in teacher.asked)
     assert all(name.startswith("dtpipe-read") for name in teacher.threads)  # noise is drawn ahead
-    assert share < 1 or all(levels == [] for _, levels, _ in source.read[: len(batches)])  # nothing is read in vain
+    assert share < 1 or all(levels == [] for _, levels, _ in source.reads[: len(batches)])  # nothing is read in vain
 
 
 def test_live_features_do_not_depend_on_the_stored_ones_beside_them():
@@ -225,7 +226,7 @@ def test_live_features_do_not_depend_on_the_stored_ones_beside_them():
 
 def live_rows(source: MemorySource) -> list[bool]:
     """Which good rows are encoded anew in epoch 0 at a share of a half."""
-    hashes = key_hashes([source.keys[row] for row in source.ok_rows])
+    hashes = key_hashes([source.columns.keys[row] for row in source.columns.ok_rows])
     return draw_samples(hashes, settings().seed, 0, source.views, False, 0.5).live.tolist()
 
 
@@ -255,7 +256,7 @@ def test_a_teacher_that_makes_images_gives_those_of_the_batch(share):
         made = (batch.images[:, :, 1:] == 255).flatten(1).all(dim=1)
         live += int(made.sum())
         for idx, key in enumerate(batch.keys):
-            assert made[idx] or np.array_equal(batch.images[idx].numpy(), source.read_image(row_of(key)))
+            assert made[idx] or np.array_equal(batch.images[idx].numpy(), read_image(source, row_of(key)))
             assert bool(made[idx]) == (set(batch.levels["l2"][idx, ..., 0].flatten().tolist()) == {1.0})
     assert live == 38 if share == 1 else 8 < live < 30
 
@@ -270,13 +271,13 @@ def test_equivariant_flips_mirror_stored_levels_and_let_the_teacher_see_the_flip
     flips = {True: 0, False: 0}
     for batch in stream.batches(StreamPosition()):
         for idx, key in enumerate(batch.keys):
-            stored, level = source.read_image(row_of(key)), batch.levels["l2"][idx].numpy()
+            stored, level = read_image(source, row_of(key)), batch.levels["l2"][idx].numpy()
             flipped = not np.array_equal(batch.images[idx].numpy(), stored)
             assert np.array_equal(batch.images[idx].numpy(), stored[:, ::-1] if flipped else stored)
             if level.flatten()[0] >= 1000:
                 assert (key, 0, flipped, batch.epoch) in teacher.asked
                 continue
-            expected = source.read_level("l2", row_of(key))
+            expected = read_level(source, "l2", row_of(key))
             assert np.array_equal(level, expected[..., ::-1] if flipped else expected)
             flips[flipped] += 1
     assert min(flips.values()) > 8
@@ -295,8 +296,8 @@ def test_flips_need_no_stored_ones_when_every_sample_is_encoded_live():
 
 def test_samples_with_weights_come_as_often_and_each_pass_has_chances_of_its_own():
     source = MemorySource(views=FLIPPED_VIEWS)
-    weights = np.where(source.ok_rows < 10, 2.0, 0.5)
-    sampling = Sampling(source.ok_rows, source.num_rows, weights)
+    weights = np.where(source.columns.ok_rows < 10, 2.0, 0.5)
+    sampling = Sampling(source.columns.ok_rows, len(source.columns), weights)
     teacher = FakeTeacher(source)
     stream = FeatureStream(source, settings(reencode=1.0, epochs=2), CPU, teacher, sampling)
     batches = list(stream.batches(StreamPosition()))
@@ -312,7 +313,7 @@ def test_samples_with_weights_come_as_often_and_each_pass_has_chances_of_its_own
 
 
 def test_a_weighted_stream_taken_up_anywhere_gives_the_rest(source):
-    sampling = Sampling(source.ok_rows, source.num_rows, np.full(len(source.ok_rows), 1.3))
+    sampling = Sampling(source.columns.ok_rows, len(source.columns), np.full(len(source.columns.ok_rows), 1.3))
     make = lambda: FeatureStream(source, settings(), CPU, None, sampling)  # noqa: E731
     whole = list(make().batches(StreamPosition()))
     rest = list(make().batches(StreamPosition(1, 2)))

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.extract.encode import cast_level
 from dtpipe.extract.recipe import max_bad_samples, resolve_recipe
 from dtpipe.extract.shards import worker as worker_module
 from dtpipe.extract.shards.buffer import ShardBuffer
+from dtpipe.extract.shards.codecs import encode_on_device
 from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue, StageSeconds
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardWorker, WorkerContext
-from dtpipe.manifests.codecs.base import encode_level
+from dtpipe.manifests.codecs.base import SYMBOLS, encode_level
+from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
-from dtpipe.manifests.schema import CodecRecipe, LevelSpec
+from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import pending_shards
 from dtpipe.manifests.write.lock import Lock
@@ -94,7 +95,7 @@ def test_a_shard_is_encoded_while_another_is_written_and_no_third_is_in_memory(
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             gc.collect()
-            held.append(weakref.ref(self._images))
+            held.append(weakref.ref(self.arrays().arrays["image"]))
             most[0] = max(most[0], sum(each() is not None for each in held))
 
     encoded_next = threading.Event()
@@ -245,10 +246,10 @@ def test_unreadable_sample_is_bad_and_named(open_worker: OpenWorker) -> None:
 def test_rounding_on_the_device_equals_the_reference_codec() -> None:
     values = np.random.Generator(np.random.Philox(3)).standard_normal((4, 2, 3, 4, 4), dtype=np.float32) * 100
     level = LevelSpec(name="l2", stride=4, channels=3, height=4, width=4, tap="x")
-    coded, fits = cast_level(torch.from_numpy(values), level.dtype)
-    expected = np.stack([encode_level(row, level, CodecRecipe(), "key") for row in values])
-    assert fits.all()
-    np.testing.assert_array_equal(coded.numpy(), expected)
+    codec = open_codec(level)
+    parts, finite = encode_on_device(codec, torch.from_numpy(values))
+    assert finite.all()
+    np.testing.assert_array_equal(parts[SYMBOLS].numpy(), encode_level(codec, values)[SYMBOLS])
     values[2, 0, 0, 0, 0] = 70000.0  # beyond float16
     values[3, 0, 0, 0, 0] = np.nan
-    assert cast_level(torch.from_numpy(values), level.dtype)[1].tolist() == [True, True, False, False]
+    assert encode_on_device(codec, torch.from_numpy(values))[1].tolist() == [True, True, False, False]

@@ -13,6 +13,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import ErrorBudgetError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from parts.extractions import Extract, MakeConfig
 from parts.images import write_files
 from parts.packing import contents, folder_files, labels, write_lmdb, write_parquet, write_tar, write_zip
@@ -60,11 +61,11 @@ def packed(request: pytest.FixtureRequest, files: dict[str, bytes], tmp_path: Pa
 
 def assert_same_dataset(one: FeatureDataset, other: FeatureDataset) -> None:
     """Equal keys by row, states, images and levels, to the last bit."""
-    assert (one.keys, one.status) == (other.keys, other.status)
-    for row in one.ok_rows:
-        np.testing.assert_array_equal(one.read_image(row), other.read_image(row))
+    assert (one.columns.keys, one.columns.status) == (other.columns.keys, other.columns.status)
+    for row in one.columns.ok_rows:
+        np.testing.assert_array_equal(read_image(one, row), read_image(other, row))
         for level in one.levels:
-            np.testing.assert_array_equal(one.read_level(level.name, row), other.read_level(level.name, row))
+            np.testing.assert_array_equal(read_level(one, level.name, row), read_level(other, level.name, row))
 
 
 def test_every_container_gives_the_dataset_of_its_folder(
@@ -94,7 +95,7 @@ def test_tars_and_parquet_keep_their_order_and_others_are_permuted(
     path = PACKERS[kind](tmp_path, shuffled)
     dataset = FeatureDataset.open(extract(images=str(path), max_bad=1))
     assert dataset.recipe.source.order == ("container" if own else "permuted")
-    assert (list(dataset.keys) == list(shuffled)) == own
+    assert (list(dataset.columns.keys) == list(shuffled)) == own
 
 
 def test_a_key_has_its_levels_in_any_container_and_order(
@@ -106,15 +107,15 @@ def test_a_key_has_its_levels_in_any_container_and_order(
     path = PACKERS[packed[0]](root, dict(reversed(files.items())))
     expected = FeatureDataset.open(extract(images=str(folder), max_bad=1))
     dataset = FeatureDataset.open(extract("packed", images=str(path), max_bad=1))
-    assert len(dataset.ok_rows) == 8
-    for row in dataset.ok_rows:
-        other = expected.row_of(dataset.keys[row])
-        np.testing.assert_array_equal(dataset.read_image(row), expected.read_image(other))
+    assert len(dataset.columns.ok_rows) == 8
+    for row in dataset.columns.ok_rows:
+        other = expected.columns.row_of(dataset.columns.keys[row])
+        np.testing.assert_array_equal(read_image(dataset, row), read_image(expected, other))
         for level in dataset.levels:
-            found, wanted = dataset.read_level(level.name, row), expected.read_level(level.name, other)
+            found, wanted = read_level(dataset, level.name, row), read_level(expected, level.name, other)
             np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-3)  # a step of float16
-            another = next(each for each in expected.ok_rows if each != other)
-            assert np.abs(wanted - expected.read_level(level.name, another)).max() > 0.1
+            another = next(each for each in expected.columns.ok_rows if each != other)
+            assert np.abs(wanted - read_level(expected, level.name, another)).max() > 0.1
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import IncompleteError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
+from dtpipe.manifests.read.source import read_image, read_level
 
 
 @pytest.fixture
@@ -25,11 +26,11 @@ def test_samples_are_those_of_the_dataset(dataset):
     source = open_source(dataset.url)
     assert isinstance(source, FeaturesSource)
     listed = source.list()
-    assert [item.key for item in listed] == sorted(dataset.keys)
+    assert [item.key for item in listed] == sorted(dataset.columns.keys)
     for item in listed:
-        row = dataset.row_of(item.key)
-        assert item.label == dataset.labels[row]
-        np.testing.assert_array_equal(decode_image(source.read(item.uri), 10**6), dataset.read_image(row))
+        row = dataset.columns.row_of(item.key)
+        assert item.label == dataset.columns.labels[row]
+        np.testing.assert_array_equal(decode_image(source.read(item.uri), 10**6), read_image(dataset, row))
 
 
 def test_another_timestep_is_extracted_without_the_images_and_joins_the_first(dataset, extract):
@@ -39,10 +40,10 @@ def test_another_timestep_is_extracted_without_the_images_and_joins_the_first(da
     added = FeatureDataset.open(extract("new", images=dataset.url, noise=late, shard=joined_shard))
     joined = JoinedDataset([dataset, added])
     assert [view.timestep for view in joined.views] == [50, 150]
-    for key in dataset.keys:
+    for key in dataset.columns.keys:
         for level in direct.levels:
-            expected = direct.read_level(level.name, direct.row_of(key))
-            np.testing.assert_array_equal(joined.read_level(level.name, joined.row_of(key), 1), expected)
+            expected = read_level(direct, level.name, direct.columns.row_of(key))
+            np.testing.assert_array_equal(read_level(joined, level.name, joined.columns.row_of(key), 1), expected)
 
 
 def test_bad_samples_are_left_out_and_counted(image_folder, extract):

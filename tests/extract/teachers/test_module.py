@@ -21,6 +21,7 @@ from dtpipe.extract.teachers.module import load_module_teacher
 from dtpipe.extract.teachers.registry import KINDS, load_teacher
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts.paths import SHARED
 
@@ -198,12 +199,12 @@ def test_an_extracted_dataset_holds_them(weights: Path, make_config: Callable[..
     )
     dataset = FeatureDataset.open(result.url)
     tensors = torch.load(weights, weights_only=True)
-    for row, key in enumerate(dataset.keys):
+    for row, key in enumerate(dataset.columns.keys):
         wanted, levels = dcgan_by_hand(tensors, torch.from_numpy(draw_noise(0, key, 0, "z", (1, 12, 1, 1))))
         pixels = ((wanted[0] + 1) * 127.5).round().numpy().transpose(1, 2, 0)
-        assert np.abs(dataset.read_image(row) - pixels).max() <= 1
+        assert np.abs(read_image(dataset, row) - pixels).max() <= 1
         for name in TAPS:
-            np.testing.assert_allclose(dataset.read_level(name, row), levels[name][0], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(read_level(dataset, name, row), levels[name][0], rtol=1e-4, atol=1e-5)
     assert dataset.recipe.teacher.options["module"] == f"{PACKAGE}.nets:Generator"
 
 

@@ -179,10 +179,11 @@ sys.path.insert(0, {str(site)!r})
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 result = run_extraction(ExtractConfig.model_validate(json.loads({json.dumps(config)!r})))
 dataset = FeatureDataset.open(result.url)
-wanted = [dataset.read_image(row).reshape(8, 4, 8, 4, 3).mean((1, 3)).transpose(2, 0, 1) / 127.5 - 1 for row in range(8)]
-error = max(float(np.abs(dataset.read_level("l2", row) - wanted[row]).max()) for row in range(8))
+wanted = [read_image(dataset, row).reshape(8, 4, 8, 4, 3).mean((1, 3)).transpose(2, 0, 1) / 127.5 - 1 for row in range(8)]
+error = max(float(np.abs(read_level(dataset, "l2", row) - wanted[row]).max()) for row in range(8))
 print(json.dumps([dataset.recipe.teacher.kind, result.num_ok, error]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -13,6 +13,7 @@ import pytest
 from dtpipe.manifests.check.verify import repair, verify
 from dtpipe.manifests.errors import DamagedDataError, IncompleteError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entry
 from dtpipe.manifests.write.plan import load_plan, plan_digest
@@ -59,8 +60,8 @@ def read_all(root: Path) -> list[np.ndarray]:
     names = [level.name for level in opened.levels]
     arrays = []
     for view in range(len(opened.views)):
-        images, levels = opened.read_batch(opened.ok_rows, names, [view] * len(opened.ok_rows))
-        arrays += [images, *levels.values()]
+        images, coded = opened.read(opened.columns.ok_rows, names, [view] * len(opened.columns.ok_rows))
+        arrays += [images, *coded.decode().values()]
     return arrays
 
 
@@ -109,14 +110,14 @@ def test_error_of_a_flipped_byte_names_shard_level_sample_and_object(dataset: Pa
     data[stored.arrays["l3"].offset[1] + 5] ^= 1
     path.write_bytes(data)
     opened = FeatureDataset.open(dataset)
-    key = opened.keys[2]
-    opened.read_level("l3", 2, 0)
+    key = opened.columns.keys[2]
+    read_level(opened, "l3", 2, 0)
     with pytest.raises(
         DamagedDataError, match=rf"{re.escape(stored.name)}: level l3 of sample '{key}' \(shard 1, row 2, view 1"
     ):
-        opened.read_level("l3", 2, 1)
+        read_level(opened, "l3", 2, 1)
     with pytest.raises(DamagedDataError, match=r"level l3 of sample .* view 1"):
-        opened.read_batch([1, 2], ["l2", "l3"], [0, 1])
+        opened.read([1, 2], ["l2", "l3"], [0, 1])
 
 
 def swap(one: Path, other: Path) -> None:
@@ -143,8 +144,8 @@ def test_swapped_shards_are_found(even: Path) -> None:
         swap(even / "data.zarr/l2/c/0/0/0/0/0", even / "data.zarr/l2/c/1/0/0/0/0")
     opened = FeatureDataset.open(even)
     for row in range(4):
-        with pytest.raises(DamagedDataError, match=rf"level l2 of sample '{opened.keys[row]}'"):
-            opened.read_level("l2", row)
+        with pytest.raises(DamagedDataError, match=rf"level l2 of sample '{opened.columns.keys[row]}'"):
+            read_level(opened, "l2", row)
     assert {problem.shard for problem in verify(even).problems} == {0, 1}
 
 
@@ -154,8 +155,8 @@ def test_swapped_levels_are_found(even: Path) -> None:
     opened = FeatureDataset.open(even)
     for level in ("l2", "l3"):
         with pytest.raises(DamagedDataError, match=f"level {level} of sample"):
-            opened.read_level(level, 0)
-    opened.read_level("l4.b", 0)
+            read_level(opened, level, 0)
+    read_level(opened, "l4.b", 0)
     assert {problem.name for problem in verify(even).problems} == {
         "data.zarr/l2/c/0/0/0/0/0",
         "data.zarr/l3/c/0/0/0/0/0",
@@ -172,7 +173,7 @@ def test_swapped_levels_inside_a_tar_are_found(even: Path) -> None:
     data[one : one + size], data[other : other + size] = data[other : other + size], data[one : one + size]
     (even / "data/00000.tar").write_bytes(data)
     with pytest.raises(DamagedDataError, match="level l2 of sample"):
-        FeatureDataset.open(even).read_level("l2", 0)
+        read_level(FeatureDataset.open(even), "l2", 0)
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)
@@ -237,10 +238,10 @@ def test_repair_keeps_other_shards_and_deletes_nothing(dataset: Path) -> None:
     assert (dataset / "commits/00000.json").read_bytes() == kept
     assert (dataset / "commits/00001.json.rejected").read_bytes() == rejected
     partial = FeatureDataset.open(dataset, allow_incomplete=True)
-    assert partial.status[2] == "missing"
+    assert partial.columns.status[2] == "missing"
     with pytest.raises(IncompleteError, match="not written yet"):
-        partial.read_level("l2", 2)
-    partial.read_level("l2", int(partial.ok_rows[0]))
+        read_level(partial, "l2", 2)
+    read_level(partial, "l2", int(partial.columns.ok_rows[0]))
 
 
 def test_a_damaged_lock_is_named_and_mended(dataset: Path) -> None:

@@ -113,9 +113,9 @@ def test_decode_finds_values_that_should_never_have_been_written(shard_format: s
         shard = golden.shard_arrays(plan, listing, shard_idx, settings)
         for idx, row in enumerate(shard.rows):
             if row.status != "ok":
-                shard.image[idx] = 7
+                shard.arrays["image"][idx] = 7
             elif row.key == "cat/2.png":
-                shard.levels["l3"][idx, 1, 0, 0, 0] = np.nan
+                shard.arrays["l3"][idx, 1, 0, 0, 0] = np.nan
         return shard
 
     write_features(tmp_path, golden.make_recipe(settings), golden.make_listing(settings), spoiled)

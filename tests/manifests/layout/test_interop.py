@@ -11,6 +11,7 @@ import tensorstore
 import zarr
 
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image
 from dtpipe.manifests.schema import LevelSpec
 from parts import golden
 
@@ -19,7 +20,7 @@ SETTINGS = {"num_rows": 7, "samples": 3}
 
 def stored_level(dataset: FeatureDataset, level: LevelSpec) -> np.ndarray:
     """All rows of a level from what it was made of; bad rows zero."""
-    rows = zip(dataset.keys, dataset.status, strict=True)
+    rows = zip(dataset.columns.keys, dataset.columns.status, strict=True)
     return np.stack([golden.true_level(level, key) * np.uint8(status == "ok") for key, status in rows])
 
 
@@ -41,8 +42,8 @@ def test_zarr_python_reads_equal_values(zarr_dataset: FeatureDataset) -> None:
         np.testing.assert_array_equal(array[:], stored_level(zarr_dataset, level))
     images = group["image"]
     assert isinstance(images, zarr.Array)
-    for row in zarr_dataset.ok_rows:
-        np.testing.assert_array_equal(images[int(row)], zarr_dataset.read_image(row))
+    for row in zarr_dataset.columns.ok_rows:
+        np.testing.assert_array_equal(images[int(row)], read_image(zarr_dataset, row))
 
 
 def test_tensorstore_reads_equal_values(zarr_dataset: FeatureDataset) -> None:
@@ -81,14 +82,14 @@ def test_plain_webdataset_reads_equal_values(tmp_path: Path) -> None:
     for row, (sample, without) in enumerate(zip(samples, bare, strict=True)):
         assert sample["key.json"] == {
             "row": row,
-            "key": dataset.keys[row],
-            "label": dataset.labels[row],
-            "ok": dataset.status[row] == "ok",
+            "key": dataset.columns.keys[row],
+            "label": dataset.columns.labels[row],
+            "ok": dataset.columns.status[row] == "ok",
         }
         for level in dataset.levels:
             truth = stored_level(dataset, level)[row]
             for view in (0, 1):
                 np.testing.assert_array_equal(sample[f"{level.name}.v{view}.npy"], truth[view])
                 np.testing.assert_array_equal(without[f"{level.name}.v{view}.npy"], truth[view])
-        if dataset.status[row] == "ok":
-            np.testing.assert_array_equal(sample["image.png"], dataset.read_image(row))
+        if dataset.columns.status[row] == "ok":
+            np.testing.assert_array_equal(sample["image.png"], read_image(dataset, row))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from dtpipe.manifests.codecs.base import LEVEL_AXES
 from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, ShardArrays, stored_arrays
 from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_shard
@@ -49,9 +50,9 @@ def test_members_are_those_of_the_rows_in_order(plan: Plan) -> None:
             "label": row.label,
             "ok": row.status == "ok",
         }
-        assert shard.image is not None
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(files[f"{stem}.image.png"]))), shard.image[idx])
-        for name, values in shard.levels.items():
+        image = np.asarray(Image.open(io.BytesIO(files[f"{stem}.image.png"])))
+        np.testing.assert_array_equal(image, shard.arrays["image"][idx])
+        for name, values in ((name, values) for name, values in shard.arrays.items() if name != "image"):
             for view in (0, 1):
                 np.testing.assert_array_equal(
                     np.load(io.BytesIO(files[f"{stem}.{name}.v{view}.npy"])), values[idx, view]
@@ -76,13 +77,14 @@ def test_entry_lists_every_member_by_place_and_checksum(plan: Plan) -> None:
     image=arrays(np.uint8, (1, 4, 6, 3)), l2=arrays(np.float16, (1, 2, 3, 2, 2)), l4=arrays(np.float32, (1, 2, 5, 1, 2))
 )
 def test_round_trip(plan: Plan, image: np.ndarray, l2: np.ndarray, l4: np.ndarray) -> None:
-    shard = ShardArrays(image, {"l2": l2, "l3": l2[::-1], "l4.b": l4}, [IndexRow(row=4, key="k", shard=2)])
+    arrays_ = {"image": image, "l2": l2, "l3": l2[::-1], "l4.b": l4}
+    shard = ShardArrays(arrays_, [IndexRow(row=4, key="k", shard=2)])
     (encoded,) = encode_tar_shard(plan, 2, shard)
     assert [encoded] == list(encode_tar_shard(plan, 2, shard))
     for name, spec in stored_arrays(plan.recipe).items():
         members = encoded.arrays[name]
         for truth, offset, size in zip(
-            shard.named()[name].reshape(-1, *spec.chunk_shape), members.offset, members.size, strict=True
+            shard.arrays[name].reshape(-1, *spec.chunk_shape), members.offset, members.size, strict=True
         ):
             out = np.empty(spec.chunk_shape, spec.dtype)
             decode_tar_chunk(spec, encoded.data[offset : offset + size], b"", out)
@@ -90,7 +92,8 @@ def test_round_trip(plan: Plan, image: np.ndarray, l2: np.ndarray, l4: np.ndarra
 
 
 def test_members_of_wrong_content_are_refused() -> None:
-    level, image = ArraySpec("l2", np.dtype("<f2"), 1, (1, 2, 2)), ArraySpec("image", np.dtype("u1"), None, (2, 2, 3))
+    level = ArraySpec("l2", np.dtype("<f2"), 1, (1, 2, 2), LEVEL_AXES)
+    image = ArraySpec("image", np.dtype("u1"), None, (2, 2, 3), ("y", "x", "rgb"))
     sink = io.BytesIO()
     np.save(sink, np.zeros((1, 2, 2), np.float32))
     with pytest.raises(DamagedDataError, match="float32"):

@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from dtpipe.manifests.codecs.base import LEVEL_AXES
 from dtpipe.manifests.errors import DamagedDataError, ShapeError
 from dtpipe.manifests.layout.arrays import ArraySpec, ShardArrays, stored_arrays
 from dtpipe.manifests.layout.zarr import (
@@ -71,7 +72,7 @@ def test_last_shard_is_what_zarr_python_reads_and_its_index_marks_rows_beyond(pl
     assert google_crc32c.value(index.tobytes()) == int.from_bytes(encoded.data[-4:], "little")
     store, array = zarr_python_twin(plan, "l2")
     store._store_dict["c/2/0/0/0/0"] = zarr.core.buffer.cpu.Buffer.from_bytes(encoded.data)
-    np.testing.assert_array_equal(array[4:5], given_arrays.levels["l2"])
+    np.testing.assert_array_equal(array[4:5], given_arrays.arrays["l2"])
 
 
 def test_entry_tells_chunk_and_its_checksum_apart(plan: Plan) -> None:
@@ -94,13 +95,13 @@ def test_entry_tells_chunk_and_its_checksum_apart(plan: Plan) -> None:
 )
 def test_round_trip(plan: Plan, image: np.ndarray, l2: np.ndarray, l4: np.ndarray) -> None:
     rows = [IndexRow(row=row, key=str(row), shard=0) for row in range(2)]
-    shard = ShardArrays(image, {"l2": l2, "l3": l2[::-1], "l4.b": l4}, rows)
+    shard = ShardArrays({"image": image, "l2": l2, "l3": l2[::-1], "l4.b": l4}, rows)
     specs = stored_arrays(plan.recipe)
     first, again = list(encode_zarr_shard(plan, 0, shard)), list(encode_zarr_shard(plan, 0, shard))
     assert first == again
     for encoded in first:
         ((name, members),) = encoded.arrays.items()
-        chunks = shard.named()[name].reshape(-1, *specs[name].chunk_shape)
+        chunks = shard.arrays[name].reshape(-1, *specs[name].chunk_shape)
         for truth, offset, size in zip(chunks, members.offset, members.size, strict=True):
             out = np.empty(specs[name].chunk_shape, specs[name].dtype)
             end = offset + size
@@ -112,10 +113,10 @@ def test_arrays_that_are_not_the_plans_are_refused(plan: Plan) -> None:
     settings = golden.Settings()
     good = golden.shard_arrays(plan, golden.make_listing(settings), 0, settings)
     bad = [
-        ShardArrays(None, good.levels, good.rows),
-        ShardArrays(good.image, {**good.levels, "l2": good.levels["l2"].astype(np.float32)}, good.rows),
-        ShardArrays(good.image, {**good.levels, "l2": good.levels["l2"][:1]}, good.rows),
-        ShardArrays(good.image, good.levels, good.rows[::-1]),
+        ShardArrays({name: values for name, values in good.arrays.items() if name != "image"}, good.rows),
+        ShardArrays({**good.arrays, "l2": good.arrays["l2"].astype(np.float32)}, good.rows),
+        ShardArrays({**good.arrays, "l2": good.arrays["l2"][:1]}, good.rows),
+        ShardArrays(good.arrays, good.rows[::-1]),
     ]
     for arrays_ in bad:
         with pytest.raises(ShapeError, match="shard 0"):
@@ -123,7 +124,7 @@ def test_arrays_that_are_not_the_plans_are_refused(plan: Plan) -> None:
 
 
 def test_chunks_of_wrong_content_are_refused() -> None:
-    spec, out = ArraySpec("l2", np.dtype("<f2"), 1, (1, 2, 2)), np.empty((1, 2, 2), np.float16)
+    spec, out = ArraySpec("l2", np.dtype("<f2"), 1, (1, 2, 2), LEVEL_AXES), np.empty((1, 2, 2), np.float16)
     with pytest.raises(DamagedDataError, match="stored checksum"):
         decode_zarr_chunk(spec, b"abc", b"0000", out)
     trailer = google_crc32c.value(b"abc").to_bytes(4, "little")

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError
-from dtpipe.manifests.read.dataset import FeatureDataset, FeatureSource
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import FeatureSource, read_image, read_level
 from parts import golden
 
 FORMATS = ("zarr", "webdataset")
@@ -33,21 +34,21 @@ def expect_truth(
     dataset: FeatureSource, rows: Sequence[int], views: Sequence[int], names: Sequence[str] = NAMES
 ) -> None:
     """Read a batch and compare it with the values it was made of."""
-    images, levels = dataset.read_batch(np.array(rows, dtype=np.int64), names, np.array(views, dtype=np.int64))
+    images, coded = dataset.read(np.array(rows, dtype=np.int64), names, np.array(views, dtype=np.int64))
     assert images.shape == (len(rows), 4, 6, 3)
-    assert list(levels) == list(names)
+    assert coded.names == tuple(names)
     specs = {level.name: level for level in dataset.levels}
     for idx, (row, view) in enumerate(zip(rows, views, strict=True)):
-        np.testing.assert_array_equal(images[idx], golden.true_image(dataset.keys[row]))
-        for name, values in levels.items():
-            np.testing.assert_array_equal(values[idx], golden.true_level(specs[name], dataset.keys[row])[view])
+        np.testing.assert_array_equal(images[idx], golden.true_image(dataset.columns.keys[row]))
+        for name, values in coded.decode().items():
+            np.testing.assert_array_equal(values[idx], golden.true_level(specs[name], dataset.columns.keys[row])[view])
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_batch_has_the_true_values_in_the_order_asked_for(url: str, data: st.DataObject) -> None:
     dataset = FeatureDataset.open(url)
-    rows = data.draw(st.lists(st.sampled_from(dataset.ok_rows.tolist()), max_size=9))
+    rows = data.draw(st.lists(st.sampled_from(dataset.columns.ok_rows.tolist()), max_size=9))
     views = data.draw(st.lists(st.integers(0, 1), min_size=len(rows), max_size=len(rows)))
     names = data.draw(st.lists(st.sampled_from(NAMES), unique=True))
     expect_truth(dataset, rows, views, names)
@@ -55,37 +56,39 @@ def test_any_batch_has_the_true_values_in_the_order_asked_for(url: str, data: st
 
 def test_columns_say_what_is_in_which_row(url: str) -> None:
     dataset = FeatureDataset.open(url)
-    assert dataset.num_rows == 7
-    assert dataset.keys == golden.make_listing(golden.Settings(num_rows=7)).keys
-    assert [dataset.row_of(key) for key in dataset.keys] == list(range(7))
-    assert all(label == key.split("/")[0] for key, label in zip(dataset.keys, dataset.labels, strict=True))
-    bad = dataset.row_of("dog/3.png")
-    assert dataset.status[bad] == "bad: truncated file"
-    assert dataset.ok_rows.tolist() == [row for row in range(7) if row != bad]
+    assert len(dataset.columns) == 7
+    assert dataset.columns.keys == golden.make_listing(golden.Settings(num_rows=7)).keys
+    assert [dataset.columns.row_of(key) for key in dataset.columns.keys] == list(range(7))
+    assert all(
+        label == key.split("/")[0] for key, label in zip(dataset.columns.keys, dataset.columns.labels, strict=True)
+    )
+    bad = dataset.columns.row_of("dog/3.png")
+    assert dataset.columns.status[bad] == "bad: truncated file"
+    assert dataset.columns.ok_rows.tolist() == [row for row in range(7) if row != bad]
     assert (dataset.image_px, len(dataset.views), [level.name for level in dataset.levels]) == ((4, 6), 2, list(NAMES))
 
 
 def test_what_cannot_be_read_is_refused_with_its_name(url: str) -> None:
     dataset = FeatureDataset.open(url)
     with pytest.raises(InputError, match=r"sample 'dog/3\.png' \(row \d\) is bad: truncated file"):
-        dataset.read_batch([dataset.row_of("dog/3.png")], (), [0])
+        dataset.read([dataset.columns.row_of("dog/3.png")], (), [0])
     for row in (-1, 7):
         with pytest.raises(InputError, match=f"no row {row}"):
-            dataset.read_image(row)
+            read_image(dataset, row)
     with pytest.raises(InputError, match="no sample 'x'"):
-        dataset.row_of("x")
+        dataset.columns.row_of("x")
     with pytest.raises(ConfigError, match=r"no level 'l9'; choose from l2, l3, l4\.b"):
-        dataset.read_level("l9", 0)
+        read_level(dataset, "l9", 0)
     with pytest.raises(ConfigError, match="no view 2"):
-        dataset.read_level("l2", int(dataset.ok_rows[0]), 2)
+        read_level(dataset, "l2", int(dataset.columns.ok_rows[0]), 2)
     with pytest.raises(ConfigError, match="one view per row"):
-        dataset.read_batch(dataset.ok_rows, ("l2",), [0])
+        dataset.read(dataset.columns.ok_rows, ("l2",), [0])
 
 
 def test_without_images_none_are_read(url: str) -> None:
     dataset = FeatureDataset.open(url)
-    images, levels = dataset.read_batch(dataset.ok_rows, ("l2",), [0] * 6, images=False)
-    assert (images.shape, levels["l2"].shape) == ((0, 4, 6, 3), (6, 3, 2, 2))
+    images, coded = dataset.read(dataset.columns.ok_rows, ("l2",), [0] * 6, images=False)
+    assert (images.shape, coded.decode()["l2"].shape) == ((0, 4, 6, 3), (6, 3, 2, 2))
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)
@@ -96,13 +99,13 @@ def test_unfinished_datasets_open_only_on_request(shard_format: str, tmp_path: P
         FeatureDataset.open(tmp_path)
     dataset = FeatureDataset.open(tmp_path, allow_incomplete=True)
     assert dataset.manifest is None
-    assert dataset.status[6] == "missing"
-    assert 6 not in dataset.ok_rows
+    assert dataset.columns.status[6] == "missing"
+    assert 6 not in dataset.columns.ok_rows
     with pytest.raises(IncompleteError, match="not written yet"):
-        dataset.read_image(6)
-    expect_truth(dataset, dataset.ok_rows.tolist(), [1] * len(dataset.ok_rows))
+        read_image(dataset, 6)
+    expect_truth(dataset, dataset.columns.ok_rows.tolist(), [1] * len(dataset.columns.ok_rows))
     golden.write_shards(tmp_path, settings_)
-    assert FeatureDataset.open(tmp_path).status[6] == "ok"
+    assert FeatureDataset.open(tmp_path).columns.status[6] == "ok"
 
 
 def test_a_folder_without_a_dataset_is_an_input_error(tmp_path: Path) -> None:
@@ -114,9 +117,9 @@ def test_a_folder_without_a_dataset_is_an_input_error(tmp_path: Path) -> None:
 def test_levels_without_images(shard_format: str, tmp_path: Path) -> None:
     golden.write_shards(tmp_path, golden.Settings(format=shard_format, images="joined"))
     dataset = FeatureDataset.open(tmp_path)
-    dataset.read_level("l2", int(dataset.ok_rows[0]))
+    read_level(dataset, "l2", int(dataset.columns.ok_rows[0]))
     with pytest.raises(ConfigError, match="stores no images; join it"):
-        dataset.read_image(int(dataset.ok_rows[0]))
+        read_image(dataset, int(dataset.columns.ok_rows[0]))
 
 
 @pytest.mark.parametrize("shard_format", FORMATS)
@@ -125,13 +128,13 @@ def test_round_trip_over_s3(shard_format: str, s3_url: str, tmp_path: Path) -> N
     local, remote = golden.write_shards(tmp_path, settings_), golden.write_shards(s3_url, settings_)
     assert remote.digest == local.digest
     dataset = FeatureDataset.open(s3_url)
-    expect_truth(dataset, dataset.ok_rows.tolist(), [1] * len(dataset.ok_rows))
+    expect_truth(dataset, dataset.columns.ok_rows.tolist(), [1] * len(dataset.columns.ok_rows))
 
 
 def read_sums(dataset: FeatureDataset) -> list[float]:
     """One number per level, for other processes."""
-    _, levels = dataset.read_batch(dataset.ok_rows, NAMES, [0] * len(dataset.ok_rows))
-    return [float(values.astype(np.float64).sum()) for values in levels.values()]
+    _, coded = dataset.read(dataset.columns.ok_rows, NAMES, [0] * len(dataset.columns.ok_rows))
+    return [float(values.astype(np.float64).sum()) for values in coded.decode().values()]
 
 
 def test_threads_pickles_and_processes_read_the_same(url: str) -> None:

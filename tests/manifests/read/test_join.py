@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.manifests.read.dataset import FeatureDataset, FeatureSource
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
+from dtpipe.manifests.read.source import FeatureSource, read_image, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts import golden
 
@@ -37,11 +38,12 @@ def test_other_timesteps_of_a_teacher_join_along_the_views(make: Make) -> None:
     joined: FeatureSource = JoinedDataset([one, other])
     assert joined.views == (*one.views, *late)
     assert joined.levels == one.levels
-    rows = [int(row) for row in joined.ok_rows for _ in range(4)]
-    views = [0, 1, 2, 3] * len(joined.ok_rows)
-    images, levels = joined.read_batch(rows, ("l2", "l4.b"), views)
+    rows = [int(row) for row in joined.columns.ok_rows for _ in range(4)]
+    views = [0, 1, 2, 3] * len(joined.columns.ok_rows)
+    images, coded = joined.read(rows, ("l2", "l4.b"), views)
+    levels = coded.decode()
     for idx, (row, view) in enumerate(zip(rows, views, strict=True)):
-        key = joined.keys[row]
+        key = joined.columns.keys[row]
         np.testing.assert_array_equal(images[idx], golden.true_image(key))
         for level in (L2, L4):
             np.testing.assert_array_equal(levels[level.name][idx], golden.true_level(level, key, view // 2)[view % 2])
@@ -52,24 +54,24 @@ def test_another_teachers_levels_lie_beside_under_free_names(make: Make) -> None
     other = make("other", weights="cd" * 32, levels=(L2, L4), salt=2, bad=("cat/0.png",), images="joined")
     joined = JoinedDataset([one, other])
     assert [level.name for level in joined.levels] == ["l2", "l3", "l2.b", "l4.b"]
-    row = joined.row_of("cat/2.png")
-    np.testing.assert_array_equal(joined.read_level("l2", row, 1), golden.true_level(L2, "cat/2.png")[1])
-    np.testing.assert_array_equal(joined.read_level("l2.b", row, 1), golden.true_level(L2, "cat/2.png", salt=2)[1])
-    np.testing.assert_array_equal(joined.read_image(row), one.read_image(one.row_of("cat/2.png")))
-    assert joined.row_of("cat/0.png") not in joined.ok_rows
+    row = joined.columns.row_of("cat/2.png")
+    np.testing.assert_array_equal(read_level(joined, "l2", row, 1), golden.true_level(L2, "cat/2.png")[1])
+    np.testing.assert_array_equal(read_level(joined, "l2.b", row, 1), golden.true_level(L2, "cat/2.png", salt=2)[1])
+    np.testing.assert_array_equal(read_image(joined, row), read_image(one, one.columns.row_of("cat/2.png")))
+    assert joined.columns.row_of("cat/0.png") not in joined.columns.ok_rows
     with pytest.raises(InputError, match="bad: truncated file"):
-        joined.read_level("l3", joined.row_of("cat/0.png"))
+        read_level(joined, "l3", joined.columns.row_of("cat/0.png"))
 
 
 def test_images_may_come_from_any_part(make: Make) -> None:
     one = make("one", images="joined")
     other = make("other", views=(ViewSpec(draw=5),))
-    row = int(JoinedDataset([one, other]).ok_rows[0])
+    row = int(JoinedDataset([one, other]).columns.ok_rows[0])
     np.testing.assert_array_equal(
-        JoinedDataset([one, other]).read_image(row), other.read_image(other.row_of(one.keys[row]))
+        read_image(JoinedDataset([one, other]), row), read_image(other, other.columns.row_of(one.columns.keys[row]))
     )
     with pytest.raises(ConfigError, match="stores images"):
-        JoinedDataset([one]).read_image(row)
+        read_image(JoinedDataset([one]), row)
 
 
 def test_join_refuses_what_does_not_fit(make: Make) -> None:
@@ -90,20 +92,21 @@ def test_concatenation_reads_each_row_from_its_part(make: Make) -> None:
         make("two", num_rows=4, samples=3, prefix="z/", format="webdataset", bad=()),
     ]
     both: FeatureSource = ConcatDataset(parts)
-    assert both.num_rows == 9
-    assert list(both.keys) == [*parts[0].keys, *parts[1].keys]
-    assert len(both.ok_rows) == 8
-    rows = [8, *both.ok_rows[:-1][::-1].tolist()]
+    assert len(both.columns) == 9
+    assert list(both.columns.keys) == [*parts[0].columns.keys, *parts[1].columns.keys]
+    assert len(both.columns.ok_rows) == 8
+    rows = [8, *both.columns.ok_rows[:-1][::-1].tolist()]
     views = [idx % 2 for idx in range(len(rows))]
-    images, levels = both.read_batch(rows, ("l3",), views)
+    images, coded = both.read(rows, ("l3",), views)
+    levels = coded.decode()
     for idx, (row, view) in enumerate(zip(rows, views, strict=True)):
-        key = both.keys[row]
-        assert both.row_of(key) == row
+        key = both.columns.keys[row]
+        assert both.columns.row_of(key) == row
         np.testing.assert_array_equal(images[idx], golden.true_image(key))
         np.testing.assert_array_equal(levels["l3"][idx], golden.true_level(L3, key)[view])
-    assert both.read_batch([], ("l3",), [])[1]["l3"].shape == (0, 3, 2, 2)
+    assert both.read([], ("l3",), [])[1].decode()["l3"].shape == (0, 3, 2, 2)
     with pytest.raises(InputError, match="no row 9"):
-        both.read_image(9)
+        read_image(both, 9)
 
 
 def test_concatenation_refuses_what_does_not_fit(make: Make) -> None:

@@ -14,6 +14,7 @@ from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
 from dtpipe.manifests.check.measured import Measured, read_measured, write_measured
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_images
 from dtpipe.manifests.schema import LevelSpec, ViewSpec
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import load_plan
@@ -78,10 +79,8 @@ def test_verify_measures_it_and_distill_warns_with_it(extract: Extract) -> None:
     assert result.exit_code == 0, result.output
     assert "mirrored features instead of encoded flips would have relative error: l2 " in result.stdout
     dataset = FeatureDataset.open(url)
-    images, _ = dataset.read_batch(dataset.ok_rows, (), np.zeros(8, int))
-    expected = flip_errors(
-        open_teacher(dataset.plan, {}, "cpu", exact=True), images, [dataset.keys[row] for row in dataset.ok_rows]
-    )
+    images, keys = read_images(dataset, range(8)), dataset.columns.keys
+    expected = flip_errors(open_teacher(dataset.plan, {}, "cpu", exact=True), images, keys)
     measured = read_measured(dataset.store)
     assert measured is not None and measured.num_samples == 8
     assert measured.flip_error == pytest.approx(expected)

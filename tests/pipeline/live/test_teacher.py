@@ -22,6 +22,7 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.noise import draw_noise
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.pipeline.live.source import open_live_data
 from dtpipe.pipeline.live.teacher import RecipeLive, open_live
 from parts import sd_pipelines
@@ -107,12 +108,12 @@ def test_the_fresh_draw_of_an_epoch_is_the_one_that_extract_would_store_next(ext
     three = FeatureDataset.open(extract("three", noise={"timesteps": [50], "draws": 3}))
     found = samples(stream_of(config(one, reencode=1.0)).batches(StreamPosition()))
     for (epoch, key), (_, levels) in found.items():
-        row = three.row_of(key)
+        row = three.columns.row_of(key)
         for name in LEVELS:
             np.testing.assert_allclose(
-                levels[name], three.read_level(name, row, 1 + epoch).astype(np.float32), **TOLERANCE
+                levels[name], read_level(three, name, row, 1 + epoch).astype(np.float32), **TOLERANCE
             )
-            assert np.abs(levels[name] - three.read_level(name, row, 0)).max() > 0.01  # noise is seen at all
+            assert np.abs(levels[name] - read_level(three, name, row, 0)).max() > 0.01  # noise is seen at all
 
 
 def test_a_share_of_live_samples_leaves_the_others_as_stored_whatever_the_cut(extract: Extract) -> None:
@@ -138,10 +139,10 @@ def test_flips_encoded_live_equal_stored_flipped_views(extract: Extract) -> None
     found = samples(stream_of(config(plain, reencode=1.0, flip=True, epochs=1)).batches(StreamPosition()))
     num_flipped = 0
     for (_, key), (image, levels) in found.items():
-        row = flipped.row_of(key)
-        flip = not np.array_equal(image, flipped.read_image(row))
+        row = flipped.columns.row_of(key)
+        flip = not np.array_equal(image, read_image(flipped, row))
         view = next(idx for idx, each in enumerate(flipped.views) if (each.draw, each.flip) == (1, flip))
-        np.testing.assert_allclose(levels["l2"], flipped.read_level("l2", row, view).astype(np.float32), **TOLERANCE)
+        np.testing.assert_allclose(levels["l2"], read_level(flipped, "l2", row, view).astype(np.float32), **TOLERANCE)
         num_flipped += flip
     assert 0 < num_flipped < 8
 
@@ -163,9 +164,9 @@ def test_concatenated_datasets_are_each_encoded_with_their_own_noise(
     assert {key for _, key in found} == set(keys)
     for (_, key), (image, levels) in found.items():
         dataset = wanted[0 if key in keys[:5] else 1]
-        np.testing.assert_array_equal(image, dataset.read_image(dataset.row_of(key)))
+        np.testing.assert_array_equal(image, read_image(dataset, dataset.columns.row_of(key)))
         np.testing.assert_allclose(
-            levels["l3"], dataset.read_level("l3", dataset.row_of(key), 1).astype(np.float32), **TOLERANCE
+            levels["l3"], read_level(dataset, "l3", dataset.columns.row_of(key), 1).astype(np.float32), **TOLERANCE
         )
 
 
@@ -184,7 +185,7 @@ def test_joined_timesteps_are_encoded_at_the_timestep_of_the_view(extract: Extra
     )
     seen = {0: 0, 1: 0}
     for (_, key), (_, levels) in found.items():
-        stored = [dataset.read_level("l2", dataset.row_of(key), 1).astype(np.float32) for dataset in wanted]
+        stored = [read_level(dataset, "l2", dataset.columns.row_of(key), 1).astype(np.float32) for dataset in wanted]
         nearest = min((0, 1), key=lambda idx: np.abs(stored[idx] - levels["l2"]).max())
         np.testing.assert_allclose(levels["l2"], stored[nearest], **TOLERANCE)
         seen[nearest] += 1
@@ -215,7 +216,7 @@ def test_joined_teachers_each_give_their_own_levels(extract: Extract, ddpm: Path
             "l2.b": (wanted[1], "l2"),
             "l3.b": (wanted[1], "l3"),
         }.items():
-            stored = dataset.read_level(level, dataset.row_of(key), 1).astype(np.float32)
+            stored = read_level(dataset, level, dataset.columns.row_of(key), 1).astype(np.float32)
             np.testing.assert_allclose(levels[name], stored, **TOLERANCE)
 
 
@@ -256,15 +257,15 @@ def test_without_a_dataset_epoch_e_sees_what_extract_stores_as_draw_e(
         stored.image_px,
         stored.recipe.student_px,
     )
-    assert sorted(data.source.keys) == sorted(stored.keys)
+    assert sorted(data.source.columns.keys) == sorted(stored.columns.keys)
     found = samples(stream_of(config(reencode=1.0), data).batches(StreamPosition()))
     assert len(found) == 16
     for (epoch, key), (image, levels) in found.items():
-        row = stored.row_of(key)
-        np.testing.assert_array_equal(image, stored.read_image(row))
+        row = stored.columns.row_of(key)
+        np.testing.assert_array_equal(image, read_image(stored, row))
         for name in LEVELS:
             np.testing.assert_allclose(
-                levels[name], stored.read_level(name, row, epoch).astype(np.float32), **TOLERANCE
+                levels[name], read_level(stored, name, row, epoch).astype(np.float32), **TOLERANCE
             )
 
 
@@ -279,9 +280,9 @@ def test_a_gan_synthesizes_online_the_dataset_in_epoch_0_and_new_images_after(
     network = gan_network()
     for (epoch, key), (image, levels) in found.items():
         if epoch == 0:
-            np.testing.assert_array_equal(image, stored.read_image(stored.row_of(key)))
+            np.testing.assert_array_equal(image, read_image(stored, stored.columns.row_of(key)))
             np.testing.assert_allclose(
-                levels["l2"], stored.read_level("l2", stored.row_of(key)).astype(np.float32), **TOLERANCE
+                levels["l2"], read_level(stored, "l2", stored.columns.row_of(key)).astype(np.float32), **TOLERANCE
             )
         latent = torch.from_numpy(draw_noise(0, key, epoch, "z", (6,)))[None, :, None, None]
         with torch.inference_mode():  # one plain forward pass per image

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ShardRecipe, ViewSpec
 from dtpipe.pipeline.report.inspect import describe_dataset, draw_sample, render_sample, view_name
 from dtpipe.pipeline.report.pca import pca_to_rgb
@@ -106,10 +107,10 @@ def test_damaged_index_is_not_described(tmp_path: Path) -> None:
 
 def test_picture_holds_image_and_levels_of_each_view(url: str, tmp_path: Path) -> None:
     drawn = np.asarray(Image.open(render_sample(url, "images/004.png", tmp_path / "deep" / "sample.png")))
-    image = SOURCE.read_image(4)
+    image = read_image(SOURCE, 4)
     expected = [image, image[:, ::-1]]
     for level in LEVELS:
-        expected += pca_to_rgb([SOURCE.read_level(level.name, 4, view) for view in range(len(VIEWS))])
+        expected += pca_to_rgb([read_level(SOURCE, level.name, 4, view) for view in range(len(VIEWS))])
     for picture in expected:
         tile = Image.fromarray(np.ascontiguousarray(picture)).resize((192, 128), Image.Resampling.NEAREST)
         assert find(drawn, np.asarray(tile))
@@ -144,9 +145,9 @@ def test_unwritable_picture_names_the_file(url: str, tmp_path: Path) -> None:
 
 
 def test_sample_without_image_shows_levels_alone() -> None:
-    levels = {level.name: [SOURCE.read_level(level.name, 4, view) for view in (0, 1)] for level in LEVELS}
+    levels = {level.name: [read_level(SOURCE, level.name, 4, view) for view in (0, 1)] for level in LEVELS}
     alone = draw_sample("key", None, VIEWS, LEVELS, levels)
-    beside = draw_sample("key", SOURCE.read_image(4), VIEWS, LEVELS, levels)
+    beside = draw_sample("key", read_image(SOURCE, 4), VIEWS, LEVELS, levels)
     assert alone.width < beside.width
     assert alone.height == beside.height
 

@@ -20,6 +20,7 @@ from dtpipe.extract.teachers.biggan.icgan import load_icgan_teacher, read_instan
 from dtpipe.extract.teachers.files.npy import read_arrays
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from parts import biggan_cases as cases
 
 TOLERANCE = 1e-4  # float32 sums in another order; measured: 5e-6 at most
@@ -157,8 +158,8 @@ def test_a_dataset_follows_from_its_keys(folder, make_config):
         options = {**teacher["options"], "class_label": label, "instance": instance}
         alone = load_icgan_teacher(TeacherConfig(path=teacher["path"], options=options))
         images, levels = alone.synthesize({"z": torch.from_numpy(noise["z"])})
-        np.testing.assert_allclose(dataset.read_level("l2", row), levels["l2"][0], atol=1e-5)
-        assert np.abs(dataset.read_image(row) - ((images[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()).max() <= 1
+        np.testing.assert_allclose(read_level(dataset, "l2", row), levels["l2"][0], atol=1e-5)
+        assert np.abs(read_image(dataset, row) - ((images[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()).max() <= 1
 
 
 # Files of instances

@@ -19,6 +19,7 @@ from dtpipe.extract.teachers.diffusion.process import alphas_cumprod, ddim_inver
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts.extractions import MakeConfig
 
@@ -303,7 +304,7 @@ def extracted(make_config: MakeConfig, ddpm: Path, **options: Any) -> FeatureDat
 
 
 def pixels_of(dataset: FeatureDataset, row: int) -> torch.Tensor:
-    return torch.from_numpy(dataset.read_image(row)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return torch.from_numpy(read_image(dataset, row)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def test_an_inverted_dataset_holds_inverted_features(make_config, ddpm, unet):
@@ -312,13 +313,13 @@ def test_an_inverted_dataset_holds_inverted_features(make_config, ddpm, unet):
     for row in (0, 7):
         noisy = inverted(unet, pixels_of(dataset, row), 40, 20)
         for name, wanted in levels_of(unet, noisy, 40).items():
-            np.testing.assert_allclose(dataset.read_level(name, row, 0), wanted[0], rtol=1e-4, atol=5e-5)
+            np.testing.assert_allclose(read_level(dataset, name, row, 0), wanted[0], rtol=1e-4, atol=5e-5)
 
 
 def test_an_ensemble_dataset_holds_means(make_config, ddpm, unet):
     dataset = extracted(make_config, ddpm, ensemble=2)
     scheduler = DDIMScheduler.from_pretrained(ddpm / "scheduler")
-    noise = torch.from_numpy(draw_noise(0, dataset.keys[4], 0, "forward", (2, 3, PX, PX)))
+    noise = torch.from_numpy(draw_noise(0, dataset.columns.keys[4], 0, "forward", (2, 3, PX, PX)))
     noisy = scheduler.add_noise(pixels_of(dataset, 4).expand(2, -1, -1, -1), noise, torch.tensor([40, 40]))
     for name, members in levels_of(unet, noisy, 40).items():
-        np.testing.assert_allclose(dataset.read_level(name, 4, 0), members.mean(0), rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(read_level(dataset, name, 4, 0), members.mean(0), rtol=1e-4, atol=2e-5)

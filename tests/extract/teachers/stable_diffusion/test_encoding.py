@@ -18,6 +18,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.stable_diffusion.teacher import StableDiffusionTeacher, load_stable_diffusion
 from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts import sd_pipelines as pipelines
 
@@ -241,14 +242,14 @@ def test_an_inverted_dataset_holds_inverted_features(load, folders, make_config,
         teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]}, transform={"px": 64}
     )
     dataset, plain = FeatureDataset.open(run_extraction(config).url), Plain(folders["epsilon"], "epsilon")
-    pixels = torch.from_numpy(dataset.read_image(5)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = torch.from_numpy(read_image(dataset, 5)).permute(2, 0, 1)[None].float() / 127.5 - 1
     wanted = plain.levels(plain.inverted(plain.latent(pixels), 40, 20), 40, taps_of(load(**INVERSION)))
     for level in dataset.levels:
         if level.tap != "vae":
             name = f"l{int(level.name[1:]) + 1}"  # counted in the teacher's image, twice the student's
             tolerance = 5e-3 if keep else 1e-4  # kept latents are rounded to float16
             np.testing.assert_allclose(
-                dataset.read_level(level.name, 5), wanted[name][0], atol=tolerance * float(wanted[name].abs().max())
+                read_level(dataset, level.name, 5), wanted[name][0], atol=tolerance * float(wanted[name].abs().max())
             )
 
 
@@ -258,7 +259,7 @@ def test_an_ensembles_noise_follows_from_the_key(load, folders, make_config):
         teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]}, transform={"px": 64}
     )
     dataset = FeatureDataset.open(run_extraction(config).url)
-    noise = torch.from_numpy(draw_noise(0, dataset.keys[3], 0, "forward", (2, 4, 8, 8)))
-    pixels = torch.from_numpy(dataset.read_image(3)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    noise = torch.from_numpy(draw_noise(0, dataset.columns.keys[3], 0, "forward", (2, 4, 8, 8)))
+    pixels = torch.from_numpy(read_image(dataset, 3)).permute(2, 0, 1)[None].float() / 127.5 - 1
     wanted = load(ensemble=2).encode(pixels, {"forward": noise[None, None]}, [view(40)])["l3"]
-    np.testing.assert_allclose(dataset.read_level("l2", 3), wanted[0, 0], atol=1e-4)
+    np.testing.assert_allclose(read_level(dataset, "l2", 3), wanted[0, 0], atol=1e-4)

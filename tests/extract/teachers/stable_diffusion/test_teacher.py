@@ -23,6 +23,7 @@ from dtpipe.extract.teachers.stable_diffusion import teacher as stable_diffusion
 from dtpipe.extract.teachers.stable_diffusion.teacher import StableDiffusionTeacher, load_stable_diffusion
 from dtpipe.manifests.errors import ConfigError, MissingPackageError, ShapeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_images, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts import sd_pipelines as pipelines
 
@@ -254,10 +255,10 @@ def test_a_dataset_has_the_papers_levels_for_a_student_of_half_the_size(folder, 
         ("l4", 16, 24),
         ("l5", 32, 32),
     ]
-    images, _ = dataset.read_batch(range(8), (), [0] * 8)
-    again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, dataset.keys)
+    images = read_images(dataset, range(8))
+    again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, dataset.columns.keys)
     for name, level in again.items():
-        stored = np.stack([[dataset.read_level(name, row, view) for view in range(2)] for row in range(8)])
+        stored = np.stack([[read_level(dataset, name, row, view) for view in range(2)] for row in range(8)])
         np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)
 
 
@@ -281,15 +282,15 @@ def test_kept_latents_give_other_timesteps_and_draws_without_the_vae(folder, mak
             run_extraction(make_config(**other, out=str(tmp_path / "again"), images=kept.url)).url
         )
     assert again.recipe.source.kind == "features"
-    assert sorted(again.keys) == sorted(direct.keys) == sorted(kept.keys)
-    for key in direct.keys:
-        rows = [dataset.row_of(key) for dataset in (direct, again)]
-        np.testing.assert_array_equal(direct.read_image(rows[0]), again.read_image(rows[1]))
+    assert sorted(again.columns.keys) == sorted(direct.columns.keys) == sorted(kept.columns.keys)
+    for key in direct.columns.keys:
+        rows = [dataset.columns.row_of(key) for dataset in (direct, again)]
+        np.testing.assert_array_equal(read_image(direct, rows[0]), read_image(again, rows[1]))
         for level in direct.levels:
             for idx in range(len(direct.views)):
                 expected, found = (
-                    direct.read_level(level.name, rows[0], idx),
-                    again.read_level(level.name, rows[1], idx),
+                    read_level(direct, level.name, rows[0], idx),
+                    read_level(again, level.name, rows[1], idx),
                 )
                 np.testing.assert_allclose(found, expected, rtol=0, atol=2**-10 * np.abs(expected).max())
 

@@ -21,6 +21,7 @@ from dtpipe.extract.teachers.stylegan2.teacher import StyleGan2Teacher, load_sty
 from dtpipe.extract.teachers.taps import TapReader
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from parts import paths
 from parts import stylegan2_snapshots as files
 
@@ -317,12 +318,12 @@ def test_a_dataset_holds_what_the_generator_makes(tmp_path: Path) -> None:
     )
     dataset = FeatureDataset.open(run_extraction(config).url)
     teacher = teacher_of(path)
-    for row in dataset.ok_rows:
+    for row in dataset.columns.ok_rows:
         streams = {
             stream: draw_noise(0, f"z/{row:09d}", 0, stream, shape)
             for stream, shape in teacher.spec.noise_shapes.items()
         }
         image, levels = teacher.synthesize({stream: torch.from_numpy(each[None]) for stream, each in streams.items()})
-        np.testing.assert_allclose(dataset.read_level("l2", row), levels["l2"][0], atol=1e-5)
-        assert np.abs(dataset.read_image(row) - (image[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 0.51
-    assert len(dataset.ok_rows) == 5
+        np.testing.assert_allclose(read_level(dataset, "l2", row), levels["l2"][0], atol=1e-5)
+        assert np.abs(read_image(dataset, row) - (image[0].permute(1, 2, 0).numpy() + 1) * 127.5).max() <= 0.51
+    assert len(dataset.columns.ok_rows) == 5

@@ -22,6 +22,7 @@ from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.teachers.vae.teacher import VaeTeacher, is_autoencoder_path, load_vae_teacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_images, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts import paths
 from parts.paths import SHARED
@@ -382,11 +383,11 @@ def test_an_extracted_dataset_holds_the_features_of_its_draws(
     result = run_extraction(config)
     dataset = FeatureDataset.open(result.url)
     assert [(level.name, level.height) for level in dataset.levels] == [("l2", 8), ("l3", 4), ("l4", 2), ("l5", 1)]
-    images = np.stack([dataset.read_image(row) for row in range(8)])
-    again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, dataset.keys)
+    images = read_images(dataset, range(8))
+    again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, dataset.columns.keys)
     for name, level in again.items():
         np.testing.assert_allclose(
-            np.stack([dataset.read_level(name, row, view) for row in range(8) for view in range(4)]),
+            np.stack([read_level(dataset, name, row, view) for row in range(8) for view in range(4)]),
             level.flatten(0, 1),
             1e-4,
             1e-5,

@@ -1,0 +1,50 @@
+"""Encoding where the teacher runs, so that only symbols leave the device.
+
+One rule: an encoder gives what its codec's reference gives, bit for bit. Levels of a codec without one leave the device as
+float32 features, and the reference encodes them on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtpipe.manifests.codecs.base import SYMBOLS, Array, LevelCodec, are_finite
+
+Encode = Callable[[LevelCodec, Tensor], dict[str, Tensor]]
+"""(codec, features (..., C, h, w)) -> parts."""
+
+
+def _cast(codec: LevelCodec, features: Tensor) -> dict[str, Tensor]:
+    return {SYMBOLS: features.to(getattr(torch, codec.level.dtype))}
+
+
+ENCODERS: dict[str, Encode] = {"cast": _cast}
+_FEATURES = "features"  # in place of parts, on their way to the reference
+
+
+def encode_on_device(codec: LevelCodec, features: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What leaves the device of a level, and which rows of it are finite.
+
+    Shapes: (n, V, C, h, w) -> {part: (n, V, ..)}, (n,) bool.
+    """
+    encode = ENCODERS.get(codec.level.codec.name)
+    sent = {_FEATURES: features.float()} if encode is None else encode(codec, features)
+    finite = [torch.isfinite(values).flatten(1).all(dim=1) for values in sent.values()]
+    return sent, torch.stack(finite).all(dim=0)
+
+
+def encode_on_host(
+    codec: LevelCodec, sent: Mapping[str, Array], finite: NDArray[np.bool_]
+) -> tuple[Mapping[str, Array], NDArray[np.bool_]]:
+    """Parts of what left the device, and which rows their codec can hold. Shapes: -> {part: [n, V, ..]}, [n] bool."""
+    if _FEATURES not in sent:
+        return sent, finite
+    parts = codec.encode(np.where(finite[:, None, None, None, None], sent[_FEATURES], 0))
+    return parts, finite & [
+        are_finite({part: values[row] for part, values in parts.items()}) for row in range(len(finite))
+    ]

@@ -1,0 +1,62 @@
+"""Levels as they were read: symbols, with the codecs that turn them into features.
+
+One rule: nobody computes with symbols. `CodedLevels` is no array and gives none; `decode` gives features in numpy, and
+`distill.stream.decode` gives the same on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.codecs.base import Array, Arrays, LevelCodec, decode_level, parts_of
+
+
+@dataclass(frozen=True)
+class CodedPiece:
+    """Samples of one level under one codec."""
+
+    codec: LevelCodec
+    parts: Arrays
+    """Symbols and what goes with them; for decoders only."""
+    rows: NDArray[np.int64] | None = None
+    """Which samples of the batch these are; None: all, in order."""
+
+
+class CodedLevels:
+    """Levels of some samples. The samples of one level may lie under several codecs, where datasets were joined."""
+
+    def __init__(self, num_rows: int, pieces: Mapping[str, Sequence[CodedPiece]]) -> None:
+        self.num_rows, self.pieces = num_rows, {name: tuple(of_level) for name, of_level in pieces.items()}
+
+    @classmethod
+    def of_arrays(cls, num_rows: int, codecs: Mapping[str, LevelCodec], arrays: Arrays) -> CodedLevels:
+        """All samples of each level under its one codec; `arrays` by their stored names."""
+        return cls(num_rows, {name: [CodedPiece(codec, parts_of(codec, arrays))] for name, codec in codecs.items()})
+
+    def __array__(self, *_args: object, **_options: object) -> Array:
+        raise TypeError("coded levels hold symbols, no features; call decode()")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The levels, in the order they were asked for."""
+        return tuple(self.pieces)
+
+    def decode(self) -> dict[str, Array]:
+        """Features by level, by the reference. Shapes: -> {level: [B, C, H, W], in the level's dtype}.
+
+        Raises: ShapeError when the arrays are not those of their codec.
+        """
+        return {name: self._decode_level(pieces) for name, pieces in self.pieces.items()}
+
+    def _decode_level(self, pieces: Sequence[CodedPiece]) -> Array:
+        decoded = [decode_level(piece.codec, piece.parts) for piece in pieces]
+        if pieces[0].rows is None:
+            return decoded[0]
+        features: Array = np.empty((self.num_rows, *decoded[0].shape[1:]), decoded[0].dtype)
+        for piece, values in zip(pieces, decoded, strict=True):
+            features[piece.rows] = values
+        return features

@@ -1,0 +1,24 @@
+"""The codecs there are, and setting them up for the levels of a recipe."""
+
+from __future__ import annotations
+
+from dtpipe.manifests.codecs import cast
+from dtpipe.manifests.codecs.base import Codec, LevelCodec
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.schema import LevelSpec, Recipe
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (cast.CODEC,)}
+
+
+def open_codec(level: LevelSpec) -> LevelCodec:
+    """The codec of a level. Raises: ConfigError listing the choices, or as the codec does for its parameters."""
+    if level.codec.name not in CODECS:
+        raise ConfigError(
+            f"codec {level.codec.name!r} of level {level.name} is unknown; choose one of {', '.join(sorted(CODECS))}"
+        )
+    return CODECS[level.codec.name].open(level)
+
+
+def level_codecs(recipe: Recipe) -> dict[str, LevelCodec]:
+    """The codec of each level, by name. Raises: as `open_codec`."""
+    return {level.name: open_codec(level) for level in recipe.levels}
