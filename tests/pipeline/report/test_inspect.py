@@ -19,7 +19,7 @@ from parts.memory import MemorySource, level_spec, write_dataset
 PX = (32, 48)
 VIEWS = (ViewSpec(draw=0, timestep=50), ViewSpec(draw=0, timestep=50, flip=True))
 LEVELS = (level_spec("l2", 4, 8, PX), level_spec("l3", 8, 5, PX, dtype="float32"))
-SOURCE = MemorySource(num_rows=10, bad=(3,), views=VIEWS, levels=LEVELS, px=PX)
+SOURCE = MemorySource(num_rows=10, bad=(3,), views=VIEWS, levels=LEVELS, image_px=PX)
 BAD_KEY = "images/003.png"
 
 
