@@ -183,12 +183,14 @@ def _dotted(value: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
             yield key
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_documents(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`: mappings merge by key, everything else is replaced."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = (
+            merge_documents(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
     return merged
 
 
@@ -221,9 +223,9 @@ def gather(configs: Sequence[str], sets: Mapping[str, Any], flags: Mapping[str, 
         raise ConfigError(f"{twice[0]} is given both with -s and as a flag; keep one of them")
     document: dict[str, Any] = {}
     for name in configs:
-        document = merge(document, load_document(name))
+        document = merge_documents(document, load_document(name))
     for key, value in {**sets, **flags}.items():
-        document = merge(document, _nest(key, value))
+        document = merge_documents(document, _nest(key, value))
     return document
 
 

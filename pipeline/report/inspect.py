@@ -59,12 +59,12 @@ def describe_dataset(url: str) -> dict[str, Any]:
         "levels": [_level_bytes(level, dataset.recipe, stored) for level in dataset.recipe.levels],
         "overhead_bytes": size_bytes - sum(stored[name][1] for name in arrays if name in stored),
         "labels": dict(sorted(Counter(label for label in dataset.columns.labels if label is not None).items())),
-        "bad": bad_samples(dataset),
+        "bad": bad_records(dataset),
         "provenance": dict((dataset.plan if complete is None else complete).provenance),
     }
 
 
-def bad_samples(dataset: FeatureDataset) -> list[dict[str, Any]]:
+def bad_records(dataset: FeatureDataset) -> list[dict[str, Any]]:
     """Row, key and reason of each bad sample, in row order."""
     rows = zip(dataset.columns.keys, dataset.columns.status, strict=True)
     return [

@@ -140,7 +140,7 @@ def _pair(teacher: NDArray[np.float32], student: NDArray[np.float32]) -> tuple[l
     return pictures[: len(teacher)], pictures[len(teacher) :]
 
 
-def tile(images: NDArray[np.uint8], columns: int, gap: int = 2) -> Picture:
+def image_grid(images: NDArray[np.uint8], columns: int, gap: int = 2) -> Picture:
     """A grid of equal images with white gaps. Shapes: (N, H, W, 3) uint8 -> (rows, columns, 3)."""
     num, height, width, _ = images.shape
     rows = -(-num // columns)

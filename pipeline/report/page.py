@@ -218,13 +218,13 @@ def _samples(config: ReportConfig) -> Any:
     from dtpipe.extract.config import TeacherConfig
     from dtpipe.extract.teachers.registry import load_teacher
     from dtpipe.pipeline.live.recorded import pick_device
-    from dtpipe.pipeline.report.maps import tile
+    from dtpipe.pipeline.report.maps import image_grid
 
     teacher: Any = load_teacher(TeacherConfig(path=config.teacher), pick_device("auto"))
     if not hasattr(teacher, "sample"):
         return None
     images = np.asarray(teacher.sample(config.num_samples, config.seed, config.sample_steps))
-    grid = tile(images, min(SAMPLE_COLUMNS, len(images)))
+    grid = image_grid(images, min(SAMPLE_COLUMNS, len(images)))
     chosen = f"{len(images)} samples, {config.sample_steps} denoising steps, seed {config.seed}, not selected"
     caption = f"{chosen}. What the teacher cannot draw it can hardly teach."
     return {"image": data_uri(grid), "width": max(grid.shape[1], min(1000, 2 * grid.shape[1])), "caption": caption}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import SYNTHESIZED
-from dtpipe.pipeline.report.maps import tile
+from dtpipe.pipeline.report.maps import image_grid
 from dtpipe.pipeline.report.page import data_uri, figures, images_fact, render
 from parts.paths import GOLDEN
 
@@ -85,7 +85,7 @@ def test_curves_start_at_step_nought() -> None:
 
 def test_tile_places_images_by_row() -> None:
     images = np.stack([np.full((2, 3, 3), idx, np.uint8) for idx in range(5)])
-    grid = tile(images, columns=2, gap=1)
+    grid = image_grid(images, columns=2, gap=1)
     assert grid.shape == (3 * 2 + 2, 2 * 3 + 1, 3)
     assert [int(grid[0, 0, 0]), int(grid[0, 4, 0]), int(grid[3, 0, 0]), int(grid[6, 0, 0])] == [0, 1, 2, 4]
     assert grid[6, 4, 0] == 255
