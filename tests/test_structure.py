@@ -29,7 +29,7 @@ BY_PROTOCOL = {"command": "pipeline/commands/"} | dict.fromkeys(("check", "reloa
 STILL_TWICE = {
     *("Ranks", "join_ranks", "learning_rate", "load_checkpoint", "save_checkpoint"),  # until one engine trains all
     *("Block", "compute_in", "infer_layout", "make_teacher"),  # of several teachers
-    *("Place", "Task", "pick_device"),
+    *("Task", "encode_on_device", "pick_device"),
 }
 
 ERRORS = "manifests/errors.py"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.group_cache import GroupCache
 from dtpipe.extract.sources.names import key_of
-from dtpipe.extract.sources.parquet_columns import Columns, find_columns
+from dtpipe.extract.sources.parquet_columns import ParquetColumns, find_columns
 from dtpipe.extract.sources.places import changed, container_files, folder_of, is_pattern, open_place, unreadable
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError
 
@@ -130,7 +130,7 @@ class ParquetSource:
                 raise unreadable(path, err) from err
 
 
-def _check_groups(path: str, metadata: pq.FileMetaData, columns: Columns) -> None:
+def _check_groups(path: str, metadata: pq.FileMetaData, columns: ParquetColumns) -> None:
     """Raises: InputError when images are not inside, or a row group is too large to keep."""
     nulls = 0
     for group in range(metadata.num_row_groups):

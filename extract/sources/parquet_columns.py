@@ -13,7 +13,7 @@ _LABEL_NAMES = ("label", "labels")
 
 
 @dataclass(frozen=True)
-class Columns:
+class ParquetColumns:
     """Names of the columns to read, nested ones with a dot."""
 
     image: str
@@ -37,7 +37,7 @@ class Columns:
         return self.label_names[value]
 
 
-def find_columns(where: str, schema: Any) -> Columns:
+def find_columns(where: str, schema: Any) -> ParquetColumns:
     """The image column: a struct with binary `bytes`, else plain binary; with several, the one named image, img, jpg or png.
 
     Labels: the column `label` or `labels`, else the only one that is a ClassLabel; of numbers or text, else there are none.
@@ -52,7 +52,7 @@ def find_columns(where: str, schema: Any) -> Columns:
     path = f"{image}.path" if pa.types.is_struct(kind) and _is_text(kind, "path") else None
     label = _label(schema, features)
     names = features.get(label, {}).get("names") if label else None
-    return Columns(
+    return ParquetColumns(
         image=f"{image}.bytes" if pa.types.is_struct(kind) else image,
         path=path,
         label=label,

@@ -23,7 +23,7 @@ _SHOWN = 3  # keys listed in a message
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredView:
     """Where one view of a joined level lies."""
 
     part: int
@@ -161,10 +161,10 @@ def _same_levels(one: Recipe, other: Recipe) -> bool:
 
 def _join_views(
     parts: Sequence[FeatureDataset],
-) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], Place]]:
+) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], StoredView]]:
     """The views of all parts one after the other, of the same levels."""
     views: list[ViewSpec] = []
-    places: dict[tuple[str, int], Place] = {}
+    places: dict[tuple[str, int], StoredView] = {}
     seeds: dict[tuple[ViewSpec, int], FeatureDataset] = {}
     for part_idx, part in enumerate(parts):
         for view_idx, view in enumerate(part.views):
@@ -175,23 +175,23 @@ def _join_views(
                     "join only one of them"
                 )
             for level in part.levels:
-                places[level.name, len(views)] = Place(part_idx, level.name, view_idx)
+                places[level.name, len(views)] = StoredView(part_idx, level.name, view_idx)
             views.append(view)
     return parts[0].levels, tuple(views), places
 
 
 def _join_levels(
     parts: Sequence[FeatureDataset],
-) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], Place]]:
+) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], StoredView]]:
     """The levels of all parts side by side, under names that are free."""
     _refuse_other_flips(parts)
     levels: dict[str, LevelSpec] = {}
-    places: dict[tuple[str, int], Place] = {}
+    places: dict[tuple[str, int], StoredView] = {}
     for part_idx, part in enumerate(parts):
         for level in part.levels:
             name = _free_name(level.name, levels)
             levels[name] = level.model_copy(update={"name": name})
-            places.update({(name, view): Place(part_idx, level.name, view) for view in range(len(part.views))})
+            places.update({(name, view): StoredView(part_idx, level.name, view) for view in range(len(part.views))})
     return tuple(levels.values()), parts[0].views, places
 
 
