@@ -20,7 +20,7 @@ def publish(document: Mapping[str, Any], path: Path) -> None:
 
 
 def write_random_teacher(path: Path, px: int = 64, width: int = 32) -> Path:
-    """Write a DDPM pipeline folder (random weights, for speed and rounding) with levels at strides 4 to 32 and return it."""
+    """Write a DDPM pipeline folder (random weights, for speed and rounding) with levels at strides 4 to 32."""
     import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 

@@ -1,8 +1,8 @@
 """What a training step costs from cached features: against a loop on tensors in memory, and against the live teacher.
 
-The three take the same steps (model, loss, optimiser, batch size) in turns within one run, so ratios hold on a noisy machine:
+All take the same steps (model, loss, optimiser, batch size) in turns in one run, so ratios hold on a noisy machine:
 
-- memory: batches that lie on the device already. No pipeline can be faster; the gap of `cached` to it is the wait for data.
+- memory: batches that lie on the device already. No pipeline is faster; `cached` less this is the wait for data.
 - cached: the feature dataset, as `dtpipe distill` reads it.
 - live:   every sample encoded anew by the teacher, as the paper does it in each step of each experiment.
 
@@ -12,7 +12,8 @@ Also how many images a second the stream alone delivers: how fast a student it c
 
 On a GPU, with a teacher and a student of the size people use:
 
-    python benchmarks/distill_step.py --teacher adm_256=256x256_diffusion_uncond.pt --px 256 --student resnet50 --batch-size 64
+    python benchmarks/distill_step.py --teacher adm_256=256x256_diffusion_uncond.pt --px 256 --student resnet50 \\
+        --batch-size 64
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Do the full-size teachers fit a small machine? Random weights in the published layouts, loaded and extracted with on the CPU.
+"""Do the full-size teachers fit a small machine? Random weights in the published layouts, extracted with on the CPU.
 
-Two checkpoints are written as their authors publish them: ADM of 256 px (guided-diffusion's `256x256_diffusion_uncond.pt`,
-552.8 M parameters) and the U-Net and VAE of Stable Diffusion 1.4 (a diffusers folder, 859.5 M and 83.7 M). Each is loaded in a process of
-its own, whose memory is watched; then `dtpipe extract --inline` runs over a few images, and its peak is taken from the kernel.
+Two checkpoints are written as their authors publish them: ADM of 256 px (guided-diffusion's
+`256x256_diffusion_uncond.pt`, 552.8 M parameters) and the U-Net and VAE of Stable Diffusion 1.4 (a diffusers folder,
+859.5 M and 83.7 M). Each is loaded in a process of its own, whose memory is watched; then `dtpipe extract --inline`
+runs over a few images, and its peak is taken from the kernel.
 
     python benchmarks/full_size.py [--images 3] [--work DIR] [--out-json FILE]
 
@@ -85,7 +86,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: Any) -> Any:
 
 
 def write_sd(root: Path) -> tuple[Path, int]:
-    """A folder with the U-Net, VAE and schedule of Stable Diffusion 1.4, and a text embedding; its path and bytes of weights."""
+    """U-Net, VAE and schedule of Stable Diffusion 1.4, and a text embedding; the folder and bytes of weights."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from safetensors.torch import save_file

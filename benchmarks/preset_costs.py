@@ -1,8 +1,9 @@
-"""What the presets' headers count with: operations and bytes per image of the paper's teachers and students, at full size.
+"""What the presets' headers count with: operations and bytes per image of the paper's teachers and students.
 
-Operations are counted by torch, two per multiply-add, on networks without trained weights: a teacher up to its last tap, a student
-with its regressor three times forward, as forward and backward cost. Bytes are those of one stored sample. What a training step keeps
-for its backward pass is measured on the CPU, in bfloat16 as on a GPU. Hours in the headers are these figures over assumed rates.
+Operations are counted by torch, two per multiply-add, on networks of full size without trained weights: a teacher up
+to its last tap, a student with its regressor three times forward, as forward and backward cost. Bytes are those of one
+stored sample. What a training step keeps for its backward pass is measured on the CPU, in bfloat16 as on a GPU. Hours
+in the headers are these figures over assumed rates.
 
     python benchmarks/preset_costs.py [--out-json FILE]
 """

@@ -5,8 +5,8 @@ distilled, random initialisation, raw pixels, the teacher's own features, and a 
 
     python benchmarks/probe.py --data digits                   # masks and classes of digit scenes
     python benchmarks/probe.py --data flowers --flowers DIR    # five classes of flowers, at 64 px
-    python benchmarks/probe.py --data flowers --flowers-teacher taef2/ --flowers-teacher-options '{"pool_missing": true}' \\
-        --flips --epochs 30 --lr 2e-3                          # the same with a published autoencoder as the teacher
+    python benchmarks/probe.py --data flowers --flowers-teacher taef2/ --flips --epochs 30 --lr 2e-3 \\
+        --flowers-teacher-options '{"pool_missing": true}'     # the same with a published autoencoder as the teacher
 
 Digit scenes are drawn by dtpipe; held-out ones use other digits and other parts of the photographs. Of the flowers a
 fifth is held out by key, and a teacher is trained on the rest when none is given. Everything is kept under --work, so
@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     say(
-        f"work folder {args.work}, student {args.student}, {args.seeds} seeds, {args.epochs} epochs of batches of {args.batch_size}"
+        f"work folder {args.work}, student {args.student}, {args.seeds} seeds, {args.epochs} epochs of batches of "
+        f"{args.batch_size}"
     )
     prepare = {"digits": digits, "flowers": flowers}
     for name in prepare if args.data == "both" else [args.data]:
@@ -281,7 +282,8 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
         )
     )
     say(
-        f"{material.name}, seed {seed}: distil {args.student} on {extracted.num_ok} images, {extracted.size_bytes / 1e6:.0f} MB"
+        f"{material.name}, seed {seed}: distil {args.student} on {extracted.num_ok} images, "
+        f"{extracted.size_bytes / 1e6:.0f} MB"
     )
     run = train(
         DistillConfig(

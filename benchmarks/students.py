@@ -96,8 +96,11 @@ for name, case in json.load(sys.stdin).items():
     saved = torch.load(case["levels"], weights_only=True)
     with torch.inference_mode():
         maps = model.forward_intermediates(saved["images"], intermediates_only=True)
-    closest = [min((level - each).abs().max().item() for each in maps if each.shape == level.shape) for level in saved["levels"]]
-    found[name] = [max(closest), max(difference / level.abs().max().item() for difference, level in zip(closest, saved["levels"]))]
+    levels = saved["levels"]
+    closest = [
+        min((level - other).abs().max().item() for other in maps if other.shape == level.shape) for level in levels
+    ]
+    found[name] = [max(closest), max(gap / level.abs().max().item() for gap, level in zip(closest, levels))]
 json.dump(found, sys.stdout)
 """
 

@@ -1,4 +1,4 @@
-"""What stopping at the last tap saves, and what low precision costs: each teacher's tapped forward pass against the whole one.
+"""What stopping at the last tap saves, and what low precision costs: a tapped forward pass against the whole one.
 
 Both passes read the same taps with the same hooks; the whole one just goes on to the end, as a plain hook script does.
 They alternate in one run, and the figures are ratios: operations (counted by torch) and median seconds. A teacher that

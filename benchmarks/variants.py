@@ -1,10 +1,12 @@
-"""The paper's ablations in miniature, on digit scenes with the demo's teacher: tables 8, 9, 10 and 11, and live encoding.
+"""What single settings do, on digit scenes with the demo's teacher: regressor, loss, encoding, timestep, live encoding.
 
-Each row is one change to the default run: the regressor (table 8), the loss (9), stochastic or deterministic encoding (10), the
-timestep (11), the share of samples that the live teacher encodes anew (reencode; 1 is the paper's own way). All rows share
-scenes, seeds, initial weights, order and labelled images, so differences are paired: beside each mean stand the mean and the
-deviation, over seeds, of the difference to the default. Scored by the foreground IoU of a linear read-out of the frozen student,
-from few labelled scenes.
+Each row is one change to the default run, numbered by the paper's table that changes the same thing: the regressor
+(8), the loss (9), stochastic or deterministic encoding (10), the timestep (11); and the share of samples that the
+live teacher encodes anew (reencode; 1 is the paper's own way). These are not the paper's rows: the default here is FPN
+with PPM under MSE + AT on one stored draw; the paper's table 8 seems to change the regressor under MSE alone, its table
+9 the loss on the plain FPN. All rows share scenes, seeds, initial weights, order and labelled images, so differences
+are paired: beside each mean stand the mean and the deviation, over seeds, of the difference to the default. Scored by
+the foreground IoU of a linear read-out of the frozen student, from few labelled scenes.
 
     python benchmarks/variants.py [--seeds 3] [--num-train 800] [--epochs 4] [--table 8]
 
@@ -128,7 +130,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                     kept[f"{name}/{seed}"] = score(distilled(name, variant, seed, args), seed, sets, args)
                     args.kept.write_text(json.dumps(kept, indent=1))
                     say(
-                        f"table {table}, {row}, seed {seed}: {kept[f'{name}/{seed}']} in {time.monotonic() - started:.0f} s"
+                        f"table {table}, {row}, seed {seed}: {kept[f'{name}/{seed}']} "
+                        f"in {time.monotonic() - started:.0f} s"
                     )
         publish_tables(kept, seed + 1, args)
     return kept

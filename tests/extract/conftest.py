@@ -45,7 +45,7 @@ class Runs:
         return self._read()
 
     def start(self, config: ExtractConfig, fault: str = "", action: str = "extract", sync: bool = False) -> int:
-        """Begin a run; returns its process id. With `sync` it writes at the pace of a disk, and so can be killed in between."""
+        """Begin a run; its process id. With `sync` it writes at a disk's pace, so that it can be killed in between."""
         pid = self._ask(
             action=action, config=config.model_dump(mode="json"), fault=fault, folder=str(self._folder), sync=sync
         )
@@ -105,7 +105,7 @@ def dynamo() -> Iterator[None]:
 
 @pytest.fixture
 def graphs(dynamo: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every graph that torch.compile is given from now on; they are traced as usual and run as they are, which takes no minute."""
+    """Every graph that torch.compile is given from now on; traced as usual and run as they are, which is fast."""
     import torch
 
     seen: list[Any] = []

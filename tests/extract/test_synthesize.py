@@ -1,4 +1,4 @@
-"""Synthesized datasets: a GAN's images and features from numbered keys, against a plain forward pass of the same network."""
+"""Synthesized datasets: images and features from numbered keys, against a plain forward pass of the network."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ def write_dataset(
 ) -> Path:
     """The content of a memory source as a feature dataset of 8-row shards; `changes` replace fields of the recipe.
 
-    Its rows are permuted; the sample with key `<prefix>/007.png` holds what row 7 of the source holds. Unmerged, it lacks
-    its last shard.
+    Its rows are permuted; the sample with key `<prefix>/007.png` holds what row 7 of the source holds. Unmerged, it
+    lacks its last shard.
     """
     fields: dict[str, object] = {
         "transform": TransformRecipe(height=source.image_px[0], width=source.image_px[1]),

@@ -1,4 +1,4 @@
-"""Images in each kind of container, written with the tools that users write them with, and what a source makes of them."""
+"""Images in each kind of container, written with the tools that users write them with, and what sources read there."""
 
 from __future__ import annotations
 

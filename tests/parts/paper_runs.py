@@ -1,4 +1,4 @@
-"""The paper's runs as its tables have them, by preset; written down here apart from the presets, so that a test can compare."""
+"""The paper's runs as its tables have them, by preset; written down apart from the presets, to compare with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things lie that tests read. What is shared between projects is used where it is there, and its tests skip elsewhere."""
+"""Where things lie that tests read. Tests of what is shared between projects skip where it is not there."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def snapshot(tensors: Mapping[str, Any], layout: StyleGan2Layout, **changed: Any
 
 
 def tensorflow(tensors: Mapping[str, torch.Tensor], version: int = 5, **settings: Any) -> tuple[Network, ...]:
-    """The same weights as the TensorFlow code pickles them. Source of the names: `legacy.py` of stylegan2-ada-pytorch."""
+    """The same weights as the TensorFlow code pickles them. Source of names: `legacy.py` of stylegan2-ada-pytorch."""
     parts: dict[str, list[tuple[str, Any]]] = {
         "": [("dlatent_avg", tensors["mapping.w_avg"].numpy())],
         "mapping": [],

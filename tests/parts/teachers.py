@@ -44,7 +44,7 @@ def gan_network() -> nn.Sequential:
 
 
 class TinyGan:
-    """z (B, 6) -> twice what the network gives, so that some values lie outside [-1, 1]; not finite where z[0] is above 2."""
+    """z (B, 6) -> twice what the network gives: some values lie outside [-1, 1], and are infinite where z[0] > 2."""
 
     def __init__(self) -> None:
         self.network = gan_network()

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the families that presets name, and the settings under which a preset runs with one in a second."""
+"""Tiny random checkpoints of the families that presets name, and settings with which a preset runs in a second."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TinyTeacher:
     options: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, dtype: str = "float32") -> dict[str, Any]:
-        """Laid over a preset, last: size, student, place of work, and arithmetic, since CPUs are slow in half precision."""
+        """Laid over a preset, last: size, student, place, and arithmetic, since CPUs are slow in half precision."""
         px = list(self.px) if isinstance(self.px, tuple) else self.px
         teacher = {"options": self.options, "dtype": dtype}
         place = {"batch_size": 2, "inline": True, "device": "cpu", "max_bad": 0, "shard": {"samples": 2}}

@@ -49,7 +49,8 @@ def test_an_activity_that_fails_is_charged_too():
         (
             0.4,
             10_000,
-            "40% of the time goes by waiting for data: raise distill.prefetch from 4, or bring the dataset to a faster disk",
+            "40% of the time goes by waiting for data: raise distill.prefetch from 4, "
+            "or bring the dataset to a faster disk",
         ),
     ],
 )

@@ -70,7 +70,7 @@ def test_snippets_load_exports_in_a_process_without_dtpipe(tmp_path):
     ],
 )
 def test_intermediates_of_the_full_model_are_the_students_levels(tmp_path, name, px):
-    """Also where timm's features_only model names its weights otherwise, and where a model is tied to one image size."""
+    """Also where timm's features_only model names its weights otherwise, or is tied to one image size."""
     result = export_student(write_student(tmp_path / "last.pt", name, px), tmp_path / "export")
     options = {"img_size": px} if "224" in name else {}
     model = timm.create_model(name, num_classes=0, **options).eval()

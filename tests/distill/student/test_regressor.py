@@ -46,7 +46,7 @@ def test_each_target_gets_its_channels_and_size(norm, kind):
 
 
 def count_by_hand(kind: str, width: int) -> int:
-    """Parameters for targets `FOUR`, from the papers' layouts: a convolution of k x k cells and two numbers of a norm."""
+    """Parameters for targets `FOUR`, from the papers' layouts: a convolution of k x k cells, two numbers of a norm."""
 
     def conv(channels_in: int, kernel: int) -> int:
         return channels_in * width * kernel**2 + 2 * width

@@ -1,4 +1,4 @@
-"""Which of timm's models can be students: convolutional and hierarchical ones by their stages, plain transformers by a pyramid."""
+"""Which of timm's models can be students: those with stages as they are, plain transformers by a pyramid."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_each_student_serves_four_levels_of_an_oblong_image_and_is_trained_whole
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "regnetx_002", "test_vit"])
 def test_batch_norms_are_synchronised_by_timms_function(name, tmp_path):
-    """torch's own drops the activation that timm's batch norms hold, without a word; where nothing is shared, no number changes."""
+    """torch's own drops the activation that timm's batch norms hold; where nothing is shared, no number changes."""
     model = build_distiller(tiny_config(tmp_path, student={"name": name}), FOUR, (HEIGHT, WIDTH)).train()
     images = torch.randn(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
     before = model(images)
@@ -74,7 +74,7 @@ def test_batch_norms_are_synchronised_by_timms_function(name, tmp_path):
 
 
 def test_the_pyramid_doubles_by_one_matrix_per_cell_and_halves_by_the_largest_value():
-    """A transposed convolution of 2x2 cells and stride 2 is a 1x1 convolution to four times the channels, shuffled to pixels."""
+    """A transposed 2x2 convolution of stride 2 is a 1x1 convolution to 4 times the channels, shuffled to pixels."""
     pyramid = SimplePyramid(16, 24, (4, 8, 16, 32), "batch")
     assert pyramid.channels == (6, 12, 24, 24)
     level = torch.randn(2, 24, 3, 5, generator=torch.Generator().manual_seed(0))

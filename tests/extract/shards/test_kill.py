@@ -1,4 +1,4 @@
-"""Whatever is killed, whenever: the same command run again gives the identical dataset and repeats at most one shard."""
+"""Whatever is killed, whenever: the same command run again gives the same dataset and repeats at most one shard."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def done_shards(out: str) -> set[int]:
 def assert_recovers(
     runs: Any, config: ExtractConfig, digest: str, workers: int = 1, num_shards: int = NUM_SHARDS
 ) -> None:
-    """The same command again: the identical digest, and only what was not committed is done, at most one shard a second time."""
+    """The same command again: the same digest, and only what was not committed is done, at most one shard twice."""
     done = done_shards(config.out)
     assert len(begun_shards(config.out) - done) <= workers
     answer = runs.finish(config)

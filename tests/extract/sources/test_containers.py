@@ -21,7 +21,7 @@ from parts.packing import contents, folder_files, labels, write_lmdb, write_parq
 Pack = Callable[[Path, dict[str, bytes]], Path]
 
 TAR = "train-0.tar"
-"""All keys begin with this, as those of a tar do, so that they are equal in every container, and with them rows and noise."""
+"""All keys begin with this, as those of a tar do: so they are equal in every container, with them rows and noise."""
 
 
 def _classes(files: dict[str, bytes]) -> list[int]:
@@ -101,7 +101,7 @@ def test_tars_and_parquet_keep_their_order_and_others_are_permuted(
 def test_a_key_has_its_levels_in_any_container_and_order(
     packed: tuple[str, Path], folder: Path, files: dict[str, bytes], extract: Extract, tmp_path: Path
 ) -> None:
-    """Tars and Parquet keep their own order here, in which a batch has other rows: so within rounding, not to the bit."""
+    """Tars and Parquet keep their own order here, so that a batch has other rows: within rounding, not to the bit."""
     root = tmp_path / "backwards"
     root.mkdir()
     path = PACKERS[packed[0]](root, dict(reversed(files.items())))

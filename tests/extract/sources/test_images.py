@@ -1,4 +1,4 @@
-"""Any file either decodes as it is meant to be looked at, or is a BadImage with one line; resizing matches its sources."""
+"""Any file decodes as it is meant to be looked at, or is a BadImage with one line; resizing matches its sources."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def reason(data: bytes, max_pixels: int = LIMIT) -> str:
 
 
 def as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """What a camera held in each way stores, from the EXIF table: where row 0 and column 0 of the file lie in the scene."""
+    """What a camera held in each way stores, by the EXIF table: where row 0 and column 0 lie in the scene."""
     return {
         1: upright,
         2: upright[:, ::-1],  # row 0 top, column 0 right

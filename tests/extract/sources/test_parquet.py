@@ -1,4 +1,4 @@
-"""Parquet files in the layout of Hugging Face datasets, and near it; columns are found or the question is put to the user."""
+"""Parquet files in the layout of Hugging Face datasets, and near it; columns are found, or the user is asked."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_archive_of_info_zip_equals_its_folder(tmp_path: Path) -> None:
 
 
 def raw_zip(path: Path, name: bytes, flags: int = 0, extra: bytes = b"", system: int = 3) -> Path:
-    """An archive of one stored member, written by hand: its name is any bytes. Source: APPNOTE.TXT 4.3.7, 4.3.12, 4.3.16."""
+    """An archive of one stored member with any bytes as its name. Source: APPNOTE.TXT 4.3.7, 4.3.12, 4.3.16."""
     data = b"pixels"
     common = struct.pack("<HHHHIIIHH", flags, 0, 0, 0x21, zlib.crc32(data), len(data), len(data), len(name), len(extra))
     local = b"PK\3\4" + struct.pack("<H", 20) + common + name + extra + data
@@ -194,7 +194,7 @@ def test_every_flipped_byte_of_a_member_is_noticed(tmp_path: Path, method: int) 
 
 
 def test_bomb_is_never_inflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory that tells the truth is enough to refuse; one that lies is believed for its own size plus one byte."""
+    """A true directory is enough to refuse; one that lies is believed for its own size plus one byte."""
     path = write_zip(tmp_path / "a.zip", {"1.png": bytes(50_000_000)})
     item = open_source(str(path)).list()[0]
     truth, limit = item.uri, 1_000_000

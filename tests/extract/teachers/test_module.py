@@ -42,7 +42,8 @@ class Generator(nn.Module):
         layers = []
         for idx, (inputs, outputs) in enumerate(zip(sides, sides[1:])):
             up = int(idx > 0)
-            layers += [nn.ConvTranspose2d(inputs, outputs, 4, 1 + up, up, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(True)]
+            layers.append(nn.ConvTranspose2d(inputs, outputs, 4, 1 + up, up, bias=False))
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU(True)]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh())
 
     def forward(self, z):

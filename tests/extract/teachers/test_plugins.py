@@ -182,7 +182,8 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 result = run_extraction(ExtractConfig.model_validate(json.loads({json.dumps(config)!r})))
 dataset = FeatureDataset.open(result.url)
-wanted = [read_image(dataset, row).reshape(8, 4, 8, 4, 3).mean((1, 3)).transpose(2, 0, 1) / 127.5 - 1 for row in range(8)]
+cells = [read_image(dataset, row).reshape(8, 4, 8, 4, 3).mean((1, 3)) for row in range(8)]
+wanted = [mean.transpose(2, 0, 1) / 127.5 - 1 for mean in cells]
 error = max(float(np.abs(read_level(dataset, "l2", row) - wanted[row]).max()) for row in range(8))
 print(json.dumps([dataset.recipe.teacher.kind, result.num_ok, error]))
 """

@@ -1,4 +1,4 @@
-"""Whatever happens to a stored file is an error where a reader touches it, and a problem in `verify`; repair mends it."""
+"""What happens to a stored file is an error where a reader touches it, and a problem in `verify`; repair mends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading: true values by row and view, unfinished datasets on request only, and the same from S3, threads and forks."""
+"""Reading: true values by row and view, unfinished datasets on request only, the same from S3, threads and forks."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from parts.paths import PARTS
 
 WRITER = [sys.executable, "-m", "parts.toy"]
 WRITER_STEPS = (
-    "lock.acquired", "plan.listing", "plan.created", "shard.object:5", "shard.objects:2", "commit.before:3", "commit.after:2",
-    "merge.shards", "merge.index", "merge.before_manifest", "merge.after",
+    "lock.acquired", "plan.listing", "plan.created", "shard.object:5", "shard.objects:2", "commit.before:3",
+    "commit.after:2", "merge.shards", "merge.index", "merge.before_manifest", "merge.after",
     *(f"store.temporary:{nth}" for nth in (1, 4, 6, 8, 12, 18)),
 )  # fmt: skip
 

@@ -115,9 +115,8 @@ def test_bytes_are_a_function_of_the_rows(keys):
     again = build_listing(items(*reversed(keys)))
     assert encode_listing(listing) == encode_listing(again)
     table = pq.read_table(io.BytesIO(encode_listing(listing)))
-    assert table.to_pydict() == {
-        "row": list(range(len(keys))), "key": list(listing.keys), "uri": list(listing.uris), "label": list(listing.labels)
-    }  # fmt: skip
+    columns = {"key": list(listing.keys), "uri": list(listing.uris), "label": list(listing.labels)}
+    assert table.to_pydict() == {"row": list(range(len(keys))), **columns}
 
 
 def test_store_round_trip(store_url):

@@ -28,7 +28,7 @@ def test_a_scene_is_a_function_of_seed_and_index():
 
 
 def test_masks_stay_as_they_were():
-    """Golden: masks come from numpy's Philox, scikit-learn's digits and Pillow's integer resampling; no JPEG decoder rounds them."""
+    """Golden: numpy's Philox, scikit-learn's digits and Pillow's integer resampling; no JPEG decoder rounds masks."""
     digest = blake3(
         b"".join(scene.semantic.tobytes() + scene.instance.tobytes() for scene in iterate_scenes(16, seed=0))
     )

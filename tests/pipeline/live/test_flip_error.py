@@ -55,7 +55,7 @@ def test_a_symmetric_network_has_no_error(recipe) -> None:  # type: ignore[no-un
 
 
 def test_the_error_is_that_of_the_definition(recipe) -> None:  # type: ignore[no-untyped-def]
-    """Written out in numpy, float64, one image and unflipped view at a time; the batch size of 2 pads the last batch."""
+    """In numpy, float64, one image and unflipped view at a time; the batch size of 2 pads the last batch."""
     kernel = [0.0, 1.0, -0.7]
 
     def features(image: np.ndarray, noise: np.ndarray) -> np.ndarray:

@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 FLIPS = {"timesteps": [50, 150], "draws": 2, "flips": True}
 LEVELS = ("l2", "l3")
 TOLERANCE = {"rtol": 2**-11, "atol": 1e-5}
-"""Of the codec: float16 has 11 significant bits, so rounding to nearest is off by up to 2^-12 of a value; twice that, and
-what float32 sums differ by (threads, kernels)."""
+"""Of the codec: float16 has 11 significant bits, so rounding to nearest is off by up to 2^-12 of a value; twice that,
+and what float32 sums differ by (threads, kernels)."""
 
 
 def config(*urls: str, **changes: Any) -> DistillConfig:

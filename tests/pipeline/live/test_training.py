@@ -1,4 +1,4 @@
-"""`dtpipe distill` as a user runs it with a live teacher: without a dataset, resumed, with broken images, and refused."""
+"""`dtpipe distill` as a user runs it with a live teacher: without a dataset, resumed, with broken images, refused."""
 
 from __future__ import annotations
 
@@ -222,6 +222,6 @@ def test_equivariant_training_warns_once(extract: Extract, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["flips"] is True
     assert [line for line in result.stderr.splitlines() if "warning" in line] == [
-        f"warning: {url} stores no flipped views, and --equivariant mirrors its features instead: how far that is from true is not "
-        f"measured yet; `dtpipe verify {url} --level recompute` does"
+        f"warning: {url} stores no flipped views, and --equivariant mirrors its features instead: how far that is from "
+        f"true is not measured yet; `dtpipe verify {url} --level recompute` does"
     ]

@@ -106,7 +106,7 @@ def test_counted_bytes_are_those_of_the_published_teacher(name: str) -> None:
 
 
 def test_counted_bytes_of_own_teachers_are_those_by_hand() -> None:
-    """uint8 image and float16 maps at strides 4, 8, 16, 32: channels by the paper's multipliers, and StyleGAN2's table of widths."""
+    """uint8 image, float16 maps at strides 4 to 32: channels by the paper's multipliers and StyleGAN2's widths."""
     cells = 128 * 256 // 16
     adm = 2 * (256 * cells + 256 * cells // 4 + 384 * cells // 16 + 512 * cells // 64)
     assert COSTS["teachers"]["adm_bdd100k"]["bytes_2"] == 3 * 128 * 256 + 2 * adm

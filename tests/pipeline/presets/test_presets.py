@@ -1,4 +1,4 @@
-"""Presets say what the paper says (tables 17 and 6, 8-11), and run: `dtpipe plan` on each, with tiny teachers of the right families."""
+"""Presets say what is written down of the paper (tables 17 and 6, 8-11), and run with tiny teachers: `dtpipe plan`."""
 
 from __future__ import annotations
 

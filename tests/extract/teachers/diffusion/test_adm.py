@@ -238,7 +238,7 @@ def test_encoding_gives_the_levels_before_the_upsamplers(load, case):
 
 
 def test_inversion_is_guided_diffusions(load, case):
-    """Against `ddim_reverse_sample`; predicting x_0 at hardly any noise makes values of about 20, so that case is relative."""
+    """Against `ddim_reverse_sample`; x_0 predicted at hardly any noise has values of about 20: relative there."""
     teacher, data = load(case), arrays(case)
     compared = 0
     for name in data:
@@ -338,7 +338,7 @@ def test_channels_last_gives_the_same_features_up_to_rounding(load):
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 1.3), ("bfloat16", 10.0)])
 @pytest.mark.parametrize("name", ["adm256_layout", "plain"])
 def test_half_precision_is_as_close_as_guided_diffusions(load, name, dtype, bound):
-    """Their `convert_to_fp16` is 0.14 to 0.23 % from float32 (L2) with these weights; bfloat16 has 3 bits less. First image only."""
+    """Their `convert_to_fp16` is 0.14 to 0.23 % from float32 (L2) with these weights; bfloat16 has 3 bits less."""
     data, teacher = {key: value[:1] for key, value in arrays(name).items() if value.ndim}, load(name, dtype=dtype)
     seen = run(teacher.unet, noisy(teacher, data), data)
     keys = [key.removeprefix("fp16:") for key in data if key.startswith("fp16:")]

@@ -72,7 +72,7 @@ def levels_of(unet: Any, noisy: torch.Tensor, timestep: int) -> dict[str, torch.
 
 
 def inverted(unet: Any, images: torch.Tensor, last: int, stride: int, clip: bool = False) -> torch.Tensor:
-    """x at timestep `last`, by the rule in words: noise is predicted where x is, and moves x one stride on; in float64."""
+    """x at timestep `last`, by the rule in words: noise is predicted where x is, and moves x a stride on; float64."""
     current = images.double()
     for timestep in range(0, last, stride):
         with torch.inference_mode():
@@ -118,7 +118,7 @@ def test_an_unknown_schedule_is_named():
 
 
 def test_ddim_follows_the_flow_of_a_gaussian():
-    """For data N(0, s^2) the best noise estimate is known, and the flow scales x_T by s / sqrt(a s^2 + 1 - a), a at T."""
+    """For data N(0, s^2) the best estimate is known; the flow scales x_T by s / sqrt(a s^2 + 1 - a), a at T."""
     schedule, spread = (
         alphas_cumprod(LINEAR | {"num_train_timesteps": 10_000, "beta_start": 1e-5, "beta_end": 0.002}),
         0.25,
@@ -149,7 +149,7 @@ def best_noise(noisy: torch.Tensor, kept: float, spread: float) -> torch.Tensor:
 
 
 def test_inversion_follows_the_flow_of_a_gaussian():
-    """For data N(0, s^2) the flow scales by the ratio of the standard deviations of x_t, sqrt(a s^2 + 1 - a), at its two ends."""
+    """For data N(0, s^2) the flow scales by the ratio of x_t's deviations, sqrt(a s^2 + 1 - a), at its two ends."""
     spread, start = 0.25, randn(1, 1, 8, 8).double()
     first, last = (float(KEPT[at] * spread**2 + 1 - KEPT[at]) ** 0.5 for at in (0, 800))
     errors = []
@@ -185,7 +185,7 @@ def test_inverted_features_are_those_of_the_rule(load, unet, clip):
 
 
 def test_inversion_is_not_diffusers_inverse_scheduler(load, unet):
-    """That one predicts at the timestep to come. Here: which timesteps the network is asked at, and that noise makes no difference."""
+    """That one predicts at the timestep to come. Here: which timesteps it asks for, and that noise changes nothing."""
     teacher, asked = load(**INVERSION), []
     teacher.unet.register_forward_pre_hook(lambda _m, args: asked.append(args[1]))
     teacher.encode(randn(1, 3, PX, PX), {}, views(40, 80, flips=(False, True)))
@@ -271,7 +271,8 @@ def test_defaults_leave_recipes_as_they_were(load):
         ({"inversion_stride": 0}, r"options\.inversion_stride"),
         (
             {"stride": 5},
-            r"options\.stride.*options of this teacher: encoding, ensemble, inversion_stride, channels_last, compile, clip_denoised",
+            r"options\.stride.*options of this teacher: encoding, ensemble, inversion_stride, channels_last, compile, "
+            "clip_denoised",
         ),
     ],
 )

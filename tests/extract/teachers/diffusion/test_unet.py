@@ -96,7 +96,7 @@ def test_levels_are_found_by_stride(teacher):
 
 
 def test_levels_of_the_adm_256_layout_are_the_papers_blocks(tmp_path):
-    """Blocks 3, 6, 9 and 12 before their upsamplers are these modules, as the mapping of guided-diffusion's names says."""
+    """Blocks 3, 6, 9 and 12 before their upsamplers are these modules, by the mapping of guided-diffusion's names."""
     folder = save_unet(
         tmp_path,
         block_out_channels=(8, 8, 16, 16, 32, 32),
@@ -162,7 +162,7 @@ def test_another_architecture_with_the_same_weights_is_another_teacher(broken, t
 
 
 def test_features_are_those_of_one_whole_denoising_call(unet_folder, teacher):
-    """Independent: diffusers loads the folder itself, noise is added in float64, and hooks read a pass that is not stopped."""
+    """Independent: diffusers loads the folder, noise is added in float64, and hooks read a pass that is not stopped."""
     images, noise = randn(2, 3, PX, PX, seed=1).clamp(-1, 1), randn(2, 2, 3, PX, PX, seed=2)
     encoded = teacher.encode(images, {"forward": noise}, views(50, 400))
     unet = UNet2DModel.from_pretrained(unet_folder).eval()
@@ -193,7 +193,7 @@ def test_a_flipped_view_is_the_flipped_image_encoded(teacher):
 
 
 def test_features_do_not_depend_on_batch_mates(teacher):
-    """Float32 convolutions pick other kernels at other batch sizes: at most 1.1e-6 of the largest value with trained weights."""
+    """Float32 kernels depend on the batch size: at most 1.1e-6 of the largest value with trained weights."""
     images, noise = randn(8, 3, PX, PX, seed=3), randn(8, 1, 3, PX, PX, seed=4)
     together = teacher.encode(images, {"forward": noise}, views(100))
     for size in (1, 3):

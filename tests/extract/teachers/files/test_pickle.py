@@ -100,7 +100,7 @@ def payloads(trap: Path) -> dict[str, bytes]:
 
 
 CASES = sorted(payloads(Path("x")))
-NEEDS_MORE = {  # what pickle alone does not run: it needs a loader's hook, another package, or a class with such a __new__
+NEEDS_MORE = {  # what pickle alone does not run: it needs a loader's hook, a package, or a class with such a __new__
     "NEWOBJ",
     "NEWOBJ_EX",
     "a call of what a call gave",
@@ -149,7 +149,7 @@ def test_a_name_cannot_reach_through_an_attribute() -> None:
 
 
 def test_every_opcode_is_known_or_refused(tmp_path: Path) -> None:
-    """No opcode that finds, calls or makes something is among those taken, apart from the five that are recorded only."""
+    """No opcode that finds, calls or makes something is taken, apart from the five that are recorded only."""
     from dtpipe.extract.teachers.files import pickle as module
 
     taken = {*module._CONSTANTS, *module._NEW, *module._GIVEN, *module._STEPS, *module._IGNORED}

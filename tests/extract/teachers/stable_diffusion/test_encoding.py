@@ -1,4 +1,4 @@
-"""How a latent comes to timestep T: DDIM inversion and ensembles of Stable Diffusion, against plain loops through diffusers."""
+"""How a latent comes to timestep T: DDIM inversion and ensembles, against plain loops through diffusers."""
 
 from __future__ import annotations
 

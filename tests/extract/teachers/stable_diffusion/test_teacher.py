@@ -1,4 +1,4 @@
-"""Stable Diffusion teachers: features against diffusers' plain forward pass, and what the text, latents and precision do."""
+"""Stable Diffusion: features against diffusers' plain forward pass, and what text, latents and precision do."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ class NoVae(torch.nn.Module):
 
 
 def test_kept_latents_give_other_timesteps_and_draws_without_the_vae(folder, make_config, tmp_path, monkeypatch):
-    """As extracted from the source itself, but for what rounds otherwise: the VAE's tensors lie in memory in another layout."""
+    """As extracted from the source itself, up to rounding: the VAE's tensors lie in memory in another layout."""
     teacher = {"path": str(folder), "options": {"keep_latents": True, "latent": "sampled"}}
     first = make_config(teacher=teacher, noise={"timesteps": [50], "flips": True}, shard={"samples": 8})
     kept = FeatureDataset.open(run_extraction(first).url)

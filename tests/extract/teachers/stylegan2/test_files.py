@@ -1,4 +1,4 @@
-"""StyleGAN2 checkpoints: every published layout is read, nothing in a file is run, and anything else is refused plainly."""
+"""StyleGAN2 checkpoints: every published layout is read, nothing in a file is run, anything else is refused."""
 
 from __future__ import annotations
 

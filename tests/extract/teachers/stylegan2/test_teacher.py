@@ -1,4 +1,4 @@
-"""StyleGAN2 teachers: what they compute, against arrays of the original code (fixtures/stylegan2/README.md) and plain float64."""
+"""What StyleGAN2 teachers compute, against the original code (fixtures/stylegan2/README.md) and plain float64."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def drawn(teacher: StyleGan2Teacher, batch: int = 2) -> dict[str, Tensor]:
 
 
 def compare(path: Path, arrays: Mapping[str, np.ndarray], call: str) -> dict[str, float]:
-    """Greatest error of each array of one call; arrays may be cropped to their first channels or to every n-th pixel."""
+    """Greatest error of each array of one call; arrays may be cropped to their first channels or every n-th pixel."""
     teacher = teacher_of(path, **CALLS[call])
     noise = {"z": torch.from_numpy(arrays["z"])}
     if call == "explicit":
