@@ -11,8 +11,8 @@ from dtpipe.extract.encode import encode_rows
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.codecs.coded import CodedLevels
 from dtpipe.manifests.codecs.registry import level_codecs
+from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import IMAGE, Recipe
-from dtpipe.manifests.write.shard import ShardArrays
 
 NUM_COMPARED = 8
 

@@ -37,8 +37,6 @@ from dtpipe.manifests.write.commit import (
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import plan_digest, start_plan
 
-__all__ = ["ExtractResult", "Resolved", "resolve_recipe", "run_extraction"]
-
 MERGE_ROUNDS = 3  # the merge may send shards back to work; so often it is done here, then by running again
 
 

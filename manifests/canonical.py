@@ -17,7 +17,7 @@ from dtpipe.manifests.errors import ManifestError
 from dtpipe.manifests.schema import FORMAT, FORMATS
 
 CHECKSUM = "checksum"
-Record = TypeVar("Record", bound=BaseModel)
+_Record = TypeVar("_Record", bound=BaseModel)
 
 
 def blake3_hex(data: bytes) -> str:
@@ -68,7 +68,7 @@ def dump_record(record: BaseModel) -> bytes:
     return seal(record)
 
 
-def load_record(model: type[Record], data: bytes, where: str) -> Record:
+def load_record(model: type[_Record], data: bytes, where: str) -> _Record:
     """A record from a sealed document.
 
     Raises: ManifestError naming `where` when the bytes were changed or are no record of this kind.

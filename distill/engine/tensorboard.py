@@ -8,7 +8,7 @@ from typing import Any
 
 from dtpipe.manifests.errors import MissingPackageError
 
-FOLDER = "tensorboard"
+_FOLDER = "tensorboard"
 NOT_CURVES = ("step", "num_steps", "num_epochs")
 
 
@@ -23,7 +23,7 @@ class ScalarWriter:
             raise MissingPackageError(
                 "distill.tensorboard needs the package tensorboard; run `pip install 'dtpipe[tensorboard]'`, or leave it out"
             ) from err
-        self._writer = SummaryWriter(str(run / FOLDER), purge_step=first_step)
+        self._writer = SummaryWriter(str(run / _FOLDER), purge_step=first_step)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""

@@ -14,15 +14,15 @@ from dtpipe.distill.export.base import ExportFormat, Reloaded
 from dtpipe.distill.student.student import Student
 from dtpipe.manifests.errors import ConfigError
 
-NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def check(student: Student) -> None:
     """Raises: ConfigError for any other student than these ResNets."""
-    if student.spec.name not in NAMES:
+    if student.spec.name not in _NAMES:
         raise ConfigError(
             f"student {student.spec.name} has no torchvision counterpart with the same layers; those with one are "
-            f"{', '.join(NAMES)}; export it in timm's layout"
+            f"{', '.join(_NAMES)}; export it in timm's layout"
         )
 
 

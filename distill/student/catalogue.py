@@ -19,7 +19,7 @@ import torch
 from dtpipe.distill.student.pyramid import PYRAMID_STRIDES
 from dtpipe.distill.student.student import power_of_two
 
-FILE = "timm_students.json"
+_FILE = "timm_students.json"
 
 
 def level_strides(name: str) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ def _recorded() -> dict[tuple[int, ...], list[str]]:
 
 
 def _document() -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((files("dtpipe.distill.student") / FILE).read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads((files("dtpipe.distill.student") / _FILE).read_text(encoding="utf-8"))
     return document
 
 
@@ -64,4 +64,4 @@ def _record(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _record(Path(__file__).parent / FILE)
+    _record(Path(__file__).parent / _FILE)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from dtpipe.extract.shards.progress import ProgressMeter
-from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, Task
+from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, ShardTask
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardSummary, ShardWorker, summarize
 from dtpipe.manifests.schema import ShardEntry
 from dtpipe.manifests.stopping import StopRequest
 
-TICK_S = 0.5
+_TICK_S = 0.5
 
 
 def run_inline(
@@ -28,15 +28,15 @@ def run_inline(
     """
     meter.workers = 1
     meter.worker_ready()
-    in_hand: dict[Future[ShardEntry], Task] = {}
+    in_hand: dict[Future[ShardEntry], ShardTask] = {}
     with ThreadPoolExecutor(SHARDS_IN_HAND, thread_name_prefix="shard") as pool:
         try:
             while in_hand or (len(queue) and not stop.requested):
                 _feed(worker, queue, in_hand, pool, stop)
                 if not in_hand:
-                    time.sleep(TICK_S / 5)  # every shard left is pausing after a failure
+                    time.sleep(_TICK_S / 5)  # every shard left is pausing after a failure
                     continue
-                done, _ = wait(in_hand, timeout=TICK_S, return_when=FIRST_COMPLETED)
+                done, _ = wait(in_hand, timeout=_TICK_S, return_when=FIRST_COMPLETED)
                 for future in done:
                     _answer(future, in_hand.pop(future), queue, meter, on_shard)
                 meter.encoded(worker.num_encoded)
@@ -48,7 +48,7 @@ def run_inline(
 def _feed(
     worker: ShardWorker,
     queue: ShardQueue,
-    in_hand: dict[Future[ShardEntry], Task],
+    in_hand: dict[Future[ShardEntry], ShardTask],
     pool: ThreadPoolExecutor,
     stop: StopRequest,
 ) -> None:
@@ -65,7 +65,7 @@ def _feed(
 
 def _answer(
     future: Future[ShardEntry],
-    task: Task,
+    task: ShardTask,
     queue: ShardQueue,
     meter: ProgressMeter,
     on_shard: Callable[[ShardSummary], None],

@@ -22,13 +22,13 @@ from typing import Any
 from dtpipe.extract.cluster.placement import Node, WorkerShape, live_nodes, most_workers, place_workers
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.shards.progress import ProgressMeter
-from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, Task
+from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, ShardTask
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardSummary, WorkerContext
 from dtpipe.manifests.errors import DtpipeError, IncompleteError
 from dtpipe.manifests.stopping import SIGNALS, StopRequest
 
 REFRESH_S = 2.0  # between looks at which nodes there are
-TICK_S = 0.5
+_TICK_S = 0.5
 PREPARE_CRASHES = 3  # a node on which so many workers died while preparing is left out
 CONNECT_S = 10.0  # for a cluster's first answer
 _HOST_AND_PORT = re.compile(r"^(?:ray://)?(?P<host>[^/]+):(?P<port>\d+)$")
@@ -98,7 +98,7 @@ class Member:
     handle: Any
     node: Node
     preparing: Any  # the reference of `prepare`, None once it has answered
-    in_hand: dict[Any, Task] = field(default_factory=dict)
+    in_hand: dict[Any, ShardTask] = field(default_factory=dict)
     since_s: float = 0.0  # when the oldest shard in hand could begin; what the deadline counts from
     counting: Any = None  # the reference of `num_encoded`, None when not asked
     num_encoded: int = 0
@@ -139,7 +139,7 @@ class Cluster:
             while not self._stop.requested and (len(self._queue) or self._busy()):
                 self._refresh()
                 self._feed()
-                self._collect(TICK_S)
+                self._collect(_TICK_S)
                 self._check_deadlines()
                 self._check_alive()
             self._drain()
@@ -288,7 +288,7 @@ class Cluster:
         else:
             member.counting = None
 
-    def _fail(self, task: Task, error: BaseException | str, *, alone: bool = False) -> None:
+    def _fail(self, task: ShardTask, error: BaseException | str, *, alone: bool = False) -> None:
         again = self._queue.fail(task, error, alone=alone)
         self._meter.report(
             f"shard {task.shard_idx} failed ({task.error}); {'it is tried again' if again else 'it is set aside'}"
@@ -356,7 +356,7 @@ class Cluster:
                 member.handle.stop.remote()
         end_s = time.monotonic() + self._config.stop_grace_s
         while self._busy() and time.monotonic() < end_s and not self._stop.urgent:
-            self._collect(TICK_S)
+            self._collect(_TICK_S)
 
 
 def _references(member: Member) -> Sequence[Any]:

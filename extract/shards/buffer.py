@@ -16,9 +16,8 @@ from torch import Tensor
 from dtpipe.extract.shards.codecs import encode_on_device, encode_on_host
 from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name
 from dtpipe.manifests.codecs.registry import level_codecs
-from dtpipe.manifests.layout.arrays import stored_arrays
+from dtpipe.manifests.layout.arrays import ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, IndexRow, Recipe
-from dtpipe.manifests.write.shard import ShardArrays
 
 
 class CodedBatch:

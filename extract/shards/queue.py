@@ -25,7 +25,7 @@ SHARDS_IN_HAND = 2  # per worker: one in the teacher, one in the writer; it neve
 
 
 @dataclass
-class Task:
+class ShardTask:
     """One shard to extract."""
 
     shard_idx: int
@@ -40,14 +40,14 @@ class ShardQueue:
     """Shards that wait for a worker, in order; failures are counted per shard."""
 
     def __init__(self, shards: Iterable[int], retries: int) -> None:
-        self._waiting = [Task(shard_idx) for shard_idx in shards]
+        self._waiting = [ShardTask(shard_idx) for shard_idx in shards]
         self._retries = retries
-        self.failed: list[Task] = []
+        self.failed: list[ShardTask] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def take(self, *, share: bool = False) -> Task | None:
+    def take(self, *, share: bool = False) -> ShardTask | None:
         """The next shard whose pause is over; with `share`, only one that may run beside another."""
         now_s = time.monotonic()
         for position, task in enumerate(self._waiting):
@@ -55,11 +55,11 @@ class ShardQueue:
                 return self._waiting.pop(position)
         return None
 
-    def put_back(self, task: Task) -> None:
+    def put_back(self, task: ShardTask) -> None:
         """Return a shard that was lost through no fault of its own, to be taken next."""
         self._waiting.insert(0, task)
 
-    def fail(self, task: Task, error: BaseException | str, *, alone: bool = False) -> bool:
+    def fail(self, task: ShardTask, error: BaseException | str, *, alone: bool = False) -> bool:
         """Count a failure; True if the shard will be tried again.
 
         Raises: `error` itself when no shard would fare better, or when the store has failed on every try.

@@ -32,13 +32,14 @@ from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.errors import ErrorBudgetError, TeacherError
+from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, IndexRow, Recipe, ShardEntry
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import commit_entry, commit_name, load_entry
 from dtpipe.manifests.write.listing import read_listing
 from dtpipe.manifests.write.lock import check_epoch
 from dtpipe.manifests.write.plan import load_plan, plan_digest
-from dtpipe.manifests.write.shard import ShardArrays, write_shard
+from dtpipe.manifests.write.shard import write_shard
 
 NEARLY_DONE = 0.75  # a stop lets a shard finish when this share of it has been through the teacher
 NAMED_BAD = 20  # bad samples named per shard in its summary

@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
 
+POOLED = ", average pooled by "  # in the tap of a level that no module gives
+
 if TYPE_CHECKING:
     from torch import Tensor
 

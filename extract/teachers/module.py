@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from dtpipe.extract.config import TeacherConfig
 
-LATENT = "z"  # the noise stream of a generator's input
+_LATENT = "z"  # the noise stream of a generator's input
 
 
 class ModuleOptions(StrictModel):
@@ -100,7 +100,7 @@ class ModuleGenerator:
         Shapes: noise["z"] (B, *z_shape) -> (B, 3, H, W) float32 in [-1, 1], {level: (B, C, h, w)}.
         """
         images: list[Tensor] = []
-        latent = noise[LATENT]
+        latent = noise[_LATENT]
         with arithmetic(latent.device, self._dtype):
             levels = self._reader.read(
                 lambda: images.append(_images_in(self.network(latent), self._options)), stop_early=False
@@ -126,7 +126,7 @@ def load_module_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
         weights_blake3=weights_digest(tensors),
         image_px=options.image_px,
         levels=_probe(network, options, config.taps),
-        noise_shapes={LATENT: options.z_shape} if options.z_shape else {},
+        noise_shapes={_LATENT: options.z_shape} if options.z_shape else {},
         options=options.model_dump(mode="json"),
     )
     kind = ModuleGenerator if options.mode == "synthesize" else ModuleEncoder

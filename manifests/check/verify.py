@@ -38,8 +38,6 @@ from dtpipe.manifests.write.commit import COMMIT_FOLDER, MANIFEST_FILE, REJECTED
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import PLAN_FILE
 
-__all__ = ["LEVELS", "Problem", "Recompute", "RepairResult", "VerifyLevel", "VerifyReport", "repair", "verify"]
-
 VerifyLevel = Literal["listing", "digest", "decode", "recompute"]
 LEVELS: tuple[VerifyLevel, ...] = ("listing", "digest", "decode", "recompute")
 

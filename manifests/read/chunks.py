@@ -20,7 +20,7 @@ from dtpipe.manifests.errors import DamagedDataError, ManifestError
 from dtpipe.manifests.layout.arrays import KEY, ArraySpec, crc32c, stored_arrays
 from dtpipe.manifests.schema import Plan
 from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.write.shard import FORMATS
+from dtpipe.manifests.write.shard import SHARD_FORMATS
 
 _MERGE_GAP_BYTES = 64 * 2**10  # ranges nearer than this are read as one
 _MAX_SPAN_BYTES = 8 * 2**20
@@ -119,7 +119,7 @@ class ChunkReader:
     def __init__(self, store: Store, plan: Plan, tables: Mapping[str, ChunkTable], keys: Sequence[str]) -> None:
         self.store, self.tables, self._plan, self._keys = store, tables, plan, keys
         self.arrays: dict[str, ArraySpec] = stored_arrays(plan.recipe)
-        self._kind = FORMATS[plan.recipe.shard.format]
+        self._kind = SHARD_FORMATS[plan.recipe.shard.format]
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class ChunkReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._kind = FORMATS[self._plan.recipe.shard.format]
+        self._kind = SHARD_FORMATS[self._plan.recipe.shard.format]
 
     def read(self, requests: Sequence[ChunkRequest]) -> None:
         """Fill the `out` of every request; neighbouring chunks are read as one range.

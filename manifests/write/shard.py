@@ -22,8 +22,6 @@ from dtpipe.manifests.schema import IMAGE, IndexRow, ObjectEntry, Plan, Recipe, 
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.store import Store
 
-__all__ = ["FORMATS", "ShardArrays", "ShardFormatKind", "code_features", "encode_shard", "write_shard"]
-
 
 @dataclass(frozen=True)
 class ShardFormatKind:
@@ -36,7 +34,7 @@ class ShardFormatKind:
     """Bytes behind each chunk that belong to it but not to its checksum."""
 
 
-FORMATS: Mapping[str, ShardFormatKind] = {
+SHARD_FORMATS: Mapping[str, ShardFormatKind] = {
     "zarr": ShardFormatKind(encode_zarr_shard, decode_zarr_chunk, TRAILER_BYTES),
     "webdataset": ShardFormatKind(encode_tar_shard, decode_tar_chunk, 0),
 }
@@ -47,7 +45,7 @@ def encode_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterator[En
 
     Raises: ShapeError when the arrays are not those of the plan.
     """
-    return FORMATS[plan.recipe.shard.format].encode(plan, shard_idx, arrays)
+    return SHARD_FORMATS[plan.recipe.shard.format].encode(plan, shard_idx, arrays)
 
 
 def write_shard(

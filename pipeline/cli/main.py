@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from dtpipe.manifests.errors import DtpipeError
+from dtpipe.manifests.store.faults import FAULT_VARIABLE, arm_spec
 
 COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe --help`), in the order of use
     "list": ("catalogue", "Name the teachers, sources, codecs, tasks, presets and students there are."),
@@ -32,7 +33,6 @@ COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe 
     "demo": ("demo", "Run everything on digit scenes, or on your own folder."),
 }
 INTERRUPTED = 130
-FAULT_VARIABLE = "DTPIPE_FAULT"
 
 
 class DtpipeGroup(click.Group):
@@ -76,19 +76,13 @@ class DtpipeGroup(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name or "dtpipe", complete_var, False, **extra)
         try:
-            _arm_faults(os.environ.get(FAULT_VARIABLE))
+            arm_spec(
+                os.environ.get(FAULT_VARIABLE, "")
+            )  # of tests of crashes; the environment is read here and nowhere else
             result = super().main(args, prog_name or "dtpipe", complete_var, False, **extra)
         except BaseException as err:
             _leave(err)
         sys.exit(result if isinstance(result, int) else 0)
-
-
-def _arm_faults(spec: str | None) -> None:
-    """Arm the fault hook that tests of crashes ask for; the environment reaches the code here and nowhere else."""
-    if spec:
-        from dtpipe.manifests.store.faults import arm_spec
-
-        arm_spec(spec)
 
 
 def _leave(err: BaseException) -> NoReturn:

@@ -14,7 +14,7 @@ import click
 from dtpipe.pipeline.cli.main import COMMANDS, main
 
 WIDTH = 110
-HEAD = """# Commands
+_HEAD = """# Commands
 
 `dtpipe COMMAND --help` says the same. Flags are short for config keys; `-s KEY=VALUE` reaches all keys. This page is made by
 `python -m dtpipe.pipeline.cli.reference docs/cli.md`.
@@ -34,7 +34,7 @@ def help_text(name: str) -> str:
 def reference() -> str:
     """The whole page, Markdown."""
     sections = (f"## dtpipe {name}\n\n```text\n{help_text(name)}\n```\n" for name in COMMANDS)
-    return "\n".join((HEAD, *sections))
+    return "\n".join((_HEAD, *sections))
 
 
 if __name__ == "__main__":

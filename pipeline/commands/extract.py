@@ -39,7 +39,7 @@ dtpipe extract --images photos/ --teacher teacher/ --out features/
 dtpipe extract --num-samples 50000 --teacher network-snapshot.pkl --out features/ --save-png images/
 dtpipe extract -c imagenet_r50 --images s3://bucket/imagenet/train --out s3://bucket/features
 """
-SHOWN_BAD = 10
+_SHOWN_BAD = 10
 
 
 @settings_command(
@@ -104,10 +104,10 @@ def _print_result(console: Console, result: ExtractResult, joined: bool) -> None
     if result.float32_error:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in result.float32_error.items())
         console.result(f"against float32, the largest relative error is: {errors}")
-    for bad in result.bad[:SHOWN_BAD]:
+    for bad in result.bad[:_SHOWN_BAD]:
         console.result(f"  bad: {bad.key}: {bad.reason}")
-    if result.num_bad > SHOWN_BAD:
-        console.result(f"  and {result.num_bad - SHOWN_BAD} more; `dtpipe inspect {result.url}` lists them")
+    if result.num_bad > _SHOWN_BAD:
+        console.result(f"  and {result.num_bad - _SHOWN_BAD} more; `dtpipe inspect {result.url}` lists them")
     others = "DATASET_WITH_IMAGES --join " if joined else ""
     console.result(f"next: dtpipe distill {result.url} {others}--student resnet50 --out runs/first")
     console.document(result)

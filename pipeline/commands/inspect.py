@@ -18,7 +18,7 @@ Example:
   dtpipe inspect features/
   dtpipe inspect features/ --sample cat/001.png --png cat.png
 """
-SHOWN_BAD, SHOWN_LABELS = 20, 12
+_SHOWN_BAD, SHOWN_LABELS = 20, 12
 
 
 @click.command("inspect", help=HELP)
@@ -71,10 +71,10 @@ def _print(console: Console, found: dict[str, Any]) -> None:
     ]
     console.table(("array", "stride", "per sample", "dtype", "stored", "ratio", "tap"), rows)
     _print_labels(console, found["labels"])
-    for bad in found["bad"][:SHOWN_BAD]:
+    for bad in found["bad"][:_SHOWN_BAD]:
         console.result(f"bad: {bad['key']}: {bad['reason']}")
-    if len(found["bad"]) > SHOWN_BAD:
-        console.result(f"and {len(found['bad']) - SHOWN_BAD} more bad samples; --json lists them all")
+    if len(found["bad"]) > _SHOWN_BAD:
+        console.result(f"and {len(found['bad']) - _SHOWN_BAD} more bad samples; --json lists them all")
 
 
 def _print_labels(console: Console, labels: dict[str, int]) -> None:

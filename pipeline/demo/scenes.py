@@ -21,7 +21,7 @@ from PIL import Image
 from dtpipe.manifests.errors import ConfigError, StoreError
 
 Part = Literal["train", "held_out"]
-Pixels = NDArray[np.uint8]
+_Pixels = NDArray[np.uint8]
 
 TRAIN_SHARE = 0.75  # of the digit images and of each photograph's width
 MAIN_SIZE = (24 / 64, 44 / 64)  # of the scene's side: 24..44 px at 64 px
@@ -36,9 +36,9 @@ class Scene:
     """One labelled image; masks are uint8 [px, px]."""
 
     digit: int
-    image: Pixels  # uint8 [px, px, 3]
-    semantic: Pixels  # 0 background, 1 + digit
-    instance: Pixels  # 0 background, 1 the main digit, 2.. the others
+    image: _Pixels  # uint8 [px, px, 3]
+    semantic: _Pixels  # 0 background, 1 + digit
+    instance: _Pixels  # 0 background, 1 the main digit, 2.. the others
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _generator(seed: int, index: int, part: Part) -> np.random.Generator:
 
 
 @lru_cache(maxsize=2)
-def _material(part: Part) -> tuple[list[Pixels], Pixels, NDArray[np.int64]]:
+def _material(part: Part) -> tuple[list[_Pixels], _Pixels, NDArray[np.int64]]:
     """Photographs, digit images uint8 [n, 8, 8] and their labels of one part."""
     from sklearn.datasets import load_digits, load_sample_images
 
@@ -114,7 +114,7 @@ def _material(part: Part) -> tuple[list[Pixels], Pixels, NDArray[np.int64]]:
     return photos, digits[chosen], bunch.target[chosen]
 
 
-def _background(rng: np.random.Generator, photos: list[Pixels], px: int) -> NDArray[np.float32]:
+def _background(rng: np.random.Generator, photos: list[_Pixels], px: int) -> NDArray[np.float32]:
     photo = photos[rng.integers(len(photos))]
     height, width = photo.shape[:2]
     side = int(rng.integers(CROP_SIZE[0], min(CROP_SIZE[1], height, width) + 1))
@@ -125,7 +125,7 @@ def _background(rng: np.random.Generator, photos: list[Pixels], px: int) -> NDAr
 
 
 def _paste_digit(
-    rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], size: tuple[float, float], px: int
+    rng: np.random.Generator, digits: _Pixels, labels: NDArray[np.int64], size: tuple[float, float], px: int
 ) -> _Pasted:
     chosen = int(rng.integers(len(digits)))
     side = int(rng.integers(round(size[0] * px), round(size[1] * px) + 1))
@@ -143,7 +143,7 @@ def _sharpen(alpha: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _extra_digits(
-    rng: np.random.Generator, digits: Pixels, labels: NDArray[np.int64], px: int, main: _Pasted
+    rng: np.random.Generator, digits: _Pixels, labels: NDArray[np.int64], px: int, main: _Pasted
 ) -> list[_Pasted]:
     """None, one or two small digits whose boxes touch no other; a place that does not fit is given up after some tries."""
     wanted = int(rng.integers(1, 3)) if rng.random() < EXTRA_SHARE else 0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dtpipe.extract.recipe import Resolved
-    from dtpipe.manifests.write.shard import ShardArrays
+    from dtpipe.manifests.layout.arrays import ShardArrays
 
 PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dtpipe.pipeline.cli.options import command_line
 
-FILE = "commands.jsonl"
+_FILE = "commands.jsonl"
 
 
 def record_command(run: Path) -> None:
@@ -20,13 +20,13 @@ def record_command(run: Path) -> None:
         "command": command_line(),
         "dtpipe": version("dtpipe"),
     }
-    with (run / FILE).open("a", encoding="utf-8") as file:
+    with (run / _FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_commands(run: Path) -> list[dict[str, Any]]:
     """The recorded commands, oldest first; none for a run made without the command line."""
-    path = run / FILE
+    path = run / _FILE
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

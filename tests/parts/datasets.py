@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import (
     ComputeRecipe,
@@ -25,7 +26,7 @@ from dtpipe.manifests.write.commit import commit_entry, merge, pending_shards
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import plan_digest, start_plan
-from dtpipe.manifests.write.shard import ShardArrays, write_shard
+from dtpipe.manifests.write.shard import write_shard
 
 MakeArrays = Callable[[Plan, Listing, int], ShardArrays]
 

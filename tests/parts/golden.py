@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import (
     IndexRow,
     LevelSpec,
@@ -27,7 +28,7 @@ from dtpipe.manifests.schema import (
     ViewSpec,
 )
 from dtpipe.manifests.write.listing import Listing, build_listing
-from dtpipe.manifests.write.shard import ShardArrays, code_features
+from dtpipe.manifests.write.shard import code_features
 from parts.datasets import Item, write_features
 from parts.datasets import make_recipe as recipe_of
 

@@ -15,10 +15,11 @@ from dtpipe.distill.student.student import StudentSpec, build_student, spec_to_d
 from dtpipe.manifests.codecs.base import encode_level
 from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
 from dtpipe.manifests.codecs.registry import open_codec
+from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.read.source import Columns
 from dtpipe.manifests.schema import IndexRow, LevelSpec, Plan, Recipe, ShardRecipe, TransformRecipe, ViewSpec
 from dtpipe.manifests.write.listing import Listing, build_listing
-from dtpipe.manifests.write.shard import ShardArrays, code_features
+from dtpipe.manifests.write.shard import code_features
 from parts.datasets import Item, make_recipe, write_features
 
 PX = 32

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from dtpipe.extract.teachers.base import Generator, TeacherKind, parse_options
-from dtpipe.extract.teachers.biggan.keys import infer_layout, plain_weight
+from dtpipe.extract.teachers.biggan.keys import infer_biggan_layout, plain_weight
 from dtpipe.extract.teachers.biggan.teacher import (
     INSTANCE_MARK,
     MARKS,
@@ -22,7 +22,7 @@ from dtpipe.extract.teachers.biggan.teacher import (
     SamplingOptions,
     build_network,
     class_table,
-    make_teacher,
+    make_biggan_teacher,
     read_generator,
 )
 from dtpipe.extract.teachers.files.names import names_tensors
@@ -91,10 +91,10 @@ def load_icgan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTeac
     asked = {None: sizes, True: {BOTH: sizes.get(BOTH, 0)}, False: {INSTANCE: sizes[INSTANCE]}}[
         options.class_conditional
     ]
-    condition, layout = infer_layout(tensors, asked, config.path)
+    condition, layout = infer_biggan_layout(tensors, asked, config.path)
     tables = make_tables(tensors, instances, embedded, options, condition == BOTH, config.path)
     network = build_network(tensors, layout, options, config.path)
-    return make_teacher(
+    return make_biggan_teacher(
         "icgan",
         config,
         options,

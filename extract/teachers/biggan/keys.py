@@ -31,7 +31,9 @@ _SPELLINGS = (
 )
 
 
-def infer_layout(tensors: Mapping[str, Tensor], conditions: Mapping[str, int], where: str) -> tuple[str, BigGanLayout]:
+def infer_biggan_layout(
+    tensors: Mapping[str, Tensor], conditions: Mapping[str, int], where: str
+) -> tuple[str, BigGanLayout]:
     """The layout of a generator, and which of the possible `conditions` (their sizes by name) its blocks take.
 
     Raises: TeacherError when it is no BigGAN generator, or none of the conditions fits; ConfigError when more than one does.

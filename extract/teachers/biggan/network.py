@@ -86,7 +86,7 @@ class OutputNorm(nn.Module):
             return F.batch_norm(features.float(), self.mean, self.var, self.gain, self.bias, eps=OUTPUT_EPS)
 
 
-class Block(nn.Module):
+class UpBlock(nn.Module):
     """Two convolutions at twice the resolution, beside a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, condition: int, eps: float) -> None:
@@ -138,7 +138,7 @@ class BigGanNetwork(nn.Module):
         self.linear = nn.Sequential(nn.Linear(layout.z_chunk, first * layout.start_px**2), nn.Unflatten(1, start))
         self.blocks = nn.ModuleList()
         for width, output, attends in zip(layout.widths, outputs, layout.attention, strict=False):
-            block = [Block(width, output, inputs, bn_eps), *([Attention(output)] if attends else [])]
+            block = [UpBlock(width, output, inputs, bn_eps), *([Attention(output)] if attends else [])]
             self.blocks.append(nn.ModuleList(block))
         self.output_layer = nn.Sequential(OutputNorm(outputs[-1]), nn.ReLU(), nn.Conv2d(outputs[-1], 3, 3, padding=1))
 

@@ -14,8 +14,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import Generator, TapSpec, TeacherKind, TeacherSpec, architecture, parse_options
-from dtpipe.extract.teachers.biggan.keys import default_bn_eps, generator_weights, infer_layout, with_shared_embedding
+from dtpipe.extract.teachers.base import (
+    POOLED,
+    Generator,
+    TapSpec,
+    TeacherKind,
+    TeacherSpec,
+    architecture,
+    parse_options,
+)
+from dtpipe.extract.teachers.biggan.keys import (
+    default_bn_eps,
+    generator_weights,
+    infer_biggan_layout,
+    with_shared_embedding,
+)
 from dtpipe.extract.teachers.files.names import names_tensors
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.extract.teachers.gan import Table, choose_rows, truncate
@@ -30,7 +43,6 @@ if TYPE_CHECKING:
 
 MARKS = ("linear.weight", "blocks.0.0.conv1.weight", "output_layer.2.weight")
 INSTANCE_MARK = "shared_feat.weight"  # IC-GAN's
-POOLED = ", average pooled by "  # in the tap of a level that no module gives
 
 _log = logging.getLogger(__name__)
 
@@ -136,10 +148,12 @@ def load_biggan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTea
     published = read_generator(config.path)
     tensors = published if "shared.weight" in published else with_shared_embedding(published, config.path)
     classes = class_table(tensors, None if options.class_label == "sampled" else options.class_label, config.path)
-    _, layout = infer_layout(tensors, {"a class embedding": classes.rows.shape[1]}, config.path)
+    _, layout = infer_biggan_layout(tensors, {"a class embedding": classes.rows.shape[1]}, config.path)
     network = build_network(tensors, layout, options, config.path)
     conditions = {"class_label": options.class_label}
-    return make_teacher("biggan", config, options, network, (classes,), conditions, weights_digest(published), device)
+    return make_biggan_teacher(
+        "biggan", config, options, network, (classes,), conditions, weights_digest(published), device
+    )
 
 
 def read_generator(path: str) -> dict[str, Tensor]:
@@ -176,7 +190,7 @@ def build_network(
     return network.eval().requires_grad_(False)
 
 
-def make_teacher(
+def make_biggan_teacher(
     kind: str,
     config: TeacherConfig,
     options: SamplingOptions,

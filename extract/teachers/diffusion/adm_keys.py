@@ -14,7 +14,7 @@ from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmSettings,
 if TYPE_CHECKING:
     from torch import Tensor
 
-LABELS = "label_emb.weight"
+LABEL_EMBEDDING = "label_emb.weight"
 TIME_BIAS = "time_embed.2.bias"
 _RESIDUAL = {
     "in_layers.0": "norm1",
@@ -87,7 +87,7 @@ def published_shapes(layout: AdmLayout, wanted: Shapes) -> dict[str, tuple[int, 
                 (*shape, 1) if published.endswith(("qkv", "proj_out")) and kind == "weight" else shape
             )
     if layout.num_classes is not None:
-        shapes[LABELS] = (layout.num_classes, wanted["time_embedding.linear_2.bias"][0])
+        shapes[LABEL_EMBEDDING] = (layout.num_classes, wanted["time_embedding.linear_2.bias"][0])
     return shapes
 
 
@@ -104,7 +104,7 @@ def unet_tensors(
                 continue
             value = value.float()
             if class_label is not None and f"{published}.{kind}" == TIME_BIAS:
-                value = value + tensors[LABELS][class_label].float()
+                value = value + tensors[LABEL_EMBEDDING][class_label].float()
             if published.endswith(("qkv", "proj_out")) and kind == "weight":
                 value = value.squeeze(-1)  # (out, in, 1) -> (out, in)
             if ours.endswith("to_{}"):

@@ -19,7 +19,7 @@ from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import Size, height_width
 
 Shapes = Mapping[str, tuple[int, ...]]
-GROUPS = 32  # of every group norm
+NORM_GROUPS = 32  # of every group norm
 
 
 class AdmOptions(PixelOptions):
@@ -137,9 +137,9 @@ def _check_ends(shapes: Shapes, widths: tuple[int, ...], where: str) -> None:
             f"{where}: the first level has {widths[0]} channels and num_channels is {base}; diffusers' UNet2DModel needs a channel_mult "
             f"that starts with 1, so the 512 px model cannot be used"
         )
-    if odd := [width for width in widths if width % GROUPS]:
+    if odd := [width for width in widths if width % NORM_GROUPS]:
         raise TeacherError(
-            f"{where}: a level has {odd[0]} channels, no multiple of the {GROUPS} groups of ADM's norms; use another checkpoint"
+            f"{where}: a level has {odd[0]} channels, no multiple of the {NORM_GROUPS} groups of ADM's norms; use another checkpoint"
         )
 
 
@@ -195,8 +195,8 @@ def unet_arguments(layout: AdmLayout, settings: AdmSettings) -> dict[str, Any]:
         "upsample_type": sampling,
         "resnet_time_scale_shift": "scale_shift" if layout.scale_shift else "default",
         "attention_head_dim": settings.head_channels,
-        "norm_num_groups": GROUPS,
-        "attn_norm_num_groups": GROUPS,  # else the middle block's attention has no norm where scale_shift is on
+        "norm_num_groups": NORM_GROUPS,
+        "attn_norm_num_groups": NORM_GROUPS,  # else the middle block's attention has no norm where scale_shift is on
         "norm_eps": 1e-5,
         "act_fn": "silu",
         "time_embedding_type": "positional",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHT_NAMES = tuple(f"diffusion_pytorch_model{end}" for end in (".safetensors", ".fp16.safetensors", ".bin"))
-HUB_FILES = ("*.json", *(f"{folder}{name}" for folder in ("", "unet/") for name in WEIGHT_NAMES))
+_HUB_FILES = ("*.json", *(f"{folder}{name}" for folder in ("", "unet/") for name in WEIGHT_NAMES))
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention before diffusers 0.14
 VP_SCHEDULERS = frozenset(
     {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"}
@@ -78,7 +78,7 @@ def find_unet(path: str, revision: str | None = None) -> UNetFiles:
 
     Raises: TeacherError when a part is missing, or the network or its scheduler is of another kind.
     """
-    root = Path(path) if Path(path).exists() else download(path, revision, HUB_FILES)
+    root = Path(path) if Path(path).exists() else download(path, revision, _HUB_FILES)
     if not root.is_dir():
         raise TeacherError(f"{path}: is a file; give the folder of a diffusers UNet2DModel or DDPMPipeline")
     folder = _network_folder(root)

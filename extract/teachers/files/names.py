@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-HEAD_BYTES = 1 << 22  # enough for the names of a checkpoint's tensors
+_HEAD_BYTES = 1 << 22  # enough for the names of a checkpoint's tensors
 TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -27,7 +27,7 @@ def names_tensors(path: Path, names: Iterable[str]) -> bool:
 def _safetensors_names(path: Path) -> set[str]:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        content = json.loads(file.read(min(size, HEAD_BYTES)))
+        content = json.loads(file.read(min(size, _HEAD_BYTES)))
     return set(content) if isinstance(content, dict) else set()
 
 
@@ -35,13 +35,13 @@ def _pickle_head(path: Path) -> bytes:
     """The beginning of the pickled part: all names and none of the weights, in files of torch 1.6 and later."""
     if not zipfile.is_zipfile(path):
         with path.open("rb") as whole:
-            return whole.read(HEAD_BYTES)
+            return whole.read(_HEAD_BYTES)
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if not pickles:
             return b""
         with archive.open(pickles[0]) as part:
-            return part.read(HEAD_BYTES)
+            return part.read(_HEAD_BYTES)
 
 
 def pickled_name(name: str) -> tuple[bytes, bytes]:

@@ -18,7 +18,7 @@ from dtpipe.manifests.errors import TeacherError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NAMES = frozenset(
+_NAMES = frozenset(
     {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
     | {"numpy.dtype", "numpy.ndarray"}
 )
@@ -49,7 +49,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
 
 
 def _saved_dict(pickled: bytes, where: str) -> dict[Any, Any]:
-    (outer,), _ = read_pickles(pickled, 1, NAMES, where)
+    (outer,), _ = read_pickles(pickled, 1, _NAMES, where)
     state = outer.state if isinstance(outer, Record) else None
     items = state[-1] if isinstance(state, tuple) and state else None
     if not isinstance(items, list) or len(items) != 1 or not isinstance(items[0], dict):

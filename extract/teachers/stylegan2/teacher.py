@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout, StyleGan2Network
 
 LATENT, NOISE_MAPS, LABEL = "z", "style_noise", "label"
-HEAD_BYTES = 1 << 26  # in an NVIDIA snapshot the first convolution lies behind the mapping's weights
+_HEAD_BYTES = 1 << 26  # in an NVIDIA snapshot the first convolution lies behind the mapping's weights
 NUM_MEAN_STYLES = 4096
 
 
@@ -206,7 +206,7 @@ def is_stylegan2_file(path: str) -> bool:
             return False
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return data.find(b"dnnlib.tflib.network", 0, 1 << 12) >= 0 or any(
-                data.find(mark, 0, HEAD_BYTES) >= 0 for mark in pickled_name("noise_strength")
+                data.find(mark, 0, _HEAD_BYTES) >= 0 for mark in pickled_name("noise_strength")
             )
     except (OSError, ValueError):  # an empty file cannot be mapped
         return False

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 PIPELINE_PARTS = ("vae", "vqvae", "movq")  # what pipelines call their autoencoder's folder
 FULLY_CONVOLUTIONAL_PX = (256, 256)  # where the config names no size, as AutoencoderTiny's never does
-HUB_FILES = (
+_HUB_FILES = (
     "*.json",
     *(f"{folder}{name}" for folder in ("", *(f"{part}/" for part in PIPELINE_PARTS)) for name in WEIGHT_NAMES),
 )
@@ -55,7 +55,7 @@ def read_autoencoder(path: str, revision: str | None) -> Autoencoder:
 
     Raises: TeacherError when a part is missing or damaged, or the network is another.
     """
-    root = Path(path) if Path(path).exists() else download(path, revision, HUB_FILES)
+    root = Path(path) if Path(path).exists() else download(path, revision, _HUB_FILES)
     encoders = _taesd_encoders(root)
     if len(encoders) > 1:
         raise TeacherError(f"{root}: holds {len(encoders)} autoencoders; give the file of one, such as {encoders[0]}")

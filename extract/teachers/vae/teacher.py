@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import Encoder, TapSpec, TeacherKind, TeacherSpec, parse_options
+from dtpipe.extract.teachers.base import POOLED, Encoder, TapSpec, TeacherKind, TeacherSpec, parse_options
 from dtpipe.extract.teachers.vae.files import Autoencoder, is_autoencoder_path, read_autoencoder
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
     from dtpipe.extract.config import TeacherConfig
 
-VAE = "vae"  # the noise stream of the posterior
+_POSTERIOR = "vae"  # the noise stream of the posterior
 PROBE_PX = 64  # side of the image that finds a network's levels
-POOLED = ", average pooled by "  # in the tap of a level that no module gives
 
 _log = logging.getLogger(__name__)
 
@@ -67,13 +66,13 @@ class VaeTeacher:
 
         self._check_input(images, noise, views)
         seen: dict[tuple[bool, int | None], dict[str, Tensor]] = {}
-        sampled = VAE in self.spec.noise_shapes
+        sampled = _POSTERIOR in self.spec.noise_shapes
         keys = [(view.flip, view.draw if sampled else None) for view in views]
         with arithmetic(images.device, self.dtype):
             for view_idx, key in enumerate(keys):
                 if key not in seen:
                     shown = images.flip(-1) if key[0] else images
-                    seen[key] = self._levels(shown, noise[VAE][:, view_idx] if sampled else None)
+                    seen[key] = self._levels(shown, noise[_POSTERIOR][:, view_idx] if sampled else None)
             return {
                 level.name: torch.stack([seen[key][level.name] for key in keys], dim=1) for level in self.spec.levels
             }
@@ -137,7 +136,9 @@ def load_vae_teacher(config: TeacherConfig, device: str = "cpu") -> VaeTeacher:
         raise ConfigError(
             f"extract.teacher.options.latent is sampled; {autoencoder.name} has one latent per image: leave the option out"
         )
-    noise_shapes = {VAE: (math.ceil(latent_channels / total_stride**2), -1, -1)} if options.latent == "sampled" else {}
+    noise_shapes = (
+        {_POSTERIOR: (math.ceil(latent_channels / total_stride**2), -1, -1)} if options.latent == "sampled" else {}
+    )
     spec = TeacherSpec(
         kind="vae",
         weights_blake3=autoencoder.weights_blake3,

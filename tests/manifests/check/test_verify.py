@@ -10,11 +10,11 @@ import pytest
 
 from dtpipe.manifests.check.verify import repair, verify
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError
+from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import Plan
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.lock import Lock
-from dtpipe.manifests.write.shard import ShardArrays
 from parts import golden
 from parts.datasets import write_features
 
