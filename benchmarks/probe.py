@@ -28,16 +28,16 @@ from typing import Any
 import torch
 
 from dtpipe.distill.config import DistillConfig, StudentConfig
-from dtpipe.distill.downstream.base import (
+from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
+from dtpipe.distill.downstream.extractors import (
     FeatureExtractor,
-    LabelledSet,
     PerSeed,
     random_initialisation,
     raw_pixels,
     student_extractor,
 )
-from dtpipe.distill.downstream.compare import run_probe
-from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
+from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.supervised import run_supervised
 from dtpipe.distill.student.load import load_student
@@ -50,7 +50,7 @@ from dtpipe.extract.train_teacher import train_teacher
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.demo.scenes import Part, write_scenes
 from dtpipe.pipeline.evaluate import teacher_extractor
-from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
+from dtpipe.pipeline.labelled import LabelledReader, split_by_key
 from dtpipe.pipeline.live.recorded import pick_device
 
 REPO = Path(__file__).resolve().parent.parent
@@ -161,29 +161,31 @@ def digits(args: argparse.Namespace) -> Material | None:
         say(f"digits skipped: {args.teacher} holds no teacher; `make demo-teacher` trains one, or give --teacher")
         return None
     root = args.work / "digits"
-    labelled, test = read_scenes(root, "train", args.num_train), read_scenes(root, "held_out", args.num_test)
+    parts: tuple[tuple[Part, int], ...] = (("train", args.num_train), ("held_out", args.num_test))
+    labelled, test = (read_scenes(root, part, num, "semantic").foreground() for part, num in parts)
+    train, held_out = (read_scenes(root, part, num) for part, num in parts)
     cases = (
-        TaskCase("digits_foreground", "readout", labelled.foreground(), test.foreground(), args.mask_labels),
-        TaskCase("digits_classes", "probe", labelled, test, args.class_labels),
-        TaskCase("digits_classes_knn", "knn", labelled, test, args.class_labels),
+        TaskCase("digits_foreground", "readout", labelled, test, args.mask_labels),
+        TaskCase("digits_classes", "probe", train, held_out, args.class_labels),
+        TaskCase("digits_classes_knn", "knn", train, held_out, args.class_labels),
     )
     return Material("digits", root / "train" / "images", TeacherConfig(path=str(args.teacher)), cases, flip=False)
 
 
-def read_scenes(root: Path, part: Part, num: int) -> LabelledSet:
-    """Scenes of one part with classes and masks, written first where they are missing."""
+def read_scenes(root: Path, part: Part, num: int, masks: str | None = None) -> LabelledSet:
+    """Scenes of one part with their digits as classes, or with a folder of masks; written first where they are missing."""
     folder = root / part
     if len(list((folder / "images").rglob("*.png"))) != num:
         say(f"writing {num} scenes to {folder}")
         write_scenes(folder, num, seed=0, px=PX, part=part)
-    return read_labelled(folder / "images", folder / "semantic", prefix=f"{part}/")
+    return read_labelled(folder / "images", folder / masks if masks else None, prefix=f"{part}/")
 
 
 def read_labelled(images: Path, masks: Path | None, prefix: str) -> LabelledSet:
-    """All images of class folders at 64 px."""
+    """All images of class folders at 64 px, or with masks."""
     recipe = TransformRecipe(resize="center_crop", height=PX, width=PX)
     reader = LabelledReader(str(images), str(masks) if masks else None, recipe)
-    return reader.read(class_names_of(reader.items), say, range(len(reader.items)), prefix)
+    return reader.select(range(len(reader.items)), say, prefix=prefix)
 
 
 def flowers(args: argparse.Namespace) -> Material | None:
@@ -320,7 +322,7 @@ def score(
     student = load_student(run_dir)
     extractors: list[FeatureExtractor | PerSeed] = [
         raw_pixels(),
-        random_initialisation(student.spec, case.train.images, device=device),
+        random_initialisation(student.spec, case.train, device=device),
         teacher_extractor(material.teacher, args.timestep, seed, device, (PX, PX)),
         student_extractor(student, device),
     ]

@@ -30,9 +30,10 @@ from common import REPO, RESULTS, publish
 from probe import PX, counts, read_scenes, say
 
 from dtpipe.distill.config import DistillConfig, LossConfig, RegressorConfig, StudentConfig
-from dtpipe.distill.downstream.base import LabelledSet, student_extractor
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.extractors import student_extractor
+from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
@@ -117,8 +118,8 @@ def score(
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All rows of the tables asked for, seed by seed, so that each seed is whole before the next begins."""
     sets = (
-        read_scenes(args.work / "digits", "train", args.num_train).foreground(),
-        read_scenes(args.work / "digits", "held_out", 1000).foreground(),
+        read_scenes(args.work / "digits", "train", args.num_train, "semantic").foreground(),
+        read_scenes(args.work / "digits", "held_out", 1000, "semantic").foreground(),
     )
     kept = json.loads(args.kept.read_text()) if args.kept.exists() else {}
     for seed in range(args.seeds):

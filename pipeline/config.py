@@ -14,12 +14,10 @@ class EvalConfig(StrictModel):
     """What to score, on which labels, beside what."""
 
     checkpoint: str = Field(description="Run folder, checkpoint or export of the student to score.")
-    task: Literal["probe", "knn"] = Field(
-        description="probe (linear read-out) or knn (nearest neighbours), on frozen features."
-    )
+    task: str = Field(description="Downstream task on frozen features; `dtpipe list tasks` names them.")
     images: str = Field(description="URL of labelled images: class folders, or any folder with --masks.")
     masks: str | None = Field(
-        default=None, description="URL of masks with the images' keys as PNG: scores a dense read-out."
+        default=None, description="URL of masks with the images' keys as PNG, for tasks that learn from masks."
     )
     test_images: str | None = Field(
         default=None, description="URL of the images to score on; default: a share of --images."
@@ -29,6 +27,9 @@ class EvalConfig(StrictModel):
         default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images."
     )
     foreground: bool = Field(default=False, description="Merge all mask classes but 0 into one.")
+    ignore_value: int | None = Field(
+        default=255, ge=0, le=255, description="Mask value of pixels that do not count; null: all count."
+    )
     px: Size | None = Field(
         default=None, description="Side, or height and width, in px of images; default: the student's."
     )

@@ -17,22 +17,20 @@ from blake3 import blake3
 
 from dtpipe.extract.config import NoiseConfig, TeacherConfig
 from dtpipe.manifests.errors import ConfigError, DtpipeError, StoreError, TeacherError
+from dtpipe.manifests.labels import Class, Mask
 from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec, height_width
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.config import EvalConfig
-from dtpipe.pipeline.labelled import LabelledReader, class_names_of, split_by_key
+from dtpipe.pipeline.labelled import LabelledReader, split_by_key
 from dtpipe.pipeline.live.recorded import pick_device, recorded_teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dtpipe.distill.downstream.base import FeatureExtractor, LabelledSet, PerSeed
+    from dtpipe.distill.downstream.extractors import FeatureExtractor, PerSeed
+    from dtpipe.distill.downstream.labelled import LabelledSet
     from dtpipe.distill.downstream.result import ProbeResult
 
-TASKS = {  # what a person asks for; `distill.downstream.compare.TASKS` are the functions behind them
-    "probe": "linear read-out: of classes on pooled features, or with --masks of each cell's class",
-    "knn": "weighted nearest neighbours by cosine of pooled features",
-}
 FEW_MASKS = (5, 20, 80)
 FEW_PER_CLASS = (1, 5, 20)
 DISTILLED, TEACHER = "distilled", "teacher"
@@ -53,52 +51,53 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
 
     Raises: ConfigError, InputError, TeacherError in a sentence before features are computed.
     """
-    from dtpipe.distill.downstream import compare
+    from dtpipe.distill.downstream.compare import run_probe
     from dtpipe.distill.student.load import load_student
 
-    task = _task(config)
+    check_task(config)
     student = load_student(config.checkpoint)
     train, test = load_sets(config, student.spec.image_px, note)
     note(f"{len(train)} images to draw labels from, {len(test)} held out")
     extractors = _extractors(config, train, note)
-    numbers = label_counts(config, task, train)
-    result = compare.run_probe(
-        task, extractors, train, test, numbers, range(config.seed, config.seed + config.seeds), config.probe, note
-    )
-    result = replace(result, notes=(*result.notes, *overlap_notes(config, test)))
-    return Evaluation(result, _write(config, task, result))
+    numbers, seeds = label_counts(config, train), range(config.seed, config.seed + config.seeds)
+    result = run_probe(config.task, extractors, train, test, numbers, seeds, config.probe, note)
+    result = replace(result, notes=(*result.notes, *overlap_notes(config, train, test)))
+    return Evaluation(result, _write(config, result))
 
 
-def _task(config: EvalConfig) -> str:
-    if config.masks and config.task != "probe":
-        raise ConfigError(f"task {config.task} takes no masks; use `probe`, or leave out --masks")
-    return "readout" if config.masks else config.task
+def check_task(config: EvalConfig) -> None:
+    """Refuse a task that does not learn from what is given. Raises: ConfigError naming those that do."""
+    from dtpipe.distill.downstream.registry import TASKS, find_task
+
+    kind = Mask if config.masks else Class
+    if find_task(config.task).target is not kind:
+        fitting = ", ".join(name for name, task in TASKS.items() if task.target is kind)
+        raise ConfigError(
+            f"task {config.task} learns from classes; with --masks use {fitting}"
+            if config.masks
+            else f"task {config.task} learns from masks; give --masks, or with class folders use {fitting}"
+        )
 
 
 def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:
     """Images to draw labels from, and images held out. Raises: InputError, ConfigError."""
     height, width = height_width(config.px or student_px)
     recipe = TransformRecipe(resize=config.resize, height=height, width=width)
-    reader = LabelledReader(config.images, config.masks, recipe)
-    names = () if config.masks else class_names_of(reader.items)
-    if not names and not config.masks:
-        raise ConfigError(
-            f"{config.images}: no class folders and no --masks; give one of them, or there is nothing to score"
-        )
+    reader = LabelledReader(config.images, config.masks, recipe, config.ignore_value)
     if config.test_images:
         if config.test_images == config.images:
             raise ConfigError(
                 f"{config.images} is both --images and --test-images; leave out --test-images to split it"
             )
-        held_out = LabelledReader(config.test_images, config.test_masks, recipe)
-        rows = [_limited(range(len(each.items)), config.limit) for each in (reader, held_out)]
-        train, test = reader.read(names, note, rows[0]), held_out.read(names, note, rows[1], "held out/")
-    else:
-        items = reader.items
-        parts = split_by_key(
-            [item.key for item in items], [item.label for item in items], config.test_share, config.seed
+        held_out = LabelledReader(config.test_images, config.test_masks, recipe, config.ignore_value)
+        train = reader.select(_limited(range(len(reader.items)), config.limit), note)
+        test = held_out.select(
+            _limited(range(len(held_out.items)), config.limit), note, train.classes, prefix="held out/"
         )
-        train, test = (reader.read(names, note, _limited(part, config.limit)) for part in parts)
+    else:
+        keys, labels = [item.key for item in reader.items], [item.label for item in reader.items]
+        parts = split_by_key(keys, labels, config.test_share, config.seed)
+        train, test = (reader.select(_limited(part, config.limit), note) for part in parts)
     if config.masks and config.foreground:
         return train.foreground(), test.foreground()
     return train, test
@@ -111,18 +110,23 @@ def _limited(rows: Sequence[int], limit: int | None) -> Sequence[int]:
     return [rows[idx] for idx in np.linspace(0, len(rows) - 1, limit // 2).astype(int)]
 
 
-def label_counts(config: EvalConfig, task: str, train: LabelledSet) -> list[int | None]:
+def label_counts(config: EvalConfig, train: LabelledSet) -> list[int | None]:
     """Numbers of labelled images to score from; None is all of them."""
     if config.labelled is not None:
         return [None if num == "all" else int(num) for num in config.labelled]
-    few = FEW_MASKS if task == "readout" else tuple(num * len(train.class_names) for num in FEW_PER_CLASS)
+    few = FEW_MASKS if train.kind is Mask else tuple(num * len(train.classes) for num in FEW_PER_CLASS)
     return [*(num for num in few if num < len(train)), None]
 
 
-def overlap_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
-    """What to say when held-out images were part of distillation: they had no labels there, but were seen."""
-    if config.test_images:
-        return []
+def overlap_notes(config: EvalConfig, train: LabelledSet, test: LabelledSet) -> list[str]:
+    """What to say when held-out images are not new: labelled ones under other keys, or part of distillation."""
+    same = len(set(train.digests) & set(test.digests))
+    notes = [f"{same} of the held-out images are also among those that labels are drawn from"] if same else []
+    return notes if config.test_images else notes + _seen_notes(config, test)
+
+
+def _seen_notes(config: EvalConfig, test: LabelledSet) -> list[str]:
+    """Images of distillation had no labels there, but were seen."""
     from dtpipe.manifests.read.dataset import FeatureDataset
 
     seen: set[str] = _live_keys(config.checkpoint)
@@ -178,7 +182,7 @@ def _live_keys(checkpoint: str) -> set[str]:
 
 
 def _extractors(config: EvalConfig, train: LabelledSet, note: Note) -> list[FeatureExtractor | PerSeed]:
-    from dtpipe.distill.downstream.base import random_initialisation, raw_pixels, student_extractor
+    from dtpipe.distill.downstream.extractors import random_initialisation, raw_pixels, student_extractor
     from dtpipe.distill.student.load import load_student
 
     device = pick_device(config.device)
@@ -186,7 +190,7 @@ def _extractors(config: EvalConfig, train: LabelledSet, note: Note) -> list[Feat
     size = config.probe.batch_size
     extractors: list[FeatureExtractor | PerSeed] = [
         raw_pixels(),
-        random_initialisation(student.spec, train.images, size, device),
+        random_initialisation(student.spec, train, size, device),
     ]
     teacher = _teacher_extractor(config, device, note)
     if teacher is not None:
@@ -250,7 +254,7 @@ def teacher_extractor(
     """
     import torch
 
-    from dtpipe.distill.downstream.base import FeatureExtractor
+    from dtpipe.distill.downstream.extractors import FeatureExtractor
     from dtpipe.distill.stream.batch import student_images
     from dtpipe.extract.encode import row_noise
     from dtpipe.extract.teachers.base import Generator
@@ -276,17 +280,17 @@ def teacher_extractor(
     return FeatureExtractor(name, encode)
 
 
-def result_path(config: EvalConfig, task: str) -> Path:
+def result_path(config: EvalConfig) -> Path:
     """Where the result goes. Raises: ConfigError for a checkpoint outside a run folder when no --out says."""
     if config.out:
         return Path(config.out)
     run = Path(config.checkpoint)
     run = run if run.is_dir() else run.parent
-    return run / "eval" / f"{task}.json"
+    return run / "eval" / f"{config.task}.json"
 
 
-def _write(config: EvalConfig, task: str, result: ProbeResult) -> Path:
-    path = result_path(config, task)
+def _write(config: EvalConfig, result: ProbeResult) -> Path:
+    path = result_path(config)
     document = {"config": config.model_dump(mode="json"), **result.to_json()}
     try:
         write_whole(path, json.dumps(document, indent=2, default=str) + "\n")

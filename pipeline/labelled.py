@@ -1,29 +1,30 @@
 """Labelled images for evaluation: a source's images, its class folders or masks beside it, and a split by key.
 
-A mask is an image file of the sample's key (any of PNG, TIFF, GIF, BMP suffixes): each pixel's value is a class, 0 is background.
+A mask is an image file of the sample's key (any of PNG, TIFF, GIF, BMP suffixes): each pixel's value is a class, 0 is
+background.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import BadImage, ConfigError, InputError
+from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Target, class_table
 from dtpipe.manifests.schema import TransformRecipe
 
 if TYPE_CHECKING:
-    from dtpipe.distill.downstream.base import LabelledSet
-    from dtpipe.extract.sources.base import Source, SourceItem
+    from dtpipe.distill.downstream.labelled import LabelledSet
 
 MAX_PIXELS = 128_000_000
-IGNORED = 255
-Mask = NDArray[np.uint8]
+KEPT_BYTES = 1 << 30  # of decoded images and masks that a reader keeps in memory; what is beyond is read again
+Pixels = NDArray[np.uint8]
 
 
 def split_by_key(
@@ -36,7 +37,7 @@ def split_by_key(
     train: list[int] = []
     test: list[int] = []
     for label in dict.fromkeys(labels):
-        rows = [row for row, each in enumerate(labels) if each == label]
+        rows = [row for row, own in enumerate(labels) if own == label]
         rows.sort(key=lambda row: blake3(f"{seed}/split/{keys[row]}".encode()).digest())
         cut = round(test_share * len(rows))
         test += rows[:cut]
@@ -44,7 +45,7 @@ def split_by_key(
     return sorted(train), sorted(test)
 
 
-def decode_mask(data: bytes, where: str) -> Mask:
+def decode_mask(data: bytes, where: str) -> Pixels:
     """Class of each pixel. Shapes: -> (H, W) uint8. Raises: InputError when it is no single-channel image."""
     from PIL import Image
 
@@ -57,14 +58,15 @@ def decode_mask(data: bytes, where: str) -> Mask:
         ) from err
     if values.ndim == 3 and values.shape[-1] >= 3 and (values[..., :1] == values[..., :3]).all():
         values = values[..., 0]
-    if values.ndim != 2 or values.min(initial=0) < 0 or values.max(initial=0) > IGNORED:
+    if values.ndim != 2 or values.min(initial=0) < 0 or values.max(initial=0) > 255:
         raise InputError(
-            f"mask {where} is a {values.dtype} image of shape {values.shape}; it must hold one class number 0..255 per pixel"
+            f"mask {where} is a {values.dtype} image of shape {values.shape}; "
+            "it must hold one class number 0..255 per pixel"
         )
     return values.astype(np.uint8)
 
 
-def resize_mask(mask: Mask, recipe: TransformRecipe) -> Mask:
+def resize_mask(mask: Pixels, recipe: TransformRecipe) -> Pixels:
     """The mask as its image is resized, by nearest neighbour. Shapes: (H, W) -> (recipe.height, recipe.width)."""
     height, width = recipe.height, recipe.width
     if recipe.resize == "center_crop":
@@ -75,91 +77,107 @@ def resize_mask(mask: Mask, recipe: TransformRecipe) -> Mask:
     return _nearest(mask, (height, width))
 
 
-def _nearest(mask: Mask, size: tuple[int, int]) -> Mask:
+def _nearest(mask: Pixels, size: tuple[int, int]) -> Pixels:
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(size, mask.shape, strict=True)
     )
-    picked: Mask = mask[rows[:, None], columns[None, :]]
+    picked: Pixels = mask[rows[:, None], columns[None, :]]
     return picked
 
 
 class LabelledReader:
-    """Reads samples of one source, with masks where there is a folder of them."""
+    """The samples of one source, with masks where there is a folder of them; each is read when it is asked for."""
 
-    def __init__(self, images: str, masks: str | None, recipe: TransformRecipe, source_kind: str = "auto") -> None:
+    def __init__(
+        self, images: str, masks: str | None, recipe: TransformRecipe, ignore_value: int | None = IGNORE_VALUE
+    ) -> None:
         from dtpipe.extract.sources.registry import open_source
 
-        self.images, self.masks, self.recipe = images, masks, recipe
-        self.source = open_source(images, source_kind)
-        self.items: Sequence[SourceItem] = self.source.list()
-        self.mask_source: Source | None = open_source(masks) if masks else None
-        self.mask_uris = {_stem(item.key): item.uri for item in self.mask_source.list()} if self.mask_source else {}
+        self.images, self.masks, self.recipe, self.ignore_value = images, masks, recipe, ignore_value
+        self._source = open_source(images)
+        self.items = self._source.list()
+        self._mask_source = open_source(masks) if masks else None
+        self._mask_uris = {_stem(item.key): item.uri for item in self._mask_source.list()} if self._mask_source else {}
+        self._kept: dict[tuple[str, int], Pixels] = {}
+        self._free_bytes = KEPT_BYTES
 
-    def read(
-        self, class_names: Sequence[str], note: Callable[[str], None], rows: Sequence[int], prefix: str = ""
+    def select(
+        self, rows: Sequence[int], note: Callable[[str], None], classes: ClassTable | None = None, prefix: str = ""
     ) -> LabelledSet:
         """The samples at `rows` of the listing, `prefix` before their keys; bad images are named and left out.
 
-        Raises: InputError when a mask is missing or a class is unknown, or no image is good.
-        """
-        from dtpipe.distill.downstream.base import LabelledSet
+        Each is read once here, so that what is wrong is said before any work. `classes` are those to learn from, by
+        default the class folders'; with masks they are counted.
 
-        images, masks, keys, labels = [], [], [], []
+        Raises: InputError when a mask is missing or a class is unknown, or no image is good; ConfigError without targets.
+        """
+        from dtpipe.distill.downstream.labelled import LabelledSet
+
+        digests = self._digests(rows, note)
+        good = list(digests)
+        keys = [self.items[row].key for row in good]
+        kind: type[Target]
+        target: Callable[[int], Target]
+        if self._mask_source is not None:
+            table = ClassTable.numbered(1 + max(self.mask(row).largest for row in good))
+            kind, target = Mask, lambda idx: self.mask(good[idx])
+        else:
+            table = classes or self._class_folders()
+            numbers = [table.number(self.items[row].label, key) for row, key in zip(good, keys, strict=True)]
+            kind, target = Class, lambda idx: Class(numbers[idx])
+        own_keys = tuple(prefix + key for key in keys)
+        return LabelledSet(own_keys, kind, table, lambda idx: self.image(good[idx]), target, tuple(digests.values()))
+
+    def _class_folders(self) -> ClassTable:
+        table = class_table(item.label for item in self.items)
+        if table is None:
+            raise ConfigError(
+                f"{self.images}: no class folders and no --masks; give one of them, or there is nothing to score"
+            )
+        return table
+
+    def _digests(self, rows: Sequence[int], note: Callable[[str], None]) -> dict[int, str]:
+        """The rows of good images with the digests of their pixels."""
+        digests = {}
         for row in rows:
-            item = self.items[row]
-            found = self._read_image(item, note)
-            if found is None:
-                continue
-            images.append(found)
-            keys.append(prefix + item.key)
-            labels.append(_class_idx(item, class_names))
-            if self.mask_source is not None:
-                masks.append(self._read_mask(item))
-        if not images:
+            try:
+                digests[row] = blake3(self.image(row).tobytes()).hexdigest()
+            except BadImage as err:
+                note(f"left out {self.items[row].key}: {err.reason}")
+        if not digests:
             raise InputError(f"{self.images}: no image can be used; see the notes above")
-        labelled = bool(class_names)
-        return LabelledSet(
-            np.stack(images),
-            tuple(keys),
-            np.asarray(labels) if labelled else None,
-            np.stack(masks) if masks else None,
-            tuple(class_names),
+        return digests
+
+    def image(self, row: int) -> Pixels:
+        """An image of the listing, at its size. Shapes: -> (recipe.height, recipe.width, 3). Raises: BadImage."""
+        from dtpipe.extract.sources.images import decode_image, resize_image
+
+        uri = self.items[row].uri
+        return self._keep(
+            ("image", row), lambda: resize_image(decode_image(self._source.read(uri), MAX_PIXELS), self.recipe)
         )
 
-    def _read_image(self, item: SourceItem, note: Callable[[str], None]) -> NDArray[np.uint8] | None:
-        from dtpipe.extract.sources.images import decode_image, resize_image
-        from dtpipe.manifests.errors import BadImage
-
-        try:
-            return resize_image(decode_image(self.source.read(item.uri), MAX_PIXELS), self.recipe)
-        except BadImage as err:
-            note(f"left out {item.key}: {err.reason}")
-            return None
-
-    def _read_mask(self, item: SourceItem) -> Mask:
-        uri = self.mask_uris.get(_stem(item.key))
-        if uri is None or self.mask_source is None:
+    def mask(self, row: int) -> Mask:
+        """Its mask, resized as the image is. Raises: InputError when there is none."""
+        key = self.items[row].key
+        uri = self._mask_uris.get(_stem(key))
+        if uri is None or self._mask_source is None:
             raise InputError(
-                f"{self.masks}: no mask for image {item.key}; masks have the images' paths, e.g. {_stem(item.key)}.png"
+                f"{self.masks}: no mask for image {key}; masks have the images' paths, e.g. {_stem(key)}.png"
             )
-        return resize_mask(decode_mask(self.mask_source.read(uri), item.key), self.recipe)
+        source = self._mask_source
+        numbers = self._keep(("mask", row), lambda: resize_mask(decode_mask(source.read(uri), key), self.recipe))
+        return Mask(numbers, self.ignore_value)
+
+    def _keep(self, name: tuple[str, int], read: Callable[[], Pixels]) -> Pixels:
+        if name in self._kept:
+            return self._kept[name]
+        pixels = read()
+        if pixels.nbytes <= self._free_bytes:
+            self._kept[name] = pixels
+            self._free_bytes -= pixels.nbytes
+        return pixels
 
 
 def _stem(key: str) -> str:
     return str(PurePosixPath(key).with_suffix(""))
-
-
-def _class_idx(item: SourceItem, class_names: Sequence[str]) -> int:
-    if not class_names:
-        return 0
-    if item.label not in class_names:
-        raise InputError(
-            f"{item.key}: class {item.label!r} is not among the classes to learn from, {', '.join(class_names)}"
-        )
-    return class_names.index(item.label)
-
-
-def class_names_of(items: Sequence[Any]) -> tuple[str, ...]:
-    """Sorted class names, or none when some sample has no label."""
-    names: Mapping[str | None, None] = dict.fromkeys(item.label for item in items)
-    return () if None in names else tuple(sorted(str(name) for name in names))

@@ -16,6 +16,7 @@ from dtpipe.manifests.errors import ConfigError
 ALL_LEVELS = "all"
 """Name of the candidate that concatenates every level."""
 BEST = "best"
+ACCURACY = "accuracy"
 HEAD = "head"
 """Level name of a network scored by its own output rather than by a classifier on a level."""
 

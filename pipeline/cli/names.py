@@ -99,7 +99,7 @@ def _codecs() -> Rows:
 
 
 def _tasks() -> Rows:
-    from dtpipe.pipeline.evaluate import TASKS
+    from dtpipe.distill.downstream.registry import TASKS
 
     return _texts(TASKS)
 

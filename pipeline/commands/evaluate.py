@@ -9,7 +9,7 @@ from dtpipe.pipeline.report.history import record_command
 
 FLAGS = (
     Flag("checkpoint", "eval.checkpoint", "CKPT"),
-    Flag("task", "eval.task", "probe|knn"),
+    Flag("task", "eval.task", "TASK"),
     Flag("--images", "eval.images", "URL"),
     Flag("--masks", "eval.masks", "URL"),
     Flag("--foreground", "eval.foreground"),
@@ -29,7 +29,7 @@ FLAGS = (
 )
 EXAMPLE = """
 dtpipe eval runs/r50 probe --images labelled/
-dtpipe eval runs/r50 probe --images scenes/images --masks scenes/semantic --foreground --labelled 5,20,80
+dtpipe eval runs/r50 readout --images scenes/images --masks scenes/semantic --foreground --labelled 5,20,80
 dtpipe eval runs/r50 knn --images labelled/ --against runs/other --seeds 5
 """
 

@@ -85,7 +85,7 @@ class _Demo:
         self._extract_and_distill(str(scenes / "images"), teacher, [])
         masks = ["--images", scenes / "images", "--masks", scenes / "semantic", "--test-images", held_out / "images"]
         masks += ["--test-masks", held_out / "semantic", "--foreground", "--labelled", ",".join(map(str, FEW))]
-        self._step("eval", self.run, "probe", *masks, "--seeds", 1, "--teacher", teacher)
+        self._step("eval", self.run, "readout", *masks, "--seeds", 1, "--teacher", teacher)
         self._report(teacher)
         return self._finish("readout")
 

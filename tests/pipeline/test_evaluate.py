@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dtpipe.distill.config import DistillConfig
-from dtpipe.distill.downstream.base import LabelledSet
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder
 from dtpipe.distill.student.student import StudentSpec, build_student, spec_to_dict
+from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate, overlap_notes
 from parts import paths
 from parts.images import png, write_files
+from parts.labelled import with_classes
 
 GOLDEN = paths.GOLDEN / "v1_zarr"
 
 
 def labelled(*keys: str) -> LabelledSet:
-    return LabelledSet(np.zeros((len(keys), 8, 8, 3), np.uint8), keys)
+    return with_classes(np.zeros((len(keys), 8, 8, 3), np.uint8), keys, [0] * len(keys))
 
 
 def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: Path) -> None:
@@ -32,11 +35,37 @@ def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: 
         None, None, None
     )
     config = EvalConfig(checkpoint=str(tmp_path), task="knn", images="photos")
-    notes = overlap_notes(config, labelled(*keys[:2], "unseen.png"))
+    train = labelled("labelled.png")
+    notes = overlap_notes(config, train, labelled(*keys[:2], "unseen.png"))
     assert len(notes) == 1
     assert notes[0].startswith("2 of the held-out images")
-    assert overlap_notes(config, labelled("unseen.png")) == []
-    assert overlap_notes(config.model_copy(update={"test_images": "others"}), labelled(*keys[:2])) == []
+    assert overlap_notes(config, train, labelled("unseen.png")) == []
+    assert overlap_notes(config.model_copy(update={"test_images": "others"}), train, labelled(*keys[:2])) == []
+
+
+def test_held_out_images_that_are_labelled_ones_under_another_key_are_counted() -> None:
+    train = replace(labelled("a.png", "b.png", "c.png"), digests=("1", "2", "3"))
+    test = replace(labelled("x.png", "y.png"), digests=("3", "4"))
+    config = EvalConfig(checkpoint="run", task="knn", images="photos", test_images="others")
+    assert overlap_notes(config, train, test) == [
+        "1 of the held-out images are also among those that labels are drawn from"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "masks", "sentence"),
+    [
+        ("knn", "masks", "task knn learns from classes; with --masks use readout"),
+        ("readout", None, "task readout learns from masks; give --masks, or with class folders use probe, knn"),
+        ("segmnt", None, "downstream task 'segmnt' is unknown; choose one of probe, knn, readout"),
+    ],
+)
+def test_a_task_that_does_not_fit_what_is_given_is_refused_before_anything_is_read(
+    task: str, masks: str | None, sentence: str
+) -> None:
+    config = EvalConfig(checkpoint="nowhere", task=task, images="nowhere", masks=masks)
+    with pytest.raises(ConfigError, match=sentence):
+        evaluate(config, print)
 
 
 @pytest.mark.parametrize(("name", "px"), [("test_vit", 32), ("eva02_tiny_patch14_224", 28)])
@@ -57,7 +86,7 @@ def test_a_plain_transformer_is_scored_on_its_one_level(name: str, px: int, tmp_
     for masks in (None, str(tmp_path / "masks")):
         config = EvalConfig(
             checkpoint=str(tmp_path),
-            task="probe",
+            task="readout" if masks else "probe",
             images=str(tmp_path / "images"),
             masks=masks,
             labelled=("all",),

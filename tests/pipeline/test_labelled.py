@@ -13,8 +13,10 @@ from PIL import Image
 from dtpipe.extract.sources.images import resize_image
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.schema import TransformRecipe
-from dtpipe.pipeline.labelled import LabelledReader, class_names_of, decode_mask, resize_mask, split_by_key
+from dtpipe.pipeline import labelled as labelled_module
+from dtpipe.pipeline.labelled import LabelledReader, decode_mask, resize_mask, split_by_key
 from parts.images import png, write_files
+from parts.labelled import all_images, all_masks
 
 
 @pytest.mark.parametrize("resize", ["center_crop", "stretch"])
@@ -67,13 +69,44 @@ def test_reader_names_bad_images_and_missing_masks(image_folder: Path, tmp_path:
     recipe = TransformRecipe(height=32, width=32)
     notes: list[str] = []
     reader = LabelledReader(str(image_folder), None, recipe)
-    names = class_names_of(reader.items)
-    labelled = reader.read(names, notes.append, range(len(reader.items)))
-    assert names == ("cat", "dog")
+    labelled = reader.select(range(len(reader.items)), notes.append)
+    assert labelled.classes.names == ("cat", "dog")
     assert len(labelled) == 8
-    assert [labelled.class_names[idx] for idx in labelled.labels] == [key.split("/")[0] for key in labelled.keys]
+    names = [labelled.classes.names[number] for number in labelled.read_classes()]
+    assert names == [key.split("/")[0] for key in labelled.keys]
     assert len(notes) == 1
     assert "cat/bad.png" in notes[0]
     masks = write_files(tmp_path / "masks", {"cat/001.png": png(np.ones((32, 32), np.uint8))})
     with pytest.raises(InputError, match="no mask for image"):
-        LabelledReader(str(image_folder), str(masks), recipe).read((), notes.append, range(9))
+        LabelledReader(str(image_folder), str(masks), recipe).select(range(9), notes.append)
+
+
+def test_what_is_beyond_the_memory_of_a_reader_is_read_again(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = TransformRecipe(height=32, width=32)
+    whole = all_images(LabelledReader(str(image_folder), None, recipe).select(range(8), print))
+    monkeypatch.setattr(labelled_module, "KEPT_BYTES", 3 * 32 * 32 * 3)
+    reader = LabelledReader(str(image_folder), None, recipe)
+    assert_array_equal(all_images(reader.select(range(8), print)), whole)
+    assert len(reader._kept) == 3
+
+
+def test_equal_pixels_have_equal_digests_whatever_their_keys(image_folder: Path) -> None:
+    (image_folder / "dog" / "copy.png").write_bytes((image_folder / "cat" / "001.png").read_bytes())
+    reader = LabelledReader(str(image_folder), None, TransformRecipe(height=32, width=32))
+    labelled = reader.select(range(9), print)
+    digests = dict(zip(labelled.keys, labelled.digests, strict=True))
+    assert digests["dog/copy.png"] == digests["cat/001.png"]
+    assert len(set(labelled.digests)) == 8
+
+
+def test_masks_say_how_many_classes_there_are_and_which_value_is_ignored(image_folder: Path, tmp_path: Path) -> None:
+    mask = png(np.repeat(np.array([[0, 3, 9, 255]], np.uint8), 4, axis=0))
+    keys = [str(path.relative_to(image_folder)) for path in image_folder.rglob("*.png")]
+    masks = write_files(tmp_path / "masks", dict.fromkeys(keys, mask))
+    recipe = TransformRecipe(resize="stretch", height=4, width=4)
+    for ignore, num_classes, row in ((255, 10, [0, 3, 9, -1]), (9, 256, [0, 3, -1, 255]), (None, 256, [0, 3, 9, 255])):
+        labelled = LabelledReader(str(image_folder), str(masks), recipe, ignore).select(range(2), print)
+        assert len(labelled.classes) == num_classes
+        assert all_masks(labelled)[1].tolist() == [row] * 4

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtpipe.distill.downstream.base import Draw, FeatureExtractor, LabelledSet, count_classes, need_labels
+from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.extractors import FeatureExtractor
 from dtpipe.distill.downstream.frozen.probe import pooled_levels, pooled_rows
-from dtpipe.distill.downstream.result import Score, mark_best
+from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes
+from dtpipe.distill.downstream.result import ACCURACY, Score, mark_best
+from dtpipe.manifests.labels import Class
 
 QUERY_ROWS = 4096  # queries whose similarities to all labelled images are held at once
 
@@ -49,7 +52,7 @@ def knn_votes(
 
 
 def neighbours(num_labelled: int, num_classes: int, k: int) -> int:
-    """How many vote: `k`, but with few labels no more than there are images per class, so that no class is outvoted by count."""
+    """How many vote: `k`, but with few labels as many as there are images per class, so that none is outvoted by count."""
     return max(1, min(k, num_labelled // num_classes))
 
 
@@ -57,18 +60,17 @@ def knn_probe(
     extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
 ) -> list[Score]:
     """Held-out accuracy of every level in every draw, the best level of each draw marked."""
-    train_labels, test_labels = need_labels(train), need_labels(test)
-    num_classes = count_classes(train_labels, test_labels)
-    held_out = pooled_levels(extractor, test.images, config.batch_size, concatenated=False)
-    truth = torch.from_numpy(test_labels.astype(np.int64))
+    num_classes, classes = count_classes(train, test), train.read_classes()
+    held_out = pooled_levels(extractor, test, config.batch_size, concatenated=False)
+    truth = torch.from_numpy(test.read_classes())
     used, pooled = pooled_rows(extractor, train, draws, config.batch_size, concatenated=False)
     scores = []
     for draw in draws:
-        k = neighbours(len(draw.rows), len(np.unique(train_labels[draw.rows])), config.k)
+        k = neighbours(len(draw.rows), len(np.unique(classes[draw.rows])), config.k)
         candidates = []
         for level, features in pooled.items():
             own = features[torch.from_numpy(np.searchsorted(used, draw.rows)).to(features.device)]
-            labels = torch.from_numpy(train_labels[draw.rows].astype(np.int64)).to(own.device)
+            labels = torch.from_numpy(classes[draw.rows]).to(own.device)
             votes = knn_votes(held_out[level], own, labels, num_classes, k, config.temperature)
             value = float((votes.argmax(dim=1).cpu() == truth).double().mean())
             selection = _leave_one_out(own, labels, num_classes, k, config.temperature)
@@ -86,3 +88,12 @@ def _leave_one_out(features: Tensor, labels: Tensor, num_classes: int, k: int, t
     k = min(k, len(features) - 1)
     votes = knn_votes(features, features, labels, num_classes, k, temperature, leave_one_out=True)
     return float((votes.argmax(dim=1) == labels).double().mean())
+
+
+TASK = Task(
+    "knn",
+    "weighted nearest neighbours by cosine of pooled features; accuracy",
+    Class,
+    metric=lambda _num_classes: ACCURACY,
+    score=knn_probe,
+)

@@ -15,24 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dtpipe.distill.downstream.base import (
-    Draw,
-    FeatureExtractor,
-    Images,
-    IntArray,
-    LabelledSet,
-    batches,
-    count_classes,
-    need_labels,
-)
+from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.extractors import FeatureExtractor, row_batches
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
-from dtpipe.distill.downstream.result import ALL_LEVELS, Score, mark_best
+from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes
+from dtpipe.distill.downstream.result import ACCURACY, ALL_LEVELS, Score, mark_best
+from dtpipe.manifests.labels import Class
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the labelled images chose: a classifier, its regularisation, and its score across folds (None: too few images)."""
+    """What the labelled images chose: a classifier, its regularisation, its score across folds (None: too few images)."""
 
     classifier: LinearClassifier
     l2: float
@@ -40,12 +34,15 @@ class Choice:
 
 
 def pooled_levels(
-    extractor: FeatureExtractor, images: Images, batch_size: int, concatenated: bool = True
+    extractor: FeatureExtractor, labelled: LabelledSet, batch_size: int, concatenated: bool = True
 ) -> dict[str, Tensor]:
-    """One vector per image and level, and all levels side by side. Shapes: -> {level: (N, D)} on the extractor's device."""
+    """One vector per image and level, and all levels side by side.
+
+    Shapes: -> {level: (N, D)} on the extractor's device.
+    """
     parts: dict[str, list[Tensor]] = {}
-    for _, levels in batches(extractor, images, batch_size):
-        for name, level in levels.items():
+    for rows in row_batches(labelled, batch_size):
+        for name, level in extractor(labelled.read_images(rows)).items():
             parts.setdefault(name, []).append(level.mean(dim=(2, 3)) if extractor.pool == "mean" else level.flatten(1))
     pooled = {name: torch.cat(part) for name, part in parts.items()}
     if concatenated and len(pooled) > 1:
@@ -53,7 +50,7 @@ def pooled_levels(
     return pooled
 
 
-def stratified_folds(labels: IntArray, num_folds: int) -> npt.NDArray[np.int64] | None:
+def stratified_folds(labels: npt.NDArray[np.int64], num_folds: int) -> npt.NDArray[np.int64] | None:
     """The fold of each labelled image, classes spread evenly; None when most classes have a single image."""
     classes, counts = np.unique(labels, return_counts=True)
     num_folds = min(num_folds, int(np.median(counts)))
@@ -91,15 +88,13 @@ def choose_linear(
 def linear_probe(
     extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
 ) -> list[Score]:
-    """Held-out accuracy of every level in every draw, the best level of each draw marked. Chance: the largest class's share."""
-    train_labels, test_labels = need_labels(train), need_labels(test)
-    num_classes = count_classes(train_labels, test_labels)
-    held_out = pooled_levels(extractor, test.images, config.batch_size)
-    truth = torch.from_numpy(test_labels.astype(np.int64))
+    """Held-out accuracy of every level in every draw, the best of each draw marked. Chance: the largest class's share."""
+    num_classes, classes = count_classes(train, test), train.read_classes()
+    held_out, truth = pooled_levels(extractor, test, config.batch_size), torch.from_numpy(test.read_classes())
     used, pooled = pooled_rows(extractor, train, draws, config.batch_size)
     scores = []
     for draw in draws:
-        labels = train_labels[draw.rows].astype(np.int64)
+        labels = classes[draw.rows]
         folds = stratified_folds(labels, config.folds)
         candidates = []
         for level, features in pooled.items():
@@ -117,6 +112,15 @@ def linear_probe(
 def pooled_rows(
     extractor: FeatureExtractor, train: LabelledSet, draws: Sequence[Draw], batch_size: int, concatenated: bool = True
 ) -> tuple[npt.NDArray[np.int64], dict[str, Tensor]]:
-    """Pooled features of the rows that any draw uses, computed once: those rows in ascending order, and {level: (rows, D)}."""
+    """Pooled features of the rows that any draw uses, computed once: those rows in ascending order, {level: (rows, D)}."""
     used = np.unique(np.concatenate([draw.rows for draw in draws]))
-    return used, pooled_levels(extractor, train.images[used], batch_size, concatenated)
+    return used, pooled_levels(extractor, train.subset(used), batch_size, concatenated)
+
+
+TASK = Task(
+    "probe",
+    "linear classifier on the pooled features of each level; accuracy",
+    Class,
+    metric=lambda _num_classes: ACCURACY,
+    score=linear_probe,
+)

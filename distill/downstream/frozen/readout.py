@@ -6,20 +6,23 @@ held-out images pass once, batch by batch, through all classifiers, so memory do
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtpipe.distill.downstream.base import IGNORE, Draw, FeatureExtractor, IntArray, LabelledSet, batches, need_masks
+from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.extractors import FeatureExtractor, row_batches
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
+from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet, count_classes
 from dtpipe.distill.downstream.result import ALL_LEVELS, Score, mark_best
-from dtpipe.manifests.errors import ConfigError, ShapeError
+from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.labels import Mask
 
 FOREGROUND_IOU = "foreground IoU"
 MEAN_IOU = "mIoU"
@@ -42,19 +45,14 @@ def masks_at_stride(masks: Tensor, stride: int, num_classes: int) -> Tensor:
     return torch.tensor(values, device=masks.device)[shares.argmax(dim=0)]
 
 
-def cells_of(masks: IntArray, stride: int, num_classes: int, batch_size: int = 256) -> Tensor:
-    """`masks_at_stride` of numpy masks, a few at a time. Shapes: (N, H, W) -> (N, H/stride, W/stride) int64."""
-    chunks = [masks[start : start + batch_size] for start in range(0, len(masks), batch_size)]
-    return torch.cat(
-        [masks_at_stride(torch.from_numpy(chunk.astype(np.int64)), stride, num_classes) for chunk in chunks]
-    )
-
-
-def at_grid(level: Tensor, grid: tuple[int, int]) -> Tensor:
+def at_grid(level: Tensor, grid: Sequence[int]) -> Tensor:
     """A level on the read-out's grid: bilinear where it is coarser, area average where it is finer.
 
-    Linear in the channels, so a per-cell classifier may be applied before or after. Shapes: (B, C, h, w) -> (B, C, *grid).
+    Linear in the channels, so a per-cell classifier may be applied before or after.
+
+    Shapes: (B, C, h, w) -> (B, C, *grid).
     """
+    grid = (grid[0], grid[1])
     if tuple(level.shape[-2:]) == grid:
         return level
     if level.shape[-2] > grid[0]:
@@ -96,26 +94,38 @@ def draw_cells(
     extractor: FeatureExtractor, labelled: LabelledSet, num_classes: int, seed: int, config: ProbeConfig
 ) -> Cells:
     """Up to `max_cells` cells, equally many random ones of every labelled image; ignored cells are dropped."""
-    masks = need_masks(labelled)
-    grid = (masks.shape[1] // config.stride, masks.shape[2] // config.stride)
-    quota = max(1, min(grid[0] * grid[1], config.max_cells // len(labelled)))
+    quota = max(1, config.max_cells // len(labelled))
     generator = torch.Generator().manual_seed(seed)
     features: dict[str, list[Tensor]] = {}
     places: list[Tensor] = []  # per image (3, cells): target, image, turn
-    for rows, levels in batches(extractor, labelled.images, config.batch_size):
-        for offset, target in enumerate(cells_of(masks[rows], config.stride, num_classes).flatten(1)):
+    for rows, levels, truth in _with_cells(extractor, labelled, num_classes, config):
+        for offset, target in enumerate(truth.flatten(1)):
             cells = torch.randperm(len(target), generator=generator)[:quota]
             keep = target[cells] != IGNORE
             for name, level in levels.items():
-                features.setdefault(name, []).append(_at_cells(level[offset], grid, cells[keep]))
-            image = torch.full_like(cells, rows.start + offset)
+                features.setdefault(name, []).append(_at_cells(level[offset], truth.shape[1:], cells[keep]))
+            image = torch.full_like(cells, rows[offset])
             places.append(torch.stack([target[cells], image, torch.arange(len(cells))])[:, keep])
     joined = {name: torch.cat(parts) for name, parts in features.items()}
     targets, image_idx, turn = torch.cat(places, dim=1).to(next(iter(joined.values())).device)
     return Cells(joined, targets, image_idx, turn)
 
 
-def _at_cells(level: Tensor, grid: tuple[int, int], cells: Tensor) -> Tensor:
+def _with_cells(
+    extractor: FeatureExtractor, labelled: LabelledSet, num_classes: int, config: ProbeConfig
+) -> Iterator[tuple[range, dict[str, Tensor], Tensor]]:
+    """Batches of a set: its rows, their levels, and the class of each cell, (B, H/stride, W/stride) on the CPU."""
+    for rows in row_batches(labelled, config.batch_size):
+        images, masks = labelled.read_images(rows), labelled.read_masks(rows)
+        if images.shape[1:3] != masks.shape[1:]:
+            raise ShapeError(
+                f"masks are {tuple(masks.shape[1:])}, images {tuple(images.shape[1:3])}; "
+                "masks must have the images' height and width"
+            )
+        yield rows, extractor(images), masks_at_stride(masks, config.stride, num_classes)
+
+
+def _at_cells(level: Tensor, grid: Sequence[int], cells: Tensor) -> Tensor:
     """Features of some cells of one image. Shapes: level (C, h, w), cells (n,) -> (n, C)."""
     return at_grid(level[None], grid)[0].flatten(1)[:, cells.to(level.device)].T
 
@@ -127,8 +137,11 @@ class Readout:
     weights: Mapping[str, Tensor]
     bias: Tensor
 
-    def predict(self, levels: Mapping[str, Tensor], grid: tuple[int, int]) -> Tensor:
-        """Most likely class of each cell; logits are formed at each level's own size. Shapes: {level: (B, C, h, w)} -> (B, *grid)."""
+    def predict(self, levels: Mapping[str, Tensor], grid: Sequence[int]) -> Tensor:
+        """Most likely class of each cell; logits are formed at each level's own size.
+
+        Shapes: {level: (B, C, h, w)} -> (B, *grid).
+        """
         parts = [
             at_grid(torch.einsum("kc,bchw->bkhw", weight, levels[name]), grid) for name, weight in self.weights.items()
         ]
@@ -156,15 +169,8 @@ def fit_readouts(cells: Cells, draw: Draw, num_classes: int, config: ProbeConfig
         features = torch.cat([cells.features[name] for name in names], dim=1)
         l2, selection = _choose_l2(features, cells, len(draw.rows), num_classes, config)
         classifier = fit_path(features, cells.targets, num_classes, [l2], config.max_iter)[l2]
-        fitted.append(
-            Fitted(
-                draw,
-                candidate,
-                _split(classifier, {name: cells.features[name].shape[1] for name in names}),
-                l2,
-                selection,
-            )
-        )
+        readout = _split(classifier, {name: cells.features[name].shape[1] for name in names})
+        fitted.append(Fitted(draw, candidate, readout, l2, selection))
     return fitted
 
 
@@ -186,9 +192,8 @@ def _choose_l2(
     }
     for fold in range(num_folds):
         held = fold_of == fold
-        for l2, classifier in fit_path(
-            features[~held], targets[~held], num_classes, config.l2_grid, config.max_iter
-        ).items():
+        path = fit_path(features[~held], targets[~held], num_classes, config.l2_grid, config.max_iter)
+        for l2, classifier in path.items():
             confusions[l2] += confusion_matrix(targets[held], classifier.predict(features[held]), num_classes)
     scores = {l2: iou_score(confusion) for l2, confusion in confusions.items()}
     best = max(scores, key=scores.__getitem__)
@@ -199,16 +204,15 @@ def dense_readout(
     extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
 ) -> list[Score]:
     """Held-out IoU of every level in every draw, the best level of each draw marked."""
-    num_classes = count_mask_classes(need_masks(train), need_masks(test))
+    num_classes = count_classes(train, test)
     fitted = []
     for draw in draws:
         cells = draw_cells(extractor, train.subset(draw.rows), num_classes, draw.seed, config)
         fitted.append(fit_readouts(cells, draw, num_classes, config))
-    confusions = _held_out(extractor, test, [one for group in fitted for one in group], num_classes, config)
+    confusions = iter(_held_out(extractor, test, list(chain(*fitted)), num_classes, config))
     scores = []
-    for group in fitted:
-        own, confusions = confusions[: len(group)], confusions[len(group) :]
-        scores += mark_best([_score(extractor.name, one, confusion) for one, confusion in zip(group, own, strict=True)])
+    for candidates in fitted:
+        scores += mark_best([_score(extractor.name, candidate, next(confusions)) for candidate in candidates])
     return scores
 
 
@@ -225,20 +229,18 @@ def _held_out(
     extractor: FeatureExtractor, test: LabelledSet, fitted: Sequence[Fitted], num_classes: int, config: ProbeConfig
 ) -> list[Tensor]:
     """The confusion matrix of each read-out over all held-out images, in one pass."""
-    masks = need_masks(test)
-    grid = (masks.shape[1] // config.stride, masks.shape[2] // config.stride)
     confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in fitted]
-    for rows, levels in batches(extractor, test.images, config.batch_size):
-        device = next(iter(levels.values())).device
-        truth = cells_of(masks[rows], config.stride, num_classes).to(device)
-        for confusion, one in zip(confusions, fitted, strict=True):
-            confusion += confusion_matrix(truth, one.readout.predict(levels, grid), num_classes)
+    for _, levels, truth in _with_cells(extractor, test, num_classes, config):
+        truth = truth.to(next(iter(levels.values())).device)
+        for confusion, candidate in zip(confusions, fitted, strict=True):
+            confusion += confusion_matrix(truth, candidate.readout.predict(levels, truth.shape[1:]), num_classes)
     return confusions
 
 
-def count_mask_classes(*masks: IntArray) -> int:
-    """Classes of the masks, background included, 255 left out. Raises: ConfigError when there is background only."""
-    largest = max(int(part[part != IGNORE].max(initial=0)) for part in masks)
-    if largest == 0:
-        raise ConfigError("the masks hold background only; a dense read-out needs a second class")
-    return largest + 1
+TASK = Task(
+    "readout",
+    "linear classifier per cell on the levels; foreground IoU, or mIoU of several classes",
+    Mask,
+    metric=lambda num_classes: FOREGROUND_IOU if num_classes == 2 else MEAN_IOU,
+    score=dense_readout,
+)

@@ -14,25 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtpipe.distill.downstream.base import (
-    IGNORE,
-    FeatureExtractor,
-    Images,
-    LabelledSet,
-    check_apart,
-    count_classes,
-    need_labels,
-    need_masks,
-    random_student,
-    student_extractor,
-)
-from dtpipe.distill.downstream.compare import find_task, make_draws, metric_of
+from dtpipe.distill.downstream.compare import make_draws, metric_of
 from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
-from dtpipe.distill.downstream.frozen.readout import at_grid, cells_of, confusion_matrix, count_mask_classes, iou_score
+from dtpipe.distill.downstream.extractors import FeatureExtractor, random_student, row_batches, student_extractor
+from dtpipe.distill.downstream.frozen.readout import at_grid, confusion_matrix, iou_score, masks_at_stride
+from dtpipe.distill.downstream.labelled import IGNORE, LabelledSet, Rows, check_apart, count_classes
+from dtpipe.distill.downstream.registry import find_task
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.distill.engine.optim import learning_rate, set_learning_rate
 from dtpipe.distill.stream.batch import flip_where, student_images
 from dtpipe.distill.student.student import Student, StudentSpec
+from dtpipe.manifests.labels import Mask
 
 SUPERVISED = "supervised"
 
@@ -73,47 +65,49 @@ class Supervised:
         """The backbone without its head."""
         return student_extractor(self.net.student, next(self.net.parameters()).device, SUPERVISED)
 
-    def predict(self, images: Images, batch_size: int = 64) -> Tensor:
-        """Most likely classes on the CPU. Shapes: (N, H, W, 3) uint8 -> (N,), or (N, h, w) for masks."""
+    def score(self, labelled: LabelledSet, num_classes: int, batch_size: int = 64) -> float:
+        """Accuracy, or IoU of cells."""
         self.net.eval()
         device = next(self.net.parameters()).device
+        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         with torch.no_grad():
-            starts = range(0, len(images), batch_size)
-            parts = [
-                self.net(_batch(images, slice(start, start + batch_size), device)).argmax(dim=1).cpu()
-                for start in starts
-            ]
-        return torch.cat(parts)
+            for rows in row_batches(labelled, batch_size):
+                predicted = self.net(labelled.read_images(rows).to(device)).argmax(dim=1).cpu()
+                truth = read_targets(labelled, rows, num_classes, self.net.stride)
+                confusion += confusion_matrix(truth, predicted, num_classes)
+        if self.net.stride is not None:
+            return iou_score(confusion)
+        return int(confusion.diagonal().sum()) / int(confusion.sum())
 
 
-def _batch(images: Images, rows: slice | np.ndarray[tuple[int], np.dtype[np.int64]], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images[rows])).to(device)
+def read_targets(labelled: LabelledSet, rows: Rows, num_classes: int, stride: int | None) -> Tensor:
+    """What a head of `stride` learns from some images: their classes (n,), or of masks the class of each cell (n, h, w)."""
+    if stride is None:
+        return torch.from_numpy(labelled.read_classes(rows))
+    return masks_at_stride(labelled.read_masks(rows), stride, num_classes)
 
 
 def train_supervised(
     spec: StudentSpec,
-    targets: Tensor,
-    images: Images,
+    labelled: LabelledSet,
     num_classes: int,
     config: SupervisedConfig,
     seed: int,
     stride: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Supervised:
-    """Train a student and a head from random weights on labelled images, for `config.steps` steps of AdamW.
-
-    Shapes: images (n, H, W, 3) uint8; targets (n,) int64 classes, or (n, H/stride, W/stride) int64 cells with 255 ignored.
-    """
+    """Train a student and a head from random weights on labelled images, for `config.steps` steps of AdamW."""
     device = torch.device(device)
     net = SupervisedNet(random_student(spec, seed), num_classes, stride).to(device).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     generator = np.random.Generator(np.random.Philox(seed))
     loss = torch.zeros(())
-    for step, rows in enumerate(_steps(len(images), config, generator)):
+    for step, rows in enumerate(_steps(len(labelled), config, generator)):
         set_learning_rate(
             optimizer, learning_rate(step, config.steps, round(config.warmup_share * config.steps), config.lr)
         )
-        batch, target = _batch(images, rows, device), targets[torch.from_numpy(rows)].to(device)
+        batch = labelled.read_images(rows).to(device)
+        target = read_targets(labelled, rows, num_classes, stride).to(device)
         if config.flip:
             batch, target = _flip(batch, target, torch.from_numpy(generator.random(len(rows)) < 0.5).to(device))
         optimizer.zero_grad()
@@ -158,35 +152,16 @@ def run_supervised(
 
     Each seed and number of labels is a training of its own. Raises: ConfigError as `run_probe` does.
     """
-    found, probe = find_task(task), probe or ProbeConfig()
+    entry, probe = find_task(task), probe or ProbeConfig()
     check_apart(train, test)
-    metric = metric_of(found, train, test)
-    stride = probe.stride if found.needs == "masks" else None
+    metric, num_classes = metric_of(entry, train, test), count_classes(train, test)
+    stride = probe.stride if entry.target is Mask else None
     scores = []
-    for draw in make_draws(found, train, num_labelled, seeds):
+    for draw in make_draws(train, num_labelled, seeds):
         if on_progress is not None:
             on_progress(f"{task}: {SUPERVISED}, {len(draw.rows)} labelled, seed {draw.seed}")
-        own = train.subset(draw.rows)
-        num_classes, targets, truth = _targets(own, train, test, stride)
-        trained = train_supervised(spec, targets, own.images, num_classes, config, draw.seed, stride, device)
-        value = _value(truth, trained.predict(test.images, probe.batch_size), num_classes, stride)
+        trained = train_supervised(spec, train.subset(draw.rows), num_classes, config, draw.seed, stride, device)
+        value = trained.score(test, num_classes, probe.batch_size)
         settings = {"steps": config.steps, "lr": config.lr, "final_loss": trained.final_loss}
         scores.append(Score(SUPERVISED, HEAD, len(draw.rows), draw.seed, value, best=True, settings=settings))
     return ProbeResult(task, metric, len(test), tuple(scores))
-
-
-def _targets(own: LabelledSet, train: LabelledSet, test: LabelledSet, stride: int | None) -> tuple[int, Tensor, Tensor]:
-    """Number of classes, what to learn from the drawn images, and the held-out truth in the same form."""
-    if stride is None:
-        num_classes = count_classes(need_labels(train), need_labels(test))
-        own_labels, truth = (torch.from_numpy(need_labels(part).astype(np.int64)) for part in (own, test))
-        return num_classes, own_labels, truth
-    num_classes = count_mask_classes(need_masks(train), need_masks(test))
-    cells = [cells_of(need_masks(part), stride, num_classes) for part in (own, test)]
-    return num_classes, cells[0], cells[1]
-
-
-def _value(truth: Tensor, predicted: Tensor, num_classes: int, stride: int | None) -> float:
-    if stride is None:
-        return float((truth == predicted).double().mean())
-    return iou_score(confusion_matrix(truth, predicted, num_classes))

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.distill.downstream.base import FeatureExtractor, LabelledSet, PerSeed, raw_pixels
 from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.extractors import FeatureExtractor, PerSeed, raw_pixels
+from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.result import ProbeResult, Score, mark_best
 from dtpipe.manifests.errors import ConfigError
+from parts.labelled import with_classes
 
 
 def score(level: str, seed: int, value: float, selection: float | None, best: bool = False) -> Score:
@@ -54,7 +56,7 @@ def test_merge_refuses_other_tasks() -> None:
 def labelled(num: int, prefix: str) -> LabelledSet:
     rng = np.random.default_rng(num)
     images = rng.integers(0, 256, (num, 8, 8, 3), dtype=np.uint8)
-    return LabelledSet(images, tuple(f"{prefix}{idx}" for idx in range(num)), labels=np.arange(num) % 2)
+    return with_classes(images, [f"{prefix}{idx}" for idx in range(num)], np.arange(num) % 2)
 
 
 def test_comparison_scores_every_extractor_size_and_seed_and_is_json() -> None:
@@ -89,7 +91,7 @@ def test_comparison_scores_every_extractor_size_and_seed_and_is_json() -> None:
 
 def test_impossible_comparisons_are_refused() -> None:
     train, test = labelled(20, "a"), labelled(10, "b")
-    with pytest.raises(ConfigError, match=r"unknown; choose one of \['knn', 'probe', 'readout'\]"):
+    with pytest.raises(ConfigError, match=r"unknown; choose one of probe, knn, readout"):
         run_probe("segment", [raw_pixels()], train, test, [4], [0])
     with pytest.raises(ConfigError, match="needs masks"):
         run_probe("readout", [raw_pixels()], train, test, [4], [0])

@@ -16,6 +16,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from parts.extractions import Extract, MakeConfig
 from parts.images import write_files
+from parts.labelled import all_images
 from parts.packing import contents, folder_files, labels, write_lmdb, write_parquet, write_tar, write_zip
 
 Pack = Callable[[Path, dict[str, bytes]], Path]
@@ -168,16 +169,15 @@ def test_labels_follow_images_into_containers(packed: tuple[str, Path], files: d
 
 def test_eval_reads_labelled_images_from_a_zip(image_folder: Path, tmp_path: Path) -> None:
     from dtpipe.manifests.schema import TransformRecipe
-    from dtpipe.pipeline.labelled import LabelledReader, class_names_of
+    from dtpipe.pipeline.labelled import LabelledReader
 
     path = write_zip(tmp_path / "a.zip", folder_files(image_folder))
     recipe = TransformRecipe(resize="stretch", height=16, width=16)
     sets = []
     for images in (image_folder, path):
         reader = LabelledReader(str(images), None, recipe)
-        names = class_names_of(reader.items)
-        assert names == ("cat", "dog")
-        sets.append(reader.read(names, print, range(len(reader.items))))
+        sets.append(reader.select(range(len(reader.items)), print))
+        assert sets[-1].classes.names == ("cat", "dog")
     assert sets[0].keys == sets[1].keys
-    np.testing.assert_array_equal(sets[0].images, sets[1].images)
-    np.testing.assert_array_equal(sets[0].labels, sets[1].labels)
+    np.testing.assert_array_equal(*map(all_images, sets))
+    np.testing.assert_array_equal(sets[0].read_classes(), sets[1].read_classes())

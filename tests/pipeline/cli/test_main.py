@@ -83,7 +83,7 @@ def test_unknown_command_is_one_line_with_a_near_match() -> None:
         (["inspect", "nowhere"], 3, ["nowhere"]),
         (["inspect", "nowhere", "--sample", "a"], 2, ["--sample and --png go together"]),
         (["eval", "nowhere", "probe", "--images", "IMAGES"], 3, ["nowhere"]),
-        (["eval", "nowhere", "guess", "--images", "IMAGES"], 2, ["'guess'", "'probe' or 'knn'"]),
+        (["eval", "nowhere", "guess", "--images", "IMAGES"], 2, ["'guess'", "choose one of probe, knn, readout"]),
         (["export", "nowhere", "--out", "OUT"], 3, ["nowhere"]),
         (["report", "nowhere"], 3, ["nowhere", "no run"]),
         (["train-teacher", "--images", "nowhere", "--out", "OUT"], 3, ["nowhere"]),

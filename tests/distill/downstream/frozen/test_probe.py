@@ -9,11 +9,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from dtpipe.distill.downstream.base import Draw, FeatureExtractor, LabelledSet
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.extractors import FeatureExtractor
 from dtpipe.distill.downstream.frozen.knn import knn_votes, neighbours
 from dtpipe.distill.downstream.frozen.probe import linear_probe, pooled_levels, stratified_folds
+from dtpipe.distill.downstream.labelled import Draw, LabelledSet
+from parts.labelled import all_images, with_classes
 
 
 def colour_set(num: int, seed: int, num_classes: int = 3) -> LabelledSet:
@@ -23,9 +25,7 @@ def colour_set(num: int, seed: int, num_classes: int = 3) -> LabelledSet:
     colours = rng.normal(128, 30, (num, 3))
     colours[:, 0] = 60 + 60 * labels + rng.normal(0, 18, num)
     pixels = colours[:, None, None] + rng.normal(0, 20, (num, 8, 8, 3))
-    return LabelledSet(
-        pixels.clip(0, 255).astype(np.uint8), tuple(f"{seed}/{idx}" for idx in range(num)), labels=labels
-    )
+    return with_classes(pixels.clip(0, 255).astype(np.uint8), [f"{seed}/{idx}" for idx in range(num)], labels)
 
 
 def _encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -40,12 +40,14 @@ def test_probe_equals_scikit_learn_on_the_same_features() -> None:
     train, test = colour_set(90, 0), colour_set(200, 1)
     config = ProbeConfig(l2_grid=(1e-2,), max_iter=300)
     scores = linear_probe(COLOURS, train, test, [Draw(0, np.arange(90))], config)
-    features = [pooled.astype(np.float64) for pooled in (part.images.mean(axis=(1, 2)) / 255 for part in (train, test))]
+    features = [
+        pooled.astype(np.float64) for pooled in (all_images(part).mean(axis=(1, 2)) / 255 for part in (train, test))
+    ]
     scaler = StandardScaler().fit(features[0])
     reference = LogisticRegression(C=1 / (1e-2 * 90), tol=1e-9, max_iter=5000).fit(
-        scaler.transform(features[0]), train.labels
+        scaler.transform(features[0]), train.read_classes()
     )
-    accuracy = reference.score(scaler.transform(features[1]), test.labels)
+    accuracy = reference.score(scaler.transform(features[1]), test.read_classes())
     assert 0.6 < accuracy < 0.99
     by_level = {score.level: score for score in scores}
     assert by_level["l3"].value == pytest.approx(accuracy, abs=1.01 / 200)  # one image may lie on the boundary
@@ -55,7 +57,7 @@ def test_probe_equals_scikit_learn_on_the_same_features() -> None:
 
 def test_choices_do_not_look_at_the_held_out_images() -> None:
     train, test = colour_set(30, 0), colour_set(60, 1)
-    scrambled = LabelledSet(test.images, test.keys, labels=test.labels[::-1].copy())
+    scrambled = with_classes(all_images(test), test.keys, test.read_classes()[::-1])
     for task in ("probe", "knn"):
         first, second = (
             run_probe(task, [COLOURS], train, part, [12, None], [0, 1]).scores for part in (test, scrambled)
@@ -120,9 +122,10 @@ def test_one_image_per_class_falls_back_and_says_so() -> None:
 
 
 def test_flattened_and_mean_pooling() -> None:
-    images = colour_set(4, 0).images
-    mean = pooled_levels(COLOURS, images, 3)
-    flat = pooled_levels(FeatureExtractor("flat", _encode, pool="flatten"), images, 3)
+    labelled = colour_set(4, 0)
+    images = all_images(labelled)
+    mean = pooled_levels(COLOURS, labelled, 3)
+    flat = pooled_levels(FeatureExtractor("flat", _encode, pool="flatten"), labelled, 3)
     assert {name: tuple(level.shape) for name, level in mean.items()} == {"l2": (4, 2), "l3": (4, 3), "all": (4, 5)}
     np.testing.assert_allclose(mean["l3"].numpy(), images.mean(axis=(1, 2)) / 255, atol=1e-6)
     np.testing.assert_allclose(

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from dtpipe.distill.downstream.base import IGNORE, Draw, FeatureExtractor, LabelledSet
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.extractors import FeatureExtractor
 from dtpipe.distill.downstream.frozen.readout import (
     Readout,
     at_grid,
-    cells_of,
     confusion_matrix,
     dense_readout,
     draw_cells,
@@ -23,7 +22,9 @@ from dtpipe.distill.downstream.frozen.readout import (
     iou_score,
     masks_at_stride,
 )
+from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet
 from dtpipe.manifests.errors import ConfigError, ShapeError
+from parts.labelled import all_images, all_masks, with_masks
 
 
 def square_set(num: int, seed: int, num_classes: int = 2, px: int = 32) -> LabelledSet:
@@ -36,7 +37,7 @@ def square_set(num: int, seed: int, num_classes: int = 2, px: int = 32) -> Label
         value = 1 + idx % (num_classes - 1)
         masks[idx, top : top + 12, left : left + 12] = value
         pixels[idx, top : top + 12, left : left + 12, value - 1] += 25
-    return LabelledSet(pixels.clip(0, 255).astype(np.uint8), tuple(f"{seed}/{idx}" for idx in range(num)), masks=masks)
+    return with_masks(pixels.clip(0, 255).astype(np.uint8), [f"{seed}/{idx}" for idx in range(num)], masks)
 
 
 def _encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -51,7 +52,6 @@ def test_cells_take_the_majority_and_ignored_pixels() -> None:
     mask = torch.tensor([[[0, 0, 2, 2], [1, 0, 2, 1], [IGNORE, IGNORE, 1, 1], [IGNORE, 1, 0, 0]]])
     expected = torch.tensor([[[0, 2], [IGNORE, 0]]])  # the tie of 0 and 1 goes to 0
     assert torch.equal(masks_at_stride(mask, 2, 3), expected)
-    assert torch.equal(cells_of(mask.numpy().repeat(5, axis=0), 2, 3, batch_size=2), expected.repeat(5, 1, 1))
     with pytest.raises(ShapeError, match="stride 3 does not divide"):
         masks_at_stride(mask, 3, 3)
 
@@ -98,7 +98,7 @@ def test_drawn_cells_match_whole_levels_and_stay_within_the_limit() -> None:
     labelled = square_set(6, 0)
     whole = draw_cells(PYRAMID, labelled, 2, 0, ProbeConfig(batch_size=4))
     assert len(whole.targets) == 6 * 64
-    levels = PYRAMID(torch.from_numpy(labelled.images))
+    levels = PYRAMID(torch.from_numpy(all_images(labelled)))
     for name in ("l1", "l3"):
         expected = at_grid(levels[name], (8, 8)).flatten(2).permute(0, 2, 1).reshape(-1, 3)
         torch.testing.assert_close(whole.features[name].sort(dim=0).values, expected.sort(dim=0).values)
@@ -116,10 +116,10 @@ def test_readout_equals_scikit_learn_on_whole_features(num_classes: int) -> None
     scores = dense_readout(PYRAMID, train, test, [Draw(0, np.arange(10))], ProbeConfig(l2_grid=(1e-3,), max_iter=300))
     features, targets = [], []
     for part in (train, test):
-        levels = PYRAMID(torch.from_numpy(part.images))
+        levels = PYRAMID(torch.from_numpy(all_images(part)))
         stacked = torch.cat([at_grid(level, (8, 8)) for level in levels.values()], dim=1)
         features.append(stacked.permute(0, 2, 3, 1).reshape(-1, 9).double().numpy())
-        targets.append(masks_at_stride(torch.from_numpy(part.masks.astype(np.int64)), 4, num_classes).flatten().numpy())
+        targets.append(masks_at_stride(torch.from_numpy(all_masks(part)), 4, num_classes).flatten().numpy())
     scaler = StandardScaler().fit(features[0])
     penalty = 1e-3 * len(targets[0]) * (0.5 if num_classes == 2 else 1)
     reference = LogisticRegression(C=1 / penalty, tol=1e-9, max_iter=5000).fit(
@@ -138,7 +138,7 @@ def test_readout_equals_scikit_learn_on_whole_features(num_classes: int) -> None
 
 def test_choices_come_from_the_labelled_images_alone() -> None:
     train, test = square_set(12, 0), square_set(8, 1)
-    inverted = LabelledSet(test.images, test.keys, masks=1 - test.masks)
+    inverted = with_masks(all_images(test), test.keys, 1 - all_masks(test))
     first, second = (run_probe("readout", [PYRAMID], train, part, [4, 12], [0, 1]).scores for part in (test, inverted))
     assert [(s.level, s.best, s.selection, s.settings["l2"]) for s in first] == [
         (s.level, s.best, s.selection, s.settings["l2"]) for s in second
@@ -152,8 +152,27 @@ def test_run_is_equal_every_time() -> None:
 
 
 def test_masks_of_background_only_are_refused() -> None:
-    empty = square_set(4, 0)
-    empty = LabelledSet(empty.images, empty.keys, masks=np.zeros_like(empty.masks))
-    other = LabelledSet(empty.images, ("a", "b", "c", "d"), masks=empty.masks)
+    images, masks = all_images(square_set(4, 0)), np.zeros((4, 32, 32), np.uint8)
+    empty, other = (with_masks(images, keys, masks) for keys in ("1234", "abcd"))
     with pytest.raises(ConfigError, match="background only"):
         run_probe("readout", [PYRAMID], empty, other, [2], [0])
+
+
+def test_masks_of_another_size_than_their_images_are_refused() -> None:
+    small = with_masks(all_images(square_set(4, 0)), "1234", np.ones((4, 16, 16), np.uint8))
+    with pytest.raises(ShapeError, match=r"masks are \(16, 16\), images \(32, 32\)"):
+        run_probe("readout", [PYRAMID], small, square_set(4, 1), [2], [0])
+
+
+def test_ignored_pixels_are_not_learned_from_whatever_their_value() -> None:
+    labelled = square_set(8, 0)
+    cells = []
+    for value in (255, 9):
+        masks = all_masks(labelled).astype(np.uint8)
+        masks[:, :, 16:] = value
+        part = with_masks(all_images(labelled), labelled.keys, masks, ignore=value)
+        cells.append(draw_cells(PYRAMID, part, 2, 0, ProbeConfig()))
+    assert len(cells[0].targets) == 8 * 32  # the left half of 64 cells
+    assert set(cells[0].targets.tolist()) == {0, 1}
+    assert torch.equal(cells[0].targets, cells[1].targets)
+    assert torch.equal(cells[0].features["l2"], cells[1].features["l2"])

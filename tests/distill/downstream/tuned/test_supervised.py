@@ -5,18 +5,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dtpipe.distill.downstream.base import LabelledSet, raw_pixels
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import SupervisedConfig
+from dtpipe.distill.downstream.extractors import raw_pixels
+from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.supervised import _flip, _steps, run_supervised, train_supervised
 from dtpipe.distill.student.student import StudentSpec
+from parts.labelled import all_images, with_classes, with_masks
 
 SPEC = StudentSpec("test_resnet", 4, (32, 32))
 
 
-def bright_halves(num: int, seed: int) -> LabelledSet:
-    """Noise with one bright half, upper (class 0) or lower (class 1); the mask is the bright half."""
+def bright_halves(num: int, seed: int, masked: bool = False) -> LabelledSet:
+    """Noise with one bright half, upper (class 0) or lower (class 1); or with masks of the bright half."""
     rng = np.random.default_rng(seed)
     labels = np.arange(num) % 2
     pixels = rng.integers(0, 100, (num, 32, 32, 3))
@@ -24,15 +26,14 @@ def bright_halves(num: int, seed: int) -> LabelledSet:
     for idx, label in enumerate(labels):
         masks[idx, 16 * label : 16 * label + 16] = 1
     pixels += 120 * masks[..., None]
-    return LabelledSet(
-        pixels.astype(np.uint8), tuple(f"{seed}/{idx}" for idx in range(num)), labels=labels, masks=masks
-    )
+    images, keys = pixels.astype(np.uint8), [f"{seed}/{idx}" for idx in range(num)]
+    return with_masks(images, keys, masks) if masked else with_classes(images, keys, labels)
 
 
 def test_both_heads_learn_and_stand_in_one_table() -> None:
-    train, test = bright_halves(16, 0), bright_halves(12, 1)
     config = SupervisedConfig(steps=60, batch_size=8, lr=3e-3)
     for task in ("probe", "readout"):
+        train, test = (bright_halves(*part, masked=task == "readout") for part in ((16, 0), (12, 1)))
         supervised = run_supervised(task, SPEC, train, test, [8], [0], config)
         probed = run_probe(task, [raw_pixels()], train, test, [8], [0])
         merged = ProbeResult.merge([probed, supervised])
@@ -42,13 +43,12 @@ def test_both_heads_learn_and_stand_in_one_table() -> None:
 
 def test_training_follows_its_seed() -> None:
     train = bright_halves(6, 0)
-    targets = torch.from_numpy(train.labels)
     config = SupervisedConfig(steps=2, batch_size=4, flip=True)
-    runs = [train_supervised(SPEC, targets, train.images, 2, config, seed) for seed in (0, 0, 1)]
+    runs = [train_supervised(SPEC, train, 2, config, seed) for seed in (0, 0, 1)]
     weights = [run.net.heads[0].weight for run in runs]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert list(runs[0].extractor(torch.from_numpy(train.images))) == ["l2", "l3", "l4", "l5"]
+    assert list(runs[0].extractor(torch.from_numpy(all_images(train)))) == ["l2", "l3", "l4", "l5"]
 
 
 def test_every_image_is_seen_before_any_is_seen_again() -> None:

@@ -1,0 +1,177 @@
+"""Labelled images that are read when a task asks for them, and the draw of a few of them.
+
+Nothing here holds pixels: a set says how many images there are, their keys and the meaning of their classes; `image` and
+`target` read one of them. What a task needs at once it asks for by rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dtpipe.manifests.errors import ConfigError, ShapeError
+from dtpipe.manifests.labels import Class, ClassTable, Mask, Target
+
+IGNORE = -1
+"""Value in tensors of pixels and cells that no classifier learns from and no score counts."""
+
+Rows = Sequence[int] | npt.NDArray[np.int64]
+
+_MISSING: dict[type[Target], str] = {
+    Class: "this task needs class labels and the labelled images have none; give a source with class folders",
+    Mask: "this task needs masks and the labelled images have none; give a folder of masks beside the images",
+}
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Images with one target each, all of one kind. Raises: ConfigError when keys repeat."""
+
+    keys: tuple[str, ...]
+    kind: type[Target]
+    """What the targets are."""
+    classes: ClassTable
+    image: Callable[[int], npt.NDArray[np.uint8]]
+    """Reads the image at a row: (H, W, 3) uint8."""
+    target: Callable[[int], Target]
+    """Reads its target; a mask has the image's height and width."""
+    digests: tuple[str, ...] = ()
+    """blake3 of each image's pixels, by which it is known under any key; none where nobody computed them."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.keys)) != len(self.keys):
+            raise ConfigError("a key occurs twice among the labelled images; keys must be unique")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def subset(self, rows: Rows) -> LabelledSet:
+        """The samples at `rows`, in that order."""
+        places = [int(row) for row in rows]
+        return replace(
+            self,
+            keys=tuple(self.keys[row] for row in places),
+            image=lambda row: self.image(places[row]),
+            target=lambda row: self.target(places[row]),
+            digests=tuple(self.digests[row] for row in places) if self.digests else (),
+        )
+
+    def foreground(self) -> LabelledSet:
+        """The same samples with masks of two classes: 0 background, 1 anything else. Raises: ConfigError without masks."""
+        self.need(Mask)
+        names = ("background", "foreground")[: len(self.classes)]
+        return replace(self, classes=ClassTable(names), target=lambda row: cast(Mask, self.target(row)).foreground())
+
+    def need(self, kind: type[Target]) -> None:
+        """Raises: ConfigError saying what is missing when the targets are of another kind."""
+        if self.kind is not kind:
+            raise ConfigError(_MISSING[kind])
+
+    def read_images(self, rows: Rows) -> Tensor:
+        """Shapes: -> (n, H, W, 3) uint8. Raises: ShapeError naming an image of another shape or type."""
+        return torch.from_numpy(self._stack(rows, self.image, "image"))
+
+    def read_classes(self, rows: Rows | None = None) -> npt.NDArray[np.int64]:
+        """Class numbers of all images, or of some. Shapes: -> (n,). Raises: ConfigError when they have none."""
+        self.need(Class)
+        rows = range(len(self)) if rows is None else rows
+        return np.asarray([cast(Class, self.target(int(row))).number for row in rows], dtype=np.int64)
+
+    def read_masks(self, rows: Rows) -> Tensor:
+        """Class of each pixel, `IGNORE` where none counts. Shapes: -> (n, H, W) int64.
+
+        Raises: ConfigError when the images have no masks; ShapeError naming a mask of another size.
+        """
+        self.need(Mask)
+
+        def numbers(row: int) -> npt.NDArray[np.int64]:
+            mask = cast(Mask, self.target(row))
+            return np.where(mask.known, mask.numbers.astype(np.int64), IGNORE)
+
+        return torch.from_numpy(self._stack(rows, numbers, "mask"))
+
+    def _stack(self, rows: Rows, read: Callable[[int], npt.NDArray[Any]], what: str) -> npt.NDArray[Any]:
+        arrays = [read(int(row)) for row in rows]
+        for row, array in zip(rows, arrays, strict=True):
+            if array.shape != arrays[0].shape or (what == "image" and not _is_image(array)):
+                raise ShapeError(
+                    f"{what} {self.keys[row]} is {array.shape} {array.dtype}, the first is {arrays[0].shape}; "
+                    "images must be (H, W, 3) uint8, masks of their height and width, all of one size"
+                )
+        return np.stack(arrays)
+
+
+def _is_image(array: npt.NDArray[Any]) -> bool:
+    return array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8
+
+
+def count_classes(*sets: LabelledSet) -> int:
+    """How many classes the sets hold between them: one more than the largest class, of masks the length of their tables.
+
+    Raises: ConfigError when masks hold background only.
+    """
+    if sets[0].kind is Class:
+        return max(int(labelled.read_classes().max()) for labelled in sets) + 1
+    num_classes = max(len(labelled.classes) for labelled in sets)
+    if num_classes < 2:
+        raise ConfigError("the masks hold background only; a dense read-out needs a second class")
+    return num_classes
+
+
+def check_apart(train: LabelledSet, test: LabelledSet) -> None:
+    """Refuse a test set that shares keys with the labelled ones. Raises: ConfigError naming one of them."""
+    shared = sorted(set(train.keys) & set(test.keys))
+    if shared:
+        raise ConfigError(
+            f"{len(shared)} images are both labelled for training and held out, {shared[0]!r} for one; split by key"
+        )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The labelled images of one seed: rows of the training set."""
+
+    seed: int
+    rows: npt.NDArray[np.int64]
+
+
+def draw_labelled(labelled: LabelledSet, num: int | None, seed: int) -> npt.NDArray[np.int64]:
+    """Rows of `num` images drawn by `seed`; all of them, in order of their keys, when `num` is None.
+
+    The draw depends on the keys and the seed, not on the order of the set, and a smaller draw is the start of a larger
+    one. Where images have classes these are taken in turn, so that counts differ by at most one while every class lasts.
+
+    Raises: ConfigError when there are fewer images, or fewer draws than classes.
+    """
+    by_key = np.argsort(np.asarray(labelled.keys))
+    if num is None:
+        return by_key
+    if not 1 <= num <= len(labelled):
+        raise ConfigError(
+            f"{num} labelled images are asked for and there are {len(labelled)}; ask for 1 to {len(labelled)}"
+        )
+    generator = np.random.Generator(np.random.Philox(seed))
+    order = by_key[generator.permutation(len(by_key))]
+    if labelled.kind is not Class:
+        return order[:num]
+    classes = labelled.read_classes()
+    num_classes = len(np.unique(classes))
+    if num < num_classes:
+        raise ConfigError(f"{num} labelled images cannot cover {num_classes} classes; ask for {num_classes} or more")
+    turn = _turn_within_class(classes[order])
+    return order[np.argsort(turn, kind="stable")][:num]
+
+
+def _turn_within_class(classes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For each sample, how many of its class stand before it."""
+    turn = np.zeros(len(classes), dtype=np.int64)
+    for number in np.unique(classes):
+        rows = np.flatnonzero(classes == number)
+        turn[rows] = np.arange(len(rows))
+    return turn

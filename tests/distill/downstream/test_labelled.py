@@ -1,0 +1,105 @@
+"""Labelled sets read what is asked for and no more; draws depend on keys and seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.extractors import raw_pixels
+from dtpipe.distill.downstream.frozen.probe import linear_probe
+from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet, check_apart, count_classes, draw_labelled
+from dtpipe.manifests.errors import ConfigError, ShapeError
+from dtpipe.manifests.labels import Class, ClassTable
+from parts.labelled import all_images, all_masks, with_classes, with_masks
+
+
+def make_set(num: int, num_classes: int = 3, px: int = 8, masks: bool = False) -> LabelledSet:
+    images = np.random.default_rng(num).integers(0, 256, (num, px, px, 3), dtype=np.uint8)
+    keys = [f"{idx:04d}.png" for idx in range(num)]
+    if masks:
+        return with_masks(images, keys, images[..., 0] % num_classes)
+    return with_classes(images, keys, np.arange(num) % num_classes)
+
+
+@settings(deadline=None, max_examples=30)
+@given(num=st.integers(3, 30), seed=st.integers(0, 99))
+def test_draws_of_classes_differ_by_at_most_one_and_nest(num: int, seed: int) -> None:
+    labelled = make_set(30)
+    rows = draw_labelled(labelled, num, seed)
+    counts = np.bincount(labelled.read_classes(rows), minlength=3)
+    assert len(set(rows.tolist())) == num
+    assert counts.max() - counts.min() <= 1
+    larger = draw_labelled(labelled, 30, seed)
+    np.testing.assert_array_equal(larger[:num], rows)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_draw_depends_on_keys_not_on_their_order(masks: bool) -> None:
+    labelled = make_set(20, masks=masks)
+    shuffled = labelled.subset(np.random.default_rng(0).permutation(20))
+    first = [labelled.keys[row] for row in draw_labelled(labelled, 6, 5)]
+    second = [shuffled.keys[row] for row in draw_labelled(shuffled, 6, 5)]
+    assert first == second
+    assert first != [labelled.keys[row] for row in draw_labelled(labelled, 6, 6)]
+
+
+def test_draws_that_cannot_be_made_are_refused() -> None:
+    labelled = make_set(9)
+    with pytest.raises(ConfigError, match="2 labelled images cannot cover 3 classes"):
+        draw_labelled(labelled, 2, 0)
+    with pytest.raises(ConfigError, match="10 labelled images are asked for and there are 9"):
+        draw_labelled(labelled, 10, 0)
+    with pytest.raises(ConfigError, match="both labelled for training and held out"):
+        check_apart(labelled, labelled.subset([3]))
+
+
+def test_a_subset_keeps_images_targets_and_digests_together() -> None:
+    labelled = replace(make_set(6), digests=tuple("abcdef"))
+    part = labelled.subset([4, 1]).subset(np.array([1, 0]))
+    assert part.keys == ("0001.png", "0004.png") and part.digests == ("b", "e")
+    np.testing.assert_array_equal(all_images(part), all_images(labelled)[[1, 4]])
+    assert part.read_classes().tolist() == [1, 1] and len(part.classes) == 3
+
+
+def test_a_task_reads_the_images_that_it_needs_one_batch_at_a_time() -> None:
+    labelled, read = make_set(40), []
+    train = replace(labelled, image=lambda row: (read.append(row), labelled.image(row))[1])
+    assert read == []
+    linear_probe(raw_pixels(), train, make_set(9), [Draw(0, np.array([3, 7, 5, 30]))], ProbeConfig(batch_size=3))
+    assert read == [3, 5, 7, 30]
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    labelled = make_set(2)
+    with pytest.raises(ConfigError, match="unique"):
+        replace(labelled, keys=("a", "a"))
+    with pytest.raises(ShapeError, match=r"image 0001.png is \(4, 4, 3\) uint8, the first is \(8, 8, 3\)"):
+        replace(labelled, image=lambda row: np.zeros((8 // (row + 1),) * 2 + (3,), np.uint8)).read_images([0, 1])
+    with pytest.raises(ShapeError, match=r"must be .* uint8"):
+        replace(labelled, image=lambda _row: np.zeros((8, 8, 3))).read_images([0])
+    with pytest.raises(ConfigError, match="needs masks and the labelled images have none"):
+        labelled.read_masks([0])
+    with pytest.raises(ConfigError, match="needs class labels and the labelled images have none"):
+        make_set(2, masks=True).read_classes()
+
+
+def test_foreground_keeps_ignored_pixels() -> None:
+    masks = np.array([[[0, 3], [7, 1]]], np.uint8)
+    labelled = with_masks(np.zeros((1, 2, 2, 3), np.uint8), ("a",), masks, ignore=7)
+    np.testing.assert_array_equal(all_masks(labelled), [[[0, 3], [IGNORE, 1]]])
+    np.testing.assert_array_equal(all_masks(labelled.foreground()), [[[0, 1], [IGNORE, 1]]])
+    assert count_classes(labelled) == 4 and count_classes(labelled.foreground()) == 2
+    background = with_masks(np.zeros((1, 2, 2, 3), np.uint8), ("a",), np.zeros((1, 2, 2), np.uint8))
+    with pytest.raises(ConfigError, match="background only"):
+        count_classes(background.foreground())
+
+
+def test_classes_are_counted_over_all_sets() -> None:
+    table = ClassTable.numbered(9)
+    sets = [LabelledSet(("a",), Class, table, make_set(1).image, lambda _row, k=k: Class(k)) for k in (2, 4)]
+    assert count_classes(*sets) == 5

@@ -1,0 +1,38 @@
+"""Targets and class tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.labels import ClassTable, Mask, class_table
+
+
+@pytest.mark.parametrize(("ignore", "largest"), [(255, 7), (7, 255), (None, 255), (0, 255)])
+def test_the_largest_class_leaves_out_what_is_ignored(ignore: int | None, largest: int) -> None:
+    mask = Mask(np.array([[0, 7], [255, 1]], np.uint8), ignore)
+    assert mask.largest == largest
+    assert mask.known.sum() == (4 if ignore is None else 3)
+
+
+def test_a_mask_of_which_nothing_counts_has_background_only() -> None:
+    assert Mask(np.full((2, 2), 255, np.uint8)).largest == 0
+
+
+@pytest.mark.parametrize("ignore", [1, 9, 255])
+def test_foreground_and_ignored_pixels_are_told_apart_whatever_the_ignored_value(ignore: int) -> None:
+    foreground = Mask(np.array([[0, 5, ignore]], np.uint8), ignore).foreground()
+    assert foreground.known.tolist() == [[True, True, False]]
+    assert foreground.numbers[0, :2].tolist() == [0, 1]
+
+
+def test_classes_are_numbered_by_name() -> None:
+    table = class_table(["dog", "cat", "dog"])
+    assert table == ClassTable(("cat", "dog"))
+    assert table.number("dog", "a.png") == 1
+    assert class_table(["dog", None]) is None
+    with pytest.raises(InputError, match=r"a.png: class 'cow' is not among the classes to learn from, cat, dog"):
+        table.number("cow", "a.png")
+    with pytest.raises(ConfigError, match="occurs twice"):
+        ClassTable(("cat", "cat"))
