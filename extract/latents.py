@@ -31,7 +31,8 @@ class StoredLatents:
 
     @classmethod
     def find(cls, dataset: FeatureDataset, spec: TeacherSpec, recipe: Recipe) -> StoredLatents | None:
-        """Those that the VAE of this teacher made of images of the same size, for all flips that `recipe` has; None without."""
+        """Those that the VAE of this teacher made of images of the same size, for all flips that `recipe` has; None
+        without."""
         made = dataset.recipe
         level = next((level for level in made.levels if level.role == "latent"), None)
         flips = {view.flip: idx for idx, view in reversed(list(enumerate(made.views)))}
@@ -47,7 +48,8 @@ class StoredLatents:
         return cls(dataset, level, flips)
 
     def read(self, rows: Sequence[int], flip: bool) -> NDArray[np.generic]:
-        """Moments of the posterior of images, or of their mirror images, by row of the dataset. Shapes: -> [B, C, h, w].
+        """Moments of the posterior of images, or of their mirror images, by row of the dataset. Shapes: -> [B, C, h,
+        w].
 
         Raises: DamagedDataError as the reader does.
         """

@@ -46,7 +46,8 @@ def flip_where(images: Tensor, flip: Tensor) -> Tensor:
 def mirror_where(level: Tensor, mirror: Tensor) -> Tensor:
     """Mirror the samples of a level that `mirror` names, left to right.
 
-    Differs: features of a flipped image are not these (module `pipeline.flip_error` measures by how much); used on request only.
+    Differs: features of a flipped image are not these (module `pipeline.flip_error` measures by how much); used on
+    request only.
 
     Shapes: level (B, C, h, w), mirror (B,) bool -> (B, C, h, w).
     """
@@ -59,7 +60,8 @@ def scaled(images: Tensor) -> Tensor:
 
 
 def student_images(images: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """The input of a student or teacher: scaled to [-1, 1] and, where sizes differ, resized with antialiasing on the device.
+    """The input of a student or teacher: scaled to [-1, 1] and, where sizes differ, resized with antialiasing on the
+    device.
 
     Shapes: images (B, H, W, 3) uint8 -> (B, 3, *size_px) float32 in [-1, 1].
     """

@@ -1,7 +1,7 @@
 """From symbols to features on the training device: symbols cross to it, and are decoded there.
 
-One rule: a decoder gives what its codec's reference gives. Levels of a codec without one are decoded by the reference before
-they cross.
+One rule: a decoder gives what its codec's reference gives. Levels of a codec without one are decoded by the reference
+before they cross.
 """
 
 from __future__ import annotations

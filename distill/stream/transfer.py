@@ -1,6 +1,8 @@
-"""Copies from the threads that read to the device that trains, on a stream of their own so that they overlap with training.
+"""Copies from the threads that read to the device that trains, on a stream of their own so that they overlap with
+training.
 
-On the CPU there is nothing to copy. A tensor may be used only after `receive`, which makes the device, not this process, wait.
+On the CPU there is nothing to copy. A tensor may be used only after `receive`, which makes the device, not this
+process, wait.
 """
 
 from __future__ import annotations

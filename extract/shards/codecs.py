@@ -1,7 +1,7 @@
 """Encoding where the teacher runs, so that only symbols leave the device.
 
-One rule: an encoder gives what its codec's reference gives, bit for bit. Levels of a codec without one leave the device as
-float32 features, and the reference encodes them on the host.
+One rule: an encoder gives what its codec's reference gives, bit for bit. Levels of a codec without one leave the
+device as float32 features, and the reference encodes them on the host.
 """
 
 from __future__ import annotations

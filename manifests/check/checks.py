@@ -31,8 +31,7 @@ from dtpipe.manifests.layout.tables import (
 from dtpipe.manifests.layout.tar import encode_key
 from dtpipe.manifests.layout.zarr import zarr_metadata
 from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
-from dtpipe.manifests.schema import IndexRow, Manifest, Plan, ShardEntry
-from dtpipe.manifests.store.local import ObjectStat
+from dtpipe.manifests.schema import IndexRow, Manifest, ObjectEntry, Plan, ShardEntry
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.commit import (
     MANIFEST_FILE,
@@ -48,8 +47,8 @@ from dtpipe.manifests.write.lock import LockRecord
 from dtpipe.manifests.write.plan import PLAN_FILE, load_plan
 
 Mend = Literal["extract", "merge", "rewrite", "source", "nobody"]
-"""extract: the shard is written again. merge: the next merge writes the file. rewrite: repair writes it from the plan or
-the manifest. source: the next extract restores it if the source still lists the same. nobody: restore a copy."""
+"""extract: the shard is written again. merge: the next merge writes the file. rewrite: repair writes it from the plan
+or the manifest. source: the next extract restores it if the source still lists the same. nobody: restore a copy."""
 
 _THREADS = 8
 
@@ -66,7 +65,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Found:
+class Metadata:
     """What could be read of a dataset's metadata."""
 
     manifest: Manifest | None
@@ -81,19 +80,19 @@ def reason(err: Exception) -> str:
     return str(err).split("; ")[0]
 
 
-def check_metadata(store: Store, problems: list[Problem]) -> Found:
+def check_metadata(store: Store, problems: list[Problem]) -> Metadata:
     """Read manifest, plan and entries; what cannot be read becomes a problem."""
     manifest = _check_manifest(store, problems)
     plan, plan_bytes = _check_plan(store, manifest, problems)
     _check_locks(store, problems)
     if plan is None or plan_bytes is None:
-        return Found(manifest, None, None, {})
+        return Metadata(manifest, None, None, {})
     _check_listing(store, plan, problems)
     entries = _check_entries(store, plan, blake3_hex(plan_bytes), manifest, problems)
     _check_zarr_metadata(store, plan, manifest, problems)
     if manifest is not None and manifest.complete:
         _check_tables(store, plan, manifest, entries, problems)
-    return Found(manifest, plan, plan_bytes, entries)
+    return Metadata(manifest, plan, plan_bytes, entries)
 
 
 def rebuilt_plan(manifest: Manifest) -> bytes | None:
@@ -181,9 +180,9 @@ def _check_zarr_metadata(store: Store, plan: Plan, manifest: Manifest | None, pr
     if plan.recipe.shard.format != "zarr":
         return
     for name, data in zarr_metadata(plan).items():
-        wanted = manifest.files[name].blake3 if manifest is not None and name in manifest.files else blake3_hex(data)
+        named = manifest.files.get(name) if manifest is not None else None
         try:
-            if blake3_hex(store.read(name)) != wanted:
+            if blake3_hex(store.read(name)) != (named.blake3 if named else blake3_hex(data)):
                 problems.append(Problem(name, "is not as it was written", "rewrite"))
         except MissingObjectError:
             problems.append(Problem(name, "is missing", "rewrite"))
@@ -215,15 +214,12 @@ def check_sizes(store: Store, entries: Mapping[int, ShardEntry], problems: list[
     stats = store.stats("data")
     for entry in entries.values():
         for stored in entry.objects:
-            found = object_stat(store, stats, stored.name)
-            if found is None:
+            stat = object_stat(store, stats, stored.name)
+            if stat is None:
                 problems.append(Problem(stored.name, "is missing", "extract", entry.shard))
-            elif found.size != stored.size_bytes:
-                problems.append(Problem(stored.name, _size_text(found, stored.size_bytes), "extract", entry.shard))
-
-
-def _size_text(found: ObjectStat, wanted: int) -> str:
-    return f"has {found.size} bytes, its entry says {wanted}"
+            elif stat.size != stored.size_bytes:
+                what = f"has {stat.size} bytes, its entry says {stored.size_bytes}"
+                problems.append(Problem(stored.name, what, "extract", entry.shard))
 
 
 def check_digests(store: Store, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> None:
@@ -233,26 +229,23 @@ def check_digests(store: Store, entries: Mapping[int, ShardEntry], problems: lis
         (entry.shard, stored) for entry in entries.values() for stored in entry.objects if stored.name not in known
     ]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda each: _digest_or_reason(store, each[1].name, each[1].size_bytes), objects)
-        for (shard_idx, stored), digest in zip(objects, found, strict=True):
-            if digest != stored.blake3:
-                what = (
-                    digest
-                    if " " in digest
-                    else "its bytes are not those of its entry (blake3 differs): damaged, stale or swapped"
-                )
+        whats = pool.map(lambda listed: _digest_problem(store, listed[1]), objects)
+        for (shard_idx, stored), what in zip(objects, whats, strict=True):
+            if what is not None:
                 problems.append(Problem(stored.name, what, "extract", shard_idx))
 
 
-def _digest_or_reason(store: Store, name: str, size: int) -> str:
+def _digest_problem(store: Store, stored: ObjectEntry) -> str | None:
     try:
-        return object_blake3(store, name, size)
+        intact = object_blake3(store, stored.name, stored.size_bytes) == stored.blake3
     except DamagedDataError as err:
-        return f"{reason(err)} "
+        return reason(err)
+    return None if intact else "its bytes are not those of its entry (blake3 differs): damaged, stale or swapped"
 
 
 def check_chunks(store: Store, plan: Plan, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> int:
-    """Every chunk of every row can be read, levels decode to finite values, and bad rows are zeros. Returns the number of chunks."""
+    """Every chunk of every row can be read, levels decode to finite values, bad rows are zeros. Returns the number of
+    chunks."""
     damaged = {problem.shard for problem in problems}
     good = [entry for shard_idx, entry in entries.items() if shard_idx not in damaged]
     keys = {row.row: row.key for entry in good for row in entry.rows}

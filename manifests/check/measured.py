@@ -1,4 +1,5 @@
-"""measured.json: what verification measured of a dataset, for those who train on it. Not content, and may be missing."""
+"""measured.json: what verification measured of a dataset, for those who train on it. Not content, and may be
+missing."""
 
 from __future__ import annotations
 

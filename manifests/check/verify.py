@@ -6,6 +6,7 @@ shards again and merges.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import dump_record
 from dtpipe.manifests.check.checks import (
-    Found,
+    Metadata,
     Problem,
     check_chunks,
     check_digests,
@@ -66,9 +67,11 @@ class VerifyReport:
     num_chunks: int = 0
     num_recomputed: int = 0
     max_relative_error: Mapping[str, float] = field(default_factory=dict)
-    """By level: largest difference of stored and recomputed features, over the largest stored value of the sample's level."""
+    """By level: largest difference of stored and recomputed features, over the largest stored value of the sample's
+    level."""
     strays: tuple[str, ...] = ()
-    """Objects that belong to nothing: of killed writers, rejected entries, or put there by somebody else. No problem."""
+    """Objects that belong to nothing: of killed writers, rejected entries, or put there by somebody else. No
+    problem."""
 
     @property
     def ok(self) -> bool:
@@ -98,8 +101,9 @@ def verify(
 ) -> VerifyReport:
     """Check a dataset; each level includes those before it.
 
-    listing: seals and digests of all metadata, names and sizes of all objects. digest: blake3 of all objects. decode: every
-    chunk decodes and is finite. recompute: the teacher gives the features of `rows` samples again, within `tolerance`.
+    listing: seals and digests of all metadata, names and sizes of all objects. digest: blake3 of all objects. decode:
+    every chunk decodes and is finite. recompute: the teacher gives the features of `rows` samples again, within
+    `tolerance`.
     Raises: InputError when there is no dataset; ConfigError for `recompute` without a function or without images.
     """
     store = Store(url)
@@ -110,20 +114,20 @@ def verify(
     if level == "recompute" and recompute is None:
         raise ConfigError("verify level recompute needs the teacher; name it with --teacher")
     problems: list[Problem] = []
-    found = check_metadata(store, problems)
-    if level == "recompute" and found.plan and found.plan.recipe.images != "stored":
+    metadata = check_metadata(store, problems)
+    if level == "recompute" and metadata.plan and metadata.plan.recipe.images != "stored":
         raise ConfigError(
             f"{store.url} stores no images, so its features cannot be recomputed from it; verify with --level decode"
         )
-    check_sizes(store, found.entries, problems)
+    check_sizes(store, metadata.entries, problems)
     depth = LEVELS.index(level)
     if depth >= 1:
-        check_digests(store, found.entries, problems)
-    num_chunks = check_chunks(store, found.plan, found.entries, problems) if depth >= 2 and found.plan else 0
+        check_digests(store, metadata.entries, problems)
+    num_chunks = check_chunks(store, metadata.plan, metadata.entries, problems) if depth >= 2 and metadata.plan else 0
     num_recomputed, errors = 0, dict[str, float]()
     if recompute and depth >= 3:
         num_recomputed, errors = _check_recompute(store, recompute, rows, tolerance, problems)
-    return _report(store, level, found, problems, num_chunks, num_recomputed, errors)
+    return _report(store, level, metadata, problems, num_chunks, num_recomputed, errors)
 
 
 def repair(url: str | os.PathLike[str], level: VerifyLevel = "digest", stale_s: float = 120.0) -> RepairResult:
@@ -134,56 +138,53 @@ def repair(url: str | os.PathLike[str], level: VerifyLevel = "digest", stale_s: 
     if level == "recompute":
         raise ConfigError("repair works on stored bytes: choose listing, digest or decode")
     store = Store(url)
-    problems = verify(
-        url, "listing"
-    ).problems  # before the lock: a wrong URL is left as it is, and taking a lock removes damaged ones
+    # before the lock: a wrong URL is left as it is, and taking a lock removes damaged ones
+    problems = verify(url, "listing").problems
     with Lock.acquire(store, stale_s) as lock:
-        problems = (*(each for each in problems if each.name.startswith(LOCK_FOLDER)), *verify(url, level).problems)
-        found = check_metadata(store, [])
-        shards = sorted({each.shard for each in problems if each.mend == "extract" and each.shard is not None})
+        problems = (
+            *(problem for problem in problems if problem.name.startswith(LOCK_FOLDER)),
+            *verify(url, level).problems,
+        )
+        metadata = check_metadata(store, [])
+        shards = sorted(
+            {problem.shard for problem in problems if problem.mend == "extract" and problem.shard is not None}
+        )
         for shard_idx in shards:
             lock.check()
             if store.exists(commit_name(shard_idx)):
                 reject_entry(store, shard_idx)
             fault_point("repair.rejected")
-        rewritten = _rewrite(store, lock, found, problems)
+        rewritten = _rewrite(store, lock, metadata, problems)
         if problems:
-            _mark_incomplete(store, lock, found, problems)
+            _mark_incomplete(store, lock, metadata, problems)
             fault_point("repair.manifest")
         fault_point("repair.after")
-    left = tuple(each for each in problems if each.mend in ("merge", "source", "nobody"))
+    left = tuple(problem for problem in problems if problem.mend in ("merge", "source", "nobody"))
     return RepairResult(store.url, tuple(shards), tuple(rewritten), left)
 
 
-def _rewrite(store: Store, lock: Lock, found: Found, problems: Sequence[Problem]) -> list[str]:
+def _rewrite(store: Store, lock: Lock, metadata: Metadata, problems: Sequence[Problem]) -> list[str]:
     """Write again what follows from the manifest or the plan; a damaged lock went when this one was taken."""
-    names = sorted({each.name for each in problems if each.mend == "rewrite"})
+    names = sorted({problem.name for problem in problems if problem.mend == "rewrite"})
     if not names:
         return []
     lock.check()
-    if PLAN_FILE in names and found.plan_bytes is not None:
-        store.write(PLAN_FILE, found.plan_bytes)
-    if found.plan is not None and found.plan.recipe.shard.format == "zarr":
-        write_zarr_metadata(store, found.plan)
+    if PLAN_FILE in names and metadata.plan_bytes is not None:
+        store.write(PLAN_FILE, metadata.plan_bytes)
+    if metadata.plan is not None and metadata.plan.recipe.shard.format == "zarr":
+        write_zarr_metadata(store, metadata.plan)
     return names
 
 
-def _mark_incomplete(store: Store, lock: Lock, found: Found, problems: Sequence[Problem]) -> None:
+def _mark_incomplete(store: Store, lock: Lock, metadata: Metadata, problems: Sequence[Problem]) -> None:
     """Only the next merge makes the dataset complete again; a damaged manifest is put aside for it."""
     lock.check()
-    if found.manifest is not None:
-        if any(each.mend != "rewrite" for each in problems):
-            store.write(MANIFEST_FILE, dump_record(found.manifest.model_copy(update={"complete": False})))
+    if metadata.manifest is not None:
+        if any(problem.mend != "rewrite" for problem in problems):
+            store.write(MANIFEST_FILE, dump_record(metadata.manifest.model_copy(update={"complete": False})))
     elif store.exists(MANIFEST_FILE):
-        taken = store.list(MANIFEST_FILE)
-        store.rename(
-            MANIFEST_FILE,
-            next(
-                f"{MANIFEST_FILE}{REJECTED}.{n}"
-                for n in range(len(taken) + 1)
-                if f"{MANIFEST_FILE}{REJECTED}.{n}" not in taken
-            ),
-        )
+        names = (f"{MANIFEST_FILE}{REJECTED}.{number}" for number in itertools.count())
+        store.rename(MANIFEST_FILE, next(name for name in names if not store.exists(name)))
 
 
 def _check_recompute(
@@ -195,7 +196,7 @@ def _check_recompute(
     except DtpipeError as err:
         problems.append(Problem(MANIFEST_FILE, f"nothing was recomputed: {reason(err)}", "nobody"))
         return 0, {}
-    damaged = {each.shard for each in problems}
+    damaged = {problem.shard for problem in problems}
     samples = dataset.recipe.shard.samples
     good = [int(row) for row in dataset.columns.ok_rows if int(row) // samples not in damaged]
     chosen = (
@@ -228,7 +229,8 @@ def _compare(
         error = relative_error(codec, stored, again[idx], key)
         worst = max(worst, error)
         if not error <= tolerance:
-            what = f"sample {key!r} (row {row}) differs by {error:.3g} from the teacher's features, allowed is {tolerance:g}"
+            what = f"sample {key!r} (row {row}) differs by {error:.3g} from the teacher's features"
+            what += f", allowed is {tolerance:g}"
             problems.append(Problem(f"level {name}", what, "nobody", row // dataset.recipe.shard.samples))
     return worst
 
@@ -248,31 +250,31 @@ def relative_error(
 def _report(
     store: Store,
     level: VerifyLevel,
-    found: Found,
+    metadata: Metadata,
     problems: list[Problem],
     num_chunks: int,
     num_recomputed: int,
     errors: dict[str, float],
 ) -> VerifyReport:
-    objects = [stored for entry in found.entries.values() for stored in entry.objects]
-    known = {stored.name for stored in objects} | {each.name for each in problems}
+    objects = [stored for entry in metadata.entries.values() for stored in entry.objects]
+    known = {stored.name for stored in objects} | {problem.name for problem in problems}
     return VerifyReport(
         url=store.url,
         level=level,
-        complete=found.manifest is not None and found.manifest.complete,
+        complete=metadata.manifest is not None and metadata.manifest.complete,
         problems=tuple(problems),
-        num_shards=len(found.entries),
-        num_shards_missing=(found.plan.num_shards if found.plan else 0) - len(found.entries),
+        num_shards=len(metadata.entries),
+        num_shards_missing=(metadata.plan.num_shards if metadata.plan else 0) - len(metadata.entries),
         num_objects=len(objects),
         size_bytes=sum(stored.size_bytes for stored in objects),
         num_chunks=num_chunks,
         num_recomputed=num_recomputed,
         max_relative_error=errors,
-        strays=tuple(name for name in store.list() if name not in known and not _is_ours(name, found)),
+        strays=tuple(name for name in store.list() if name not in known and not _is_ours(name, metadata)),
     )
 
 
-def _is_ours(name: str, found: Found) -> bool:
+def _is_ours(name: str, metadata: Metadata) -> bool:
     """True for metadata with a known name, and for objects of shards whose entry could not be read."""
     if name in (MANIFEST_FILE, PLAN_FILE, LISTING_FILE, SHARDS_FILE, INDEX_FILE, MEASURED_FILE) or name.startswith(
         LOCK_FOLDER
@@ -280,4 +282,6 @@ def _is_ours(name: str, found: Found) -> bool:
         return True
     if name.endswith("zarr.json"):
         return True
-    return name in {commit_name(shard_idx) for shard_idx in found.entries} if name.startswith(COMMIT_FOLDER) else False
+    return (
+        name in {commit_name(shard_idx) for shard_idx in metadata.entries} if name.startswith(COMMIT_FOLDER) else False
+    )

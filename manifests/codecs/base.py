@@ -1,8 +1,10 @@
-"""What a codec is: which arrays a level becomes, encoding, decoding, and how far decoded features may be from the true ones.
+"""What a codec is: which arrays a level becomes, encoding, decoding, and how far decoded features may be from the
+true ones.
 
-One rule: what a codec stores are symbols, and only its `decode` turns them into features. numpy is the reference; encoders
-and decoders for a device (`extract.shards.codecs`, `distill.stream.decode`) are proven equal to it. zstd and checksums come
-after a codec and are the stores' affair. A codec is a file here that declares `CODEC`, and its line in `registry`.
+One rule: what a codec stores are symbols, and only its `decode` turns them into features. numpy is the reference;
+encoders and decoders for a device (`extract.shards.codecs`, `distill.stream.decode`) are proven equal to it. zstd and
+checksums come after a codec and are the stores' affair. A codec is a file here that declares `CODEC`, and its line in
+`registry`.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class PartSpec:
 class LevelCodec(Protocol):
     """A codec set up for one level; picklable.
 
-    Features are [..., C, H, W], and the arrays of their parts have the same leading axes: rows, or rows and views. Each of
-    these is coded by itself, so that any of them can be read alone.
+    Features are [..., C, H, W], and the arrays of their parts have the same leading axes: rows, or rows and views.
+    Each of these is coded by itself, so that any of them can be read alone.
     """
 
     @property

@@ -1,7 +1,7 @@
 """The three Parquet files of a dataset: their columns, and bytes that depend on the rows alone.
 
-One rule: what stands here is content. Identities, epochs and times stay in the commits, so that a merge after any number
-of kills writes the same bytes.
+One rule: what stands here is content. Identities, epochs and times stay in the commits, so that a merge after any
+number of kills writes the same bytes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def decode_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
     Raises: ManifestError naming `where` when the bytes are no such table.
     """
     try:
-        # not read_table: it starts Arrow's threads all the same, and a process that ends while they start can be aborted
+        # not read_table: it starts Arrow's threads all the same, and a process that ends meanwhile can be aborted
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as err:
@@ -87,9 +87,9 @@ def decode_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
             f"{where} is not readable as Parquet ({err}); run `dtpipe verify --repair` on the dataset"
         ) from err
     if not table.schema.equals(schema):
-        found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+        columns = ", ".join(f"{field.name} {field.type}" for field in table.schema)
         raise ManifestError(
-            f"{where} has columns [{found}], which are not those of format v1; install the dtpipe that wrote it"
+            f"{where} has columns [{columns}], which are not those of this format; install the dtpipe that wrote it"
         )
     return table
 
@@ -98,7 +98,7 @@ def shards_table(entries: Iterable[ShardEntry]) -> pa.Table:
     """One row per object, its arrays' chunks in list columns."""
     rows = [
         _object_row(entry.shard, stored)
-        for entry in sorted(entries, key=lambda each: each.shard)
+        for entry in sorted(entries, key=lambda entry: entry.shard)
         for stored in entry.objects
     ]
     return pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
@@ -111,7 +111,7 @@ def encode_shards(entries: Iterable[ShardEntry]) -> bytes:
 
 def index_table(entries: Iterable[ShardEntry]) -> pa.Table:
     """One row per sample."""
-    rows = [row for entry in sorted(entries, key=lambda each: each.shard) for row in entry.rows]
+    rows = [row for entry in sorted(entries, key=lambda entry: entry.shard) for row in entry.rows]
     return pa.table({name: [getattr(row, name) for row in rows] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
 
 

@@ -96,14 +96,15 @@ def _encode_npy(chunk: NDArray[np.generic]) -> bytes:
 
 
 def decode_tar_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArray[np.generic]) -> None:  # noqa: ARG001  tar chunks have none
-    """Decode one member into `out`, a contiguous array of the chunk's shape and dtype. `chunk` was compared with its entry.
+    """Decode one member into `out`, a contiguous array of the chunk's shape and dtype. `chunk` was compared with its
+    entry.
 
     Raises: DamagedDataError when the content does not fit; the caller adds the place.
     """
-    found = _read_png(chunk) if spec.name == IMAGE else _read_npy(chunk)
-    if found.shape != spec.chunk_shape or found.dtype != spec.dtype:
-        raise DamagedDataError(f"it holds {found.dtype}{list(found.shape)}, not {spec.dtype}{list(spec.chunk_shape)}")
-    out[...] = found
+    values = _read_png(chunk) if spec.name == IMAGE else _read_npy(chunk)
+    if values.shape != spec.chunk_shape or values.dtype != spec.dtype:
+        raise DamagedDataError(f"it holds {values.dtype}{list(values.shape)}, not {spec.dtype}{list(spec.chunk_shape)}")
+    out[...] = values
 
 
 def _read_png(chunk: bytes) -> NDArray[np.generic]:

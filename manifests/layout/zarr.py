@@ -1,4 +1,5 @@
-"""The zarr store: one zarr v3 array per stored array, one zarr shard of it per dtpipe shard, one chunk per row and view.
+"""The zarr store: one zarr v3 array per stored array, one zarr shard of it per dtpipe shard, one chunk per row and
+view.
 
 One rule: any zarr v3 reader must read what is written here. Shards are put together by hand, because their bytes must
 follow from the content alone and because each chunk's place and checksum goes into the shard's entry: chunks in (row,
@@ -70,7 +71,8 @@ def _trailer(checksum: int) -> bytes:
 
 
 def decode_zarr_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArray[np.generic]) -> None:
-    """Decode one chunk into `out`, a contiguous array of the chunk's shape and dtype. `chunk` was compared with its entry.
+    """Decode one chunk into `out`, a contiguous array of the chunk's shape and dtype. `chunk` was compared with its
+    entry.
 
     Raises: DamagedDataError when the stored checksum or the content does not fit; the caller adds the place.
     """

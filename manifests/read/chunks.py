@@ -73,7 +73,7 @@ def chunk_tables(plan: Plan, shards: pa.Table, where: str) -> dict[str, ChunkTab
             )
         tables[array].fill(shard_idx, object_name, columns, where)
     written = {table.name: [name is not None for name in table.objects] for table in tables.values()}
-    if len({tuple(each) for each in written.values()}) > 1:
+    if len({tuple(shards_written) for shards_written in written.values()}) > 1:
         raise ManifestError(f"{where}: a shard lacks one of the arrays {', '.join(sorted(tables))}; {_REPAIR}")
     return tables
 
@@ -89,14 +89,14 @@ def _listed_arrays(shards: pa.Table) -> Iterator[tuple[int, str, str, dict[str, 
         bounds = {field: column.offsets.to_numpy() for field, column in columns.items()}
         values = {field: column.values.to_numpy(zero_copy_only=False) for field, column in columns.items()}
         for idx, (shard_idx, object_name) in enumerate(zip(shard_idxs, names, strict=True)):
-            for each in range(starts[idx], starts[idx + 1]):
-                found = {field: values[field][bounds[field][each] : bounds[field][each + 1]] for field in columns}
-                yield shard_idx, object_name, array_names[each], found
+            for at in range(starts[idx], starts[idx + 1]):
+                chunks = {field: values[field][bounds[field][at] : bounds[field][at + 1]] for field in columns}
+                yield shard_idx, object_name, array_names[at], chunks
 
 
 @dataclass(frozen=True)
 class ChunkRequest:
-    """One chunk that is wanted, and the array it is decoded into."""
+    """One chunk to read, and the array it is decoded into."""
 
     array: str
     row: int
@@ -157,20 +157,14 @@ class ChunkReader:
         return _Located(request, name, offset, size + self._kind.trailer_bytes, checksum)
 
     def _read_span(self, span: Sequence[_Located]) -> None:
-        start = span[0].offset
-        if len(span) > 1:
-            try:
-                data = self.store.read_range(
-                    span[0].object_name, start, max(each.offset + each.size for each in span) - start
-                )
-            except DamagedDataError:  # one by one, to name the chunk that is hit and no other
-                for each in span:
-                    self._decode(each, self._fetch(each))
-                return
-            for each in span:
-                self._decode(each, data[each.offset - start : each.offset - start + each.size])
-        else:
-            self._decode(span[0], self._fetch(span[0]))
+        start, end = span[0].offset, max(chunk.offset + chunk.size for chunk in span)
+        try:
+            data = self.store.read_range(span[0].object_name, start, end - start) if len(span) > 1 else None
+        except DamagedDataError:  # one by one, to name the chunk that is hit and no other
+            data = None
+        for chunk in span:
+            here = chunk.offset - start
+            self._decode(chunk, self._fetch(chunk) if data is None else data[here : here + chunk.size])
 
     def _fetch(self, located: _Located) -> bytes:
         try:
@@ -197,15 +191,14 @@ class ChunkReader:
 
     def _damaged(self, located: _Located, why: str) -> DamagedDataError:
         request = located.request
-        what = (
-            request.array
-            if request.array not in self.arrays or not self.arrays[request.array].num_views
-            else f"level {request.array}"
-        )
+        level = self.arrays[request.array].level if request.array in self.arrays else None
+        what = request.array if level is None else f"level {level}"
+        if level not in (None, request.array):
+            what += f" (array {request.array})"
         shard = request.row // self._plan.recipe.shard.samples
         return DamagedDataError(
-            f"{self.store.where(located.object_name)}: {what} of sample {self._keys[request.row]!r} (shard {shard}, row {request.row}, "
-            f"view {request.view}; {located.size} bytes at {located.offset}): {why}; "
+            f"{self.store.where(located.object_name)}: {what} of sample {self._keys[request.row]!r} (shard {shard}, "
+            f"row {request.row}, view {request.view}; {located.size} bytes at {located.offset}): {why}; "
             f"run `dtpipe verify --repair {self.store.url}` and extract again"
         )
 
@@ -213,16 +206,16 @@ class ChunkReader:
 def _spans(located: Iterable[_Located]) -> Iterator[list[_Located]]:
     """Chunks grouped into ranges to be read at once."""
     span: list[_Located] = []
-    for each in sorted(located, key=lambda each: (each.object_name, each.offset)):
-        if span and not _joins(span, each):
+    for chunk in sorted(located, key=lambda chunk: (chunk.object_name, chunk.offset)):
+        if span and not _joins(span, chunk):
             yield span
             span = []
-        span.append(each)
+        span.append(chunk)
     if span:
         yield span
 
 
-def _joins(span: list[_Located], each: _Located) -> bool:
-    end = span[-1].offset + span[-1].size
-    near = each.offset - end <= _MERGE_GAP_BYTES and each.offset + each.size - span[0].offset <= _MAX_SPAN_BYTES
-    return each.object_name == span[0].object_name and near
+def _joins(span: list[_Located], chunk: _Located) -> bool:
+    first, end = span[0], span[-1].offset + span[-1].size
+    near = chunk.offset - end <= _MERGE_GAP_BYTES and chunk.offset + chunk.size - first.offset <= _MAX_SPAN_BYTES
+    return chunk.object_name == first.object_name and near

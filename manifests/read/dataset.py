@@ -1,7 +1,7 @@
 """Reading a feature dataset, fail-closed: what comes back is what was written, or an error says what and where.
 
-One rule: manifest.json is the only entry point. A dataset without one, or with shards sent back to work, is read only on
-request. Bad rows are never handed out.
+One rule: manifest.json is the only entry point. A dataset without one, or with shards sent back to work, is read only
+on request. Bad rows are never handed out.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class FeatureDataset:
     ) -> FeatureDataset:
         """Open a dataset and check manifest, plan, index and shard table against their digests.
 
-        With `allow_incomplete` an unfinished dataset opens with the shards it has; rows of others have status `missing`. So
-        have rows that are not of `shards`, where that is given.
-        Raises: InputError when there is none; IncompleteError when it is unfinished, or lacks one of `shards`; ManifestError
-        naming what is damaged.
+        With `allow_incomplete` an unfinished dataset opens with the shards it has; rows of others have status
+        `missing`. So have rows that are not of `shards`, where that is given.
+        Raises: InputError when there is none; IncompleteError when it is unfinished, or lacks one of `shards`;
+        ManifestError naming what is damaged.
         """
         dataset = cls._open(Store(url), allow_incomplete)
         if shards is not None:
@@ -204,7 +204,8 @@ def _open_partial(store: Store, manifest: Manifest | None) -> FeatureDataset:
             status[row.row] = row.status
             if row.key != listing.keys[row.row]:
                 raise ManifestError(
-                    f"{store.url}: shard {entry.shard} has {row.key!r} in row {row.row}, the listing {listing.keys[row.row]!r}; {_REPAIR}"
+                    f"{store.url}: shard {entry.shard} has {row.key!r} in row {row.row}, "
+                    f"the listing {listing.keys[row.row]!r}; {_REPAIR}"
                 )
     columns = Columns(store.url, listing.keys, listing.labels, tuple(status))
     return _assemble(store, plan, manifest, columns, shards_table(entries))
@@ -227,6 +228,7 @@ def _checked_file(store: Store, manifest: Manifest, name: str) -> bytes:
     data = store.read(name)
     if blake3_hex(data) != manifest.files[name].blake3:
         raise ManifestError(
-            f"{store.where(name)} is not the file that {MANIFEST_FILE} names: damaged, or one of them is stale; {_REPAIR}"
+            f"{store.where(name)} is not the file that {MANIFEST_FILE} names: damaged, or one of them is stale; "
+            f"{_REPAIR}"
         )
     return data

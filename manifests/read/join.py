@@ -1,4 +1,5 @@
-"""Several datasets read as one: joined by key (another teacher, timestep or level), or one after the other (more images).
+"""Several datasets read as one: joined by key (another teacher, timestep or level), or one after the other (more
+images).
 
 One rule: what does not fit is refused with what differs; nothing is dropped to make it fit.
 """
@@ -171,8 +172,8 @@ def _join_views(
             other = seeds.setdefault((view, part.recipe.noise_seed), part)
             if other is not part:
                 raise ConfigError(
-                    f"{part.url} and {other.url} both hold view {view.model_dump()} of the same teacher, levels and noise seed; "
-                    "join only one of them"
+                    f"{part.url} and {other.url} both hold view {view.model_dump()} of the same teacher, levels and "
+                    "noise seed; join only one of them"
                 )
             for level in part.levels:
                 places[level.name, len(views)] = StoredView(part_idx, level.name, view_idx)
@@ -227,8 +228,8 @@ def _refuse_other_keys(parts: Sequence[FeatureDataset]) -> None:
                 *(f"{key!r} only in {part.url}" for key in sorted(keys - first)),
             ]
             raise ConfigError(
-                f"{parts[0].url} and {part.url} are not over the same keys: {len(only)} differ ({'; '.join(only[:_SHOWN])}); "
-                "extract the same samples (--keys), or leave --join out to read one after the other"
+                f"{parts[0].url} and {part.url} are not over the same keys: {len(only)} differ "
+                f"({'; '.join(only[:_SHOWN])}); extract the same samples (--keys), or leave --join out to read one after the other"
             )
 
 
@@ -238,8 +239,8 @@ def _refuse_shared_keys(parts: Sequence[FeatureDataset]) -> None:
         shared = [key for key in part.columns.keys if key in owner]
         if shared:
             raise ConfigError(
-                f"{owner[shared[0]].url} and {part.url} share {len(shared)} keys ({', '.join(map(repr, shared[:_SHOWN]))}); "
-                "join them by key with --join, or extract other samples"
+                f"{owner[shared[0]].url} and {part.url} share {len(shared)} keys "
+                f"({', '.join(map(repr, shared[:_SHOWN]))}); join them by key with --join, or extract other samples"
             )
         owner.update(dict.fromkeys(part.columns.keys, part))
 

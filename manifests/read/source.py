@@ -75,8 +75,9 @@ class FeatureSource(Protocol):
         """Images and the levels `names` of some rows, in their order; `views[i]` is the view of `rows[i]`.
 
         Shapes: -> images [B, H, W, 3] uint8 ([0, H, W, 3] without `images`), levels of B samples.
-        Raises: DamagedDataError naming shard, level, sample and object; InputError for bad and unknown rows, IncompleteError
-        for missing ones; ConfigError for an unknown level or view, or when images are asked for and not stored.
+        Raises: DamagedDataError naming shard, level, sample and object; InputError for bad and unknown rows,
+        IncompleteError for missing ones; ConfigError for an unknown level or view, or when images are asked for and
+        not stored.
         """
         ...
 
