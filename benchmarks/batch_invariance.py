@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.encode import configure_torch, encode_rows
+from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.shards.rows import RowReader, StageSeconds
 from dtpipe.manifests.check.verify import relative_error
@@ -43,15 +43,15 @@ def load_images(resolved: Resolved) -> tuple[NDArray[np.uint8], list[str]]:
         resolved.source, resolved.listing, resolved.recipe, resolved.teacher.spec, resolved.config.source.max_pixels
     )
     rows = [reader.prepare(row, StageSeconds()) for row in range(len(resolved.listing))]
-    good = [row for row in rows if row.image is not None]
-    return np.stack([row.image for row in good if row.image is not None]), [row.index.key for row in good]
+    good = [(row.sample.image, row.index.key) for row in rows if row.sample and row.sample.image is not None]
+    return np.stack([image for image, _ in good]), [key for _, key in good]
 
 
 def features_of(resolved: Resolved, recipe: Recipe, images: NDArray[np.uint8], keys: list[str]) -> Features:
     """Features computed as the recipe's compute settings say."""
-    configure_torch(recipe.compute)
-    encoded = encode_rows(resolved.teacher, recipe, images, keys, device=recipe.compute.device)
-    return {name: level.float().cpu().numpy() for name, level in encoded.items()}
+    rows = recipe_rows(recipe, resolved.teacher.spec, keys, images)
+    encoded = encode(resolved.teacher, rows, recipe.compute.device, recipe.compute)
+    return {name: level.float().cpu().numpy() for name, level in encoded.levels.items()}
 
 
 def errors(recipe: Recipe, reference: Features, other: Features) -> dict[str, dict[str, float]]:

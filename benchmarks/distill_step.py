@@ -39,9 +39,9 @@ from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.trainer import Trainer
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
 from dtpipe.pipeline.demo.scenes import write_scenes
-from dtpipe.pipeline.live.recorded import pick_device
 from dtpipe.pipeline.live.teacher import open_live
 
 PREFETCHED = 8  # steps at the start of a turn that reading ahead has prepared; not counted

@@ -23,7 +23,7 @@ from common import RESULTS, publish, write_random_teacher
 
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.encode import configure_torch, encode_batch, row_noise, stack_noise
+from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.registry import load_teacher
@@ -35,18 +35,15 @@ NUM_SCENES = 2048
 def bare_img_s(resolved: Resolved, seconds: float) -> float:
     """Images per second of nothing but the teacher's forward passes."""
     recipe, device = resolved.recipe, resolved.recipe.compute.device
-    configure_torch(recipe.compute)
     teacher = load_teacher(resolved.config.teacher, device)
     size, px = recipe.compute.batch_size, (recipe.transform.height, recipe.transform.width)
     images = np.random.default_rng(0).integers(0, 256, (size, *px, 3), dtype=np.uint8)
-    noise = stack_noise(
-        [row_noise(0, str(idx), recipe.views, teacher.spec, px) for idx in range(size)], teacher.spec, size
-    )
+    rows = recipe_rows(recipe, teacher.spec, [str(idx) for idx in range(size)], images)
 
     def batches(num: int) -> float:
         begun_s = time.perf_counter()
         for _ in range(num):
-            encode_batch(teacher, images, noise, levels=recipe.levels, views=recipe.views, device=device)
+            encode(teacher, rows, device, recipe.compute)
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begun_s

@@ -44,6 +44,7 @@ from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_teacher import train_teacher
@@ -51,7 +52,6 @@ from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.demo.scenes import Part, write_scenes
 from dtpipe.pipeline.evaluate import teacher_extractor
 from dtpipe.pipeline.labelled import LabelledReader, split_by_key
-from dtpipe.pipeline.live.recorded import pick_device
 
 REPO = Path(__file__).resolve().parent.parent
 PX = 64

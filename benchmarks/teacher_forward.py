@@ -35,12 +35,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
-from dtpipe.extract.encode import row_noise
+from dtpipe.extract.device import pick_device
+from dtpipe.extract.noise import row_noise
 from dtpipe.extract.recipe import make_views
 from dtpipe.extract.teachers.base import Generator, Teacher
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.teachers.taps import TapReader
-from dtpipe.pipeline.live.recorded import pick_device
 
 LOW_PRECISION = ("float16", "bfloat16")
 
@@ -83,7 +83,7 @@ def make_case(config: TeacherConfig, batch_size: int, timestep: int, device: str
     rng = np.random.Generator(np.random.Philox(0))
     smooth = torch.from_numpy(rng.standard_normal((batch_size, 3, height // 8, width // 8), np.float32))
     images = torch.nn.functional.interpolate(smooth, size=(height, width), mode="bicubic").clamp(-1, 1)
-    rows = [row_noise(0, f"{idx}", views, teacher.spec, (height, width)) for idx in range(batch_size)]
+    rows = [row_noise(0, f"{idx}", views, teacher.spec.noise_shapes, (height, width)) for idx in range(batch_size)]
     noise = {
         name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device) for name in teacher.spec.noise_shapes
     }

@@ -39,8 +39,8 @@ from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
-from dtpipe.pipeline.live.recorded import pick_device
 from dtpipe.pipeline.live.teacher import open_live
 
 DEFAULT_T = 50

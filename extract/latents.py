@@ -55,16 +55,3 @@ class StoredLatents:
         """
         name, views = self.level.name, [self.view_of_flip[flip]] * len(rows)
         return self.dataset.read(rows, (name,), views, images=False)[1].decode()[name]
-
-
-def stack_latents(latents: Sequence[Latents | None], batch_size: int) -> dict[bool, NDArray[np.generic]]:
-    """Latents of a batch, zeros for bad rows and for padding; empty when no row has any.
-
-    Shapes: per row {flip: [C, h, w]} -> {flip: [batch_size, C, h, w]}.
-    """
-    present = next((each for each in latents if each is not None), {})
-    stacked = {flip: np.zeros((batch_size, *values.shape), values.dtype) for flip, values in present.items()}
-    for idx, each in enumerate(latents):
-        for flip, values in (each or {}).items():
-            stacked[flip][idx] = values
-    return stacked

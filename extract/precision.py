@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.codecs.coded import CodedLevels
 from dtpipe.manifests.codecs.registry import level_codecs
@@ -29,7 +29,8 @@ def float32_error(config: TeacherConfig, recipe: Recipe, arrays: ShardArrays, de
     stored = CodedLevels.of_arrays(len(good), level_codecs(recipe), chosen).decode()
     keys = [arrays.rows[idx].key for idx in good]
     teacher = load_teacher(config.model_copy(update={"dtype": "float32"}), device)
-    exact = encode_rows(teacher, recipe, chosen[IMAGE].astype(np.uint8, copy=False), keys, device=device)
+    images = chosen[IMAGE].astype(np.uint8, copy=False)
+    exact = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), device, recipe.compute).levels
     errors = {}
     for name, features in exact.items():
         wanted = features.double().cpu().numpy()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.device import pick_device
 from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.registry import SOURCES, open_images
 from dtpipe.extract.teachers.base import Generator, TapSpec, Teacher, TeacherSpec
@@ -82,8 +83,8 @@ def resolve_recipe(
         **({"num_samples": config.num_samples} if config.num_samples else {}),
     }
     device = _device(config, stored, cluster_has_gpus)
-    if config.inline and device == "cuda":
-        _require_gpu()
+    if config.inline:
+        pick_device(device)
     teacher = load_teacher(config.teacher, device if config.inline else "cpu")
     return Resolved(config, make_recipe(config, teacher, source.kind, device), teacher, source, selection, listed)
 
@@ -274,17 +275,4 @@ def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: Call
     if stored is not None:
         return stored.compute.device
     has_gpus = cluster_has_gpus() if cluster_has_gpus else None
-    if has_gpus is None:
-        import torch
-
-        has_gpus = torch.cuda.is_available()
-    return "cuda" if has_gpus else "cpu"
-
-
-def _require_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "the dataset is to be made with device cuda and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu"
-        )
+    return pick_device("auto") if has_gpus is None else "cuda" if has_gpus else "cpu"

@@ -199,18 +199,14 @@ class _Extraction:
             self._connect()
             Cluster(self.config, context, queue, meter, on_shard, self.stop).run()
             return
-        import torch
-
         from dtpipe.extract.cluster.inline import run_inline
         from dtpipe.extract.shards.worker import ShardWorker
 
-        threads = torch.get_num_threads()
         worker = ShardWorker(context, resolved.teacher)
         try:
             run_inline(worker, queue, meter, on_shard, self.stop)
         finally:
             worker.close()
-            torch.set_num_threads(threads)
 
     def _count(self, summary: Any, meter: ProgressMeter, max_bad: int) -> None:
         """One shard is committed. Raises: ErrorBudgetError when the dataset now has too many bad samples."""

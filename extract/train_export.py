@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.pixels import to_pixels
 from dtpipe.extract.teachers.diffusion.ddpm import load_ddpm_teacher
-from dtpipe.extract.teachers.diffusion.process import ddim_sample, to_pixels
+from dtpipe.extract.teachers.diffusion.process import ddim_sample
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_network import build_unet, noise_schedule, null_class
@@ -98,7 +99,7 @@ def _samples(config: TrainTeacherConfig, folder: Path, num_classes: int, device:
         drawn = ddim_sample(
             lambda noisy, at: unet(noisy, at, labels).sample, noise_schedule(config), start, config.sample_steps
         )
-    return to_pixels(drawn)
+    return to_pixels(drawn).cpu().numpy()
 
 
 def tile(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

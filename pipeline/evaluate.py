@@ -16,13 +16,14 @@ import numpy as np
 from blake3 import blake3
 
 from dtpipe.extract.config import NoiseConfig, TeacherConfig
+from dtpipe.extract.device import pick_device
 from dtpipe.manifests.errors import ConfigError, DtpipeError, StoreError, TeacherError
 from dtpipe.manifests.labels import Class, Mask
 from dtpipe.manifests.schema import Plan, TransformRecipe, ViewSpec, height_width
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.labelled import LabelledReader, split_by_key
-from dtpipe.pipeline.live.recorded import pick_device, recorded_teacher
+from dtpipe.pipeline.live.recorded import recorded_teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -252,11 +253,10 @@ def teacher_extractor(
     The noise of an image follows from its content, since an extractor sees no keys. Images of another size than `image_px`
     (default: the teacher's own) are resized on the device. Raises: TeacherError for a teacher that makes its own images.
     """
-    import torch
-
     from dtpipe.distill.downstream.extractors import FeatureExtractor
     from dtpipe.distill.stream.batch import student_images
-    from dtpipe.extract.encode import row_noise
+    from dtpipe.extract.encode import Sample, encode, stack_rows
+    from dtpipe.extract.noise import row_noise
     from dtpipe.extract.teachers.base import Generator
     from dtpipe.extract.teachers.registry import load_teacher
 
@@ -267,17 +267,13 @@ def teacher_extractor(
     size = image_px or spec.image_px
     views = [ViewSpec(draw=0, timestep=timestep if spec.num_timesteps is not None else None)]
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
+    def features_of(images: Tensor) -> dict[str, Tensor]:
         keys = [blake3(image.numpy().tobytes()).hexdigest() for image in images.contiguous()]
-        pixels = student_images(images.to(device), size)  # (B, 3, H, W)
-        rows = [row_noise(seed, key, views, spec, size) for key in keys]
-        noise = {
-            stream: torch.from_numpy(np.stack([row[stream] for row in rows])).to(device) for stream in spec.noise_shapes
-        }
-        features = teacher.encode(pixels, noise, views)
-        return {level: values[:, 0] for level, values in features.items()}
+        samples = [Sample(row_noise(seed, key, views, spec.noise_shapes, size)) for key in keys]
+        rows = replace(stack_rows(samples, views, levels=()), images=student_images(images.to(device), size))
+        return {level: values[:, 0] for level, values in encode(teacher, rows, device).levels.items()}
 
-    return FeatureExtractor(name, encode)
+    return FeatureExtractor(name, features_of)
 
 
 def result_path(config: EvalConfig) -> Path:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.extract.encode import RowNoise, row_noise
+from dtpipe.extract.encode import Sample
 from dtpipe.extract.latents import Latents, StoredLatents
+from dtpipe.extract.noise import row_noise
 from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.images import decode_image, resize_image
 from dtpipe.extract.teachers.base import TeacherSpec
@@ -33,12 +34,10 @@ READ_PAUSE_S = 0.2  # before the second try; four times as long before each furt
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """One row ready for the teacher; a bad one has neither image nor noise, a synthesized one no image yet."""
+    """One row ready for the teacher; a bad one has no sample, a synthesized one no image yet."""
 
     index: IndexRow
-    image: NDArray[np.uint8] | None
-    noise: RowNoise | None
-    latents: Latents | None = None
+    sample: Sample | None
 
 
 class StageSeconds:
@@ -87,11 +86,11 @@ class RowReader:
                 found |= {"original_height": decoded.shape[0], "original_width": decoded.shape[1]}
                 image = resize_image(decoded, recipe.transform)
         except BadImage as err:
-            return PreparedRow(IndexRow(**found, status=f"bad: {err}"), None, None)
-        noise = row_noise(recipe.noise_seed, key, recipe.views, self.teacher, image_px)
+            return PreparedRow(IndexRow(**found, status=f"bad: {err}"), None)
+        noise = row_noise(recipe.noise_seed, key, recipe.views, self.teacher.noise_shapes, image_px)
         latents = self._latents(row)
         seconds.add("decode", started_s)
-        return PreparedRow(IndexRow(**found), image, noise, latents)
+        return PreparedRow(IndexRow(**found), Sample(noise, image, latents))
 
     def image(self, row: int) -> NDArray[np.uint8]:
         """The teacher's input of one row. Shapes: -> [H, W, 3] uint8.
@@ -100,10 +99,10 @@ class RowReader:
         """
         return resize_image(self._decode(row), self.recipe.transform)
 
-    def _latents(self, row: int) -> Latents | None:
+    def _latents(self, row: int) -> Latents:
         """Raises: InputError when the dataset that has them is damaged there."""
         if self.latents is None:
-            return None
+            return {}
         try:
             rows = [int(self.listing.uris[row])]
             return {flip: self.latents.read(rows, flip)[0] for flip in {view.flip for view in self.recipe.views}}

@@ -13,21 +13,22 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.encode import configure_torch, encode_batch, stack_noise
-from dtpipe.extract.latents import StoredLatents, stack_latents
+from dtpipe.extract.encode import encode, stack_rows
+from dtpipe.extract.latents import StoredLatents
 from dtpipe.extract.precision import float32_error
 from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.shards.progress import BadSample
 from dtpipe.extract.shards.rows import BatchQueue, PreparedRow, RowReader, StageSeconds
 from dtpipe.extract.sources.features import FeaturesSource
 from dtpipe.extract.sources.registry import open_images
-from dtpipe.extract.synthesize import synthesize_batch
+from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.codecs.base import LevelCodec
@@ -126,8 +127,8 @@ class ShardWorker:
         self.plan = load_plan(self.store)
         self.plan_blake3 = plan_digest(self.store)
         self.recipe: Recipe = self.plan.recipe
-        configure_torch(self.recipe.compute)
-        self.teacher = teacher if teacher is not None else load_teacher(context.teacher, context.device)
+        with self._exact():
+            self.teacher = teacher if teacher is not None else load_teacher(context.teacher, context.device)
         check_weights(self.teacher, self.recipe, context.teacher.path)
         source = open_images(context.images, context.num_samples, context.source_kind)
         listing = read_listing(self.store, self.plan.listing_blake3)
@@ -142,6 +143,9 @@ class ShardWorker:
         self._teacher_turn = threading.Lock()
         self._writer_turn = threading.Lock()
         self._stop = threading.Event()
+
+    def _exact(self) -> AbstractContextManager[None]:
+        return exact(torch.device(self.context.device), self.recipe.compute.threads)
 
     def request_stop(self) -> None:
         """Ask running shards to finish if nearly done, else to raise ShardDroppedError."""
@@ -162,7 +166,7 @@ class ShardWorker:
         seconds, started_s = StageSeconds(), time.perf_counter()
         batches = BatchQueue(self.reader, self._pool, self.plan.shard_rows(shard_idx), seconds)
         try:
-            with self._teacher_turn:
+            with self._teacher_turn, self._exact():
                 arrays = self._encode(shard_idx, batches, seconds)
         finally:
             batches.close()
@@ -172,7 +176,6 @@ class ShardWorker:
 
     def _encode(self, shard_idx: int, batches: BatchQueue, seconds: StageSeconds) -> ShardArrays:
         """All rows of a shard through the teacher, coded."""
-        torch.set_num_threads(self.recipe.compute.threads)  # OpenMP keeps this per thread
         num_rows = len(self.plan.shard_rows(shard_idx))
         shard = ShardBuffer(self.recipe, num_rows)
         on_device: CodedBatch | None = None  # one batch behind, so that its copy overlaps with the next forward pass
@@ -191,26 +194,17 @@ class ShardWorker:
         return shard.arrays()
 
     def _encode_batch(self, batch: Sequence[PreparedRow], codecs: Mapping[str, LevelCodec]) -> CodedBatch:
-        """Start one batch on the device. Bad rows and padding are zeros, so that a row's place never matters."""
-        recipe, size = self.recipe, self.recipe.compute.batch_size
-        rows, device = [row.index for row in batch], self.context.device
-        noise = stack_noise([row.noise for row in batch], self.teacher.spec, size)
-        if recipe.synthesized:
-            made, features = synthesize_batch(self.teacher, recipe, noise, device)
-            coded = CodedBatch(rows, made[: len(batch)])
-            coded.start(features, codecs)
-            return coded
-        images = np.zeros((size, recipe.transform.height, recipe.transform.width, 3), np.uint8)
-        for idx, row in enumerate(batch):
-            if row.image is not None:
-                images[idx] = row.image
-        coded = CodedBatch(rows, images[: len(batch)])
-        if any(row.image is not None for row in batch):
-            latents = stack_latents([row.latents for row in batch], size)
-            features = encode_batch(
-                self.teacher, images, noise, latents, levels=recipe.levels, views=recipe.views, device=device
+        """Start one batch on the device; one without a good row has nothing to do there."""
+        recipe, index = self.recipe, [row.index for row in batch]
+        if not any(row.sample for row in batch):
+            return CodedBatch(
+                index, np.zeros((len(batch), recipe.transform.height, recipe.transform.width, 3), np.uint8)
             )
-            coded.start(features, codecs)
+        rows = stack_rows([row.sample for row in batch], recipe.views, recipe.levels)
+        encoded = encode(self.teacher, rows, self.context.device, recipe.compute)
+        assert encoded.images is not None
+        coded = CodedBatch(index, encoded.images)
+        coded.start(encoded.levels, codecs)
         return coded
 
     def _drop_if_stopped(self, shard_idx: int, share_done: float) -> None:

@@ -7,20 +7,56 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor, device
+    import torch
+    from torch import Tensor
 
 
 @contextmanager
-def arithmetic(where: device, dtype: str) -> Iterator[None]:
-    """Inference in `dtype`. Weights stay float32: below it, convolutions and products are cast as they run, norms and softmax are not.
+def exact(device: torch.device, threads: int | None = None) -> Iterator[None]:
+    """What results depend on is fixed, whatever the process has chosen for itself; afterwards it is as before.
 
-    On a GPU no algorithm is chosen by timing, and float32 is not shortened to TF32.
+    On a GPU no algorithm is chosen by timing, and float32 is not shortened to TF32. `threads`: of the CPU, for the calling
+    thread, since OpenMP keeps the number per thread.
     """
+    with _threads(threads), _exact_kernels() if device.type == "cuda" else nullcontext():
+        yield
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
     import torch
 
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    low = torch.autocast(where.type, getattr(torch, dtype)) if dtype != "float32" else nullcontext()
-    with torch.inference_mode(), exact if where.type == "cuda" else nullcontext(), low:
+    before = torch.get_num_threads()
+    if number is None or number == before:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _exact_kernels() -> Iterator[None]:
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def arithmetic(device: torch.device, dtype: str = "float32") -> Iterator[None]:
+    """Inference in `dtype`. Weights stay float32: below it, convolutions and products are cast as they run, norms and softmax are not."""
+    import torch
+
+    low = torch.autocast(device.type, getattr(torch, dtype)) if dtype != "float32" else nullcontext()
+    with torch.inference_mode(), exact(device), low:
         yield
 
 

@@ -111,7 +111,7 @@ def _recompute(url: str, teacher: str | None, device: str) -> _Recompute:
     from dtpipe.pipeline.live.recorded import open_teacher
 
     dataset = FeatureDataset.open(url, allow_incomplete=True)
-    return _Recompute(dataset, open_teacher(dataset.plan, {"path": teacher} if teacher else {}, device, exact=True))
+    return _Recompute(dataset, open_teacher(dataset.plan, {"path": teacher} if teacher else {}, device))
 
 
 def _print(console: Console, report: VerifyReport, measured: Measured | None = None) -> None:

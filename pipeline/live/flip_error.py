@@ -6,6 +6,7 @@ The image and its noise are both mirrored, so that only the network's own asymme
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,10 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.store.store import Store
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dtpipe.extract.encode import Rows
+    from dtpipe.extract.teachers.base import TeacherSpec
     from dtpipe.pipeline.live.recorded import RecipeTeacher
 
 _TINY = 1e-30  # keeps an all-zero level from dividing by zero
@@ -27,48 +32,32 @@ def flip_errors(opened: RecipeTeacher, images: NDArray[np.uint8], keys: Sequence
 
     Shapes: images [N, H, W, 3] uint8. An error of 1.4 is that of two unrelated features of equal size.
     """
-    import torch
-
-    from dtpipe.extract.encode import encode_on_device, row_noise, stack_noise
+    from dtpipe.extract.encode import encode, recipe_rows
 
     recipe, spec = opened.recipe, opened.teacher.spec
     views = [view for view in recipe.views if not view.flip]
-    size = recipe.compute.batch_size
-    found: dict[str, list[float]] = {}
-    for start in range(0, len(keys), size):
-        chosen = keys[start : start + size]
-        noise = stack_noise(
-            [row_noise(recipe.noise_seed, key, views, spec, images.shape[1:3]) for key in chosen], spec, size
-        )
-        pixels = np.zeros((size, *images.shape[1:]), np.uint8)
-        pixels[: len(chosen)] = images[start : start + size]
-        straight, mirrored = (
-            encode_on_device(
-                opened.teacher,
-                torch.from_numpy(np.ascontiguousarray(_mirror(pixels, 2, back))).to(opened.device),
-                {
-                    name: torch.from_numpy(_noise_of(each, spec.noise_shapes[name], back)).to(opened.device)
-                    for name, each in noise.items()
-                },
-                levels=recipe.levels,
-                views=views,
-            )
-            for back in (False, True)
-        )
-        for name, wanted in mirrored.items():
-            error = (straight[name].flip(-1).double() - wanted.double()).flatten(2).norm(dim=2)  # (B, V)
-            relative = error / wanted.double().flatten(2).norm(dim=2).clamp_min(_TINY)
-            found.setdefault(name, []).extend(relative[: len(chosen)].flatten().tolist())
-    return {name: float(np.mean(errors)) for name, errors in found.items()}
+    rows = recipe_rows(recipe, spec, keys, images, views)
+    straight, mirrored = (
+        encode(opened.teacher, seen, opened.device, recipe.compute).levels for seen in (rows, _mirrored(rows, spec))
+    )
+    return {name: _relative_error(straight[name].flip(-1), level) for name, level in mirrored.items()}
 
 
-def _mirror(values: NDArray[np.generic], axis: int, wanted: bool) -> NDArray[np.generic]:
-    return np.flip(values, axis) if wanted else values
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """Mean over samples and views of |found - expected| / |expected|. Shapes: (N, V, C, h, w) both."""
+    error = (found.double() - expected.double()).flatten(2).norm(dim=2)  # (N, V)
+    relative = error / expected.double().flatten(2).norm(dim=2).clamp_min(_TINY)
+    return float(np.mean(relative.flatten().tolist()))
 
 
-def _noise_of(noise: NDArray[np.float32], shape: tuple[int, ...], mirrored: bool) -> NDArray[np.generic]:
-    """Noise over the image's cells is mirrored with it. Shapes: [B, K, *shape] -> the same."""
-    return np.ascontiguousarray(_mirror(noise, -1, mirrored and shape[-1] < 0))
+def _mirrored(rows: Rows, spec: TeacherSpec) -> Rows:
+    """Images and the noise over their cells, mirrored."""
+    assert rows.images is not None
+    noise = {
+        stream: values.flip(-1) if spec.noise_shapes[stream][-1] < 0 else values
+        for stream, values in rows.noise.items()
+    }
+    return replace(rows, images=rows.images.flip(2), noise=noise)
 
 
 def measure(opened: RecipeTeacher, dataset: FeatureDataset, images: NDArray[np.uint8], keys: Sequence[str]) -> Measured:

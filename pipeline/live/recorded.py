@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.device import pick_device
 from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import LevelSpec, Plan, Recipe, TeacherRecipe, ViewSpec
@@ -22,19 +23,6 @@ if TYPE_CHECKING:
     from dtpipe.extract.teachers.base import Teacher, TeacherSpec
 
 
-def pick_device(name: str) -> str:
-    """`cpu` or `cuda`; auto takes the GPU there is. Raises: ConfigError when a GPU is asked for and there is none."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device cuda is asked for and torch sees no GPU; `dtpipe doctor` says why, or use --device cpu"
-        )
-    return name
-
-
 def recorded_teacher(plan: Plan) -> dict[str, Any]:
     """The teacher's settings as the extraction recorded them; empty when the record is gone."""
     config = plan.provenance.get("config") or {}
@@ -43,24 +31,16 @@ def recorded_teacher(plan: Plan) -> dict[str, Any]:
 
 
 class RecipeTeacher:
-    """The teacher that made a dataset, on a device. `exact` also sets this process's threads and kernels to the recipe's."""
+    """The teacher that made a dataset, on a device."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        config: TeacherConfig,
-        device: str = "auto",
-        exact: bool = False,
-        teacher: Teacher | None = None,
+        self, recipe: Recipe, config: TeacherConfig, device: str = "auto", teacher: Teacher | None = None
     ) -> None:
         """`teacher`: what `config` names, where it is loaded already. Raises: TeacherError saying what differs from the recipe."""
-        from dtpipe.extract.encode import configure_torch
         from dtpipe.extract.teachers.registry import load_teacher
 
         self.recipe = recipe
         self.device = pick_device(device)
-        if exact:
-            configure_torch(recipe.compute)
         self.teacher: Teacher = teacher if teacher is not None else load_teacher(config, self.device)
         if found := teacher_differences(recipe, self.teacher.spec, config.dtype):
             raise TeacherError(
@@ -72,9 +52,10 @@ class RecipeTeacher:
         self, images: np.ndarray, keys: Sequence[str], views: Sequence[ViewSpec] | None = None
     ) -> dict[str, Tensor]:
         """Features of stored images. Shapes: [N, H, W, 3] uint8 -> {level: (N, V, C, h, w)} on the device."""
-        from dtpipe.extract.encode import encode_rows
+        from dtpipe.extract.encode import encode, recipe_rows
 
-        return encode_rows(self.teacher, self.recipe, images, keys, views=views, device=self.device)
+        rows = recipe_rows(self.recipe, self.teacher.spec, keys, images, views)
+        return encode(self.teacher, rows, self.device, self.recipe.compute).levels
 
 
 def teacher_differences(recipe: Recipe, spec: TeacherSpec, dtype: str) -> list[str]:
@@ -110,12 +91,12 @@ def _level_difference(recipe: Recipe, level: LevelSpec, spec: TeacherSpec) -> st
     return None
 
 
-def open_teacher(plan: Plan, given: Mapping[str, Any], device: str, exact: bool = False) -> RecipeTeacher:
+def open_teacher(plan: Plan, given: Mapping[str, Any], device: str) -> RecipeTeacher:
     """The teacher of a dataset: as recorded by its extraction, with `given` settings (`path`, `kind` ..) in their place.
 
     Raises: ConfigError when nothing says where it is; TeacherError when it is gone or another one.
     """
-    return RecipeTeacher(plan.recipe, teacher_config(plan, given), device, exact)
+    return RecipeTeacher(plan.recipe, teacher_config(plan, given), device)
 
 
 def teacher_config(plan: Plan, given: Mapping[str, Any]) -> TeacherConfig:

@@ -20,6 +20,7 @@ from dtpipe.distill.stream.data import OpenedData, rows_record
 from dtpipe.distill.stream.record import refuse_other_data
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.device import pick_device
 from dtpipe.extract.recipe import list_source, make_recipe, max_bad_samples, with_whole_paths
 from dtpipe.extract.shards.rows import RowReader
 from dtpipe.extract.sources.registry import open_images
@@ -31,7 +32,7 @@ from dtpipe.manifests.read.source import Columns, Integers
 from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.pipeline.live.check import OnChecked, check_images, kept_result
-from dtpipe.pipeline.live.recorded import RecipeTeacher, pick_device
+from dtpipe.pipeline.live.recorded import RecipeTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

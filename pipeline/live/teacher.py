@@ -5,9 +5,8 @@ What is encoded live is what `extract` would store for the same draw, but for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 
 from dtpipe.distill.stream.batch import flip_where
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
-from dtpipe.extract.encode import encode_on_device, row_noise, stack_noise
-from dtpipe.extract.latents import StoredLatents
-from dtpipe.extract.synthesize import synthesize_on_device
+from dtpipe.extract.encode import Rows, Sample, encode, stack_rows
+from dtpipe.extract.latents import Latents, StoredLatents
+from dtpipe.extract.noise import RowNoise, row_noise
 from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
@@ -37,12 +36,10 @@ if TYPE_CHECKING:
 class _Chunk:
     """Samples of one timestep that go through the teacher at once."""
 
-    rows: NDArray[np.int64]
-    timestep: int | None
-    noise: Mapping[str, Tensor]
-    """{stream: (n, 1, *shape)} on the host."""
-    latents: Tensor | None
-    """(n, C, h, w) on the host where the dataset keeps latents."""
+    idxs: NDArray[np.int64]
+    """Which of the samples."""
+    rows: Rows
+    """On the host, without images."""
 
 
 class RecipeLive:
@@ -65,13 +62,19 @@ class RecipeLive:
         for idx, view in enumerate(samples.views):
             groups.setdefault(self.opened.recipe.views[view].timestep, []).append(idx)
         return [
-            self._chunk(samples, rows[start : start + size], timestep)
-            for timestep, rows in groups.items()
-            for start in range(0, len(rows), size)
+            self._chunk(samples, idxs[start : start + size], timestep)
+            for timestep, idxs in groups.items()
+            for start in range(0, len(idxs), size)
         ]
 
-    def _chunk(self, samples: LiveSamples, rows: Sequence[int], timestep: int | None) -> _Chunk:
-        return _Chunk(np.array(rows), timestep, self._noise(samples, rows), self._latents(samples, rows))
+    def _chunk(self, samples: LiveSamples, idxs: Sequence[int], timestep: int | None) -> _Chunk:
+        latents = self._latents(samples, idxs)
+        noises = [
+            Sample(self._noise(samples, idx), latents=latents[at] if latents else {}) for at, idx in enumerate(idxs)
+        ]
+        view = ViewSpec(draw=0, timestep=timestep)  # of the flipped image where the sample is flipped
+        rows = stack_rows(noises, [view], self.opened.recipe.levels)
+        return _Chunk(np.array(idxs), rows.map(self._on_host))
 
     def encode(self, images: Tensor, samples: LiveSamples, prepared: list[_Chunk]) -> tuple[Tensor, dict[str, Tensor]]:
         """As `LiveTeacher.encode`. Shapes: images (B, H, W, 3) uint8 -> the same, {level: (B, C, h, w)}."""
@@ -79,59 +82,44 @@ class RecipeLive:
 
         out: dict[str, Tensor] = {}
         height, width = self.opened.recipe.transform.height, self.opened.recipe.transform.width
-        made = images.new_empty((len(samples), height, width, 3)) if self.makes_images else images
-        with _exact_arithmetic(images.device):
-            for chunk in prepared:
-                rows = torch.from_numpy(chunk.rows).to(images.device)
-                pixels, levels = self._encode_chunk(images, samples, chunk)
-                if self.makes_images:
-                    made[rows] = pixels
-                for name, features in levels.items():
-                    whole = out.setdefault(
-                        name,
-                        torch.empty((len(samples), *features.shape[2:]), dtype=features.dtype, device=images.device),
-                    )
-                    whole[rows] = features[:, 0]
-        return made, out
+        shown = images.new_empty((len(samples), height, width, 3)) if self.makes_images else images
+        for chunk in prepared:
+            idxs = torch.from_numpy(chunk.idxs).to(images.device)
+            rows = chunk.rows if self.makes_images else replace(chunk.rows, images=_seen(images, samples, chunk))
+            encoded = encode(self.opened.teacher, rows, images.device)
+            if self.makes_images:
+                assert encoded.images is not None
+                shown[idxs] = encoded.images
+            for name, features in encoded.levels.items():
+                if name not in out:
+                    out[name] = features.new_empty((len(samples), *features.shape[2:]))
+                out[name][idxs] = features[:, 0]
+        return shown, out
 
-    def _encode_chunk(self, images: Tensor, samples: LiveSamples, chunk: _Chunk) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (n, H, W, 3) as the teacher saw or made them, {level: (n, 1, C, h, w)}."""
-        import torch
-
-        recipe, teacher = self.opened.recipe, self.opened.teacher
-        noise = {stream: each.to(images.device, non_blocking=True) for stream, each in chunk.noise.items()}
-        if recipe.synthesized:
-            return synthesize_on_device(teacher, recipe, noise)
-        flip = torch.from_numpy(samples.flip[chunk.rows]).to(images.device)
-        seen = flip_where(images[torch.from_numpy(chunk.rows).to(images.device)], flip)
-        view = ViewSpec(draw=0, timestep=chunk.timestep)  # of the flipped image where `flip` says so
-        latents = None if chunk.latents is None else {False: chunk.latents.to(images.device, non_blocking=True)}
-        return seen, encode_on_device(teacher, seen, noise, latents, levels=recipe.levels, views=[view])
-
-    def _noise(self, samples: LiveSamples, rows: Sequence[int]) -> dict[str, Tensor]:
+    def _noise(self, samples: LiveSamples, idx: int) -> RowNoise:
         recipe, spec = self.opened.recipe, self.opened.teacher.spec
         image_px = (recipe.transform.height, recipe.transform.width)
-        draws = [[ViewSpec(draw=self.num_stored + int(samples.fresh[idx]))] for idx in rows]
-        noise = [
-            row_noise(recipe.noise_seed, samples.keys[idx], draw, spec, image_px)
-            for idx, draw in zip(rows, draws, strict=True)
-        ]
-        return {stream: self._on_host(each) for stream, each in stack_noise(noise, spec, len(rows)).items()}
+        view = ViewSpec(draw=self.num_stored + int(samples.fresh[idx]))
+        return row_noise(recipe.noise_seed, samples.keys[idx], [view], spec.noise_shapes, image_px)
 
-    def _latents(self, samples: LiveSamples, rows: Sequence[int]) -> Tensor | None:
-        """Of each image, or of its mirror image; None where one of them is not kept."""
+    def _latents(self, samples: LiveSamples, idxs: Sequence[int]) -> list[Latents]:
+        """Of each image, or of its mirror image, as if that were the image; empty where one of them is not kept."""
         stored = self.latents
-        if stored is None or not {bool(samples.flip[idx]) for idx in rows} <= stored.view_of_flip.keys():
-            return None
-        columns = stored.dataset.columns
-        latents = [stored.read([columns.row_of(samples.keys[idx])], bool(samples.flip[idx]))[0] for idx in rows]
-        return self._on_host(np.stack(latents))
+        if stored is None or not {bool(samples.flip[idx]) for idx in idxs} <= stored.view_of_flip.keys():
+            return []
+        rows = [stored.dataset.columns.row_of(samples.keys[idx]) for idx in idxs]
+        return [{False: stored.read([row], bool(samples.flip[idx]))[0]} for row, idx in zip(rows, idxs, strict=True)]
 
-    def _on_host(self, values: NDArray[np.generic]) -> Tensor:
-        import torch
-
-        tensor = torch.from_numpy(values)
+    def _on_host(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self.opened.device == "cuda" else tensor
+
+
+def _seen(images: Tensor, samples: LiveSamples, chunk: _Chunk) -> Tensor:
+    """The images of a chunk as the teacher sees them. Shapes: -> (n, H, W, 3) uint8."""
+    import torch
+
+    flip = torch.from_numpy(samples.flip[chunk.idxs]).to(images.device)
+    return flip_where(images[torch.from_numpy(chunk.idxs).to(images.device)], flip)
 
 
 class ConcatLive:
@@ -263,20 +251,3 @@ def _open_each(
     if len(refused) == len(datasets):
         raise TeacherError(f"--teacher is that of none of the datasets: {refused[0]}")
     return opened
-
-
-@contextmanager
-def _exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """On a GPU, the arithmetic of extraction, whatever training has chosen for itself."""
-    import torch
-
-    if device.type != "cuda":
-        yield
-        return
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

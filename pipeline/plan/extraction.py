@@ -22,6 +22,7 @@ from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from dtpipe.extract.encode import Rows
     from dtpipe.extract.recipe import Resolved
     from dtpipe.manifests.layout.arrays import ShardArrays
 
@@ -70,15 +71,13 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
     Raises: what `extract` would raise before work: ConfigError, InputError, TeacherError.
     """
     from dtpipe.extract.cluster.preflight import free_bytes
-    from dtpipe.extract.encode import configure_torch
     from dtpipe.extract.recipe import resolve_recipe
     from dtpipe.manifests.store.store import Store
 
     resolved = resolve_recipe(config.model_copy(update={"inline": True}))
     recipe = resolved.recipe
-    configure_torch(recipe.compute)
-    images, keys, prepare_s = _probe_images(resolved, recipe.compute.batch_size)
-    shard, teacher_s, device_bytes = _probe_teacher(resolved, images, keys)
+    rows, keys, prepare_s = _probe_rows(resolved, recipe.compute.batch_size)
+    shard, teacher_s, device_bytes = _probe_teacher(resolved, rows, keys)
     coded_bytes, code_s = _probe_store(recipe, shard)
     num_samples = len(resolved.listing)
     raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
@@ -106,16 +105,16 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
     return plan, recipe
 
 
-def _probe_images(resolved: Resolved, num: int) -> tuple[NDArray[np.uint8], list[str], float]:
-    """The first good images of the listing, their keys, and the seconds per image it took to prepare them."""
+def _probe_rows(resolved: Resolved, num: int) -> tuple[Rows, list[str], float]:
+    """The first good samples of the listing, their keys, and the seconds per image it took to prepare them."""
+    from dtpipe.extract.encode import recipe_rows
     from dtpipe.extract.sources.images import decode_image, resize_image
-    from dtpipe.extract.synthesize import synthesize_rows
     from dtpipe.manifests.errors import BadImage
 
-    listing, recipe = resolved.listing, resolved.recipe
+    listing, recipe, spec = resolved.listing, resolved.recipe, resolved.teacher.spec
     if recipe.synthesized:
-        made, _ = synthesize_rows(resolved.teacher, recipe, listing.keys[:num], recipe.compute.device)
-        return made.cpu().numpy(), list(listing.keys[:num]), 0.0
+        made = list(listing.keys[:num])
+        return recipe_rows(recipe, spec, made), made, 0.0
     images: list[NDArray[np.uint8]] = []
     keys: list[str] = []
     started = time.perf_counter()
@@ -132,27 +131,27 @@ def _probe_images(resolved: Resolved, num: int) -> tuple[NDArray[np.uint8], list
         raise InputError(
             f"{resolved.config.images}: none of the first {PROBE_TRIES * num} images can be used; look at one of them"
         )
-    return np.stack(images), keys, (time.perf_counter() - started) / len(keys)
+    prepare_s = (time.perf_counter() - started) / len(keys)
+    return recipe_rows(recipe, spec, keys, np.stack(images)), keys, prepare_s
 
 
-def _probe_teacher(
-    resolved: Resolved, images: NDArray[np.uint8], keys: Sequence[str]
-) -> tuple[ShardArrays, float, int | None]:
+def _probe_teacher(resolved: Resolved, rows: Rows, keys: Sequence[str]) -> tuple[ShardArrays, float, int | None]:
     """A shard of the probe's images, seconds per image of a full batch after warm-up, codec included, peak bytes on the GPU."""
     import torch
 
-    from dtpipe.extract.encode import encode_rows
+    from dtpipe.extract.encode import encode
     from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 
     recipe, device = resolved.recipe, resolved.recipe.compute.device
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    encode_rows(resolved.teacher, recipe, images, keys, device=device)
+    encode(resolved.teacher, rows, device, recipe.compute)
     started = time.perf_counter()
-    encoded = encode_rows(resolved.teacher, recipe, images, keys, device=device)
-    batch = CodedBatch([IndexRow(row=row, key=key, shard=0) for row, key in enumerate(keys)], images)
+    encoded = encode(resolved.teacher, rows, device, recipe.compute)
+    assert encoded.images is not None
+    batch = CodedBatch([IndexRow(row=row, key=key, shard=0) for row, key in enumerate(keys)], encoded.images)
     shard = ShardBuffer(recipe, len(keys))
-    batch.start(encoded, shard.codecs)
+    batch.start(encoded.levels, shard.codecs)
     shard.take(batch)
     seconds = (time.perf_counter() - started) / recipe.compute.batch_size
     return shard.arrays(), seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None

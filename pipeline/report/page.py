@@ -216,8 +216,8 @@ def _samples(config: ReportConfig) -> Any:
     if config.teacher is None:
         return None
     from dtpipe.extract.config import TeacherConfig
+    from dtpipe.extract.device import pick_device
     from dtpipe.extract.teachers.registry import load_teacher
-    from dtpipe.pipeline.live.recorded import pick_device
     from dtpipe.pipeline.report.maps import image_grid
 
     teacher: Any = load_teacher(TeacherConfig(path=config.teacher), pick_device("auto"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.recipe import make_recipe, stored_levels
 from dtpipe.extract.run import run_extraction
@@ -101,11 +101,10 @@ def test_recomputed_features_are_the_stored_ones_before_rounding(make_config: Ma
     dataset = FeatureDataset.open(run_extraction(config).url)
     rows = [1, 6, 3]
     assert [level.name for level in dataset.levels] == ["l1", "l2"]
-    images = read_images(dataset, rows)
-    again = encode_rows(
-        load_teacher(config.teacher), dataset.recipe, images, [dataset.columns.keys[row] for row in rows]
-    )
-    for name, level in again.items():
+    images, keys = read_images(dataset, rows), [dataset.columns.keys[row] for row in rows]
+    teacher, recipe = load_teacher(config.teacher), dataset.recipe
+    again = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), "cpu", recipe.compute)
+    for name, level in again.levels.items():
         assert level.dtype == torch.float32
         stored = np.stack([np.stack([read_level(dataset, name, row, 0)]) for row in rows])
         np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)

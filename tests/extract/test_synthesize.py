@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.registry import load_teacher
@@ -73,11 +73,14 @@ def test_recompute_finds_the_stored_features(make_synthetic: MakeConfig) -> None
     url = run_extraction(config).url
     teacher = load_teacher(config.teacher)
     recipe = FeatureDataset.open(url).recipe
-    report = verify(
-        url,
-        "recompute",
-        lambda images, keys: {name: each.numpy() for name, each in encode_rows(teacher, recipe, images, keys).items()},
-    )
+
+    def recompute(images: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        encoded = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), "cpu", recipe.compute)
+        assert encoded.images is not None
+        np.testing.assert_array_equal(encoded.images, images)
+        return {name: level.numpy() for name, level in encoded.levels.items()}
+
+    report = verify(url, "recompute", recompute)
     assert report.ok and report.num_recomputed > 0
     assert max(report.max_relative_error.values()) < 1e-3
 
@@ -116,15 +119,9 @@ def test_roles_that_do_not_fit_are_refused(
         make_synthetic(images=str(image_folder))
 
 
-def test_a_synthesized_image_has_no_second_draw(make_synthetic: MakeConfig, gan: dict[str, str]) -> None:
+def test_a_synthesized_image_has_no_second_draw(make_synthetic: MakeConfig) -> None:
     config = make_synthetic()
     dataset = FeatureDataset.open(run_extraction(config).url)
     views = [dataset.recipe.views[0].model_copy(update={"draw": 1})]
     with pytest.raises(ConfigError, match="no other noise draws"):
-        encode_rows(
-            load_teacher(TeacherConfig.model_validate(gan)),
-            dataset.recipe,
-            read_image(dataset, 0)[None],
-            ["z/000000000"],
-            views=views,
-        )
+        recipe_rows(dataset.recipe, load_teacher(config.teacher).spec, ["z/000000000"], views=views)

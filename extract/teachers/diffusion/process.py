@@ -117,10 +117,3 @@ def _ddim_step(current: Tensor, noise: Tensor, kept: float, after: float, clip: 
         clean = clean.clamp(-1, 1)
         noise = (current - float(kept**0.5) * clean) / float((1 - kept) ** 0.5)
     return float(after**0.5) * clean + float((1 - after) ** 0.5) * noise
-
-
-def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """Images (B, 3, H, W) in [-1, 1] as uint8 [B, H, W, 3]."""
-    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
-    pixels: NDArray[np.uint8] = scaled.round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
-    return pixels

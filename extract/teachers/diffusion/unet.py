@@ -7,7 +7,6 @@ The image is noised by q(x_T | x_0), the noise being an argument, or carried the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from dtpipe.extract.pixels import to_pixels
+from dtpipe.extract.teachers.arithmetic import arithmetic, storable
 from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
 from dtpipe.extract.teachers.diffusion.compiled import compile_layers
 from dtpipe.extract.teachers.diffusion.encoding import (
@@ -28,7 +29,7 @@ from dtpipe.extract.teachers.diffusion.encoding import (
     timestep_of,
 )
 from dtpipe.extract.teachers.diffusion.precision import compute_in
-from dtpipe.extract.teachers.diffusion.process import Schedule, alphas_cumprod, ddim_sample, q_sample, to_pixels
+from dtpipe.extract.teachers.diffusion.process import Schedule, alphas_cumprod, ddim_sample, q_sample
 from dtpipe.manifests.errors import ShapeError, TeacherError
 from dtpipe.manifests.schema import ViewSpec
 
@@ -90,7 +91,7 @@ class DiffusionTeacher:
         import torch
 
         self._check_input(images, noise, views)
-        with torch.inference_mode(), _exact_convolutions(images):
+        with arithmetic(images.device):
             encoded = (
                 self._by_inversion(images, views)
                 if self.encoding.inverts
@@ -118,15 +119,13 @@ class DiffusionTeacher:
             for idx in range(num)
         ]
         start = torch.from_numpy(np.stack(draws)).to(next(self.unet.parameters()).device)
-        with torch.inference_mode(), _exact_convolutions(start):
-            return to_pixels(ddim_sample(self.predict_noise, self.schedule, start, steps))
+        with arithmetic(start.device):
+            images = to_pixels(ddim_sample(self.predict_noise, self.schedule, start, steps))
+        return images.cpu().numpy()
 
     def read_levels(self, noisy: Tensor, timestep: int) -> dict[str, Tensor]:
         """As `Denoiser.read_levels`, in float32, or float16 where the teacher runs in it."""
-        import torch
-
-        levels = self._reader.read(lambda: self._call(noisy, timestep))
-        return {name: level.float() if level.dtype == torch.bfloat16 else level for name, level in levels.items()}
+        return {name: storable(level) for name, level in self._reader.read(lambda: self._call(noisy, timestep)).items()}
 
     def _by_noise(self, images: Tensor, noise: Tensor, views: Sequence[ViewSpec]) -> Iterator[dict[str, Tensor]]:
         """Levels of each view, the mean over its noise draws."""
@@ -166,15 +165,6 @@ class DiffusionTeacher:
 
 def _shown(images: Tensor, view: ViewSpec) -> Tensor:
     return images.flip(-1) if view.flip else images
-
-
-def _exact_convolutions(images: Tensor) -> Any:
-    """On a GPU: float32 means float32, and no algorithm is chosen by timing."""
-    import torch
-
-    if images.device.type != "cuda":
-        return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def make_teacher(

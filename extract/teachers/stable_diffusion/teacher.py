@@ -128,7 +128,7 @@ class StableDiffusionTeacher:
                 f"images are {height}x{width}; this teacher needs sides that are multiples of {self._total_stride}: "
                 f"set extract.transform.px"
             )
-        with arithmetic(images.device, "float32"):
+        with arithmetic(images.device):
             moments = {
                 flip: self._vae(images.flip(-1) if flip else images).float() for flip in {view.flip for view in views}
             }
@@ -144,7 +144,7 @@ class StableDiffusionTeacher:
         import torch
 
         self._check(moments, noise, views)
-        with arithmetic(moments[views[0].flip].device, "float32"):  # lower precision is in the U-Net itself
+        with arithmetic(moments[views[0].flip].device):  # lower precision is in the U-Net itself
             by_view = (
                 self._by_inversion(moments, noise, views)
                 if self._options.inverts

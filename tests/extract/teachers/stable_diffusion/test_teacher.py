@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.latents import StoredLatents
 from dtpipe.extract.recipe import make_recipe
 from dtpipe.extract.run import run_extraction
@@ -255,8 +255,9 @@ def test_a_dataset_has_the_papers_levels_for_a_student_of_half_the_size(folder, 
         ("l4", 16, 24),
         ("l5", 32, 32),
     ]
-    images = read_images(dataset, range(8))
-    again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, dataset.columns.keys)
+    images, keys = read_images(dataset, range(8)), dataset.columns.keys
+    teacher, recipe = load_teacher(config.teacher), dataset.recipe
+    again = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), "cpu", recipe.compute).levels
     for name, level in again.items():
         stored = np.stack([[read_level(dataset, name, row, view) for view in range(2)] for row in range(8)])
         np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
-from dtpipe.extract.encode import encode_rows
+from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.registry import load_teacher
@@ -383,8 +383,9 @@ def test_an_extracted_dataset_holds_the_features_of_its_draws(
     result = run_extraction(config)
     dataset = FeatureDataset.open(result.url)
     assert [(level.name, level.height) for level in dataset.levels] == [("l2", 8), ("l3", 4), ("l4", 2), ("l5", 1)]
-    images = read_images(dataset, range(8))
-    again = encode_rows(load_teacher(config.teacher), dataset.recipe, images, dataset.columns.keys)
+    images, keys = read_images(dataset, range(8)), dataset.columns.keys
+    teacher, recipe = load_teacher(config.teacher), dataset.recipe
+    again = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), "cpu", recipe.compute).levels
     for name, level in again.items():
         np.testing.assert_allclose(
             np.stack([read_level(dataset, name, row, view) for row in range(8) for view in range(4)]),
