@@ -23,20 +23,21 @@ TREES = {str(path.relative_to(REPO)): ast.parse(path.read_text()) for path in FI
 
 MAX_MODULES, MAX_LINES = 14, 400
 STILL_OVERFULL = {"extract"}
-STILL_IN_CIRCLES = [{"extract.encode", "extract.synthesize"}]
+STILL_IN_CIRCLES: list[set[str]] = []
 BY_PROTOCOL = {
     ("EXAMPLE", "FLAGS", "HELP", "command"): "pipeline/commands/",
     ("FORMAT", "check", "reload", "snippet"): "distill/export/",
     ("LOSS",): "distill/losses/",
     ("REGRESSOR",): "distill/student/regressors/",
     ("KIND",): "extract/",
+    ("TASK",): "distill/downstream/",
 }
 """What many files of a folder define, since one reader or caller takes any of them."""
 STILL_TWICE = {
     *("ALONE", "EXECUTION", "FORMAT", "OnProgress", "PATIENCE", "Ranks", "SECTION", "T"),  # until one engine trains all
     *("join_ranks", "learning_rate", "load_checkpoint", "save_checkpoint"),
-    *("LEVELS", "Note", "Part", "Rows", "compute_in", "encode_on_device", "pick_device"),
-    *("KINDS", "MAX_PIXELS", "TASKS"),
+    *("LEVELS", "Note", "Part", "Rows", "pick_device"),
+    *("KINDS", "MAX_PIXELS"),
 }
 
 ERRORS = "manifests/errors.py"

@@ -23,7 +23,7 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError, _imaging
 from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import Filter, TransformRecipe
 
-Pixels = NDArray[np.uint8]
+_Pixels = NDArray[np.uint8]
 
 # Formats that decode pixels and do nothing else: not EPS (runs Ghostscript), no stubs. Those without a magic number come last.
 _FORMATS = (
@@ -53,7 +53,7 @@ _PILLOW_MODULES = r"PIL\."
 _LOCK = threading.Lock()
 
 
-def decode_image(data: bytes, max_pixels: int) -> Pixels:
+def decode_image(data: bytes, max_pixels: int) -> _Pixels:
     """Decode an image file as it is meant to be looked at: turned by its orientation tag, first frame, RGB.
 
     Alpha is dropped, not blended, and ICC profiles are ignored, as in torchvision, timm and guided-diffusion
@@ -84,7 +84,7 @@ def decode_image(data: bytes, max_pixels: int) -> Pixels:
     return _turn(pixels, orientation)
 
 
-def resize_image(image: Pixels, recipe: TransformRecipe) -> Pixels:
+def resize_image(image: _Pixels, recipe: TransformRecipe) -> _Pixels:
     """Bring a decoded image to the recipe's size.
 
     `center_crop`: halve with a box filter while it is at least twice as large, resize so that it covers the target,
@@ -185,7 +185,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
-def _turn(pixels: Pixels, orientation: int) -> Pixels:
+def _turn(pixels: _Pixels, orientation: int) -> _Pixels:
     if orientation not in _TURNS:
         return pixels
     return np.array(Image.fromarray(pixels).transpose(_TURNS[orientation]))
@@ -194,7 +194,7 @@ def _turn(pixels: Pixels, orientation: int) -> Pixels:
 # --- colour ----------------------------------------------------------------------------------------------------------
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> Pixels:
+def _to_rgb(image: ImageFile.ImageFile) -> _Pixels:
     """Shapes: -> (H, W, 3) uint8, not yet turned."""
     mode = image.mode
     if mode == "F" or mode.startswith("I"):
@@ -205,7 +205,7 @@ def _to_rgb(image: ImageFile.ImageFile) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def _grey8(values: NDArray[Any], image: ImageFile.ImageFile) -> Pixels:
+def _grey8(values: NDArray[Any], image: ImageFile.ImageFile) -> _Pixels:
     """Deep greyscale to 8 bits, rounded. Shapes: (H, W) -> (H, W)."""
     tags = getattr(image, "tag_v2", {})
     wide = values.astype(np.float64)
@@ -240,7 +240,7 @@ def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
 # --- resizing --------------------------------------------------------------------------------------------------------
 
 
-def _center_crop(image: Pixels, target: tuple[int, int], kernel: Filter, antialias: bool) -> Pixels:
+def _center_crop(image: _Pixels, target: tuple[int, int], kernel: Filter, antialias: bool) -> _Pixels:
     """Shapes: (H, W, 3) -> (*target, 3)."""
     if antialias:
         image = _halve(image, target)
@@ -254,7 +254,7 @@ def _center_crop(image: Pixels, target: tuple[int, int], kernel: Filter, antiali
     return np.ascontiguousarray(resized[top : top + target[0], left : left + target[1]])
 
 
-def _halve(image: Pixels, target: tuple[int, int]) -> Pixels:
+def _halve(image: _Pixels, target: tuple[int, int]) -> _Pixels:
     picture = Image.fromarray(image)
     while picture.height >= 2 * target[0] and picture.width >= 2 * target[1]:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
@@ -262,8 +262,8 @@ def _halve(image: Pixels, target: tuple[int, int]) -> Pixels:
 
 
 def _precrop(
-    image: Pixels, full: tuple[int, int], target: tuple[int, int], offset: tuple[int, int]
-) -> tuple[Pixels, tuple[int, int], tuple[int, int]]:
+    image: _Pixels, full: tuple[int, int], target: tuple[int, int], offset: tuple[int, int]
+) -> tuple[_Pixels, tuple[int, int], tuple[int, int]]:
     """Cut a long strip to what the middle needs, with a margin for the filter; the grid moves by under a pixel."""
     axis = 0 if full[0] / target[0] > full[1] / target[1] else 1
     ratio = full[axis] / image.shape[axis]  # output px per input px
@@ -278,7 +278,7 @@ def _precrop(
     return cut, (full[0], size), (offset[0], begin)
 
 
-def _resample(image: Pixels, size: tuple[int, int], kernel: Filter, antialias: bool) -> Pixels:
+def _resample(image: _Pixels, size: tuple[int, int], kernel: Filter, antialias: bool) -> _Pixels:
     """Shapes: (H, W, 3), size (h, w) -> (h, w, 3)."""
     if antialias:
         picture = Image.fromarray(np.ascontiguousarray(image))

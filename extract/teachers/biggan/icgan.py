@@ -21,7 +21,7 @@ from dtpipe.extract.teachers.biggan.teacher import (
     BigGanTeacher,
     SamplingOptions,
     build_network,
-    class_table,
+    class_embeddings,
     make_biggan_teacher,
     read_generator,
 )
@@ -179,8 +179,8 @@ def make_tables(
         return (Table(embedded, instance),)
     if options.class_label != "of_instance":
         label = None if options.class_label == "sampled" else options.class_label
-        return class_table(tensors, label, where), Table(embedded, instance)
-    classes = class_table(tensors, None, where).rows
+        return class_embeddings(tensors, label, where), Table(embedded, instance)
+    classes = class_embeddings(tensors, None, where).rows
     labels = instances.labels
     if labels is None or bool((labels < 0).any()) or bool((labels >= len(classes)).any()):
         raise ConfigError(

@@ -147,7 +147,7 @@ def load_biggan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTea
     options = parse_options(config, BigGanOptions)
     published = read_generator(config.path)
     tensors = published if "shared.weight" in published else with_shared_embedding(published, config.path)
-    classes = class_table(tensors, None if options.class_label == "sampled" else options.class_label, config.path)
+    classes = class_embeddings(tensors, None if options.class_label == "sampled" else options.class_label, config.path)
     _, layout = infer_biggan_layout(tensors, {"a class embedding": classes.rows.shape[1]}, config.path)
     network = build_network(tensors, layout, options, config.path)
     conditions = {"class_label": options.class_label}
@@ -164,7 +164,7 @@ def read_generator(path: str) -> dict[str, Tensor]:
     return read_weights(Path(path))
 
 
-def class_table(tensors: Mapping[str, Tensor], label: int | None, where: str) -> Table:
+def class_embeddings(tensors: Mapping[str, Tensor], label: int | None, where: str) -> Table:
     """Class embeddings. Raises: TeacherError when they are damaged; ConfigError for a label that there is not."""
     rows = tensors["shared.weight"].float()
     if rows.ndim != 2 or 0 in rows.shape or not bool(rows.isfinite().all()):

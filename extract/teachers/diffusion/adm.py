@@ -17,11 +17,11 @@ from dtpipe.extract.teachers.diffusion.adm_layout import (
     AdmOptions,
     AdmSettings,
     complete,
-    infer_layout,
+    infer_adm_layout,
     scheduler_config,
     unet_arguments,
 )
-from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, make_teacher
+from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, make_diffusion_teacher
 from dtpipe.extract.teachers.files.names import names_tensors
 from dtpipe.extract.teachers.files.weights import check_fit, weights_digest, why_unreadable
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -50,7 +50,7 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
     """
     options = parse_options(config, AdmOptions)
     tensors = _read_mapped(Path(config.path))
-    layout = infer_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config.path)
+    layout = infer_adm_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config.path)
     settings = complete(options, layout, config.path)
     _check_label(options.class_label, layout, config.path)
     unet = _build(layout, settings, config.path)
@@ -71,7 +71,7 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
         },
         where=config.path,
     )
-    return make_teacher("adm", loaded, config, options, device)
+    return make_diffusion_teacher("adm", loaded, config, options, device)
 
 
 def _read_mapped(path: Path) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ ADM_256 = {"num_head_channels": 64, "use_new_attention_order": False, "noise_sch
 """How the published files of the 256 px layout were trained: ImageNet, LSUN and FFHQ."""
 
 
-def infer_layout(shapes: Shapes, where: str) -> AdmLayout:
+def infer_adm_layout(shapes: Shapes, where: str) -> AdmLayout:
     """The layout of a state_dict.
 
     Raises: TeacherError for other networks of guided-diffusion, and for widths that UNet2DModel cannot have.

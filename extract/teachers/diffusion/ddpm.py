@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dtpipe.extract.teachers.base import Encoder, TeacherKind, parse_options
 from dtpipe.extract.teachers.diffusion.files import UNetFiles, find_unet, is_unet_path, modern_names
-from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, PixelOptions, make_teacher
+from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, PixelOptions, make_diffusion_teacher
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -49,7 +49,7 @@ def load_ddpm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTe
     if label is not None:
         unet, content = _of_one_class(unet, files, label), {**content, "class_label": label}
     loaded = LoadedUNet(unet, weights_digest(tensors), files.image_px, files.scheduler, content, str(files.folder))
-    return make_teacher("ddpm", loaded, config, options, device)
+    return make_diffusion_teacher("ddpm", loaded, config, options, device)
 
 
 def _class_label(label: int | None, files: UNetFiles) -> int | None:

@@ -37,8 +37,8 @@ def compute_in(unet: Any, dtype: torch.dtype, where: str) -> None:
         raise TeacherError(
             f"{where}: blocks of kind {', '.join(sorted(unknown))} run in float32 only; leave out extract.teacher.dtype"
         )
-    unet.conv_in.register_forward_hook(_result_in(dtype))
-    unet.conv_norm_out.register_forward_pre_hook(_input_in_float32)
+    unet.conv_in.register_forward_hook(result_in(dtype))
+    unet.conv_norm_out.register_forward_pre_hook(input_in_float32)
     for part in (unet.down_blocks, unet.mid_block, unet.up_blocks):
         for name, module in part.named_modules() if part is not None else ():
             _convert(name, module, dtype)
@@ -48,17 +48,19 @@ def _convert(name: str, module: nn.Module, dtype: torch.dtype) -> None:
     from torch import nn
 
     if isinstance(module, nn.GroupNorm):
-        module.register_forward_pre_hook(_input_in_float32)
-        module.register_forward_hook(_result_in(dtype))
+        module.register_forward_pre_hook(input_in_float32)
+        module.register_forward_hook(result_in(dtype))
     elif name.endswith("time_emb_proj"):
-        module.register_forward_hook(_result_in(dtype))
+        module.register_forward_hook(result_in(dtype))
     elif isinstance(module, (nn.Conv2d, nn.Linear)):
         module.to(dtype)
 
 
-def _input_in_float32(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def input_in_float32(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: the module sees float32."""
     return (args[0].float(), *args[1:])
 
 
-def _result_in(dtype: torch.dtype) -> Any:
+def result_in(dtype: torch.dtype) -> Any:
+    """A forward hook: what the module gives is rounded to `dtype`."""
     return lambda _module, _args, result: result.to(dtype)

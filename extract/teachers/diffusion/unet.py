@@ -167,7 +167,7 @@ def _shown(images: Tensor, view: ViewSpec) -> Tensor:
     return images.flip(-1) if view.flip else images
 
 
-def make_teacher(
+def make_diffusion_teacher(
     kind: str, loaded: LoadedUNet, config: TeacherConfig, encoding: PixelOptions, device: str
 ) -> DiffusionTeacher:
     """A loaded network as a teacher on its device, in the arithmetic and memory layout asked for.

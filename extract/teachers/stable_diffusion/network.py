@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dtpipe.extract.teachers.diffusion.precision import input_in_float32, result_in
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -45,7 +47,7 @@ def set_text(unet: nn.Module, text: Tensor) -> None:
             module.set_processor(ConstantText(key, value))
 
 
-def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
+def lower_precision(network: nn.Module, dtype: torch.dtype) -> None:
     """Turn a network without values into one that computes in `dtype`, inputs and first convolution in float32.
 
     Float32 stay: norms, the timestep embedding and its projections. torch's scaled_dot_product_attention accumulates
@@ -55,10 +57,10 @@ def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
 
     for name, module in network.named_modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            module.register_forward_pre_hook(_input_in_float32)
-            module.register_forward_hook(_result_in(dtype))
+            module.register_forward_pre_hook(input_in_float32)
+            module.register_forward_hook(result_in(dtype))
         elif name.endswith(("conv_in", "time_emb_proj")):
-            module.register_forward_hook(_result_in(dtype))
+            module.register_forward_hook(result_in(dtype))
         elif isinstance(module, (nn.Conv2d, nn.Linear)) and not name.startswith("time_embedding."):
             module.to(dtype)
 
@@ -66,11 +68,3 @@ def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
 def _by_head(states: Tensor, heads: int) -> Tensor:
     """Shapes: (B, P, heads * D) -> (B, heads, P, D)."""
     return states.reshape(*states.shape[:-1], heads, -1).transpose(1, 2)
-
-
-def _input_in_float32(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0].float(), *args[1:])
-
-
-def _result_in(dtype: torch.dtype) -> Any:
-    return lambda _module, _args, result: result.to(dtype)

@@ -236,7 +236,7 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
     """
     import torch
 
-    from dtpipe.extract.teachers.stable_diffusion.network import compute_in, set_text
+    from dtpipe.extract.teachers.stable_diffusion.network import lower_precision, set_text
 
     options = parse_options(config, StableDiffusionOptions)
     files = find_pipeline(config.path, config.revision)
@@ -244,9 +244,9 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
     levels = levels_of(unet, files, config.taps)
     text = _text(files, options)
     if config.dtype != "float32":
-        compute_in(unet, getattr(torch, config.dtype))
+        lower_precision(unet, getattr(torch, config.dtype))
         if options.vae_dtype != "float32":
-            compute_in(vae, getattr(torch, options.vae_dtype))
+            lower_precision(vae, getattr(torch, options.vae_dtype))
     digests = {
         "text": text.blake3,
         "unet": _load(unet, open_weights(files.unet.weights), files.unet.weights, device),

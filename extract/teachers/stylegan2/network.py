@@ -160,7 +160,7 @@ class ToRgb(nn.Module):
         return _clamp(colours + _per_channel(self.bias[None]), self.conv_clamp)
 
 
-class Block(nn.Module):
+class SynthesisBlock(nn.Module):
     """One resolution: the constant, or an upsampling convolution; a convolution; colours added to the upsampled image."""
 
     def __init__(self, layout: StyleGan2Layout, idx: int) -> None:
@@ -196,7 +196,7 @@ class Synthesis(nn.Module):
         super().__init__()
         self.num_blocks = len(layout.channels)
         for idx in range(self.num_blocks):
-            self.add_module(block_name(idx), Block(layout, idx))
+            self.add_module(block_name(idx), SynthesisBlock(layout, idx))
 
     def forward(self, styles: Tensor, noise: Sequence[Tensor] | None) -> Tensor:
         """Shapes: (B, num_styles, w_dim), one (B or 1, 1, h, w) per convolution or None -> (B, 3, H, W), float32."""

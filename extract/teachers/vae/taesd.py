@@ -22,13 +22,13 @@ WIDTHS = {3: (64, 64, 64, 64), 5: (256, 128, 64, 64, 64, 64)}
 LATENT_BOUND = 3  # the decoder squashes latents into [-3, 3]
 
 
-class Encoded(NamedTuple):
+class TinyLatents(NamedTuple):
     """What diffusers calls the output of an encoder without a posterior."""
 
     latents: Tensor
 
 
-class Decoded(NamedTuple):
+class TinyImages(NamedTuple):
     """What diffusers calls the output of a decoder."""
 
     sample: Tensor
@@ -69,13 +69,13 @@ class TinyAutoencoder(nn.Module):
         self.encoder = nn.Sequential(*_encoder_layers(latent_channels, num_upsamplings, pool))
         self.decoder = nn.Sequential(*_decoder_layers(latent_channels, WIDTHS[num_upsamplings], pool))
 
-    def encode(self, images: Tensor) -> Encoded:
+    def encode(self, images: Tensor) -> TinyLatents:
         """Shapes: (B, 3, H, W) -> (B, latent channels, H/stride, W/stride)."""
-        return Encoded(self.encoder((images + 1) / 2))
+        return TinyLatents(self.encoder((images + 1) / 2))
 
-    def decode(self, latents: Tensor) -> Decoded:
+    def decode(self, latents: Tensor) -> TinyImages:
         """Shapes: (B, latent channels, h, w) -> (B, 3, H, W)."""
-        return Decoded(self.decoder(latents) * 2 - 1)
+        return TinyImages(self.decoder(latents) * 2 - 1)
 
 
 def build_tiny(

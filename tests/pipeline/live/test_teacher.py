@@ -222,7 +222,7 @@ def test_joined_teachers_each_give_their_own_levels(extract: Extract, ddpm: Path
 
 def test_a_teacher_of_none_of_the_datasets_is_refused(extract: Extract, other_ddpm: Path, tmp_path: Path) -> None:
     url = extract("one")
-    with pytest.raises(TeacherError, match=rf"{url} cannot be encoded live: {other_ddpm}: these weights"):
+    with pytest.raises(TeacherError, match=rf"{url} cannot be encoded live: {other_ddpm} is not the teacher"):
         open_live({"path": str(other_ddpm)}, FeatureDataset.open(url), CPU)
     with pytest.raises(TeacherError, match=r"cannot be encoded live.*nowhere"):
         open_live({"path": str(tmp_path / "nowhere")}, FeatureDataset.open(url), CPU)

@@ -17,7 +17,7 @@ from diffusers import UNet2DModel
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.diffusion import adm_keys
 from dtpipe.extract.teachers.diffusion.adm import load_adm_teacher
-from dtpipe.extract.teachers.diffusion.adm_layout import AdmOptions, complete, infer_layout, unet_arguments
+from dtpipe.extract.teachers.diffusion.adm_layout import AdmOptions, complete, infer_adm_layout, unet_arguments
 from dtpipe.extract.teachers.diffusion.process import ddim_invert, predict_clean, q_sample
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher
 from dtpipe.manifests.schema import ViewSpec
@@ -302,7 +302,7 @@ def test_each_silent_setting_matters(load, wrong):
     """Every one of these loads without complaint, and gives other features."""
     teacher, data = load("adm256_layout"), arrays("adm256_layout")
     state, arguments = dict(teacher.unet.state_dict()), dict(teacher.unet.config) | WRONG.get(wrong, {})
-    layout = infer_layout({name: tuple(each.shape) for name, each in weights("adm256_layout").items()}, "")
+    layout = infer_adm_layout({name: tuple(each.shape) for name, each in weights("adm256_layout").items()}, "")
     settings = complete(AdmOptions.model_validate(OPTIONS["adm256_layout"]), layout, "")
     if wrong == "attention order":
         swapped = replace(settings, new_attention_order=True)

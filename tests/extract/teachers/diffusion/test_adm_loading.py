@@ -16,7 +16,13 @@ import torch
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.diffusion.adm import is_adm_file, load_adm_teacher
-from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmOptions, complete, infer_layout, unet_arguments
+from dtpipe.extract.teachers.diffusion.adm_layout import (
+    AdmLayout,
+    AdmOptions,
+    complete,
+    infer_adm_layout,
+    unet_arguments,
+)
 from dtpipe.extract.teachers.files.published import published_teachers
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.registry import load_teacher
@@ -109,7 +115,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
 def test_the_256_px_layout_needs_no_options():
     """The published shapes, as the fixture's with eight times the channels."""
     shapes = {name: tuple(each.shape) for name, each in random_weights("adm256_layout").items()}
-    layout = infer_layout(
+    layout = infer_adm_layout(
         {name: tuple(side * 8 if side >= 32 else side for side in shape) for name, shape in shapes.items()}, "file"
     )
     assert layout == AdmLayout(
