@@ -41,7 +41,7 @@ class LocalFiles:
 
     def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
         """Each (name, offset, size); shorter where the file ends."""
-        return [self._read_range(*wanted) for wanted in ranges]
+        return [self._read_range(name, offset, size) for name, offset, size in ranges]
 
     def write(self, name: str, data: bytes) -> ObjectStat:
         """Write or replace a file whole."""
@@ -54,18 +54,18 @@ class LocalFiles:
 
     def stat(self, name: str) -> ObjectStat:
         """Size and identity of one file."""
-        found = (self.root / name).stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = (self.root / name).stat()
+        if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(name)
-        return _stat_of(found)
+        return _stat_of(status)
 
     def stats(self, prefix: str) -> dict[str, ObjectStat]:
         """All files whose name starts with prefix, temporary ones too."""
-        found = {}
+        stats = {}
         for name in self._walk(prefix):
             with contextlib.suppress(FileNotFoundError):  # temporary files come and go
-                found[name] = self.stat(name)
-        return found
+                stats[name] = self.stat(name)
+        return stats
 
     def names(self, prefix: str) -> list[str]:
         """Names of all files that start with prefix, temporary ones too."""
@@ -101,5 +101,5 @@ def _raise_unless_gone(err: OSError) -> None:
         raise err
 
 
-def _stat_of(found: os.stat_result) -> ObjectStat:
-    return ObjectStat(size=found.st_size, identity=f"{found.st_mtime_ns}-{found.st_ino}")
+def _stat_of(status: os.stat_result) -> ObjectStat:
+    return ObjectStat(size=status.st_size, identity=f"{status.st_mtime_ns}-{status.st_ino}")

@@ -31,9 +31,9 @@ def is_unique_temporary(name: str) -> bool:
 
 @contextmanager
 def whole_file(path: Path, temporary: str | None = None) -> Iterator[Path]:
-    """The path that a block writes to: what it wrote takes the name `path` when the block ends, and is gone after an error.
+    """The path that a block writes to: the file takes the name `path` when the block ends, and is gone after an error.
 
-    `temporary` is its name until then, by default `.NAME.tmp`: what a killed process leaves there, the next one overwrites.
+    `temporary` is its name until then, by default `.NAME.tmp`: the next process replaces what a killed one left there.
     """
     with _temporary(path, temporary) as written:
         yield written
@@ -45,7 +45,10 @@ def whole_file(path: Path, temporary: str | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes | str, temporary: str | None = None) -> os.stat_result:
-    """Write or replace a file; text as UTF-8. Returns the status of what this call wrote, even if others replace it at once."""
+    """Write or replace a file; text as UTF-8.
+
+    Returns the status of what this call wrote, even if others replace it at once.
+    """
     with _temporary(path, temporary) as written:
         _write(written, content)
         status = written.stat()  # a rename keeps inode and time

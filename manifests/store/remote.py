@@ -1,6 +1,7 @@
 """Objects of a dataset in any fsspec store: S3, GCS, memory.
 
-One rule: listings are never cached, and put-if-absent is the store's own (`mode="create"`), never a look before a write.
+One rule: listings are never cached, and put-if-absent is the store's own (`mode="create"`), never a look before a
+write.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _IDENTITY_FIELDS = (
     "updated",
 )
 _CREATE_ATTEMPTS = 5
+_TRY_AGAIN = ("ConditionalRequestConflict", "OperationAborted", "409")
 
 
 class RemoteFiles:
@@ -58,19 +60,17 @@ class RemoteFiles:
         paths = [self._path(name) for name, _, _ in ranges]
         starts = [offset for _, offset, _ in ranges]
         ends = [offset + size for _, offset, size in ranges]
-        found = self._fs.cat_ranges(paths, starts, ends, on_error="return")
-        return [self._range_or_raise(part, *wanted) for part, wanted in zip(found, ranges, strict=True)]
+        parts = self._fs.cat_ranges(paths, starts, ends, on_error="return")
+        return [self._range_or_raise(part, *place) for part, place in zip(parts, ranges, strict=True)]
 
     def write(self, name: str, data: bytes) -> ObjectStat:
         """Write or replace an object whole."""
         answer = self._fs.pipe_file(self._path(name), data)
-        etag = (
-            answer.get("ETag") if isinstance(answer, dict) else None
-        )  # of this very write; uploads in parts do not tell
+        etag = answer.get("ETag") if isinstance(answer, dict) else None  # of this write; uploads in parts give none
         return ObjectStat(len(data), etag.strip('"')) if etag else self.stat(name)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object unless it exists; True if this call made it. A request that was repeated after a lost answer says False."""
+        """Write an object unless it exists; True if this call made it, as far as the client knows."""
         for attempt in range(1, _CREATE_ATTEMPTS + 1):
             try:
                 self._fs.pipe_file(self._path(name), data, mode="create")
@@ -80,10 +80,7 @@ class RemoteFiles:
             except OSError as err:
                 if _code(err) in ("PreconditionFailed", "412"):
                     return False
-                if (
-                    _code(err) not in ("ConditionalRequestConflict", "OperationAborted", "409")
-                    or attempt == _CREATE_ATTEMPTS
-                ):
+                if _code(err) not in _TRY_AGAIN or attempt == _CREATE_ATTEMPTS:
                     raise
                 time.sleep(0.05 * 2**attempt)
         raise AssertionError("unreachable")
@@ -118,13 +115,9 @@ class RemoteFiles:
     def _find(self, prefix: str) -> dict[str, dict[str, Any]]:
         root = self._path("")
         folder = self._path(prefix.rpartition("/")[0]).rstrip("/")
-        found = self._fs.find(folder, detail=True)
-        names = {
-            path.removeprefix(root): info
-            for path, info in found.items()
-            if info["type"] == "file" and not path.endswith("/")
-        }
-        return {name: info for name, info in names.items() if name.startswith(prefix)}
+        infos = self._fs.find(folder, detail=True).items()
+        objects = {path.removeprefix(root): info for path, info in infos if info["type"] == "file"}
+        return {name: info for name, info in objects.items() if name.startswith(prefix) and not name.endswith("/")}
 
     def _range_or_raise(self, part: bytes | BaseException, name: str, offset: int, size: int) -> bytes:
         if isinstance(part, FileNotFoundError):

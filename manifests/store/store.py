@@ -36,8 +36,8 @@ class _Files(Protocol):
 class Store:
     """One dataset folder, local or remote; safe to use from many threads, picklable, and usable after a fork.
 
-    Raises (every method): MissingObjectError for an absent object, StoreError when the store is full, read-only, forbidden
-    or out of reach, ManifestError for a name that leaves the dataset.
+    Raises (every method): MissingObjectError for an absent object; StoreError when the store is full, read-only,
+    forbidden or out of reach; ManifestError for a name that leaves the dataset.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
@@ -75,12 +75,12 @@ class Store:
         for name, offset, size in ranges:
             if offset < 0 or size < 0:
                 raise ManifestError(
-                    f"{self.where(name)}: range of {size} bytes at {offset} cannot be; the entry that gave it is damaged"
+                    f"{self.where(name)} has no range of {size} bytes at {offset}; the entry that names it is damaged"
                 )
-        wanted = [each for each in ranges if each[2] > 0]
-        with self._reading(*dict.fromkeys(name for name, _, _ in wanted)):
-            parts = iter(self._files.read_ranges(wanted) if wanted else [])
-        return [self._whole(next(parts) if each[2] else b"", *each) for each in ranges]
+        filled = [(name, offset, size) for name, offset, size in ranges if size > 0]
+        with self._reading(*dict.fromkeys(name for name, _, _ in filled)):
+            parts = iter(self._files.read_ranges(filled) if filled else [])
+        return [self._whole(next(parts) if size else b"", name, offset, size) for name, offset, size in ranges]
 
     def write(self, name: str, data: bytes) -> ObjectStat:
         """Write an object whole, replacing it if it exists. It is durable when this returns.
@@ -93,8 +93,8 @@ class Store:
     def create(self, name: str, data: bytes) -> bool:
         """Write an object whole unless it exists; True if this call made it.
 
-        A remote client may repeat a request whose answer was lost and then say False although it was this call: compare the
-        content where that matters.
+        A remote client may repeat a request when the answer is lost, and then say False although it was this call:
+        compare the content where that matters.
         """
         with self._writing(name):
             return self._files.create(name, data)
@@ -117,7 +117,7 @@ class Store:
         return self.stat(name).size
 
     def identity(self, name: str) -> str:
-        """The etag, or time and inode: it changes when the object is written again (S3: when it is written with other bytes)."""
+        """The etag, or time and inode: changes when the object is written again (S3: when other bytes are written)."""
         return self.stat(name).identity
 
     def list(self, prefix: str = "") -> list[str]:
@@ -128,8 +128,8 @@ class Store:
     def stats(self, prefix: str = "") -> dict[str, ObjectStat]:
         """As `list`, with size and identity; a remote store answers this in few requests."""
         with self._reading(prefix):
-            found = self._files.stats(prefix)
-        return {name: found[name] for name in sorted(found) if not is_temporary(name)}
+            stats = self._files.stats(prefix)
+        return {name: stats[name] for name in sorted(stats) if not is_temporary(name)}
 
     def rename(self, old: str, new: str) -> None:
         """Give an object another name. A kill leaves the old, the new, or (remote) both."""
@@ -144,17 +144,22 @@ class Store:
             self._files.delete(name)
 
     def sweep(self) -> int:
-        """Remove what killed local writers left half-written; a deposed writer that is still at it fails. Returns the count."""
+        """Remove what killed local writers left half-written, and return how many files that were.
+
+        A deposed writer that is still at it fails.
+        """
         if self.local is None:
             return 0
         with self._writing(""):
-            found = [name for name in self._files.names("") if is_temporary(name)]
-            left = [
-                name for name in found if not name.startswith(LOCK_FOLDER) and ".probe-" not in name
-            ]  # others may be at those
-            for name in left:
+            temporary = [name for name in self._files.names("") if is_temporary(name)]
+            half_written = [
+                name
+                for name in temporary
+                if not name.startswith(LOCK_FOLDER) and ".probe-" not in name  # others may be at those
+            ]
+            for name in half_written:
                 self._files.delete(name)
-        return len(left)
+        return len(half_written)
 
     def probe(self) -> None:
         """Write, read and delete a small object, and see that put-if-absent holds.
@@ -234,7 +239,9 @@ _ADVICE = {
     errno.EDQUOT: "raise the quota or free some space, and run again",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EACCES: "check the permissions and credentials",
-    errno.ENOENT: "the bucket does not exist, or another writer took the dataset over and cleared what this one had half-written",
+    errno.ENOENT: (
+        "the bucket does not exist, or another writer took the dataset over and cleared what this one had half-written"
+    ),
     errno.EPERM: "check the permissions and the file system",
 }
 

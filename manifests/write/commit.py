@@ -1,8 +1,8 @@
 """Commits and the merge: how shards that many workers wrote become one dataset.
 
-One rule: an entry is written after its objects and is the only sign that a shard is done; the manifest is written after
-everything it names and is the only sign that a dataset is done. Before each publish the lock's epoch is checked, and the
-merge looks at every object again, because a deposed writer may have been in the middle of a write.
+One rule: an entry is written after its objects and is the only sign that a shard is done; the manifest is written
+after everything it names and is the only sign that a dataset is done. Before each publish the lock's epoch is checked,
+and the merge looks at every object again, because a deposed writer may have been in the middle of a write.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def commit_entry(store: Store, entry: ShardEntry, epoch: int) -> None:
     """
     if entry.epoch != epoch:
         raise ManifestError(
-            f"{store.url}: shard {entry.shard} was written in epoch {entry.epoch}, commit is for {epoch}; write it again"
+            f"{store.url}: shard {entry.shard} was written in epoch {entry.epoch}, and this is {epoch}; write it again"
         )
     check_epoch(store, epoch)
     fault_point("commit.before")
@@ -111,11 +111,11 @@ def load_entries(store: Store, plan: Plan, plan_blake3: str, partial: bool = Fal
 
 
 def reject_entry(store: Store, shard_idx: int) -> str:
-    """Send a shard back to work: its entry gets a name that counts no more, and nothing is deleted. Returns that name."""
+    """Send a shard back to work: its entry gets a name that counts no more, which is returned. Nothing is deleted."""
     old = commit_name(shard_idx)
-    taken = set(store.list(old))
-    names = (f"{old}{REJECTED}" + (f".{count}" if count else "") for count in range(len(taken) + 1))
-    new = next(name for name in names if name not in taken)
+    present = set(store.list(old))
+    names = (f"{old}{REJECTED}" + (f".{count}" if count else "") for count in range(len(present) + 1))
+    new = next(name for name in names if name not in present)
     store.rename(old, new)
     return new
 
@@ -138,10 +138,10 @@ def dataset_digest(recipe: Recipe, keys: Sequence[str], objects: Iterable[tuple[
 def merge(store: Store, plan: Plan, lock: Lock, provenance: Mapping[str, Any]) -> Manifest:
     """Make the dataset of all committed shards: shards.parquet, index.parquet and, last, manifest.json.
 
-    Every object is compared with its entry: by size and identity, and where the identity differs by content, since a late
-    writer may have written the same bytes again. Shards that do not fit are sent back to work.
-    Raises: IncompleteError when shards are missing or were sent back: extract again; ManifestError naming a damaged file;
-    LockHeldError when another writer took over.
+    Every object is compared with its entry: by size and identity, and where the identity differs by content, since a
+    late writer may have written the same bytes again. Shards that do not fit are sent back to work.
+    Raises: IncompleteError when shards are missing or were sent back: extract again; ManifestError naming a damaged
+    file; LockHeldError when another writer took over.
     """
     lock.check()
     digest = plan_digest(store)
@@ -174,11 +174,11 @@ def load_manifest(store: Store) -> Manifest:
     return load_record(Manifest, store.read(MANIFEST_FILE), store.where(MANIFEST_FILE))
 
 
-def object_fits(store: Store, stored: ObjectEntry, found: ObjectStat | None) -> bool:
+def object_fits(store: Store, stored: ObjectEntry, present: ObjectStat | None) -> bool:
     """True if the object in the store is the one of its entry; it is read only when it was written again."""
-    if found is None or found.size != stored.size_bytes:
+    if present is None or present.size != stored.size_bytes:
         return False
-    return found.identity == stored.identity or object_blake3(store, stored.name, found.size) == stored.blake3
+    return present.identity == stored.identity or object_blake3(store, stored.name, present.size) == stored.blake3
 
 
 def object_stat(store: Store, stats: Mapping[str, ObjectStat], name: str) -> ObjectStat | None:
@@ -209,8 +209,9 @@ def _check_keys(store: Store, entries: list[ShardEntry], listing: Listing) -> No
         for row in entry.rows:
             if (row.key, row.label) != (listing.keys[row.row], listing.labels[row.row]):
                 raise ManifestError(
-                    f"{store.where(commit_name(entry.shard))}: row {row.row} is {row.key!r} (label {row.label}), the listing says "
-                    f"{listing.keys[row.row]!r} ({listing.labels[row.row]}); run `dtpipe verify --repair {store.url}` and extract again"
+                    f"{store.where(commit_name(entry.shard))}: row {row.row} is {row.key!r} (label {row.label}), "
+                    f"the listing says {listing.keys[row.row]!r} ({listing.labels[row.row]}); "
+                    f"run `dtpipe verify --repair {store.url}` and extract again"
                 )
 
 
@@ -227,16 +228,16 @@ def _send_back_misfits(store: Store, entries: list[ShardEntry], lock: Lock) -> N
         fault_point("merge.rejected")
     if misfits:
         raise IncompleteError(
-            f"{store.url}: objects of {len(misfits)} shards are missing or were changed after their commit ({_some(misfits)}); "
-            "they were sent back to work: run the same `dtpipe extract` again"
+            f"{store.url}: objects of {len(misfits)} shards are missing or were changed after their commit "
+            f"({_some(misfits)}); they were sent back to work: run the same `dtpipe extract` again"
         )
 
 
 def _metadata_files(store: Store, plan: Plan) -> dict[str, FileEntry]:
     names = [PLAN_FILE, LISTING_FILE, *(zarr_metadata(plan) if plan.recipe.shard.format == "zarr" else ())]
-    found = _together(store.read, names)
     return {
-        name: FileEntry(size_bytes=len(data), blake3=blake3_hex(data)) for name, data in zip(names, found, strict=True)
+        name: FileEntry(size_bytes=len(data), blake3=blake3_hex(data))
+        for name, data in zip(names, _together(store.read, names), strict=True)
     }
 
 

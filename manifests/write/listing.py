@@ -75,8 +75,10 @@ def build_listing(
 ) -> Listing:
     """Give every sample its row: filter by `keys`, order, then take the first `limit`.
 
-    `permuted` is a seeded permutation of the keys in code-point order; `container` keeps the order of items. Keys are NFC.
-    Raises: InputError for no samples, an empty or undecodable key, two samples of one key, or a wanted key that is not there.
+    `permuted` is a seeded permutation of the keys in code-point order; `container` keeps the order of items. Keys are
+    NFC.
+    Raises: InputError for no samples, an empty or undecodable key, two samples of one key, or one of `keys` that no
+    sample has.
     """
     samples = [(_normal_key(item.key, item.uri), item.uri, item.label) for item in items]
     _refuse_duplicates(samples)
@@ -123,7 +125,8 @@ def read_listing(store: Store, listing_blake3: str) -> Listing:
     data = store.read(LISTING_FILE)
     if blake3_hex(data) != listing_blake3:
         raise ManifestError(
-            f"{where} is not the listing that plan.json names: bytes were changed; run `dtpipe verify --repair {store.url}`"
+            f"{where} is not the listing that plan.json names: bytes were changed; "
+            f"run `dtpipe verify --repair {store.url}`"
         )
     table = decode_table(data, LISTING_SCHEMA, where)
     if table["row"].to_pylist() != list(range(table.num_rows)):
@@ -147,14 +150,14 @@ def normal_keys(keys: Iterable[str]) -> set[str]:
     return {unicodedata.normalize("NFC", key) for key in keys}
 
 
-def missing_keys(wanted: set[str], keys: Iterable[str]) -> str:
-    """`2 of 9 wanted keys: 'a.png', 'b.png'` for those that are not among `keys`; empty when all are."""
-    lost = sorted(wanted.difference(keys))
+def missing_keys(chosen: set[str], keys: Iterable[str]) -> str:
+    """`2 of 9 wanted keys ('a.png', 'b.png')` for the chosen ones that are not among `keys`; empty when all are."""
+    lost = sorted(chosen.difference(keys))
     if not lost:
         return ""
     shown = ", ".join(repr(key) for key in lost[:_SHOWN])
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-    return f"{len(lost)} of {len(wanted)} wanted keys ({shown}{more})"
+    return f"{len(lost)} of {len(chosen)} wanted keys ({shown}{more})"
 
 
 def _normal_key(key: str, uri: str) -> str:
@@ -179,7 +182,7 @@ def _refuse_duplicates(samples: Sequence[tuple[str, str, str | None]]) -> None:
 
 
 def _select(samples: list[tuple[str, str, str | None]], keys: Iterable[str]) -> list[tuple[str, str, str | None]]:
-    wanted = normal_keys(keys)
-    if lost := missing_keys(wanted, (sample[0] for sample in samples)):
+    chosen = normal_keys(keys)
+    if lost := missing_keys(chosen, (key for key, _, _ in samples)):
         raise InputError(f"{lost} are not in the source; check `--keys` against `--images`")
-    return [sample for sample in samples if sample[0] in wanted]
+    return [sample for sample in samples if sample[0] in chosen]

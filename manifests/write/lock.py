@@ -66,7 +66,8 @@ def check_epoch(store: Store, epoch: int) -> None:
         record = _read(store, highest)[1]
         who = _describe(record) if record else "another process"
         raise LockHeldError(
-            f"{store.url}: taken over by {who} (epoch {highest}, this writer had {epoch}); this writer stops, the other goes on"
+            f"{store.url}: taken over by {who} (epoch {highest}, this writer had {epoch}); "
+            "this writer stops, the other goes on"
         )
     if highest < epoch:
         raise LockHeldError(
@@ -101,7 +102,7 @@ class Lock:
         on_wait: Callable[[str], None] | None = None,
         process: Process | None = None,
     ) -> Lock:
-        """Claim the next epoch if no live writer holds the dataset; waits up to `stale_s` only for a silent one elsewhere.
+        """Claim the next epoch if no live writer holds the dataset; watches only a silent one elsewhere, for `stale_s`.
 
         The store is probed first, and half-written files of dead local writers are removed.
         Raises: LockHeldError when another writer lives; StoreError when the store cannot carry a lock.
@@ -163,17 +164,13 @@ class Lock:
     def _claim(self) -> None:
         name, data = lock_name(self.epoch), dump_record(self._record)
         try:
-            ours = (
-                self.store.create(name, data) or self.store.read(name) == data
-            )  # a repeated request says False to its own first
+            ours = self.store.create(name, data) or self.store.read(name) == data  # False to a repeated request
         except MissingObjectError:
             ours = False
         if not ours or max(_epochs(self.store), default=0) != self.epoch:
             if ours:
                 self.store.delete(name)
-            raise LockHeldError(
-                f"{self.store.url}: another process took the lock at the same moment; wait for it to finish and run again"
-            )
+            raise _lost_race(self.store)
 
     def _beat(self) -> None:
         while not self._stop.wait(self._record.interval_s):
@@ -212,7 +209,7 @@ def this_process() -> Process:
 
 
 def holder_is_dead(record: LockRecord, stale_s: float) -> bool | None:
-    """Whether a lock's holder is dead, as far as this machine knows; None when it runs elsewhere and must be watched."""
+    """Whether a lock's holder is dead, as far as this machine knows; None when it runs elsewhere: watch it."""
     here, holder = this_process(), record.holder
     if record.released:
         return True
@@ -230,9 +227,7 @@ def _wait_until_dead(store: Store, epoch: int, stale_s: float, on_wait: Callable
     """
     data, record = _read(store, epoch)
     if data is None:
-        raise LockHeldError(
-            f"{store.url}: another process took the lock at the same moment; wait for it to finish and run again"
-        )
+        raise _lost_race(store)
     dead = holder_is_dead(record, stale_s) if record else None
     if dead:
         return
@@ -296,6 +291,12 @@ def _is_running(holder: Process) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def _lost_race(store: Store) -> LockHeldError:
+    return LockHeldError(
+        f"{store.url}: another process took the lock at the same moment; wait for it to finish and run again"
+    )
 
 
 def _describe(record: LockRecord) -> str:

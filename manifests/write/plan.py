@@ -35,37 +35,37 @@ def start_plan(
 ) -> tuple[Plan, Listing]:
     """Begin a dataset, or go on with the one that is there. The caller holds the lock.
 
-    A listing given as a function is called only to begin, so that resume never lists the source again. `selection` is what
-    chose the rows but is no content (`--limit`, digest of `--keys`): it is kept in the plan and compared on resume.
+    A `listing` that is a function is called only to begin, so that resume never lists the source again. `selection` is
+    what chose the rows but is no content (`--limit`, digest of `--keys`): kept in the plan and compared on resume.
     Returns the stored plan and rows.
-    Raises: PlanChangedError when the output holds another recipe, selection or (given as a value, without a selection)
-    listing, naming what differs; ConfigError for `fresh` where output exists, or a folder with foreign files.
+    Raises: PlanChangedError naming what differs when the output holds another recipe, selection or (where it is a value
+    and there is no selection) listing; ConfigError for `fresh` where output exists, or a folder with foreign files.
     """
     plan = find_plan(store, fresh)
     if plan is None:
-        found = listing() if callable(listing) else listing
-        plan = _new_plan(recipe, found, write_listing(store, found), {**provenance, SELECTION: dict(selection or {})})
+        rows = listing() if callable(listing) else listing
+        plan = _new_plan(recipe, rows, write_listing(store, rows), {**provenance, SELECTION: dict(selection or {})})
         fault_point("plan.listing")
         data = dump_record(plan)
         if store.create(PLAN_FILE, data) or store.read(PLAN_FILE) == data:
             fault_point("plan.created")
-            return plan, found
+            return plan, rows
         plan = load_plan(store)
     _refuse_changes(store, plan, recipe, selection)
     return plan, _stored_listing(store, plan, listing, selection)
 
 
 def find_plan(store: Store, fresh: bool = False) -> Plan | None:
-    """The plan of the dataset that is there, or None where one can begin. Writes nothing: call it before anything is spent.
+    """The plan of the dataset that is there, or None where one can begin. Writes nothing.
 
-    Raises: ConfigError for `fresh` where a dataset is, or a folder with foreign files; ManifestError for a damaged plan.
+    Raises: ConfigError for `fresh` where a dataset is, or other files are; ManifestError for a damaged plan.
     """
     if not store.exists(PLAN_FILE):
         _refuse_foreign(store)
         return None
     if fresh:
         raise ConfigError(
-            f"{store.url} holds a dataset and --fresh was given; choose another --out, or leave --fresh out to go on with it"
+            f"{store.url} holds a dataset and --fresh was given; choose another --out, or leave --fresh out to go on"
         )
     return load_plan(store)
 
@@ -78,7 +78,8 @@ def load_plan(store: Store) -> Plan:
     plan = load_record(Plan, store.read(PLAN_FILE), store.where(PLAN_FILE))
     if plan.num_shards != math.ceil(plan.num_rows / plan.recipe.shard.samples):
         raise ManifestError(
-            f"{store.where(PLAN_FILE)}: {plan.num_rows} rows are not {plan.num_shards} shards; the dataset cannot be read"
+            f"{store.where(PLAN_FILE)}: {plan.num_rows} rows are not {plan.num_shards} shards; "
+            "the dataset cannot be read"
         )
     return plan
 
@@ -89,7 +90,7 @@ def plan_digest(store: Store) -> str:
 
 
 def bytes_per_sample(levels: Sequence[LevelSpec], num_views: int, image_px: tuple[int, int] | None) -> int:
-    """Bytes of one sample before compression: all levels of all views as coded, and the uint8 RGB image (height, width) if stored."""
+    """Bytes of one sample before compression: all levels of all views as coded, and the uint8 RGB image if stored."""
     parts = [spec for level in levels for spec in open_codec(level).parts.values()]
     view_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in parts)
     return view_bytes * num_views + (3 * image_px[0] * image_px[1] if image_px else 0)
@@ -133,26 +134,26 @@ def _refuse_changes(store: Store, plan: Plan, recipe: Recipe, selection: Mapping
 
 
 def _stored_listing(
-    store: Store, plan: Plan, given: Listing | Callable[[], Listing], selection: Mapping[str, Any] | None
+    store: Store, plan: Plan, listing: Listing | Callable[[], Listing], selection: Mapping[str, Any] | None
 ) -> Listing:
     try:
         stored = read_listing(store, plan.listing_blake3)
     except (MissingObjectError, ManifestError):
-        again = given() if callable(given) else given
+        again = listing() if callable(listing) else listing
         if blake3_hex(encode_listing(again)) != plan.listing_blake3:
             raise
         write_listing(store, again)  # lost or damaged, and the source still gives the very same rows
         return again
-    if selection is None and not callable(given) and (given.keys, given.labels) != (stored.keys, stored.labels):
+    if selection is None and not callable(listing) and (listing.keys, listing.labels) != (stored.keys, stored.labels):
         raise PlanChangedError(
-            f"{store.url} holds a dataset of other rows ({len(stored)} stored, {len(given)} wanted, first difference at "
-            f"{_first_difference(stored, given)}); choose another --out, or extract the same samples to go on"
+            f"{store.url} holds a dataset of other rows ({len(stored)} stored, {len(listing)} wanted, first difference "
+            f"at {_first_difference(stored, listing)}); choose another --out, or extract the same samples to go on"
         )
     return stored
 
 
-def _first_difference(stored: Listing, given: Listing) -> str:
-    for one, other in zip(stored, given, strict=False):
+def _first_difference(stored: Listing, wanted: Listing) -> str:
+    for one, other in zip(stored, wanted, strict=False):
         if (one.key, one.label) != (other.key, other.label):
             return f"row {one.row}: stored {one.key!r}, wanted {other.key!r}"
-    return f"row {min(len(stored), len(given))}"
+    return f"row {min(len(stored), len(wanted))}"
