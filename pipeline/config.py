@@ -37,7 +37,8 @@ class EvalConfig(StrictModel):
     labelled: tuple[int | Literal["all"], ...] | None = Field(
         default=None,
         min_length=1,
-        description="Numbers of labelled images; default: 5, 20, 80 and all for masks, 1, 5, 20 per class and all for classes.",
+        description="Numbers of labelled images; "
+        "default: 5, 20, 80 and all for masks, 1, 5, 20 per class and all for classes.",
     )
     seeds: int = Field(default=3, ge=1, description="Draws of the labelled images and of random initialisations.")
     against: tuple[str, ...] = Field(default=(), description="Another checkpoint to score beside it. Repeatable.")

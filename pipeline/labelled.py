@@ -109,7 +109,8 @@ class LabelledReader:
         Each is read once here, so that what is wrong is said before any work. `classes` are those to learn from, by
         default the class folders'; with masks they are counted.
 
-        Raises: InputError when a mask is missing or a class is unknown, or no image is good; ConfigError without targets.
+        Raises: InputError when a mask is missing or a class is unknown, or no image is good; ConfigError when there is
+        nothing to learn from.
         """
         from dtpipe.distill.downstream.labelled import LabelledSet
 

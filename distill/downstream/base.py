@@ -1,4 +1,4 @@
-"""What a downstream task on frozen features declares. A new one is a file with a `TASK`, and its name in `registry.py`."""
+"""What a downstream task on frozen features declares. A new one is a file with `TASK`, and a line in `registry.py`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Frozen networks, and raw pixels, as functions from images to levels.
 
-An extractor takes uint8 images as they are stored, and brings its own normalisation, resizing and device; checkpoints and
-teachers are turned into extractors by `pipeline`.
+An extractor takes uint8 images as they are stored, and brings its own normalisation, resizing and device; `pipeline`
+makes extractors of checkpoints and teachers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FeatureExtractor:
     """A frozen network, or raw pixels, as a function of images.
 
     `encode` takes (B, H, W, 3) uint8 on the CPU and returns {level: (B, C, h, w)} in floating point, on any device.
-    `pool` says how a class task turns a level into a vector: the mean over positions, or all positions one after another.
+    `pool` says how a class task turns a level into a vector: the mean over positions, or all positions in a row.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Labelled images that are read when a task asks for them, and the draw of a few of them.
 
-Nothing here holds pixels: a set says how many images there are, their keys and the meaning of their classes; `image` and
+Nothing here holds pixels: a set says how many images there are, their keys and what their classes mean; `image` and
 `target` read one of them. What a task needs at once it asks for by rows.
 """
 
@@ -63,7 +63,7 @@ class LabelledSet:
         )
 
     def foreground(self) -> LabelledSet:
-        """The same samples with masks of two classes: 0 background, 1 anything else. Raises: ConfigError without masks."""
+        """The same samples with masks of two classes: background, anything else. Raises: ConfigError without masks."""
         self.need(Mask)
         names = ("background", "foreground")[: len(self.classes)]
         return replace(self, classes=ClassTable(names), target=lambda row: cast(Mask, self.target(row)).foreground())
@@ -112,7 +112,7 @@ def _is_image(array: npt.NDArray[Any]) -> bool:
 
 
 def count_classes(*sets: LabelledSet) -> int:
-    """How many classes the sets hold between them: one more than the largest class, of masks the length of their tables.
+    """How many classes the sets hold: one more than the largest class of an image, of masks the length of their tables.
 
     Raises: ConfigError when masks hold background only.
     """
@@ -145,7 +145,7 @@ def draw_labelled(labelled: LabelledSet, num: int | None, seed: int) -> npt.NDAr
     """Rows of `num` images drawn by `seed`; all of them, in order of their keys, when `num` is None.
 
     The draw depends on the keys and the seed, not on the order of the set, and a smaller draw is the start of a larger
-    one. Where images have classes these are taken in turn, so that counts differ by at most one while every class lasts.
+    one. Classes of images are taken in turn, so that their counts differ by at most one while every class lasts.
 
     Raises: ConfigError when there are fewer images, or fewer draws than classes.
     """

@@ -93,7 +93,7 @@ class ProbeResult:
         return document
 
     def to_table(self, levels: bool = False) -> str:
-        """Plain text: extractors down, numbers of labelled images across, mean ± spread; with `levels` every level too."""
+        """Plain text: extractors down, numbers of labelled images across, mean ± spread; `levels`: every level too."""
         summaries = [summary for summary in self.summaries() if levels or summary.level == BEST]
         columns = sorted({summary.num_labelled for summary in summaries})
         cells: dict[tuple[str, str], dict[int, str]] = {}

@@ -1,4 +1,4 @@
-"""What a format of export declares: which students it has a place for, how a file is loaded again, and how a user does it."""
+"""What a format of export declares: which students it has a place for, and how its library loads a file."""
 
 from __future__ import annotations
 

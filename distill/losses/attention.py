@@ -34,7 +34,7 @@ class AttentionTransfer:
         return F.normalize(energies.sum(dim=1).flatten(1), dim=1)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Shapes: student (B, Cs, H, W), teacher (B, Ct, H, W) -> scalar float32. Raises: ShapeError when sizes differ."""
+        """Shapes: student (B, Cs, H, W), teacher (B, Ct, H, W) -> scalar float32. Raises: ShapeError on other sizes."""
         if student.shape[-2:] != teacher.shape[-2:]:
             raise ShapeError(
                 f"student level is {tuple(student.shape[-2:])}, teacher level is {tuple(teacher.shape[-2:])}; "

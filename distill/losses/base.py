@@ -1,7 +1,7 @@
 """What a feature loss is: a function of one level's f_r and f_g that carries its own settings.
 
 f_r is the student's level after the regressor's 1x1 convolution, f_g the teacher's as it was encoded. Norms and
-reductions run in float32. Every loss is a mean over the batch, so parts of a batch add up when weighted by their counts.
+reductions run in float32. Every loss is a mean over the batch: parts of a batch add up when weighted by their counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cosine distance of features: not in the paper; blind to the strength of both, so that no position outweighs another."""
+"""Cosine distance, not in the paper: blind to the strength of features, so that no position outweighs another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature loss, equation (3) of the paper: losses of single levels, averaged over levels and added by their weights."""
+"""The feature loss, equation (3): losses of single levels, averaged over the levels and added by their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All losses of one level, by name. A new one is a file that declares `LOSS`, a name here, and its weight in `LossConfig`."""
+"""All losses of one level, by name. A new one is a file with `LOSS`, a line here, and its weight in `LossConfig`."""
 
 from __future__ import annotations
 

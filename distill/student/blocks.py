@@ -17,7 +17,10 @@ MIN_GROUP = 4
 
 
 def conv_norm_relu(channels_in: int, channels_out: int, kernel: int, norm: str, stride: int = 1) -> nn.Sequential:
-    """Convolution, norm, ReLU. Shapes: (B, channels_in, H, W) -> (B, channels_out, ceil(H / stride), ceil(W / stride))."""
+    """Convolution, norm, ReLU.
+
+    Shapes: (B, channels_in, H, W) -> (B, channels_out, ceil(H / stride), ceil(W / stride)).
+    """
     conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, build_norm(norm, channels_out), nn.ReLU(inplace=True))
 

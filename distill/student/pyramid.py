@@ -1,6 +1,7 @@
 """The simple feature pyramid: several strides from the single map of a plain vision transformer.
 
-It stands between student and regressor and is thrown away with the latter: the exported backbone is the transformer alone.
+It stands between student and regressor and is thrown away with the latter: an exported backbone is the transformer
+alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class SimplePyramid(nn.Module):
     def __init__(self, stride: int, channels: int, strides: Sequence[int], norm: str) -> None:
         """`stride` of the map there is, `strides` of the levels to make, finest first; powers of two."""
         super().__init__()
-        self.doublings = [stride.bit_length() - wanted.bit_length() for wanted in strides]
+        self.doublings = [stride.bit_length() - target.bit_length() for target in strides]
         self.levels = nn.ModuleList(_upscale(channels, max(0, count), norm) for count in self.doublings)
         self.channels = tuple(channels >> max(0, count) for count in self.doublings)
 

@@ -31,7 +31,7 @@ class TargetLevel:
 
 
 class FeatureRegressor(nn.Module):
-    """Student levels to teacher levels (appendix D.1 and table 8): laterals, top-down path, output convolutions, 1x1 heads.
+    """Student levels to teacher levels (appendix D.1 and table 8).
 
     Every student level from the finest target's stride on takes part, so the whole backbone is trained even where the
     teacher has no level of the coarsest strides. A student with a single level first goes through a simple pyramid.

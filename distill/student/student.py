@@ -1,8 +1,8 @@
 """The student: a timm `features_only` backbone whose levels are found by stride.
 
-A plain vision transformer has one level; the regressor makes the other strides from it (`pyramid.py`). Images come in as
-float32 in [-1, 1]; `Student.forward` is the one place where they get the mean and deviation that timm lists for the model,
-so an exported backbone takes images normalised as timm's own weights do.
+A plain vision transformer has one level; the regressor makes the other strides from it (`pyramid.py`). Images come in
+as float32 in [-1, 1]; `Student.forward` is the one place where they get the mean and deviation that timm lists for the
+model, so an exported backbone takes images normalised as timm's own weights do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class StudentSpec:
 class Student(nn.Module):
     """A backbone with its input normalisation. `strides` and `channels` describe its levels, finest first.
 
-    `strides` are powers of two: patches of 14 px count as stride 16, and the regressor brings their maps to the teacher's size.
+    `strides` are powers of two: patches of 14 px count as stride 16, and the regressor brings their maps to the
+    teacher's size.
     """
 
     mean: Tensor
@@ -75,9 +76,10 @@ class Student(nn.Module):
         return [level.permute(0, 3, 1, 2) for level in chosen] if self.channels_last else chosen
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that timm spares from weight decay: position embeddings, class tokens, relative position biases.
+        """Names of parameters that timm spares from weight decay, such as embeddings of position and class tokens.
 
-        They are those of timm's full model, since its `features_only` models do not say. Biases and norms are not among them.
+        They are those of timm's full model, since its `features_only` models do not say; biases and norms are not
+        among them.
         """
         with torch.device("meta"):
             full: Any = timm.create_model(self.spec.name, num_classes=0, **model_options(self.spec))
@@ -92,7 +94,7 @@ def power_of_two(reduction: float) -> int:
 
 
 def student_name(name: str, names: Collection[str]) -> str | None:
-    """A full model's name in a `features_only` model: as it is, after `model.`, or with its first two parts joined by `_`."""
+    """A full model's name in a `features_only` model: as it is, behind `model.`, or its first two parts joined."""
     return next((alias for alias in (name, f"model.{name}", name.replace(".", "_", 1)) if alias in names), None)
 
 
@@ -127,14 +129,14 @@ def _features_only(spec: StudentSpec, pretrained: bool) -> nn.Module:
 
 
 def _check_patches(spec: StudentSpec, net: nn.Module) -> None:
-    """Refuse image sizes that a plain transformer's patches do not divide: timm would leave out the rest of the image."""
+    """Refuse image sizes that a plain transformer's patches do not divide: timm would leave out the rest."""
     reductions = set(net.feature_info.reduction())  # type: ignore[operator, union-attr]
     patch = next(iter(reductions))
     if len(reductions) == 1 and any(px % patch for px in spec.image_px):
         height, width = (max(1, round(px / patch)) * patch for px in spec.image_px)
         raise ConfigError(
-            f"student {spec.name} has patches of {patch} px, which do not divide its images of {spec.image_px[0]}x{spec.image_px[1]} px; "
-            f"give -s distill.student_px=[{height},{width}]"
+            f"student {spec.name} has patches of {patch} px, which do not divide its images of "
+            f"{spec.image_px[0]}x{spec.image_px[1]} px; give -s distill.student_px=[{height},{width}]"
         )
 
 
@@ -144,15 +146,15 @@ def model_options(spec: StudentSpec) -> dict[str, Any]:
     return {"img_size": spec.image_px} if cfg is not None and cfg.fixed_input_size else {}
 
 
-def check_strides(name: str, student: Student, wanted: Sequence[int], levels: Sequence[str]) -> None:
+def check_strides(name: str, student: Student, strides: Sequence[int], levels: Sequence[str]) -> None:
     """Refuse teacher levels that the student has no stride for.
 
     Raises: ConfigError listing the student's strides and the levels that would fit.
     """
-    missing = sorted(set(wanted) - set(student.all_strides))
+    missing = sorted(set(strides) - set(student.all_strides))
     if not missing:
         return
-    fitting = [level for level, stride in zip(levels, wanted, strict=True) if stride in student.all_strides]
+    fitting = [level for level, stride in zip(levels, strides, strict=True) if stride in student.all_strides]
     advice = (
         f"keep {','.join(fitting)} with -s distill.levels=... or choose another student"
         if fitting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,6 +36,10 @@ class Published:
     def size(self) -> str:
         return format_bytes(self.size_bytes)
 
+    @property
+    def here(self) -> str:
+        return "yes" if self.cached else ""
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -64,12 +69,6 @@ def _bytes(teacher: PublishedTeacher) -> int:
     return 3 * height * width + sum(2 * channels * height * width // (1 << 2 * level) for level, channels in levels)
 
 
-def _teachers() -> Rows:
-    from dtpipe.extract.teachers.registry import teacher_kinds
-
-    return _texts(teacher_kinds())
-
-
 def teacher_options(match: str | None = None) -> dict[str, str]:
     """What `extract.teacher.options` may hold, by family, with defaults."""
     from dtpipe.extract.teachers.registry import teacher_kinds
@@ -86,24 +85,6 @@ def _options(kind: TeacherKind) -> str:
     )
 
 
-def _sources() -> Rows:
-    from dtpipe.extract.sources.registry import SOURCES
-
-    return _texts(SOURCES)
-
-
-def _codecs() -> Rows:
-    from dtpipe.manifests.codecs.registry import CODECS
-
-    return _texts(CODECS)
-
-
-def _tasks() -> Rows:
-    from dtpipe.distill.downstream.registry import TASKS
-
-    return _texts(TASKS)
-
-
 def _presets() -> Rows:
     return {name: preset_summary(name) for name in preset_names()}
 
@@ -114,47 +95,38 @@ def _students() -> Rows:
     return {name: stride_text(strides) for name, strides in students().items()}
 
 
-def _regressors() -> Rows:
-    from dtpipe.distill.student.regressors.registry import REGRESSORS
+def _teachers() -> Rows:
+    from dtpipe.extract.teachers.registry import teacher_kinds
 
-    return _texts(REGRESSORS)
-
-
-def _losses() -> Rows:
-    from dtpipe.distill.losses.registry import LOSSES
-
-    return _texts(LOSSES)
+    return {name: kind.reads for name, kind in sorted(teacher_kinds().items())}
 
 
-def _exports() -> Rows:
-    from dtpipe.distill.export.registry import EXPORTS
+def _sources() -> Rows:
+    from dtpipe.extract.sources.registry import SOURCES
 
-    return _texts(EXPORTS)
-
-
-def _texts(registry: object) -> Rows:
-    """Names and the first sentence that a registry holds about each."""
-    if not isinstance(registry, dict):
-        return dict.fromkeys(sorted(registry), "")  # type: ignore[call-overload]
-    return {name: _text(entry) for name, entry in sorted(registry.items())}
+    return {name: kind.reads for name, kind in sorted(SOURCES.items())}
 
 
-def _text(entry: object) -> str:
-    if isinstance(entry, str):
-        return entry
-    text = getattr(entry, "reads", None) or getattr(entry, "summary", None) or entry.__doc__ or ""
-    return str(text).strip().splitlines()[0] if text else ""
+def _summaries(registry: str) -> Callable[[], Rows]:
+    """The sentences of a registry, `module:NAME`, which is imported when they are asked for."""
+
+    def read() -> Rows:
+        module, _, name = registry.partition(":")
+        entries = getattr(importlib.import_module(f"dtpipe.{module}"), name)
+        return {key: entry.summary for key, entry in sorted(entries.items())}
+
+    return read
 
 
 _CATALOGUES: dict[str, Callable[[], Rows]] = {
     "teachers": _teachers,
     "sources": _sources,
-    "codecs": _codecs,
-    "tasks": _tasks,
+    "codecs": _summaries("manifests.codecs.registry:CODECS"),
+    "tasks": _summaries("distill.downstream.registry:TASKS"),
     "presets": _presets,
-    "regressors": _regressors,
-    "losses": _losses,
-    "exports": _exports,
+    "regressors": _summaries("distill.student.regressors.registry:REGRESSORS"),
+    "losses": _summaries("distill.losses.registry:LOSSES"),
+    "exports": _summaries("distill.export.registry:EXPORTS"),
     "students": _students,
 }
 KINDS = tuple(_CATALOGUES)

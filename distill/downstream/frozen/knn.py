@@ -1,7 +1,7 @@
 """k nearest neighbours on pooled features, by cosine, as in InstDisc and DINO.
 
-Source: Wu et al., arXiv 1805.01978, section 3.4; facebookresearch/dino `eval_knn.py` (k = 20, temperature 0.07). Nothing is
-fitted, so that few labels are enough; the level is chosen by leaving each labelled image out in turn.
+Source: Wu et al., arXiv 1805.01978, section 3.4; facebookresearch/dino `eval_knn.py` (k = 20, temperature 0.07).
+Nothing is fitted, so few labels are enough; the level is chosen by leaving each labelled image out in turn.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def knn_votes(
 
 
 def neighbours(num_labelled: int, num_classes: int, k: int) -> int:
-    """How many vote: `k`, but with few labels as many as there are images per class, so that none is outvoted by count."""
+    """How many vote: `k`, but no more than there are images per class, so that no class is outvoted by count."""
     return max(1, min(k, num_labelled // num_classes))
 
 
@@ -92,7 +92,7 @@ def _leave_one_out(features: Tensor, labels: Tensor, num_classes: int, k: int, t
 
 TASK = Task(
     "knn",
-    "weighted nearest neighbours by cosine of pooled features; accuracy",
+    "from class labels: weighted nearest neighbours by cosine of pooled features; accuracy",
     Class,
     metric=lambda _num_classes: ACCURACY,
     score=knn_probe,

@@ -108,6 +108,6 @@ def _minimise(
     )
     precise = features.dtype == torch.float64
     options = {"maxiter": max_iter, "gtol": 1e-8 if precise else 1e-5, "ftol": 1e-13 if precise else 1e-7}
-    # scipy's BLAS and torch each keep threads that spin while waiting; on few cores they take turns at starving each other.
+    # scipy's BLAS and torch each keep threads that spin while waiting; on few cores they starve each other in turn.
     with torch.no_grad(), threadpool_limits(1, user_api="blas"):
         return unpack(minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x)

@@ -26,11 +26,12 @@ from dtpipe.manifests.labels import Class
 
 @dataclass(frozen=True)
 class Choice:
-    """What the labelled images chose: a classifier, its regularisation, its score across folds (None: too few images)."""
+    """What the labelled images chose."""
 
     classifier: LinearClassifier
     l2: float
     selection: float | None
+    """Score across folds; None where there are too few images."""
 
 
 def pooled_levels(
@@ -88,7 +89,10 @@ def choose_linear(
 def linear_probe(
     extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
 ) -> list[Score]:
-    """Held-out accuracy of every level in every draw, the best of each draw marked. Chance: the largest class's share."""
+    """Held-out accuracy of every level in every draw, the best level of each draw marked.
+
+    Chance is the share of the largest class.
+    """
     num_classes, classes = count_classes(train, test), train.read_classes()
     held_out, truth = pooled_levels(extractor, test, config.batch_size), torch.from_numpy(test.read_classes())
     used, pooled = pooled_rows(extractor, train, draws, config.batch_size)
@@ -112,14 +116,17 @@ def linear_probe(
 def pooled_rows(
     extractor: FeatureExtractor, train: LabelledSet, draws: Sequence[Draw], batch_size: int, concatenated: bool = True
 ) -> tuple[npt.NDArray[np.int64], dict[str, Tensor]]:
-    """Pooled features of the rows that any draw uses, computed once: those rows in ascending order, {level: (rows, D)}."""
+    """Pooled features of the rows that any draw uses, computed once.
+
+    Shapes: -> those rows in ascending order (R,), {level: (R, D)}.
+    """
     used = np.unique(np.concatenate([draw.rows for draw in draws]))
     return used, pooled_levels(extractor, train.subset(used), batch_size, concatenated)
 
 
 TASK = Task(
     "probe",
-    "linear classifier on the pooled features of each level; accuracy",
+    "from class labels: linear classifier on the pooled features of each level; accuracy",
     Class,
     metric=lambda _num_classes: ACCURACY,
     score=linear_probe,

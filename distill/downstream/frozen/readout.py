@@ -68,13 +68,16 @@ def confusion_matrix(truth: Tensor, predicted: Tensor, num_classes: int) -> Tens
 
 
 def iou_by_class(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class; NaN where it is neither there nor predicted. Shapes: (K, K) -> (K,) float64."""
+    """Intersection over union of each class; NaN where it is neither there nor predicted.
+
+    Shapes: (K, K) -> (K,) float64.
+    """
     hits = confusion.diagonal().double()
     return hits / (confusion.sum(dim=0) + confusion.sum(dim=1) - hits)
 
 
 def iou_score(confusion: Tensor) -> float:
-    """Foreground IoU of two classes, else the mean over the classes that are there or predicted, background included."""
+    """Foreground IoU of two classes; of more, the mean over those that are there or predicted, background included."""
     ious = iou_by_class(confusion)
     chosen = ious[1:] if len(ious) == 2 else ious[~ious.isnan()]
     return float(chosen.nan_to_num(0.0).mean())
@@ -82,12 +85,16 @@ def iou_score(confusion: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Cells:
-    """Labelled cells of one draw: features by level (n, C), targets (n,), and for each cell its image and turn in it."""
+    """The n labelled cells of one draw."""
 
     features: dict[str, Tensor]
+    """(n, C) by level."""
     targets: Tensor
+    """(n,) classes."""
     image_idx: Tensor
+    """(n,): which image a cell is of."""
     turn: Tensor
+    """(n,): its turn among the cells of that image."""
 
 
 def draw_cells(
@@ -160,7 +167,7 @@ class Fitted:
 
 
 def fit_readouts(cells: Cells, draw: Draw, num_classes: int, config: ProbeConfig) -> list[Fitted]:
-    """A read-out for each level and for all together, each with the regularisation that whole images left out prefer."""
+    """A read-out of each level and one of all, each with the regularisation that whole images left out prefer."""
     candidates = {name: [name] for name in cells.features}
     if len(candidates) > 1:
         candidates[ALL_LEVELS] = list(cells.features)
@@ -239,7 +246,7 @@ def _held_out(
 
 TASK = Task(
     "readout",
-    "linear classifier per cell on the levels; foreground IoU, or mIoU of several classes",
+    "from masks: linear classifier per cell on the levels; foreground IoU, or mIoU of several classes",
     Mask,
     metric=lambda num_classes: FOREGROUND_IOU if num_classes == 2 else MEAN_IOU,
     score=dense_readout,

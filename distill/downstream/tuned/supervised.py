@@ -81,7 +81,7 @@ class Supervised:
 
 
 def read_targets(labelled: LabelledSet, rows: Rows, num_classes: int, stride: int | None) -> Tensor:
-    """What a head of `stride` learns from some images: their classes (n,), or of masks the class of each cell (n, h, w)."""
+    """What a head of `stride` learns from images. Shapes: -> classes (n,), or of masks those of cells (n, h, w)."""
     if stride is None:
         return torch.from_numpy(labelled.read_classes(rows))
     return masks_at_stride(labelled.read_masks(rows), stride, num_classes)
@@ -148,7 +148,7 @@ def run_supervised(
     device: torch.device | str = "cpu",
     on_progress: Callable[[str], None] | None = None,
 ) -> ProbeResult:
-    """The baseline's held-out scores on the draws that `run_probe` makes for `task`; merge the two results for one table.
+    """The baseline's held-out scores on the draws that `run_probe` makes for `task`; merge both results for one table.
 
     Each seed and number of labels is a training of its own. Raises: ConfigError as `run_probe` does.
     """

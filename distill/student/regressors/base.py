@@ -1,4 +1,4 @@
-"""What a regressor's variant declares: what it adds to the laterals, top-down path and output convolutions of an FPN."""
+"""What a variant of the regressor declares: what it adds to an FPN's laterals, top-down path, output convolutions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class RegressorKind:
     smooth_coarsest: bool = True
     """Whether the coarsest level has an output convolution; not where its lateral ends in one."""
     path: Callable[[int, RegressorConfig], nn.Module] | None = None
-    """Makes what follows the output convolutions: that many levels of (B, width, H_i, W_i), finest first -> the same."""
+    """Makes what follows the output convolutions, for that many levels.
+
+    Shapes: [(B, width, H_i, W_i)], finest first -> the same.
+    """
 
 
 def lateral(channels: int, config: RegressorConfig) -> nn.Module:
