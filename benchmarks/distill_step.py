@@ -33,10 +33,11 @@ import torch
 from common import REPO, RESULTS, publish
 
 from dtpipe.distill.config import DistillConfig, StudentConfig
+from dtpipe.distill.engine.loop import Loop
 from dtpipe.distill.stream.batch import FeatureBatch
 from dtpipe.distill.stream.data import OpenedData, open_data
 from dtpipe.distill.stream.order import StreamPosition
-from dtpipe.distill.trainer import Trainer
+from dtpipe.distill.trainer import Distillation
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
@@ -66,14 +67,14 @@ def extracted(name: str, path: str, args: argparse.Namespace) -> str:
     return run_extraction(config).url
 
 
-def trainer_of(config: DistillConfig, data: OpenedData, device: torch.device, live: bool) -> Trainer:
+def trainer_of(config: DistillConfig, data: OpenedData, device: torch.device, live: bool) -> Distillation:
     """A trainer as `dtpipe distill` makes one."""
     torch.manual_seed(0)
     teacher = open_live({}, data.source, device) if live else None
-    return Trainer(config.model_copy(update={"reencode": float(live)}), data, device, teacher)
+    return Distillation(config.model_copy(update={"reencode": float(live)}), data, device, teacher)
 
 
-def from_memory(trainer: Trainer) -> Trainer:
+def from_memory(trainer: Distillation) -> Distillation:
     """The same trainer on batches that are read before it starts and lie on the device."""
     batches = list(islice(trainer.stream.batches(StreamPosition()), trainer.stream.batches_per_epoch))
 
@@ -102,7 +103,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def stream_rate(trainer: Trainer, seconds: float) -> float:
+def stream_rate(trainer: Distillation, seconds: float) -> float:
     """Images per second that the stream alone delivers on the device."""
     batches = trainer.stream.batches(StreamPosition())
     next(batches)
@@ -131,7 +132,7 @@ def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
     make = partial(trainer_of, config, data, device)
     trainers = {"memory": from_memory(make(False)), "cached": make(False), "live": make(True)}
     rate = stream_rate(make(False), seconds=5)
-    turns = {way: trainer.steps() for way, trainer in trainers.items()}
+    turns = {way: Loop(trainer).steps() for way, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {way: [] for way in turns}
     for _ in range(args.repeats):
         for way, steps in turns.items():
@@ -158,7 +159,7 @@ def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def shares_of(trainer: Trainer) -> dict[str, float]:
+def shares_of(trainer: Distillation) -> dict[str, float]:
     """Seconds of a trainer by activity as shares, without the wait for its turn."""
     seconds = {what: value for what, value in trainer.watch.seconds().items() if what != "data"}
     total = sum(seconds.values())

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dtpipe.distill.engine.ranks import ALONE, Ranks
-from dtpipe.distill.engine.timing import IDLE, Stopwatch
-from dtpipe.distill.losses.features import FeatureLoss
-
-MOST_WAITING = 0.05
+from dtpipe.distill.engine.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class TrainProgress:
     lr: float
     grad_norm: float
     losses: dict[str, float]
-    """`loss`; `mse`, `at`, .. of the losses that are on; and `mse/l2`, `at/l2`, .. per level."""
+    """`loss`, which is minimised, and what else the trainer measures: its terms, and with a slash parts of these."""
     throughput_img_s: float
     remaining_s: float
     shares: dict[str, float]
@@ -52,8 +48,13 @@ class TrainProgress:
         """Inverse of `record`."""
         own = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         shares = {name.removeprefix("share/"): value for name, value in record.items() if name.startswith("share/")}
-        losses = {name: value for name, value in record.items() if name not in own and not name.startswith("share/")}
-        return cls(**own, losses=losses, shares=shares)
+        return cls(**own, losses=losses_of(record), shares=shares)
+
+
+def losses_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The losses of a line of metrics.jsonl."""
+    others = {field.name for field in fields(TrainProgress)}
+    return {name: value for name, value in record.items() if name not in others and not name.startswith("share/")}
 
 
 OnProgress = Callable[[TrainProgress], None]
@@ -65,21 +66,30 @@ class RunResult:
 
     run_dir: Path
     checkpoint: Path
+    step: int
+    """Below `num_steps` when the run stopped at its time limit."""
     num_steps: int
     num_epochs: int
     num_samples: int
+    """Of an epoch."""
     resumed_step: int
     losses: dict[str, float]
     """Of the last line of metrics.jsonl."""
     seconds: float
     throughput_img_s: float
     shares: dict[str, float]
-    flips: bool
-    """Whether images were flipped."""
-    peak_lr: float
     rank: int = 0
     """Of the process that says this."""
     num_ranks: int = 1
+
+    def record(self) -> dict[str, Any]:
+        """The result as plain values."""
+        return asdict(self) | {"run_dir": str(self.run_dir), "checkpoint": str(self.checkpoint)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Inverse of `record`."""
+        return cls(**{**record, "run_dir": Path(record["run_dir"]), "checkpoint": Path(record["checkpoint"])})
 
 
 class Meter:
@@ -93,11 +103,10 @@ class Meter:
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
-    def add(self, loss: FeatureLoss, weight: float) -> None:
-        """Count the losses of a part that is `weight` of its global batch."""
-        named = {"loss": loss.total.detach()} | loss.terms | loss.levels
-        values = torch.stack(list(named.values())) * weight
-        self._names = list(named)
+    def add(self, losses: Mapping[str, Tensor], weight: float) -> None:
+        """Count the losses of a part that is `weight` of its global batch; scalars."""
+        values = torch.stack([loss.detach() for loss in losses.values()]) * weight
+        self._names = list(losses)
         self._sums = values if self._sums is None else self._sums + values
 
     def count_step(self, num_images: int) -> None:
@@ -114,19 +123,6 @@ class Meter:
     def seconds(self) -> dict[str, float]:
         """Seconds by activity."""
         return {activity: total - self._before.get(activity, 0.0) for activity, total in self._watch.seconds().items()}
-
-
-def waiting_advice(shares: Mapping[str, float], read_threads: int, prefetch: int) -> str | None:
-    """One sentence on what to change, when more than `MOST_WAITING` of the time is spent waiting for data; else None."""
-    waiting = shares.get(IDLE, 0.0)
-    if waiting <= MOST_WAITING:
-        return None
-    cpus = os.cpu_count() or 1
-    if read_threads < cpus:
-        what = f"raise distill.read_threads from {read_threads} to up to {cpus}"
-    else:
-        what = f"raise distill.prefetch from {prefetch}, or bring the dataset to a faster disk"
-    return f"{waiting:.0%} of the time goes by waiting for data: {what}"
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The processes that train one student together, as torchrun or Ray Train starts them; one alone is the case of one rank.
+"""The processes that train together, as torchrun or Ray Train starts them; one alone is the case of one rank.
 
 What only the first rank does, such as writing, goes through `first`, and so do its errors: either all ranks go on or all
 end with the same sentence.
@@ -22,8 +22,8 @@ from dtpipe.manifests.errors import ConfigError, DtpipeError, IncompleteError
 
 T = TypeVar("T")
 PATIENCE = timedelta(
-    minutes=30
-)  # longest wait for another rank: a checkpoint on a slow disk, a first batch from far away
+    hours=1
+)  # longest wait for another rank: data to open, a checkpoint on a slow disk, a last picture
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+
+    def share(self, num: int) -> range:
+        """This rank's places of a global batch of `num`; shares differ by at most one."""
+        return range(self.rank * num // self.size, (self.rank + 1) * num // self.size)
 
     def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
         """The network as training calls it: gradients are means over the ranks, taken with the last part of a batch."""
@@ -81,17 +85,29 @@ class Ranks:
                 result = call()
             except Exception as err:
                 error = err
-        told = [(result, None if error is None else (str(error), getattr(error, "exit_code", 1)))]
-        dist.broadcast_object_list(told, src=0)
+        answer = [(result, None if error is None else (str(error), getattr(error, "exit_code", 1)))]
+        dist.broadcast_object_list(answer, src=0)
         if error is not None:
             raise error
-        found, failed = told[0]
-        if failed is not None:
-            raise _told(*failed)
-        return found  # type: ignore[return-value]
+        result, failure = answer[0]
+        if failure is not None:
+            raise error_of_another(*failure)
+        return result  # type: ignore[return-value]
+
+    def only_first(self, call: Callable[[], T]) -> T | None:
+        """As `first`, for a result that cannot be sent: None on the other ranks."""
+        results: list[T] = []
+        self.first(lambda: results.append(call()))
+        return results[0] if results else None
+
+    def in_turn(self, call: Callable[[], T]) -> T:
+        """The result of each rank's own call; the others call after the first, and find what it left on disk."""
+        result = self.only_first(call)
+        return call() if self.rank else result  # type: ignore[return-value]
 
 
-def _told(sentence: str, exit_code: int) -> DtpipeError:
+def error_of_another(sentence: str, exit_code: int) -> DtpipeError:
+    """An error of another process, as it is raised in this one."""
     error = DtpipeError(sentence)
     error.exit_code = exit_code
     return error

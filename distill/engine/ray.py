@@ -15,53 +15,51 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.progress import OnProgress, RunResult, TrainProgress
-from dtpipe.distill.engine.run_folder import RunFolder, read_metrics
-from dtpipe.distill.stream.data import OpenSource, open_data
-from dtpipe.distill.stream.live import OpenLive
-from dtpipe.distill.trainer import train
+from dtpipe.distill.engine.ranks import error_of_another
+from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.manifests.errors import DtpipeError, IncompleteError, MissingPackageError
 from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.store.publish import unique_temporary, write_whole
 
 STOP, END, STORE = ".stop", ".end.json", ".ray"
 POLL_S = 0.5
+R = TypeVar("R", bound=RunResult)
 
 
 def train_on_ray(
-    config: DistillConfig,
+    train: Callable[[StopRequest], R],
+    result: type[R],
+    folder: Path,
     num_workers: int,
     gpus: bool,
-    live: OpenLive | None = None,
+    max_restarts: int,
     on_progress: OnProgress | None = None,
-    fresh: bool = False,
-    open_source: OpenSource = open_data,
-) -> RunResult:
-    """`train` on `num_workers` workers of the Ray cluster that this process is connected to.
+) -> R:
+    """What `train` returns on the first of `num_workers` workers of the Ray cluster that this process is connected to.
 
-    `live` and `open_source` are sent to the workers, each of which opens a teacher and the data for itself.
+    `train` is sent to the workers, and trains the run in `folder`, which is made here.
     Raises: as `train`; MissingPackageError without Ray Train; IncompleteError when workers died too often, or cannot share the folder.
     """
-    config = config.model_copy(update={"out": str(Path(config.out).absolute())})
-    folder = Path(config.out)
-    RunFolder.open(config, fresh).close()  # what is wrong with it is said before any worker starts
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (STOP, END):
         (folder / name).unlink(missing_ok=True)
-    trainer = _make_trainer(config, num_workers, gpus, {"live": live, "open_source": open_source})
+    trainer = _make_trainer(train, folder, num_workers, gpus, max_restarts)
     with StopRequest() as stop, ThreadPoolExecutor(1, thread_name_prefix="dtpipe-ray-train") as pool:
         fitted = pool.submit(trainer.fit)
         _watch(folder, stop, fitted.done, on_progress)
     error = fitted.exception()
     shutil.rmtree(folder / STORE, ignore_errors=True)
-    return _read_end(folder, error)
+    return result.from_record(_read_end(folder, error))
 
 
-def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, openers: dict[str, Any]) -> Any:
+def _make_trainer(
+    train: Callable[[StopRequest], RunResult], folder: Path, num_workers: int, gpus: bool, max_restarts: int
+) -> Any:
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -71,37 +69,36 @@ def _make_trainer(config: DistillConfig, num_workers: int, gpus: bool, openers: 
         ) from err
     return TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "folder": str(Path.cwd()), **openers},
+        train_loop_config={"train": train, "folder": folder, "working_folder": Path.cwd()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
         run_config=RunConfig(
             name="run",
-            storage_path=str(Path(config.out) / STORE),
-            failure_config=FailureConfig(max_failures=config.max_restarts),
+            storage_path=str(folder / STORE),
+            failure_config=FailureConfig(max_failures=max_restarts),
         ),
     )
 
 
-def _worker(given: dict[str, Any]) -> None:
+def _worker(task: dict[str, Any]) -> None:
     """One worker. A run that has ended, well or not, is not begun again when Ray restarts its workers."""
-    config = DistillConfig.model_validate(given["config"])
-    folder = Path(config.out)
+    folder: Path = task["folder"]
     if (folder / END).exists():
         return
     with suppress(OSError):  # paths are relative to where the command was given, if this node has that folder
-        os.chdir(given["folder"])
+        os.chdir(task["working_folder"])
     _use_device()
     stop = StopRequest()
     threading.Thread(target=_await_stop, args=(folder, stop), daemon=True).start()
     try:
-        result = train(config, given["live"], open_source=given["open_source"], stop=stop)
+        result: RunResult = task["train"](stop)
     except IncompleteError:  # another worker is lost: Ray starts all anew
         raise
     except DtpipeError as err:
         _write_end(folder, {"error": type(err).__name__, "sentence": str(err), "exit_code": err.exit_code})
         raise
     if result.rank == 0:
-        _write_end(folder, {**asdict(result), "run_dir": str(result.run_dir), "checkpoint": str(result.checkpoint)})
+        _write_end(folder, result.record())
 
 
 def _use_device() -> None:
@@ -138,7 +135,7 @@ def _write_end(folder: Path, end: dict[str, Any]) -> None:
     write_whole(folder / END, json.dumps(end), unique_temporary(folder / END))
 
 
-def _read_end(folder: Path, error: BaseException | None) -> RunResult:
+def _read_end(folder: Path, error: BaseException | None) -> dict[str, Any]:
     if not (folder / END).exists():
         reason = (
             str(error).strip().splitlines()[-1][:200] if error else f"{folder} is not on a disk that all nodes share"
@@ -146,12 +143,9 @@ def _read_end(folder: Path, error: BaseException | None) -> RunResult:
         raise IncompleteError(
             f"Ray Train gave up ({reason}); run the same command again to go on from the last checkpoint"
         ) from error
-    end = json.loads((folder / END).read_text())
+    end: dict[str, Any] = json.loads((folder / END).read_text())
     (folder / END).unlink()
     (folder / STOP).unlink(missing_ok=True)
     if "sentence" in end:
-        told = DtpipeError(end["sentence"])
-        told.exit_code = end["exit_code"]
-        raise told
-    paths = {name: Path(end[name]) for name in ("run_dir", "checkpoint")}
-    return RunResult(**{**end, **paths})
+        raise error_of_another(end["sentence"], end["exit_code"])
+    return end

@@ -8,53 +8,102 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import yaml
 
-from dtpipe.distill.config import EXECUTION, DistillConfig
+from dtpipe.distill.engine.checkpoint import CheckpointIO, keep_epoch, load_checkpoint
+from dtpipe.distill.engine.record import DATA_FILE, refuse_other_data
 from dtpipe.distill.engine.tensorboard import ScalarWriter
-from dtpipe.distill.stream.record import DATA_FILE, refuse_other_data
 from dtpipe.manifests.differences import Difference, differences, refuse_differences
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, StoreError
+from dtpipe.manifests.schema import StrictModel
 from dtpipe.manifests.store.publish import write_whole
 
-if TYPE_CHECKING:
-    from dtpipe.distill.stream.data import OpenedData
+LAST, CONFIG, METRICS, LOCK = "last.pt", "config.yaml", "metrics.jsonl", ".lock"
 
-LAST = "last.pt"
-SECTION = "distill"  # of the settings document, so that `-c <run>/config.yaml` reads it
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Which run a folder holds: where, of what, and by which settings and data."""
+
+    out: Path
+    kind: str
+    """The section of the settings document that the run follows from; `-c <out>/config.yaml` reads it."""
+    config: StrictModel
+    execution: frozenset[str] = frozenset()
+    """Fields of `config` that may change between the parts of a run."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What a checkpoint must say of its data to be taken up; plain values."""
+    data: Mapping[str, Any] | None = None
+    """What the run trains on, by content, for data.json."""
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """Other sections of settings, to stand in config.yaml too."""
+    fresh: bool = False
+    """Refuse a folder that holds a run."""
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.out / LAST
+
+    def refuse_other(self) -> None:
+        """See that the folder, where there is one, holds this run or none; writes nothing but a lock for a moment.
+
+        Raises: as `RunFolder.open`.
+        """
+        if self.out.is_dir():
+            with _hold(self.out):
+                self._refuse_other()
+
+    def _refuse_other(self) -> None:
+        settings = self._settings_there()
+        if self.fresh and settings is not None:
+            raise ConfigError(f"{self.out} already holds a run; drop --fresh to go on with it, or choose another --out")
+        if settings is not None:
+            changes = changed_fields(settings, self.config, self.kind, self.execution)
+            refuse_differences(f"{self.out} holds a run with other settings", changes)
+        if self.data is not None:
+            refuse_other_data(self.out, self.data)
+
+    def _settings_there(self) -> Mapping[str, Any] | None:
+        """Those of the run in the folder, if there is one; an old run of train-teacher has them in its checkpoint alone."""
+        if (self.out / CONFIG).exists():
+            return read_config(self.out, kind=self.kind)
+        return load_checkpoint(self.last, self.kind).get("config", {}) if self.last.exists() else None
 
 
 class RunFolder:
     """A run folder held by this process; a context manager."""
 
-    def __init__(self, path: Path, lock: TextIO) -> None:
-        self.path, self._lock = path, lock
+    def __init__(self, settings: RunSettings, lock: TextIO) -> None:
+        self.settings, self.path, self._lock = settings, settings.out, lock
         self._scalars: ScalarWriter | None = None
-        self.metrics = path / "metrics.jsonl"
-        self.last = path / LAST
+        self.metrics = self.path / METRICS
+        self.last = settings.last
 
     @classmethod
-    def open(cls, config: DistillConfig, fresh: bool = False, data: OpenedData | None = None) -> RunFolder:
-        """Create the folder, or take up the run that lies in it, and write the resolved config, and what `data` is, beside it.
+    def open(cls, settings: RunSettings) -> RunFolder:
+        """Create the folder, or take up the run that lies in it, and write the resolved config, and what the data is.
 
         Raises: ConfigError when `fresh` and a run exists; PlanChangedError naming fields or data that differ; LockHeldError
         while another process trains here; StoreError when the folder cannot be written.
         """
-        path = Path(config.out)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = (path / ".lock").open("a+")
+            settings.out.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            raise StoreError(f"{path}: the run folder cannot be written: {err}; choose another --out") from err
+            raise StoreError(f"{settings.out}: the run folder cannot be written: {err}; choose another --out") from err
+        lock = _hold(settings.out)
         try:
-            _hold(lock, path)
-            folder = cls(path, lock)
-            folder._take_config(config, fresh, data)
+            settings._refuse_other()
+            folder = cls(settings, lock)
+            folder._write_settings()
         except BaseException:
             lock.close()
             raise
@@ -81,8 +130,18 @@ class RunFolder:
         if self._scalars is not None:
             self._scalars.add(record)
 
+    def save(self, checkpoint: CheckpointIO, epoch: int | None = None, num_kept: int = 0) -> None:
+        """Write last.pt; at the end of an epoch it is kept, with those of the epochs before.
+
+        Raises: StoreError when it cannot be written; LockHeldError when the folder is no longer this process's.
+        """
+        self._check()
+        checkpoint.save(self.last)
+        if epoch is not None:
+            keep_epoch(self.last, epoch, num_kept)
+
     def take_up(self, step: int, tensorboard: bool) -> None:
-        """Go on after a step: forget lines of steps that are taken again, and a last line that was cut short.
+        """Go on after a step: forget lines of steps that are taken again, and what is left of a line cut short.
 
         Raises: MissingPackageError when TensorBoard's events are wanted and cannot be written.
         """
@@ -92,52 +151,65 @@ class RunFolder:
         if tensorboard:
             self._scalars = ScalarWriter(self.path, step + 1)
 
-    def _take_config(self, config: DistillConfig, fresh: bool, data: OpenedData | None) -> None:
-        file = self.path / "config.yaml"
-        if fresh and (file.exists() or self.last.exists()):
-            raise ConfigError(
-                f"{self.path} already holds a run; drop --fresh to go on with it, or choose another --out"
-            )
-        if file.exists():
-            changes = changed_fields(read_config(self.path), config)
-            refuse_differences(f"{self.path} holds a run with other settings", changes)
-        if data is not None:
-            refuse_other_data(self.path, data.record)
-            _write(self.path / DATA_FILE, json.dumps(data.record, indent=1) + "\n")
-        sections = {SECTION: config.model_dump(mode="json"), **(data.sections if data is not None else {})}
-        _write(file, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+    def _check(self) -> None:
+        """A lock file that was removed keeps nobody out."""
+        try:
+            held = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / LOCK).stat())
+        except FileNotFoundError:
+            held = False
+        if not held:
+            raise LockHeldError(f"{self.path / LOCK}: somebody removed this run's lock; run the command again")
+
+    def _write_settings(self) -> None:
+        settings = self.settings
+        if settings.data is not None:
+            _write(self.path / DATA_FILE, json.dumps(settings.data, indent=1) + "\n")
+        sections = {settings.kind: settings.config.model_dump(mode="json"), **settings.sections}
+        _write(self.path / CONFIG, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
 
 
-def read_config(path: Path, section: str = SECTION) -> dict[str, Any]:
-    """A resolved section of a run folder's config.yaml, as plain values; empty for another than `distill` that is not there.
+def read_config(path: Path, section: str | None = None, kind: str = "distill") -> dict[str, Any]:
+    """A resolved section of a run folder's config.yaml, by default the run's own; empty for another that is not there.
 
-    Raises: InputError when there is none or it is not the config of a run.
+    Raises: InputError when there is none or it is not the config of a run of that kind.
     """
-    file = path / "config.yaml"
+    file = path / CONFIG
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as err:
         raise InputError(f"{file}: the run's config cannot be read: {err}; choose another --out") from err
-    if not isinstance(values, dict) or not isinstance(values.get(SECTION), dict):
-        raise InputError(f"{file}: not the config of a run, which has a section `{SECTION}:`; choose another --out")
-    found: dict[str, Any] = values.get(section) or {}
-    return found
+    if not isinstance(values, dict) or not isinstance(values.get(kind), dict):
+        raise InputError(f"{file}: not the config of a run, which has a section `{kind}:`; choose another --out")
+    settings: dict[str, Any] = values.get(section or kind) or {}
+    return settings
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order; a last line cut short by a kill is left out."""
-    file = path / "metrics.jsonl"
+    """The lines of a run's metrics.jsonl, in order; what a kill left of one, or of two that ran into one, is left out."""
+    file = path / METRICS
     lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was not written whole
+    records = (_record(line) for line in lines[:-1])  # what follows the last newline was not written whole
+    return [record for record in records if record is not None]
 
 
-def changed_fields(old: Mapping[str, Any], config: DistillConfig) -> list[Difference]:
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def changed_fields(
+    old: Mapping[str, Any], config: StrictModel, section: str, execution: frozenset[str] = frozenset()
+) -> list[Difference]:
     """Fields that decide the result and differ; the old config lacks those that did not exist when its run began."""
-    stored, wanted = _over(DistillConfig(out="").model_dump(mode="json"), old), config.model_dump(mode="json")
-    for name in EXECUTION:
+    defaults = type(config).model_construct().model_dump(mode="json")
+    stored, wanted = _over(defaults, old), config.model_dump(mode="json")
+    for name in execution:
         stored.pop(name, None)
         wanted.pop(name, None)
-    return differences(stored, wanted, "distill.")
+    return differences(stored, wanted, f"{section}.")
 
 
 def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,13 +222,20 @@ def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
     return {**defaults, **values, **nested}
 
 
-def _hold(lock: TextIO, path: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as err:
-        raise LockHeldError(
-            f"{path}: another process trains in this folder; wait for it, or choose another --out"
-        ) from err
+def _hold(path: Path) -> TextIO:
+    """The folder's lock file, locked until it is closed."""
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context((path / LOCK).open("a+"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise LockHeldError(
+                f"{path}: another process trains in this folder; wait for it, or choose another --out"
+            ) from err
+        except OSError as err:
+            raise StoreError(f"{path}: the run folder cannot be written: {err}; choose another --out") from err
+        stack.pop_all()  # it stays open
+    return lock
 
 
 def _write(path: Path, text: str) -> None:

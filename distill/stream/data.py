@@ -11,8 +11,8 @@ import numpy as np
 from blake3 import blake3
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.stream.choice import select_rows
-from dtpipe.distill.stream.record import read_record, recorded_shards
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.manifests.errors import ConfigError
 
@@ -91,6 +91,12 @@ def _open_parts(config: DistillConfig) -> tuple[list[FeatureDataset], list[Shard
         parts.append(part)
         shards.append(kept)
     return parts, shards
+
+
+def recorded_shards(record: Mapping[str, Any] | None, dataset_idx: int) -> list[int] | None:
+    """The shards of a dataset that a run began with; None for all of them, or for a run that begins now."""
+    datasets = (record or {}).get("datasets", [])
+    return datasets[dataset_idx].get("shards") if dataset_idx < len(datasets) else None
 
 
 def _compose(parts: Sequence[FeatureDataset], config: DistillConfig) -> FeatureSource:

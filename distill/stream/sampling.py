@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.distill.stream.order import mix
+from dtpipe.distill.engine.seeds import mix
 
 Rows = NDArray[np.int64]
 Hashes = NDArray[np.uint64]

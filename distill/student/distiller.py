@@ -128,23 +128,3 @@ def norms_for(model: nn.Module, num_samples: int) -> Iterator[None]:
     finally:
         for norm in switched:
             norm.train()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a config: auto is the GPU where there is one.
-
-    Raises: ConfigError when a GPU is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("distill.device is cuda and torch finds no GPU; use auto or cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())  # by number: each thread has a current GPU of its own
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Dtype of the forward pass: auto is bfloat16 where the GPU has it, else float32."""
-    if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32

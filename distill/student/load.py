@@ -42,7 +42,7 @@ def student_state(state: Mapping[str, Any], ema: bool) -> Mapping[str, Any]:
 
 
 def _from_checkpoint(path: Path, ema: bool) -> Student:
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, "distill")
     student = build_student(spec_from_dict(state["student_spec"]))
     student.load_state_dict(student_state(state, ema))
     return student.eval()

@@ -10,7 +10,8 @@ from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
 
 if TYPE_CHECKING:
-    from dtpipe.distill.engine.progress import OnProgress, RunResult, TrainProgress
+    from dtpipe.distill.engine.progress import OnProgress, TrainProgress
+    from dtpipe.distill.trainer import DistillResult
     from dtpipe.pipeline.live.data import TrainingInputs
 
 SHOWN_SHARE = 0.005
@@ -92,21 +93,22 @@ def command(call: Call, fresh: bool) -> None:
     _print_result(call.console, result)
 
 
-def _train(inputs: TrainingInputs, on_progress: OnProgress, fresh: bool) -> RunResult:
+def _train(inputs: TrainingInputs, on_progress: OnProgress, fresh: bool) -> DistillResult:
     """In this process, which may be one of torchrun's, or on Ray workers."""
     config = inputs.config
-    if config.train_workers is None:
-        from dtpipe.distill.trainer import train
+    from dtpipe.distill.trainer import train, train_with_workers
 
+    if config.train_workers is None:
         return train(config, inputs.open_live, on_progress, fresh, inputs.open_source)
-    from dtpipe.distill.engine.ray import train_on_ray
     from dtpipe.extract.cluster.ray import connect, disconnect, has_gpus
 
     inputs.open_source(config)  # so that what is wrong is said, and images are looked at, before workers start
     connect(config.ray_address)
     try:
         gpus = has_gpus() and config.device != "cpu"
-        return train_on_ray(config, config.train_workers, gpus, inputs.open_live, on_progress, fresh, inputs.open_again)
+        return train_with_workers(
+            config, config.train_workers, gpus, inputs.open_live, on_progress, fresh, inputs.open_again
+        )
     finally:
         disconnect()
 
@@ -125,7 +127,7 @@ def _shares(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share >= SHOWN_SHARE)
 
 
-def _print_result(console: Console, result: RunResult) -> None:
+def _print_result(console: Console, result: DistillResult) -> None:
     done = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples, peak learning rate {result.peak_lr:g}"
     resumed = f", from step {result.resumed_step}" if result.resumed_step else ""
     done += f", on {result.num_ranks} devices" if result.num_ranks > 1 else ""

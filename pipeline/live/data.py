@@ -62,7 +62,8 @@ class TrainingInputs:
 
 def _kept_shards(config: DistillConfig) -> Iterator[str]:
     """That a run goes on with the shards it began with, whatever has been committed since."""
-    from dtpipe.distill.stream.record import read_record, recorded_shards
+    from dtpipe.distill.engine.record import read_record
+    from dtpipe.distill.stream.data import recorded_shards
 
     record = read_record(Path(config.out))
     for idx, url in enumerate(config.datasets):

@@ -15,9 +15,9 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.record import refuse_other_data
 from dtpipe.distill.stream.choice import select_rows
 from dtpipe.distill.stream.data import OpenedData, rows_record
-from dtpipe.distill.stream.record import refuse_other_data
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device

@@ -54,9 +54,10 @@ def plan_training(
     config: DistillConfig, open_live: OpenLive | None = None, open_source: OpenSource | None = None
 ) -> TrainingPlan:
     """Time a few steps of the student on data that exists, and the teacher where it runs live. Raises: what opening them raises."""
+    from dtpipe.distill.engine.device import pick_device
     from dtpipe.distill.stream.data import open_data
     from dtpipe.distill.stream.stream import FeatureStream
-    from dtpipe.distill.student.distiller import choose_levels, pick_device, student_size
+    from dtpipe.distill.student.distiller import choose_levels, student_size
     from dtpipe.distill.trainer import stream_settings
     from dtpipe.manifests.read.dataset import FeatureDataset
 
@@ -102,7 +103,8 @@ def time_training(
     """Time forward, loss and backward of a micro-batch of random features, and scale up to all steps."""
     import torch
 
-    from dtpipe.distill.student.distiller import build_distiller, pick_device
+    from dtpipe.distill.engine.device import pick_device
+    from dtpipe.distill.student.distiller import build_distiller
 
     device = pick_device(config.device)
     with torch.random.fork_rng():
@@ -139,8 +141,8 @@ def _time_steps(
     """Seconds of one micro-batch after another."""
     import torch
 
+    from dtpipe.distill.engine.device import autocast, pick_device, pick_precision
     from dtpipe.distill.losses.features import feature_loss
-    from dtpipe.distill.student.distiller import pick_device, pick_precision
 
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
@@ -150,7 +152,7 @@ def _time_steps(
     targets = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
     while True:
         started = time.perf_counter()
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        with autocast(precision, device):
             regressed = model(images)
         feature_loss(regressed, targets, config.loss).total.backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)

@@ -49,7 +49,7 @@ def load_distiller(run: Path, config: DistillConfig, levels: Sequence[Any], imag
     from dtpipe.distill.student.distiller import build_distiller
     from dtpipe.distill.student.load import student_state
 
-    state = load_checkpoint(run / "last.pt")
+    state = load_checkpoint(run / "last.pt", "distill")
     unpretrained = config.model_copy(update={"student": config.student.model_copy(update={"pretrained": False})})
     model = build_distiller(unpretrained, levels, image_px)
     model.student.load_state_dict(student_state(state, ema=True))

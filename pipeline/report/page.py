@@ -266,8 +266,8 @@ def _origin(run: Path, settings: DistillConfig) -> str:
 
 def _live_data(run: Path) -> list[dict[str, Any]]:
     """What a run without a dataset was trained on, from its own records."""
+    from dtpipe.distill.engine.record import read_record
     from dtpipe.distill.engine.run_folder import read_config
-    from dtpipe.distill.stream.record import read_record
 
     extract, record = read_config(run, "extract"), read_record(run) or {}
     found = record.get("live")

@@ -1,4 +1,4 @@
-"""The loop: gradients add up, runs resume bit for bit, signals and divergence leave a usable run."""
+"""Distillation on the engine: gradients add up, runs resume bit for bit, signals and divergence leave a usable run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.engine.loop import Loop
 from dtpipe.distill.engine.progress import TrainProgress
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.stream.data import OpenedData
@@ -23,7 +24,7 @@ from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.student.distiller import build_distiller
 from dtpipe.distill.student.load import load_student
-from dtpipe.distill.trainer import Trainer
+from dtpipe.distill.trainer import Distillation, waiting_advice
 from dtpipe.manifests.codecs.base import SYMBOLS
 from dtpipe.manifests.errors import ConfigError, DivergedError, PlanChangedError, StoppedError
 from parts.memory import FLIPPED_VIEWS, PX, MemorySource, tiny_config
@@ -50,7 +51,7 @@ def test_a_killed_and_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, 
     broken = config.model_copy(update={"out": str(tmp_path / "broken"), "save_every_s": 1e-9})
     with pytest.raises(Killed):
         train_on(data, broken, kill)
-    assert load_checkpoint(tmp_path / "broken" / "last.pt")["stream"] == {"epoch": 1, "batch_idx": 2}
+    assert load_checkpoint(tmp_path / "broken" / "last.pt", "distill")["step"] == 5
     with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "los')
     result = train_on(data, broken)
@@ -59,6 +60,23 @@ def test_a_killed_and_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, 
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "broken")]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 9
+
+
+def test_a_run_whose_checkpoint_is_of_the_first_format_goes_on_bit_for_bit(tmp_path, data):
+    """The step stood in `scheduler` and, as epoch and batch, in `stream`."""
+    config = tiny_config(tmp_path / "whole", epochs=3, log_every=1)
+    train_on(data, config)
+    old = config.model_copy(update={"out": str(tmp_path / "old")})
+    with pytest.raises(StoppedError):
+        train_on(data, old, lambda progress: os.kill(os.getpid(), signal.SIGTERM) if progress.step == 4 else None)
+    state = load_checkpoint(tmp_path / "old" / "last.pt", "distill")
+    assert state.pop("step") == 4
+    for name in ("kind", "scaler"):
+        del state[name]
+    first = {"scheduler": {"step": 4, "num_steps": 9, "num_warmup": 2}, "stream": {"epoch": 1, "batch_idx": 1}}
+    torch.save({**state, **first, "format": "dtpipe-run/1"}, tmp_path / "old" / "last.pt")
+    assert train_on(data, old).resumed_step == 4
+    assert_equal_checkpoints(tmp_path / "whole" / "last.pt", tmp_path / "old" / "last.pt")
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, data):
@@ -70,9 +88,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, data):
         )
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            trainer = Trainer(config, data, CPU)
-        for batch in trainer.stream.batches(StreamPosition()):
-            trainer.accumulate(batch)
+            trainer = Distillation(config, data, CPU)
+        for batch in trainer.batches(0):
+            (trainer.losses(batch)["loss"] * batch.weight).backward()
             if batch.last:
                 break
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
@@ -87,14 +105,16 @@ def test_ranks_give_the_gradient_of_the_whole_batch_also_where_the_tail_leaves_s
     config = tiny_config(tmp_path, student={"name": "test_convnext"}, regressor={"width": 8, "norm": "group"}, epochs=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        trainer = Trainer(config, OpenedData(source, (PX, PX), "0" * 64), CPU)
+        trainer = Distillation(config, OpenedData(source, (PX, PX), "0" * 64), CPU)
 
     def gradients(rank: int, world: int) -> list[torch.Tensor]:
         """Of each global batch."""
         stream = FeatureStream(source, replace(trainer.stream.settings, rank=rank, world=world), CPU)
         found = []
         for batch in stream.batches(StreamPosition()):
-            assert trainer.accumulate(batch).isfinite()
+            loss = trainer.losses(batch)["loss"]
+            assert loss.isfinite()
+            (loss * batch.weight).backward()
             if batch.last:
                 grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.model.parameters()]
                 found.append(torch.cat([grad.flatten() for grad in grads]))
@@ -133,7 +153,7 @@ def test_a_finished_run_is_left_alone(tmp_path, data):
 
 def test_the_student_of_a_run_loads_and_is_the_average_with_ema(tmp_path, data):
     train_on(data, tiny_config(tmp_path, ema_decay=0.5))
-    state = load_checkpoint(tmp_path / "last.pt")
+    state = load_checkpoint(tmp_path / "last.pt", "distill")
     student = load_student(tmp_path)
     name = "net.layer1.0.conv1.weight"
     assert torch.equal(student.state_dict()[name], state["ema"][name])
@@ -154,7 +174,7 @@ def test_other_data_in_a_resumed_run_is_refused(tmp_path, data):
 
 
 def test_a_loss_that_is_not_finite_names_the_samples_and_spoils_no_weights(tmp_path, data):
-    trainer = Trainer(tiny_config(tmp_path, micro_batch=None), data, CPU)
+    trainer = Distillation(tiny_config(tmp_path, micro_batch=None), data, CPU)
     good = data.source.read
 
     def poisoned(rows, names, views, images=True):
@@ -164,31 +184,11 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_spoils_no_weights(tmp_p
 
     data.source.read = poisoned
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
-    keys = next(trainer.stream.batches(StreamPosition())).keys
+    keys = next(trainer.batches(0)).keys
     with pytest.raises(DivergedError, match="the loss is nan in step 1") as error:
-        next(trainer.steps())
+        next(Loop(trainer).steps())
     assert all(key in str(error.value) for key in keys)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, data):
-    trainer = Trainer(tiny_config(tmp_path), data, CPU)
-    trainer.model.regressor.heads[0].weight.register_hook(lambda grad: grad * torch.inf)
-    with pytest.raises(DivergedError, match="gradient's norm"):
-        next(trainer.steps())
-
-
-def test_gradients_are_clipped_to_the_norm(tmp_path, data):
-    trainer = Trainer(tiny_config(tmp_path, clip_grad=1e-3, micro_batch=None), data, CPU)
-    norms = []
-    trainer.optimizer.register_step_pre_hook(
-        lambda *_args: norms.append(
-            torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]).norm().item()
-        )
-    )
-    next(trainer.steps())
-    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
-    assert trainer.grad_norm > 1e-2  # what the log says is before clipping
 
 
 def test_a_tail_of_one_sample_trains(tmp_path):
@@ -206,10 +206,12 @@ def test_a_signal_saves_and_stops_with_its_exit_code(tmp_path, data, number, cod
         if progress.step == 2:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(StoppedError, match="after step 2 of 9") as error:
+    with pytest.raises(
+        StoppedError, match=r"step 2 of 9: stopped by .*last\.pt is saved, run the same command to go on"
+    ) as error:
         train_on(data, config, interrupt)
     assert error.value.exit_code == code
-    assert load_checkpoint(tmp_path / "last.pt")["scheduler"]["step"] == 2
+    assert load_checkpoint(tmp_path / "last.pt", "distill")["step"] == 2
     assert train_on(data, config).resumed_step == 2
 
 
@@ -253,7 +255,7 @@ def test_channels_last_and_compiled_training_take_the_same_steps(tmp_path, data,
 
 def test_synchronised_norms_are_refused_without_a_gpu(tmp_path, data):
     with pytest.raises(ConfigError, match="sync_bn needs GPUs"):
-        Trainer(tiny_config(tmp_path, sync_bn=True), data, CPU)
+        Distillation(tiny_config(tmp_path, sync_bn=True), data, CPU)
 
 
 def test_parts_of_one_sample_per_device_are_refused_with_batch_norm(tmp_path, data):
@@ -261,3 +263,23 @@ def test_parts_of_one_sample_per_device_are_refused_with_batch_norm(tmp_path, da
         build_distiller(
             tiny_config(tmp_path, micro_batch=None), data.source.levels, (PX, PX), num_ranks=5
         )  # 8 samples: 2, 2, 2, 1, 1
+
+
+@pytest.mark.parametrize(
+    ("waiting", "threads", "expected"),
+    [
+        (0.05, 1, None),
+        (
+            0.0501,
+            1,
+            f"5% of the time goes by waiting for data: raise distill.read_threads from 1 to up to {os.cpu_count()}",
+        ),
+        (
+            0.4,
+            10_000,
+            "40% of the time goes by waiting for data: raise distill.prefetch from 4, or bring the dataset to a faster disk",
+        ),
+    ],
+)
+def test_more_than_five_percent_of_waiting_says_what_to_change(waiting, threads, expected):
+    assert waiting_advice({"data": waiting, "model": 1 - waiting}, threads, 4) == expected

@@ -101,7 +101,7 @@ def write_student(path: Path, name: str, px: tuple[int, int] = (64, 64), ema: bo
         average = (
             {key: value * 0.5 if value.is_floating_point() else value for key, value in state.items()} if ema else None
         )
-        save_checkpoint(path, {"student_spec": spec_to_dict(student.spec), "student": state, "ema": average})
+        save_checkpoint(path, "distill", {"student_spec": spec_to_dict(student.spec), "student": state, "ema": average})
     return path
 
 

@@ -8,11 +8,10 @@ import torch
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
-from dtpipe.distill.engine.progress import RunResult
-from dtpipe.distill.engine.run_folder import RunFolder, read_metrics
+from dtpipe.distill.engine.progress import OnProgress
+from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.stream.data import OpenedData
-from dtpipe.distill.trainer import Trainer, run
-from dtpipe.manifests.stopping import StopRequest
+from dtpipe.distill.trainer import DistillResult, train
 
 WITHOUT_BATCH_NORM = {
     "student": {"name": "test_convnext"},
@@ -20,16 +19,11 @@ WITHOUT_BATCH_NORM = {
     "micro_batch": 3,
     "log_every": 1,
 }
-CPU = torch.device("cpu")
 
 
-def train_on(data: OpenedData, config: DistillConfig, on_progress=None) -> RunResult:
+def train_on(data: OpenedData, config: DistillConfig, on_progress: OnProgress | None = None) -> DistillResult:
     """`train` with data from memory."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        trainer = Trainer(config, data, CPU)
-        with RunFolder.open(config) as folder, StopRequest() as stop:
-            return run(trainer, folder, stop, on_progress or (lambda _progress: None))
+    return train(config, on_progress=on_progress, open_source=lambda _config: data)
 
 
 def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
@@ -40,8 +34,8 @@ def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
     return {name: tensor for key, child in items for name, tensor in tensors(child, f"{path}/{key}").items()}
 
 
-def assert_equal_checkpoints(first: Path, second: Path) -> None:
-    one, other = tensors(load_checkpoint(first)), tensors(load_checkpoint(second))
+def assert_equal_checkpoints(first: Path, second: Path, kind: str = "distill") -> None:
+    one, other = tensors(load_checkpoint(first, kind)), tensors(load_checkpoint(second, kind))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 

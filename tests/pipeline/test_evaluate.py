@@ -14,6 +14,7 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder
 from dtpipe.distill.student.student import StudentSpec, build_student, spec_to_dict
+from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.config import EvalConfig
@@ -31,9 +32,8 @@ def labelled(*keys: str) -> LabelledSet:
 
 def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: Path) -> None:
     keys = FeatureDataset.open(GOLDEN).columns.keys
-    RunFolder.open(DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), out=str(tmp_path))).__exit__(
-        None, None, None
-    )
+    run = DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), out=str(tmp_path))
+    RunFolder.open(run_settings(run)).close()
     config = EvalConfig(checkpoint=str(tmp_path), task="knn", images="photos")
     train = labelled("labelled.png")
     notes = overlap_notes(config, train, labelled(*keys[:2], "unseen.png"))
@@ -73,7 +73,9 @@ def test_a_plain_transformer_is_scored_on_its_one_level(name: str, px: int, tmp_
     """Images of two colours, 32 px; patches of 14 px count as stride 16, so that the level is l4."""
     student = build_student(StudentSpec(name, 4, (px, px)))
     save_checkpoint(
-        tmp_path / "last.pt", {"student_spec": spec_to_dict(student.spec), "student": student.state_dict(), "ema": None}
+        tmp_path / "last.pt",
+        "distill",
+        {"student_spec": spec_to_dict(student.spec), "student": student.state_dict(), "ema": None},
     )
     rng = np.random.default_rng(0)
     for idx in range(24):

@@ -21,7 +21,7 @@ from dtpipe.distill.downstream.frozen.readout import at_grid, confusion_matrix, 
 from dtpipe.distill.downstream.labelled import IGNORE, LabelledSet, Rows, check_apart, count_classes
 from dtpipe.distill.downstream.registry import find_task
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
-from dtpipe.distill.engine.optim import learning_rate, set_learning_rate
+from dtpipe.distill.engine.optim import set_learning_rate, warmup_cosine
 from dtpipe.distill.stream.batch import flip_where, student_images
 from dtpipe.distill.student.student import Student, StudentSpec
 from dtpipe.manifests.labels import Mask
@@ -104,7 +104,7 @@ def train_supervised(
     loss = torch.zeros(())
     for step, rows in enumerate(_steps(len(labelled), config, generator)):
         set_learning_rate(
-            optimizer, learning_rate(step, config.steps, round(config.warmup_share * config.steps), config.lr)
+            optimizer, warmup_cosine(step, config.steps, round(config.warmup_share * config.steps), config.lr)
         )
         batch = labelled.read_images(rows).to(device)
         target = read_targets(labelled, rows, num_classes, stride).to(device)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from dtpipe.distill.engine.progress import TrainProgress, shares, waiting_advice
+from dtpipe.distill.engine.progress import TrainProgress, shares
 from dtpipe.distill.engine.timing import Stopwatch
 
 CPU = torch.device("cpu")
@@ -35,27 +34,6 @@ def test_an_activity_that_fails_is_charged_too():
         time.sleep(0.02)
         raise ValueError("no")
     assert watch.seconds()["model"] >= 0.02
-
-
-@pytest.mark.parametrize(
-    ("waiting", "threads", "expected"),
-    [
-        (0.05, 1, None),
-        (
-            0.0501,
-            1,
-            f"5% of the time goes by waiting for data: raise distill.read_threads from 1 to up to {os.cpu_count()}",
-        ),
-        (
-            0.4,
-            10_000,
-            "40% of the time goes by waiting for data: raise distill.prefetch from 4, "
-            "or bring the dataset to a faster disk",
-        ),
-    ],
-)
-def test_more_than_five_percent_of_waiting_says_what_to_change(waiting, threads, expected):
-    assert waiting_advice({"data": waiting, "model": 1 - waiting}, threads, 4) == expected
 
 
 @pytest.mark.parametrize("advice", [None, "raise it"])

@@ -1,202 +1,13 @@
-"""Several processes train one student as one process would, stop together, and go on in any number."""
+"""One process is the case of one rank; several find each other, or say why not."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-from torch.nn.parallel import distributed  # noqa: F401  imported once, not in each fork
 
-from dtpipe.distill import trainer as module
-from dtpipe.distill.config import DistillConfig
-from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.ranks import Ranks, join_ranks
-from dtpipe.distill.stream.order import StreamPosition
-from dtpipe.distill.stream.stream import FeatureStream
-from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
-from parts.memory import FLIPPED_VIEWS, MemorySource, tiny_config, write_dataset
-from parts.runs import WITHOUT_BATCH_NORM, losses
-
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes")
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> DistillConfig:
-    """19 good rows in batches of 8, so a tail of 3; 6 steps."""
-    url = write_dataset(tmp_path / "features", MemorySource(views=FLIPPED_VIEWS))
-    return tiny_config(tmp_path / "two", datasets=(str(url),), **WITHOUT_BATCH_NORM)
-
-
-def changed(config: DistillConfig, **changes: object) -> DistillConfig:
-    return DistillConfig.model_validate(config.model_dump() | changes)
-
-
-def fork_ranks(call: Callable[[int], Any], folder: Path, size: int) -> list[Any]:
-    """What `call(rank)` returns in each of `size` processes, or its error: type, sentence, code; None if killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    answers = [folder / f"rank{rank}.json" for rank in range(size)]
-    pids = []
-    for rank, answer in enumerate(answers):
-        answer.unlink(missing_ok=True)
-        pid = os.fork()
-        if not pid:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            _answer(call, rank, answer)
-        pids.append(pid)
-    for pid in pids:
-        os.waitpid(pid, 0)
-    return [json.loads(answer.read_text()) if answer.exists() else None for answer in answers]
-
-
-def _answer(call: Callable[[int], Any], rank: int, answer: Path) -> None:
-    try:
-        torch.set_num_threads(1)
-        answer.write_text(json.dumps(call(rank)))
-    except DtpipeError as err:
-        answer.write_text(json.dumps([type(err).__name__, str(err), err.exit_code]))
-    finally:
-        os._exit(0)
-
-
-def train_ranks(
-    config: DistillConfig, folder: Path, size: int = 2, before: Callable[[int], None] = lambda _: None
-) -> list[Any]:
-    """`train` on each rank: the steps it resumed from and ended at."""
-
-    def call(rank: int) -> list[int]:
-        before(rank)
-        result = module.train(config)
-        return [result.resumed_step, result.num_steps]
-
-    return fork_ranks(call, folder, size)
-
-
-def at_step(step: int, of_rank: int, do: Callable[[], Any]) -> Callable[[int], None]:
-    """A `before` of train_ranks: when one rank has taken a step, it does something."""
-    update = module.Trainer.update
-
-    def updating(trainer: module.Trainer, batch: Any) -> None:
-        update(trainer, batch)
-        if trainer.step == step:
-            do()
-
-    def before(rank: int) -> None:
-        if rank == of_rank:
-            module.Trainer.update = updating
-
-    return before
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_processes_take_the_steps_of_one(config, tmp_path, size):
-    """Gradients are those of one process, or the losses of later steps would part."""
-    one = changed(config, out=str(tmp_path / "one"))
-    module.train(one)
-    assert train_ranks(config, tmp_path, size) == [[0, 6]] * size
-    np.testing.assert_allclose(losses(config), losses(one), rtol=0, atol=1e-5)
-
-
-def test_levels_that_leave_weights_unused_train_on_several_ranks(config, tmp_path):
-    """Only the coarsest level is taught, so laterals of finer ones have no gradient to wait for."""
-    one = changed(config, out=str(tmp_path / "one"), levels=("l4",))
-    module.train(one)
-    two = changed(config, levels=("l4",))
-    stop = at_step(4, of_rank=0, do=lambda: signal.raise_signal(signal.SIGTERM))
-    assert [answer[2] for answer in train_ranks(two, tmp_path, before=stop)] == [143, 143]
-    assert module.train(two).resumed_step == 4  # and their optimiser's state fits one process
-    np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-5)
-
-
-def test_a_run_goes_on_with_two_one_and_three_processes_and_takes_every_sample_once(config, tmp_path):
-    """Stopped in the middle of the first and of the second epoch, by a signal to one of the processes."""
-    one = changed(config, out=str(tmp_path / "one"))
-    module.train(one)
-    seen = tmp_path / "seen"
-    seen.mkdir()
-    accumulate = module.Trainer.accumulate
-
-    def noting(trainer: module.Trainer, batch: Any) -> torch.Tensor:
-        if batch.weight:
-            with (seen / f"{os.getpid()}.jsonl").open("a") as file:
-                file.write("".join(json.dumps([batch.epoch, key]) + "\n" for key in batch.keys))
-        return accumulate(trainer, batch)
-
-    def stopping(step: int) -> Callable[[int], None]:
-        stop = at_step(step, of_rank=0, do=lambda: signal.raise_signal(signal.SIGTERM))
-
-        def before(rank: int) -> None:
-            module.Trainer.accumulate = noting
-            stop(rank)
-
-        return before
-
-    assert [answer[2] for answer in train_ranks(config, tmp_path, 2, stopping(1))] == [143, 143]
-    assert [answer[2] for answer in train_ranks(config, tmp_path, 1, stopping(5))] == [143]
-    assert train_ranks(config, tmp_path, 3, stopping(99)) == [[5, 6]] * 3
-    np.testing.assert_allclose(losses(config), losses(one), rtol=0, atol=1e-5)
-    found = Counter(line for file in seen.iterdir() for line in file.read_text().splitlines())
-    assert len(found) == 2 * 19
-    assert set(found.values()) == {1}
-
-
-def test_a_signal_to_any_process_stops_all_with_one_sentence(config, tmp_path):
-    stop = at_step(2, of_rank=1, do=lambda: signal.raise_signal(signal.SIGINT))
-    answers = train_ranks(config, tmp_path, before=stop)
-    sentence = f"stopped by SIGINT after step 2 of 6; {config.out}/last.pt is saved, run again to go on"
-    assert answers == [["StoppedError", sentence, 130]] * 2
-    assert load_checkpoint(Path(config.out) / "last.pt")["scheduler"]["step"] == 2
-
-
-def test_a_process_that_is_gone_ends_the_others_and_the_run_goes_on_from_its_checkpoint(config, tmp_path):
-    one = changed(config, out=str(tmp_path / "one"))
-    module.train(one)
-    kill = at_step(4, of_rank=1, do=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    answer, none = train_ranks(config, tmp_path, before=kill)
-    assert none is None
-    assert answer[0] == "IncompleteError"
-    assert answer[1].startswith("process 0 of 2 lost the others")
-    assert load_checkpoint(Path(config.out) / "last.pt")["stream"] == {"epoch": 1, "batch_idx": 0}
-    assert train_ranks(config, tmp_path) == [[3, 6]] * 2
-    np.testing.assert_allclose(losses(config), losses(one), rtol=0, atol=1e-5)
-
-
-def test_what_the_first_process_finds_wrong_ends_all_with_its_sentence(config, tmp_path):
-    module.train(config)
-    answers = train_ranks(changed(config, lr=2e-3), tmp_path)
-    assert answers[0][0] == "PlanChangedError"
-    assert answers[0][1:] == answers[1][1:]
-    assert "distill.lr: 0.001 -> 0.002" in answers[1][1]
-
-
-def test_a_loss_that_is_not_finite_on_one_process_names_its_samples_on_all(config, tmp_path):
-    student_images = module.student_images
-
-    def before(rank: int) -> None:
-        if rank == 1:
-            module.student_images = lambda images, size: student_images(images, size) * float("nan")
-
-    answers = train_ranks(config, tmp_path, before=before)
-    assert answers[0] == answers[1]
-    assert answers[0][0] == "DivergedError"
-    assert "the loss is nan in step 1" in answers[0][1]
-    alone = module.Trainer(config, module.open_data(config), torch.device("cpu")).stream
-    stream = FeatureStream(alone.source, replace(alone.settings, rank=1, world=2), alone.device)
-    assert all(key in answers[0][1] for key in next(stream.batches(StreamPosition())).keys)
+from dtpipe.manifests.errors import ConfigError, InputError
+from parts.ranks import fork_ranks
 
 
 def test_a_process_of_a_rank_that_cannot_meet_the_others_says_so(monkeypatch):
@@ -231,17 +42,27 @@ def _fail() -> None:
     raise InputError("kept as it is")
 
 
-def test_torchrun_trains_with_the_command_line_unchanged(config, tmp_path):
-    """The command a user types, in two processes."""
-    one = changed(config, out=str(tmp_path / "one"), epochs=1)
-    module.train(one)
-    settings = tmp_path / "run.yaml"
-    settings.write_text(json.dumps({"distill": changed(config, epochs=1).model_dump(mode="json")}))
-    dtpipe = Path(sys.executable).with_name("dtpipe")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run(
-        [*torchrun, dtpipe, "distill", "-c", settings, *config.datasets], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("checkpoint") == 1  # the first process reports
-    np.testing.assert_allclose(losses(config), losses(one), rtol=0, atol=1e-5)
+@pytest.mark.parametrize(("num", "size"), [(7, 3), (3, 2), (4, 4), (256, 8)])
+def test_shares_cover_a_batch_and_differ_by_at_most_one(num, size):
+    shares = [Ranks(rank, size).share(num) for rank in range(size)]
+    assert [place for share in shares for place in share] == list(range(num))
+    assert {len(share) for share in shares} <= {num // size, num // size + 1}
+
+
+def test_what_cannot_be_sent_stays_on_the_first_rank(tmp_path):
+    def call(rank: int) -> list[object]:
+        with join_ranks("cpu") as ranks:
+            here = ranks.only_first(lambda: lambda: None)  # no pickle takes a function of a function
+            order = ranks.in_turn(lambda: len(list(tmp_path.glob("*.made"))) or (tmp_path / "1.made").touch())
+            return [callable(here), order]
+
+    assert fork_ranks(call, tmp_path, 2) == [[True, None], [False, 1]]
+
+
+def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.setenv("LOCAL_RANK", "63")
+    with pytest.raises(ConfigError, match="process 63 of this machine has no GPU, torch sees 8"), join_ranks("cuda"):
+        pass

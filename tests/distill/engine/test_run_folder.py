@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
-from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.config import EXECUTION, DistillConfig
+from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder, changed_fields, read_config, read_metrics
+from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import (
     ConfigError,
     InputError,
@@ -26,20 +28,20 @@ def config(out, **changes) -> DistillConfig:
 
 
 def test_the_resolved_config_is_written_and_read_back(tmp_path):
-    with RunFolder.open(config(tmp_path / "run", epochs=7)):
+    with RunFolder.open(run_settings(config(tmp_path / "run", epochs=7))):
         pass
     assert DistillConfig(**read_config(tmp_path / "run")) == config(tmp_path / "run", epochs=7)
 
 
 def test_another_config_is_refused_naming_the_fields(tmp_path):
-    RunFolder.open(config(tmp_path)).__exit__(None, None, None)
+    RunFolder.open(run_settings(config(tmp_path))).__exit__(None, None, None)
     with pytest.raises(PlanChangedError, match=r"\(distill.loss.at_weight: 10.0 -> 5.0; distill.lr: 0.004 -> 0.001\);"):
-        RunFolder.open(config(tmp_path, lr=1e-3, loss={"at_weight": 5}))
+        RunFolder.open(run_settings(config(tmp_path, lr=1e-3, loss={"at_weight": 5})))
     assert read_config(tmp_path)["lr"] == 4e-3  # the refusal changed nothing
 
 
 def test_execution_fields_may_change(tmp_path):
-    RunFolder.open(config(tmp_path)).__exit__(None, None, None)
+    RunFolder.open(run_settings(config(tmp_path))).__exit__(None, None, None)
     changed = config(
         tmp_path,
         log_every=3,
@@ -50,15 +52,15 @@ def test_execution_fields_may_change(tmp_path):
         datasets=("elsewhere",),
         save_every_s=1,
     )
-    with RunFolder.open(changed):
+    with RunFolder.open(run_settings(changed)):
         assert read_config(tmp_path)["log_every"] == 3
-    assert changed_fields(config(tmp_path).model_dump(mode="json"), changed) == []
+    assert changed_fields(config(tmp_path).model_dump(mode="json"), changed, "distill", EXECUTION) == []
 
 
 def test_fresh_is_refused_when_a_run_exists(tmp_path):
-    RunFolder.open(config(tmp_path / "run"), fresh=True).__exit__(None, None, None)
+    RunFolder.open(run_settings(config(tmp_path / "run"), fresh=True)).__exit__(None, None, None)
     with pytest.raises(ConfigError, match="already holds a run"):
-        RunFolder.open(config(tmp_path / "run"), fresh=True)
+        RunFolder.open(run_settings(config(tmp_path / "run"), fresh=True))
 
 
 def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
@@ -66,7 +68,8 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         "import os, signal, sys\n"
         "from dtpipe.distill.config import DistillConfig\n"
         "from dtpipe.distill.engine.run_folder import RunFolder\n"
-        "folder = RunFolder.open(DistillConfig(datasets=('features',), out=sys.argv[1]))\n"
+        "from dtpipe.distill.trainer import run_settings\n"
+        "folder = RunFolder.open(run_settings(DistillConfig(datasets=('features',), out=sys.argv[1])))\n"
         "print('held', flush=True)\n"
         "signal.pause()\n"
     )
@@ -74,15 +77,15 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         try:
             assert other.stdout.readline() == "held\n"
             with pytest.raises(LockHeldError, match="another process"):
-                RunFolder.open(config(tmp_path))
+                RunFolder.open(run_settings(config(tmp_path)))
         finally:
             other.kill()
-    with RunFolder.open(config(tmp_path)):
+    with RunFolder.open(run_settings(config(tmp_path))):
         pass
 
 
 def test_metrics_of_steps_taken_again_are_dropped_with_a_line_cut_short(tmp_path):
-    with RunFolder.open(config(tmp_path)) as folder:
+    with RunFolder.open(run_settings(config(tmp_path))) as folder:
         for step in (10, 20, 30):
             folder.log({"step": step, "loss": 1 / step})
         with folder.metrics.open("a") as file:
@@ -97,13 +100,35 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path):
     for text in ("- not a mapping\n", "epochs: 3\n", "distill: 3\n"):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(InputError, match=r"config\.yaml: not the config of a run"):
-            RunFolder.open(config(tmp_path))
+            RunFolder.open(run_settings(config(tmp_path)))
+
+
+def test_what_a_kill_left_in_the_metrics_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n[7]\n{"step": 3}\n{"step": 2')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+
+
+def test_the_settings_of_a_run_without_a_config_file_are_those_of_its_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", "distill", {"config": config(tmp_path, lr=1.0).model_dump(mode="json")})
+    with pytest.raises(PlanChangedError, match=r"distill\.lr: 1\.0 -> 0\.004"):
+        RunFolder.open(run_settings(config(tmp_path)))
+    assert not (tmp_path / "config.yaml").exists()  # so that the settings of the run can be given again
+    with RunFolder.open(run_settings(config(tmp_path, lr=1.0))):
+        pass
+
+
+def test_looking_for_another_run_makes_no_folder(tmp_path):
+    run_settings(config(tmp_path / "run")).refuse_other()
+    assert not (tmp_path / "run").exists()
+    RunFolder.open(run_settings(config(tmp_path / "run"))).close()
+    with pytest.raises(PlanChangedError, match=r"distill\.lr: 0\.004 -> 1\.0"):
+        run_settings(config(tmp_path / "run", lr=1)).refuse_other()
 
 
 def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
-        RunFolder.open(config(tmp_path / "file" / "run"))
+        RunFolder.open(run_settings(config(tmp_path / "file" / "run")))
     assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
 
 
@@ -111,7 +136,7 @@ def test_tensorboard_gets_the_scalars_of_each_line_and_a_resumed_run_purges_what
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, lines in ((0, (2, 4, 6)), (4, (6, 8))):
-        with RunFolder.open(config(tmp_path)) as folder:
+        with RunFolder.open(run_settings(config(tmp_path))) as folder:
             folder.take_up(first, tensorboard=True)
             for step in lines:
                 folder.log(
@@ -126,7 +151,7 @@ def test_tensorboard_gets_the_scalars_of_each_line_and_a_resumed_run_purges_what
 def test_tensorboard_that_is_not_installed_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with (
-        RunFolder.open(config(tmp_path)) as folder,
+        RunFolder.open(run_settings(config(tmp_path))) as folder,
         pytest.raises(MissingPackageError, match=r"pip install 'dtpipe\[tensorboard\]'"),
     ):
         folder.take_up(0, tensorboard=True)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.engine.run_folder import RunFolder
 from dtpipe.distill.stream.data import open_data
 from dtpipe.distill.stream.order import StreamPosition
-from dtpipe.distill.stream.record import read_record
 from dtpipe.distill.stream.stream import FeatureStream
-from dtpipe.distill.trainer import stream_settings, train
+from dtpipe.distill.trainer import run_settings, stream_settings, train
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, PlanChangedError
 from dtpipe.manifests.read.source import read_image
 from parts.memory import MemorySource, level_spec, tiny_config, write_dataset
@@ -204,11 +204,11 @@ def test_a_resumed_run_refuses_other_data_naming_what_differs(tmp_path, source):
 def test_a_run_of_before_new_settings_existed_goes_on(tmp_path, source):
     url = write_dataset(tmp_path / "one", source)
     settings = config(tmp_path, url, epochs=1)
-    RunFolder.open(settings).__exit__(None, None, None)
+    RunFolder.open(run_settings(settings)).__exit__(None, None, None)
     file = tmp_path / "run" / "config.yaml"
     old = [line for line in file.read_text().splitlines() if "equivariant" not in line and "limit" not in line]
     file.write_text("\n".join(old))
-    with RunFolder.open(settings, data=open_data(settings)):
+    with RunFolder.open(run_settings(settings, open_data(settings))):
         assert json.loads((tmp_path / "run" / "data.json").read_text())["samples"]["num"] == 19
 
 

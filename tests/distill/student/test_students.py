@@ -9,15 +9,16 @@ from timm.layers import convert_sync_batchnorm
 
 from dtpipe.distill.config import LossConfig
 from dtpipe.distill.downstream.base import student_extractor
+from dtpipe.distill.engine.loop import Loop
+from dtpipe.distill.engine.progress import Meter
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.losses.registry import LOSSES
 from dtpipe.distill.stream.data import OpenedData
-from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.student.distiller import build_distiller
 from dtpipe.distill.student.pyramid import SimplePyramid
 from dtpipe.distill.student.regressors.registry import REGRESSORS
 from dtpipe.distill.student.student import StudentSpec, build_student
-from dtpipe.distill.trainer import Trainer
+from dtpipe.distill.trainer import Distillation
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec
 from parts.memory import tiny_config
@@ -150,13 +151,11 @@ def losses_of(config, data: OpenedData) -> list[float]:
     """Of each epoch: 8 epochs over 19 images whose features are mostly noise, to be learnt by heart."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        trainer = Trainer(
-            config.model_copy(update={"epochs": 8, "lr": 1e-2, "warmup_steps": 2}), data, torch.device("cpu")
-        )
-        assert trainer.position == StreamPosition()
-        losses = []
-        for _ in trainer.steps():
-            if trainer.position.batch_idx == 0:
-                losses.append(trainer.meter.losses()["loss"])
-                trainer.meter = type(trainer.meter)(trainer.watch)
+        config = config.model_copy(update={"epochs": 8, "lr": 1e-2, "warmup_steps": 2})
+        trainer = Distillation(config, data, torch.device("cpu"))
+        loop, losses = Loop(trainer), []
+        for _ in loop.steps():
+            if loop.step % trainer.course.save_every == 0:
+                losses.append(loop.meter.losses()["loss"])
+                loop.meter = Meter(trainer.watch)
     return losses

@@ -9,6 +9,7 @@ import yaml
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.run_folder import RunFolder
+from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.cli.settings import (
     SECTIONS,
@@ -156,7 +157,7 @@ def test_dumped_settings_read_back_equal(tmp_path: Path) -> None:
 
 def test_the_config_of_a_run_reads_back_equal(tmp_path: Path) -> None:
     config = DistillConfig(datasets=("blüten",), out=str(tmp_path), epochs=3, warmup_epochs=1, loss={"at_weight": 5})
-    RunFolder.open(config).__exit__(None, None, None)
+    RunFolder.open(run_settings(config)).__exit__(None, None, None)
     assert validate(gather([str(tmp_path / "config.yaml")], {}, {}), "distill") == config
 
 

@@ -1,7 +1,4 @@
-"""What a run trains on, by content, in data.json of its folder: a resumed run must see the same, wherever it lies now.
-
-It also says which shards of an unfinished dataset belong to the run, so that those committed since do not change it.
-"""
+"""What a run trains on, by content, in data.json of its folder: a resumed run must see the same, wherever it lies now."""
 
 from __future__ import annotations
 
@@ -35,20 +32,21 @@ def read_record(run: Path) -> dict[str, Any] | None:
     return record
 
 
-def recorded_shards(record: Mapping[str, Any] | None, dataset_idx: int) -> list[int] | None:
-    """The shards of a dataset that a run began with; None for all of them, or for a run that begins now."""
-    datasets = (record or {}).get("datasets", [])
-    return datasets[dataset_idx].get("shards") if dataset_idx < len(datasets) else None
-
-
 def refuse_other_data(run: Path, record: Mapping[str, Any], partly: bool = False) -> None:
     """See that a run in a folder, if there is one, is trained on the same data; `partly`: as far as `record` says something.
 
     Raises: PlanChangedError naming what differs.
     """
     stored = read_record(run)
-    if stored is None:
-        return
-    stored = {name: value for name, value in stored.items() if name in record or not partly}
-    holder = f"{run} holds a run that was trained on other data"
+    if stored is not None:
+        known = {name: value for name, value in stored.items() if name in record or not partly}
+        refuse_other(f"{run} holds a run that was", known, record)
+
+
+def refuse_other(subject: str, stored: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """See that two records of data are equal; `subject` begins the sentence on what has the stored one.
+
+    Raises: PlanChangedError naming what differs.
+    """
+    holder = f"{subject} trained on other data"
     refuse_differences(holder, differences(stored, record), "give that data, or choose another --out")

@@ -1,0 +1,218 @@
+"""The loop of every optimisation, in the order in which it happens: resume, steps, report, save, stop.
+
+A trainer says what a step computes, and the loop knows nothing of it. The state of a run is what the trainer names, its
+optimiser and the number of steps taken; batches and random numbers are functions of (seed, step). So a run that was killed
+and goes on takes the same steps: bit for bit on a CPU with as many threads, and the same batches on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from dtpipe.distill.engine.checkpoint import CheckpointIO, load_checkpoint
+from dtpipe.distill.engine.optim import set_learning_rate
+from dtpipe.distill.engine.progress import Meter, OnProgress, RunResult, TrainProgress, losses_of, shares
+from dtpipe.distill.engine.ranks import ALONE, Ranks
+from dtpipe.distill.engine.record import refuse_other
+from dtpipe.distill.engine.run_folder import RunFolder, RunSettings, read_metrics
+from dtpipe.distill.engine.seeds import step_seed
+from dtpipe.distill.engine.trainer import P, Trainer
+from dtpipe.manifests.errors import DivergedError
+from dtpipe.manifests.stopping import StopRequest
+
+NUM_KEYS_SHOWN = 8
+
+
+def run(
+    trainer: Trainer[P],
+    settings: RunSettings,
+    ranks: Ranks = ALONE,
+    on_progress: OnProgress | None = None,
+    stop: StopRequest | None = None,
+) -> RunResult:
+    """Take the steps that are left of the run in a folder, logging and saving on the way.
+
+    A stop is asked for by signals, or by `stop` where no signal arrives. Only the first rank writes and calls `on_progress`.
+
+    Raises: as `RunFolder.open` before any step; DivergedError on a loss that is not finite; StoppedError after SIGTERM or
+    SIGINT, once the state is saved.
+    """
+    course, loop = trainer.course, Loop(trainer, ranks)
+    with ExitStack() as stack, StopRequest() as signals:
+        folder = ranks.only_first(lambda: stack.enter_context(RunFolder.open(settings)))
+        stop = stop or signals
+        _resume(loop, settings, folder)
+        resumed, started, saved, num_samples = loop.step, time.monotonic(), time.monotonic(), 0
+        for part in stack.enter_context(closing(loop.steps())):
+            num_samples += part.num_global
+            done, epoch_ends = loop.step == course.num_steps, loop.step % course.save_every == 0
+            if done or loop.step % course.log_every == 0:
+                _report(loop, folder, on_progress)
+            now = time.monotonic()
+            over, old = now - started > course.max_s, now - saved > course.save_every_s
+            number, late, due = ranks.most(stop.signal or 0, over, old)
+            if done or epoch_ends or number or late or due:
+                _save(loop, settings, folder, loop.step // course.save_every if epoch_ends else None)
+                saved = time.monotonic()
+            if number and not done:
+                stop.request(number)  # which another rank was sent
+                stop.raise_if_requested(f"step {loop.step} of {course.num_steps}", f"{settings.last} is saved")
+            if late:
+                break
+        return _result(loop, settings, folder, resumed, time.monotonic() - started, num_samples)
+
+
+class Loop(Generic[P]):
+    """The steps of one trainer on one rank, and the numbers that go with them."""
+
+    def __init__(self, trainer: Trainer[P], ranks: Ranks = ALONE) -> None:
+        self.trainer, self.ranks = trainer, ranks
+        self.step = 0
+        """Taken so far."""
+        self.grad_norm = 0.0
+        self.meter = Meter(trainer.watch)
+        scaled = trainer.course.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(trainer.device.type, enabled=scaled)
+
+    def checkpoint(self, settings: RunSettings) -> CheckpointIO:
+        """All that the run needs to go on, and what it is of."""
+        config = settings.config.model_dump(mode="json")
+        own = {"config": config, "step": self.step, "optimizer": self.trainer.optimizer, "scaler": self.scaler}
+        return CheckpointIO(settings.kind, **own, **settings.identity, **self.trainer.named())
+
+    def steps(self) -> Generator[P, None, None]:
+        """Take the optimiser steps that are left; yields the last part's batch after each.
+
+        Raises: DivergedError naming the samples when a loss or a gradient is not finite.
+        """
+        parts: list[tuple[P, Tensor]] = []
+        for part in self.trainer.batches(self.step):
+            if not parts:
+                torch.manual_seed(step_seed(self.trainer.course.seed, self.step, self.ranks.rank))
+            with self.trainer.watch.time("model"):
+                parts.append((part, self._accumulate(part)))
+                if part.last:
+                    self._clip_and_check(parts)
+            if part.last:
+                with self.trainer.watch.time("optimiser"):
+                    self._update(part)
+                parts = []
+                yield part
+
+    def _accumulate(self, part: P) -> Tensor:
+        """Add the gradients of a part of a global batch, weighted by its share of the samples; its loss, on the device.
+
+        The sum over parts and ranks is the gradient of the global batch; the mean that ranks take of it is undone here.
+        """
+        with self.ranks.part(self.trainer.network, part.last):
+            losses = self.trainer.losses(part)
+            loss = losses["loss"]
+            self.scaler.scale(loss * (part.weight * self.ranks.size)).backward()  # type: ignore[no-untyped-call]
+        self.meter.add(losses, part.weight)
+        return loss.detach()
+
+    def _clip_and_check(self, parts: list[tuple[P, Tensor]]) -> None:
+        """Clip the gradient; then the one wait for the device in a step: losses of all parts and the gradient's norm."""
+        self.scaler.unscale_(self.trainer.optimizer)
+        limit = self.trainer.course.clip_grad or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.trainer.network.parameters(), limit)
+        *losses, self.grad_norm = torch.stack([*(loss for _, loss in parts), norm]).tolist()
+        bad = [(part, loss) for (part, _), loss in zip(parts, losses, strict=True) if not math.isfinite(loss)]
+        overflows = self.scaler.get_scale() > 1  # in float16, which a smaller scale answers, down to 1
+        if bad or not (math.isfinite(self.grad_norm) or overflows):
+            raise self._diverged([part for part, _ in parts], *bad[:1])
+
+    def _diverged(self, parts: list[P], bad: tuple[P, float] | None = None) -> DivergedError:
+        """The same error on all ranks: of one whose loss it is, before those that got its gradients."""
+        keys = bad[0].keys if bad else [key for part in parts for key in part.keys]
+        what = f"the loss is {bad[1]}" if bad else f"the gradient's norm is {self.grad_norm}"
+        answers = self.ranks.gather((bad is None, what, keys))
+        _, what, keys = min(answers, key=lambda answer: answer[0])
+        named = ", ".join(keys[:NUM_KEYS_SHOWN])
+        more = f" and {len(keys) - NUM_KEYS_SHOWN} more" if len(keys) > NUM_KEYS_SHOWN else ""
+        return DivergedError(
+            f"{what} in step {self.step + 1}, in a batch of {named}{more}; last.pt holds an earlier step: "
+            f"{self.trainer.course.remedy}"
+        )
+
+    def _update(self, part: P) -> None:
+        """Step the optimiser with the gradients gathered since the last one."""
+        trainer = self.trainer
+        set_learning_rate(trainer.optimizer, trainer.learning_rate(self.step))
+        self.scaler.step(trainer.optimizer)
+        self.scaler.update()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        trainer.updated(self.step)
+        self.meter.count_step(part.num_global)
+
+
+def _resume(loop: Loop[P], settings: RunSettings, folder: RunFolder | None) -> None:
+    """Take up the checkpoint that the first rank finds."""
+    last, kind = settings.last, settings.kind
+    state = loop.ranks.first(lambda: load_checkpoint(last, kind) if last.exists() else None)
+    if state is not None:
+        refuse_other(f"{last} was", {name: state.get(name) for name in settings.identity}, settings.identity)
+        loop.checkpoint(settings).restore(state, str(last))
+        loop.step = state["step"]
+    loop.ranks.first(lambda: folder.take_up(loop.step, loop.trainer.course.tensorboard) if folder else None)
+
+
+def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnProgress | None) -> None:
+    course, meter = loop.trainer.course, loop.meter
+    loop.meter = Meter(loop.trainer.watch)
+    seconds, losses = meter.seconds(), meter.losses(loop.ranks)
+    if folder is None:
+        return
+    spent, spent_on = sum(seconds.values()), shares(seconds)
+    progress = TrainProgress(
+        step=loop.step,
+        num_steps=course.num_steps,
+        epoch=math.ceil(loop.step / course.steps_per_epoch),
+        num_epochs=course.num_epochs,
+        lr=loop.trainer.optimizer.param_groups[0]["lr"],
+        grad_norm=loop.grad_norm,
+        losses=losses,
+        throughput_img_s=meter.num_images / spent,
+        remaining_s=(course.num_steps - loop.step) * spent / meter.num_steps,
+        shares=spent_on,
+        advice=course.advice(spent_on),
+    )
+    folder.log(progress.record())
+    if on_progress is not None:
+        on_progress(progress)
+
+
+def _save(loop: Loop[P], settings: RunSettings, folder: RunFolder | None, epoch: int | None) -> None:
+    with loop.trainer.watch.time("save"):
+        loop.ranks.first(
+            lambda: folder.save(loop.checkpoint(settings), epoch, loop.trainer.course.num_kept) if folder else None
+        )
+
+
+def _result(
+    loop: Loop[P], settings: RunSettings, folder: RunFolder | None, resumed: int, seconds: float, num_samples: int
+) -> RunResult:
+    lines = loop.ranks.first(lambda: read_metrics(folder.path)[-1:] if folder else [])
+    return RunResult(
+        run_dir=settings.out,
+        checkpoint=settings.last,
+        step=loop.step,
+        num_steps=loop.trainer.course.num_steps,
+        num_epochs=loop.trainer.course.num_epochs,
+        num_samples=loop.trainer.course.epoch_size,
+        resumed_step=resumed,
+        losses=losses_of(lines[0]) if lines else {},
+        seconds=seconds,
+        throughput_img_s=num_samples / seconds,
+        shares=shares(loop.trainer.watch.seconds()),
+        rank=loop.ranks.rank,
+        num_ranks=loop.ranks.size,
+    )

@@ -1,0 +1,45 @@
+"""Processes that train together, as forks of a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import distributed  # noqa: F401  imported once, not in each fork
+
+from dtpipe.manifests.errors import DtpipeError
+
+
+def fork_ranks(call: Callable[[int], Any], folder: Path, size: int) -> list[Any]:
+    """What `call(rank)` returns in each of `size` processes, or its error's type, sentence and exit code; None if it was killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers = [folder / f"rank{rank}.json" for rank in range(size)]
+    pids = []
+    for rank, answer in enumerate(answers):
+        answer.unlink(missing_ok=True)
+        pid = os.fork()
+        if not pid:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            _answer(call, rank, answer)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    return [json.loads(answer.read_text()) if answer.exists() else None for answer in answers]
+
+
+def _answer(call: Callable[[int], Any], rank: int, answer: Path) -> None:
+    try:
+        torch.set_num_threads(1)
+        answer.write_text(json.dumps(call(rank)))
+    except DtpipeError as err:
+        answer.write_text(json.dumps([type(err).__name__, str(err), err.exit_code]))
+    finally:
+        os._exit(0)
