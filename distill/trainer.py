@@ -43,8 +43,8 @@ from dtpipe.distill.student.distiller import (
 from dtpipe.distill.student.student import spec_to_dict
 from dtpipe.manifests.stopping import StopRequest
 
-MOST_WAITING = 0.05
-REMEDY = "train anew with a lower distill.lr, a longer warm-up or distill.clip_grad"
+_MOST_WAITING = 0.05
+_REMEDY = "train anew with a lower distill.lr, a longer warm-up or distill.clip_grad"
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ def train(
 ) -> DistillResult:
     """Train a student as `config` says, going on where an earlier call with the same config stopped.
 
-    `live` opens the teacher where samples are encoded anew; `open_source` gives the data, by default that of the datasets.
+    `live` opens the teacher where samples are encoded anew; `open_source` gives the data, by default that of the
+    datasets.
 
-    Raises: ConfigError, PlanChangedError and LockHeldError before any work; what the readers raise on damaged data; else as
-    the engine's `run`.
+    Raises: ConfigError, PlanChangedError and LockHeldError before any work; what the readers raise on damaged data;
+    else as the engine's `run`.
     """
     with join_ranks(config.device) as ranks:
         device = pick_device(config.device)
@@ -91,7 +92,7 @@ def train_with_workers(
     fresh: bool = False,
     open_source: OpenSource = open_data,
 ) -> DistillResult:
-    """`train` on workers of the Ray cluster that this process is connected to; each opens teacher and data for itself."""
+    """`train` on workers of the Ray cluster that this process is connected to; each opens teacher and data itself."""
     config = config.model_copy(update={"out": str(Path(config.out).absolute())})
     run_settings(config, fresh=fresh).refuse_other()  # what is wrong with the folder is said before any worker starts
     work = partial(_work, config, live, open_source)
@@ -185,7 +186,7 @@ def _course(config: DistillConfig, stream: FeatureStream, device: torch.device) 
         num_kept=config.keep_checkpoints,
         tensorboard=config.tensorboard,
         advice=lambda shares: waiting_advice(shares, config.read_threads, config.prefetch),
-        remedy=REMEDY,
+        remedy=_REMEDY,
     )
 
 
@@ -208,9 +209,9 @@ def stream_settings(config: DistillConfig, levels: tuple[str, ...], ranks: Ranks
 
 
 def waiting_advice(shares: Mapping[str, float], read_threads: int, prefetch: int) -> str | None:
-    """One sentence on what to change, when more than `MOST_WAITING` of the time is spent waiting for data; else None."""
+    """One sentence on what to change, when more than `_MOST_WAITING` of the time goes by waiting; else None."""
     waiting = shares.get(IDLE, 0.0)
-    if waiting <= MOST_WAITING:
+    if waiting <= _MOST_WAITING:
         return None
     cpus = os.cpu_count() or 1
     if read_threads < cpus:

@@ -34,8 +34,8 @@ BY_PROTOCOL = {
 }
 """What many files of a folder define, since one reader or caller takes any of them."""
 STILL_TWICE = {
-    *("ALONE", "EXECUTION", "FORMAT", "OnProgress", "PATIENCE", "Ranks", "SECTION", "T"),  # until one engine trains all
-    *("join_ranks", "learning_rate", "load_checkpoint", "save_checkpoint"),
+    *("ALONE", "EXECUTION", "OnProgress", "PATIENCE", "Ranks", "T"),  # until one engine trains all
+    *("join_ranks", "load_checkpoint", "save_checkpoint"),
     *("LEVELS", "Note", "Part", "Rows", "pick_device"),
     *("KINDS", "MAX_PIXELS"),
 }

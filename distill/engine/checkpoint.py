@@ -1,7 +1,7 @@
 """Checkpoints: one file with everything a run needs to go on, readable with `weights_only=True`.
 
-A file appears whole or not at all. `last.pt` is the newest; `checkpoints/` keeps a few ends of epochs. Nothing in a file
-depends on how many processes trained.
+A file appears whole or not at all. `last.pt` is the newest; `checkpoints/` keeps a few ends of epochs. Nothing in a
+file depends on how many processes trained.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
 from dtpipe.manifests.store.publish import whole_file
 
-FORMAT = "dtpipe-run/2"
+CHECKPOINT_FORMAT = "dtpipe-run/2"
 
 
 class CheckpointIO:
     """Saves and restores what it is given by name, so that nothing is written down twice.
 
-    What has `state_dict` and `load_state_dict` is restored. Any other value is only written: it says what the state is of.
+    What has `state_dict` and `load_state_dict` is restored; any other value is only written, to say what it is of.
     """
 
     def __init__(self, kind: str, **named: Any) -> None:
@@ -62,7 +62,7 @@ def save_checkpoint(path: Path, kind: str, state: Mapping[str, Any]) -> None:
     """
     try:
         with whole_file(path) as temporary, temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "kind": kind, **state}, file)
+            torch.save({"format": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
     except (OSError, RuntimeError) as err:  # torch's writer raises the latter on a full disk
         raise StoreError(
             f"{path}: the checkpoint cannot be written: {err}; free or change the disk and run again"
@@ -85,9 +85,9 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
         raise DamagedDataError(
             f"{path}: the checkpoint cannot be read: {err}; use one of checkpoints/ beside it"
         ) from err
-    if state.get("format") != FORMAT or state.get("kind") != kind:
+    if state.get("format") != CHECKPOINT_FORMAT or state.get("kind") != kind:
         raise InputError(
-            f"{path}: not a checkpoint of {command} ({FORMAT}); give the --out folder of {command}, its last.pt or an export"
+            f"{path}: not a checkpoint of {command} ({CHECKPOINT_FORMAT}); give its --out folder, last.pt or an export"
         )
     return state
 
@@ -97,13 +97,13 @@ def _in_todays_form(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         return {}
     if content.get("format") == "dtpipe-run/1":  # distill's; the step stood beside the numbers of the schedule
-        later = {"format": FORMAT, "kind": "distill", "scaler": None, "step": content.get("scheduler", {}).get("step")}
-        return content | later
+        step = content.get("scheduler", {}).get("step")
+        return content | {"format": CHECKPOINT_FORMAT, "kind": "distill", "scaler": None, "step": step}
     if "format" not in content and isinstance(
         content.get("config"), str
     ):  # train-teacher's; the settings were JSON text
         first: dict[str, Any] = {"classes": [], "scaler": None, "started_from": None}
-        later = {"format": FORMAT, "kind": "train_teacher", "config": json.loads(content["config"])}
+        later = {"format": CHECKPOINT_FORMAT, "kind": "train_teacher", "config": json.loads(content["config"])}
         return first | content | later
     return content
 

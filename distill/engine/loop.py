@@ -1,8 +1,9 @@
 """The loop of every optimisation, in the order in which it happens: resume, steps, report, save, stop.
 
 A trainer says what a step computes, and the loop knows nothing of it. The state of a run is what the trainer names, its
-optimiser and the number of steps taken; batches and random numbers are functions of (seed, step). So a run that was killed
-and goes on takes the same steps: bit for bit on a CPU with as many threads, and the same batches on any number of ranks.
+optimiser and the number of steps taken; batches and random numbers are functions of (seed, step). So a run that was
+killed and goes on takes the same steps: bit for bit on a CPU with as many threads, and the same batches on any number
+of ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dtpipe.distill.engine.trainer import P, Trainer
 from dtpipe.manifests.errors import DivergedError
 from dtpipe.manifests.stopping import StopRequest
 
-NUM_KEYS_SHOWN = 8
+_NUM_KEYS_SHOWN = 8
 
 
 def run(
@@ -39,10 +40,11 @@ def run(
 ) -> RunResult:
     """Take the steps that are left of the run in a folder, logging and saving on the way.
 
-    A stop is asked for by signals, or by `stop` where no signal arrives. Only the first rank writes and calls `on_progress`.
+    A stop is asked for by signals, or by `stop` where no signal arrives. Only the first rank writes and calls
+    `on_progress`.
 
-    Raises: as `RunFolder.open` before any step; DivergedError on a loss that is not finite; StoppedError after SIGTERM or
-    SIGINT, once the state is saved.
+    Raises: as `RunFolder.open` before any step; DivergedError on a loss that is not finite; StoppedError after SIGTERM
+    or SIGINT, once the state is saved.
     """
     course, loop = trainer.course, Loop(trainer, ranks)
     with ExitStack() as stack, StopRequest() as signals:
@@ -119,7 +121,7 @@ class Loop(Generic[P]):
         return loss.detach()
 
     def _clip_and_check(self, parts: list[tuple[P, Tensor]]) -> None:
-        """Clip the gradient; then the one wait for the device in a step: losses of all parts and the gradient's norm."""
+        """Clip the gradient; then the step's one wait for the device: losses of all parts and the gradient's norm."""
         self.scaler.unscale_(self.trainer.optimizer)
         limit = self.trainer.course.clip_grad or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.trainer.network.parameters(), limit)
@@ -135,8 +137,8 @@ class Loop(Generic[P]):
         what = f"the loss is {bad[1]}" if bad else f"the gradient's norm is {self.grad_norm}"
         answers = self.ranks.gather((bad is None, what, keys))
         _, what, keys = min(answers, key=lambda answer: answer[0])
-        named = ", ".join(keys[:NUM_KEYS_SHOWN])
-        more = f" and {len(keys) - NUM_KEYS_SHOWN} more" if len(keys) > NUM_KEYS_SHOWN else ""
+        named = ", ".join(keys[:_NUM_KEYS_SHOWN])
+        more = f" and {len(keys) - _NUM_KEYS_SHOWN} more" if len(keys) > _NUM_KEYS_SHOWN else ""
         return DivergedError(
             f"{what} in step {self.step + 1}, in a batch of {named}{more}; last.pt holds an earlier step: "
             f"{self.trainer.course.remedy}"

@@ -1,8 +1,8 @@
 """Optimiser and learning rate. The rate is a pure function of the step, so a resumed run needs only the step.
 
-timm makes the optimisers, but not the rates: its warm-up begins at a rate of its own and its cosine is multiplied in another
-order, which changes the last bits and so every loss after the first; it has no schedule that holds and then falls. Its
-`CosineLRScheduler` agrees with `warmup_cosine` to nine digits, by a test.
+timm makes the optimisers, but not the rates: its warm-up begins at a rate of its own and its cosine is multiplied in
+another order, which changes the last bits and so every loss after the first; it has no schedule that holds and then
+falls. Its `CosineLRScheduler` agrees with `warmup_cosine` to nine digits, by a test.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 def build_optimizer(
     model: nn.Module, opt: str, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> Optimizer:
-    """timm's AdamW or LAMB over all parameters; weight decay is left off biases, norms and what `no_weight_decay` of the
-    model names.
+    """timm's AdamW or LAMB over all parameters; weight decay is left off biases, norms and what `no_weight_decay` of
+    the model names.
 
     On a GPU, AdamW is one fused kernel.
     """

@@ -30,8 +30,8 @@ class TrainProgress:
     throughput_img_s: float
     remaining_s: float
     shares: dict[str, float]
-    """Share of the time in `data` (waiting for it), `transfer` to the device, `teacher` (live), `model` (forward and backward),
-    `optimiser` and `save`."""
+    """Share of the time in `data` (waiting for it), `transfer` to the device, `teacher` (live), `model` (forward and
+    backward), `optimiser` and `save`."""
     advice: str | None = None
     """What to change, when the device waits too long for data."""
 

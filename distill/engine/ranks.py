@@ -1,7 +1,7 @@
 """The processes that train together, as torchrun or Ray Train starts them; one alone is the case of one rank.
 
-What only the first rank does, such as writing, goes through `first`, and so do its errors: either all ranks go on or all
-end with the same sentence.
+What only the first rank does, such as writing, goes through `first`, and so do its errors: either all ranks go on or
+all end with the same sentence.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ ALONE = Ranks()
 
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun's environment names, joined until the end; those that Ray Train has joined; else one alone.
+    """The ranks that torchrun's environment names, joined until the end; those that Ray Train joined; else one alone.
 
     Raises: ConfigError when they cannot be joined; IncompleteError when one is lost in the middle.
     """
@@ -149,7 +149,8 @@ def _join(device: str) -> None:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise ConfigError(
-                f"process {local} of this machine has no GPU, torch sees {torch.cuda.device_count()}; start fewer processes"
+                f"process {local} of this machine has no GPU, torch sees {torch.cuda.device_count()}; "
+                "start fewer processes"
             )
         torch.cuda.set_device(local)
     try:

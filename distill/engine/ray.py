@@ -1,7 +1,7 @@
-"""The training loop under Ray Train: the same loop as torchrun's, on workers that Ray places and starts again when one dies.
+"""The training loop under Ray Train: the same as torchrun's, on workers that Ray places and starts anew when one dies.
 
-Restarts go on from last.pt, so the run folder must lie on a disk that all nodes share. Through it the processes also speak:
-the driver asks for a stop with one file, and a worker leaves the run's end in another.
+Restarts go on from last.pt, so the run folder must lie on a disk that all nodes share. Through it the processes also
+speak: the driver asks for a stop with one file, and a worker leaves the run's end in another.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def train_on_ray(
     """What `train` returns on the first of `num_workers` workers of the Ray cluster that this process is connected to.
 
     `train` is sent to the workers, and trains the run in `folder`, which is made here.
-    Raises: as `train`; MissingPackageError without Ray Train; IncompleteError when workers died too often, or cannot share the folder.
+    Raises: as `train`; MissingPackageError without Ray Train; IncompleteError when workers died too often, or cannot
+    share the folder.
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run trains on, by content, in data.json of its folder: a resumed run must see the same, wherever it lies now."""
+"""What a run trains on, by content, in data.json of its folder: a resumed run must see the same, wherever it lies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_record(run: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_data(run: Path, record: Mapping[str, Any], partly: bool = False) -> None:
-    """See that a run in a folder, if there is one, is trained on the same data; `partly`: as far as `record` says something.
+    """See that a run in a folder, if there is one, is trained on the same data; `partly`: as far as `record` goes.
 
     Raises: PlanChangedError naming what differs.
     """

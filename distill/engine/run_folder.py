@@ -1,4 +1,4 @@
-"""The output folder of a run: config.yaml, data.json, metrics.jsonl, last.pt, checkpoints/; one process at a time writes it.
+"""The output folder of a run: config.yaml, data.json, metrics.jsonl, last.pt, checkpoints/; it has one writer.
 
 A folder belongs to one config: resuming with another is refused, except for fields that only say how a run is carried
 out.
@@ -26,7 +26,7 @@ from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, Stor
 from dtpipe.manifests.schema import StrictModel
 from dtpipe.manifests.store.publish import write_whole
 
-LAST, CONFIG, METRICS, LOCK = "last.pt", "config.yaml", "metrics.jsonl", ".lock"
+_LAST, _CONFIG, _METRICS, _LOCK = "last.pt", "config.yaml", "metrics.jsonl", ".lock"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RunSettings:
     @property
     def last(self) -> Path:
         """The newest checkpoint."""
-        return self.out / LAST
+        return self.out / _LAST
 
     def refuse_other(self) -> None:
         """See that the folder, where there is one, holds this run or none; writes nothing but a lock for a moment.
@@ -73,8 +73,8 @@ class RunSettings:
             refuse_other_data(self.out, self.data)
 
     def _settings_there(self) -> Mapping[str, Any] | None:
-        """Those of the run in the folder, if there is one; an old run of train-teacher has them in its checkpoint alone."""
-        if (self.out / CONFIG).exists():
+        """Those of the run in the folder, if there is one; old runs of train-teacher have them in the checkpoint."""
+        if (self.out / _CONFIG).exists():
             return read_config(self.out, kind=self.kind)
         return load_checkpoint(self.last, self.kind).get("config", {}) if self.last.exists() else None
 
@@ -85,15 +85,15 @@ class RunFolder:
     def __init__(self, settings: RunSettings, lock: TextIO) -> None:
         self.settings, self.path, self._lock = settings, settings.out, lock
         self._scalars: ScalarWriter | None = None
-        self.metrics = self.path / METRICS
+        self.metrics = self.path / _METRICS
         self.last = settings.last
 
     @classmethod
     def open(cls, settings: RunSettings) -> RunFolder:
         """Create the folder, or take up the run that lies in it, and write the resolved config, and what the data is.
 
-        Raises: ConfigError when `fresh` and a run exists; PlanChangedError naming fields or data that differ; LockHeldError
-        while another process trains here; StoreError when the folder cannot be written.
+        Raises: ConfigError when `fresh` and a run exists; PlanChangedError naming fields or data that differ;
+        LockHeldError while another process trains here; StoreError when the folder cannot be written.
         """
         try:
             settings.out.mkdir(parents=True, exist_ok=True)
@@ -154,18 +154,18 @@ class RunFolder:
     def _check(self) -> None:
         """A lock file that was removed keeps nobody out."""
         try:
-            held = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / LOCK).stat())
+            held = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / _LOCK).stat())
         except FileNotFoundError:
             held = False
         if not held:
-            raise LockHeldError(f"{self.path / LOCK}: somebody removed this run's lock; run the command again")
+            raise LockHeldError(f"{self.path / _LOCK}: somebody removed this run's lock; run the command again")
 
     def _write_settings(self) -> None:
         settings = self.settings
         if settings.data is not None:
             _write(self.path / DATA_FILE, json.dumps(settings.data, indent=1) + "\n")
         sections = {settings.kind: settings.config.model_dump(mode="json"), **settings.sections}
-        _write(self.path / CONFIG, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+        _write(self.path / _CONFIG, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
 
 
 def read_config(path: Path, section: str | None = None, kind: str = "distill") -> dict[str, Any]:
@@ -173,7 +173,7 @@ def read_config(path: Path, section: str | None = None, kind: str = "distill") -
 
     Raises: InputError when there is none or it is not the config of a run of that kind.
     """
-    file = path / CONFIG
+    file = path / _CONFIG
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as err:
@@ -185,8 +185,8 @@ def read_config(path: Path, section: str | None = None, kind: str = "distill") -
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order; what a kill left of one, or of two that ran into one, is left out."""
-    file = path / METRICS
+    """The lines of a run's metrics.jsonl, in order; what a kill left of one, or of two run into one, is left out."""
+    file = path / _METRICS
     lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
     records = (_record(line) for line in lines[:-1])  # what follows the last newline was not written whole
     return [record for record in records if record is not None]
@@ -226,7 +226,7 @@ def _hold(path: Path) -> TextIO:
     """The folder's lock file, locked until it is closed."""
     with ExitStack() as stack:
         try:
-            lock = stack.enter_context((path / LOCK).open("a+"))
+            lock = stack.enter_context((path / _LOCK).open("a+"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
             raise LockHeldError(

@@ -1,4 +1,4 @@
-"""Random numbers of a run: functions of (seed, step, rank), so that one which goes on needs none of those drawn before."""
+"""Random numbers of a run: functions of (seed, step, rank), so that a resumed run needs none of those drawn before."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ NOT_CURVES = ("step", "num_steps", "num_epochs")
 
 
 class ScalarWriter:
-    """Writes events of one part of a run; a resumed run adds a file whose first step hides what came after it before."""
+    """Writes events of one part of a run; a resumed run adds a file, and its first step hides what was after it."""
 
     def __init__(self, run: Path, first_step: int) -> None:
         """Raises: MissingPackageError without the package tensorboard."""
@@ -21,7 +21,7 @@ class ScalarWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as err:
             raise MissingPackageError(
-                "distill.tensorboard needs the package tensorboard; run `pip install 'dtpipe[tensorboard]'`, or leave it out"
+                "the setting `tensorboard` needs the package; run `pip install 'dtpipe[tensorboard]'`, or leave it out"
             ) from err
         self._writer = SummaryWriter(str(run / _FOLDER), purge_step=first_step)
 

@@ -49,7 +49,7 @@ class Course:
         return math.ceil(self.num_steps / self.steps_per_epoch)
 
 
-class Part(Protocol):
+class BatchPart(Protocol):
     """What one rank takes at once of a global batch."""
 
     @property
@@ -73,7 +73,7 @@ class Part(Protocol):
         ...
 
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=BatchPart)
 
 
 class Trainer(Protocol[P]):

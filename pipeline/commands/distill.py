@@ -68,10 +68,10 @@ dtpipe distill features/ --student resnet50 --out /shared/runs/r50 --train-worke
 def command(call: Call, fresh: bool) -> None:
     """Pre-train a student on feature datasets.
 
-    Run it again after a crash: it goes on in mid-epoch and takes the same steps. With --reencode, --teacher is needed only
-    when the teacher has moved since the extraction. Without a dataset, give --images (or --num-samples) and --teacher: every
-    sample is encoded live, with new noise in each epoch, as the `extract` settings say. Several GPUs share each batch under
-    torchrun, or as Ray workers, which need --out on a disk that all nodes share.
+    Run it again after a crash: it goes on in mid-epoch and takes the same steps. With --reencode, --teacher is needed
+    only when the teacher has moved since the extraction. Without a dataset, give --images (or --num-samples) and
+    --teacher: every sample is encoded live, with new noise in each epoch, as the `extract` settings say. Several GPUs
+    share each batch under torchrun, or as Ray workers, which need --out on a disk that all nodes share.
     """
     from dtpipe.pipeline.live.data import training_inputs
 

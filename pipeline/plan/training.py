@@ -53,7 +53,9 @@ class TrainingPlan:
 def plan_training(
     config: DistillConfig, open_live: OpenLive | None = None, open_source: OpenSource | None = None
 ) -> TrainingPlan:
-    """Time a few steps of the student on data that exists, and the teacher where it runs live. Raises: what opening them raises."""
+    """Time a few steps of the student on data that exists, and the teacher where it runs live. Raises: what opening
+    them raises.
+    """
     from dtpipe.distill.engine.device import pick_device
     from dtpipe.distill.stream.data import open_data
     from dtpipe.distill.stream.stream import FeatureStream

@@ -277,7 +277,8 @@ def test_parts_of_one_sample_per_device_are_refused_with_batch_norm(tmp_path, da
         (
             0.4,
             10_000,
-            "40% of the time goes by waiting for data: raise distill.prefetch from 4, or bring the dataset to a faster disk",
+            "40% of the time goes by waiting for data: raise distill.prefetch from 4, "
+            "or bring the dataset to a faster disk",
         ),
     ],
 )

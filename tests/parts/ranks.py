@@ -16,7 +16,9 @@ from dtpipe.manifests.errors import DtpipeError
 
 
 def fork_ranks(call: Callable[[int], Any], folder: Path, size: int) -> list[Any]:
-    """What `call(rank)` returns in each of `size` processes, or its error's type, sentence and exit code; None if it was killed."""
+    """What `call(rank)` returns in each of `size` processes, or its error's type, sentence and exit code; None if it
+    was killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
