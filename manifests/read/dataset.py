@@ -28,7 +28,7 @@ from dtpipe.manifests.layout.tables import (
 )
 from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
 from dtpipe.manifests.read.source import Columns, Integers
-from dtpipe.manifests.schema import IMAGE, LevelSpec, Manifest, Plan, Recipe, ViewSpec
+from dtpipe.manifests.schema import IMAGE, Manifest, Plan
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import MANIFEST_FILE, load_entries, load_manifest
 from dtpipe.manifests.write.listing import read_listing
@@ -43,9 +43,11 @@ class FeatureDataset:
     def __init__(
         self, store: Store, plan: Plan, manifest: Manifest | None, columns: Columns, chunks: ChunkReader
     ) -> None:
-        self.store, self.plan, self.manifest = store, plan, manifest
-        self.columns, self._chunks = columns, chunks
-        self._codecs = level_codecs(plan.recipe)
+        self.store, self.plan, self.manifest, self.columns = store, plan, manifest, columns
+        self.url, self.recipe = store.url, plan.recipe
+        self.levels, self.views = plan.recipe.levels, plan.recipe.views
+        self.image_px = plan.recipe.transform.height, plan.recipe.transform.width
+        self._chunks, self._codecs = chunks, level_codecs(plan.recipe)
 
     @classmethod
     def open(
@@ -77,31 +79,6 @@ class FeatureDataset:
 
     def __repr__(self) -> str:
         return f"FeatureDataset({self.url!r}, {len(self.columns)} rows)"
-
-    @property
-    def url(self) -> str:
-        """Where it lies."""
-        return self.store.url
-
-    @property
-    def recipe(self) -> Recipe:
-        """What determined the content."""
-        return self.plan.recipe
-
-    @property
-    def levels(self) -> tuple[LevelSpec, ...]:
-        """Stored levels."""
-        return self.recipe.levels
-
-    @property
-    def views(self) -> tuple[ViewSpec, ...]:
-        """The V axis, the same for all rows."""
-        return self.recipe.views
-
-    @property
-    def image_px(self) -> tuple[int, int]:
-        """Height and width of the stored images, in px."""
-        return self.recipe.transform.height, self.recipe.transform.width
 
     @property
     def shards(self) -> tuple[int, ...]:

@@ -178,7 +178,7 @@ def _level_bytes(level: LevelSpec, recipe: Recipe, stored: Mapping[str, tuple[in
     num_views, _ = stored.get(level.name, (0, 0))
     raw = num_views * level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
     summary = {"name": level.name, "stride": level.stride, "shape": shape, "dtype": level.dtype, "tap": level.tap}
-    return summary | _ratio(raw, size_bytes)
+    return summary | {"codec": level.codec.name, "role": level.role} | _ratio(raw, size_bytes)
 
 
 def _image_bytes(recipe: Recipe, stored: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:

@@ -215,6 +215,12 @@ def test_levels_are_named_by_strides_of_the_students_image() -> None:
     ]
 
 
+def test_a_codec_is_of_features_and_latents_stay_rounded_as_the_teacher_reads_them() -> None:
+    taps = (*TAPS[:2], TapSpec("l3.latent", 8, 8, "VAE"))
+    levels = stored_levels(taps, (64, 64), (64, 64), "float16", "int8")
+    assert [(level.role, level.codec.name) for level in levels] == [("features", "int8")] * 2 + [("latent", "cast")]
+
+
 @pytest.mark.parametrize(("image_px", "student_px"), [((48, 64), (48, 64)), ((64, 64), (48, 48)), ((64, 64), (32, 64))])
 def test_sizes_that_do_not_fit_the_teacher_are_refused(image_px: tuple[int, int], student_px: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="extract"):

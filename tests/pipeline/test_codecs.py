@@ -27,10 +27,11 @@ from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource, read_images
 from dtpipe.pipeline.cli.main import main
 from dtpipe.pipeline.live.teacher import open_live
+from dtpipe.pipeline.plan.extraction import plan_extraction
 from dtpipe.pipeline.report.inspect import describe_dataset, render_sample
 from dtpipe.pipeline.report.maps import draw_maps
 from parts.codecs import register_turned
-from parts.extractions import Extract
+from parts.extractions import Extract, MakeConfig
 from parts.images import write_images
 from parts.memory import tiny_config
 
@@ -151,11 +152,21 @@ def test_what_is_shown_of_a_dataset_is_of_its_features(pair: Pair, tmp_path: Pat
     ]
     assert pictures[0] == pictures[1]
     described = describe_dataset(coded.url)
+    assert {(level["codec"], level["role"]) for level in described["levels"]} == {("turned", "features")}
     assert [level["raw_bytes"] for level in described["levels"]] == [
         level["raw_bytes"] for level in describe_dataset(plain.url)["levels"]
     ]
     parts = [described["images"], *described["levels"]]
     assert sum(part["size_bytes"] for part in parts) + described["overhead_bytes"] == described["totals"]["size_bytes"]
+
+
+def test_a_plan_counts_what_the_codec_stores(turned: None, make_config: MakeConfig, tmp_path: Path) -> None:
+    plain, coded = (
+        plan_extraction(make_config(shard={"samples": 3, "dtype": "float32", "codec": codec}))
+        for codec in ("cast", "turned")
+    )
+    assert coded.levels == {name: size + (0 if name == "image" else 4) for name, size in plain.levels.items()}
+    assert 0.9 < coded.stored_bytes / plain.stored_bytes < 1.5
 
 
 def test_verification_recomputes_features_and_measures_flips(pair: Pair) -> None:
