@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from dtpipe.manifests import errors
 from dtpipe.pipeline.cli.main import COMMANDS, DtpipeGroup, main
 
-SMALL = ["-s", "extract.noise.timesteps=50", "-s", "extract.shard.samples=4", "-s", "extract.batch_size=4"]
+SMALL = ["--inline", "-s", "extract.noise.timesteps=50", "-s", "extract.shard.samples=4", "-s", "extract.batch_size=4"]
 
 
 def run(*args: object) -> Result:
@@ -44,14 +44,18 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def features(image_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def extraction(image_folder: Path, teacher: Path, tmp_path: Path) -> list[object]:
+    """Command line of a small extraction of eight images into the folder `features`."""
+    return ["extract", "--images", image_folder, "--teacher", teacher, "--out", tmp_path / "features", *SMALL]
+
+
+@pytest.fixture
+def features(extraction: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A feature dataset of eight images, written by the command."""
-    out = tmp_path / "features"
-    words = ["extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL]
-    monkeypatch.setattr(sys, "argv", ["dtpipe", *map(str, words)])  # what records of commands go by
-    result = run(*words)
+    monkeypatch.setattr(sys, "argv", ["dtpipe", *map(str, extraction)])  # what records of commands go by
+    result = run(*extraction)
     assert result.exit_code == 0, result.output
-    return out
+    return tmp_path / "features"
 
 
 def test_unknown_command_is_one_line_with_a_near_match() -> None:
@@ -147,9 +151,8 @@ def test_list_names_what_the_registries_hold() -> None:
     assert set(document("list", "students", "--match", "resnet10[a-z]")["students"]) == {"resnet10t"}
 
 
-def test_dry_run_writes_nothing_and_counts_bytes_right(image_folder: Path, teacher: Path, tmp_path: Path) -> None:
-    args = ["--images", image_folder, "--teacher", teacher, "--out", tmp_path / "features", "--inline", *SMALL]
-    planned = document("extract", "--dry-run", *args)
+def test_dry_run_writes_nothing_and_counts_bytes_right(extraction: list[object], tmp_path: Path) -> None:
+    planned = document(*extraction, "--dry-run")
     assert not (tmp_path / "features").exists()
     levels = {"l2": 8 * 8 * 8, "l3": 8 * 4 * 4, "l4": 16 * 2 * 2, "l5": 16}
     image = 3 * 32 * 32
@@ -158,38 +161,25 @@ def test_dry_run_writes_nothing_and_counts_bytes_right(image_folder: Path, teach
     assert planned["levels"]["image"] == image
     per_sample = image + sum(planned["levels"][name] for name in levels)
     assert planned["raw_bytes"] == 8 * per_sample
-    result = run("extract", *args)
+    result = run(*extraction)
     assert result.exit_code == 0, result.output
     written = document("inspect", tmp_path / "features")["totals"]["size_bytes"]
     assert planned["stored_bytes"] == pytest.approx(written, rel=0.25)  # half the images; no index tables
 
 
-def test_extract_says_what_where_and_what_next(image_folder: Path, teacher: Path, tmp_path: Path) -> None:
-    out = tmp_path / "features"
-    result = run("extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL)
-    assert f"wrote    {out}" in result.stdout
+def test_extract_says_what_where_and_what_next(extraction: list[object], tmp_path: Path) -> None:
+    result = run(*extraction)
+    assert f"wrote    {tmp_path / 'features'}" in result.stdout
     assert "8 ok, 0 bad, of 8" in result.stdout
-    assert f"next: dtpipe distill {out}" in result.stdout
+    assert f"next: dtpipe distill {tmp_path / 'features'}" in result.stdout
     assert "8/8" in result.stderr
-    again = run("extract", "--images", image_folder, "--teacher", teacher, "--out", out, "--inline", *SMALL)
-    assert again.exit_code == 0
-    changed = run(
-        "extract",
-        "--images",
-        image_folder,
-        "--teacher",
-        teacher,
-        "--out",
-        out,
-        "--inline",
-        *SMALL[:-1],
-        "extract.batch_size=2",
-    )
+    assert run(*extraction).exit_code == 0
+    changed = run(*extraction[:-1], "extract.batch_size=2")
     assert changed.exit_code == 2
     assert "batch_size" in changed.stderr
 
 
-def test_verify_finds_a_flipped_byte_and_repair_mends_it(features: Path, image_folder: Path, teacher: Path) -> None:
+def test_verify_finds_a_flipped_byte_and_repair_mends_it(features: Path, extraction: list[object]) -> None:
     clean = document("verify", features, "--level", "decode")
     assert clean["ok"] is True
     recomputed = document("verify", features, "--level", "recompute", "--rows", "4")
@@ -203,10 +193,7 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(features: Path, image_f
     assert re.search(r"problem: .*l2", found.stdout)
     assert run("verify", features, "--repair").exit_code == 0
     assert run("verify", features).exit_code == 5
-    assert (
-        run("extract", "--images", image_folder, "--teacher", teacher, "--out", features, "--inline", *SMALL).exit_code
-        == 0
-    )
+    assert run(*extraction).exit_code == 0
     assert document("verify", features)["ok"] is True
 
 
@@ -228,12 +215,12 @@ def test_distill_eval_export_report_follow_each_other(features: Path, image_fold
     small = [
         "--student",
         "resnet10t",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
         "-s",
         "distill.regressor.width=8",
-        "--batch-size",
-        4,
-        "--epochs",
-        1,
         "-s",
         "distill.log_every=1",
     ]
@@ -255,25 +242,15 @@ def test_distill_eval_export_report_follow_each_other(features: Path, image_fold
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
-def test_faults_are_armed_by_the_command_line_only(image_folder: Path, teacher: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "dtpipe.pipeline.cli.main",
-        "extract",
-        "--images",
-        str(image_folder),
-        "--teacher",
-        str(teacher),
-    ]
-    command += ["--out", str(tmp_path / "out"), "--inline", *SMALL]
-    killed = subprocess.run(
-        command, env={**os.environ, "DTPIPE_FAULT": "commit.before"}, capture_output=True, text=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
-    wrong = subprocess.run(
-        command, env={**os.environ, "DTPIPE_FAULT": "commit.maybe"}, capture_output=True, text=True, check=False
-    )
+def test_faults_are_armed_by_the_command_line_only(extraction: list[object]) -> None:
+    command = [sys.executable, "-m", "dtpipe.pipeline.cli.main", *map(str, extraction)]
+
+    def ended(fault: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "DTPIPE_FAULT": fault}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    assert ended("commit.before").returncode == -signal.SIGKILL
+    wrong = ended("commit.maybe")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: fault point 'commit.maybe' does not exist")
 

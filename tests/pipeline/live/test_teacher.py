@@ -18,7 +18,6 @@ from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.trainer import stream_settings
-from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.noise import draw_noise
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -26,7 +25,7 @@ from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.pipeline.live.source import open_live_data
 from dtpipe.pipeline.live.teacher import RecipeLive, open_live
 from parts import sd_pipelines
-from parts.extractions import Extract
+from parts.extractions import Extract, MakeConfig
 from parts.teachers import gan_network
 
 CPU = torch.device("cpu")
@@ -232,16 +231,9 @@ def test_a_teacher_of_none_of_the_datasets_is_refused(extract: Extract, other_dd
 
 
 @pytest.fixture
-def live_data(ddpm: Path, image_folder: Path, tmp_path: Path) -> Callable[..., OpenedData]:
+def live_data(make_config: MakeConfig, tmp_path: Path) -> Callable[..., OpenedData]:
     def make(**changes: Any) -> OpenedData:
-        fields = {
-            "images": str(image_folder),
-            "out": "unused",
-            "teacher": {"path": str(ddpm)},
-            "noise": {"timesteps": [50]},
-            "batch_size": 3,
-        }
-        settings = ExtractConfig.model_validate({**fields, **changes})
+        settings = make_config(out="unused", **changes)
         return partial(open_live_data, settings, None, True)(config(out=str(tmp_path / "run"), reencode=1.0))
 
     return make

@@ -18,15 +18,20 @@ TRAIN = [
     "--student",
     "test_resnet",
     "--epochs",
-    2,
+    "2",
     "--batch-size",
-    4,
+    "4",
+    "--device",
+    "cpu",
+    "--timesteps",
+    "50",
+    "-s",
+    "extract.batch_size=4",
     "-s",
     "distill.regressor.width=8",
     "-s",
     "distill.log_every=1",
 ]
-TRAIN += ["--device", "cpu", "--timesteps", "50", "-s", "extract.batch_size=4"]
 
 
 def distill(*args: object) -> Result:
@@ -130,22 +135,13 @@ def test_selection_works_without_a_dataset(image_folder: Path, ddpm: Path, tmp_p
 
 
 def test_a_gan_trains_a_student_without_images(gan: dict[str, str], tmp_path: Path) -> None:
-    command = [
-        "--num-samples",
-        9,
-        "--teacher",
-        gan["path"],
-        "-s",
-        f"extract.teacher.kind={gan['kind']}",
-        "--out",
-        tmp_path / "run",
-    ]
-    result = distill(*command)
+    teacher = ["--teacher", gan["path"], "-s", f"extract.teacher.kind={gan['kind']}", "--out", tmp_path / "run"]
+    result = distill("--num-samples", 9, *teacher)
     assert result.exit_code == 0, result.output
     assert "2 epochs of 9 samples" in result.stdout
     assert CliRunner().invoke(main, ["report", str(tmp_path / "run")]).exit_code == 0
     assert "9 images of its own in each epoch" in (tmp_path / "run" / "report.html").read_text()
-    assert "listing.num: 9 -> 8" in error(distill("--num-samples", 8, *command[2:]), 2)
+    assert "listing.num: 9 -> 8" in error(distill("--num-samples", 8, *teacher), 2)
 
 
 def test_a_dry_run_says_what_the_teacher_costs_and_writes_nothing(
