@@ -159,40 +159,28 @@ def test_a_dry_run_says_what_the_teacher_costs_and_writes_nothing(
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (["--images", "IMAGES"], 2, "--teacher (extract.teacher.path) must be given"),
-        (["--images", "nowhere", "--teacher", "DDPM"], 3, "nowhere"),
-        (["--images", "IMAGES", "--teacher", "IMAGES"], 3, "no teacher family recognises"),
+        ("--images IMAGES", 2, "--teacher (extract.teacher.path) must be given"),
+        ("--images nowhere --teacher DDPM", 3, "nowhere"),
+        ("--images IMAGES --teacher IMAGES", 3, "no teacher family recognises"),
+        ("--images IMAGES --teacher DDPM --reencode 0.5", 2, "distill.reencode is 0.5, and without a dataset"),
+        ("--images IMAGES --teacher DDPM --join", 2, "distill.join is about feature datasets"),
+        ("--images IMAGES --teacher DDPM --sample-weights 1,1", 2, "has 2 values for 0 datasets"),
+        ("--images IMAGES --teacher DDPM --include bird/*", 2, "matches no key"),
+        ("--num-samples 4 --teacher DDPM", 3, "give --images instead of --num-samples"),
+        ("--teacher DDPM", 2, "to train without a dataset, --images"),
         (
-            ["--images", "IMAGES", "--teacher", "DDPM", "--reencode", "0.5"],
-            2,
-            "distill.reencode is 0.5, and without a dataset",
-        ),
-        (["--images", "IMAGES", "--teacher", "DDPM", "--join"], 2, "distill.join is about feature datasets"),
-        (["--images", "IMAGES", "--teacher", "DDPM", "--sample-weights", "1,1"], 2, "has 2 values for 0 datasets"),
-        (["--images", "IMAGES", "--teacher", "DDPM", "--include", "bird/*"], 2, "matches no key"),
-        (["--num-samples", "4", "--teacher", "DDPM"], 3, "give --images instead of --num-samples"),
-        (["--teacher", "DDPM"], 2, "to train without a dataset, --images"),
-        (
-            ["FEATURES", "--reencode", "0.5", "--teacher", "OTHER"],
+            "FEATURES --reencode 0.5 --teacher OTHER",
             3,
             "cannot be encoded live: OTHER is not the teacher that made the dataset (weights have digest",
         ),
-        (
-            ["FEATURES", "--reencode", "1", "-s", "extract.teacher.dtype=bfloat16"],
-            3,
-            'teacher.dtype: "float32" -> "bfloat16"',
-        ),
-        (
-            ["FEATURES", "--reencode", "1", "-s", "extract.teacher.options={ensemble: 2}"],
-            3,
-            "teacher.options.ensemble: not set -> 2",
-        ),
-        (["FEATURES", "--keys", "nowhere.txt"], 3, "nowhere.txt cannot be read"),
-        (["FEATURES", "-s", "distill.flip=true"], 2, "no flipped view is stored"),
+        ("FEATURES --reencode 1 -s extract.teacher.dtype=bfloat16", 3, 'teacher.dtype: "float32" -> "bfloat16"'),
+        ("FEATURES --reencode 1 -s extract.teacher.options.ensemble=2", 3, "teacher.options.ensemble: not set -> 2"),
+        ("FEATURES --keys nowhere.txt", 3, "nowhere.txt cannot be read"),
+        ("FEATURES -s distill.flip=true", 2, "no flipped view is stored"),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(
-    args: list[str],
+    args: str,
     code: int,
     said: str,
     image_folder: Path,
@@ -204,7 +192,7 @@ def test_what_cannot_be_trained_is_one_sentence(
     places = {"IMAGES": image_folder, "DDPM": ddpm, "OTHER": other_ddpm}
     if "FEATURES" in args:
         places["FEATURES"] = Path(extract("features"))
-    found = error(distill(*(places.get(arg, arg) for arg in args), "--out", tmp_path / "run"), code)
+    found = error(distill(*(places.get(arg, arg) for arg in args.split()), "--out", tmp_path / "run"), code)
     for name, path in places.items():
         said = said.replace(name, str(path))
     assert said in found
