@@ -1,38 +1,58 @@
-"""What the documents say about commands is true: the reference is fresh, every example parses, the runnable block runs."""
+"""What the documents say is true: commands parse, links lead somewhere, the README's session and the examples run."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import click
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
+from dtpipe.distill.config import LossConfig
+from dtpipe.extract.teachers import registry
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.pipeline.cli.main import COMMANDS, main
 from dtpipe.pipeline.cli.reference import help_text, reference
+from parts.extractions import Extract
 from parts.images import write_images
+from parts.packing import contents, folder_files
 from parts.paths import REPO
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"(<!-- runnable -->\n)?```sh\n(.*?)```", re.DOTALL)
-SMALL = {  # settings that make a README command small enough for a test; they change no flag that the README shows
-    "train-teacher": "train_teacher: {px: 32, channels: [8, 8, 8, 8, 8, 8], blocks: 1, head_channels: 8, norm_groups: 4, steps: 2,"
-    " batch_size: 4, num_samples: 1, sample_steps: 2}",
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+SMALL = {  # settings that make a command of the README small enough for a test; they change no flag that it shows
+    "train-teacher": "train_teacher: {channels: [8, 8, 8, 8, 8, 8], blocks: 1, head_channels: 8, norm_groups: 4,"
+    " steps: 2, batch_size: 4, num_samples: 1, sample_steps: 2}",
     "plan": "extract: {batch_size: 8, inline: true}",
     "extract": "extract: {batch_size: 8, inline: true}",
     "distill": "distill: {epochs: 1, batch_size: 8, regressor: {width: 8}}",
-    "eval": "eval: {seeds: 1, limit: 24, probe: {max_iter: 3, l2_grid: [0.1], folds: 2}}",
+    "eval": "eval: {probe: {max_iter: 3, l2_grid: [0.1], folds: 2}}",
     "report": "report: {num_images: 1}",
 }
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Fenced blocks of some languages."""
+    return [block for language, block in FENCE.findall(text) if language in languages]
 
 
 def commands_in(text: str) -> Iterator[list[str]]:
     """Command lines of dtpipe in a text, without comments; lines that end with a backslash go on."""
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.removeprefix("$ "), comments=True) if "dtpipe " in line else []
         if "dtpipe" in words:
             yield words[words.index("dtpipe") + 1 :]
         elif words and words[0].endswith("/dtpipe"):
@@ -62,26 +82,111 @@ def test_every_help_has_an_example_that_parses(name: str) -> None:
         parse(words)
 
 
-def test_every_command_line_in_the_readme_parses() -> None:
-    found = [words for _, block in BLOCK.findall(README) for words in commands_in(block)]
-    assert len(found) >= 8
-    for words in found:
+def test_every_command_line_in_the_documents_parses() -> None:
+    lines = [words for page in PAGES for block in blocks(page.read_text(), "sh") for words in commands_in(block)]
+    lines += [words for words, _ in session(README)]
+    assert len(lines) >= 35
+    for words in lines:
         parse(words)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    lost = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert lost == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 250
+
+
+def session(text: str) -> list[tuple[list[str], list[str]]]:
+    """Commands of the README's `console` blocks, each with the lines of its answer."""
+    steps: list[tuple[list[str], list[str]]] = []
+    for line in "".join(blocks(text, "console")).replace("\\\n", " ").splitlines():
+        if line.startswith("$ "):
+            (words,) = commands_in(line)
+            steps.append((words, []))
+        elif line and line != "...":
+            steps[-1][1].append(line)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which the README's session was run on a few images; each line of an answer begins as it is shown."""
+    root = tmp_path_factory.mktemp("readme")
+    for folder in ("photos", "held-out"):
+        write_images(root / folder, 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for words, answer in session(README):
+            small = root / f"{words[0]}.yaml"
+            small.write_text(SMALL.get(words[0], ""))
+            done = CliRunner().invoke(main, [*words, *(["-c", str(small)] if words[0] in SMALL else [])])
+            assert done.exit_code == 0, f"dtpipe {shlex.join(words)}\n{done.output}"
+            starts = {line.split("  ")[0] for line in done.output.splitlines()}
+            assert {line.split("  ")[0] for line in answer} <= starts, f"dtpipe {shlex.join(words)}\n{done.output}"
+        yield root
+
+
 @pytest.mark.slow
-def test_runnable_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder in ("photos", "labelled"):
-        write_images(tmp_path / folder, 24)
-    blocks = [block for marked, block in BLOCK.findall(README) if marked]
-    commands = [words for block in blocks for words in commands_in(block)]
-    assert len(commands) >= 8
-    for words in commands:
-        small = tmp_path / f"{words[0]}.yaml"
-        small.write_text(SMALL.get(words[0], ""))
-        extra = ["-c", str(small)] if words[0] in SMALL else []
-        done = CliRunner().invoke(main, [*words, *extra])
-        assert done.exit_code == 0, f"dtpipe {shlex.join(words)}\n{done.output}"
-    assert (tmp_path / "runs" / "r50" / "report.html").is_file()
-    assert (tmp_path / "r50" / "model.safetensors").is_file()
+def test_the_readmes_session_runs_and_answers_as_shown(used: Path) -> None:
+    names = "train-teacher plan extract verify distill eval export report"
+    assert [words[0] for words, _ in session(README)] == names.split()
+    assert (used / "runs" / "r10" / "report.html").is_file()
+    assert (used / "r10" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs_and_prints_what_it_says(used: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(used)
+    for code in blocks(README, "python"):
+        with redirect_stdout(StringIO()) as shown:
+            exec(compile(code, "README.md", "exec"), {})
+        assert shown.getvalue()
+
+
+# --- what CONTRIBUTING says of new files -----------------------------------------------------------------------------
+
+CONTRIBUTING = PAGES[1].read_text(encoding="utf-8")
+
+
+def example(path: str) -> dict[str, Any]:
+    """What the example file of that path defines."""
+    (code,) = (code for code in blocks(CONTRIBUTING, "python") if code.startswith(f"# {path}\n"))
+    module = ModuleType(path)
+    sys.modules[path] = module  # dataclasses look their module up
+    exec(compile(code, path, "exec"), vars(module))
+    return vars(module)
+
+
+def test_the_rooms_and_registries_are_there() -> None:
+    named = re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", CONTRIBUTING)
+    assert len(named) >= 20
+    assert [path for path in named if not (REPO / path).exists()] == []
+
+
+def test_the_example_of_a_loss_is_one() -> None:
+    loss = example("distill/losses/huber.py")["LOSS"].build(LossConfig(whiten="none"))
+    student, teacher = torch.tensor([0.5, 3.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+    assert float(loss(student, teacher)) == pytest.approx((0.5 * 0.5**2 + (3 - 0.5)) / 2)
+
+
+def test_the_example_of_a_source_reads_images(image_folder: Path, tmp_path: Path) -> None:
+    kind = example("extract/sources/path_list.py")["KIND"]
+    files = folder_files(image_folder)
+    (image_folder / "train.list").write_text("\n".join(reversed(files)))
+    assert kind.recognise(str(image_folder)) is None
+    assert contents(kind.recognise(f"{image_folder}/train.list")) == files
+
+
+def test_the_example_of_a_teacher_extracts(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = example("extract/teachers/cell_means.py")["KIND"]
+    monkeypatch.setitem(registry.KINDS, kind.kind, kind)
+    noise = {"timesteps": [50], "flips": True}
+    dataset = FeatureDataset.open(extract(teacher={"path": "cell_means"}, noise=noise, transform={"px": 32}))
+    pixels = read_image(dataset, 3) / 127.5 - 1
+    for view, seen in enumerate((pixels, pixels[:, ::-1])):
+        means = seen.reshape(4, 8, 4, 8, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+        np.testing.assert_allclose(read_level(dataset, "l3", 3, view), means, atol=1e-3)  # float16
