@@ -50,7 +50,7 @@ from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_teacher import train_teacher
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.demo.scenes import Part, write_scenes
-from dtpipe.pipeline.evaluate import teacher_extractor
+from dtpipe.pipeline.extractors import teacher_extractor
 from dtpipe.pipeline.labelled import LabelledReader, split_by_key
 
 REPO = Path(__file__).resolve().parent.parent

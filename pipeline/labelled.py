@@ -9,18 +9,18 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
+from PIL import Image
 
+from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Target, class_table
 from dtpipe.manifests.schema import TransformRecipe
-
-if TYPE_CHECKING:
-    from dtpipe.distill.downstream.labelled import LabelledSet
 
 MAX_PIXELS = 128_000_000
 KEPT_BYTES = 1 << 30  # of decoded images and masks that a reader keeps in memory; what is beyond is read again
@@ -47,8 +47,6 @@ def split_by_key(
 
 def decode_mask(data: bytes, where: str) -> Pixels:
     """Class of each pixel. Shapes: -> (H, W) uint8. Raises: InputError when it is no single-channel image."""
-    from PIL import Image
-
     try:
         with Image.open(io.BytesIO(data)) as image:
             values = np.asarray(image)
@@ -91,8 +89,6 @@ class LabelledReader:
     def __init__(
         self, images: str, masks: str | None, recipe: TransformRecipe, ignore_value: int | None = IGNORE_VALUE
     ) -> None:
-        from dtpipe.extract.sources.registry import open_source
-
         self.images, self.masks, self.recipe, self.ignore_value = images, masks, recipe, ignore_value
         self._source = open_source(images)
         self.items = self._source.list()
@@ -112,8 +108,6 @@ class LabelledReader:
         Raises: InputError when a mask is missing or a class is unknown, or no image is good; ConfigError when there is
         nothing to learn from.
         """
-        from dtpipe.distill.downstream.labelled import LabelledSet
-
         digests = self._digests(rows, note)
         good = list(digests)
         keys = [self.items[row].key for row in good]
@@ -151,8 +145,6 @@ class LabelledReader:
 
     def image(self, row: int) -> Pixels:
         """An image of the listing, at its size. Shapes: -> (recipe.height, recipe.width, 3). Raises: BadImage."""
-        from dtpipe.extract.sources.images import decode_image, resize_image
-
         uri = self.items[row].uri
         return self._keep(
             ("image", row), lambda: resize_image(decode_image(self._source.read(uri), MAX_PIXELS), self.recipe)

@@ -19,6 +19,7 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate, overlap_notes
+from dtpipe.pipeline.trained_on import TrainedOn
 from parts import paths
 from parts.images import png, write_files
 from parts.labelled import with_classes
@@ -34,22 +35,19 @@ def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: 
     keys = FeatureDataset.open(GOLDEN).columns.keys
     run = DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), out=str(tmp_path))
     RunFolder.open(run_settings(run)).close()
-    config = EvalConfig(checkpoint=str(tmp_path), task="knn", images="photos")
-    train = labelled("labelled.png")
-    notes = overlap_notes(config, train, labelled(*keys[:2], "unseen.png"))
+    trained_on, train = TrainedOn.of(str(tmp_path)), labelled("labelled.png")
+    notes = overlap_notes(trained_on, train, labelled(*keys[:2], "unseen.png"), one_source=True)
     assert len(notes) == 1
     assert notes[0].startswith("2 of the held-out images")
-    assert overlap_notes(config, train, labelled("unseen.png")) == []
-    assert overlap_notes(config.model_copy(update={"test_images": "others"}), train, labelled(*keys[:2])) == []
+    assert overlap_notes(trained_on, train, labelled("unseen.png"), one_source=True) == []
+    assert overlap_notes(trained_on, train, labelled(*keys[:2]), one_source=False) == []
 
 
 def test_held_out_images_that_are_labelled_ones_under_another_key_are_counted() -> None:
     train = replace(labelled("a.png", "b.png", "c.png"), digests=("1", "2", "3"))
     test = replace(labelled("x.png", "y.png"), digests=("3", "4"))
-    config = EvalConfig(checkpoint="run", task="knn", images="photos", test_images="others")
-    assert overlap_notes(config, train, test) == [
-        "1 of the held-out images are also among those that labels are drawn from"
-    ]
+    notes = overlap_notes(TrainedOn.of("nowhere"), train, test, one_source=False)
+    assert notes == ["1 of the held-out images are also among those that labels are drawn from"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""What a run says about its training is found, whatever it was trained on; what is gone is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.pipeline.trained_on import TrainedOn
+from parts import paths
+
+GOLDEN = paths.GOLDEN / "v1_zarr"
+
+
+def write_run(folder: Path, **sections: object) -> TrainedOn:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"distill": {}, **sections}))
+    return TrainedOn.of(str(folder))
+
+
+def test_a_run_on_datasets_knows_their_keys_and_their_teacher(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", distill={"datasets": [str(GOLDEN), str(tmp_path / "gone")]})
+    dataset = FeatureDataset.open(GOLDEN)
+    recipe, teacher = dataset.manifest.recipe, run.teacher()
+    assert run.keys() == set(dataset.columns.keys)
+    assert teacher.timestep == recipe.views[0].timestep
+    assert teacher.image_px == (recipe.transform.height, recipe.transform.width)
+    assert not teacher.synthesizes
+
+
+def test_a_run_on_images_knows_them_and_its_live_teacher(tmp_path: Path, image_folder: Path) -> None:
+    extract = {
+        "images": str(image_folder),
+        "teacher": {"path": "teacher"},
+        "transform": {"px": 32},
+        "noise": {"timesteps": [7]},
+    }
+    run = write_run(tmp_path / "run", extract=extract)
+    assert run.keys() == {str(path.relative_to(image_folder)) for path in image_folder.rglob("*.png")}
+    teacher = run.teacher()
+    assert (dict(teacher.settings), teacher.timestep, teacher.image_px) == ({"path": "teacher"}, 7, (32, 32))
+    assert write_run(tmp_path / "gone", extract={**extract, "images": str(tmp_path / "moved")}).keys() == set()
+
+
+def test_a_checkpoint_outside_a_run_folder_says_nothing(tmp_path: Path) -> None:
+    alone = TrainedOn.of(str(tmp_path / "last.pt"))
+    assert alone.keys() == set() and "path" not in alone.teacher().settings
