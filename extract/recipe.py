@@ -21,6 +21,7 @@ from dtpipe.extract.sources.registry import SOURCES, open_images
 from dtpipe.extract.teachers.base import Generator, TapSpec, Teacher, TeacherSpec
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import (
     SYNTHESIZED,
@@ -65,9 +66,11 @@ class Resolved:
 def resolve_recipe(
     config: ExtractConfig, *, fresh: bool = False, cluster_has_gpus: Callable[[], bool | None] | None = None
 ) -> Resolved:
-    """Look at existing output, source and teacher, the cheapest first, and fix all that determines the content; writes nothing.
+    """Look at existing output, source and teacher, the cheapest first, and fix all that determines the content;
+    writes nothing.
 
-    fresh: refuse a dataset that is there. cluster_has_gpus: asked only where the recipe depends on it; None asks this machine.
+    fresh: refuse a dataset that is there. cluster_has_gpus: asked only where the recipe depends on it; None asks this
+    machine.
     Raises: ConfigError, InputError, TeacherError.
     """
     plan = find_plan(Store(config.out), fresh)
@@ -96,7 +99,8 @@ def list_source(config: ExtractConfig, source: Source) -> Listing:
 
 
 def _order(config: ExtractConfig, source_kind: str) -> Order:
-    """As asked, or as the source is best read. Synthesized samples are independent draws and stay in the order of their numbers."""
+    """As asked, or as the source is best read. Synthesized samples are independent draws and stay in the order of
+    their numbers."""
     if source_kind == SYNTHESIZED:
         return "container"
     return SOURCES[source_kind].order if config.source.order == "auto" else config.source.order
@@ -168,7 +172,8 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
 
 
 def _check_encoding(config: ExtractConfig, spec: TeacherSpec) -> None:
-    """A deterministic encoding has one draw, and DDIM inversion stops at multiples of its stride. Raises: ConfigError."""
+    """A deterministic encoding has one draw, and DDIM inversion stops at multiples of its stride. Raises:
+    ConfigError."""
     if not spec.noise_shapes and config.noise.draws > 1:
         raise ConfigError(
             f"extract.noise.draws is {config.noise.draws}, and this teacher's encoding has no noise; leave it out"
@@ -212,20 +217,26 @@ def stored_levels(
     dtype: StoredDtype,
     codec: str = "cast",
 ) -> tuple[LevelSpec, ...]:
-    """The teacher's levels as stored: strides and names count pixels of the student's image; `codec` is of those to regress.
+    """The teacher's levels as stored: strides and names count pixels of the student's image; `codec` is of those to
+    regress.
 
-    Raises: ConfigError when the image's sides are no multiple of the largest stride, or the student's are no 2^n-th of them.
+    Raises: ConfigError when the image's sides are no multiple of the largest stride, or the student's are no 2^n-th
+    of them, or there is no such codec.
     """
     largest = max(tap.stride for tap in taps)
     if any(side % largest for side in image_px):
         raise ConfigError(
             f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of {largest}"
         )
-    levels = (_stored_level(tap, image_px, student_px, dtype) for tap in taps)
-    return tuple(
-        level.model_copy(update={"codec": CodecSpec(name=codec)}) if level.role == "features" else level
-        for level in levels
-    )
+    return tuple(_coded(_stored_level(tap, image_px, student_px, dtype), codec) for tap in taps)
+
+
+def _coded(level: LevelSpec, codec: str) -> LevelSpec:
+    """Under a codec where it holds features: the latents that a teacher reads are rounded as they always were."""
+    if level.role == "features":
+        level = level.model_copy(update={"codec": CodecSpec(name=codec)})
+    open_codec(level)
+    return level
 
 
 def _stored_level(
@@ -246,7 +257,8 @@ def _stored_level(
 
 
 def with_whole_paths(config: ExtractConfig) -> ExtractConfig:
-    """The settings with paths that mean the same in other folders: of workers, and of those who read the record later."""
+    """The settings with paths that mean the same in other folders: of workers, and of those who read the record
+    later."""
     teacher = config.teacher.model_copy(update={"path": whole_path(config.teacher.path)})
     keys = None if config.keys is None else whole_path(config.keys)
     images = None if config.images is None else whole_source(config.images)

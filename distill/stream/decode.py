@@ -54,19 +54,22 @@ class SentLevels:
         return {name: self._level(of_level, copies) for name, of_level in self.pieces.items()}
 
     def _level(self, pieces: Sequence[_SentPiece], copies: DeviceCopies) -> Tensor:
-        features: Tensor | None = None
-        for piece in pieces:
-            parts = copies.receive(piece.parts)
-            rows = parts.pop(_ROWS, None)
-            decode = DECODERS.get(piece.codec.level.codec.name, _cast)  # decoded already where there is none
-            values = decode(piece.codec, parts)
-            if rows is None:
-                return values
-            if features is None:
-                features = values.new_empty((self.num_rows, *values.shape[1:]))
+        decoded = [_decode(piece, copies) for piece in pieces]
+        rows, values = decoded[0]
+        if rows is None:
+            return values
+        features = values.new_empty((self.num_rows, *values.shape[1:]))
+        for rows, values in decoded:
             features[rows] = values
-        assert features is not None, "a level has a piece"
         return features
+
+
+def _decode(piece: _SentPiece, copies: DeviceCopies) -> tuple[Tensor | None, Tensor]:
+    """Which samples of the batch, None for all, and their features."""
+    parts = copies.receive(piece.parts)
+    rows = parts.pop(_ROWS, None)
+    decode = DECODERS.get(piece.codec.level.codec.name, _cast)  # decoded already where there is none
+    return rows, decode(piece.codec, parts)
 
 
 def _to_send(piece: CodedPiece) -> Arrays:

@@ -28,14 +28,14 @@ _FEATURES = "features"  # in place of parts, on their way to the reference
 
 
 def encode_on_device(codec: LevelCodec, features: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What leaves the device of a level, and which rows of it are finite.
+    """What leaves the device of a level, and which rows are finite as features and as parts.
 
     Shapes: (n, V, C, h, w) -> {part: (n, V, ..)}, (n,) bool.
     """
     encode = ENCODERS.get(codec.level.codec.name)
-    sent = {_FEATURES: features.float()} if encode is None else encode(codec, features)
-    finite = [torch.isfinite(values).flatten(1).all(dim=1) for values in sent.values()]
-    return sent, torch.stack(finite).all(dim=0)
+    parts = {} if encode is None else encode(codec, features)
+    finite = [torch.isfinite(values).flatten(1).all(dim=1) for values in (features, *parts.values())]
+    return parts or {_FEATURES: features.float()}, torch.stack(finite).all(dim=0)
 
 
 def encode_on_host(

@@ -30,6 +30,7 @@ from dtpipe.manifests.errors import (
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
 from dtpipe.manifests.read.source import read_image, read_images, read_level
+from parts.codecs import register_turned
 from parts.extractions import MakeConfig
 
 
@@ -215,10 +216,20 @@ def test_levels_are_named_by_strides_of_the_students_image() -> None:
     ]
 
 
-def test_a_codec_is_of_features_and_latents_stay_rounded_as_the_teacher_reads_them() -> None:
+def test_a_codec_is_of_features_and_latents_stay_rounded_as_the_teacher_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register_turned(monkeypatch)
     taps = (*TAPS[:2], TapSpec("l3.latent", 8, 8, "VAE"))
-    levels = stored_levels(taps, (64, 64), (64, 64), "float16", "int8")
-    assert [(level.role, level.codec.name) for level in levels] == [("features", "int8")] * 2 + [("latent", "cast")]
+    levels = stored_levels(taps, (64, 64), (64, 64), "float16", "turned")
+    assert [(level.role, level.codec.name) for level in levels] == [("features", "turned")] * 2 + [("latent", "cast")]
+
+
+def test_an_unknown_codec_is_refused_before_anything_is_written(make_config: MakeConfig) -> None:
+    config = make_config(shard={"samples": 3, "codec": "nf4"})
+    with pytest.raises(ConfigError, match="codec 'nf4' of level l2 is unknown; choose one of cast"):
+        run_extraction(config)
+    assert not Path(config.out).exists()
 
 
 @pytest.mark.parametrize(("image_px", "student_px"), [((48, 64), (48, 64)), ((64, 64), (48, 48)), ((64, 64), (32, 64))])

@@ -16,7 +16,7 @@ import torch
 from dtpipe.extract.recipe import max_bad_samples, resolve_recipe
 from dtpipe.extract.shards import worker as worker_module
 from dtpipe.extract.shards.buffer import ShardBuffer
-from dtpipe.extract.shards.codecs import encode_on_device
+from dtpipe.extract.shards.codecs import ENCODERS, encode_on_device
 from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue, StageSeconds
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardWorker, WorkerContext
 from dtpipe.manifests.codecs.base import SYMBOLS, encode_level
@@ -243,7 +243,7 @@ def test_unreadable_sample_is_bad_and_named(open_worker: OpenWorker) -> None:
     assert {row.status for row in worker.extract_shard(0).rows} == {"bad: unreadable: No such file or directory"}
 
 
-def test_rounding_on_the_device_equals_the_reference_codec() -> None:
+def test_rounding_on_the_device_equals_the_reference_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.Generator(np.random.Philox(3)).standard_normal((4, 2, 3, 4, 4), dtype=np.float32) * 100
     level = LevelSpec(name="l2", stride=4, channels=3, height=4, width=4, tap="x")
     codec = open_codec(level)
@@ -253,3 +253,10 @@ def test_rounding_on_the_device_equals_the_reference_codec() -> None:
     values[2, 0, 0, 0, 0] = 70000.0  # beyond float16
     values[3, 0, 0, 0, 0] = np.nan
     assert encode_on_device(codec, torch.from_numpy(values))[1].tolist() == [True, True, False, False]
+    monkeypatch.setitem(ENCODERS, "cast", lambda codec, features: {SYMBOLS: features.to(torch.int8)})
+    assert encode_on_device(codec, torch.from_numpy(values))[1].tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]  # seen in integers
