@@ -49,7 +49,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.extract.train_config import TrainTeacherConfig
 from dtpipe.extract.train_teacher import train_teacher
 from dtpipe.manifests.schema import TransformRecipe
-from dtpipe.pipeline.demo.scenes import Part, write_scenes
+from dtpipe.pipeline.demo.scenes import ScenePart, write_scenes
 from dtpipe.pipeline.extractors import teacher_extractor
 from dtpipe.pipeline.labelled import LabelledReader, split_by_key
 
@@ -161,7 +161,7 @@ def digits(args: argparse.Namespace) -> Material | None:
         say(f"digits skipped: {args.teacher} holds no teacher; `make demo-teacher` trains one, or give --teacher")
         return None
     root = args.work / "digits"
-    parts: tuple[tuple[Part, int], ...] = (("train", args.num_train), ("held_out", args.num_test))
+    parts: tuple[tuple[ScenePart, int], ...] = (("train", args.num_train), ("held_out", args.num_test))
     labelled, test = (read_scenes(root, part, num, "semantic").foreground() for part, num in parts)
     train, held_out = (read_scenes(root, part, num) for part, num in parts)
     cases = (
@@ -172,7 +172,7 @@ def digits(args: argparse.Namespace) -> Material | None:
     return Material("digits", root / "train" / "images", TeacherConfig(path=str(args.teacher)), cases, flip=False)
 
 
-def read_scenes(root: Path, part: Part, num: int, masks: str | None = None) -> LabelledSet:
+def read_scenes(root: Path, part: ScenePart, num: int, masks: str | None = None) -> LabelledSet:
     """Scenes of one part with their digits as classes, or with a folder of masks; written first where they are missing."""
     folder = root / part
     if len(list((folder / "images").rglob("*.png"))) != num:

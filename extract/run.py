@@ -17,7 +17,7 @@ from typing import Any
 from dtpipe.extract.cluster.preflight import check_space, free_bytes, package_versions, recipe_bytes_per_sample
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.recipe import Resolved, max_bad_samples, resolve_recipe, with_whole_paths
-from dtpipe.extract.shards.progress import BadSample, OnProgress, ProgressMeter
+from dtpipe.extract.shards.progress import BadSample, OnExtractProgress, ProgressMeter
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.manifests.errors import ErrorBudgetError, IncompleteError
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
@@ -62,7 +62,7 @@ class ExtractResult:
 
 
 def run_extraction(
-    config: ExtractConfig, on_progress: OnProgress | None = None, fresh: bool = False, command: str | None = None
+    config: ExtractConfig, on_progress: OnExtractProgress | None = None, fresh: bool = False, command: str | None = None
 ) -> ExtractResult:
     """Write the feature dataset of `config`, or finish it. `command` is the command line, for the record in plan and manifest.
 
@@ -79,7 +79,7 @@ def run_extraction(
 class _Extraction:
     """One run's state: what is planned, counted and timed."""
 
-    def __init__(self, config: ExtractConfig, on_progress: OnProgress | None, command: str | None) -> None:
+    def __init__(self, config: ExtractConfig, on_progress: OnExtractProgress | None, command: str | None) -> None:
         self.config, self.on_progress, self.command = with_whole_paths(config), on_progress, command
         self.stop = StopRequest()
         self.store = Store(config.out)

@@ -7,7 +7,7 @@ can be had.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from dtpipe.manifests.errors import ConfigError, StoreError
 from dtpipe.manifests.labels import Class, Mask
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.publish import write_whole
+from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.extractors import extractors_of
 from dtpipe.pipeline.labelled import LabelledReader, split_by_key
@@ -29,8 +30,6 @@ from dtpipe.pipeline.trained_on import TrainedOn
 
 FEW_MASKS = (5, 20, 80)
 FEW_PER_CLASS = (1, 5, 20)
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)

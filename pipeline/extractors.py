@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from dtpipe.extract.teachers.base import Generator
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import DtpipeError, TeacherError
 from dtpipe.manifests.schema import ViewSpec
+from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.trained_on import RunTeacher
 
@@ -37,7 +37,7 @@ DISTILLED, TEACHER = "distilled", "teacher"
 
 
 def extractors_of(
-    config: EvalConfig, student: Student, teacher: RunTeacher, train: LabelledSet, note: Callable[[str], None]
+    config: EvalConfig, student: Student, teacher: RunTeacher, train: LabelledSet, note: Note
 ) -> list[FeatureExtractor | PerSeed]:
     """All arms, in the order of the table; the teacher where it can be had, else `note` says why not.
 
@@ -55,9 +55,7 @@ def extractors_of(
     return arms + [student_extractor(load_student(other), device, other) for other in config.against]
 
 
-def _own_features(
-    config: EvalConfig, teacher: RunTeacher, device: str, note: Callable[[str], None]
-) -> FeatureExtractor | None:
+def _own_features(config: EvalConfig, teacher: RunTeacher, device: str, note: Note) -> FeatureExtractor | None:
     """The teacher asked for, else the run's, if it is still there."""
     settings = {"path": config.teacher} if config.teacher else teacher.settings
     if "path" not in settings:

@@ -21,10 +21,10 @@ from dtpipe.manifests.write.listing import missing_keys, normal_keys, read_key_f
 if TYPE_CHECKING:
     from dtpipe.manifests.read.source import FeatureSource
 
-Rows = NDArray[np.int64]
+_Rows = NDArray[np.int64]
 
 
-def select_rows(source: FeatureSource, config: DistillConfig) -> Rows:
+def select_rows(source: FeatureSource, config: DistillConfig) -> _Rows:
     """Good rows that the settings choose, ascending.
 
     `limit` takes the keys with the smallest hashes: the same samples in every dataset of these images, whatever its order,

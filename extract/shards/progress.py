@@ -39,7 +39,7 @@ class Progress:
     """An event worth a line of its own: a worker that died, a shard that is tried again, a node that joined."""
 
 
-OnProgress = Callable[[Progress], None]
+OnExtractProgress = Callable[[Progress], None]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ProgressMeter:
     shards_done: int = 0
     samples_done: int = 0
     num_bad: int = 0
-    on_progress: OnProgress | None = None
+    on_progress: OnExtractProgress | None = None
     workers: int = 0
     size_bytes: int = 0
     _encoded: int = 0  # samples encoded by this run, in flight included

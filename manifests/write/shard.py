@@ -5,7 +5,7 @@ One rule: nothing here is seen by a reader until the entry is committed, so a ki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.codecs.base import array_name, encode_level
-from dtpipe.manifests.codecs.registry import level_codecs
-from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, ShardArrays, stored_arrays
+from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, ShardArrays
 from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_shard
 from dtpipe.manifests.layout.zarr import TRAILER_BYTES, decode_zarr_chunk, encode_zarr_shard
-from dtpipe.manifests.schema import IMAGE, IndexRow, ObjectEntry, Plan, Recipe, ShardEntry
+from dtpipe.manifests.schema import ObjectEntry, Plan, ShardEntry
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.store import Store
 
@@ -84,26 +82,3 @@ def write_shard(
         rows=tuple(arrays.rows),
         provenance=dict(provenance),
     )
-
-
-def code_features(
-    recipe: Recipe,
-    image: NDArray[np.uint8] | None,
-    features: Mapping[str, NDArray[np.generic]],
-    rows: Sequence[IndexRow],
-) -> ShardArrays:
-    """A shard of features, coded by the reference; bad rows become zeros.
-
-    Shapes: image [n, H, W, 3] or None, features {level: [n, V, C, H, W]}.
-    Raises: what `encode_level` raises, naming level and sample.
-    """
-    arrays = {name: np.zeros(spec.shape(len(rows)), spec.dtype) for name, spec in stored_arrays(recipe).items()}
-    for idx, row in enumerate(rows):
-        if row.status != "ok":
-            continue
-        if image is not None:
-            arrays[IMAGE][idx] = image[idx]
-        for level, codec in level_codecs(recipe).items():
-            for part, values in encode_level(codec, features[level][idx], row.key).items():
-                arrays[array_name(level, part)][idx] = values
-    return ShardArrays(arrays, rows)

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PLAIN_EVERY_S = 5.0
 QUIET_S = 60.0  # a line that says nothing new is repeated only so often
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+Note = Callable[[str], None]
+"""Takes a remark for the person who waits."""
 
 
 def format_bytes(size: float) -> str:

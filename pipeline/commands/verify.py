@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,21 +11,17 @@ from dtpipe.manifests.errors import ConfigError, DtpipeError, IncompleteError, P
 from dtpipe.pipeline.cli.console import Console, format_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from dtpipe.manifests.check.measured import Measured
-    from dtpipe.manifests.check.verify import RepairResult, VerifyReport
-    from dtpipe.manifests.read.dataset import FeatureDataset
-    from dtpipe.pipeline.live.recorded import RecipeTeacher
+    from dtpipe.manifests.check.verify import VerifyLevel, VerifyReport
 
-LEVELS = ("listing", "digest", "decode", "recompute")
+_LEVELS = ("listing", "digest", "decode", "recompute")  # those of `manifests.check.verify`, which help does not import
 DEVICES = ("auto", "cpu", "cuda")
 SHOWN_PROBLEMS = 20
 HELP = """Check a feature dataset against its manifest.
 
-Levels, each with those before it: listing (metadata, names and sizes), digest (every object's bytes), decode (every chunk), recompute
-(run the teacher again on a few samples). --repair sends damaged shards back to work; the next extract writes just those.
+Levels, each with those before it: listing (metadata, names and sizes), digest (every object's bytes), decode (every
+chunk), recompute (run the teacher again on a few samples). --repair sends damaged shards back to work; the next extract
+writes just those.
 
 \b
 Example:
@@ -39,8 +35,8 @@ Example:
 @click.argument("url")
 @click.option(
     "--level",
-    type=click.Choice(LEVELS),
-    metavar="|".join(LEVELS),
+    type=click.Choice(_LEVELS),
+    metavar="|".join(_LEVELS),
     default="digest",
     show_default=True,
     help="How deep to look.",
@@ -68,7 +64,14 @@ Example:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
-    url: str, level: str, repair: bool, rows: int, tolerance: float, teacher: str | None, device: str, as_json: bool
+    url: str,
+    level: VerifyLevel,
+    repair: bool,
+    rows: int,
+    tolerance: float,
+    teacher: str | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Verify, or repair, and exit with 4 when something is wrong, 5 when work is left."""
     console = Console(as_json)
@@ -78,40 +81,16 @@ def command(
         _repair(console, url, level)
         return
     from dtpipe.manifests.check.verify import verify
+    from dtpipe.pipeline.live.recompute import Recomputation
 
-    recompute = _recompute(url, teacher, device) if level == "recompute" else None
-    report = verify(url, level, recompute, rows, tolerance)  # type: ignore[arg-type]
+    recompute = Recomputation(url, teacher, device) if level == "recompute" else None
+    report = verify(url, level, recompute, rows, tolerance)
     measured = recompute.measured if recompute else None
     _print(console, report, measured)
     console.document({**_document(report), "flip_error": measured.flip_error if measured else {}})
     outcome = _outcome(report)
     if outcome is not None:
         raise outcome
-
-
-class _Recompute:
-    """The teacher run again on some samples; where no flipped views are stored, also what mirroring features would cost."""
-
-    def __init__(self, dataset: FeatureDataset, opened: RecipeTeacher) -> None:
-        self._dataset, self._opened = dataset, opened
-        self.measured: Measured | None = None
-
-    def __call__(self, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:
-        from dtpipe.pipeline.live.flip_error import measure
-
-        recipe = self._opened.recipe
-        if not recipe.synthesized and not any(view.flip for view in recipe.views):
-            self.measured = measure(self._opened, self._dataset, images, keys)
-        return {name: features.float().cpu().numpy() for name, features in self._opened.encode(images, keys).items()}
-
-
-def _recompute(url: str, teacher: str | None, device: str) -> _Recompute:
-    """The dataset's teacher, set up as it was for the extraction."""
-    from dtpipe.manifests.read.dataset import FeatureDataset
-    from dtpipe.pipeline.live.recorded import open_teacher
-
-    dataset = FeatureDataset.open(url, allow_incomplete=True)
-    return _Recompute(dataset, open_teacher(dataset.plan, {"path": teacher} if teacher else {}, device))
 
 
 def _print(console: Console, report: VerifyReport, measured: Measured | None = None) -> None:
@@ -126,9 +105,8 @@ def _print(console: Console, report: VerifyReport, measured: Measured | None = N
     if measured is not None:
         from dtpipe.pipeline.live.flip_error import format_errors
 
-        console.result(
-            f"mirrored features instead of encoded flips would have relative error: {format_errors(measured.flip_error)}"
-        )
+        errors = format_errors(measured.flip_error)
+        console.result(f"mirrored features instead of encoded flips would have relative error: {errors}")
     if report.strays:
         console.result(f"{len(report.strays)} objects belong to nothing and do no harm, e.g. {report.strays[0]}")
     for problem in report.problems[:SHOWN_PROBLEMS]:
@@ -139,25 +117,24 @@ def _print(console: Console, report: VerifyReport, measured: Measured | None = N
 
 
 def _document(report: VerifyReport) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {**asdict(report), "max_relative_error": dict(report.max_relative_error), "ok": report.ok}
 
 
 def _outcome(report: VerifyReport) -> DtpipeError | None:
     if report.problems:
         return ProblemsFoundError(
-            f"{report.url} has {len(report.problems)} problems; run `dtpipe verify --repair {report.url}`, then extract again"
+            f"{report.url} has {len(report.problems)} problems; "
+            f"run `dtpipe verify --repair {report.url}`, then extract again"
         )
     if not report.complete:
         return IncompleteError(f"{report.url} is unfinished; run the same `dtpipe extract` again")
     return None
 
 
-def _repair(console: Console, url: str, level: str) -> None:
+def _repair(console: Console, url: str, level: VerifyLevel) -> None:
     from dtpipe.manifests.check.verify import repair
 
-    result: RepairResult = repair(url, level)  # type: ignore[arg-type]
+    result = repair(url, level)
     shards = ", ".join(map(str, result.shards)) or "none"
     console.pairs(
         {"dataset": result.url, "sent back": f"shards {shards}", "rewritten": ", ".join(result.rewritten) or "nothing"}

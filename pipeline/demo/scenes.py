@@ -20,7 +20,7 @@ from PIL import Image
 
 from dtpipe.manifests.errors import ConfigError, StoreError
 
-Part = Literal["train", "held_out"]
+ScenePart = Literal["train", "held_out"]
 _Pixels = NDArray[np.uint8]
 
 TRAIN_SHARE = 0.75  # of the digit images and of each photograph's width
@@ -48,7 +48,7 @@ class _Pasted:
     box: tuple[int, int, int, int]  # top, left, bottom, right
 
 
-def make_scene(seed: int, index: int, px: int = 64, part: Part = "train") -> Scene:
+def make_scene(seed: int, index: int, px: int = 64, part: ScenePart = "train") -> Scene:
     """One scene, the same on every machine.
 
     Raises: ConfigError when px is under 16.
@@ -70,12 +70,12 @@ def make_scene(seed: int, index: int, px: int = 64, part: Part = "train") -> Sce
     return Scene(main.digit, np.rint(canvas * 255).astype(np.uint8), semantic, instance)
 
 
-def iterate_scenes(num: int, seed: int, px: int = 64, part: Part = "train") -> Iterator[Scene]:
+def iterate_scenes(num: int, seed: int, px: int = 64, part: ScenePart = "train") -> Iterator[Scene]:
     """Scenes 0..num-1 of one seed."""
     return (make_scene(seed, index, px, part) for index in range(num))
 
 
-def write_scenes(out: str | Path, num: int, seed: int, px: int = 64, part: Part = "train") -> Path:
+def write_scenes(out: str | Path, num: int, seed: int, px: int = 64, part: ScenePart = "train") -> Path:
     """Write `num` scenes as class folders, with masks beside: {images,semantic,instance}/<digit>/00000.png.
 
     The file's number is the scene's index; its folder, the main digit. Returns the folder of the images.
@@ -93,13 +93,13 @@ def write_scenes(out: str | Path, num: int, seed: int, px: int = 64, part: Part 
     return root / "images"
 
 
-def _generator(seed: int, index: int, part: Part) -> np.random.Generator:
+def _generator(seed: int, index: int, part: ScenePart) -> np.random.Generator:
     digest = blake3(f"{part}/{seed}/{index}".encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "big")))
 
 
 @lru_cache(maxsize=2)
-def _material(part: Part) -> tuple[list[_Pixels], _Pixels, NDArray[np.int64]]:
+def _material(part: ScenePart) -> tuple[list[_Pixels], _Pixels, NDArray[np.int64]]:
     """Photographs, digit images uint8 [n, 8, 8] and their labels of one part."""
     from sklearn.datasets import load_digits, load_sample_images
 

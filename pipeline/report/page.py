@@ -20,7 +20,7 @@ import yaml
 from dtpipe.manifests.errors import DtpipeError, InputError, StoreError
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.store.publish import write_whole
-from dtpipe.pipeline.cli.console import format_bytes
+from dtpipe.pipeline.cli.console import Note, format_bytes
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.history import read_commands
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from dtpipe.distill.config import DistillConfig
 
 SAMPLE_COLUMNS = 8
-Note = Callable[[str], None]
 
 
 def write_report(config: ReportConfig, note: Note) -> Path:

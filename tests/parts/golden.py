@@ -28,7 +28,7 @@ from dtpipe.manifests.schema import (
     ViewSpec,
 )
 from dtpipe.manifests.write.listing import Listing, build_listing
-from dtpipe.manifests.write.shard import code_features
+from parts.coded import code_features
 from parts.datasets import Item, write_features
 from parts.datasets import make_recipe as recipe_of
 

@@ -19,7 +19,7 @@ from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.read.source import Columns
 from dtpipe.manifests.schema import IndexRow, LevelSpec, Plan, Recipe, ShardRecipe, TransformRecipe, ViewSpec
 from dtpipe.manifests.write.listing import Listing, build_listing
-from dtpipe.manifests.write.shard import code_features
+from parts.coded import code_features
 from parts.datasets import Item, make_recipe, write_features
 
 PX = 32

@@ -175,6 +175,12 @@ def test_extract_says_what_where_and_what_next(extraction: list[object], tmp_pat
     assert "batch_size" in changed.stderr
 
 
+def test_verify_offers_the_levels_that_there_are() -> None:
+    from dtpipe.manifests.check.verify import LEVELS
+
+    assert f"--level {'|'.join(LEVELS)}\n" in run("verify", "--help").stdout
+
+
 def test_verify_finds_a_flipped_byte_and_repair_mends_it(features: Path, extraction: list[object]) -> None:
     clean = document("verify", features, "--level", "decode")
     assert clean["ok"] is True
