@@ -229,7 +229,8 @@ def _refuse_other_keys(parts: Sequence[FeatureDataset]) -> None:
             ]
             raise ConfigError(
                 f"{parts[0].url} and {part.url} are not over the same keys: {len(only)} differ "
-                f"({'; '.join(only[:_SHOWN])}); extract the same samples (--keys), or leave --join out to read one after the other"
+                f"({'; '.join(only[:_SHOWN])}); extract the same samples (--keys), or leave --join out to "
+                "read one after the other"
             )
 
 

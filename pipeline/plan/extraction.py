@@ -136,7 +136,8 @@ def _probe_rows(resolved: Resolved, num: int) -> tuple[Rows, list[str], float]:
 
 
 def _probe_teacher(resolved: Resolved, rows: Rows, keys: Sequence[str]) -> tuple[ShardArrays, float, int | None]:
-    """A shard of the probe's images, seconds per image of a full batch after warm-up, codec included, peak bytes on the GPU."""
+    """A shard of the probe's images, seconds per image of a full batch after warm-up, codec included, peak bytes on
+    the GPU."""
     import torch
 
     from dtpipe.extract.encode import encode
@@ -205,14 +206,16 @@ def print_extraction(console: Console, plan: ExtractionPlan) -> None:
     """The plan as lines; as one document with --json."""
     raw_each = {name: format_bytes(size) for name, size in plan.levels.items()}
     free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free there"
-    ratio = plan.raw_bytes / max(plan.stored_bytes, 1)
+    raw = f"{format_bytes(plan.raw_bytes)} before compression, {plan.raw_bytes / max(plan.stored_bytes, 1):.2f}x"
+    workers = f"{plan.workers} worker{'s' if plan.workers > 1 else ''} ({plan.device})"
     console.pairs(
         {
             "samples": f"{plan.num_samples} in {plan.num_shards} shards of {plan.samples_per_shard}",
             "per sample": f"{', '.join(f'{name} {size}' for name, size in raw_each.items())}; {plan.views} view(s)",
-            "bytes": f"about {format_bytes(plan.stored_bytes)} ({format_bytes(plan.raw_bytes)} before compression, {ratio:.2f}x){free}",
-            "time": f"about {format_seconds(plan.seconds)} on {plan.workers} worker{'s' if plan.workers > 1 else ''} ({plan.device})",
-            "per image": f"teacher {_ms(plan.teacher_s)}, decode and resize {_ms(plan.prepare_s)}, compress {_ms(plan.code_s)}",
+            "bytes": f"about {format_bytes(plan.stored_bytes)} ({raw}){free}",
+            "time": f"about {format_seconds(plan.seconds)} on {workers}",
+            "per image": f"teacher {_ms(plan.teacher_s)}, decode and resize {_ms(plan.prepare_s)}, "
+            f"compress {_ms(plan.code_s)}",
             "memory": f"about {format_bytes(plan.memory_bytes)} per worker"
             + (f", {format_bytes(plan.device_bytes)} on the GPU" if plan.device_bytes is not None else ""),
         }

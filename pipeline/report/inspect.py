@@ -36,7 +36,8 @@ _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
 
 def describe_dataset(url: str) -> dict[str, Any]:
-    """Everything worth knowing about a dataset, as one JSON-able document; an unfinished one is described as far as it is.
+    """Everything worth knowing about a dataset, as one JSON-able document; an unfinished one is described as far as
+    it is.
 
     Units: sizes in bytes. `ratio` is raw over stored bytes; `overhead_bytes` are keys, headers and chunk tables. Of an
     unfinished dataset, statuses and sizes are of the shards that are committed.
@@ -85,7 +86,8 @@ def render_sample(url: str, key: str, png_path: str | Path) -> Path:
     status = dataset.columns.status[row]
     if status != "ok":
         raise InputError(
-            f"{url}: {key} has no features to draw, its status is `{status}`; `dtpipe inspect {url}` lists the bad samples"
+            f"{url}: {key} has no features to draw, its status is `{status}`; `dtpipe inspect {url}` lists the bad "
+            "samples"
         )
     image = read_image(dataset, row) if dataset.recipe.images == "stored" else None
     views = dataset.recipe.views
@@ -146,11 +148,11 @@ def _stored_bytes(table: pa.Table) -> dict[str, tuple[int, int]]:
 
     arrays = pc.list_flatten(table["arrays"].combine_chunks())  # structs of one array in one object
     names, sizes = arrays.field("name"), arrays.field("size")
-    found: dict[str, tuple[int, int]] = {}
+    stored: dict[str, tuple[int, int]] = {}
     for name in sorted(set(names.to_pylist())):
         chunks = pc.list_flatten(sizes.filter(pc.equal(names, name)))
-        found[name] = (len(chunks), pc.sum(chunks).as_py() or 0)
-    return found
+        stored[name] = (len(chunks), pc.sum(chunks).as_py() or 0)
+    return stored
 
 
 def _totals(dataset: FeatureDataset, table: pa.Table, size_bytes: int) -> dict[str, int]:

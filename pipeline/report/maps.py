@@ -1,7 +1,8 @@
 """Pictures for the report: what teacher and student see in a few images, level by level, and samples of the teacher.
 
-Teacher and student are shown in one PCA basis per level, so that equal colours mean equal features. It is the teacher's, over all
-images shown: a student far off would else take the colours for itself, and the teacher would look flat.
+Teacher and student are shown in one PCA basis per level, so that equal colours mean equal features. It is the
+teacher's, over all images shown: a student far off would else take the colours for itself, and the teacher would look
+flat.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class ShownImage:
 
 @dataclass(frozen=True)
 class ShownMaps:
-    """Images with maps, and per level how close the student's output is to the whitened teacher's: mean squared error."""
+    """Images with maps, and per level how close the student's output is to the whitened teacher's: mean squared
+    error."""
 
     images: list[ShownImage]
     errors: dict[str, float]
@@ -58,7 +60,8 @@ def load_distiller(run: Path, config: DistillConfig, levels: Sequence[Any], imag
 
 
 def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> ShownMaps:
-    """Maps of a few images of the run's data, chosen by `seed`; the first unflipped view, or of live training its first draw.
+    """Maps of a few images of the run's data, chosen by `seed`; the first unflipped view, or of live training its
+    first draw.
 
     Raises: what the dataset's readers raise, or what loading the live teacher raises.
     """
