@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.extract.config import SourceConfig
 from dtpipe.extract.sources.images import decode_image, resize_image
 from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Target, class_table
 from dtpipe.manifests.schema import TransformRecipe
 
-MAX_PIXELS = 128_000_000
 KEPT_BYTES = 1 << 30  # of decoded images and masks that a reader keeps in memory; what is beyond is read again
 Pixels = NDArray[np.uint8]
 
@@ -145,10 +145,12 @@ class LabelledReader:
 
     def image(self, row: int) -> Pixels:
         """An image of the listing, at its size. Shapes: -> (recipe.height, recipe.width, 3). Raises: BadImage."""
-        uri = self.items[row].uri
-        return self._keep(
-            ("image", row), lambda: resize_image(decode_image(self._source.read(uri), MAX_PIXELS), self.recipe)
-        )
+
+        def read() -> Pixels:
+            data = self._source.read(self.items[row].uri)
+            return resize_image(decode_image(data, SourceConfig().max_pixels), self.recipe)
+
+        return self._keep(("image", row), read)
 
     def mask(self, row: int) -> Mask:
         """Its mask, resized as the image is. Raises: InputError when there is none."""

@@ -1,4 +1,4 @@
-"""What a run was trained on, as far as its folder says and is still there: images by key, and the teacher behind them."""
+"""What a run was trained on, as far as its folder says and is still there: keys of images, and the teacher."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunTeacher:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The datasets of a run, or the `extract` settings of one without; neither for a checkpoint outside a run folder."""
+    """The datasets of a run, or the `extract` settings of one without; a checkpoint outside a run folder has neither."""
 
     urls: tuple[str, ...]
     live: Mapping[str, Any]

@@ -37,7 +37,6 @@ STILL_TWICE = {
     *("ALONE", "EXECUTION", "OnProgress", "PATIENCE", "Ranks", "T"),  # until one engine trains all
     *("join_ranks", "load_checkpoint", "save_checkpoint"),
     *("Rows", "pick_device"),
-    *("KINDS", "MAX_PIXELS"),
 }
 
 ERRORS = "manifests/errors.py"

@@ -21,7 +21,7 @@ from dtpipe.manifests.labels import Class, ClassTable, Mask, Target
 IGNORE = -1
 """Value in tensors of pixels and cells that no classifier learns from and no score counts."""
 
-Rows = Sequence[int] | npt.NDArray[np.int64]
+SampleRows = Sequence[int] | npt.NDArray[np.int64]
 
 _MISSING: dict[type[Target], str] = {
     Class: "this task needs class labels and the labelled images have none; give a source with class folders",
@@ -51,7 +51,7 @@ class LabelledSet:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def subset(self, rows: Rows) -> LabelledSet:
+    def subset(self, rows: SampleRows) -> LabelledSet:
         """The samples at `rows`, in that order."""
         places = [int(row) for row in rows]
         return replace(
@@ -73,17 +73,17 @@ class LabelledSet:
         if self.kind is not kind:
             raise ConfigError(_MISSING[kind])
 
-    def read_images(self, rows: Rows) -> Tensor:
+    def read_images(self, rows: SampleRows) -> Tensor:
         """Shapes: -> (n, H, W, 3) uint8. Raises: ShapeError naming an image of another shape or type."""
         return torch.from_numpy(self._stack(rows, self.image, "image"))
 
-    def read_classes(self, rows: Rows | None = None) -> npt.NDArray[np.int64]:
+    def read_classes(self, rows: SampleRows | None = None) -> npt.NDArray[np.int64]:
         """Class numbers of all images, or of some. Shapes: -> (n,). Raises: ConfigError when they have none."""
         self.need(Class)
         rows = range(len(self)) if rows is None else rows
         return np.asarray([cast(Class, self.target(int(row))).number for row in rows], dtype=np.int64)
 
-    def read_masks(self, rows: Rows) -> Tensor:
+    def read_masks(self, rows: SampleRows) -> Tensor:
         """Class of each pixel, `IGNORE` where none counts. Shapes: -> (n, H, W) int64.
 
         Raises: ConfigError when the images have no masks; ShapeError naming a mask of another size.
@@ -96,7 +96,7 @@ class LabelledSet:
 
         return torch.from_numpy(self._stack(rows, numbers, "mask"))
 
-    def _stack(self, rows: Rows, read: Callable[[int], npt.NDArray[Any]], what: str) -> npt.NDArray[Any]:
+    def _stack(self, rows: SampleRows, read: Callable[[int], npt.NDArray[Any]], what: str) -> npt.NDArray[Any]:
         arrays = [read(int(row)) for row in rows]
         for row, array in zip(rows, arrays, strict=True):
             if array.shape != arrays[0].shape or (what == "image" and not _is_image(array)):
@@ -142,7 +142,7 @@ class Draw:
 
 
 def draw_labelled(labelled: LabelledSet, num: int | None, seed: int) -> npt.NDArray[np.int64]:
-    """Rows of `num` images drawn by `seed`; all of them, in order of their keys, when `num` is None.
+    """SampleRows of `num` images drawn by `seed`; all of them, in order of their keys, when `num` is None.
 
     The draw depends on the keys and the seed, not on the order of the set, and a smaller draw is the start of a larger
     one. Classes of images are taken in turn, so that their counts differ by at most one while every class lasts.

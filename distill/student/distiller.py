@@ -38,16 +38,16 @@ class Distiller(nn.Module):
         return {f"student.{name}" for name in self.student.no_weight_decay()} | POSITIONS
 
 
-def choose_levels(stored: Sequence[LevelSpec], wanted: Sequence[str] | None) -> tuple[LevelSpec, ...]:
+def choose_levels(stored: Sequence[LevelSpec], names: Sequence[str] | None) -> tuple[LevelSpec, ...]:
     """The levels to regress, finest first; by default all that hold features.
 
-    Raises: ConfigError when a wanted level is not stored.
+    Raises: ConfigError when a level is named that is not stored.
     """
     by_name = {level.name: level for level in stored}
-    unknown = [name for name in wanted or () if name not in by_name]
+    unknown = [name for name in names or () if name not in by_name]
     if unknown:
         raise ConfigError(f"distill.levels names {unknown}, the dataset has {sorted(by_name)}; choose among those")
-    chosen = wanted or [level.name for level in stored if level.role == "features"]
+    chosen = names or [level.name for level in stored if level.role == "features"]
     return tuple(sorted((by_name[name] for name in chosen), key=lambda level: (level.stride, level.name)))
 
 
@@ -61,8 +61,8 @@ def build_distiller(
 ) -> Distiller:
     """Student and regressor with initial weights from torch's global generator, which the caller seeds.
 
-    Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the micro-batch is
-    too small for its norms.
+    Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the
+    micro-batch is too small for its norms.
     """
     targets = [TargetLevel(level.name, level.stride, level.channels, (level.height, level.width)) for level in levels]
     strides = [level.stride for level in levels]
@@ -77,8 +77,9 @@ def build_distiller(
 def _check_parts(model: nn.Module, config: DistillConfig, num_ranks: int) -> None:
     if num_parts(config.batch_size, config.micro_batch, num_ranks)[1] == 1 and any(True for _ in _batch_norms(model)):
         raise ConfigError(
-            f"student {config.student.name} or the regressor uses batch norm, which has no statistics of single samples; "
-            "use micro-batches of 2 or more on each device, or a student without batch norm and distill.regressor.norm=group"
+            f"student {config.student.name} or the regressor uses batch norm, which has no statistics of single "
+            "samples; use micro-batches of 2 or more on each device, or a student without batch norm and "
+            "distill.regressor.norm=group"
         )
 
 
@@ -90,7 +91,8 @@ def synchronise_norms(model: Distiller, device: torch.device) -> Distiller:
     """
     if device.type != "cuda":
         raise ConfigError(
-            "distill.sync_bn needs GPUs; leave it out, or use distill.regressor.norm=group and a student without batch norm"
+            "distill.sync_bn needs GPUs; leave it out, or use distill.regressor.norm=group and a student without "
+            "batch norm"
         )
     converted: Distiller = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
@@ -116,9 +118,10 @@ def _batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
 
 @contextmanager
 def norms_for(model: nn.Module, num_samples: int) -> Iterator[None]:
-    """Let batch norms use their running statistics while a single sample passes on some rank, as in the tail of an epoch.
+    """Let batch norms use their running statistics while a single sample passes on some rank.
 
-    The statistics of one sample are undefined where a level is one cell, and misleading elsewhere.
+    That is so in the tail of an epoch; the statistics of one sample are undefined where a level is one cell, and
+    misleading elsewhere.
     """
     switched = [norm for norm in _batch_norms(model) if norm.training] if num_samples == 1 else []
     for norm in switched:

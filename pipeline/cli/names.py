@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dtpipe.extract.teachers.base import TeacherKind
     from dtpipe.extract.teachers.files.published import PublishedTeacher
 
-Rows = dict[str, str]
+Sentences = dict[str, str]  # by name
 
 
 @dataclass(frozen=True)
@@ -85,32 +85,32 @@ def _options(kind: TeacherKind) -> str:
     )
 
 
-def _presets() -> Rows:
+def _presets() -> Sentences:
     return {name: preset_summary(name) for name in preset_names()}
 
 
-def _students() -> Rows:
+def _students() -> Sentences:
     from dtpipe.distill.student.catalogue import stride_text, students
 
     return {name: stride_text(strides) for name, strides in students().items()}
 
 
-def _teachers() -> Rows:
+def _teachers() -> Sentences:
     from dtpipe.extract.teachers.registry import teacher_kinds
 
     return {name: kind.reads for name, kind in sorted(teacher_kinds().items())}
 
 
-def _sources() -> Rows:
+def _sources() -> Sentences:
     from dtpipe.extract.sources.registry import SOURCES
 
     return {name: kind.reads for name, kind in sorted(SOURCES.items())}
 
 
-def _summaries(registry: str) -> Callable[[], Rows]:
+def _summaries(registry: str) -> Callable[[], Sentences]:
     """The sentences of a registry, `module:NAME`, which is imported when they are asked for."""
 
-    def read() -> Rows:
+    def read() -> Sentences:
         module, _, name = registry.partition(":")
         entries = getattr(importlib.import_module(f"dtpipe.{module}"), name)
         return {key: entry.summary for key, entry in sorted(entries.items())}
@@ -118,7 +118,7 @@ def _summaries(registry: str) -> Callable[[], Rows]:
     return read
 
 
-_CATALOGUES: dict[str, Callable[[], Rows]] = {
+_CATALOGUES: dict[str, Callable[[], Sentences]] = {
     "teachers": _teachers,
     "sources": _sources,
     "codecs": _summaries("manifests.codecs.registry:CODECS"),
@@ -129,12 +129,12 @@ _CATALOGUES: dict[str, Callable[[], Rows]] = {
     "exports": _summaries("distill.export.registry:EXPORTS"),
     "students": _students,
 }
-KINDS = tuple(_CATALOGUES)
+LISTED = tuple(_CATALOGUES)
 
 
-def catalogue(kind: str | None = None, match: str | None = None) -> dict[str, Rows]:
+def catalogue(kind: str | None = None, match: str | None = None) -> dict[str, Sentences]:
     """Names of one kind, or of every kind but students, each with a sentence; `match` is a shell pattern."""
-    kinds = [kind] if kind else [name for name in KINDS if name != "students"]
+    kinds = [kind] if kind else [name for name in LISTED if name != "students"]
     return {
         name: {key: text for key, text in _CATALOGUES[name]().items() if fnmatch.fnmatch(key, match or "*")}
         for name in kinds

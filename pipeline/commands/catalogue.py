@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dtpipe.pipeline.cli.console import Console
-from dtpipe.pipeline.cli.names import KINDS, Published, catalogue, published, teacher_options
+from dtpipe.pipeline.cli.names import LISTED, Published, catalogue, published, teacher_options
 
 HELP = """Name the teachers, sources, codecs, tasks, presets, regressors, losses, exports and students there are.
 
@@ -20,7 +20,7 @@ Example:
 
 
 @click.command("list", help=HELP)
-@click.argument("kind", type=click.Choice(KINDS), required=False)
+@click.argument("kind", type=click.Choice(LISTED), required=False)
 @click.option("--match", metavar="GLOB", help="Only names that match.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(kind: str | None, match: str | None, as_json: bool) -> None:

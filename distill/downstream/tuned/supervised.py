@@ -18,7 +18,7 @@ from dtpipe.distill.downstream.compare import make_draws, metric_of
 from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, random_student, row_batches, student_extractor
 from dtpipe.distill.downstream.frozen.readout import at_grid, confusion_matrix, iou_score, masks_at_stride
-from dtpipe.distill.downstream.labelled import IGNORE, LabelledSet, Rows, check_apart, count_classes
+from dtpipe.distill.downstream.labelled import IGNORE, LabelledSet, SampleRows, check_apart, count_classes
 from dtpipe.distill.downstream.registry import find_task
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.distill.engine.optim import set_learning_rate, warmup_cosine
@@ -80,7 +80,7 @@ class Supervised:
         return int(confusion.diagonal().sum()) / int(confusion.sum())
 
 
-def read_targets(labelled: LabelledSet, rows: Rows, num_classes: int, stride: int | None) -> Tensor:
+def read_targets(labelled: LabelledSet, rows: SampleRows, num_classes: int, stride: int | None) -> Tensor:
     """What a head of `stride` learns from images. Shapes: -> classes (n,), or of masks those of cells (n, h, w)."""
     if stride is None:
         return torch.from_numpy(labelled.read_classes(rows))

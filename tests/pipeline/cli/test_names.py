@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from dtpipe.extract.teachers.files.published import published_teachers
 from dtpipe.extract.teachers.registry import KINDS
 from dtpipe.pipeline.cli.main import main
-from dtpipe.pipeline.cli.names import KINDS as CATALOGUES
+from dtpipe.pipeline.cli.names import LISTED
 from dtpipe.pipeline.cli.names import catalogue, published
 
 
-@pytest.mark.parametrize("kind", CATALOGUES)
+@pytest.mark.parametrize("kind", LISTED)
 def test_every_name_has_a_sentence(kind: str) -> None:
     names = catalogue(kind)[kind]
     assert names
