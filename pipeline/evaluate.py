@@ -40,7 +40,7 @@ class Evaluation:
     path: Path
 
 
-def evaluate(config: EvalConfig, note: Callable[[str], None]) -> Evaluation:
+def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     """Score a student beside its rivals and write the result as JSON.
 
     Raises: ConfigError, InputError, TeacherError in a sentence before features are computed.
@@ -69,9 +69,7 @@ def check_task(config: EvalConfig) -> None:
         )
 
 
-def load_sets(
-    config: EvalConfig, student_px: tuple[int, int], note: Callable[[str], None]
-) -> tuple[LabelledSet, LabelledSet]:
+def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:
     """Images to draw labels from, and images held out. Raises: InputError, ConfigError."""
     height, width = height_width(config.px or student_px)
     recipe = TransformRecipe(resize=config.resize, height=height, width=width)

@@ -22,6 +22,7 @@ from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Target, class_table
 from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.pipeline.cli.console import Note
 
 KEPT_BYTES = 1 << 30  # of decoded images and masks that a reader keeps in memory; what is beyond is read again
 Pixels = NDArray[np.uint8]
@@ -98,7 +99,7 @@ class LabelledReader:
         self._free_bytes = KEPT_BYTES
 
     def select(
-        self, rows: Sequence[int], note: Callable[[str], None], classes: ClassTable | None = None, prefix: str = ""
+        self, rows: Sequence[int], note: Note, classes: ClassTable | None = None, prefix: str = ""
     ) -> LabelledSet:
         """The samples at `rows` of the listing, `prefix` before their keys; bad images are named and left out.
 
@@ -131,7 +132,7 @@ class LabelledReader:
             )
         return table
 
-    def _digests(self, rows: Sequence[int], note: Callable[[str], None]) -> dict[int, str]:
+    def _digests(self, rows: Sequence[int], note: Note) -> dict[int, str]:
         """The rows of good images with the digests of their pixels."""
         digests = {}
         for row in rows:

@@ -11,8 +11,7 @@ from click.testing import CliRunner
 from dtpipe.extract.teachers.files.published import published_teachers
 from dtpipe.extract.teachers.registry import KINDS
 from dtpipe.pipeline.cli.main import main
-from dtpipe.pipeline.cli.names import LISTED
-from dtpipe.pipeline.cli.names import catalogue, published
+from dtpipe.pipeline.cli.names import LISTED, catalogue, published
 
 
 @pytest.mark.parametrize("kind", LISTED)
