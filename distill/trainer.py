@@ -17,7 +17,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from dtpipe.distill.config import EXECUTION, DistillConfig
-from dtpipe.distill.engine.device import autocast, pick_device, pick_precision, seeded
+from dtpipe.distill.engine.device import autocast, pick_precision, seeded, training_device
 from dtpipe.distill.engine.loop import run
 from dtpipe.distill.engine.optim import build_optimizer, warmup_cosine
 from dtpipe.distill.engine.progress import OnProgress, RunResult
@@ -73,7 +73,7 @@ def train(
     else as the engine's `run`.
     """
     with join_ranks(config.device) as ranks:
-        device = pick_device(config.device)
+        device = training_device(config.device)
         data = ranks.in_turn(lambda: open_source(config))
         teacher = live(data.source, device) if live is not None else None
         with seeded(config.seed, device):

@@ -10,7 +10,7 @@ import torch
 from dtpipe.manifests.errors import ConfigError
 
 
-def pick_device(name: str) -> torch.device:
+def training_device(name: str) -> torch.device:
     """The device of a config: auto is the GPU where there is one.
 
     Raises: ConfigError when a GPU is asked for and there is none.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dtpipe.distill.engine.seeds import mix
 
-Rows = NDArray[np.int64]
+_Rows = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 _FRACTION = np.uint64(0x5A3C6B1D2E4F7081)  # keeps this hash apart from the one that picks views
 
@@ -26,11 +26,11 @@ class Sampling:
     An entry stands for one pass over one row: row + pass * num_rows, int64, where num_rows counts all of the source.
     """
 
-    rows: Rows
+    rows: _Rows
     num_rows: int
     weights: NDArray[np.float64] | None = None
     """Passes per epoch by row of `rows`; None: one each."""
-    _groups: list[tuple[float, Rows]] = field(init=False, repr=False)
+    _groups: list[tuple[float, _Rows]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         groups = [(1.0, self.rows)]
@@ -48,7 +48,7 @@ class Sampling:
         """Entries per epoch, the same for all."""
         return sum(len(rows) * math.floor(weight) + _num_extra(weight, rows) for weight, rows in self._groups)
 
-    def entries(self, hashes: Hashes, seed: int, epoch: int) -> Rows:
+    def entries(self, hashes: Hashes, seed: int, epoch: int) -> _Rows:
         """The entries of one epoch, before they are permuted; `hashes` are those of the keys, by row of the source."""
         parts = []
         for weight, rows in self._groups:
@@ -64,16 +64,16 @@ class Sampling:
                 parts.append(rows[chosen] + whole * self.num_rows)
         return np.concatenate(parts)
 
-    def split(self, entries: Rows) -> tuple[Rows, Rows]:
+    def split(self, entries: _Rows) -> tuple[_Rows, _Rows]:
         """Row, and number of the pass, of each entry."""
         passes, rows = np.divmod(entries, self.num_rows)
         return rows, passes
 
 
-def pass_hashes(hashes: Hashes, passes: Rows) -> Hashes:
+def pass_hashes(hashes: Hashes, passes: _Rows) -> Hashes:
     """Hashes for what chance decides per pass: the key's own in the first, another one in each further pass."""
     return np.where(passes == 0, hashes, mix(hashes ^ mix(passes.astype(np.uint64))))
 
 
-def _num_extra(weight: float, rows: Rows) -> int:
+def _num_extra(weight: float, rows: _Rows) -> int:
     return round((weight - math.floor(weight)) * len(rows))

@@ -56,7 +56,7 @@ def plan_training(
     """Time a few steps of the student on data that exists, and the teacher where it runs live. Raises: what opening
     them raises.
     """
-    from dtpipe.distill.engine.device import pick_device
+    from dtpipe.distill.engine.device import training_device
     from dtpipe.distill.stream.data import open_data
     from dtpipe.distill.stream.stream import FeatureStream
     from dtpipe.distill.student.distiller import choose_levels, student_size
@@ -65,7 +65,7 @@ def plan_training(
 
     data = (open_source or open_data)(config)
     levels = choose_levels(data.source.levels, config.levels)
-    device = pick_device(config.device)
+    device = training_device(config.device)
     live = open_live(data.source, device) if open_live is not None else None
     stream = FeatureStream(
         data.source, stream_settings(config, tuple(level.name for level in levels)), device, live, data.sampling
@@ -105,10 +105,10 @@ def time_training(
     """Time forward, loss and backward of a micro-batch of random features, and scale up to all steps."""
     import torch
 
-    from dtpipe.distill.engine.device import pick_device
+    from dtpipe.distill.engine.device import training_device
     from dtpipe.distill.student.distiller import build_distiller
 
-    device = pick_device(config.device)
+    device = training_device(config.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = build_distiller(config, levels, image_px).to(device).train()
@@ -143,10 +143,10 @@ def _time_steps(
     """Seconds of one micro-batch after another."""
     import torch
 
-    from dtpipe.distill.engine.device import autocast, pick_device, pick_precision
+    from dtpipe.distill.engine.device import autocast, pick_precision, training_device
     from dtpipe.distill.losses.features import feature_loss
 
-    device = pick_device(config.device)
+    device = training_device(config.device)
     precision = pick_precision(config.precision, device)
     generator = torch.Generator(device).manual_seed(config.seed)
     images = torch.rand(micro_batch, 3, *image_px, generator=generator, device=device) * 2 - 1
