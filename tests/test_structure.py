@@ -36,7 +36,6 @@ BY_PROTOCOL = {
 STILL_TWICE = {
     *("ALONE", "EXECUTION", "OnProgress", "PATIENCE", "Ranks", "T"),  # until one engine trains all
     *("join_ranks", "load_checkpoint", "save_checkpoint"),
-    "Rows",
 }
 
 ERRORS = "manifests/errors.py"
