@@ -111,11 +111,12 @@ def main() -> int:
         teacher = args.teacher or str(write_random_teacher(Path(folder) / "teacher"))
         fields = {
             "images": images,
-            "out": f"{folder}/features",
             "teacher": {"path": teacher},
             "noise": {"timesteps": [50]},
+            "limit": args.limit,
+            "run": {"out": f"{folder}/features", "device": args.device, "inline": True},
         }
-        config = ExtractConfig.model_validate({**fields, "limit": args.limit, "device": args.device, "inline": True})
+        config = ExtractConfig.model_validate(fields)
         publish(measure(config, args.batch_sizes, args.threads), args.out_json)
     return 0
 

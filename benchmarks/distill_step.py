@@ -39,7 +39,7 @@ from dtpipe.distill.stream.data import OpenedData, open_data
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.trainer import Distillation
 from dtpipe.extract.cluster.preflight import package_versions
-from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
 from dtpipe.pipeline.demo.scenes import write_scenes
@@ -56,13 +56,11 @@ def extracted(name: str, path: str, args: argparse.Namespace) -> str:
     noise = NoiseConfig(timesteps=(args.timestep,), flips=True)
     config = ExtractConfig(
         images=str(out / "scenes" / "images"),
-        out=str(out / "features"),
         teacher=TeacherConfig(path=path),
         transform=TransformConfig(px=args.px),
         noise=noise,
-        inline=True,
         threads=args.threads,
-        device=args.device,
+        run=ExtractRun(out=str(out / "features"), inline=True, device=args.device),
     )
     return run_extraction(config).url
 

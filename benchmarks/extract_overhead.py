@@ -68,7 +68,7 @@ def measure(config: ExtractConfig, seconds: float) -> dict[str, Any]:
         "size_bytes": result.size_bytes,
         "stage_seconds": result.stage_seconds,
         "recipe": resolved.recipe.model_dump(mode="json"),
-        "inline": config.inline,
+        "inline": config.run.inline,
         "machine": {"processor": platform.processor() or platform.machine(), "versions": package_versions()},
     }
 
@@ -97,16 +97,17 @@ def main() -> int:
         config = ExtractConfig.model_validate(
             {
                 "images": images,
-                "out": f"{folder}/features",
                 "teacher": {"path": teacher, "dtype": args.dtype},
                 "transform": {"px": args.px},
                 "noise": {"timesteps": [50]},
                 "shard": {"format": args.format, "samples": args.samples},
-                **{
-                    name: getattr(args, name) for name in ("batch_size", "threads", "decode_threads", "limit", "device")
+                **{name: getattr(args, name) for name in ("batch_size", "threads", "limit")},
+                "run": {
+                    "out": f"{folder}/features",
+                    **{name: getattr(args, name) for name in ("decode_threads", "device")},
+                    "inline": not args.ray,
+                    "workers": 1 if args.ray else None,
                 },
-                "inline": not args.ray,
-                "workers": 1 if args.ray else None,
             }
         )
         publish(measure(config, args.seconds), args.out_json)

@@ -43,7 +43,7 @@ from dtpipe.distill.downstream.tuned.supervised import run_supervised
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
-from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.train_config import TrainTeacherConfig
@@ -274,13 +274,11 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
     extracted = run_extraction(
         ExtractConfig(
             images=str(material.images),
-            out=str(root / "features"),
             teacher=material.teacher,
             transform=TransformConfig(px=PX),
             noise=NoiseConfig(seed=seed, timesteps=(args.timestep,), flips=args.flips and material.flip),
             threads=args.threads,
-            inline=args.inline,
-            device=args.device,
+            run=ExtractRun(out=str(root / "features"), inline=args.inline, device=args.device),
         )
     )
     say(

@@ -109,11 +109,10 @@ def extract_scenes(root: Path, num: int) -> str:
     """Features of digit scenes by the shipped teacher; the dataset's URL."""
     config = {
         "images": str(write_scenes(root / "scenes", num, seed=0)),
-        "out": str(root / "features"),
         "teacher": {"path": str(shipped_teacher())},
         "transform": {"px": PX},
         "noise": {"timesteps": [50]},
-        "inline": True,
+        "run": {"out": str(root / "features"), "inline": True},
     }
     return run_extraction(ExtractConfig.model_validate(config)).url
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtpipe.extract.cluster.preflight import package_versions
-from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.config import ExtractRecipeConfig, NoiseConfig, TeacherConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.noise import row_noise
 from dtpipe.extract.recipe import make_views
@@ -75,9 +75,7 @@ class Case:
 def make_case(config: TeacherConfig, batch_size: int, timestep: int, device: str) -> Case:
     """Load a teacher and draw its inputs."""
     teacher = load_teacher(config, device)
-    settings = ExtractConfig.model_validate(
-        {"images": "-", "out": "-", "teacher": config, "noise": {"timesteps": [timestep]}}
-    )
+    settings = ExtractRecipeConfig(images="-", teacher=config, noise=NoiseConfig(timesteps=(timestep,)))
     views = make_views(settings, teacher.spec)
     height, width = teacher.spec.image_px
     rng = np.random.Generator(np.random.Philox(0))

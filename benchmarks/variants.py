@@ -38,7 +38,7 @@ from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
-from dtpipe.extract.config import ExtractConfig, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
 from dtpipe.pipeline.live.teacher import open_live
@@ -76,13 +76,11 @@ def features_of(variant: Variant, seed: int, args: argparse.Namespace) -> str:
     out = args.work / f"features-{variant.encoding}-{variant.timestep}-seed{seed}"
     config = ExtractConfig(
         images=str(args.work / "digits" / "train" / "images"),
-        out=str(out),
         teacher=TeacherConfig(path=str(args.teacher), options={"encoding": variant.encoding}),
         transform=TransformConfig(px=PX),
         noise=NoiseConfig(seed=seed, timesteps=(variant.timestep,)),
-        inline=True,
         threads=args.threads,
-        device=args.device,
+        run=ExtractRun(out=str(out), inline=True, device=args.device),
     )
     return run_extraction(config).url
 

@@ -1,16 +1,17 @@
-"""Settings of `dtpipe extract`, one pydantic model.
+"""Settings of `dtpipe extract`, one pydantic model of two halves.
 
-A field either belongs to the recipe (it changes the content of the dataset; another value into the same output is
-refused) or to execution (it may change between runs of the same dataset); `make_recipe` says which it reads.
+The recipe half changes the content of the dataset: another value into the same output is refused. The half `run` says
+how the dataset is written, and may change between runs of one dataset.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dtpipe.manifests.schema import Filter, Order, Resize, ShardFormat, Size, StoredDtype, StrictModel
+from dtpipe.manifests.schema import Filter, Order, Resize, Settings, ShardFormat, Size, StoredDtype, StrictModel
 
 
 class SourceConfig(StrictModel):
@@ -81,32 +82,32 @@ class ShardConfig(StrictModel):
     zstd_level: int = Field(default=3, ge=1, le=19, description="Compression level of zstd.")
 
 
-class ExtractConfig(StrictModel):
-    """All settings of one extraction."""
+class ErrorBudget(StrictModel):
+    """How many samples may be bad."""
 
-    images: str | None = Field(default=None, description="Folder, archive or URL of the images.")
-    num_samples: int | None = Field(
-        default=None, ge=1, description="In place of images: so many that the teacher (a GAN) makes itself."
+    max_bad: int | float = Field(
+        default=0.01, ge=0, description="Bad samples allowed: an integer is a count, a fraction a share."
     )
+
+    def max_bad_samples(self, num_rows: int) -> int:
+        """Bad samples that so many rows may have."""
+        return self.max_bad if isinstance(self.max_bad, int) else math.floor(self.max_bad * num_rows)
+
+    @model_validator(mode="after")
+    def _max_bad_share(self) -> Self:
+        if isinstance(self.max_bad, float) and self.max_bad > 1:
+            raise ValueError(
+                f"extract.run.max_bad is {self.max_bad}; write a count as an integer and a share as a fraction up to 1"
+            )
+        return self
+
+
+class ExtractRun(ErrorBudget):
+    """How an extraction is carried out: where, and with what resources."""
+
     out: str = Field(description="Folder or URL of the feature dataset to write.")
     save_png: str | None = Field(
         default=None, description="Folder to write the stored images to as PNG files too, when all is done."
-    )
-    source: SourceConfig = SourceConfig()
-    transform: TransformConfig = TransformConfig()
-    teacher: TeacherConfig
-    noise: NoiseConfig = NoiseConfig()
-    shard: ShardConfig = ShardConfig()
-    student_px: Size | None = Field(
-        default=None,
-        description="Student's image size in px; default: the stored one, half of it for Stable Diffusion.",
-    )
-    batch_size: int = Field(default=32, ge=1, description="Images per forward pass of the teacher.")
-    threads: int = Field(default=1, ge=1, description="CPU threads per worker for the forward pass.")
-    limit: int | None = Field(default=None, ge=1, description="Use only so many samples: the first of the order.")
-    keys: str | None = Field(default=None, description="File with one key per line: take only these samples.")
-    max_bad: int | float = Field(
-        default=0.01, ge=0, description="Bad samples allowed: an integer is a count, a fraction a share."
     )
     inline: bool = Field(default=False, description="Run in this process, without Ray.")
     workers: int | None = Field(
@@ -131,18 +132,44 @@ class ExtractConfig(StrictModel):
     lock_stale_s: float = Field(default=120, gt=0, description="A lock without a heartbeat for so long is taken over.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the teacher runs.")
 
+
+class ExtractRecipeConfig(Settings):
+    """What is encoded, and how: all that determines a dataset."""
+
+    images: str | None = Field(default=None, description="Folder, archive or URL of the images.")
+    num_samples: int | None = Field(
+        default=None, ge=1, description="In place of images: so many that the teacher (a GAN) makes itself."
+    )
+    source: SourceConfig = SourceConfig()
+    transform: TransformConfig = TransformConfig()
+    teacher: TeacherConfig
+    noise: NoiseConfig = NoiseConfig()
+    shard: ShardConfig = ShardConfig()
+    student_px: Size | None = Field(
+        default=None,
+        description="Student's image size in px; default: the stored one, half of it for Stable Diffusion.",
+    )
+    batch_size: int = Field(default=32, ge=1, description="Images per forward pass of the teacher.")
+    threads: int = Field(default=1, ge=1, description="CPU threads per worker for the forward pass.")
+    limit: int | None = Field(default=None, ge=1, description="Use only so many samples: the first of the order.")
+    keys: str | None = Field(default=None, description="File with one key per line: take only these samples.")
+
     @model_validator(mode="after")
-    def _one_source(self) -> ExtractConfig:
+    def _one_source(self) -> Self:
         if (self.images is None) == (self.num_samples is None):
             raise ValueError(
                 "give either extract.images, or extract.num_samples for a teacher that makes its own images"
             )
         return self
 
-    @model_validator(mode="after")
-    def _max_bad_share(self) -> ExtractConfig:
-        if isinstance(self.max_bad, float) and self.max_bad > 1:
-            raise ValueError(
-                f"extract.max_bad is {self.max_bad}; write a count as an integer and a share as a fraction up to 1"
-            )
-        return self
+
+class ExtractConfig(ExtractRecipeConfig):
+    """All settings of one extraction."""
+
+    run: ExtractRun
+
+
+class LiveConfig(ExtractRecipeConfig):
+    """Settings of samples that are encoded while a student trains, and stored nowhere."""
+
+    run: ErrorBudget = ErrorBudget()

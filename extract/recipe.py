@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.config import ExtractConfig, ExtractRecipeConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.registry import SOURCES, open_images
@@ -42,6 +42,8 @@ from dtpipe.manifests.schema import (
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import Listing, build_listing, read_key_file
 from dtpipe.manifests.write.plan import bytes_per_sample, find_plan, shard_samples_for
+
+Config = TypeVar("Config", bound=ExtractRecipeConfig)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def resolve_recipe(
     machine.
     Raises: ConfigError, InputError, TeacherError.
     """
-    plan = find_plan(Store(config.out), fresh)
+    plan = find_plan(Store(config.run.out), fresh)
     stored = plan.recipe if plan else None
     kind = stored.source.kind if stored and config.source.kind == "auto" else config.source.kind
     source = open_images(config.images, config.num_samples, kind)
@@ -86,19 +88,19 @@ def resolve_recipe(
         **({"num_samples": config.num_samples} if config.num_samples else {}),
     }
     device = _device(config, stored, cluster_has_gpus)
-    if config.inline:
+    if config.run.inline:
         pick_device(device)
-    teacher = load_teacher(config.teacher, device if config.inline else "cpu")
+    teacher = load_teacher(config.teacher, device if config.run.inline else "cpu")
     return Resolved(config, make_recipe(config, teacher, source.kind, device), teacher, source, selection, listed)
 
 
-def list_source(config: ExtractConfig, source: Source) -> Listing:
+def list_source(config: ExtractRecipeConfig, source: Source) -> Listing:
     """The samples that the settings choose, by row. Raises: InputError as the source and `build_listing` do."""
     keys = None if config.keys is None else read_key_file(config.keys, "extract.keys")
     return build_listing(source.list(), _order(config, source.kind), config.source.seed, config.limit, keys)
 
 
-def _order(config: ExtractConfig, source_kind: str) -> Order:
+def _order(config: ExtractRecipeConfig, source_kind: str) -> Order:
     """As asked, or as the source is best read. Synthesized samples are independent draws and stay in the order of
     their numbers."""
     if source_kind == SYNTHESIZED:
@@ -106,7 +108,7 @@ def _order(config: ExtractConfig, source_kind: str) -> Order:
     return SOURCES[source_kind].order if config.source.order == "auto" else config.source.order
 
 
-def make_recipe(config: ExtractConfig, teacher: Teacher, source_kind: str, device: str) -> Recipe:
+def make_recipe(config: ExtractRecipeConfig, teacher: Teacher, source_kind: str, device: str) -> Recipe:
     """The recipe that settings and a teacher give. Raises: ConfigError when they do not fit each other."""
     spec = teacher.spec
     image_px = height_width(config.transform.px or spec.image_px)
@@ -144,7 +146,7 @@ def make_recipe(config: ExtractConfig, teacher: Teacher, source_kind: str, devic
     )
 
 
-def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]:
+def make_views(config: ExtractRecipeConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]:
     """Every combination of timestep, draw and flip, in this order; a teacher without diffusion has no timestep.
 
     Raises: ConfigError for a timestep that the teacher does not have, or one given twice.
@@ -171,7 +173,7 @@ def make_views(config: ExtractConfig, spec: TeacherSpec) -> tuple[ViewSpec, ...]
     )
 
 
-def _check_encoding(config: ExtractConfig, spec: TeacherSpec) -> None:
+def _check_encoding(config: ExtractRecipeConfig, spec: TeacherSpec) -> None:
     """A deterministic encoding has one draw, and DDIM inversion stops at multiples of its stride. Raises:
     ConfigError."""
     if not spec.noise_shapes and config.noise.draws > 1:
@@ -198,7 +200,7 @@ def check_role(teacher: Teacher, source_kind: str) -> None:
         raise TeacherError(f"a {kind} teacher encodes images and makes none; give --images instead of --num-samples")
 
 
-def _check_synthesized(config: ExtractConfig, spec: TeacherSpec, image_px: tuple[int, int]) -> None:
+def _check_synthesized(config: ExtractRecipeConfig, spec: TeacherSpec, image_px: tuple[int, int]) -> None:
     """A generator's images have its own size and one view. Raises: ConfigError."""
     if config.noise.draws > 1 or config.noise.flips:
         raise ConfigError(
@@ -256,7 +258,7 @@ def _stored_level(
     )
 
 
-def with_whole_paths(config: ExtractConfig) -> ExtractConfig:
+def with_whole_paths(config: Config) -> Config:
     """The settings with paths that mean the same in other folders: of workers, and of those who read the record
     later."""
     teacher = config.teacher.model_copy(update={"path": whole_path(config.teacher.path)})
@@ -275,15 +277,10 @@ def whole_source(url: str) -> str:
     return url if "://" in url or "::" in url else os.path.abspath(url)  # noqa: PTH100  drops `..`, follows no links
 
 
-def max_bad_samples(config: ExtractConfig, num_rows: int) -> int:
-    """Bad samples that a dataset of so many rows may have."""
-    return config.max_bad if isinstance(config.max_bad, int) else math.floor(config.max_bad * num_rows)
-
-
 def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: Callable[[], bool | None] | None) -> str:
     """Device type: as asked, as the dataset began, or by what there is."""
-    if config.device != "auto":
-        return config.device
+    if config.run.device != "auto":
+        return config.run.device
     if stored is not None:
         return stored.compute.device
     has_gpus = cluster_has_gpus() if cluster_has_gpus else None

@@ -16,7 +16,7 @@ from typing import Any
 
 from dtpipe.extract.cluster.preflight import check_space, free_bytes, package_versions, recipe_bytes_per_sample
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.recipe import Resolved, max_bad_samples, resolve_recipe, with_whole_paths
+from dtpipe.extract.recipe import Resolved, resolve_recipe, with_whole_paths
 from dtpipe.extract.shards.progress import BadSample, OnExtractProgress, ProgressMeter
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.manifests.errors import ErrorBudgetError, IncompleteError
@@ -82,7 +82,7 @@ class _Extraction:
     def __init__(self, config: ExtractConfig, on_progress: OnExtractProgress | None, command: str | None) -> None:
         self.config, self.on_progress, self.command = with_whole_paths(config), on_progress, command
         self.stop = StopRequest()
-        self.store = Store(config.out)
+        self.store = Store(config.run.out)
         self.started_s = time.monotonic()
         self.bad: list[BadSample] = []
         self.stage_seconds: Counter[str] = Counter()
@@ -93,8 +93,8 @@ class _Extraction:
     def run(self, fresh: bool) -> ExtractResult:
         """Plan, extract, merge."""
         resolved = resolve_recipe(self.config, fresh=fresh, cluster_has_gpus=self._cluster_has_gpus)
-        self.stop.raise_if_requested(self.config.out)
-        with Lock.acquire(self.store, self.config.lock_stale_s) as lock:
+        self.stop.raise_if_requested(self.config.run.out)
+        with Lock.acquire(self.store, self.config.run.lock_stale_s) as lock:
             plan, _ = start_plan(
                 self.store, resolved.recipe, lambda: resolved.listing, self._provenance(), fresh, resolved.selection
             )
@@ -104,7 +104,7 @@ class _Extraction:
 
     def _cluster_has_gpus(self) -> bool | None:
         """What the cluster says; None for a run without one."""
-        if self.config.inline:
+        if self.config.run.inline:
             return None
         from dtpipe.extract.cluster import ray as cluster
 
@@ -115,7 +115,7 @@ class _Extraction:
         """Join or start Ray, only once something is to be done with it."""
         from dtpipe.extract.cluster import ray as cluster
 
-        self._connected = cluster.connect(self.config.ray_address) or self._connected
+        self._connected = cluster.connect(self.config.run.ray_address) or self._connected
 
     def disconnect(self) -> None:
         """Leave Ray, if this run joined it."""
@@ -167,8 +167,8 @@ class _Extraction:
             teacher=self.config.teacher,
             device=plan.recipe.compute.device,
             epoch=lock.epoch,
-            max_bad=max_bad_samples(self.config, plan.num_rows),
-            decode_threads=self.config.decode_threads,
+            max_bad=self.config.run.max_bad_samples(plan.num_rows),
+            decode_threads=self.config.run.decode_threads,
             max_pixels=self.config.source.max_pixels,
             fault=os.environ.get(FAULT_VARIABLE),
             versions=package_versions(),
@@ -183,7 +183,7 @@ class _Extraction:
         check_space(self.store, plan)
         self._warn_of_space(plan, len(pending), meter)
         meter.report()
-        queue = ShardQueue(pending, self.config.retries)
+        queue = ShardQueue(pending, self.config.run.retries)
         try:
             self._work(context, resolved, queue, meter, on_shard)
         finally:
@@ -193,11 +193,11 @@ class _Extraction:
 
     def _work(self, context: Any, resolved: Resolved, queue: ShardQueue, meter: ProgressMeter, on_shard: Any) -> None:
         """Hand the queue to one worker here, or to a cluster of them."""
-        if not self.config.inline:
+        if not self.config.run.inline:
             from dtpipe.extract.cluster.ray import Cluster
 
             self._connect()
-            Cluster(self.config, context, queue, meter, on_shard, self.stop).run()
+            Cluster(self.config.run, context, queue, meter, on_shard, self.stop).run()
             return
         from dtpipe.extract.cluster.inline import run_inline
         from dtpipe.extract.shards.worker import ShardWorker

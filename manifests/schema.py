@@ -7,7 +7,8 @@ where it says what v1 implied, so that a dataset which v1 can describe is writte
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -45,6 +46,32 @@ class StrictModel(BaseModel):
     """A frozen record that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Settings(StrictModel):
+    """Settings in two halves: `run` says how, where and with what resources; all other fields determine the result."""
+
+    PLACES: ClassVar[frozenset[str]] = frozenset()
+    """Fields that name a place whose content is compared in another way, so that it may move."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same where a run is gone on with."""
+        return self.identity_of(self.model_dump(mode="json"))
+
+    @classmethod
+    def identity_of(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The identity within recorded settings, which may lack fields that came later."""
+        return {name: value for name, value in cls.in_halves(record).items() if name not in {"run", *cls.PLACES}}
+
+    @classmethod
+    def in_halves(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Recorded settings with the fields of `run` inside it; before there were halves, all stood side by side."""
+        run = cls.model_fields["run"].annotation if "run" in cls.model_fields else None
+        if not (isinstance(run, type) and issubclass(run, StrictModel)):
+            return dict(record)
+        inner = {name for name in run.model_fields if name in record and name not in cls.model_fields}
+        outer = {name: value for name, value in record.items() if name not in inner}
+        return {**outer, "run": {**(record.get("run") or {}), **{name: record[name] for name in inner}}}
 
 
 class ViewSpec(StrictModel):

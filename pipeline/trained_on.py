@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.distill.engine.run_folder import read_config
-from dtpipe.extract.config import ExtractConfig, NoiseConfig
+from dtpipe.extract.config import LiveConfig, NoiseConfig
 from dtpipe.extract.recipe import list_source
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.manifests.errors import DtpipeError
@@ -56,7 +56,7 @@ class TrainedOn:
                 keys.update(FeatureDataset.open(url, allow_incomplete=True).columns.keys)
         if self.live.get("images"):
             with suppress(DtpipeError, ValueError):
-                extract = ExtractConfig.model_validate({**self.live, "out": "unused"})
+                extract = LiveConfig.model_validate(LiveConfig.in_halves(self.live))
                 keys.update(list_source(extract, open_images(extract.images, None, extract.source.kind)).keys)
         return keys
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtpipe.extract.cluster.placement import Node, WorkerShape, live_nodes, most_workers, place_workers
-from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.config import ExtractRun
 from dtpipe.extract.shards.progress import ProgressMeter
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, ShardTask
 from dtpipe.extract.shards.worker import ShardDroppedError, ShardSummary, WorkerContext
@@ -109,18 +109,16 @@ class Cluster:
 
     def __init__(
         self,
-        config: ExtractConfig,
+        run: ExtractRun,
         context: WorkerContext,
         queue: ShardQueue,
         meter: ProgressMeter,
         on_shard: Callable[[ShardSummary], None],
         stop: StopRequest,
     ) -> None:
-        gpus = (
-            config.gpus_per_worker if config.gpus_per_worker is not None else float(context.device.startswith("cuda"))
-        )
-        self._shape = WorkerShape(config.cpus_per_worker, gpus)
-        self._config, self._context = config, context
+        gpus = run.gpus_per_worker if run.gpus_per_worker is not None else float(context.device.startswith("cuda"))
+        self._shape = WorkerShape(run.cpus_per_worker, gpus)
+        self._run, self._context = run, context
         self._queue, self._meter, self._on_shard, self._stop = queue, meter, on_shard, stop
         self._members: list[Member] = []
         self._left_out: dict[str, DtpipeError] = {}  # node id -> why
@@ -162,7 +160,7 @@ class Cluster:
         usable = [node for node in nodes if node.node_id not in self._left_out]
         if nodes and not usable:
             raise next(iter(self._left_out.values()))
-        cap = min(most_workers(usable, self._shape, self._config.workers), len(self._queue) + self._busy())
+        cap = min(most_workers(usable, self._shape, self._run.workers), len(self._queue) + self._busy())
         have = Counter(member.node.node_id for member in self._members)
         wanted = place_workers(usable, self._shape, cap)
         for node in usable:
@@ -327,11 +325,11 @@ class Cluster:
 
     def _check_deadlines(self) -> None:
         """Kill members that have finished nothing for longer than a shard may take; the oldest shard is to blame."""
-        now_s, limit_s = time.monotonic(), self._config.shard_deadline_s
+        now_s, limit_s = time.monotonic(), self._run.shard_deadline_s
         for member in [each for each in self._members if each.in_hand and now_s - each.since_s > limit_s]:
             oldest = next(iter(member.in_hand))
             task = member.in_hand.pop(oldest)
-            self._fail(task, f"it took longer than extract.shard_deadline_s ({limit_s:g} s)", alone=True)
+            self._fail(task, f"it took longer than extract.run.shard_deadline_s ({limit_s:g} s)", alone=True)
             self._lose(
                 member, f"worker on {member.node.host} was killed after {limit_s:g} s without a shard", blame=False
             )
@@ -343,9 +341,9 @@ class Cluster:
         """
         if any(member.preparing is None for member in self._members):
             self._last_worked_s = time.monotonic()
-        elif time.monotonic() - self._last_worked_s > self._config.worker_wait_s:
+        elif time.monotonic() - self._last_worked_s > self._run.worker_wait_s:
             raise IncompleteError(
-                f"no worker was ready for {self._config.worker_wait_s:g} s ({len(self._members)} are starting, each needs "
+                f"no worker was ready for {self._run.worker_wait_s:g} s ({len(self._members)} are starting, each needs "
                 f"{self._shape.cpus:g} CPUs and {self._shape.gpus:g} GPUs); check `ray status` and run the same command again"
             )
 
@@ -354,7 +352,7 @@ class Cluster:
         for member in self._members:
             if member.in_hand:
                 member.handle.stop.remote()
-        end_s = time.monotonic() + self._config.stop_grace_s
+        end_s = time.monotonic() + self._run.stop_grace_s
         while self._busy() and time.monotonic() < end_s and not self._stop.urgent:
             self._collect(_TICK_S)
 

@@ -103,7 +103,7 @@ def budget_message(where: str, num_bad: int, max_bad: int, bad: Sequence[BadSamp
     named = "; ".join(f"{each.key}: {each.reason}" for each in bad[:5])
     more = f"; and {num_bad - 5} more" if num_bad > 5 else ""
     return (
-        f"{where} has {num_bad} bad samples, extract.max_bad allows {max_bad} ({named}{more}); "
+        f"{where} has {num_bad} bad samples, extract.run.max_bad allows {max_bad} ({named}{more}); "
         f"mend the images, or run again with a larger --max-bad"
     )
 

@@ -77,10 +77,15 @@ def model_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from model_keys(inner, f"{prefix}.{name}")
 
 
-def _unknown(key: str, where: str) -> ConfigError:
+def _unknown(keys: Sequence[str], where: str) -> ConfigError:
+    """What to say of keys that no settings model has: their new names, or what the first of them may have meant."""
+    moved = [f"{key} is now {new}" for key in keys if (new := _in_run(key))]
+    if moved:
+        return ConfigError(f"{where}: {', '.join(moved)}; write {'it' if len(moved) == 1 else 'them'} so")
+    key = keys[0]
     section = key.split(".")[0]
     sections = [section] if section in SECTIONS else list(SECTIONS)
-    known = [name for each in sections for name in model_keys(section_model(each), each)]
+    known = [name for section in sections for name in model_keys(section_model(section), section)]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     near += [name for name in known if name.endswith("." + key.rsplit(".", 1)[-1]) and name not in near][
         : 3 - len(near)
@@ -89,15 +94,26 @@ def _unknown(key: str, where: str) -> ConfigError:
     return ConfigError(f"{where}: unknown key {key!r}; {advice}")
 
 
+def _in_run(key: str) -> str | None:
+    """The key by which `section.name` goes since settings have a half `run`, if it does."""
+    section, _, rest = key.partition(".")
+    new = f"{section}.run.{rest}"
+    return new if _field_at(new) else None
+
+
+def _field_at(key: str) -> FieldInfo | None:
+    section, _, rest = key.partition(".")
+    return find_field(section_model(section), rest) if section in SECTIONS and rest else None
+
+
 def check_key(key: str, where: str) -> FieldInfo:
     """The field that a full key such as `extract.noise.timesteps` names.
 
     Raises: ConfigError naming the near matches.
     """
-    section, _, rest = key.partition(".")
-    field = find_field(section_model(section), rest) if section in SECTIONS and rest else None
+    field = _field_at(key)
     if field is None:
-        raise _unknown(key, where)
+        raise _unknown([key], where)
     return field
 
 
@@ -167,10 +183,8 @@ def load_document(name: str) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict) or not all(isinstance(value, dict | None) for value in document.values()):
         raise ConfigError(f"-c {name}: not a mapping of sections; write e.g. `extract:` with its keys below it")
-    for key in [*document, *_dotted(document)]:
-        if key in SECTIONS:
-            continue
-        check_key(key, f"-c {name}")
+    if unknown := [key for key in [*document, *_dotted(document)] if key not in SECTIONS and _field_at(key) is None]:
+        raise _unknown(unknown, f"-c {name}")
     return document
 
 
@@ -229,12 +243,17 @@ def gather(configs: Sequence[str], sets: Mapping[str, Any], flags: Mapping[str, 
     return document
 
 
-def validate(document: Mapping[str, Any], section: str, names: Mapping[str, str] | None = None) -> Any:
-    """One section of `document` as its settings model.
+def validate(
+    document: Mapping[str, Any],
+    section: str,
+    names: Mapping[str, str] | None = None,
+    model: type[BaseModel] | None = None,
+) -> Any:
+    """One section of `document` as its settings model, or as another that has some of its fields.
 
     names: full key to how the command line spells it, for advice. Raises: ConfigError in one sentence.
     """
-    model = section_model(section)
+    model = model or section_model(section)
     try:
         return model.model_validate(document.get(section) or {})
     except ValidationError as err:
@@ -248,7 +267,7 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
     for problem in err.errors(include_url=False):
         key = _known_prefix(model, problem["loc"], section)
         if problem["type"] == "missing":
-            missing.append(_spelled(key, names))
+            missing += [_spelled(required, names) for required in _required(model, key)]
         elif not (
             key in found and problem["type"] == "too_short"
         ):  # an item was wrong; pydantic also counts it as absent
@@ -260,10 +279,18 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
     return "; ".join(parts[:4])
 
 
+def _required(model: type[BaseModel], key: str) -> list[str]:
+    """The keys to give where `key` is missing: its own, or the required ones of its settings model."""
+    field = find_field(model, key.partition(".")[2])
+    inner = submodel(field.annotation) if field else None
+    if inner is None:
+        return [key]
+    return [f"{key}.{name}" for name, field in inner.model_fields.items() if field.is_required()]
+
+
 def _spelled(key: str, names: Mapping[str, str]) -> str:
-    """A missing key as the command line gives it; a section that is missing as a whole, by its first key with a flag."""
-    flagged = key if key in names else next((name for name in names if name.startswith(f"{key}.")), None)
-    return key if flagged is None else f"{names[flagged]} ({flagged})"
+    """A key as the command line gives it."""
+    return f"{names[key]} ({key})" if key in names else key
 
 
 def _problem_text(problem: ErrorDetails) -> str:

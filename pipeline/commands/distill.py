@@ -42,7 +42,7 @@ FLAGS = (
     Flag("--num-samples", "extract.num_samples", "N"),
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
     Flag("--timesteps", "extract.noise.timesteps", "T,T"),
-    Flag("--max-bad", "extract.max_bad", "N|SHARE"),
+    Flag("--max-bad", "extract.run.max_bad", "N|SHARE"),
     Flag("--allow-incomplete", "distill.allow_incomplete"),
     Flag("--seed", "distill.seed", "N"),
     Flag("--device", "distill.device", "auto|cpu|cuda"),

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 FLAGS = (
     Flag("--images", "extract.images", "URL"),
     Flag("--num-samples", "extract.num_samples", "N"),
-    Flag("--save-png", "extract.save_png", "DIR"),
+    Flag("--save-png", "extract.run.save_png", "DIR"),
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
-    Flag("--out", "extract.out", "URL"),
+    Flag("--out", "extract.run.out", "URL"),
     Flag("--revision", "extract.teacher.revision", "COMMIT"),
     Flag("--px", "extract.transform.px", "PX"),
     Flag("--resize", "extract.transform.resize", "center_crop|stretch|none"),
@@ -28,11 +28,11 @@ FLAGS = (
     Flag("--batch-size", "extract.batch_size", "N"),
     Flag("--limit", "extract.limit", "N"),
     Flag("--keys", "extract.keys", "FILE"),
-    Flag("--max-bad", "extract.max_bad", "N|SHARE"),
-    Flag("--device", "extract.device", "auto|cpu|cuda"),
-    Flag("--inline", "extract.inline"),
-    Flag("--workers", "extract.workers", "N"),
-    Flag("--ray-address", "extract.ray_address", "ADDRESS"),
+    Flag("--max-bad", "extract.run.max_bad", "N|SHARE"),
+    Flag("--device", "extract.run.device", "auto|cpu|cuda"),
+    Flag("--inline", "extract.run.inline"),
+    Flag("--workers", "extract.run.workers", "N"),
+    Flag("--ray-address", "extract.run.ray_address", "ADDRESS"),
 )
 EXAMPLE = """
 dtpipe extract --images photos/ --teacher teacher/ --out features/
@@ -65,11 +65,11 @@ def command(call: Call, fresh: bool) -> None:
 
     with ProgressLine("extract") as line:
         result = run_extraction(config, ProgressText(call.console, line), fresh, command_line())
-    if config.save_png is not None:
+    if config.run.save_png is not None:
         from dtpipe.pipeline.save_images import save_images
 
-        num = save_images(result.url, config.save_png)
-        call.console.note(f"wrote {num} images to {config.save_png}")
+        num = save_images(result.url, config.run.save_png)
+        call.console.note(f"wrote {num} images to {config.run.save_png}")
     _print_result(call.console, result, config.shard.images == "joined")
 
 

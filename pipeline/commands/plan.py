@@ -32,7 +32,7 @@ def command(call: Call) -> None:
     print_extraction(call.console, extraction)
     found: dict[str, Any] = {"extract": extraction}
     if call.has("distill"):
-        call.document["distill"] = {"datasets": [config.out], "out": "unused", **call.document["distill"]}
+        call.document["distill"] = {"datasets": [config.run.out], "out": "unused", **call.document["distill"]}
         training = time_training(
             call.settings("distill"), recipe.levels, recipe.student_px, extraction.num_samples, extraction.stored_bytes
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.distill.config import DistillConfig
-from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.config import ErrorBudget, LiveConfig
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.cli.console import ProgressLine
 from dtpipe.pipeline.cli.options import Call
@@ -35,7 +35,7 @@ class TrainingInputs:
     open_live: OpenLive | None
     unchecked: OpenSource
     """As `open_source`, without looking at the images and writing what was found."""
-    extract: ExtractConfig | None = None
+    extract: LiveConfig | None = None
     """Set where there is no dataset."""
     unread: tuple[str, ...] = ()
     """Settings that name images while a dataset is given, which has its own."""
@@ -108,7 +108,10 @@ def _without_dataset(call: Call) -> TrainingInputs:
             "give a dataset"
         )
     config: DistillConfig = validate({"distill": {**section, "reencode": 1.0}}, "distill", call.names)
-    extract: ExtractConfig = validate({"extract": {**extract_section, "out": config.out}}, "extract", call.names)
+    budget = {
+        name: value for name, value in (extract_section.get("run") or {}).items() if name in ErrorBudget.model_fields
+    }
+    extract: LiveConfig = validate({"extract": {**extract_section, "run": budget}}, "extract", call.names, LiveConfig)
     _refuse_dataset_settings(config)
     opened = partial(open_live_data, extract, CheckedImages(), True)
     return TrainingInputs(config, opened, _live({}), partial(open_live_data, extract, None, False), extract)
@@ -150,6 +153,6 @@ def recorded_inputs(run_config: DistillConfig, extract_section: Mapping[str, Any
     """
     from dtpipe.pipeline.live.source import open_live_data
 
-    extract: ExtractConfig = validate({"extract": {**extract_section, "out": run_config.out}}, "extract")
+    extract: LiveConfig = validate({"extract": LiveConfig.in_halves(extract_section)}, "extract", model=LiveConfig)
     unchecked = partial(open_live_data, extract, None, False)
     return TrainingInputs(run_config, unchecked, _live({}), unchecked, extract)

@@ -19,9 +19,9 @@ from dtpipe.distill.engine.record import refuse_other_data
 from dtpipe.distill.stream.choice import select_rows
 from dtpipe.distill.stream.data import OpenedData, rows_record
 from dtpipe.distill.stream.sampling import Sampling
-from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.device import pick_device
-from dtpipe.extract.recipe import list_source, make_recipe, max_bad_samples, with_whole_paths
+from dtpipe.extract.recipe import list_source, make_recipe, with_whole_paths
 from dtpipe.extract.shards.rows import RowReader
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.teachers.registry import load_teacher
@@ -38,19 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SECTION = "extract"
-_NOT_STORED = {
-    "out",
-    "save_png",
-    "shard",
-    "inline",
-    "workers",
-    "gpus_per_worker",
-    "cpus_per_worker",
-    "ray_address",
-    "retries",
-} | {
-    *("shard_deadline_s", "worker_wait_s", "stop_grace_s", "lock_stale_s", "device", "decode_threads", "threads")
-}  # settings that say how a dataset is written
 
 
 class LiveSource:
@@ -95,14 +82,12 @@ class LiveSource:
             ) from err
 
 
-def live_settings(config: ExtractConfig) -> ExtractConfig:
+def live_settings(config: LiveConfig) -> LiveConfig:
     """The settings as live training reads them: whole paths, and one stored draw's worth of views, since none is stored."""
     return with_whole_paths(config.model_copy(update={"noise": config.noise.model_copy(update={"draws": 1})}))
 
 
-def open_live_data(
-    extract: ExtractConfig, on_checked: OnChecked | None, check: bool, config: DistillConfig
-) -> OpenedData:
+def open_live_data(extract: LiveConfig, on_checked: OnChecked | None, check: bool, config: DistillConfig) -> OpenedData:
     """The samples that the settings name, ready to train on without a dataset.
 
     `check`: look at all images that have not been looked at for this run; without it, only what was found then is known to be bad.
@@ -128,14 +113,14 @@ def open_live_data(
             raise InputError(f"{extract.images}: none of the images can be used; look at one of them")
     record = {**record, "samples": rows_record(rows)}
     digest = blake3(canonical_json(record)).hexdigest()
-    sections = {SECTION: extract.model_dump(mode="json", exclude=_NOT_STORED)}
+    sections = {SECTION: extract.model_dump(mode="json")}
     return OpenedData(source, recipe.student_px, digest, Sampling(rows, len(source.columns)), None, record, sections)
 
 
 def _bad_images(
     reader: RowReader,
     rows: NDArray[np.int64],
-    extract: ExtractConfig,
+    extract: LiveConfig,
     run: Path,
     on_checked: OnChecked | None,
     check: bool,
@@ -143,7 +128,7 @@ def _bad_images(
     """Key to reason, as found now, or without `check` as far as a run knows already."""
     if not check:
         return kept_result(reader, rows, run) or {}
-    return check_images(reader, rows, run, lambda num: max_bad_samples(extract, num), on_checked)
+    return check_images(reader, rows, run, extract.run.max_bad_samples, on_checked)
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
     from dtpipe.extract.recipe import resolve_recipe
     from dtpipe.manifests.store.store import Store
 
-    resolved = resolve_recipe(config.model_copy(update={"inline": True}))
+    here = config.run.model_copy(update={"inline": True})
+    resolved = resolve_recipe(config.model_copy(update={"run": here}))
     recipe = resolved.recipe
     rows, keys, prepare_s = _probe_rows(resolved, recipe.compute.batch_size)
     shard, teacher_s, device_bytes = _probe_teacher(resolved, rows, keys)
@@ -82,7 +83,7 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
     num_samples = len(resolved.listing)
     raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
     workers = _workers(config, recipe.compute.device)
-    slowest_s = max(teacher_s, prepare_s / config.decode_threads, code_s)
+    slowest_s = max(teacher_s, prepare_s / config.run.decode_threads, code_s)
     plan = ExtractionPlan(
         num_samples=num_samples,
         num_shards=-(-num_samples // recipe.shard.samples),
@@ -91,7 +92,7 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
         levels=_bytes_by_array(recipe),
         raw_bytes=raw * num_samples,
         stored_bytes=coded_bytes * num_samples,
-        free_bytes=free_bytes(Store(config.out)),
+        free_bytes=free_bytes(Store(config.run.out)),
         device=recipe.compute.device,
         workers=workers,
         teacher_s=teacher_s,
@@ -182,10 +183,10 @@ def _stored_image(recipe: Recipe) -> tuple[int, int] | None:
 
 def _workers(config: ExtractConfig, device: str) -> int:
     """Actors there would be on this machine; a cluster's size is not asked for."""
-    if config.inline:
+    if config.run.inline:
         return 1
-    if config.workers is not None:
-        return config.workers
+    if config.run.workers is not None:
+        return config.run.workers
     import os
 
     import torch

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.manifests.errors import DtpipeError, InputError, StoreError
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.store.publish import write_whole
@@ -214,7 +215,6 @@ def _maps(
 def _samples(config: ReportConfig) -> Any:
     if config.teacher is None:
         return None
-    from dtpipe.extract.config import TeacherConfig
     from dtpipe.extract.device import pick_device
     from dtpipe.extract.teachers.registry import load_teacher
     from dtpipe.pipeline.report.maps import image_grid
@@ -246,7 +246,9 @@ def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]
                 "settings": "settings of the extraction",
                 "facts": _dataset_facts(dataset.plan, dataset.manifest),
                 "command": provenance.get("command"),
-                "config": yaml.safe_dump({"extract": provenance.get("config")}, sort_keys=False),
+                "config": yaml.safe_dump(
+                    {"extract": ExtractConfig.in_halves(provenance.get("config") or {})}, sort_keys=False
+                ),
             }
         )
     return shown

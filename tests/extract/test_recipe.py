@@ -84,7 +84,7 @@ def test_workers_in_other_folders_get_whole_paths(
     monkeypatch.chdir(tmp_path)
     config = make_config(
         images=os.path.relpath(whole.images),
-        out=os.path.relpath(whole.out),
+        out=os.path.relpath(whole.run.out),
         teacher={"path": os.path.relpath(whole.teacher.path)},
     )
     seen: list[WorkerContext] = []
@@ -93,7 +93,7 @@ def test_workers_in_other_folders_get_whole_paths(
     )
     with contextlib.suppress(AttributeError):  # what stands in for a worker does no work
         run_extraction(config)
-    assert (seen[0].images, seen[0].out, seen[0].teacher.path) == (whole.images, whole.out, whole.teacher.path)
+    assert (seen[0].images, seen[0].out, seen[0].teacher.path) == (whole.images, whole.run.out, whole.teacher.path)
     assert whole_path("s3://bucket/photos") == "s3://bucket/photos"
     assert whole_path("google/ddpm-celebahq-256") == "google/ddpm-celebahq-256"  # no such folder here: a hub id
 

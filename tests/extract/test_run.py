@@ -168,7 +168,9 @@ def test_bad_samples_are_named_within_the_budget_and_end_the_run_beyond_it(
 ) -> None:
     (image_folder / "cat" / "001.png").write_bytes(b"")
     (image_folder / "dog" / "002.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ErrorBudgetError, match=r"extract\.max_bad allows 1 \(.*cat/001\.png: empty file") as caught:
+    with pytest.raises(
+        ErrorBudgetError, match=r"extract\.run\.max_bad allows 1 \(.*cat/001\.png: empty file"
+    ) as caught:
         run_extraction(make_config(max_bad=1))
     assert caught.value.exit_code == 7
     result = run_extraction(make_config(max_bad=2))

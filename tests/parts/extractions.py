@@ -13,7 +13,7 @@ Extract = Callable[..., str]
 
 
 def extract_config(images: Path, teacher: Path, out: Path, /, **changes: Any) -> ExtractConfig:
-    """Settings of an inline extraction of a few images at timestep 50; keyword arguments replace fields."""
+    """Settings of an inline extraction of a few images at timestep 50; keyword arguments replace fields, of `run` too."""
     fields = {
         "images": str(images),
         "out": str(out),
@@ -24,4 +24,4 @@ def extract_config(images: Path, teacher: Path, out: Path, /, **changes: Any) ->
         "inline": True,
         "device": "cpu",
     }
-    return ExtractConfig.model_validate({**fields, **changes})
+    return ExtractConfig.model_validate(ExtractConfig.in_halves({**ExtractConfig.in_halves(fields), **changes}))

@@ -86,7 +86,7 @@ def _run(request: dict[str, Any]) -> None:
     config = ExtractConfig.model_validate(request["config"])
     try:
         if request["action"] == "repair":
-            repair(config.out)
+            repair(config.run.out)
             answer: dict[str, Any] = {"repaired": True}
         else:
             answer = dataclasses.asdict(run_extraction(config))

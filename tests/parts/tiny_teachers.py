@@ -29,7 +29,8 @@ class TinyTeacher:
         """Laid over a preset, last: size, student, place, and arithmetic, since CPUs are slow in half precision."""
         px = list(self.px) if isinstance(self.px, tuple) else self.px
         teacher = {"options": self.options, "dtype": dtype}
-        place = {"batch_size": 2, "inline": True, "device": "cpu", "max_bad": 0, "shard": {"samples": 2}}
+        run = {"inline": True, "device": "cpu", "max_bad": 0}
+        place = {"batch_size": 2, "shard": {"samples": 2}, "run": run}
         return {"extract": {"transform": {"px": px}, "teacher": teacher, **place}, "distill": SMALL}
 
 

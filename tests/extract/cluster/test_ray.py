@@ -84,7 +84,7 @@ def test_cluster_that_does_not_answer_is_said_at_once(make_config: MakeConfig) -
 def test_full_disk_is_said_before_work(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
     run_extraction(config)
-    store = Store(config.out)
+    store = Store(config.run.out)
     assert check_space(store, load_plan(store)) > 0  # type: ignore[operator]
     monkeypatch.setattr(
         "dtpipe.extract.cluster.preflight.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})
@@ -194,7 +194,7 @@ def test_killed_and_hung_workers_are_replaced_and_their_shards_tried_again(
         2, lambda: os.kill(min(writers(str(tmp_path / "hung"))), signal.SIGSTOP)
     )  # one that has more shards in hand
     assert run_extraction(ray_config(out=str(tmp_path / "hung"), shard_deadline_s=3), hung).digest == expected
-    assert hung.said("it took longer than extract.shard_deadline_s (3 s)")
+    assert hung.said("it took longer than extract.run.shard_deadline_s (3 s)")
     stopped = actors()
     for each in stopped:
         each.resume()  # Ray's kill reaches a stopped process only when it wakes
@@ -250,10 +250,10 @@ def test_signal_stops_a_ray_run_cleanly(number: int, exit_code: int, ray_config:
         run_extraction(config, stop)
     assert caught.value.exit_code == exit_code
     assert signal.getsignal(number) is handler
-    store = Store(config.out)
+    store = Store(config.run.out)
     done = committed_shards(store, load_plan(store))
     assert 2 <= len(done) < 20
-    result = run_extraction(config.model_copy(update={"inline": True}))
+    result = run_extraction(config.model_copy(update={"run": config.run.model_copy(update={"inline": True})}))
     assert (result.digest, result.shards_written) == (expected, 20 - len(done))
     assert not left_running()
 

@@ -84,12 +84,12 @@ def assert_recovers(
     runs: Any, config: ExtractConfig, digest: str, workers: int = 1, num_shards: int = NUM_SHARDS
 ) -> None:
     """The same command again: the same digest, and only what was not committed is done, at most one shard twice."""
-    done = done_shards(config.out)
-    assert len(begun_shards(config.out) - done) <= workers
+    done = done_shards(config.run.out)
+    assert len(begun_shards(config.run.out) - done) <= workers
     answer = runs.finish(config)
     assert answer["digest"] == digest
     assert answer["shards_written"] == num_shards - len(done)
-    assert not verify(config.out, "digest").problems
+    assert not verify(config.run.out, "digest").problems
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
@@ -110,12 +110,12 @@ def test_kill_while_the_merge_sends_a_shard_back(form: str, config: Make, runs: 
     digest = unbroken(form)
     settings = config(shard={"samples": 3, "format": form})
     assert runs.wait(runs.start(settings, fault="merge.shards")) == -signal.SIGKILL
-    damage(settings.out)
+    damage(settings.run.out)
     pid = runs.start(settings, fault="merge.rejected")
     assert runs.wait(pid) == -signal.SIGKILL
     assert "fault point merge.rejected: kill" in runs.log(pid)
     assert runs.finish(settings)["digest"] == digest
-    assert not verify(settings.out, "digest").problems
+    assert not verify(settings.run.out, "digest").problems
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
@@ -124,14 +124,14 @@ def test_kill_at_each_step_of_repair(point: str, form: str, config: Make, runs: 
     digest = unbroken(form)
     settings = config(shard={"samples": 3, "format": form})
     runs.finish(settings)
-    damage(settings.out)
+    damage(settings.run.out)
     pid = runs.start(settings, fault=point, action="repair")
     assert runs.wait(pid) == -signal.SIGKILL
     assert f"fault point {point}: kill" in runs.log(pid)
     assert runs.wait(runs.start(settings, action="repair")) == 0
     answer = runs.finish(settings)
     assert (answer["digest"], answer["shards_written"]) == (digest, 1)
-    assert not verify(settings.out, "digest").problems
+    assert not verify(settings.run.out, "digest").problems
 
 
 def damage(out: str) -> None:
@@ -151,11 +151,11 @@ def test_twenty_random_kills_of_an_inline_run(config: Make, runs: Any, unbroken:
     for number in range(20):
         settings = config(out=str(tmp_path / f"killed{number}"))
         pid = runs.start(settings, sync=True)
-        _wait_for(lambda out=settings.out: begun_shards(out))
+        _wait_for(lambda out=settings.run.out: begun_shards(out))
         time.sleep(rng.uniform(0, 0.8 * window_s))
         os.kill(pid, signal.SIGKILL)
         killed = runs.wait(pid) == -signal.SIGKILL
-        midway += bool(killed and begun_shards(settings.out) and len(done_shards(settings.out)) < NUM_SHARDS)
+        midway += bool(killed and begun_shards(settings.run.out) and len(done_shards(settings.run.out)) < NUM_SHARDS)
         assert_recovers(runs, settings, digest)
     assert midway >= 15
 
@@ -163,9 +163,9 @@ def test_twenty_random_kills_of_an_inline_run(config: Make, runs: Any, unbroken:
 def _writing_seconds(settings: ExtractConfig, runs: Any) -> float:
     """Seconds between the first object and the last commit of an unbroken run."""
     pid = runs.start(settings, sync=True)
-    _wait_for(lambda: begun_shards(settings.out))
+    _wait_for(lambda: begun_shards(settings.run.out))
     started_s = time.monotonic()
-    _wait_for(lambda: len(done_shards(settings.out)) == NUM_SHARDS)
+    _wait_for(lambda: len(done_shards(settings.run.out)) == NUM_SHARDS)
     ended_s = time.monotonic()
     assert runs.wait(pid) == 0
     return ended_s - started_s
@@ -199,7 +199,7 @@ def test_zombie_that_wakes_after_its_successor_changes_nothing(
     assert runs.wait(zombie) == 0
     assert runs.answer(zombie)["error"] in ("LockHeldError", "StoreError")
     assert runs.finish(settings)["digest"] == digest
-    assert not verify(settings.out, "digest").problems
+    assert not verify(settings.run.out, "digest").problems
 
 
 def test_second_extract_is_refused_and_a_stale_lock_is_taken_over(config: Make, runs: Any, unbroken: Any) -> None:
@@ -223,12 +223,12 @@ def test_signal_stops_an_inline_run_cleanly(
     digest = unbroken("zarr")
     settings = config()
     pid = runs.start(settings, sync=True)
-    _wait_for(lambda: done_shards(settings.out))
+    _wait_for(lambda: done_shards(settings.run.out))
     os.kill(pid, number)
     assert runs.wait(pid) == 0
     answer = runs.answer(pid)
     assert (answer["error"], answer["exit_code"]) == ("StoppedError", exit_code)
-    assert begun_shards(settings.out) == done_shards(settings.out)  # nothing half-written is left
+    assert begun_shards(settings.run.out) == done_shards(settings.run.out)  # nothing half-written is left
     assert_recovers(runs, settings, digest)
 
 
@@ -242,7 +242,7 @@ def test_kill_on_ray(victim: str, config: Make, runs: Any, tmp_path: Path) -> No
     driver = runs.start(settings)
     _wait_for(lambda: len(_actors(driver)) == 2, timeout_s=180)  # Ray starts slowly on a busy machine
     family, actors = psutil.Process(driver).children(recursive=True), _actors(driver)
-    _wait_for(lambda: done_shards(settings.out), timeout_s=180)
+    _wait_for(lambda: done_shards(settings.run.out), timeout_s=180)
     for each in {
         "an actor": actors[:1],
         "the driver": [psutil.Process(driver)],
@@ -250,7 +250,7 @@ def test_kill_on_ray(victim: str, config: Make, runs: Any, tmp_path: Path) -> No
     }[victim]:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
-    assert len(done_shards(settings.out)) < 60, "the kill came too late to show anything"
+    assert len(done_shards(settings.run.out)) < 60, "the kill came too late to show anything"
     status = runs.wait(driver)
     if victim == "an actor":
         assert status == 0, runs.log(driver)
@@ -259,9 +259,8 @@ def test_kill_on_ray(victim: str, config: Make, runs: Any, tmp_path: Path) -> No
     assert status == -signal.SIGKILL
     _, left = psutil.wait_procs(actors, timeout=60)  # Ray's own agents may linger; they write nothing
     assert not left, "workers of the dead driver are still there"
-    again = settings.model_copy(
-        update={"inline": True}
-    )  # execution settings may change; this spares starting Ray again
+    run = settings.run.model_copy(update={"inline": True})  # how it runs may change; this spares starting Ray again
+    again = settings.model_copy(update={"run": run})
     assert_recovers(runs, again, digest, workers=2, num_shards=60)
 
 

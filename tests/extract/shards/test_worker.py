@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.extract.recipe import max_bad_samples, resolve_recipe
+from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards import worker as worker_module
 from dtpipe.extract.shards.buffer import ShardBuffer
 from dtpipe.extract.shards.codecs import ENCODERS, encode_on_device
@@ -40,18 +40,18 @@ def open_worker(make_config: MakeConfig) -> Iterator[OpenWorker]:
 
     def start(wrap: Callable[[Any], Any] = lambda teacher: teacher, **changes: Any) -> ShardWorker:
         config = make_config(**changes)
-        resolved, store = resolve_recipe(config), Store(config.out)
+        resolved, store = resolve_recipe(config), Store(config.run.out)
         lock = Lock.acquire(store)
         plan, _ = start_plan(store, resolved.recipe, lambda: resolved.listing, {})
         write_zarr_metadata(store, plan)
         context = WorkerContext(
-            out=config.out,
+            out=config.run.out,
             images=config.images,
             source_kind=resolved.source.kind,
             teacher=config.teacher,
             device="cpu",
             epoch=lock.epoch,
-            max_bad=max_bad_samples(config, plan.num_rows),
+            max_bad=config.run.max_bad_samples(plan.num_rows),
         )
         worker = ShardWorker(context, wrap(resolved.teacher))
         opened.extend((worker, lock))
@@ -200,7 +200,7 @@ def test_shard_over_the_whole_budget_is_not_published(open_worker: OpenWorker, i
     for path in sorted(image_folder.rglob("*.png"))[:3]:
         path.write_bytes(b"no image")
     worker = open_worker(shard={"samples": 8}, max_bad=2)
-    with pytest.raises(ErrorBudgetError, match=r"shard 0 has 3 bad samples, extract\.max_bad allows 2 \(cat/00"):
+    with pytest.raises(ErrorBudgetError, match=r"shard 0 has 3 bad samples, extract\.run\.max_bad allows 2 \(cat/00"):
         worker.extract_shard(0)
     assert not worker.store.list("commits/")
 

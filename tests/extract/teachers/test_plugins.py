@@ -166,11 +166,9 @@ def test_images_are_extracted_with_an_installed_teacher(site: Path, image_folder
     install(site, "raise ValueError('worn out')", "plugin-of-a-test-worn", worn="")
     config = {
         "images": str(image_folder),
-        "out": str(tmp_path / "features"),
         "teacher": {"path": "some.bright"},
         "shard": {"samples": 4, "dtype": "float32"},
-        "inline": True,
-        "device": "cpu",
+        "run": {"out": str(tmp_path / "features"), "inline": True, "device": "cpu"},
     }
     program = f"""
 import json, sys

@@ -69,7 +69,7 @@ def test_unknown_command_is_one_line_with_a_near_match() -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        ("extract", 2, ["--out (extract.out), --teacher (extract.teacher.path) must be given"]),
+        ("extract", 2, ["--teacher (extract.teacher.path), --out (extract.run.out) must be given"]),
         ("extract --imagess a", 2, ["--imagess"]),
         ("extract -s extract.noise.step=3", 2, ["unknown key", "extract.noise.timesteps"]),
         ("extract -c imagenett", 2, ["no such preset", "imagenet_r50"]),

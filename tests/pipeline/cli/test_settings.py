@@ -11,6 +11,7 @@ from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.run_folder import RunFolder
 from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.schema import Settings
 from dtpipe.pipeline.cli.settings import (
     SECTIONS,
     check_key,
@@ -20,10 +21,11 @@ from dtpipe.pipeline.cli.settings import (
     model_keys,
     parse_sets,
     section_model,
+    submodel,
     validate,
 )
 
-NEEDED = {"extract.images": "photos", "extract.teacher.path": "teacher", "extract.out": "out"}
+NEEDED = {"extract.images": "photos", "extract.teacher.path": "teacher", "extract.run.out": "out"}
 
 
 def write(path: Path, value: object) -> str:
@@ -60,11 +62,11 @@ def test_one_key_from_set_and_flag_is_refused() -> None:
         ("extract.images=123", "extract.images", "123"),
         ("extract.images=a=b", "extract.images", "a=b"),
         ("extract.keys=null", "extract.keys", None),
-        ("extract.inline=true", "extract.inline", True),
+        ("extract.run.inline=true", "extract.run.inline", True),
         ("distill.lr=4e-3", "distill.lr", 0.004),
         ("distill.levels=l2,l3", "distill.levels", ["l2", "l3"]),
-        ("extract.max_bad=5", "extract.max_bad", 5),
-        ("extract.max_bad=0.5", "extract.max_bad", 0.5),
+        ("extract.run.max_bad=5", "extract.run.max_bad", 5),
+        ("extract.run.max_bad=0.5", "extract.run.max_bad", 0.5),
         ("extract.teacher.taps={l2: up.0}", "extract.teacher.taps", {"l2": "up.0"}),
         ("extract.teacher.taps.l2=up.0", "extract.teacher.taps.l2", "up.0"),
     ],
@@ -97,8 +99,8 @@ def test_unknown_key_in_a_file_names_file_and_near_match(tmp_path: Path) -> None
 
 def test_missing_values_name_their_flags() -> None:
     with pytest.raises(ConfigError) as caught:
-        validate({}, "extract", {"extract.out": "--out"})
-    assert str(caught.value) == "--out (extract.out), extract.teacher must be given"
+        validate({}, "extract", {"extract.run.out": "--out"})
+    assert str(caught.value) == "extract.teacher.path, --out (extract.run.out) must be given"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_missing_values_name_their_flags() -> None:
         ("extract.noise.timesteps", [-1.5], ["extract.noise.timesteps", "integer"]),
         ("extract.transform.px", "wide", ["extract.transform.px is 'wide'", " or "]),
         ("extract.shard.format", "lmdb", ["extract.shard.format is 'lmdb'", "'zarr' or 'webdataset'"]),
-        ("extract.max_bad", 1.5, ["extract.max_bad is 1.5", "share"]),
+        ("extract.run.max_bad", 1.5, ["extract.run.max_bad is 1.5", "share"]),
     ],
 )
 def test_a_wrong_value_is_one_sentence(key: str, value: object, words: list[str]) -> None:
@@ -169,3 +171,29 @@ def test_every_field_has_a_description(section: str) -> None:
         if not (field := check_key(key, "")).description and not hasattr(field.annotation, "model_fields")
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("section", [name for name in SECTIONS if issubclass(section_model(name), Settings)])
+def test_a_key_that_moved_into_run_is_refused_by_its_new_name(section: str, tmp_path: Path) -> None:
+    model = section_model(section)
+    run = submodel(model.model_fields["run"].annotation)
+    assert run is not None
+    assert not run.model_fields.keys() & model.model_fields.keys()
+    for name in run.model_fields:
+        sentence = f"{section}.{name} is now {section}.run.{name}; write it so"
+        with pytest.raises(ConfigError, match=f"^-s {section}.{name}=1: {sentence}$"):
+            parse_sets([f"{section}.{name}=1"])
+        with pytest.raises(ConfigError, match=rf"old\.yaml: {sentence}$"):
+            load_document(write(tmp_path / "old.yaml", {section: {name: 1}}))
+
+
+def test_all_keys_of_a_file_that_moved_are_said_at_once(tmp_path: Path) -> None:
+    old = write(tmp_path / "old.yaml", {"extract": {"out": "features", "limit": 5, "workers": 2, "noise": {"draw": 1}}})
+    with pytest.raises(ConfigError, match=r"old\.yaml: extract\.out is now extract\.run\.out, .*; write them so$"):
+        load_document(old)
+
+
+@pytest.mark.parametrize("key", ["extract.noise.out", "extract.outt", "run.out", "out", "extract.run.images"])
+def test_a_key_that_was_nowhere_is_not_said_to_have_moved(key: str) -> None:
+    with pytest.raises(ConfigError, match="unknown key"):
+        parse_sets([f"{key}=1"])

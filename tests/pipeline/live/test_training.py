@@ -97,7 +97,7 @@ def test_broken_images_are_named_once_and_stay_out(image_folder: Path, ddpm: Pat
     (image_folder / "dog" / "empty.jpg").write_bytes(b"")
     command = ["--images", image_folder, "--teacher", ddpm, "--out", tmp_path / "run"]
     said = error(distill(*command), 7)
-    assert "2 bad samples, extract.max_bad allows 0" in said and "cat/broken.png: not a readable image" in said
+    assert "2 bad samples, extract.run.max_bad allows 0" in said and "cat/broken.png: not a readable image" in said
     assert not (tmp_path / "run" / "checked_images.json").exists()  # mended images are looked at again
     result = distill(*command, "--max-bad", 2)
     assert result.exit_code == 0, result.output

@@ -28,7 +28,7 @@ MakeTeacher = Callable[[str], TinyTeacher]
 def resolved(name: str) -> tuple[ExtractConfig, DistillConfig]:
     run = RUNS[name]
     source = {"extract.images": "photos"} if run.flips else {"extract.num_samples": 4}
-    given = {**source, "extract.out": "out", "distill.datasets": ["out"], "distill.out": "run"}
+    given = {**source, "extract.run.out": "out", "distill.datasets": ["out"], "distill.out": "run"}
     document = gather(configs(name), {}, given | ({} if run.teacher else {"extract.teacher.path": "own"}))
     return validate(document, "extract"), validate(document, "distill")
 

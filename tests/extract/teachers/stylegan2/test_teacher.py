@@ -312,7 +312,8 @@ def test_the_spec_tells_apart_what_gives_other_features(tmp_path: Path) -> None:
 
 def test_a_dataset_holds_what_the_generator_makes(tmp_path: Path) -> None:
     path, _ = written(tmp_path)
-    settings = {"num_samples": 5, "out": str(tmp_path / "out"), "batch_size": 2, "inline": True, "device": "cpu"}
+    run = {"out": str(tmp_path / "out"), "inline": True, "device": "cpu"}
+    settings = {"num_samples": 5, "batch_size": 2, "run": run}
     config = ExtractConfig.model_validate(
         {**settings, "teacher": {"path": str(path)}, "shard": {"samples": 3, "dtype": "float32"}}
     )
