@@ -66,9 +66,11 @@ class Settings(StrictModel):
     @classmethod
     def in_halves(cls, record: Mapping[str, Any]) -> dict[str, Any]:
         """Recorded settings with the fields of `run` inside it; before there were halves, all stood side by side."""
-        run = cls.model_fields["run"].annotation if "run" in cls.model_fields else None
-        if not (isinstance(run, type) and issubclass(run, StrictModel)):
+        half = cls.model_fields.get("run")
+        if half is None:
             return dict(record)
+        run = half.annotation
+        assert isinstance(run, type) and issubclass(run, StrictModel)
         inner = {name for name in run.model_fields if name in record and name not in cls.model_fields}
         outer = {name: value for name, value in record.items() if name not in inner}
         return {**outer, "run": {**(record.get("run") or {}), **{name: record[name] for name in inner}}}
