@@ -41,17 +41,17 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.supervised import run_supervised
 from dtpipe.distill.student.load import load_student
+from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.train_config import TrainTeacherConfig
-from dtpipe.extract.train_teacher import train_teacher
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.demo.scenes import ScenePart, write_scenes
 from dtpipe.pipeline.extractors import teacher_extractor
 from dtpipe.pipeline.labelled import LabelledReader, split_by_key
+from dtpipe.pipeline.train_teacher import train_teacher
 
 REPO = Path(__file__).resolve().parent.parent
 PX = 64

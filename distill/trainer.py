@@ -20,7 +20,7 @@ from dtpipe.distill.config import EXECUTION, DistillConfig
 from dtpipe.distill.engine.device import autocast, pick_precision, seeded, training_device
 from dtpipe.distill.engine.loop import run
 from dtpipe.distill.engine.optim import build_optimizer, warmup_cosine
-from dtpipe.distill.engine.progress import OnProgress, RunResult
+from dtpipe.distill.engine.progress import OnTrainProgress, RunResult
 from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks
 from dtpipe.distill.engine.ray import train_on_ray
 from dtpipe.distill.engine.run_folder import RunSettings
@@ -59,7 +59,7 @@ class DistillResult(RunResult):
 def train(
     config: DistillConfig,
     live: OpenLive | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnTrainProgress | None = None,
     fresh: bool = False,
     open_source: OpenSource = open_data,
     stop: StopRequest | None = None,
@@ -88,7 +88,7 @@ def train_with_workers(
     num_workers: int,
     gpus: bool,
     live: OpenLive | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnTrainProgress | None = None,
     fresh: bool = False,
     open_source: OpenSource = open_data,
 ) -> DistillResult:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtpipe.distill.engine.checkpoint import CheckpointIO, load_checkpoint
 from dtpipe.distill.engine.optim import set_learning_rate
-from dtpipe.distill.engine.progress import Meter, OnProgress, RunResult, TrainProgress, losses_of, shares
+from dtpipe.distill.engine.progress import Meter, OnTrainProgress, RunResult, TrainProgress, losses_of, shares
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from dtpipe.distill.engine.record import refuse_other
 from dtpipe.distill.engine.run_folder import RunFolder, RunSettings, read_metrics
@@ -35,7 +35,7 @@ def run(
     trainer: Trainer[P],
     settings: RunSettings,
     ranks: Ranks = ALONE,
-    on_progress: OnProgress | None = None,
+    on_progress: OnTrainProgress | None = None,
     stop: StopRequest | None = None,
 ) -> RunResult:
     """Take the steps that are left of the run in a folder, logging and saving on the way.
@@ -167,7 +167,7 @@ def _resume(loop: Loop[P], settings: RunSettings, folder: RunFolder | None) -> N
     loop.ranks.first(lambda: folder.take_up(loop.step, loop.trainer.course.tensorboard) if folder else None)
 
 
-def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnProgress | None) -> None:
+def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgress | None) -> None:
     course, meter = loop.trainer.course, loop.meter
     loop.meter = Meter(loop.trainer.watch)
     seconds, losses = meter.seconds(), meter.losses(loop.ranks)

@@ -57,7 +57,7 @@ def losses_of(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in record.items() if name not in others and not name.startswith("share/")}
 
 
-OnProgress = Callable[[TrainProgress], None]
+OnTrainProgress = Callable[[TrainProgress], None]
 
 
 @dataclass(frozen=True)

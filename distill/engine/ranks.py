@@ -161,3 +161,8 @@ def _join(device: str) -> None:
         raise ConfigError(
             f"WORLD_SIZE is set, but the processes cannot meet at {where} ({reason}); start them with torchrun"
         ) from err
+
+
+def ranks_of_this_machine() -> int:
+    """How many processes share this machine's memory, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dtpipe.distill.engine.progress import OnProgress, RunResult, TrainProgress
+from dtpipe.distill.engine.progress import OnTrainProgress, RunResult, TrainProgress
 from dtpipe.distill.engine.ranks import error_of_another
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.manifests.errors import DtpipeError, IncompleteError, MissingPackageError
@@ -37,7 +37,7 @@ def train_on_ray(
     num_workers: int,
     gpus: bool,
     max_restarts: int,
-    on_progress: OnProgress | None = None,
+    on_progress: OnTrainProgress | None = None,
 ) -> R:
     """What `train` returns on the first of `num_workers` workers of the Ray cluster that this process is connected to.
 
@@ -118,7 +118,7 @@ def _await_stop(folder: Path, stop: StopRequest) -> None:
             stop.request(int((folder / STOP).read_text() or signal.SIGTERM))
 
 
-def _watch(folder: Path, stop: StopRequest, done: Callable[[], bool], on_progress: OnProgress | None) -> None:
+def _watch(folder: Path, stop: StopRequest, done: Callable[[], bool], on_progress: OnTrainProgress | None) -> None:
     """Until the run ends, pass a stop on to the workers, and their lines of metrics.jsonl to who asked."""
     asked, shown = False, len(read_metrics(folder))
     while not done():

@@ -25,7 +25,7 @@ from dtpipe.manifests.errors import ConfigError
 SECTIONS = {
     "extract": "dtpipe.extract.config:ExtractConfig",
     "distill": "dtpipe.distill.config:DistillConfig",
-    "train_teacher": "dtpipe.extract.train_config:TrainTeacherConfig",
+    "train_teacher": "dtpipe.distill.teacher.config:TrainTeacherConfig",
     "eval": "dtpipe.pipeline.config:EvalConfig",
     "export": "dtpipe.pipeline.config:ExportConfig",
     "report": "dtpipe.pipeline.config:ReportConfig",

@@ -10,7 +10,7 @@ from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
 
 if TYPE_CHECKING:
-    from dtpipe.distill.engine.progress import OnProgress, TrainProgress
+    from dtpipe.distill.engine.progress import OnTrainProgress, TrainProgress
     from dtpipe.distill.trainer import DistillResult
     from dtpipe.pipeline.live.data import TrainingInputs
 
@@ -93,7 +93,7 @@ def command(call: Call, fresh: bool) -> None:
     _print_result(call.console, result)
 
 
-def _train(inputs: TrainingInputs, on_progress: OnProgress, fresh: bool) -> DistillResult:
+def _train(inputs: TrainingInputs, on_progress: OnTrainProgress, fresh: bool) -> DistillResult:
     """In this process, which may be one of torchrun's, or on Ray workers."""
     config = inputs.config
     from dtpipe.distill.trainer import train, train_with_workers

@@ -8,7 +8,7 @@ from dtpipe.pipeline.cli.console import ProgressLine, format_seconds
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
-    from dtpipe.extract.train_teacher import TrainTeacherProgress
+    from dtpipe.distill.engine.progress import TrainProgress
 
 FLAGS = (
     Flag("--images", "train_teacher.images", "URL"),
@@ -45,10 +45,10 @@ def command(call: Call) -> None:
     Under torchrun, several GPUs share each batch.
     """
     config = call.settings("train_teacher")
-    from dtpipe.extract.train_teacher import train_teacher
+    from dtpipe.pipeline.train_teacher import train_teacher
 
     with ProgressLine("train-teacher") as line:
-        result = train_teacher(config, lambda progress: _show(line, progress, config.batch_size))
+        result = train_teacher(config, lambda progress: _show(line, progress))
     if result.rank:
         return  # of several processes the first speaks for all
     for reason in result.bad:
@@ -71,7 +71,10 @@ def command(call: Call) -> None:
     call.console.document(result)
 
 
-def _show(line: ProgressLine, progress: TrainTeacherProgress, batch_size: int) -> None:
-    left_s = (progress.steps - progress.step) * batch_size / progress.throughput_img_s
-    text = f"loss {progress.loss:.4f}  lr {progress.lr:.2e}  {progress.throughput_img_s:.1f} img/s  ETA {format_seconds(left_s)}"
-    line.update(progress.step, progress.steps, text)
+def _show(line: ProgressLine, progress: TrainProgress) -> None:
+    line.update(
+        progress.step,
+        progress.num_steps,
+        f"loss {progress.losses['loss']:.4f}  lr {progress.lr:.2e}  {progress.throughput_img_s:.1f} img/s  "
+        f"ETA {format_seconds(progress.remaining_s)}",
+    )

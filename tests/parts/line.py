@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dtpipe.distill.engine.device import seeded
 from dtpipe.distill.engine.loop import run
-from dtpipe.distill.engine.progress import OnProgress, RunResult
+from dtpipe.distill.engine.progress import OnTrainProgress, RunResult
 from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks
 from dtpipe.distill.engine.run_folder import RunSettings
 from dtpipe.distill.engine.timing import Stopwatch
@@ -116,7 +116,7 @@ def run_settings(config: LineConfig, **changes: Any) -> RunSettings:
 
 
 def fit(
-    config: LineConfig, after: AfterStep | None = None, on_progress: OnProgress | None = None, **changes: Any
+    config: LineConfig, after: AfterStep | None = None, on_progress: OnTrainProgress | None = None, **changes: Any
 ) -> RunResult:
     """As a command does it: alone, or as one of the ranks that the environment names."""
     with join_ranks("cpu") as ranks, seeded(config.seed, CPU):

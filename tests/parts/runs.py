@@ -8,7 +8,7 @@ import torch
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
-from dtpipe.distill.engine.progress import OnProgress
+from dtpipe.distill.engine.progress import OnTrainProgress
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.trainer import DistillResult, train
@@ -21,7 +21,7 @@ WITHOUT_BATCH_NORM = {
 }
 
 
-def train_on(data: OpenedData, config: DistillConfig, on_progress: OnProgress | None = None) -> DistillResult:
+def train_on(data: OpenedData, config: DistillConfig, on_progress: OnTrainProgress | None = None) -> DistillResult:
     """`train` with data from memory."""
     return train(config, on_progress=on_progress, open_source=lambda _config: data)
 

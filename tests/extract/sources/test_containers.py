@@ -139,28 +139,6 @@ def test_ray_workers_read_a_zip(
             ray.shutdown()
 
 
-def test_train_teacher_takes_a_zip(image_folder: Path, tmp_path: Path) -> None:
-    from dtpipe.extract.train_config import TrainTeacherConfig
-    from dtpipe.extract.train_teacher import train_teacher
-
-    tiny = {
-        "px": 16,
-        "channels": (8, 8, 16),
-        "blocks": 1,
-        "attention_strides": (4,),
-        "head_channels": 8,
-        "norm_groups": 4,
-    }
-    settings = {**tiny, "steps": 1, "batch_size": 3, "num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1}
-    sources = {"folder": image_folder, "zip": write_zip(tmp_path / "a.zip", folder_files(image_folder))}
-    results = [
-        train_teacher(TrainTeacherConfig.model_validate({**settings, "images": str(path), "out": str(tmp_path / name)}))
-        for name, path in sources.items()
-    ]
-    assert [result.num_images for result in results] == [8, 8]
-    assert results[0].loss == results[1].loss
-
-
 def test_labels_follow_images_into_containers(packed: tuple[str, Path], files: dict[str, bytes]) -> None:
     kind, path = packed
     folder_names = {key: {"zip": TAR, "parquet": key.split("/")[1]}.get(kind) for key in files}

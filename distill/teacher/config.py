@@ -12,9 +12,12 @@ from pydantic import Field, field_validator, model_validator
 
 from dtpipe.manifests.schema import Filter, Resize, Size, StrictModel, height_width
 
-EXECUTION = frozenset(
-    {"images", "out", "steps", "decay_steps", "max_hours", "checkpoint_every", "log_every", "threads", "device"}
-) | frozenset({"dtype", "num_samples", "sample_steps", "max_bad", "decode_threads"})
+TEACHER_EXECUTION = frozenset(
+    {
+        *("images", "out", "steps", "decay_steps", "max_hours", "checkpoint_every", "log_every", "threads", "device"),
+        *("dtype", "num_samples", "sample_steps", "max_bad", "decode_threads"),
+    }
+)
 """Fields that may change between runs of one teacher; the others must stay as they were."""
 
 

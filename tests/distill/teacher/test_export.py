@@ -1,0 +1,89 @@
+"""What is written as a teacher, and from which checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dtpipe.distill.engine.checkpoint import load_checkpoint, save_checkpoint
+from dtpipe.distill.teacher.config import TrainTeacherConfig
+from dtpipe.distill.teacher.export import TRAIN_TEACHER, export_teacher, tile
+from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
+from parts.ddpm_training import changed, draw_grey, tiny_teacher, train
+
+
+def test_a_folder_holds_the_moving_average_its_record_and_a_grid(tmp_path):
+    config = tiny_teacher(tmp_path)
+    result = train(config)
+    saved = load_checkpoint(tmp_path / "last.pt", TRAIN_TEACHER)
+    written = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in written.items())
+    assert any((saved["ema"][name] != saved["unet"][name]).any() for name in saved["ema"])
+    record = json.loads((tmp_path / "train.json").read_text())
+    assert record["step"] == 6
+    again = {"images": config.images, "out": config.out, "device": "cpu", "threads": 1}
+    assert TrainTeacherConfig.model_validate(record["train_teacher"] | again) == config
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert record["loss_of_last_steps"] == pytest.approx(np.mean([line["loss"] for line in lines]), abs=1e-6)
+    assert result.loss == lines[-1]["loss"]
+    with Image.open(result.samples) as grid:
+        assert grid.size == (32, 32)  # three samples in a grid of four
+        assert grid.getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_a_class_conditional_teacher_says_its_classes(tmp_path):
+    config = tiny_teacher(tmp_path, class_conditional=True, label_dropout=0.5, steps=2)
+    result = train(config)
+    assert json.loads((tmp_path / "classes.json").read_text()) == {"classes": ["cat", "dog"], "null_class": 2}
+    assert json.loads((tmp_path / "unet" / "config.json").read_text())["num_class_embeds"] == 3
+    weights = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert weights["class_embedding.weight"].shape[0] == 3
+    with Image.open(result.samples) as grid:
+        assert grid.getpixel((0, 0)) == (102, 102, 102)  # drawn for two classes
+    export_teacher(tmp_path, tmp_path / "without", draw_grey)
+    plain = changed(config, label_dropout=0.0, out=str(tmp_path / "plain"))
+    assert json.loads((train(plain).out / "classes.json").read_text())["null_class"] is None
+
+
+def test_half_precision_weights_are_written_as_such(tmp_path):
+    train(tiny_teacher(tmp_path, steps=1, dtype="float16"))
+    saved = load_checkpoint(tmp_path / "last.pt", TRAIN_TEACHER)["ema"]
+    written = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, saved[name].half()) for name, value in written.items())
+    export_teacher(tmp_path, tmp_path / "elsewhere", draw_grey, "float32")
+    written = load_file(tmp_path / "elsewhere" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in written.items())
+
+
+def test_a_checkpoint_that_is_damaged_or_of_something_else_is_named(tmp_path):
+    train(tiny_teacher(tmp_path, steps=1))
+    last = tmp_path / "last.pt"
+    state = load_checkpoint(last, TRAIN_TEACHER)
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(DamagedDataError, match=r"last\.pt: the checkpoint cannot be read"):
+        train(tiny_teacher(tmp_path))
+    save_checkpoint(last, TRAIN_TEACHER, {**state, "config": {**state["config"], "px": "wide"}})
+    with pytest.raises(DamagedDataError, match=r"last\.pt: its settings are not this version's \(px"):
+        export_teacher(tmp_path, tmp_path, draw_grey)
+    save_checkpoint(last, "distill", {"step": 1})
+    with pytest.raises(InputError, match="not a checkpoint of dtpipe train-teacher"):
+        export_teacher(tmp_path, tmp_path, draw_grey)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    train(tiny_teacher(tmp_path, steps=1))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write the teacher"):
+        export_teacher(tmp_path, tmp_path / "file" / "teacher", draw_grey)
+    with pytest.raises(StoreError, match="the run folder cannot be written"):
+        train(tiny_teacher(tmp_path / "file" / "teacher"))
+
+
+def test_tiles_fill_rows():
+    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    np.testing.assert_array_equal(tile(images)[::2, ::2, 0], [[0, 1], [2, 0]])
