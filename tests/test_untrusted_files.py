@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import TeacherError
 from parts import sd_pipelines
+from parts.damage import Attack
 from parts.paths import REPO
 
 FILES = sorted(
@@ -78,16 +78,6 @@ def test_a_loader_that_runs_code_would_be_found(source: str, found: bool) -> Non
 
 
 # Layouts of several files, each of which is a place for a pickle
-
-
-class Attack:
-    """Its pickle leaves a file."""
-
-    def __init__(self, trap: Path) -> None:
-        self.trap = trap
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.trap}",)
 
 
 @pytest.fixture(scope="module")

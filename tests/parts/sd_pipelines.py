@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditi
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from parts.tensors import hooked
+
 PX = 64
 WIDTH = 16  # of the text embedding
 TOKENS = 12
@@ -129,17 +131,9 @@ def plain_features(
     vae = AutoencoderKL.from_pretrained(root / "vae", local_files_only=True).eval()
     unet = UNet2DConditionModel.from_pretrained(root / "unet", local_files_only=True).eval()
     text = plain_text(root, prompt).expand(len(images), -1, -1)
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(name: str, output: object) -> None:
-        seen[name] = output[0] if isinstance(output, tuple) else output
-
-    for name, path in taps.items():
-        unet.get_submodule(path).register_forward_hook(lambda _module, _args, output, name=name: keep(name, output))
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
         latents = posterior.mean if vae_noise is None else posterior.mean + posterior.std * vae_noise
         steps = torch.full((len(images),), timestep)
         noisy = DDPMScheduler(**BETAS).add_noise(latents * vae.config.scaling_factor, noise, steps)
-        unet(noisy, steps, text)
-    return seen
+    return hooked(unet, taps, lambda: unet(noisy, steps, text))

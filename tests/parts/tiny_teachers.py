@@ -12,6 +12,7 @@ import torch
 
 from parts import biggan_cases, sd_pipelines, stylegan2_snapshots
 from parts.paths import FIXTURES
+from parts.tensors import random_weights
 
 SMALL = {"student": {"name": "resnet10t"}, "regressor": {"width": 8}, "micro_batch": 2, "device": "cpu"}
 
@@ -37,12 +38,7 @@ class TinyTeacher:
 def adm(folder: Path) -> TinyTeacher:
     """guided-diffusion's 256 px layout at an eighth of the width."""
     shapes = json.loads(str(np.load(FIXTURES / "adm" / "adm256_layout.npz")["about"]))["shapes"]
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
-        for name, shape in shapes.items()
-    }
-    torch.save(tensors, folder / "256x256_diffusion_uncond.pt")
+    torch.save(random_weights(shapes), folder / "256x256_diffusion_uncond.pt")
     options = {"num_head_channels": 32, "use_new_attention_order": False, "noise_schedule": "linear", "image_px": 64}
     return TinyTeacher(folder / "256x256_diffusion_uncond.pt", 32, options=options)
 

@@ -24,6 +24,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts.paths import SHARED
+from parts.tensors import relative
 
 FACES = SHARED / "weights" / "dcgan_faces64" / "netG.pth"
 PACKAGE = "my_nets_of_a_user"
@@ -157,10 +158,6 @@ def dcgan_by_hand(tensors: dict[str, torch.Tensor], z: torch.Tensor) -> tuple[to
     return torch.tanh(F.conv_transpose2d(maps, tensors["main.12.weight"], stride=2, padding=1)), levels
 
 
-def largest_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
-
-
 def test_images_and_levels_are_those_of_the_formula(weights: Path) -> None:
     teacher = load(weights)
     assert isinstance(teacher, Generator) and not isinstance(teacher, Encoder)
@@ -173,10 +170,10 @@ def test_images_and_levels_are_those_of_the_formula(weights: Path) -> None:
     z = torch.from_numpy(draw_noise(0, "key", 0, "z", (3, 12, 1, 1)))
     images, levels = teacher.synthesize({"z": z})
     wanted, wanted_levels = dcgan_by_hand(torch.load(weights, weights_only=True), z)
-    assert largest_error(images, wanted) < 1e-5
-    assert max(largest_error(level, wanted_levels[name]) for name, level in levels.items()) < 1e-5
+    assert relative(images, wanted) < 1e-5
+    assert max(relative(level, wanted_levels[name]) for name, level in levels.items()) < 1e-5
     alone, _ = teacher.synthesize({"z": z[1:2]})
-    assert largest_error(alone, wanted[1:2]) < 1e-5
+    assert relative(alone, wanted[1:2]) < 1e-5
 
 
 @pytest.mark.skipif(not FACES.is_file(), reason="no ../shared/weights/dcgan_faces64")
@@ -185,8 +182,8 @@ def test_real_faces(nets: Any) -> None:
     z = torch.from_numpy(draw_noise(0, "key", 0, "z", (8, 100, 1, 1)))
     images, levels = teacher.synthesize({"z": z})
     wanted, wanted_levels = dcgan_by_hand(torch.load(FACES, weights_only=True), z)
-    assert largest_error(images, wanted) < 1e-4
-    assert max(largest_error(level, wanted_levels[name]) for name, level in levels.items()) < 1e-4
+    assert relative(images, wanted) < 1e-4
+    assert max(relative(level, wanted_levels[name]) for name, level in levels.items()) < 1e-4
     assert [level.channels for level in teacher.spec.levels] == [128, 256, 512]
     assert float(images.std(0).mean()) > 0.2  # faces differ
     neighbours = (images[:, :, :, 1:] - images[:, :, :, :-1]).abs().mean()
@@ -228,9 +225,9 @@ def test_low_precision_is_near(dtype: str, limit: float, weights: Path) -> None:
     z = torch.from_numpy(draw_noise(0, "key", 0, "z", (2, 12, 1, 1)))
     exact, found = load(weights).synthesize({"z": z}), load(weights, dtype=dtype).synthesize({"z": z})
     assert found[0].dtype == torch.float32
-    assert 0 < largest_error(found[0], exact[0].double()) < limit
+    assert 0 < relative(found[0], exact[0].double()) < limit
     assert all(level.dtype in (torch.float16, torch.float32) for level in found[1].values())
-    assert all(largest_error(level, exact[1][name].double()) < limit for name, level in found[1].items())
+    assert all(relative(level, exact[1][name].double()) < limit for name, level in found[1].items())
 
 
 def test_an_encoder_reads_images_in_its_own_range(nets: Any, tmp_path: Path) -> None:

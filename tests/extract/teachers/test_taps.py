@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtpipe.extract.teachers.taps import TapReader, find_levels, level_name, named_levels
 from dtpipe.manifests.errors import TeacherError
+from parts.tensors import hooked
 
 
 class Decoder(nn.Module):
@@ -49,21 +50,6 @@ def decoder() -> Decoder:
     return Decoder().eval()
 
 
-def full_hooks(network: nn.Module, forward, paths) -> dict[str, torch.Tensor]:
-    """Outputs of a whole forward pass, read independently of TapReader."""
-    seen: dict[str, torch.Tensor] = {}
-    handles = [
-        dict(network.named_modules())[path].register_forward_hook(
-            lambda _m, _i, out, path=path: seen.__setitem__(path, out.clone())
-        )
-        for path in paths
-    ]
-    forward()
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def test_the_last_layer_of_each_stride_is_the_level(decoder):
     levels = find_levels(decoder, lambda: decoder(IMAGES), 16, LAYERS, strides=(1, 2, 4, 8))
     assert [(level.name, level.stride, level.channels, level.tap) for level in levels.values()] == [
@@ -81,7 +67,7 @@ def test_early_stop_gives_the_features_of_a_whole_pass(decoder):
     taps = {"l2": "coarse", "l1": "middle.1"}
     read = TapReader(decoder, taps).read(lambda: decoder(IMAGES))
     assert decoder.num_fine_calls == 0  # the pass ended before
-    whole = full_hooks(decoder, lambda: decoder(IMAGES), taps.values())
+    whole = hooked(decoder, {path: path for path in taps.values()}, lambda: decoder(IMAGES))
     assert list(read) == ["l2", "l1"]
     for name, path in taps.items():
         assert torch.equal(read[name], whole[path])

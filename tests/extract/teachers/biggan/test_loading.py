@@ -18,6 +18,7 @@ from dtpipe.extract.teachers.biggan.teacher import is_biggan_path, load_biggan_t
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from parts import biggan_cases as cases
+from parts.damage import Attack
 
 Weights = dict[str, torch.Tensor]
 
@@ -89,18 +90,13 @@ def test_strange_paths_are_not_taken_for_one(tmp_path):
 
 
 def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path):
-    class Trap:
-        def __reduce__(self) -> Any:
-            return (Path.touch, (tmp_path / "executed",))
-
-    with (tmp_path / "G_ema.pth").open("wb") as file:
-        pickle.dump(
-            {"linear.weight": Trap(), "blocks.0.0.conv1.weight": 0, "output_layer.2.weight": 0}, file, protocol=2
-        )
-    assert is_biggan_path(str(tmp_path / "G_ema.pth"))
+    path, attack = tmp_path / "G_ema.pth", Attack(tmp_path / "executed")
+    tensors = {"linear.weight": attack, "blocks.0.0.conv1.weight": 0, "output_layer.2.weight": 0}
+    path.write_bytes(pickle.dumps(tensors, protocol=2))
+    assert is_biggan_path(str(path))
     with pytest.raises(TeacherError, match=r"G_ema\.pth"):
-        load(tmp_path / "G_ema.pth")
-    assert not (tmp_path / "executed").exists()
+        load(path)
+    assert not attack.trap.exists()
 
 
 def _without(name: str) -> Callable[[Weights], Weights]:

@@ -22,6 +22,7 @@ from dtpipe.extract.teachers.diffusion.process import ddim_invert, predict_clean
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher
 from dtpipe.manifests.schema import ViewSpec
 from parts import paths
+from parts.tensors import hooked
 
 FIXTURES = paths.FIXTURES / "adm"
 PARITY = paths.PARITY / "adm"
@@ -166,16 +167,9 @@ def layers(unet: Any) -> dict[str, str]:
 
 def run(unet: Any, images: torch.Tensor, data: Arrays) -> dict[str, torch.Tensor]:
     """Output of one whole pass, and of every layer that has an array."""
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        unet.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
-        for name, path in layers(unet).items()
-    ]
-    with torch.inference_mode():
-        seen["output"] = unet(images, torch.from_numpy(data["t"]))[0]
-    for hook in hooks:
-        hook.remove()
-    return seen
+    outputs: list[torch.Tensor] = []
+    seen = hooked(unet, layers(unet), lambda: outputs.append(unet(images, torch.from_numpy(data["t"]))[0]))
+    return seen | {"output": outputs[0]}
 
 
 # Float32

@@ -27,8 +27,9 @@ from dtpipe.extract.teachers.files.published import published_teachers
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
-from dtpipe.manifests.schema import ViewSpec
 from parts import paths
+from parts.damage import Attack
+from parts.tensors import randn, random_weights, views
 
 FIXTURES = paths.FIXTURES / "adm"
 PLAIN: dict[str, Any] = {
@@ -40,24 +41,19 @@ PLAIN: dict[str, Any] = {
 Weights = dict[str, torch.Tensor]
 
 
-def random_weights(case: str) -> Weights:
+def weights_of(case: str) -> Weights:
     """The tensors of a fixture's network, with other values."""
-    shapes = json.loads(str(np.load(FIXTURES / f"{case}.npz")["about"]))["shapes"]
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
-        for name, shape in shapes.items()
-    }
+    return random_weights(json.loads(str(np.load(FIXTURES / f"{case}.npz")["about"]))["shapes"])
 
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    return random_weights("plain")
+    return weights_of("plain")
 
 
 @pytest.fixture(scope="module")
 def conditional() -> Weights:
-    return random_weights("class_cond")
+    return weights_of("class_cond")
 
 
 @pytest.fixture
@@ -71,9 +67,7 @@ def load(file: Path, options: dict[str, Any] = PLAIN, **changes: Any) -> Any:
 
 
 def encode(teacher: Any) -> Weights:
-    generator = torch.Generator().manual_seed(1)
-    images, noise = (torch.randn(shape, generator=generator) for shape in ((1, 3, 32, 64), (1, 1, 3, 32, 64)))
-    features: Weights = teacher.encode(images, {"forward": noise}, [ViewSpec(draw=0, timestep=50)])
+    features: Weights = teacher.encode(randn(1, 3, 32, 64), {"forward": randn(1, 1, 3, 32, 64, seed=1)}, views(50))
     return features
 
 
@@ -114,7 +108,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
 
 def test_the_256_px_layout_needs_no_options():
     """The published shapes, as the fixture's with eight times the channels."""
-    shapes = {name: tuple(each.shape) for name, each in random_weights("adm256_layout").items()}
+    shapes = {name: tuple(each.shape) for name, each in weights_of("adm256_layout").items()}
     layout = infer_adm_layout(
         {name: tuple(side * 8 if side >= 32 else side for side in shape) for name, shape in shapes.items()}, "file"
     )
@@ -182,7 +176,7 @@ def anonymous_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory counters")
 def test_weights_are_mapped_not_copied(tmp_path):
     options = {"num_head_channels": 64, "use_new_attention_order": False, "noise_schedule": "linear", "image_px": 64}
-    shapes = {name: tuple(each.shape) for name, each in random_weights("adm256_layout").items()}
+    shapes = {name: tuple(each.shape) for name, each in weights_of("adm256_layout").items()}
     wide = {name: torch.zeros([side * 3 if side >= 32 else side for side in shape]) for name, shape in shapes.items()}
     torch.save(wide, tmp_path / "wide.pt")
     del wide
@@ -247,16 +241,12 @@ def test_files_are_recognised_by_their_tensors_names(file, weights, tmp_path):
         assert not is_adm_file(str(path)), path
 
 
-class Attack:
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return (Path.touch, (Path("attacked"),))
-
-
 def test_a_pickle_is_never_executed(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(weights | {"extra": Attack()}, "attack.pt")
+    attack = Attack(tmp_path / "attacked")
+    torch.save(weights | {"extra": attack}, "attack.pt")
     Path("plain.pt").write_bytes(
-        pickle.dumps({"input_blocks.0.0.weight": Attack(), "time_embed.0.weight": 0}, protocol=2)
+        pickle.dumps({"input_blocks.0.0.weight": attack, "time_embed.0.weight": 0}, protocol=2)
     )
     for name in ("attack.pt", "plain.pt"):
         assert is_adm_file(name)
@@ -264,7 +254,7 @@ def test_a_pickle_is_never_executed(weights, tmp_path, monkeypatch):
             TeacherError, match=r"not readable as weights .it holds other things than tensors, none of which was run"
         ):
             load(Path(name))
-    assert not Path("attacked").exists()
+    assert not attack.trap.exists()
 
 
 def test_the_kind_can_be_named(file):

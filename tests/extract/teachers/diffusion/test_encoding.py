@@ -22,6 +22,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts.extractions import MakeConfig
+from parts.tensors import hooked, randn, relative, views
 
 PX = 32
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -29,18 +30,6 @@ BETAS = np.linspace(1e-4, 0.02, 1000)
 KEPT = np.cumprod(1 - BETAS)
 INVERSION: dict[str, Any] = {"encoding": "ddim_inversion", "inversion_stride": 20}
 TAPS = {"l3": "up_blocks.0.resnets.1", "l2": "up_blocks.1.resnets.1"}
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def views(*timesteps: int, flips: tuple[bool, ...] = (False,)) -> list[ViewSpec]:
-    return [ViewSpec(draw=0, timestep=timestep, flip=flip) for timestep in timesteps for flip in flips]
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.fixture
@@ -59,16 +48,7 @@ def unet(ddpm: Path) -> Any:
 
 def levels_of(unet: Any, noisy: torch.Tensor, timestep: int) -> dict[str, torch.Tensor]:
     """Levels of the tiny teacher by a whole forward pass."""
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        unet.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
-        for name, path in TAPS.items()
-    ]
-    with torch.inference_mode():
-        unet(noisy, timestep)
-    for hook in hooks:
-        hook.remove()
-    return seen
+    return hooked(unet, TAPS, lambda: unet(noisy, timestep))
 
 
 def inverted(unet: Any, images: torch.Tensor, last: int, stride: int, clip: bool = False) -> torch.Tensor:

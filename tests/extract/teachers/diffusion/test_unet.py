@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,11 @@ from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import ViewSpec
+from parts.damage import Attack, edit_json
+from parts.tensors import hooked, randn, relative, views
 
 PX = 64
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def save_unet(folder: Path, scheduler: bool = True, **changes: object) -> Path:
@@ -65,18 +64,6 @@ def broken(unet_folder, tmp_path) -> Path:
 
 def load(folder: Path | str, **changes: object) -> DiffusionTeacher:
     return load_ddpm_teacher(TeacherConfig.model_validate({"path": str(folder), **changes}))
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def views(*timesteps: int, flip: bool = False) -> list[ViewSpec]:
-    return [ViewSpec(draw=0, timestep=timestep, flip=flip) for timestep in timesteps]
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 # What a teacher says of itself
@@ -166,17 +153,13 @@ def test_features_are_those_of_one_whole_denoising_call(unet_folder, teacher):
     images, noise = randn(2, 3, PX, PX, seed=1).clamp(-1, 1), randn(2, 2, 3, PX, PX, seed=2)
     encoded = teacher.encode(images, {"forward": noise}, views(50, 400))
     unet = UNet2DModel.from_pretrained(unet_folder).eval()
-    seen: dict[str, torch.Tensor] = {}
-    for level in teacher.spec.levels:
-        unet.get_submodule(level.tap).register_forward_hook(
-            lambda _m, _i, out, name=level.name: seen.__setitem__(name, out)
-        )
+    taps = {level.name: level.tap for level in teacher.spec.levels}
     betas = np.linspace(1e-4, 0.02, 1000)
     for view_idx, timestep in enumerate((50, 400)):
         kept = np.prod(1 - betas[: timestep + 1])
         noisy = kept**0.5 * images.double() + (1 - kept) ** 0.5 * noise[:, view_idx].double()
-        with torch.inference_mode():
-            unet(noisy.float(), torch.tensor([timestep, timestep]))
+        noisy, steps = noisy.float(), torch.tensor([timestep, timestep])
+        seen = hooked(unet, taps, partial(unet, noisy, steps))
         for name, features in encoded.items():
             assert features[:, view_idx].shape == seen[name].shape
             assert relative(features[:, view_idx], seen[name]) < 1e-5  # x_T differs by float32 rounding
@@ -184,7 +167,7 @@ def test_features_are_those_of_one_whole_denoising_call(unet_folder, teacher):
 
 def test_a_flipped_view_is_the_flipped_image_encoded(teacher):
     images, noise = randn(2, 3, PX, PX, seed=1), randn(2, 1, 3, PX, PX, seed=2)
-    flipped = teacher.encode(images, {"forward": noise}, views(50, flip=True))
+    flipped = teacher.encode(images, {"forward": noise}, views(50, flips=[True]))
     wanted = teacher.encode(images.flip(-1), {"forward": noise}, views(50))
     plain = teacher.encode(images, {"forward": noise}, views(50))
     for name in wanted:
@@ -387,20 +370,14 @@ def test_a_class_that_does_not_fit_the_network_is_refused(tmp_path, classes, lab
         load(folder, options={} if label is None else {"class_label": label})
 
 
-class Attack:
-    def __reduce__(self):
-        return (Path.touch, (Path("attacked"),))
-
-
-def test_a_pickle_is_never_executed(broken, monkeypatch):
-    monkeypatch.chdir(broken)
+def test_a_pickle_is_never_executed(broken):
     (broken / WEIGHTS).unlink()
-    for content in (pickle.dumps(Attack()), None):
-        path = broken / "diffusion_pytorch_model.bin"
-        path.write_bytes(content) if content else torch.save({"conv_in.bias": Attack()}, path)
+    path, attack = broken / "diffusion_pytorch_model.bin", Attack(broken / "attacked")
+    for content in (pickle.dumps(attack), None):
+        path.write_bytes(content) if content else torch.save({"conv_in.bias": attack}, path)
         with pytest.raises(TeacherError, match="not readable as weights"):
             load(broken)
-    assert not (broken / "attacked").exists()
+    assert not attack.trap.exists()
 
 
 def test_a_file_is_refused(unet_folder):

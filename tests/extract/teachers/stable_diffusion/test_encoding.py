@@ -19,24 +19,12 @@ from dtpipe.extract.teachers.stable_diffusion.teacher import StableDiffusionTeac
 from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
-from dtpipe.manifests.schema import ViewSpec
 from parts import sd_pipelines as pipelines
+from parts.tensors import hooked, randn, random_images, view
 
 INVERSION = {"encoding": "ddim_inversion", "inversion_stride": 20}
 PREDICTIONS = ("epsilon", "v_prediction")
 Levels = dict[str, torch.Tensor]
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def images(batch: int = 2) -> torch.Tensor:
-    return torch.rand((batch, 3, 64, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def view(timestep: int, draw: int = 0, flip: bool = False) -> ViewSpec:
-    return ViewSpec(draw=draw, timestep=timestep, flip=flip)
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +81,7 @@ class Plain:
         return x
 
     def levels(self, noisy: torch.Tensor, timestep: int, taps: dict[str, str]) -> Levels:
-        seen: Levels = {}
-
-        def keep(name: str, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        hooks = [
-            self.unet.get_submodule(path).register_forward_hook(lambda _m, _a, output, name=name: keep(name, output))
-            for name, path in taps.items()
-        ]
-        self.call(noisy, timestep)
-        for hook in hooks:
-            hook.remove()
-        return seen
+        return hooked(self.unet, taps, lambda: self.call(noisy, timestep))
 
 
 def taps_of(teacher: StableDiffusionTeacher) -> dict[str, str]:
@@ -123,16 +99,16 @@ def test_inversion_is_the_rule_written_out(load, folders, prediction):
     teacher, plain = load(prediction, **INVERSION), Plain(folders[prediction], prediction)
     assert teacher.spec.noise_shapes == {}
     views = [view(100), view(40), view(40, flip=True), view(0)]
-    found = teacher.encode(images(), {}, views)
+    found = teacher.encode(random_images(), {}, views)
     for idx, each in enumerate(views):
-        shown = images().flip(-1) if each.flip else images()
+        shown = random_images().flip(-1) if each.flip else random_images()
         noisy = plain.inverted(plain.latent(shown), each.timestep, 20)
         assert_close(found, plain.levels(noisy, each.timestep, taps_of(teacher)), idx)
 
 
 def test_a_prediction_read_as_another_goes_elsewhere(load, folders):
     """The two pipelines have the same weights; only the scheduler says what they predict."""
-    found = [load(prediction, **INVERSION).encode(images(), {}, [view(100)])["l3"] for prediction in PREDICTIONS]
+    found = [load(prediction, **INVERSION).encode(random_images(), {}, [view(100)])["l3"] for prediction in PREDICTIONS]
     assert float((found[0] - found[1]).abs().max() / found[0].abs().max()) > 0.01
 
 
@@ -143,7 +119,7 @@ def test_the_views_of_one_image_share_a_trajectory(load, monkeypatch):
     monkeypatch.setattr(
         teacher, "predict_noise", lambda noisy, timestep: calls.append(timestep) or whole(noisy, timestep)
     )
-    teacher.encode(images(), {}, [view(60), view(20)])
+    teacher.encode(random_images(), {}, [view(60), view(20)])
     assert calls == [0, 20, 40]
 
 
@@ -151,10 +127,10 @@ def test_an_ensemble_is_the_mean_over_its_draws(load, folders):
     teacher, plain = load(ensemble=3), Plain(folders["epsilon"], "epsilon")
     assert teacher.spec.noise_shapes == {"forward": (3, 4, -8, -8)}
     draws = randn(2, 1, 3, 4, 8, 8)
-    found = teacher.encode(images(), {"forward": draws}, [view(150)])
+    found = teacher.encode(random_images(), {"forward": draws}, [view(150)])
     scheduler, steps = DDPMScheduler(**pipelines.BETAS), torch.full((2,), 150)
     members = [
-        plain.levels(scheduler.add_noise(plain.latent(images()), draws[:, 0, idx], steps), 150, taps_of(teacher))
+        plain.levels(scheduler.add_noise(plain.latent(random_images()), draws[:, 0, idx], steps), 150, taps_of(teacher))
         for idx in range(3)
     ]
     assert_close(found, {name: torch.stack([each[name] for each in members]).mean(0) for name in members[0]})
@@ -165,11 +141,11 @@ def test_each_member_has_its_own_sample_of_the_posterior(load, folders):
     teacher, plain = load(ensemble=2, latent="sampled"), Plain(folders["epsilon"], "epsilon")
     assert set(teacher.spec.noise_shapes.values()) == {(2, 4, -8, -8)}
     noise = {"forward": randn(2, 1, 2, 4, 8, 8), "vae": randn(2, 1, 2, 4, 8, 8, seed=1)}
-    found = teacher.encode(images(), noise, [view(150)])
+    found = teacher.encode(random_images(), noise, [view(150)])
     scheduler, steps = DDPMScheduler(**pipelines.BETAS), torch.full((2,), 150)
     members = []
     for idx in range(2):
-        latent = plain.latent(images(), noise["vae"][:, 0, idx])
+        latent = plain.latent(random_images(), noise["vae"][:, 0, idx])
         members.append(
             plain.levels(scheduler.add_noise(latent, noise["forward"][:, 0, idx], steps), 150, taps_of(teacher))
         )
@@ -180,25 +156,27 @@ def test_draws_of_the_posterior_are_inverted_apart(load, folders):
     teacher, plain = load(latent="sampled", **INVERSION), Plain(folders["epsilon"], "epsilon")
     assert teacher.spec.noise_shapes == {"vae": (4, -8, -8)}
     noise = {"vae": randn(2, 2, 4, 8, 8, seed=1)}
-    found = teacher.encode(images(), noise, [view(40, draw=0), view(40, draw=1)])
+    found = teacher.encode(random_images(), noise, [view(40, draw=0), view(40, draw=1)])
     for idx in range(2):
-        noisy = plain.inverted(plain.latent(images(), noise["vae"][:, idx]), 40, 20)
+        noisy = plain.inverted(plain.latent(random_images(), noise["vae"][:, idx]), 40, 20)
         assert_close(found, plain.levels(noisy, 40, taps_of(teacher)), idx)
 
 
 def test_channels_last_gives_the_same_up_to_rounding(load):
     noise = {"forward": randn(2, 1, 4, 8, 8)}
-    plain, laid_out = load().encode(images(), noise, [view(150)]), load(channels_last=True)
+    plain, laid_out = load().encode(random_images(), noise, [view(150)]), load(channels_last=True)
     assert laid_out._unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert_close(laid_out.encode(images(), noise, [view(150)]), {name: level[:, 0] for name, level in plain.items()})
+    assert_close(
+        laid_out.encode(random_images(), noise, [view(150)]), {name: level[:, 0] for name, level in plain.items()}
+    )
 
 
 def test_compiled_layers_give_the_same_under_the_constant_text(load, graphs):
     noise = {"forward": randn(2, 1, 4, 8, 8)}
-    wanted = load().encode(images(), noise, [view(150)])
+    wanted = load().encode(random_images(), noise, [view(150)])
     for _ in range(2):
         assert_close(
-            load(compile=True).encode(images(), noise, [view(150)]),
+            load(compile=True).encode(random_images(), noise, [view(150)]),
             {name: level[:, 0] for name, level in wanted.items()},
         )
     assert len(graphs) >= 8
@@ -232,7 +210,7 @@ def test_a_recipe_says_what_differs_and_nothing_else(load):
 )
 def test_what_does_not_fit_is_refused(load, options, views, noise, error, message):
     with pytest.raises(error, match=message):
-        load(**options).encode(images(), noise, views)
+        load(**options).encode(random_images(), noise, views)
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -29,6 +29,7 @@ from dtpipe.extract.teachers.stable_diffusion.teacher import load_stable_diffusi
 from dtpipe.extract.teachers.stable_diffusion.text import embed_prompt, read_embedding
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
 from parts import sd_pipelines as pipelines
+from parts.damage import edit_json, edit_tensors
 
 SD_14_UNET = {
     "act_fn": "silu",
@@ -64,16 +65,6 @@ def broken(folder, tmp_path) -> Path:
 
 def load(path: Path | str, revision: str | None = None, **options: object) -> Any:
     return load_stable_diffusion(TeacherConfig(path=str(path), revision=revision, options=options))
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 # What is read

@@ -26,6 +26,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_images, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts import sd_pipelines as pipelines
+from parts.tensors import randn, random_images, relative, view
 
 SD2 = {
     "layers_per_block": 2,
@@ -35,20 +36,11 @@ SD2 = {
 }
 
 
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def images(batch: int = 2, height: int = 64, width: int = 128) -> torch.Tensor:
-    return torch.rand((batch, 3, height, width), generator=torch.Generator().manual_seed(1)) * 2 - 1
+images = functools.partial(random_images, width=128)
 
 
 def noise(batch: int = 2, views: int = 1, *streams: str) -> dict[str, torch.Tensor]:
     return {stream: randn(batch, views, 4, 8, 16, seed=idx) for idx, stream in enumerate(streams or ("forward",))}
-
-
-def view(timestep: int = 150, flip: bool = False) -> ViewSpec:
-    return ViewSpec(draw=0, timestep=timestep, flip=flip)
 
 
 def load(
@@ -62,10 +54,6 @@ loaded = functools.cache(load)  # for tests that leave the teacher as it is
 
 def taps_of(teacher: StableDiffusionTeacher) -> dict[str, str]:
     return {level.name: level.tap for level in teacher.spec.levels}
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.float() - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +361,7 @@ def test_the_vae_stays_in_float32_with_a_float32_teacher(folder, teacher):
 
 def test_sizes_noise_and_timesteps_that_do_not_fit_are_refused(teacher):
     with pytest.raises(ShapeError, match="images are 64x96; this teacher needs sides that are multiples of 64"):
-        teacher.encode(images(2, 64, 96), noise(), [view()])
+        teacher.encode(random_images(2, 64, 96), noise(), [view()])
     with pytest.raises(
         ShapeError, match=r"noise\['forward'\] is \(2, 1, 4, 8, 16\), latents and views ask for \(2, 2, 4, 8, 16\)"
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from dtpipe.extract.teachers.stylegan2.teacher import StyleGan2Teacher, is_style
 from dtpipe.manifests.errors import TeacherError
 from parts import paths
 from parts import stylegan2_snapshots as files
+from parts.damage import Attack
 
 FIXTURES = paths.FIXTURES / "stylegan2"
 PARITY = paths.PARITY / "stylegan2_nvidia"
@@ -106,16 +106,6 @@ def test_source_text_in_a_snapshot_is_not_run(tmp_path: Path, monkeypatch: pytes
     assert not Path("executed").exists()
 
 
-class Bomb:
-    """Pickled as a call that leaves a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.path}",)
-
-
 class Storage:
     """A storage whose bytes are a pickle of another thing."""
 
@@ -138,17 +128,17 @@ class Rebuilt:
 
 def bombs(trap: Path) -> dict[str, Callable[[dict[str, Any]], None]]:
     """Places in a snapshot where code can be put."""
-    storage = Storage([Bomb(trap)] * 5)
+    storage = Storage([Attack(trap)] * 5)
     networks = {"noise_const": Rebuilt(storage, 0, (4, 4), (4, 1), False, {})}
     return {
-        "beside the networks": lambda content: content.update(extra=Bomb(trap)),
-        "in the settings of the training set": lambda content: content["training_set_kwargs"].update(x=Bomb(trap)),
-        "in a module": lambda content: state(content).update(hook=Bomb(trap)),
-        "in place of a module": lambda content: state(content)["_modules"].update(synthesis=Bomb(trap)),
-        "in place of a tensor": lambda content: layer(content)["_buffers"].update(noise_const=Bomb(trap)),
+        "beside the networks": lambda content: content.update(extra=Attack(trap)),
+        "in the settings of the training set": lambda content: content["training_set_kwargs"].update(x=Attack(trap)),
+        "in a module": lambda content: state(content).update(hook=Attack(trap)),
+        "in place of a module": lambda content: state(content)["_modules"].update(synthesis=Attack(trap)),
+        "in place of a tensor": lambda content: layer(content)["_buffers"].update(noise_const=Attack(trap)),
         "inside a storage": lambda content: layer(content)["_buffers"].update(networks),
         "as a shape": lambda content: layer(content)["_buffers"].update(
-            noise_const=Rebuilt(storage, 0, Bomb(trap), (1,), False, {})
+            noise_const=Rebuilt(storage, 0, Attack(trap), (1,), False, {})
         ),
     }
 
@@ -181,7 +171,7 @@ def test_code_inside_a_storage_would_run_in_the_usual_loader(tmp_path: Path) -> 
     """Otherwise the test above would prove nothing."""
     trap = tmp_path / "executed"
     with pytest.raises(Exception, match=r"."):
-        torch.load(write_bytes(tmp_path / "s", Storage([Bomb(trap)]).data), weights_only=False)
+        torch.load(write_bytes(tmp_path / "s", Storage([Attack(trap)]).data), weights_only=False)
     assert trap.exists()
 
 
@@ -192,14 +182,14 @@ def write_bytes(path: Path, data: bytes) -> Path:
 
 def test_code_in_the_storage_of_a_network_that_is_not_used_is_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "executed"
-    content = files.snapshot(TENSORS, LAYOUT) | {"D": Rebuilt(Storage([Bomb(trap)] * 5), 0, (1,), (1,), False, {})}
+    content = files.snapshot(TENSORS, LAYOUT) | {"D": Rebuilt(Storage([Attack(trap)] * 5), 0, (1,), (1,), False, {})}
     assert same_tensors(read_checkpoint(write(tmp_path / "x.pkl", content), True)[0], TENSORS)
     assert not trap.exists()
 
 
 def test_code_in_a_torch_file_is_refused_and_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "executed"
-    torch.save({"g_ema": {"convs.0.conv.modulation.weight": torch.zeros(1)}, "args": Bomb(trap)}, tmp_path / "x.pt")
+    torch.save({"g_ema": {"convs.0.conv.modulation.weight": torch.zeros(1)}, "args": Attack(trap)}, tmp_path / "x.pt")
     assert is_stylegan2_file(str(tmp_path / "x.pt"))
     with pytest.raises(TeacherError, match="not readable as weights"):
         loaded(tmp_path / "x.pt")

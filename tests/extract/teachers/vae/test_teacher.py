@@ -26,6 +26,7 @@ from dtpipe.manifests.read.source import read_images, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts import paths
 from parts.paths import SHARED
+from parts.tensors import hooked, relative
 
 FIXTURES = paths.FIXTURES / "vae"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -92,24 +93,6 @@ def pictures(num: int = 2, height: int = 32, width: int = 64) -> torch.Tensor:
     return torch.from_numpy(rng.random((num, 3, height, width), np.float32) * 2 - 1)
 
 
-def hooked(network: torch.nn.Module, taps: dict[str, str], run: Callable[[], object]) -> dict[str, torch.Tensor]:
-    """Outputs of modules during a whole, plain forward pass."""
-    found: dict[str, torch.Tensor] = {}
-    for name, path in taps.items():
-        network.get_submodule(path).register_forward_hook(
-            lambda _m, _a, output, name=name: found.__setitem__(name, output.detach())
-        )
-    with torch.no_grad():
-        run()
-    return found
-
-
-def largest_error(found: torch.Tensor, wanted: torch.Tensor | np.ndarray) -> float:
-    """Largest difference over the largest wanted value."""
-    wanted = torch.as_tensor(wanted).double()
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_levels_are_those_of_the_whole_forward_pass_of_diffusers(case: str, tmp_path: Path) -> None:
     network_class, _, taps = CASES[case]
@@ -125,7 +108,7 @@ def test_levels_are_those_of_the_whole_forward_pass_of_diffusers(case: str, tmp_
     assert set(found) == set(wanted)
     for level in teacher.spec.levels:
         assert found[level.name].shape == (2, 1, level.channels, 32 // level.stride, 64 // level.stride)
-        assert largest_error(found[level.name][:, 0], wanted[level.name]) < 1e-6
+        assert relative(found[level.name][:, 0], wanted[level.name]) < 1e-6
 
 
 def test_a_sampled_latent_is_mean_plus_deviation_times_noise(kl_folder: Path) -> None:
@@ -149,8 +132,8 @@ def test_a_sampled_latent_is_mean_plus_deviation_times_noise(kl_folder: Path) ->
             noise[:, channel, row, column] = draws[:, idx, 0, row * 8 + channel // 8, column * 8 + channel % 8]
         latent = torch.from_numpy(mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * noise)
         wanted = hooked(network, KL_TAPS, lambda latent=latent: network.decode(latent))
-        assert max(largest_error(found[name][:, idx], wanted[name]) for name in wanted) < 1e-5
-    assert largest_error(found["l3"][:, 0], found["l3"][:, 1]) > 1e-2
+        assert max(relative(found[name][:, idx], wanted[name]) for name in wanted) < 1e-5
+    assert relative(found["l3"][:, 0], found["l3"][:, 1]) > 1e-2
 
 
 def test_noise_is_asked_for_in_as_many_channels_as_cells_need(tmp_path: Path) -> None:
@@ -180,7 +163,7 @@ def test_a_flipped_view_sees_the_flipped_image_and_draws_of_a_mean_are_equal(kl_
     flipped = teacher.encode(images.flip(-1), {}, ONE_VIEW)
     assert torch.equal(found["l2"][:, 1], flipped["l2"][:, 0])
     assert torch.equal(found["l2"][:, 0], found["l2"][:, 2])
-    assert largest_error(found["l2"][:, 1], found["l2"][:, 0].flip(-1)) > 1e-2
+    assert relative(found["l2"][:, 1], found["l2"][:, 0].flip(-1)) > 1e-2
 
 
 def test_features_do_not_depend_on_the_batch_and_padding_is_finite(kl_folder: Path) -> None:
@@ -191,7 +174,7 @@ def test_features_do_not_depend_on_the_batch_and_padding_is_finite(kl_folder: Pa
         teacher.encode(images, {"vae": draws}, ONE_VIEW),
         teacher.encode(images[1:2], {"vae": draws[1:2]}, ONE_VIEW),
     )
-    assert all(largest_error(together[name][1:2], alone[name]) < 1e-5 for name in alone)
+    assert all(relative(together[name][1:2], alone[name]) < 1e-5 for name in alone)
     assert all(bool(level.isfinite().all()) for level in together.values())
 
 
@@ -211,8 +194,8 @@ def test_missing_levels_are_said_and_left_out_or_pooled(kl_folder: Path, caplog:
     assert teacher.spec.options["pool_missing"] is True
     found = teacher.encode(pictures(), {}, ONE_VIEW)
     deepest = found["l3"].double().numpy()
-    assert largest_error(found["l4"], deepest.reshape(2, 1, 16, 2, 2, 4, 2).mean((4, 6))) < 1e-6
-    assert largest_error(found["l5"], deepest.reshape(2, 1, 16, 1, 4, 2, 4).mean((4, 6))) < 1e-6
+    assert relative(found["l4"], deepest.reshape(2, 1, 16, 2, 2, 4, 2).mean((4, 6))) < 1e-6
+    assert relative(found["l5"], deepest.reshape(2, 1, 16, 1, 4, 2, 4).mean((4, 6))) < 1e-6
 
 
 def test_taps_can_be_named_in_the_encoder_too(kl_folder: Path) -> None:
@@ -221,7 +204,7 @@ def test_taps_can_be_named_in_the_encoder_too(kl_folder: Path) -> None:
     network, images = AutoencoderKL.from_pretrained(kl_folder, low_cpu_mem_usage=False).eval(), pictures()
     wanted = hooked(network, taps, lambda: network(images))
     found = teacher.encode(images, {}, ONE_VIEW)
-    assert all(largest_error(found[name][:, 0], wanted[name]) < 1e-6 for name in taps)
+    assert all(relative(found[name][:, 0], wanted[name]) < 1e-6 for name in taps)
     with pytest.raises(TeacherError, match="has stride 8, so it is level l3, not l4"):
         load(kl_folder, taps={"l4": "decoder.conv_in"})
 
@@ -242,7 +225,7 @@ def test_low_precision_is_near_and_comes_back_storable(kl_folder: Path, dtype: s
     )
     for name, level in rounded.items():
         assert level.dtype in (torch.float16, torch.float32)
-        assert 0 < largest_error(level, exact[name]) < limit
+        assert 0 < relative(level, exact[name]) < limit
 
 
 def test_attention_weights_under_their_old_names_are_the_same_teacher(kl_folder: Path, tmp_path: Path) -> None:
@@ -283,12 +266,12 @@ def test_taesd_files_give_the_features_of_the_original(variant: str, levels: str
     images = torch.from_numpy(wanted["image01"]) * 2 - 1
     found = teacher.encode(images, {}, ONE_VIEW)
     assert " ".join(found) == levels
-    assert max(largest_error(level[:, 0], wanted[name]) for name, level in found.items()) < 1e-5
+    assert max(relative(level[:, 0], wanted[name]) for name, level in found.items()) < 1e-5
     with torch.inference_mode():
         latent = teacher.latent(images)
         decoded = teacher.network.decode(latent).sample
-    assert largest_error(latent, wanted["latent"]) < 1e-5
-    assert largest_error((decoded + 1) / 2, wanted["decoded01"]) < 1e-5
+    assert relative(latent, wanted["latent"]) < 1e-5
+    assert relative((decoded + 1) / 2, wanted["decoded01"]) < 1e-5
 
 
 def test_taesd_files_are_found_by_folder_and_by_either_file(tmp_path: Path) -> None:
