@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.extract.encode import encode, recipe_rows
+from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.recipe import make_recipe, stored_levels
 from dtpipe.extract.run import run_extraction
@@ -29,9 +29,10 @@ from dtpipe.manifests.errors import (
 )
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
-from dtpipe.manifests.read.source import read_image, read_images, read_level
+from dtpipe.manifests.read.source import read_image, read_level
 from parts.codecs import register_turned
-from parts.extractions import MakeConfig
+from parts.extractions import Extract, MakeConfig
+from parts.stored import recomputed, stored_level
 from parts.tensors import hooked
 
 
@@ -72,42 +73,31 @@ def test_rerun_writes_nothing_and_needs_no_listing(make_config: MakeConfig, imag
     assert (again.digest, again.shards_written) == (first.digest, 0)
 
 
-def test_shard_size_and_decode_threads_do_not_change_features(make_config: MakeConfig, tmp_path: Path) -> None:
-    urls = [
-        run_extraction(
-            make_config(out=str(tmp_path / f"out{samples}"), shard={"samples": samples}, decode_threads=samples)
-        ).url
+def test_shard_size_and_decode_threads_do_not_change_features(extract: Extract) -> None:
+    datasets = [
+        FeatureDataset.open(extract(f"out{samples}", shard={"samples": samples}, decode_threads=samples))
         for samples in (1, 3, 8)
     ]
-    datasets = [FeatureDataset.open(url) for url in urls]
-    for row in range(8):
-        for name in ("l2", "l3"):
-            values = [read_level(dataset, name, row) for dataset in datasets]
-            np.testing.assert_array_equal(values[0], values[1])  # padding and neighbours leave no trace
-            np.testing.assert_array_equal(values[0], values[2])
+    for name in ("l2", "l3"):
+        values = [stored_level(dataset, name, range(8)) for dataset in datasets]
+        np.testing.assert_array_equal(values[0], values[1])  # padding and neighbours leave no trace
+        np.testing.assert_array_equal(values[0], values[2])
 
 
-def test_recomputed_features_are_the_stored_ones_before_rounding(make_config: MakeConfig) -> None:
-    config = make_config(student_px=16)
-    dataset = FeatureDataset.open(run_extraction(config).url)
+def test_recomputed_features_are_the_stored_ones_before_rounding(extract: Extract, ddpm: Path) -> None:
+    dataset = FeatureDataset.open(extract(student_px=16))
     rows = [1, 6, 3]
     assert [level.name for level in dataset.levels] == ["l1", "l2"]
-    images, keys = read_images(dataset, rows), [dataset.columns.keys[row] for row in rows]
-    teacher, recipe = load_teacher(config.teacher), dataset.recipe
-    again = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), "cpu", recipe.compute)
-    for name, level in again.levels.items():
+    for name, level in recomputed(dataset, load_teacher(TeacherConfig(path=str(ddpm))), rows).items():
         assert level.dtype == torch.float32
-        stored = np.stack([np.stack([read_level(dataset, name, row, 0)]) for row in rows])
-        np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)
+        np.testing.assert_array_equal(level.numpy().astype(np.float16), stored_level(dataset, name, rows))
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
-def test_images_that_another_dataset_has_can_be_left_out(form: str, make_config: MakeConfig, tmp_path: Path) -> None:
-    whole = FeatureDataset.open(run_extraction(make_config()).url)
+def test_images_that_another_dataset_has_can_be_left_out(form: str, extract: Extract, tmp_path: Path) -> None:
+    whole = FeatureDataset.open(extract())
     shard = {"samples": 4, "format": form, "images": "joined"}
-    bare = FeatureDataset.open(
-        run_extraction(make_config(out=str(tmp_path / "bare"), shard=shard, noise={"timesteps": [300]})).url
-    )
+    bare = FeatureDataset.open(extract("bare", shard=shard, noise={"timesteps": [300]}))
     assert not [path for path in (tmp_path / "bare").rglob("*") if path.name == "image" or "image.png" in path.name]
     both = JoinedDataset([bare, whole])
     assert len(both.columns) == len(whole.columns)

@@ -15,6 +15,7 @@ from dtpipe.manifests.errors import IncompleteError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
 from dtpipe.manifests.read.source import read_image, read_level
+from parts.damage import flip
 
 
 @pytest.fixture
@@ -69,9 +70,7 @@ def test_a_damaged_image_fails_the_shard_by_name(dataset):
     source = FeaturesSource(dataset.url)
     for file in Path(dataset.url).glob("data.zarr/image/c/**/*"):
         if file.is_file():
-            data = bytearray(file.read_bytes())
-            data[len(data) // 3] ^= 1
-            file.write_bytes(data)
+            flip(file, file.stat().st_size // 3)
     failed = 0
     for item in source.list():
         try:

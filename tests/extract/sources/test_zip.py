@@ -20,6 +20,7 @@ import pytest
 from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.write.listing import build_listing
+from parts.damage import flipped
 from parts.images import write_files
 from parts.packing import contents, labels, no_fault_of_the_image, write_zip
 
@@ -184,7 +185,7 @@ def test_every_flipped_byte_of_a_member_is_noticed(tmp_path: Path, method: int) 
     start, end = 30 + len("1.png"), whole.index(b"PK\1\2")
     noticed = 0
     for place in range(start, end):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        path.write_bytes(flipped(whole, place))
         try:
             assert open_source(str(path), "zip").read(item.uri) == b"pixels" * 10
         except BadImage as err:

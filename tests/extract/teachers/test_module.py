@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.base import Encoder, Generator
 from dtpipe.extract.teachers.module import load_module_teacher
 from dtpipe.extract.teachers.registry import KINDS, load_teacher
@@ -23,6 +22,7 @@ from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ViewSpec
+from parts.extractions import Extract
 from parts.paths import SHARED
 from parts.tensors import relative
 
@@ -190,12 +190,9 @@ def test_real_faces(nets: Any) -> None:
     assert float(neighbours) < 0.3 * float((images - images.roll(1, 0)).abs().mean())  # and are smooth
 
 
-def test_an_extracted_dataset_holds_them(weights: Path, make_config: Callable[..., ExtractConfig]) -> None:
-    teacher = settings(weights).model_dump()
-    result = run_extraction(
-        make_config(images=None, num_samples=5, teacher=teacher, batch_size=2, shard={"samples": 3, "dtype": "float32"})
-    )
-    dataset = FeatureDataset.open(result.url)
+def test_an_extracted_dataset_holds_them(weights: Path, extract: Extract) -> None:
+    teacher, exact = settings(weights).model_dump(), {"samples": 3, "dtype": "float32"}
+    dataset = FeatureDataset.open(extract(images=None, num_samples=5, teacher=teacher, shard=exact))
     tensors = torch.load(weights, weights_only=True)
     for row, key in enumerate(dataset.columns.keys):
         wanted, levels = dcgan_by_hand(tensors, torch.from_numpy(draw_noise(0, key, 0, "z", (1, 12, 1, 1))))

@@ -18,6 +18,7 @@ from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entry
 from dtpipe.manifests.write.plan import load_plan, plan_digest
 from parts import golden
+from parts.damage import flip, flipped
 
 FORMATS = ("zarr", "webdataset")
 READ_ON_OPEN = {"manifest.json", "plan.json", "index.parquet", "shards.parquet"}
@@ -69,7 +70,7 @@ def damages(data: bytes) -> Iterator[tuple[str, bytes | None, set[int]]]:
     """A word, the damaged bytes (None: deleted) and the offsets that changed or are gone."""
     places = sorted({0, len(data) // 3, 2 * len(data) // 3, len(data) - 1})
     for place in places:
-        yield f"flip at {place}", data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :], {place}
+        yield f"flip at {place}", flipped(data, place, 0x10), {place}
     for length in (0, len(data) - 1):
         yield f"cut to {length}", data[:length], set(range(length, len(data)))
     yield "deleted", None, set(range(len(data)))
@@ -105,10 +106,7 @@ def test_error_of_a_flipped_byte_names_shard_level_sample_and_object(dataset: Pa
     store = Store(dataset)
     entry = load_entry(store, load_plan(store), plan_digest(store), 1)
     stored = next(each for each in entry.objects if "l3" in each.arrays)
-    path = dataset / stored.name
-    data = bytearray(path.read_bytes())
-    data[stored.arrays["l3"].offset[1] + 5] ^= 1
-    path.write_bytes(data)
+    flip(dataset / stored.name, stored.arrays["l3"].offset[1] + 5)
     opened = FeatureDataset.open(dataset)
     key = opened.columns.keys[2]
     read_level(opened, "l3", 2, 0)
@@ -205,9 +203,7 @@ def test_repair_and_extract_restore_the_identical_dataset_after_any_damage(datas
     content = {name: (dataset / name).read_bytes() for name in files_of(dataset) if name.startswith("data")}
     for idx, name in enumerate(name for name in files_of(dataset) if not name.startswith("lock")):
         path = dataset / name
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 4
-        path.unlink() if idx % 3 == 0 else path.write_bytes(data)
+        path.unlink() if idx % 3 == 0 else flip(path, bits=4)
         result = repair(dataset, stale_s=1)
         assert len(result.shards) == (
             1 if name.startswith("commits") or (name in content and "zarr.json" not in name) else 0
@@ -247,9 +243,7 @@ def test_repair_keeps_other_shards_and_deletes_nothing(dataset: Path) -> None:
 def test_a_damaged_lock_is_named_and_mended(dataset: Path) -> None:
     repair(dataset, stale_s=1)
     (lock,) = (dataset / "lock").iterdir()
-    data = bytearray(lock.read_bytes())
-    data[20] ^= 1
-    lock.write_bytes(data)
+    flip(lock, 20)
     assert [problem.name for problem in verify(dataset).problems] == [f"lock/{lock.name}"]
     assert repair(dataset, stale_s=0.2).rewritten == (f"lock/{lock.name}",)
     assert verify(dataset).problems == ()

@@ -16,6 +16,7 @@ from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.lock import Lock
 from parts import golden
+from parts.damage import flip
 from parts.datasets import write_features
 
 FORMATS = ("zarr", "webdataset")
@@ -97,9 +98,7 @@ def test_levels_see_more_and_more(root: Path) -> None:
         (path for path in root.rglob("*") if path.is_file() and "data" in str(path.relative_to(root))),
         key=lambda p: p.stat().st_size,
     )
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    flip(path)
     if "zarr.json" not in path.name:
         assert verify(root, "listing").ok
         assert [problem.name for problem in verify(root, "digest").problems] == [path.relative_to(root).as_posix()]

@@ -14,6 +14,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image
 from dtpipe.manifests.schema import LevelSpec
 from parts import golden
+from parts.damage import flip
 
 SETTINGS = {"num_rows": 7, "samples": 3}
 
@@ -58,7 +59,7 @@ def test_zarr_python_and_tensorstore_raise_on_a_flipped_byte(zarr_dataset: Featu
     path = Path(zarr_dataset.url) / "data.zarr/l2/c/1/0/0/0/0"
     whole = path.read_bytes()
     try:
-        path.write_bytes(whole[:5] + bytes([whole[5] ^ 1]) + whole[6:])
+        flip(path, 5)
         with pytest.raises(ValueError, match="checksum"):
             zarr.open_array(f"{zarr_dataset.url}/data.zarr/l2", mode="r")[3:6]
         kvstore = {"driver": "file", "path": f"{zarr_dataset.url}/data.zarr/l2/"}

@@ -24,6 +24,7 @@ from dtpipe.manifests.write.commit import (
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import plan_digest, start_plan
 from parts import toy
+from parts.damage import flipped
 
 
 @pytest.fixture
@@ -110,9 +111,8 @@ def test_damaged_tables_are_errors_that_name_the_file(tmp_path):
     for place in range(
         0, len(index), 11
     ):  # without the digest: an error or the very same rows, never a crash of another kind
-        damaged = index[:place] + bytes([index[place] ^ 0x10]) + index[place + 1 :]
         try:
-            decode_table(damaged, pq.read_schema(io.BytesIO(index)), "here")
+            decode_table(flipped(index, place, 0x10), pq.read_schema(io.BytesIO(index)), "here")
         except ManifestError as err:
             assert "here" in str(err)
 
@@ -188,7 +188,7 @@ def test_a_flipped_byte_in_an_entry_names_it(begun):
     store, _, plan, _ = begun
     whole = store.read(commit_name(0))
     for place in range(0, len(whole), 13):
-        (store.local / commit_name(0)).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        (store.local / commit_name(0)).write_bytes(flipped(whole, place))
         with pytest.raises(ManifestError, match=r"commits/00000\.json"):
             load_entries(store, plan, plan_digest(store), partial=True)
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from dtpipe.manifests import errors
 from dtpipe.pipeline.cli.main import COMMANDS, DtpipeGroup, main
+from parts.damage import flip
 
 SMALL = ["--inline", "-s", "extract.noise.timesteps=50", "-s", "extract.shard.samples=4", "-s", "extract.batch_size=4"]
 
@@ -187,9 +188,7 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(features: Path, extract
     recomputed = document("verify", features, "--level", "recompute", "--rows", "4")
     assert set(recomputed["max_relative_error"].values()) == {0.0}
     damaged = next(path for path in sorted((features / "data.zarr" / "l2" / "c").rglob("*")) if path.is_file())
-    data = bytearray(damaged.read_bytes())
-    data[10] ^= 1
-    damaged.write_bytes(bytes(data))
+    flip(damaged, 10)
     found = run("verify", features)
     assert found.exit_code == 4
     assert re.search(r"problem: .*l2", found.stdout)

@@ -14,6 +14,7 @@ from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ShardRecipe, ViewSpec
 from dtpipe.pipeline.report.inspect import describe_dataset, draw_sample, render_sample, view_name
 from dtpipe.pipeline.report.pca import pca_to_rgb
+from parts.damage import flip
 from parts.memory import MemorySource, level_spec, write_dataset
 
 PX = (32, 48)
@@ -94,10 +95,7 @@ def test_missing_dataset_is_an_error_of_ours(tmp_path: Path) -> None:
 
 def test_damaged_index_is_not_described(tmp_path: Path) -> None:
     url = write(tmp_path / "features", "zarr")
-    index = Path(url) / "index.parquet"
-    data = bytearray(index.read_bytes())
-    data[len(data) // 2] ^= 1
-    index.write_bytes(data)
+    flip(Path(url) / "index.parquet")
     with pytest.raises(DamagedDataError, match=r"index\.parquet"):
         describe_dataset(url)
 

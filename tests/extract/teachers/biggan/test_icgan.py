@@ -13,9 +13,8 @@ import pytest
 import torch
 from numpy.lib import format as npy
 
-from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.biggan.icgan import load_icgan_teacher, read_instances
 from dtpipe.extract.teachers.files.npy import read_arrays
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -139,15 +138,13 @@ def test_the_recipe_knows_instances_by_their_content(load, folder, tmp_path):
     torch.testing.assert_close(*(each.synthesize({"z": cases.latents(14)})[0] for each in images), atol=1e-5, rtol=0)
 
 
-def test_a_dataset_follows_from_its_keys(folder, make_config):
+def test_a_dataset_follows_from_its_keys(folder, extract):
     teacher = {
         "path": str(folder / "with_class.pth"),
         "options": {"instances": str(folder / "instances.npy"), "class_label": "sampled"},
     }
-    config: ExtractConfig = make_config(
-        images=None, num_samples=3, teacher=teacher, shard={"samples": 2, "dtype": "float32"}
-    )
-    dataset = FeatureDataset.open(run_extraction(config).url)
+    exact = {"samples": 2, "dtype": "float32"}
+    dataset = FeatureDataset.open(extract(images=None, num_samples=3, teacher=teacher, shard=exact))
     assert dataset.recipe.teacher.kind == "icgan" and [level.name for level in dataset.levels] == ["l2", "l3"]
     for row in range(3):
         noise = {

@@ -13,15 +13,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.diffusion.ddpm import load_ddpm_teacher
 from dtpipe.extract.teachers.diffusion.process import alphas_cumprod, ddim_invert, ddim_sample, ddim_timesteps, q_sample
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.source import read_image, read_level
+from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.schema import ViewSpec
-from parts.extractions import MakeConfig
+from parts.extractions import Extract
+from parts.stored import pixels_of
 from parts.tensors import hooked, randn, relative, views
 
 PX = 32
@@ -275,21 +275,13 @@ def test_blocks_that_half_precision_was_not_checked_for_are_refused(tmp_path):
 # Whole extractions
 
 
-def extracted(make_config: MakeConfig, ddpm: Path, **options: Any) -> FeatureDataset:
-    teacher = {"path": str(ddpm), "options": options}
-    return FeatureDataset.open(
-        run_extraction(
-            make_config(teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]})
-        ).url
-    )
+def extracted(extract: Extract, ddpm: Path, **options: Any) -> FeatureDataset:
+    teacher, exact = {"path": str(ddpm), "options": options}, {"samples": 3, "dtype": "float32"}
+    return FeatureDataset.open(extract(teacher=teacher, shard=exact, noise={"timesteps": [40]}))
 
 
-def pixels_of(dataset: FeatureDataset, row: int) -> torch.Tensor:
-    return torch.from_numpy(read_image(dataset, row)).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def test_an_inverted_dataset_holds_inverted_features(make_config, ddpm, unet):
-    dataset = extracted(make_config, ddpm, **INVERSION)
+def test_an_inverted_dataset_holds_inverted_features(extract, ddpm, unet):
+    dataset = extracted(extract, ddpm, **INVERSION)
     assert dataset.recipe.teacher.options["encoding"] == "ddim_inversion"
     for row in (0, 7):
         noisy = inverted(unet, pixels_of(dataset, row), 40, 20)
@@ -297,8 +289,8 @@ def test_an_inverted_dataset_holds_inverted_features(make_config, ddpm, unet):
             np.testing.assert_allclose(read_level(dataset, name, row, 0), wanted[0], rtol=1e-4, atol=5e-5)
 
 
-def test_an_ensemble_dataset_holds_means(make_config, ddpm, unet):
-    dataset = extracted(make_config, ddpm, ensemble=2)
+def test_an_ensemble_dataset_holds_means(extract, ddpm, unet):
+    dataset = extracted(extract, ddpm, ensemble=2)
     scheduler = DDIMScheduler.from_pretrained(ddpm / "scheduler")
     noise = torch.from_numpy(draw_noise(0, dataset.columns.keys[4], 0, "forward", (2, 3, PX, PX)))
     noisy = scheduler.add_noise(pixels_of(dataset, 4).expand(2, -1, -1, -1), noise, torch.tensor([40, 40]))

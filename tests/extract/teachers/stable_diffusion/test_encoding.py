@@ -14,16 +14,17 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.stable_diffusion.teacher import StableDiffusionTeacher, load_stable_diffusion
 from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.source import read_image, read_level
+from dtpipe.manifests.read.source import read_level
 from parts import sd_pipelines as pipelines
+from parts.stored import pixels_of
 from parts.tensors import hooked, randn, random_images, view
 
 INVERSION = {"encoding": "ddim_inversion", "inversion_stride": 20}
 PREDICTIONS = ("epsilon", "v_prediction")
+EXACT = {"shard": {"samples": 3, "dtype": "float32"}, "noise": {"timesteps": [40]}, "transform": {"px": 64}}
 Levels = dict[str, torch.Tensor]
 
 
@@ -214,14 +215,11 @@ def test_what_does_not_fit_is_refused(load, options, views, noise, error, messag
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_an_inverted_dataset_holds_inverted_features(load, folders, make_config, keep):
+def test_an_inverted_dataset_holds_inverted_features(load, folders, extract, keep):
     teacher = {"path": str(folders["epsilon"]), "options": INVERSION | {"keep_latents": keep}}
-    config = make_config(
-        teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]}, transform={"px": 64}
-    )
-    dataset, plain = FeatureDataset.open(run_extraction(config).url), Plain(folders["epsilon"], "epsilon")
-    pixels = torch.from_numpy(read_image(dataset, 5)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    wanted = plain.levels(plain.inverted(plain.latent(pixels), 40, 20), 40, taps_of(load(**INVERSION)))
+    dataset, plain = FeatureDataset.open(extract(teacher=teacher, **EXACT)), Plain(folders["epsilon"], "epsilon")
+    latent = plain.latent(pixels_of(dataset, 5))
+    wanted = plain.levels(plain.inverted(latent, 40, 20), 40, taps_of(load(**INVERSION)))
     for level in dataset.levels:
         if level.tap != "vae":
             name = f"l{int(level.name[1:]) + 1}"  # counted in the teacher's image, twice the student's
@@ -231,13 +229,9 @@ def test_an_inverted_dataset_holds_inverted_features(load, folders, make_config,
             )
 
 
-def test_an_ensembles_noise_follows_from_the_key(load, folders, make_config):
+def test_an_ensembles_noise_follows_from_the_key(load, folders, extract):
     teacher = {"path": str(folders["epsilon"]), "options": {"ensemble": 2}}
-    config = make_config(
-        teacher=teacher, shard={"samples": 3, "dtype": "float32"}, noise={"timesteps": [40]}, transform={"px": 64}
-    )
-    dataset = FeatureDataset.open(run_extraction(config).url)
+    dataset = FeatureDataset.open(extract(teacher=teacher, **EXACT))
     noise = torch.from_numpy(draw_noise(0, dataset.columns.keys[3], 0, "forward", (2, 4, 8, 8)))
-    pixels = torch.from_numpy(read_image(dataset, 3)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    wanted = load(ensemble=2).encode(pixels, {"forward": noise[None, None]}, [view(40)])["l3"]
+    wanted = load(ensemble=2).encode(pixels_of(dataset, 3), {"forward": noise[None, None]}, [view(40)])["l3"]
     np.testing.assert_allclose(read_level(dataset, "l2", 3), wanted[0, 0], atol=1e-4)

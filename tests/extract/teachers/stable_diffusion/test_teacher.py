@@ -14,18 +14,17 @@ import torch
 from safetensors.torch import save_file
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.latents import StoredLatents
 from dtpipe.extract.recipe import make_recipe
-from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.teachers.stable_diffusion import teacher as stable_diffusion
 from dtpipe.extract.teachers.stable_diffusion.teacher import StableDiffusionTeacher, load_stable_diffusion
 from dtpipe.manifests.errors import ConfigError, MissingPackageError, ShapeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.source import read_image, read_images, read_level
+from dtpipe.manifests.read.source import read_image
 from dtpipe.manifests.schema import ViewSpec
 from parts import sd_pipelines as pipelines
+from parts.stored import recomputed, stored_level
 from parts.tensors import randn, random_images, relative, view
 
 SD2 = {
@@ -228,13 +227,10 @@ print(teacher.spec.options["text_blake3"])
 
 
 @pytest.mark.parametrize("latent", ["mean", "sampled"])
-def test_a_dataset_has_the_papers_levels_for_a_student_of_half_the_size(folder, make_config, latent):
-    config = make_config(
-        teacher={"path": str(folder), "options": {"latent": latent}},
-        noise={"timesteps": [50], "flips": True},
-        shard={"samples": 8},
-    )
-    dataset = FeatureDataset.open(run_extraction(config).url)
+def test_a_dataset_has_the_papers_levels_for_a_student_of_half_the_size(folder, extract, latent):
+    teacher = {"path": str(folder), "options": {"latent": latent}}
+    noise = {"timesteps": [50], "flips": True}
+    dataset = FeatureDataset.open(extract(teacher=teacher, noise=noise, shard={"samples": 8}))
     assert dataset.recipe.student_px == (32, 32)
     assert (dataset.recipe.transform.height, dataset.recipe.transform.width) == (64, 64)
     assert [(level.name, level.stride, level.channels) for level in dataset.levels] == [
@@ -243,12 +239,8 @@ def test_a_dataset_has_the_papers_levels_for_a_student_of_half_the_size(folder, 
         ("l4", 16, 24),
         ("l5", 32, 32),
     ]
-    images, keys = read_images(dataset, range(8)), dataset.columns.keys
-    teacher, recipe = load_teacher(config.teacher), dataset.recipe
-    again = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), "cpu", recipe.compute).levels
-    for name, level in again.items():
-        stored = np.stack([[read_level(dataset, name, row, view) for view in range(2)] for row in range(8)])
-        np.testing.assert_array_equal(level.numpy().astype(np.float16), stored)
+    for name, level in recomputed(dataset, load(folder, latent=latent), range(8)).items():
+        np.testing.assert_array_equal(level.numpy().astype(np.float16), stored_level(dataset, name, range(8)))
 
 
 class NoVae(torch.nn.Module):
@@ -256,32 +248,30 @@ class NoVae(torch.nn.Module):
         raise AssertionError("the VAE ran")
 
 
-def test_kept_latents_give_other_timesteps_and_draws_without_the_vae(folder, make_config, tmp_path, monkeypatch):
+def test_kept_latents_give_other_timesteps_and_draws_without_the_vae(folder, extract, monkeypatch):
     """As extracted from the source itself, up to rounding: the VAE's tensors lie in memory in another layout."""
     teacher = {"path": str(folder), "options": {"keep_latents": True, "latent": "sampled"}}
-    first = make_config(teacher=teacher, noise={"timesteps": [50], "flips": True}, shard={"samples": 8})
-    kept = FeatureDataset.open(run_extraction(first).url)
+    first = {"noise": {"timesteps": [50], "flips": True}, "shard": {"samples": 8}}
+    kept = FeatureDataset.open(extract("kept", teacher=teacher, **first))
     assert [(level.name, level.channels, level.dtype) for level in kept.levels][-1] == ("l2.latent", 8, "float16")
     other = {"teacher": teacher, "noise": {"timesteps": [150, 20], "draws": 2, "flips": True}, "shard": {"samples": 8}}
-    direct = FeatureDataset.open(run_extraction(make_config(**other, out=str(tmp_path / "direct"))).url)
+    direct = FeatureDataset.open(extract("direct", **other))
     with monkeypatch.context() as patched:
         patched.setattr(stable_diffusion, "_vae_encoder", lambda files: _without_vae(files))
         patched.setattr(stable_diffusion, "_load", _load_but_vae)
-        again = FeatureDataset.open(
-            run_extraction(make_config(**other, out=str(tmp_path / "again"), images=kept.url)).url
-        )
+        again = FeatureDataset.open(extract("again", **other, images=kept.url))
     assert again.recipe.source.kind == "features"
     assert sorted(again.columns.keys) == sorted(direct.columns.keys) == sorted(kept.columns.keys)
     for key in direct.columns.keys:
         rows = [dataset.columns.row_of(key) for dataset in (direct, again)]
         np.testing.assert_array_equal(read_image(direct, rows[0]), read_image(again, rows[1]))
         for level in direct.levels:
+            expected, found = (
+                stored_level(each, level.name, [row]) for each, row in zip((direct, again), rows, strict=True)
+            )
             for idx in range(len(direct.views)):
-                expected, found = (
-                    read_level(direct, level.name, rows[0], idx),
-                    read_level(again, level.name, rows[1], idx),
-                )
-                np.testing.assert_allclose(found, expected, rtol=0, atol=2**-10 * np.abs(expected).max())
+                limit = 2**-10 * np.abs(expected[0, idx]).max()
+                np.testing.assert_allclose(found[0, idx], expected[0, idx], rtol=0, atol=limit)
 
 
 def _without_vae(files: object) -> torch.nn.Module:
@@ -304,14 +294,9 @@ def _load_but_vae(network: torch.nn.Module, tensors: object, where: Path, device
     ],
 )
 def test_kept_latents_are_read_only_where_they_are_what_the_vae_would_give(
-    folder, make_config, tmp_path, changes, reads
+    folder, make_config, extract, changes, reads
 ):
-    kept = make_config(
-        teacher={"path": str(folder), "options": {"keep_latents": True}},
-        noise={"timesteps": [50]},
-        shard={"samples": 8},
-    )
-    dataset = FeatureDataset.open(run_extraction(kept).url)
+    dataset = FeatureDataset.open(extract(teacher={"path": str(folder), "options": {"keep_latents": True}}))
     options = changes.get("teacher", {}).get("options", {"keep_latents": True})
     config = make_config(
         teacher={"path": str(folder), "options": options}, noise=changes.get("noise", {"timesteps": [150]})

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
-from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout, StyleGan2Network
 from dtpipe.extract.teachers.stylegan2.teacher import StyleGan2Teacher, load_stylegan2_teacher, make_images
 from dtpipe.extract.teachers.taps import TapReader
@@ -24,6 +23,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from parts import paths
 from parts import stylegan2_snapshots as files
+from parts.extractions import Extract
 
 FIXTURES = paths.FIXTURES / "stylegan2"
 PARITY = paths.PARITY
@@ -310,14 +310,10 @@ def test_the_spec_tells_apart_what_gives_other_features(tmp_path: Path) -> None:
     assert math.prod(first.image_px) == 256
 
 
-def test_a_dataset_holds_what_the_generator_makes(tmp_path: Path) -> None:
+def test_a_dataset_holds_what_the_generator_makes(extract: Extract, tmp_path: Path) -> None:
     path, _ = written(tmp_path)
-    run = {"out": str(tmp_path / "out"), "inline": True, "device": "cpu"}
-    settings = {"num_samples": 5, "batch_size": 2, "run": run}
-    config = ExtractConfig.model_validate(
-        {**settings, "teacher": {"path": str(path)}, "shard": {"samples": 3, "dtype": "float32"}}
-    )
-    dataset = FeatureDataset.open(run_extraction(config).url)
+    exact = {"samples": 3, "dtype": "float32"}
+    dataset = FeatureDataset.open(extract(images=None, num_samples=5, teacher={"path": str(path)}, shard=exact))
     teacher = teacher_of(path)
     for row in dataset.columns.ok_rows:
         streams = {

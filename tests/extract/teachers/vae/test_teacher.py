@@ -14,18 +14,18 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dtpipe.extract.config import ExtractConfig, TeacherConfig
-from dtpipe.extract.encode import encode, recipe_rows
+from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.extract.teachers.vae.teacher import VaeTeacher, is_autoencoder_path, load_vae_teacher
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.source import read_images, read_level
 from dtpipe.manifests.schema import ViewSpec
 from parts import paths
+from parts.extractions import MakeConfig
 from parts.paths import SHARED
+from parts.stored import recomputed, stored_level
 from parts.tensors import hooked, relative
 
 FIXTURES = paths.FIXTURES / "vae"
@@ -356,7 +356,7 @@ def test_options_and_inputs_that_do_not_fit_are_refused(kl_folder: Path, tmp_pat
 
 
 def test_an_extracted_dataset_holds_the_features_of_its_draws(
-    kl_folder: Path, make_config: Callable[..., ExtractConfig], tmp_path: Path
+    kl_folder: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config(
         teacher={"path": str(kl_folder), "options": {"latent": "sampled", "pool_missing": True}},
@@ -366,22 +366,14 @@ def test_an_extracted_dataset_holds_the_features_of_its_draws(
     result = run_extraction(config)
     dataset = FeatureDataset.open(result.url)
     assert [(level.name, level.height) for level in dataset.levels] == [("l2", 8), ("l3", 4), ("l4", 2), ("l5", 1)]
-    images, keys = read_images(dataset, range(8)), dataset.columns.keys
-    teacher, recipe = load_teacher(config.teacher), dataset.recipe
-    again = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), "cpu", recipe.compute).levels
-    for name, level in again.items():
-        np.testing.assert_allclose(
-            np.stack([read_level(dataset, name, row, view) for row in range(8) for view in range(4)]),
-            level.flatten(0, 1),
-            1e-4,
-            1e-5,
-        )
+    for name, level in recomputed(dataset, load_teacher(config.teacher), range(8)).items():
+        np.testing.assert_allclose(stored_level(dataset, name, range(8)), level, 1e-4, 1e-5)
     other = run_extraction(make_config(**config.model_dump() | {"out": str(tmp_path / "other"), "decode_threads": 3}))
     assert other.digest == result.digest
 
 
 def test_several_draws_of_a_latent_without_noise_are_refused(
-    kl_folder: Path, make_config: Callable[..., ExtractConfig], tmp_path: Path
+    kl_folder: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """They would be equal, and stored twice."""
     config = make_config(teacher={"path": str(kl_folder)}, noise={"draws": 2})
