@@ -35,6 +35,7 @@ from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import student_extractor
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.engine.run_folder import read_metrics
+from dtpipe.distill.stream.data import STORED, StoredData
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
@@ -101,7 +102,7 @@ def distilled(name: str, variant: Variant, seed: int, args: argparse.Namespace) 
         seed=seed,
         device=args.device,
     )
-    return Path(train(config, partial(open_live, {}) if variant.reencode else None).run_dir)
+    return Path(train(config, StoredData(partial(open_live, {})) if variant.reencode else STORED).run_dir)
 
 
 def score(

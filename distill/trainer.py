@@ -28,8 +28,8 @@ from dtpipe.distill.engine.timing import IDLE, Stopwatch
 from dtpipe.distill.engine.trainer import Course
 from dtpipe.distill.losses.features import feature_loss
 from dtpipe.distill.stream.batch import FeatureBatch, student_images
-from dtpipe.distill.stream.data import OpenedData, OpenSource, open_data
-from dtpipe.distill.stream.live import LiveTeacher, OpenLive
+from dtpipe.distill.stream.data import STORED, OpenedData, TrainingData
+from dtpipe.distill.stream.live import LiveTeacher
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream, StreamSettings
 from dtpipe.distill.student.distiller import (
@@ -58,27 +58,23 @@ class DistillResult(RunResult):
 
 def train(
     config: DistillConfig,
-    live: OpenLive | None = None,
+    data: TrainingData = STORED,
     on_progress: OnTrainProgress | None = None,
     fresh: bool = False,
-    open_source: OpenSource = open_data,
     stop: StopRequest | None = None,
 ) -> DistillResult:
     """Train a student as `config` says, going on where an earlier call with the same config stopped.
-
-    `live` opens the teacher where samples are encoded anew; `open_source` gives the data, by default that of the
-    datasets.
 
     Raises: ConfigError, PlanChangedError and LockHeldError before any work; what the readers raise on damaged data;
     else as the engine's `run`.
     """
     with join_ranks(config.device) as ranks:
         device = training_device(config.device)
-        data = ranks.in_turn(lambda: open_source(config))
-        teacher = live(data.source, device) if live is not None else None
+        opened = ranks.in_turn(lambda: data.open_checked(config))
+        teacher = data.teacher(opened.source, device)
         with seeded(config.seed, device):
-            trainer = Distillation(config, data, device, teacher, ranks)
-            result = run(trainer, run_settings(config, data, fresh), ranks, on_progress, stop)
+            trainer = Distillation(config, opened, device, teacher, ranks)
+            result = run(trainer, run_settings(config, opened, fresh), ranks, on_progress, stop)
     own = {field.name: getattr(result, field.name) for field in fields(result)}
     return DistillResult(**own, flips=trainer.stream.flips, peak_lr=config.peak_lr)
 
@@ -87,20 +83,19 @@ def train_with_workers(
     config: DistillConfig,
     num_workers: int,
     gpus: bool,
-    live: OpenLive | None = None,
+    data: TrainingData = STORED,
     on_progress: OnTrainProgress | None = None,
     fresh: bool = False,
-    open_source: OpenSource = open_data,
 ) -> DistillResult:
-    """`train` on workers of the Ray cluster that this process is connected to; each opens teacher and data itself."""
+    """`train` on workers of the Ray cluster that this process is connected to; each opens data and teacher itself."""
     config = config.model_copy(update={"out": str(Path(config.out).absolute())})
     run_settings(config, fresh=fresh).refuse_other()  # what is wrong with the folder is said before any worker starts
-    work = partial(_work, config, live, open_source)
+    work = partial(_work, config, data)
     return train_on_ray(work, DistillResult, Path(config.out), num_workers, gpus, config.max_restarts, on_progress)
 
 
-def _work(config: DistillConfig, live: OpenLive | None, open_source: OpenSource, stop: StopRequest) -> DistillResult:
-    return train(config, live, open_source=open_source, stop=stop)
+def _work(config: DistillConfig, data: TrainingData, stop: StopRequest) -> DistillResult:
+    return train(config, data, stop=stop)
 
 
 def run_settings(config: DistillConfig, data: OpenedData | None = None, fresh: bool = False) -> RunSettings:

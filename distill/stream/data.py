@@ -1,11 +1,15 @@
-"""Opening the feature datasets of a config as one, with a record that says whether a resumed run sees the same data."""
+"""What runs are trained on, and feature datasets as such: opened as one, with a record that says whether a resumed run
+sees the same data.
+
+One rule: opening writes nothing; whoever trains opens with `open_checked`, everyone else with `open`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -17,6 +21,9 @@ from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.manifests.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
+    from dtpipe.distill.stream.live import LiveTeacher, OpenLive
     from dtpipe.manifests.read.dataset import FeatureDataset
     from dtpipe.manifests.read.source import FeatureSource
 
@@ -41,8 +48,47 @@ class OpenedData:
     """Other sections of settings that the data follows from, to stand in the run's config.yaml."""
 
 
-OpenSource = Callable[[DistillConfig], OpenedData]
-"""Gives a run its data; each process of a run calls it for itself, so it can be pickled."""
+class TrainingData(Protocol):
+    """A way to get training data; picklable, since each process of a run opens it for itself."""
+
+    def open(self, config: DistillConfig) -> OpenedData:
+        """The data of the run in `config.out`, as far as that knows it; writes nothing.
+
+        Raises: what the readers raise; PlanChangedError where that is known already to be a run on other data.
+        """
+        ...
+
+    def open_checked(self, config: DistillConfig) -> OpenedData:
+        """As `open`, after a look at all that could stop the run later; the run folder keeps what was found, for `open`.
+
+        Raises: as `open`; ErrorBudgetError when too much of it is bad.
+        """
+        ...
+
+    def teacher(self, source: FeatureSource, device: torch.device) -> LiveTeacher | None:
+        """The teacher that encodes samples of what was opened anew; None where all are read as they are stored."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """The feature datasets that settings name; readers check what they read."""
+
+    open_live: OpenLive | None = None
+    """Opens the datasets' teachers, where samples are encoded anew."""
+
+    def open(self, config: DistillConfig) -> OpenedData:
+        """As `open_data`."""
+        return open_data(config)
+
+    open_checked = open
+
+    def teacher(self, source: FeatureSource, device: torch.device) -> LiveTeacher | None:
+        """As `TrainingData.teacher`."""
+        return None if self.open_live is None else self.open_live(source, device)
+
+
+STORED = StoredData()
 
 
 def open_data(config: DistillConfig) -> OpenedData:
@@ -65,7 +111,7 @@ def open_data(config: DistillConfig) -> OpenedData:
     if len(sizes) > 1 and config.student_px is None:
         raise ConfigError(f"the datasets were made for student sizes {sorted(sizes)}; set distill.student_px")
     rows = select_rows(source, config)
-    contents = [_content(part, each) for part, each in zip(parts, shards, strict=True)]
+    contents = [_content(part, kept) for part, kept in zip(parts, shards, strict=True)]
     return OpenedData(
         source,
         min(sizes),

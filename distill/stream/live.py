@@ -6,7 +6,7 @@ the training loop runs, in the order of the batches. So the result does not depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,12 @@ class LiveSamples:
     """True where the flipped image is to be encoded, whatever the view says."""
     fresh: NDArray[np.int64]
     """Which fresh noise draw, from 0; draw K + fresh, where the dataset stores draws k < K."""
+
+    @classmethod
+    def first(cls, keys: Sequence[str]) -> LiveSamples:
+        """Each image unflipped, at the first view, with its first fresh draw."""
+        zeros = np.zeros(len(keys), np.int64)
+        return cls(tuple(keys), zeros, zeros.astype(bool), zeros)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -64,4 +70,4 @@ class LiveTeacher(Protocol):
 
 
 OpenLive = Callable[["FeatureSource", "torch.device"], LiveTeacher]
-"""Opens the live teacher of a source on a device; each process of a run calls it for itself, so it can be pickled."""
+"""Opens the live teacher of a source on a device; picklable."""

@@ -10,9 +10,10 @@ from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
 
 if TYPE_CHECKING:
+    from dtpipe.distill.config import DistillConfig
     from dtpipe.distill.engine.progress import OnTrainProgress, TrainProgress
+    from dtpipe.distill.stream.data import TrainingData
     from dtpipe.distill.trainer import DistillResult
-    from dtpipe.pipeline.live.data import TrainingInputs
 
 SHOWN_SHARE = 0.005
 FLAGS = (
@@ -73,42 +74,39 @@ def command(call: Call, fresh: bool) -> None:
     --teacher: every sample is encoded live, with new noise in each epoch, as the `extract` settings say. Several GPUs
     share each batch under torchrun, or as Ray workers, which need --out on a disk that all nodes share.
     """
-    from dtpipe.pipeline.live.data import training_inputs
+    from dtpipe.pipeline.live.data import training_data, warnings
 
-    inputs = training_inputs(call)
+    config, data = training_data(call)
     if call.dry_run:
         from dtpipe.pipeline.plan.training import plan_training, print_training
 
-        plan = plan_training(inputs.config, inputs.open_live, inputs.unchecked)
+        plan = plan_training(config, data)
         print_training(call.console, plan)
         call.console.document(plan)
         return
-    for warning in inputs.warnings():
+    for warning in warnings(call, config, data):
         call.console.note(warning)
     with ProgressLine("distill") as line:
-        result = _train(inputs, lambda progress: _show(line, progress), fresh)
+        result = _train(config, data, lambda progress: _show(line, progress), fresh)
     if result.rank:
         return  # the first process says it for all
     record_command(result.run_dir)
     _print_result(call.console, result)
 
 
-def _train(inputs: TrainingInputs, on_progress: OnTrainProgress, fresh: bool) -> DistillResult:
+def _train(config: DistillConfig, data: TrainingData, on_progress: OnTrainProgress, fresh: bool) -> DistillResult:
     """In this process, which may be one of torchrun's, or on Ray workers."""
-    config = inputs.config
     from dtpipe.distill.trainer import train, train_with_workers
 
     if config.train_workers is None:
-        return train(config, inputs.open_live, on_progress, fresh, inputs.open_source)
+        return train(config, data, on_progress, fresh)
     from dtpipe.extract.cluster.ray import connect, disconnect, has_gpus
 
-    inputs.open_source(config)  # so that what is wrong is said, and images are looked at, before workers start
+    data.open_checked(config)  # so that what is wrong is said, and images are looked at, before workers start
     connect(config.ray_address)
     try:
         gpus = has_gpus() and config.device != "cpu"
-        return train_with_workers(
-            config, config.train_workers, gpus, inputs.open_live, on_progress, fresh, inputs.open_again
-        )
+        return train_with_workers(config, config.train_workers, gpus, data, on_progress, fresh)
     finally:
         disconnect()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,21 +42,36 @@ def check_images(
 ) -> dict[str, str]:
     """Decode and resize the images of some rows; key to reason of the bad ones, as an earlier call for this run found them.
 
-    `max_bad` gives how many of so many may be bad. Processes of one run on one machine take turns, so one of them looks.
+    `max_bad` gives how many of a number of images may be bad. Processes of one run on one machine take turns, so one looks.
     Raises: ErrorBudgetError naming bad ones when there are more, and then nothing is kept; InputError when the source
     cannot be read; StoreError when the run folder cannot be written.
     """
     with _turn(run):
-        bad = kept_result(reader, rows, run)
-        if bad is None:
-            bad = _look(reader, rows, on_checked)
-            samples = [BadSample(key, reason) for key, reason in bad.items()]
-            if len(bad) > max_bad(len(rows)):
-                raise ErrorBudgetError(budget_message("the source", len(bad), max_bad(len(rows)), samples))
-            document = {"of": _name(reader, rows), "num": len(rows), "bad": bad}
-            with _writing(run):
-                write_whole(run / CHECKED_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        bad = _kept(reader, rows, run)
+        if bad is not None:
+            return bad
+        bad = _look(reader, rows, on_checked)
+        if len(bad) > max_bad(len(rows)):
+            raise ErrorBudgetError(budget_message("the source", len(bad), max_bad(len(rows)), _samples(bad)))
+        document = {"of": _name(reader, rows), "num": len(rows), "bad": bad}
+        with _writing(run):
+            write_whole(run / CHECKED_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return bad
+
+
+def known_bad(reader: RowReader, rows: NDArray[np.int64], run: Path) -> dict[str, str]:
+    """What an earlier look at these images for this run found; nothing before it."""
+    return _kept(reader, rows, run) or {}
+
+
+def _kept(reader: RowReader, rows: NDArray[np.int64], run: Path) -> dict[str, str] | None:
+    """What the run folder says of these images, if it does."""
+    name = _name(reader, rows)
+    try:
+        document: dict[str, Any] = json.loads((run / CHECKED_FILE).read_text(encoding="utf-8"))
+        return dict(document["bad"]) if document["of"] == name else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _name(reader: RowReader, rows: NDArray[np.int64]) -> str:
@@ -64,16 +79,6 @@ def _name(reader: RowReader, rows: NDArray[np.int64]) -> str:
     listed = [(reader.listing.keys[row], reader.listing.uris[row]) for row in rows]
     transform = reader.recipe.transform.model_dump(mode="json")
     return blake3(canonical_json({"rows": listed, "transform": transform, "max_pixels": reader.max_pixels})).hexdigest()
-
-
-def kept_result(reader: RowReader, rows: NDArray[np.int64], run: Path) -> dict[str, str] | None:
-    """What an earlier look found, if it was at these images."""
-    name = _name(reader, rows)
-    try:
-        document: dict[str, Any] = json.loads((run / CHECKED_FILE).read_text(encoding="utf-8"))
-        return dict(document["bad"]) if document["of"] == name else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _look(reader: RowReader, rows: NDArray[np.int64], on_checked: OnChecked | None) -> dict[str, str]:
@@ -85,8 +90,12 @@ def _look(reader: RowReader, rows: NDArray[np.int64], on_checked: OnChecked | No
                 if reason is not None:
                     bad[reader.listing.keys[row]] = reason
             if on_checked is not None:
-                on_checked(start + len(chosen), len(rows), [BadSample(key, reason) for key, reason in bad.items()])
+                on_checked(start + len(chosen), len(rows), _samples(bad))
     return bad
+
+
+def _samples(bad: Mapping[str, str]) -> list[BadSample]:
+    return [BadSample(key, reason) for key, reason in bad.items()]
 
 
 def _reason(reader: RowReader, row: int) -> str | None:

@@ -5,22 +5,25 @@ Always compared with the recipe, so that neither other weights nor other setting
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.device import pick_device
+from dtpipe.extract.encode import encode, recipe_rows
+from dtpipe.extract.teachers.base import Teacher, TeacherSpec
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, TeacherError
-from dtpipe.manifests.schema import LevelSpec, Plan, Recipe, TeacherRecipe, ViewSpec
+from dtpipe.manifests.schema import LevelSpec, Plan, Recipe, TeacherRecipe
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
-
-    from dtpipe.extract.teachers.base import Teacher, TeacherSpec
 
 
 def recorded_teacher(plan: Plan) -> dict[str, Any]:
@@ -30,47 +33,31 @@ def recorded_teacher(plan: Plan) -> dict[str, Any]:
     return dict(teacher) if isinstance(teacher, Mapping) else {}
 
 
+@dataclass(frozen=True)
 class RecipeTeacher:
-    """The teacher that made a dataset, on a device."""
+    """The teacher that made a dataset, or that encodes live as a recipe says, on a device."""
 
-    def __init__(
-        self, recipe: Recipe, config: TeacherConfig, device: str = "auto", teacher: Teacher | None = None
-    ) -> None:
-        """`teacher`: what `config` names, where it is loaded already. Raises: TeacherError saying what differs from the recipe."""
-        from dtpipe.extract.teachers.registry import load_teacher
+    recipe: Recipe
+    teacher: Teacher
+    device: str
 
-        self.recipe = recipe
-        self.device = pick_device(device)
-        self.teacher: Teacher = teacher if teacher is not None else load_teacher(config, self.device)
-        if found := teacher_differences(recipe, self.teacher.spec, config.dtype):
-            raise TeacherError(
-                f"{config.path} is not the teacher that made the dataset ({listed(found)}); give that one with --teacher, "
-                "and its settings"
-            )
-
-    def encode(
-        self, images: np.ndarray, keys: Sequence[str], views: Sequence[ViewSpec] | None = None
-    ) -> dict[str, Tensor]:
-        """Features of stored images. Shapes: [N, H, W, 3] uint8 -> {level: (N, V, C, h, w)} on the device."""
-        from dtpipe.extract.encode import encode, recipe_rows
-
-        rows = recipe_rows(self.recipe, self.teacher.spec, keys, images, views)
+    def encode(self, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, Tensor]:
+        """Features of stored images. Shapes: [N, H, W, 3] -> {level: (N, V, C, h, w)} on the device."""
+        rows = recipe_rows(self.recipe, self.teacher.spec, keys, images)
         return encode(self.teacher, rows, self.device, self.recipe.compute).levels
 
 
 def teacher_differences(recipe: Recipe, spec: TeacherSpec, dtype: str) -> list[str]:
     """In what a loaded teacher is not the one that made a dataset, a clause each; empty when it gives the same features."""
-    made = recipe.teacher
-    if spec.weights_blake3 != made.weights_blake3:
-        return [
-            f"weights have digest {spec.weights_blake3[:16]}.., the dataset was made with {made.weights_blake3[:16]}.."
-        ]
-    found = TeacherRecipe(kind=spec.kind, weights_blake3=spec.weights_blake3, options=dict(spec.options))
-    stored, loaded = (
-        {**each.model_dump(mode="json"), "dtype": at} for each, at in ((made, recipe.compute.dtype), (found, dtype))
-    )
-    clauses = [str(difference) for difference in differences(stored, loaded, "teacher.")]
-    clauses += [difference for level in recipe.levels if (difference := _level_difference(recipe, level, spec))]
+    made_by = recipe.teacher
+    if spec.weights_blake3 != made_by.weights_blake3:
+        loaded, stored = spec.weights_blake3[:16], made_by.weights_blake3[:16]
+        return [f"weights have digest {loaded}.., the dataset was made with {stored}.."]
+    teacher = TeacherRecipe(kind=spec.kind, weights_blake3=spec.weights_blake3, options=dict(spec.options))
+    before = {**made_by.model_dump(mode="json"), "dtype": recipe.compute.dtype}
+    now = {**teacher.model_dump(mode="json"), "dtype": dtype}
+    clauses = [str(difference) for difference in differences(before, now, "teacher.")]
+    clauses += [clause for level in recipe.levels if (clause := _level_difference(recipe, level, spec))]
     latest = max((view.timestep for view in recipe.views if view.timestep is not None), default=0)
     if spec.num_timesteps is not None and latest >= spec.num_timesteps:
         clauses.append(f"it has timesteps 0 to {spec.num_timesteps - 1}, the dataset was made at {latest}")
@@ -78,28 +65,39 @@ def teacher_differences(recipe: Recipe, spec: TeacherSpec, dtype: str) -> list[s
 
 
 def _level_difference(recipe: Recipe, level: LevelSpec, spec: TeacherSpec) -> str | None:
-    tap = next((each for each in spec.levels if each.tap == level.tap), None)
+    tap = next((tap for tap in spec.levels if tap.tap == level.tap), None)
     if tap is None:
-        taps = ", ".join(each.tap for each in spec.levels)
+        taps = ", ".join(tap.tap for tap in spec.levels)
         return f"level {level.name} of the dataset was read at tap {level.tap}, and the teacher is read at {taps}"
-    sides = (recipe.transform.height // tap.stride, recipe.transform.width // tap.stride)
-    if (tap.channels, *sides) != (level.channels, level.height, level.width):
-        stored = f"{level.channels}x{level.height}x{level.width}"
-        return (
-            f"tap {level.tap} gives {tap.channels}x{sides[0]}x{sides[1]}, level {level.name} of the dataset is {stored}"
-        )
-    return None
+    expected = (tap.channels, recipe.transform.height // tap.stride, recipe.transform.width // tap.stride)
+    stored = (level.channels, level.height, level.width)
+    if expected == stored:
+        return None
+    return f"tap {level.tap} gives {_shape(expected)}, level {level.name} of the dataset is {_shape(stored)}"
 
 
-def open_teacher(plan: Plan, given: Mapping[str, Any], device: str) -> RecipeTeacher:
+def _shape(sides: tuple[int, int, int]) -> str:
+    return "x".join(map(str, sides))
+
+
+def open_teacher(
+    plan: Plan, given: Mapping[str, Any], device: str, load: Callable[[TeacherConfig, str], Teacher] = load_teacher
+) -> RecipeTeacher:
     """The teacher of a dataset: as recorded by its extraction, with `given` settings (`path`, `kind` ..) in their place.
 
     Raises: ConfigError when nothing says where it is; TeacherError when it is gone or another one.
     """
-    return RecipeTeacher(plan.recipe, teacher_config(plan, given), device)
+    config, device = _teacher_config(plan, given), pick_device(device)
+    teacher = load(config, device)
+    if clauses := teacher_differences(plan.recipe, teacher.spec, config.dtype):
+        raise TeacherError(
+            f"{config.path} is not the teacher that made the dataset ({listed(clauses)}); give that one with --teacher, "
+            "and its settings"
+        )
+    return RecipeTeacher(plan.recipe, teacher, device)
 
 
-def teacher_config(plan: Plan, given: Mapping[str, Any]) -> TeacherConfig:
+def _teacher_config(plan: Plan, given: Mapping[str, Any]) -> TeacherConfig:
     """The settings that `open_teacher` loads. Raises: ConfigError when nothing says where the teacher is."""
     settings = {**recorded_teacher(plan), **given}
     if "path" not in settings:

@@ -6,7 +6,9 @@ encoded live, in epoch e with noise draw e. Order and epoch size are fixed befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +30,20 @@ from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.codecs.coded import CodedLevels
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
-from dtpipe.manifests.read.source import Columns, Integers
+from dtpipe.manifests.read.source import Columns, FeatureSource, Integers
 from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.write.listing import Listing
-from dtpipe.pipeline.live.check import OnChecked, check_images, kept_result
+from dtpipe.pipeline.live.check import OnChecked, check_images, known_bad
 from dtpipe.pipeline.live.recorded import RecipeTeacher
+from dtpipe.pipeline.live.teacher import LivePart, LiveRecipes, route_to_one
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import torch
+
+    from dtpipe.distill.stream.live import LiveTeacher
+
+FindBad = Callable[[RowReader, NDArray[np.int64], Path], Mapping[str, str]]
+"""Key to reason of the bad ones among some rows, for a run folder."""
 
 SECTION = "extract"
 
@@ -82,53 +90,68 @@ class LiveSource:
             ) from err
 
 
+@dataclass(frozen=True)
+class LiveData:
+    """Images and a teacher in place of a dataset, as the `extract` section says; `TrainingData`."""
+
+    extract: LiveConfig
+    on_checked: OnChecked | None = None
+    """Shown how far the look at all images is."""
+
+    def open(self, config: DistillConfig) -> OpenedData:
+        """The samples that the settings name; without the bad ones, if this run's images were looked at before.
+
+        Raises: ConfigError, InputError, TeacherError as `dtpipe extract` does; PlanChangedError naming what differs from
+        what the run in `out` was trained on.
+        """
+        return self._open(config, known_bad)
+
+    def open_checked(self, config: DistillConfig) -> OpenedData:
+        """As `open`, once all images have been looked at for this run. Raises: ErrorBudgetError when too many are bad."""
+        check = partial(check_images, max_bad=self.extract.run.max_bad_samples, on_checked=self.on_checked)
+        return self._open(config, check)
+
+    def teacher(self, source: FeatureSource, device: torch.device) -> LiveTeacher:  # noqa: ARG002  it is loaded already
+        """The teacher that was loaded to open the source, which knows what samples it takes."""
+        assert isinstance(source, LiveSource)
+        return LiveRecipes([LivePart(source.teacher, source.levels)], route_to_one)
+
+    def _open(self, config: DistillConfig, find_bad: FindBad) -> OpenedData:
+        extract, run = live_settings(self.extract), Path(config.out)
+        reader, opened = _open_reader(extract, pick_device(config.device))
+        recipe = reader.recipe
+        record = {"live": _content(recipe), "listing": _listing_record(reader.listing)}
+        refuse_other_data(run, record, partly=True)
+        source = LiveSource(reader, opened, {})
+        rows = select_rows(source, config)
+        if not recipe.synthesized:
+            source = LiveSource(reader, opened, find_bad(reader, rows, run))
+            rows = rows[np.isin(rows, source.columns.ok_rows)]
+            if len(rows) == 0:
+                raise InputError(f"{extract.images}: none of the images can be used; look at one of them")
+        record = {**record, "samples": rows_record(rows)}
+        return OpenedData(
+            source,
+            recipe.student_px,
+            digest=blake3(canonical_json(record)).hexdigest(),
+            sampling=Sampling(rows, len(source.columns)),
+            record=record,
+            sections={SECTION: extract.model_dump(mode="json")},
+        )
+
+
 def live_settings(config: LiveConfig) -> LiveConfig:
     """The settings as live training reads them: whole paths, and one stored draw's worth of views, since none is stored."""
     return with_whole_paths(config.model_copy(update={"noise": config.noise.model_copy(update={"draws": 1})}))
 
 
-def open_live_data(extract: LiveConfig, on_checked: OnChecked | None, check: bool, config: DistillConfig) -> OpenedData:
-    """The samples that the settings name, ready to train on without a dataset.
-
-    `check`: look at all images that have not been looked at for this run; without it, only what was found then is known to be bad.
-    Raises: ConfigError, InputError, TeacherError as `dtpipe extract` does; PlanChangedError naming what differs from what the run
-    in `out` was trained on; ErrorBudgetError when too many images are bad.
-    """
-    extract = live_settings(extract)
+def _open_reader(extract: LiveConfig, device: str) -> tuple[RowReader, RecipeTeacher]:
     images = open_images(extract.images, extract.num_samples, extract.source.kind)
     listing = list_source(extract, images)
-    device = pick_device(config.device)
     teacher = load_teacher(extract.teacher, device)
     recipe = make_recipe(extract, teacher, images.kind, device)
     reader = RowReader(images, listing, recipe, teacher.spec, extract.source.max_pixels)
-    opened = RecipeTeacher(recipe, extract.teacher, device, teacher=teacher)
-    record = {"live": _content(recipe), "listing": _listing_record(listing)}
-    refuse_other_data(Path(config.out), record, partly=True)
-    source = LiveSource(reader, opened, {})
-    rows = select_rows(source, config)
-    if not recipe.synthesized:
-        source = LiveSource(reader, opened, _bad_images(reader, rows, extract, Path(config.out), on_checked, check))
-        rows = rows[np.isin(rows, source.columns.ok_rows)]
-        if len(rows) == 0:
-            raise InputError(f"{extract.images}: none of the images can be used; look at one of them")
-    record = {**record, "samples": rows_record(rows)}
-    digest = blake3(canonical_json(record)).hexdigest()
-    sections = {SECTION: extract.model_dump(mode="json")}
-    return OpenedData(source, recipe.student_px, digest, Sampling(rows, len(source.columns)), None, record, sections)
-
-
-def _bad_images(
-    reader: RowReader,
-    rows: NDArray[np.int64],
-    extract: LiveConfig,
-    run: Path,
-    on_checked: OnChecked | None,
-    check: bool,
-) -> Mapping[str, str]:
-    """Key to reason, as found now, or without `check` as far as a run knows already."""
-    if not check:
-        return kept_result(reader, rows, run) or {}
-    return check_images(reader, rows, run, extract.run.max_bad_samples, on_checked)
+    return reader, RecipeTeacher(recipe, teacher, device)
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:

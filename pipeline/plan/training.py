@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 from dtpipe.pipeline.plan.extraction import peak_memory
@@ -18,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from dtpipe.distill.config import DistillConfig
-    from dtpipe.distill.stream.data import OpenSource
-    from dtpipe.distill.stream.live import LiveTeacher, OpenLive
+    from dtpipe.distill.stream.data import TrainingData
+    from dtpipe.distill.stream.live import LiveTeacher
     from dtpipe.distill.student.distiller import Distiller
     from dtpipe.manifests.read.source import FeatureSource
 
@@ -50,53 +48,49 @@ class TrainingPlan:
     """Per image that is encoded live; None where none is."""
 
 
-def plan_training(
-    config: DistillConfig, open_live: OpenLive | None = None, open_source: OpenSource | None = None
-) -> TrainingPlan:
-    """Time a few steps of the student on data that exists, and the teacher where it runs live. Raises: what opening
-    them raises.
+def plan_training(config: DistillConfig, data: TrainingData) -> TrainingPlan:
+    """Time a few steps of the student on data that exists, and the teacher where it runs live.
+
+    Raises: what opening them raises.
     """
     from dtpipe.distill.engine.device import training_device
-    from dtpipe.distill.stream.data import open_data
     from dtpipe.distill.stream.stream import FeatureStream
     from dtpipe.distill.student.distiller import choose_levels, student_size
     from dtpipe.distill.trainer import stream_settings
     from dtpipe.manifests.read.dataset import FeatureDataset
 
-    data = (open_source or open_data)(config)
-    levels = choose_levels(data.source.levels, config.levels)
+    opened = data.open(config)
+    levels = choose_levels(opened.source.levels, config.levels)
     device = training_device(config.device)
-    live = open_live(data.source, device) if open_live is not None else None
-    stream = FeatureStream(
-        data.source, stream_settings(config, tuple(level.name for level in levels)), device, live, data.sampling
-    )
-    datasets = [FeatureDataset.open(url, allow_incomplete=True) for url in config.datasets]
-    stored = sum(each.manifest.totals.size_bytes for each in datasets if each.manifest is not None)
-    plan = time_training(config, levels, student_size(config, data.student_px), stream.epoch_size, stored)
-    if live is None:
+    teacher = data.teacher(opened.source, device)
+    settings = stream_settings(config, tuple(level.name for level in levels))
+    stream = FeatureStream(opened.source, settings, device, teacher, opened.sampling)
+    manifests = [FeatureDataset.open(url, allow_incomplete=True).manifest for url in config.datasets]
+    stored_bytes = sum(manifest.totals.size_bytes for manifest in manifests if manifest is not None)
+    plan = time_training(config, levels, student_size(config, opened.student_px), stream.epoch_size, stored_bytes)
+    if teacher is None:
         return plan
-    teacher_s = _time_teacher(live, data.source, min(_timed_images(config, device), len(stream.rows)), device)
+    teacher_s = _time_teacher(teacher, opened.source, min(_timed_images(config, device), len(stream.rows)), device)
     seconds = plan.seconds + config.reencode * teacher_s * stream.epoch_size * config.epochs
     return replace(plan, seconds=seconds, teacher_s=teacher_s)
 
 
-def _time_teacher(live: LiveTeacher, source: FeatureSource, num: int, device: torch.device) -> float:
+def _time_teacher(teacher: LiveTeacher, source: FeatureSource, num: int, device: torch.device) -> float:
     """Seconds per image of noise and a live encoding, after a warm-up."""
     import torch
 
     from dtpipe.distill.stream.live import LiveSamples
 
-    keys = tuple(source.columns.keys[row] for row in source.columns.ok_rows[:num])
-    images = torch.zeros((len(keys), *source.image_px, 3), dtype=torch.uint8, device=device)
-    samples = LiveSamples(keys, np.zeros(len(keys), np.int64), np.zeros(len(keys), bool), np.zeros(len(keys), np.int64))
+    samples = LiveSamples.first([source.columns.keys[row] for row in source.columns.ok_rows[:num]])
+    images = torch.zeros((len(samples), *source.image_px, 3), dtype=torch.uint8, device=device)
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
-        live.encode(images, samples, live.prepare(samples))
+        teacher.encode(images, samples, teacher.prepare(samples))
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return seconds[-1] / len(keys)
+    return seconds[-1] / len(samples)
 
 
 def time_training(

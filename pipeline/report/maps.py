@@ -9,21 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.losses.base import whiten
+from dtpipe.distill.stream.batch import student_images
+from dtpipe.distill.stream.data import OpenedData
+from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
+from dtpipe.distill.student.distiller import Distiller, build_distiller, choose_levels, student_size
+from dtpipe.distill.student.load import student_state
+from dtpipe.manifests.read.source import FeatureSource, read_images
+from dtpipe.manifests.schema import LevelSpec
+from dtpipe.pipeline.live.data import recorded_data
 from dtpipe.pipeline.report.pca import pca_to_rgb
 
-if TYPE_CHECKING:
-    from dtpipe.distill.config import DistillConfig
-    from dtpipe.distill.stream.data import OpenedData
-    from dtpipe.distill.student.distiller import Distiller
-
 Picture = NDArray[np.uint8]
-Read = Callable[[NDArray[np.int64], Sequence[str]], tuple[NDArray[np.uint8], Mapping[str, NDArray[np.generic]]]]
+Features = Mapping[str, NDArray[np.generic]]
+Read = Callable[[NDArray[np.int64], Sequence[str]], tuple[Picture, Features]]
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,10 @@ class ShownMaps:
     """Per level; 1 is what a constant zero would get, since whitened features have unit variance."""
 
 
-def load_distiller(run: Path, config: DistillConfig, levels: Sequence[Any], image_px: tuple[int, int]) -> Distiller:
+def load_distiller(
+    run: Path, config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int]
+) -> Distiller:
     """Student and regressor of a run's last checkpoint, in eval mode on the CPU."""
-    from dtpipe.distill.engine.checkpoint import load_checkpoint
-    from dtpipe.distill.student.distiller import build_distiller
-    from dtpipe.distill.student.load import student_state
-
     state = load_checkpoint(run / "last.pt", "distill")
     unpretrained = config.model_copy(update={"student": config.student.model_copy(update={"pretrained": False})})
     model = build_distiller(unpretrained, levels, image_px)
@@ -66,10 +71,6 @@ def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> S
     Raises: what the dataset's readers raise, or what loading the live teacher raises.
     """
     import torch
-
-    from dtpipe.distill.losses.base import whiten
-    from dtpipe.distill.stream.batch import student_images
-    from dtpipe.distill.student.distiller import choose_levels, student_size
 
     data, read = _open(run, config)
     levels = choose_levels(data.source.levels, config.levels)
@@ -87,11 +88,7 @@ def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> S
         errors = {name: float((regressed[name].float() - teacher[name]).square().mean()) for name in names}
     pairs = {name: _pair(teacher[name].numpy(), regressed[name].float().numpy()) for name in names}
     shown = [
-        ShownImage(
-            columns.keys[row],
-            images[idx],
-            {name: (pairs[name][0][idx], pairs[name][1][idx]) for name in names},
-        )
+        ShownImage(columns.keys[row], images[idx], {name: (pairs[name][0][idx], pairs[name][1][idx]) for name in names})
         for idx, row in enumerate(rows)
     ]
     return ShownMaps(shown, errors)
@@ -99,42 +96,29 @@ def draw_maps(run: Path, config: DistillConfig, num_images: int, seed: int) -> S
 
 def _open(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
     """The run's data, and how to read images and features of some of its rows: stored, or encoded now on the CPU."""
-    from dtpipe.distill.stream.data import open_data
-
-    config = config.model_copy(update={"out": str(run)})  # a run folder may have been moved
-    if config.datasets:
-        data = open_data(config)
-        unflipped = next((idx for idx, view in enumerate(data.source.views) if not view.flip), 0)
-
-        def read(rows: NDArray[np.int64], names: Sequence[str]) -> tuple[Picture, Mapping[str, NDArray[np.generic]]]:
-            images, coded = data.source.read(rows, names, np.full(len(rows), unflipped))
-            return images, coded.decode()
-
-        return data, read
-    return _open_live(run, config)
-
-
-def _open_live(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
     import torch
 
-    from dtpipe.distill.engine.run_folder import read_config
-    from dtpipe.distill.stream.live import LiveSamples
-    from dtpipe.manifests.read.source import read_images
-    from dtpipe.pipeline.live.data import recorded_inputs
+    config = config.model_copy(update={"out": str(run), "device": "cpu"})  # a run folder may have been moved
+    data = recorded_data(run, config)
+    opened = data.open(config)
+    teacher = data.teacher(opened.source, torch.device("cpu"))
+    return opened, partial(_read_stored, opened.source) if teacher is None else partial(_encode, teacher, opened.source)
 
-    inputs = recorded_inputs(config.model_copy(update={"device": "cpu"}), read_config(run, "extract"))
-    data = inputs.unchecked(inputs.config)
-    assert inputs.open_live is not None  # there is no dataset
-    live = inputs.open_live(data.source, torch.device("cpu"))
 
-    def read(rows: NDArray[np.int64], _names: Sequence[str]) -> tuple[Picture, dict[str, NDArray[np.generic]]]:
-        none = np.zeros(len(rows), np.int64)
-        samples = LiveSamples(tuple(data.source.columns.keys[row] for row in rows), none, none.astype(bool), none)
-        seen = torch.from_numpy(read_images(data.source, rows))
-        images, levels = live.encode(seen, samples, live.prepare(samples))
-        return images.numpy(), {name: level.float().numpy() for name, level in levels.items()}
+def _read_stored(source: FeatureSource, rows: NDArray[np.int64], names: Sequence[str]) -> tuple[Picture, Features]:
+    unflipped = next((idx for idx, view in enumerate(source.views) if not view.flip), 0)
+    images, coded = source.read(rows, names, np.full(len(rows), unflipped))
+    return images, coded.decode()
 
-    return data, read
+
+def _encode(
+    teacher: LiveTeacher, source: FeatureSource, rows: NDArray[np.int64], _names: Sequence[str]
+) -> tuple[Picture, Features]:
+    import torch
+
+    samples = LiveSamples.first([source.columns.keys[row] for row in rows])
+    images, levels = teacher.encode(torch.from_numpy(read_images(source, rows)), samples, teacher.prepare(samples))
+    return images.numpy(), {name: level.float().numpy() for name, level in levels.items()}
 
 
 def _pair(teacher: NDArray[np.float32], student: NDArray[np.float32]) -> tuple[list[Picture], list[Picture]]:

@@ -19,6 +19,7 @@ import torch
 
 from dtpipe.distill import trainer as module
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.stream.data import open_data
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream
 from parts.memory import FLIPPED_VIEWS, MemorySource, tiny_config, write_dataset
@@ -131,7 +132,7 @@ def test_a_loss_that_is_not_finite_on_one_process_names_its_samples_on_all(confi
     assert answers[0] == answers[1]
     assert answers[0][0] == "DivergedError"
     assert "the loss is nan in step 1" in answers[0][1]
-    alone = module.Distillation(config, module.open_data(config), torch.device("cpu")).stream
+    alone = module.Distillation(config, open_data(config), torch.device("cpu")).stream
     stream = FeatureStream(alone.source, replace(alone.settings, rank=1, world=2), alone.device)
     assert all(key in answers[0][1] for key in next(stream.batches(StreamPosition())).keys)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.config import ExtractConfig, LiveConfig
 
 MakeConfig = Callable[..., ExtractConfig]
 Extract = Callable[..., str]
@@ -25,3 +25,8 @@ def extract_config(images: Path, teacher: Path, out: Path, /, **changes: Any) ->
         "device": "cpu",
     }
     return ExtractConfig.model_validate(ExtractConfig.in_halves({**ExtractConfig.in_halves(fields), **changes}))
+
+
+def live_config(config: ExtractConfig) -> LiveConfig:
+    """The settings of live training on the samples of an extraction."""
+    return LiveConfig.model_validate({**config.model_dump(), "run": {"max_bad": config.run.max_bad}})

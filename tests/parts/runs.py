@@ -12,6 +12,7 @@ from dtpipe.distill.engine.progress import OnTrainProgress
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.trainer import DistillResult, train
+from dtpipe.manifests.read.source import FeatureSource
 
 WITHOUT_BATCH_NORM = {
     "student": {"name": "test_convnext"},
@@ -21,9 +22,24 @@ WITHOUT_BATCH_NORM = {
 }
 
 
+class InMemory:
+    """Data that is open already, as `TrainingData`."""
+
+    def __init__(self, data: OpenedData) -> None:
+        self._data = data
+
+    def open(self, config: DistillConfig) -> OpenedData:
+        return self._data
+
+    open_checked = open
+
+    def teacher(self, source: FeatureSource, device: torch.device) -> None:
+        """All is read as it is stored."""
+
+
 def train_on(data: OpenedData, config: DistillConfig, on_progress: OnTrainProgress | None = None) -> DistillResult:
     """`train` with data from memory."""
-    return train(config, on_progress=on_progress, open_source=lambda _config: data)
+    return train(config, InMemory(data), on_progress)
 
 
 def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:

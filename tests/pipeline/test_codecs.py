@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.run_folder import read_metrics
+from dtpipe.distill.stream.data import STORED, StoredData
 from dtpipe.distill.stream.decode import DECODERS
 from dtpipe.distill.trainer import train
 from dtpipe.manifests.codecs.base import SYMBOLS
@@ -80,7 +81,7 @@ def losses(out: Path, *datasets: FeatureDataset, **changes: Any) -> list[float]:
     """Of six steps."""
     urls = tuple(dataset.url for dataset in datasets)
     config = tiny_config(out, datasets=urls, epochs=3, batch_size=4, micro_batch=None, log_every=1, **changes)
-    train(config, partial(open_live, {}) if config.reencode else None)
+    train(config, StoredData(partial(open_live, {})) if config.reencode else STORED)
     return [line["loss"] for line in read_metrics(out)]
 
 

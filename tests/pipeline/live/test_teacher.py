@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.stream.batch import FeatureBatch
-from dtpipe.distill.stream.data import OpenedData, open_data
+from dtpipe.distill.stream.data import StoredData, TrainingData, open_data
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream
@@ -22,10 +23,10 @@ from dtpipe.extract.noise import draw_noise
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
-from dtpipe.pipeline.live.source import open_live_data
-from dtpipe.pipeline.live.teacher import RecipeLive, open_live
+from dtpipe.pipeline.live.source import LiveData
+from dtpipe.pipeline.live.teacher import LiveRecipes, open_live
 from parts import sd_pipelines
-from parts.extractions import Extract, MakeConfig
+from parts.extractions import Extract, MakeConfig, live_config
 from parts.teachers import gan_network
 
 CPU = torch.device("cpu")
@@ -41,11 +42,12 @@ def config(*urls: str, **changes: Any) -> DistillConfig:
     return DistillConfig(**{**base, **changes})
 
 
-def stream_of(settings: DistillConfig, data: OpenedData | None = None, **given: object) -> FeatureStream:
-    data = data or open_data(settings)
-    live = open_live(given, data.source, CPU) if settings.reencode else None
-    names = tuple(level.name for level in data.source.levels)
-    return FeatureStream(data.source, stream_settings(settings, names), CPU, live, data.sampling)
+def stream_of(settings: DistillConfig, data: TrainingData | None = None, **teacher: object) -> FeatureStream:
+    data = data or StoredData(partial(open_live, teacher) if settings.reencode else None)
+    opened = data.open(settings)
+    names = tuple(level.name for level in opened.source.levels)
+    live = data.teacher(opened.source, CPU)
+    return FeatureStream(opened.source, stream_settings(settings, names), CPU, live, opened.sampling)
 
 
 def samples(batches: Iterator[FeatureBatch]) -> dict[tuple[int, str], tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -206,9 +208,8 @@ def test_joined_teachers_each_give_their_own_levels(extract: Extract, ddpm: Path
         for path in (ddpm, other_ddpm)
     ]
     settings = config(*urls, join=True, reencode=1.0, epochs=1, loss_weights=(1, 0.3))
-    data = open_data(settings)
-    assert data.level_weights == {"l2": 1, "l3": 1, "l2.b": 0.3, "l3.b": 0.3}
-    found = samples(stream_of(settings, data, path=str(other_ddpm)).batches(StreamPosition()))
+    assert open_data(settings).level_weights == {"l2": 1, "l3": 1, "l2.b": 0.3, "l3.b": 0.3}
+    found = samples(stream_of(settings, path=str(other_ddpm)).batches(StreamPosition()))
     for (_, key), (_, levels) in found.items():
         for name, (dataset, level) in {
             "l2": (wanted[0], "l2"),
@@ -231,26 +232,22 @@ def test_a_teacher_of_none_of_the_datasets_is_refused(extract: Extract, other_dd
 
 
 @pytest.fixture
-def live_data(make_config: MakeConfig, tmp_path: Path) -> Callable[..., OpenedData]:
-    def make(**changes: Any) -> OpenedData:
-        settings = make_config(out="unused", **changes)
-        return partial(open_live_data, settings, None, True)(config(out=str(tmp_path / "run"), reencode=1.0))
-
-    return make
+def live_data(make_config: MakeConfig) -> Callable[..., LiveData]:
+    return lambda **changes: LiveData(live_config(make_config(batch_size=3, **changes)))
 
 
 def test_without_a_dataset_epoch_e_sees_what_extract_stores_as_draw_e(
-    extract: Extract, live_data: Callable[..., OpenedData]
+    extract: Extract, live_data: Callable[..., LiveData]
 ) -> None:
     stored = FeatureDataset.open(extract("features", noise={"timesteps": [50], "draws": 2}))
-    data = live_data()
+    data = live_data().open(config(reencode=1.0))
     assert (data.source.levels, data.source.image_px, data.student_px) == (
         stored.levels,
         stored.image_px,
         stored.recipe.student_px,
     )
     assert sorted(data.source.columns.keys) == sorted(stored.columns.keys)
-    found = samples(stream_of(config(reencode=1.0), data).batches(StreamPosition()))
+    found = samples(stream_of(config(reencode=1.0), live_data()).batches(StreamPosition()))
     assert len(found) == 16
     for (epoch, key), (image, levels) in found.items():
         row = stored.columns.row_of(key)
@@ -262,7 +259,7 @@ def test_without_a_dataset_epoch_e_sees_what_extract_stores_as_draw_e(
 
 
 def test_a_gan_synthesizes_online_the_dataset_in_epoch_0_and_new_images_after(
-    extract: Extract, live_data: Callable[..., OpenedData], gan: dict[str, str]
+    extract: Extract, live_data: Callable[..., LiveData], gan: dict[str, str]
 ) -> None:
     stored = FeatureDataset.open(extract("features", images=None, num_samples=7, teacher=gan))
     found = samples(
@@ -302,9 +299,9 @@ def test_live_encoding_from_kept_latents_skips_the_vae_and_gives_the_same(extrac
     url = extract("features", teacher=teacher, noise={"timesteps": [50], "flips": True})
     settings = config(url, reencode=1.0, levels=("l2", "l5"))
     whole, kept = stream_of(settings), stream_of(settings)
-    assert isinstance(whole.live, RecipeLive) and isinstance(kept.live, RecipeLive)
-    whole.live.latents = None
-    kept.live.opened.teacher._vae = None  # type: ignore[attr-defined]
+    assert isinstance(whole.live, LiveRecipes) and isinstance(kept.live, LiveRecipes)
+    whole.live = replace(whole.live, parts=[replace(part, latents=None) for part in whole.live.parts])
+    kept.live.parts[0].opened.teacher._vae = None  # type: ignore[attr-defined]
     expected, found = samples(whole.batches(StreamPosition())), samples(kept.batches(StreamPosition()))
     assert found.keys() == expected.keys()
     for at, (_, levels) in expected.items():
