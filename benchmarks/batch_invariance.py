@@ -14,6 +14,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.recipe import Resolved, resolve_recipe
-from dtpipe.extract.shards.rows import RowReader, StageSeconds
+from dtpipe.extract.shards.reader import ImageReader
 from dtpipe.manifests.check.verify import relative_error
 from dtpipe.manifests.codecs.base import decode_level
 from dtpipe.manifests.codecs.registry import open_codec
+from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import Recipe
 from dtpipe.pipeline.demo.scenes import write_scenes
 
@@ -39,12 +41,13 @@ Features = Mapping[str, NDArray[np.float32]]
 
 def load_images(resolved: Resolved) -> tuple[NDArray[np.uint8], list[str]]:
     """The source's good images at the recipe's size, and their keys."""
-    reader = RowReader(
-        resolved.source, resolved.listing, resolved.recipe, resolved.teacher.spec, resolved.config.source.max_pixels
-    )
-    rows = [reader.prepare(row, StageSeconds()) for row in range(len(resolved.listing))]
-    good = [(row.sample.image, row.index.key) for row in rows if row.sample and row.sample.image is not None]
-    return np.stack([image for image, _ in good]), [key for _, key in good]
+    listing, recipe = resolved.listing, resolved.recipe
+    reader = ImageReader(resolved.source, listing, recipe.transform, resolved.config.source.max_pixels)
+    images: dict[str, NDArray[np.uint8]] = {}
+    for row, key in enumerate(listing.keys):
+        with suppress(BadImage):
+            images[key] = reader.image(row)
+    return np.stack(list(images.values())), list(images)
 
 
 def features_of(resolved: Resolved, recipe: Recipe, images: NDArray[np.uint8], keys: list[str]) -> Features:

@@ -127,7 +127,7 @@ def _ray_address(address: str | None) -> Iterator[Finding]:
         return
     import ray
 
-    from dtpipe.extract.cluster.ray import check_answers
+    from dtpipe.extract.cluster.connection import check_answers
 
     try:
         check_answers(address)

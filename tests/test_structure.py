@@ -35,7 +35,7 @@ BY_PROTOCOL = {
 
 ERRORS = "manifests/errors.py"
 CONTROL_FLOW = {  # exceptions that are caught where they are raised for, and reach no user
-    "extract/shards/worker.py: ShardDroppedError",
+    "extract/shards/task.py: ShardDroppedError",
     "extract/teachers/taps.py: _LastTapReachedError",
 }
 RENAMES = "manifests/store/publish.py"

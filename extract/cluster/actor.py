@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dtpipe.extract.cluster.preflight import NodeReport, check_node, check_versions
-from dtpipe.extract.shards.worker import ShardSummary, ShardWorker, WorkerContext, summarize
+from dtpipe.extract.shards.task import ShardSummary, WorkerContext, summarize
+from dtpipe.extract.shards.worker import ShardWorker
 from dtpipe.manifests.store.faults import arm_spec
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import load_plan

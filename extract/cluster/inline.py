@@ -8,7 +8,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from dtpipe.extract.shards.progress import ProgressMeter
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND, ShardQueue, ShardTask
-from dtpipe.extract.shards.worker import ShardDroppedError, ShardSummary, ShardWorker, summarize
+from dtpipe.extract.shards.task import ShardDroppedError, ShardSummary, summarize
+from dtpipe.extract.shards.worker import ShardWorker
 from dtpipe.manifests.schema import ShardEntry
 from dtpipe.manifests.stopping import StopRequest
 
@@ -77,8 +78,6 @@ def _answer(
         queue.put_back(task)
     except Exception as err:
         again = queue.fail(task, err)
-        meter.report(
-            f"shard {task.shard_idx} failed ({task.error}); {'it is tried again' if again else 'it is set aside'}"
-        )
+        meter.report(task.failure(again))
     else:
         on_shard(summarize(entry))

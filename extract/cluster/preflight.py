@@ -101,6 +101,14 @@ def check_space(store: Store, plan: Plan) -> int | None:
     return free
 
 
+def space_warning(store: Store, plan: Plan, num_shards: int) -> str | None:
+    """What to say where the shards to come may not fit a local disk."""
+    free, needed = free_bytes(store), num_shards * plan.recipe.shard.samples * recipe_bytes_per_sample(plan.recipe)
+    if free is None or free >= needed:
+        return None
+    return f"{store.url} has {free / 1e9:.1f} GB free; the shards to come need up to {needed / 1e9:.1f} GB before compression"
+
+
 def check_node(store: Store, plan: Plan, driver_versions: Mapping[str, str], device: str) -> NodeReport:
     """All checks that need no teacher; the worker compares the weights' digest when it loads them.
 

@@ -23,9 +23,9 @@ from dtpipe.manifests.schema import IMAGE, IndexRow, Recipe
 class CodedBatch:
     """One batch of rows on its way from the device; without `start` it has no features (all rows bad)."""
 
-    def __init__(self, rows: Sequence[IndexRow], images: NDArray[np.uint8] | Tensor) -> None:
+    def __init__(self, rows: Sequence[IndexRow], images: Tensor | None = None) -> None:
         self.rows = list(rows)
-        self._images = torch.as_tensor(images)  # (n, H, W, 3), zeros where bad
+        self._images = images  # (n, H, W, 3), where they are made or given here
         self._host: dict[str, tuple[LevelCodec, dict[str, Tensor], Tensor]] = {}
         self._copied: torch.cuda.Event | None = None
 
@@ -34,7 +34,7 @@ class CodedBatch:
 
         Shapes: {level: (B, V, C, h, w)}, B at least the number of rows; the rest is padding.
         """
-        self._images = _copy_to_host(self._images)
+        self._images = None if self._images is None else _copy_to_host(self._images)
         for name, level in features.items():
             sent, finite = encode_on_device(codecs[name], level[: len(self.rows)])
             on_host = {part: _copy_to_host(values) for part, values in sent.items()}
@@ -53,10 +53,9 @@ class CodedBatch:
             for name, (codec, sent, finite) in self._host.items()
         }
 
-    def images(self) -> NDArray[np.uint8]:
-        """[n, H, W, 3]; valid after `levels`."""
-        images: NDArray[np.uint8] = self._images.numpy()
-        return images
+    def images(self) -> NDArray[np.uint8] | None:
+        """[n, H, W, 3], where there are any; valid after `levels`."""
+        return None if self._images is None else self._images.numpy()
 
 
 def _copy_to_host(values: Tensor) -> Tensor:
@@ -90,6 +89,7 @@ class ShardBuffer:
             if row.status != "ok":
                 continue
             if IMAGE in self._arrays:
+                assert images is not None
                 self._arrays[IMAGE][start + idx] = images[idx]
             for name, (parts, _) in levels.items():
                 for part, values in parts.items():

@@ -13,14 +13,6 @@ RATE_WINDOW_S = 30.0
 
 
 @dataclass(frozen=True)
-class BadSample:
-    """One sample that could not be encoded, and why."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Progress:
     """One moment of a run. Rates are of this run only; counts include what earlier runs committed."""
 

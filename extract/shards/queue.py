@@ -35,6 +35,10 @@ class ShardTask:
     not_before_s: float = 0.0
     error: str = ""
 
+    def failure(self, again: bool) -> str:
+        """What to say of its last failure."""
+        return f"shard {self.shard_idx} failed ({self.error}); {'it is tried again' if again else 'it is set aside'}"
+
 
 class ShardQueue:
     """Shards that wait for a worker, in order; failures are counted per shard."""

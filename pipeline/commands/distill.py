@@ -100,7 +100,7 @@ def _train(config: DistillConfig, data: TrainingData, on_progress: OnTrainProgre
 
     if config.train_workers is None:
         return train(config, data, on_progress, fresh)
-    from dtpipe.extract.cluster.ray import connect, disconnect, has_gpus
+    from dtpipe.extract.cluster.connection import connect, disconnect, has_gpus
 
     data.open_checked(config)  # so that what is wrong is said, and images are looked at, before workers start
     connect(config.ray_address)

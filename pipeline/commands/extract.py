@@ -8,8 +8,8 @@ from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes, for
 from dtpipe.pipeline.cli.options import Call, Flag, command_line, settings_command
 
 if TYPE_CHECKING:
-    from dtpipe.extract.run import ExtractResult
     from dtpipe.extract.shards.progress import Progress
+    from dtpipe.extract.tally import ExtractResult
 
 FLAGS = (
     Flag("--images", "extract.images", "URL"),

@@ -18,9 +18,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from dtpipe.extract.shards.progress import BadSample
-from dtpipe.extract.shards.rows import RowReader
-from dtpipe.extract.shards.worker import budget_message
+from dtpipe.extract.shards.reader import ImageReader
+from dtpipe.extract.shards.task import BadSample, budget_message
 from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, StoreError
 from dtpipe.manifests.store.publish import write_whole
@@ -34,7 +33,7 @@ OnChecked = Callable[[int, int, Sequence[BadSample]], None]
 
 
 def check_images(
-    reader: RowReader,
+    reader: ImageReader,
     rows: NDArray[np.int64],
     run: Path,
     max_bad: Callable[[int], int],
@@ -59,12 +58,12 @@ def check_images(
     return bad
 
 
-def known_bad(reader: RowReader, rows: NDArray[np.int64], run: Path) -> dict[str, str]:
+def known_bad(reader: ImageReader, rows: NDArray[np.int64], run: Path) -> dict[str, str]:
     """What an earlier look at these images for this run found; nothing before it."""
     return _kept(reader, rows, run) or {}
 
 
-def _kept(reader: RowReader, rows: NDArray[np.int64], run: Path) -> dict[str, str] | None:
+def _kept(reader: ImageReader, rows: NDArray[np.int64], run: Path) -> dict[str, str] | None:
     """What the run folder says of these images, if it does."""
     name = _name(reader, rows)
     try:
@@ -74,14 +73,14 @@ def _kept(reader: RowReader, rows: NDArray[np.int64], run: Path) -> dict[str, st
         return None
 
 
-def _name(reader: RowReader, rows: NDArray[np.int64]) -> str:
+def _name(reader: ImageReader, rows: NDArray[np.int64]) -> str:
     """Digest of what decides which images are bad, as far as it is known without reading them."""
     listed = [(reader.listing.keys[row], reader.listing.uris[row]) for row in rows]
-    transform = reader.recipe.transform.model_dump(mode="json")
+    transform = reader.transform.model_dump(mode="json")
     return blake3(canonical_json({"rows": listed, "transform": transform, "max_pixels": reader.max_pixels})).hexdigest()
 
 
-def _look(reader: RowReader, rows: NDArray[np.int64], on_checked: OnChecked | None) -> dict[str, str]:
+def _look(reader: ImageReader, rows: NDArray[np.int64], on_checked: OnChecked | None) -> dict[str, str]:
     bad: dict[str, str] = {}
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="dtpipe-check") as pool:
         for start in range(0, len(rows), _AT_ONCE):
@@ -98,7 +97,7 @@ def _samples(bad: Mapping[str, str]) -> list[BadSample]:
     return [BadSample(key, reason) for key, reason in bad.items()]
 
 
-def _reason(reader: RowReader, row: int) -> str | None:
+def _reason(reader: ImageReader, row: int) -> str | None:
     """Why an image is bad; None for a good one."""
     try:
         reader.image(row)

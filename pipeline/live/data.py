@@ -15,7 +15,7 @@ from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.engine.run_folder import read_config
 from dtpipe.distill.stream.data import STORED, StoredData, TrainingData, recorded_shards
 from dtpipe.extract.config import ErrorBudget, LiveConfig
-from dtpipe.extract.shards.progress import BadSample
+from dtpipe.extract.shards.task import BadSample
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.cli.console import ProgressLine
 from dtpipe.pipeline.cli.options import Call

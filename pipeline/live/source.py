@@ -24,7 +24,7 @@ from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.recipe import list_source, make_recipe, with_whole_paths
-from dtpipe.extract.shards.rows import RowReader
+from dtpipe.extract.shards.reader import ImageReader
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.canonical import canonical_json
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from dtpipe.distill.stream.live import LiveTeacher
 
-FindBad = Callable[[RowReader, NDArray[np.int64], Path], Mapping[str, str]]
+FindBad = Callable[[ImageReader, NDArray[np.int64], Path], Mapping[str, str]]
 """Key to reason of the bad ones among some rows, for a run folder."""
 
 SECTION = "extract"
@@ -51,9 +51,9 @@ SECTION = "extract"
 class LiveSource:
     """Samples that have images and no stored features; a `FeatureSource`. `teacher` is the one that encodes them."""
 
-    def __init__(self, reader: RowReader, teacher: RecipeTeacher, bad: Mapping[str, str]) -> None:
+    def __init__(self, reader: ImageReader, teacher: RecipeTeacher, bad: Mapping[str, str]) -> None:
         """`bad`: key to reason of the samples that cannot be used."""
-        recipe, listing = reader.recipe, reader.listing
+        recipe, listing = teacher.recipe, reader.listing
         self.recipe, self.teacher, self.reader = recipe, teacher, reader
         self.levels: tuple[LevelSpec, ...] = recipe.levels
         self.views: tuple[ViewSpec, ...] = recipe.views
@@ -119,7 +119,7 @@ class LiveData:
     def _open(self, config: DistillConfig, find_bad: FindBad) -> OpenedData:
         extract, run = live_settings(self.extract), Path(config.out)
         reader, opened = _open_reader(extract, pick_device(config.device))
-        recipe = reader.recipe
+        recipe = opened.recipe
         record = {"live": _content(recipe), "listing": _listing_record(reader.listing)}
         refuse_other_data(run, record, partly=True)
         source = LiveSource(reader, opened, {})
@@ -145,12 +145,12 @@ def live_settings(config: LiveConfig) -> LiveConfig:
     return with_whole_paths(config.model_copy(update={"noise": config.noise.model_copy(update={"draws": 1})}))
 
 
-def _open_reader(extract: LiveConfig, device: str) -> tuple[RowReader, RecipeTeacher]:
+def _open_reader(extract: LiveConfig, device: str) -> tuple[ImageReader, RecipeTeacher]:
     images = open_images(extract.images, extract.num_samples, extract.source.kind)
     listing = list_source(extract, images)
     teacher = load_teacher(extract.teacher, device)
     recipe = make_recipe(extract, teacher, images.kind, device)
-    reader = RowReader(images, listing, recipe, teacher.spec, extract.source.max_pixels)
+    reader = ImageReader(images, listing, recipe.transform, extract.source.max_pixels)
     return reader, RecipeTeacher(recipe, teacher, device)
 
 

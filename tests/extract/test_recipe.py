@@ -13,7 +13,7 @@ import pytest
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.recipe import whole_path
 from dtpipe.extract.run import run_extraction
-from dtpipe.extract.shards.worker import WorkerContext
+from dtpipe.extract.shards.task import WorkerContext
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -60,7 +60,7 @@ def test_a_wrong_path_costs_no_teacher_no_cluster_and_no_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("dtpipe.extract.recipe.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
-    monkeypatch.setattr("dtpipe.extract.cluster.ray.connect", lambda *_: pytest.fail("a cluster was joined"))
+    monkeypatch.setattr("dtpipe.extract.cluster.connection.connect", lambda *_: pytest.fail("a cluster was joined"))
     config = make_config(inline=inline, device="auto", **wrong(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=says):
@@ -88,12 +88,11 @@ def test_workers_in_other_folders_get_whole_paths(
         teacher={"path": os.path.relpath(whole.teacher.path)},
     )
     seen: list[WorkerContext] = []
-    monkeypatch.setattr(
-        "dtpipe.extract.shards.worker.ShardWorker", lambda context, _: seen.append(context) or pytest.exit
-    )
+    monkeypatch.setattr("dtpipe.extract.shards.worker.ShardWorker", lambda context: seen.append(context) or pytest.exit)
     with contextlib.suppress(AttributeError):  # what stands in for a worker does no work
         run_extraction(config)
-    assert (seen[0].images, seen[0].out, seen[0].teacher.path) == (whole.images, whole.run.out, whole.teacher.path)
+    seen_job = seen[0].job
+    assert (seen_job.images, seen[0].out, seen_job.teacher.path) == (whole.images, whole.run.out, whole.teacher.path)
     assert whole_path("s3://bucket/photos") == "s3://bucket/photos"
     assert whole_path("google/ddpm-celebahq-256") == "google/ddpm-celebahq-256"  # no such folder here: a hub id
 

@@ -24,6 +24,7 @@ PRELOADED = (
         "pyarrow.dataset",
         "ray",
         "dtpipe.extract.run",
+        "dtpipe.extract.shards.teacher",
         "dtpipe.extract.shards.worker",
     ),
     *(

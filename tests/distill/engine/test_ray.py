@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
-    from dtpipe.extract.cluster.ray import connect, disconnect
+    from dtpipe.extract.cluster.connection import connect, disconnect
 
     connect(None)
     yield

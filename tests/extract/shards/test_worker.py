@@ -17,8 +17,11 @@ from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards import worker as worker_module
 from dtpipe.extract.shards.buffer import ShardBuffer
 from dtpipe.extract.shards.codecs import ENCODERS, encode_on_device
+from dtpipe.extract.shards.reader import ImageReader
 from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue, StageSeconds
-from dtpipe.extract.shards.worker import ShardDroppedError, ShardWorker, WorkerContext
+from dtpipe.extract.shards.task import ShardDroppedError, WorkerContext
+from dtpipe.extract.shards.teacher import TeacherJob, TeacherProducer
+from dtpipe.extract.shards.worker import ShardWorker
 from dtpipe.manifests.codecs.base import SYMBOLS, encode_level
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
@@ -44,16 +47,15 @@ def open_worker(make_config: MakeConfig) -> Iterator[OpenWorker]:
         lock = Lock.acquire(store)
         plan, _ = start_plan(store, resolved.recipe, lambda: resolved.listing, {})
         write_zarr_metadata(store, plan)
+        job = TeacherJob(config.teacher, config.images, resolved.source.kind, loaded=wrap(resolved.teacher))
         context = WorkerContext(
             out=config.run.out,
-            images=config.images,
-            source_kind=resolved.source.kind,
-            teacher=config.teacher,
+            job=job,
             device="cpu",
             epoch=lock.epoch,
             max_bad=config.run.max_bad_samples(plan.num_rows),
         )
-        worker = ShardWorker(context, wrap(resolved.teacher))
+        worker = ShardWorker(context)
         opened.extend((worker, lock))
         return worker
 
@@ -127,7 +129,7 @@ def test_a_shard_is_encoded_while_another_is_written_and_no_third_is_in_memory(
 
 def test_decoding_runs_a_bounded_number_of_batches_ahead(open_worker: OpenWorker, many_images: Path) -> None:
     worker = open_worker(images=str(many_images), shard={"samples": 60}, batch_size=4)
-    queue = BatchQueue(worker.reader, worker._pool, range(60), StageSeconds())
+    queue = BatchQueue(worker.producer, 4, worker._pool, worker.index_rows(0), StageSeconds())
     assert sum(len(batch) for batch in queue._waiting) == 4 * BATCHES_AHEAD
     rows = []
     while (batch := queue.take()) is not None:
@@ -205,6 +207,11 @@ def test_shard_over_the_whole_budget_is_not_published(open_worker: OpenWorker, i
     assert not worker.store.list("commits/")
 
 
+def reader_of(worker: ShardWorker) -> ImageReader:
+    assert isinstance(worker.producer, TeacherProducer)
+    return worker.producer.reader
+
+
 class FlakySource:
     """Fails the first reads of each sample as a store out of reach does."""
 
@@ -222,12 +229,13 @@ class FlakySource:
 def test_reading_is_tried_again_before_the_shard_fails(
     open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtpipe.extract.shards.rows.READ_PAUSE_S", 0.001)
+    monkeypatch.setattr("dtpipe.extract.shards.reader.READ_PAUSE_S", 0.001)
     worker = open_worker()
-    source = worker.reader.source
-    object.__setattr__(worker.reader, "source", FlakySource(source, failures=2))
+    reader = reader_of(worker)
+    source = reader.source
+    object.__setattr__(reader, "source", FlakySource(source, failures=2))
     assert {row.status for row in worker.extract_shard(0).rows} == {"ok"}
-    object.__setattr__(worker.reader, "source", FlakySource(source, failures=99))
+    object.__setattr__(reader, "source", FlakySource(source, failures=99))
     with pytest.raises(InputError, match="failed 3 times"):
         worker.extract_shard(1)
     assert pending_shards(worker.store, worker.plan) == [1, 2]
@@ -239,7 +247,7 @@ def test_unreadable_sample_is_bad_and_named(open_worker: OpenWorker) -> None:
             raise BadImage("unreadable: No such file or directory")
 
     worker = open_worker(max_bad=8)
-    object.__setattr__(worker.reader, "source", Gone())
+    object.__setattr__(reader_of(worker), "source", Gone())
     assert {row.status for row in worker.extract_shard(0).rows} == {"bad: unreadable: No such file or directory"}
 
 

@@ -1,0 +1,58 @@
+"""What a worker runs on rows: from their numbers to arrays of features.
+
+A teacher over images is one; so can be anything that makes levels of rows. Worker, queue, cluster and commits know no
+more of it than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dtpipe.manifests.schema import IndexRow, Plan
+from dtpipe.manifests.write.listing import Listing
+
+if TYPE_CHECKING:
+    from dtpipe.extract.encode import Encoded
+    from dtpipe.manifests.layout.arrays import ShardArrays
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """One row ready for its producer."""
+
+    index: IndexRow
+    """As it was given, with what was seen of the row: its original size, or why it is bad."""
+    content: Any
+    """What the producer needs of it; None of a bad row."""
+
+
+class Producer(Protocol):
+    """Makes the levels of rows."""
+
+    def prepare(self, index: IndexRow) -> PreparedRow:
+        """All that is needed of one row, on the host; called from several threads, ahead of `produce`.
+
+        Raises: InputError when it cannot be had for a reason that may pass; a bad row is a value, not an exception.
+        """
+        ...
+
+    def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
+        """Levels of at most a batch of rows, one of which at least is good, in their order; images where they are made here.
+
+        Bad rows give something of the right shape. Shapes: -> {level: (B, V, C, h, w)}, images (B, H, W, 3) uint8 or None.
+        """
+        ...
+
+    def measure(self, arrays: ShardArrays) -> dict[str, Any]:
+        """What is measured once per dataset, on its first shard, for the record."""
+        ...
+
+
+class Job(Protocol):
+    """How a worker comes by its producer; small, and travels to Ray workers."""
+
+    def open(self, plan: Plan, listing: Listing, device: str) -> Producer:
+        """Load and open what it takes. Raises: DtpipeError saying why this worker can do no work."""
+        ...
