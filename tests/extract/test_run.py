@@ -211,7 +211,7 @@ def test_an_unknown_codec_is_refused_before_anything_is_written(make_config: Mak
     config = make_config(shard={"samples": 3, "codec": "nf4"})
     with pytest.raises(ConfigError, match="codec 'nf4' of level l2 is unknown; choose one of cast"):
         run_extraction(config)
-    assert not Path(config.out).exists()
+    assert not Path(config.run.out).exists()
 
 
 @pytest.mark.parametrize(("image_px", "student_px"), [((48, 64), (48, 64)), ((64, 64), (48, 48)), ((64, 64), (32, 64))])
