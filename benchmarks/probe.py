@@ -341,6 +341,7 @@ def score(
         config,
         device,
         prefixed(label),
+        run_dir.parent / "supervised" / case.name,
     )
     return ProbeResult.merge([result, supervised])
 

@@ -79,13 +79,24 @@ P = TypeVar("P", bound=BatchPart)
 class Trainer(Protocol[P]):
     """What is optimised, on one rank."""
 
-    course: Course
-    device: torch.device
-    network: nn.Module
-    """All that has gradients, as `Ranks.wrap` gives it back."""
-    optimizer: Optimizer
-    watch: Stopwatch
-    """Charged for what the trainer times itself."""
+    @property
+    def course(self) -> Course: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def network(self) -> nn.Module:
+        """All that has gradients, as `Ranks.wrap` gives it back."""
+        ...
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+    @property
+    def watch(self) -> Stopwatch:
+        """Charged for what the trainer times itself."""
+        ...
 
     def batches(self, step: int) -> Iterator[P]:
         """The parts of the global batches from a step on, to the end of the run; a function of (seed, step, rank)."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.device import autocast, pick_precision, seeded, training_device
@@ -142,9 +142,7 @@ class TeacherTraining:
         self.started_from = begin(self.unet)
         self.ema = copy.deepcopy(self.unet)
         self.network = ranks.wrap(self.unet, device)
-        self.optimizer: Optimizer = AdamW(
-            self.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = AdamW(self.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.watch = Stopwatch(device)
         self.schedule = torch.from_numpy(noise_schedule(config)).to(device)
         self.course = _course(config, len(images.keys), device)

@@ -6,13 +6,18 @@ mean for classes, one per cell on all levels for masks. Images are drawn and mir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from dtpipe.distill.downstream.compare import make_draws, metric_of
 from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
@@ -21,9 +26,14 @@ from dtpipe.distill.downstream.frozen.readout import at_grid, confusion_matrix, 
 from dtpipe.distill.downstream.labelled import IGNORE, LabelledSet, SampleRows, check_apart, count_classes
 from dtpipe.distill.downstream.registry import find_task
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
-from dtpipe.distill.engine.optim import set_learning_rate, warmup_cosine
+from dtpipe.distill.engine.device import seeded
+from dtpipe.distill.engine.loop import run, run_in_memory
+from dtpipe.distill.engine.optim import warmup_cosine
+from dtpipe.distill.engine.run_folder import RunSettings
+from dtpipe.distill.engine.timing import Stopwatch
+from dtpipe.distill.engine.trainer import Course
 from dtpipe.distill.stream.batch import flip_where, student_images
-from dtpipe.distill.student.student import Student, StudentSpec
+from dtpipe.distill.student.student import Student, StudentSpec, spec_to_dict
 from dtpipe.manifests.labels import Mask
 
 SUPERVISED = "supervised"
@@ -87,6 +97,70 @@ def read_targets(labelled: LabelledSet, rows: SampleRows, num_classes: int, stri
     return masks_at_stride(labelled.read_masks(rows), stride, num_classes)
 
 
+@dataclass(frozen=True)
+class LabelledBatch:
+    """The images of one step, on the device."""
+
+    images: Tensor
+    """(B, H, W, 3) uint8"""
+    targets: Tensor
+    """(B,) int64, or (B, h, w) where cells are classified."""
+    keys: tuple[str, ...]
+    weight: float = 1.0
+    last: bool = True
+
+    @property
+    def num_global(self) -> int:
+        """Images of the step."""
+        return len(self.keys)
+
+
+class SupervisedTraining:
+    """Network and optimiser of one baseline, and the loss of a batch. One process trains it."""
+
+    def __init__(
+        self,
+        network: SupervisedNet,
+        labelled: LabelledSet,
+        num_classes: int,
+        config: SupervisedConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.labelled, self.num_classes, self.config, self.device = labelled, num_classes, config, device
+        self.network = network.to(device).train()
+        self.optimizer = AdamW(network.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+        self.watch = Stopwatch(device)
+        size = batch_size(len(labelled), config)
+        often = max(1, config.steps // 10)
+        self.course = Course(config.steps, len(labelled) / size, len(labelled), seed, log_every=1, save_every=often)
+
+    def batches(self, step: int) -> Iterator[LabelledBatch]:
+        """One batch for each step, images and masks mirrored alike; earlier steps are drawn and not read."""
+        drawn = draw_steps(len(self.labelled), self.config, self.course.seed)
+        for rows, flips in islice(drawn, step, None):
+            images = self.labelled.read_images(rows).to(self.device)
+            targets = read_targets(self.labelled, rows, self.num_classes, self.network.stride).to(self.device)
+            images, targets = flip_both(images, targets, torch.from_numpy(flips).to(self.device))
+            yield LabelledBatch(images, targets, tuple(self.labelled.keys[row] for row in rows))
+
+    def losses(self, batch: LabelledBatch) -> dict[str, Tensor]:
+        """Cross-entropy."""
+        return {"loss": F.cross_entropy(self.network(batch.images), batch.targets, ignore_index=IGNORE)}
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up, then half a cosine."""
+        config = self.config
+        return warmup_cosine(step, config.steps, round(config.warmup_share * config.steps), config.lr)
+
+    def updated(self, step: int) -> None:
+        """No average is kept."""
+
+    def named(self) -> Mapping[str, Any]:
+        """What a checkpoint holds."""
+        return {"network": self.network}
+
+
 def train_supervised(
     spec: StudentSpec,
     labelled: LabelledSet,
@@ -95,42 +169,44 @@ def train_supervised(
     seed: int,
     stride: int | None = None,
     device: torch.device | str = "cpu",
+    folder: Path | None = None,
 ) -> Supervised:
-    """Train a student and a head from random weights on labelled images, for `config.steps` steps of AdamW."""
+    """Train a student and a head from random weights on labelled images, for `config.steps` steps of AdamW.
+
+    In a folder the training can be stopped, and goes on there when called again. Raises: as the engine's `run`.
+    """
     device = torch.device(device)
-    net = SupervisedNet(random_student(spec, seed), num_classes, stride).to(device).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    generator = np.random.Generator(np.random.Philox(seed))
-    loss = torch.zeros(())
-    for step, rows in enumerate(_steps(len(labelled), config, generator)):
-        set_learning_rate(
-            optimizer, warmup_cosine(step, config.steps, round(config.warmup_share * config.steps), config.lr)
-        )
-        batch = labelled.read_images(rows).to(device)
-        target = read_targets(labelled, rows, num_classes, stride).to(device)
-        if config.flip:
-            batch, target = _flip(batch, target, torch.from_numpy(generator.random(len(rows)) < 0.5).to(device))
-        optimizer.zero_grad()
-        loss = F.cross_entropy(net(batch), target, ignore_index=IGNORE)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return Supervised(net.eval(), float(loss.detach()))
+    with seeded(seed, device):
+        network = SupervisedNet(random_student(spec, seed), num_classes, stride)
+        trainer = SupervisedTraining(network, labelled, num_classes, config, seed, device)
+        if folder is None:
+            losses = run_in_memory(trainer)
+        else:
+            identity = {"student": spec_to_dict(spec), "stride": stride, "seed": seed, "images": list(labelled.keys)}
+            losses = run(trainer, RunSettings(folder, SUPERVISED, config, identity=identity)).losses
+    return Supervised(network.eval(), losses["loss"])
 
 
-def _steps(
-    num_images: int, config: SupervisedConfig, generator: np.random.Generator
-) -> Iterator[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """The rows of each step: shuffled passes one after another, cut into batches. A batch norm needs two images."""
-    size = min(config.batch_size, max(num_images, 2))
+def batch_size(num_images: int, config: SupervisedConfig) -> int:
+    """Images per step. A batch norm needs two."""
+    return min(config.batch_size, max(num_images, 2))
+
+
+def draw_steps(
+    num_images: int, config: SupervisedConfig, seed: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
+    """The rows of each step, and which are mirrored: shuffled passes one after another, cut into batches."""
+    generator, size = np.random.Generator(np.random.Philox(seed)), batch_size(num_images, config)
     waiting = np.empty(0, dtype=np.int64)
     for _ in range(config.steps):
         while len(waiting) < size:
             waiting = np.concatenate([waiting, generator.permutation(num_images)])
-        yield waiting[:size]
+        yield waiting[:size], generator.random(size) < 0.5 if config.flip else np.zeros(size, bool)
         waiting = waiting[size:]
 
 
-def _flip(images: Tensor, targets: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+def flip_both(images: Tensor, targets: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and their masks mirrored where `flip` says so; classes stay. Shapes: flip (B,) bool."""
     if targets.ndim == 3:
         targets = torch.where(flip[:, None, None], targets.flip(2), targets)
     return flip_where(images, flip), targets
@@ -147,10 +223,12 @@ def run_supervised(
     probe: ProbeConfig | None = None,
     device: torch.device | str = "cpu",
     on_progress: Callable[[str], None] | None = None,
+    folder: Path | None = None,
 ) -> ProbeResult:
     """The baseline's held-out scores on the draws that `run_probe` makes for `task`; merge both results for one table.
 
-    Each seed and number of labels is a training of its own. Raises: ConfigError as `run_probe` does.
+    Each seed and number of labels is a training of its own, in a folder of its own inside `folder` where that is given.
+    Raises: ConfigError as `run_probe` does.
     """
     entry, probe = find_task(task), probe or ProbeConfig()
     check_apart(train, test)
@@ -160,7 +238,9 @@ def run_supervised(
     for draw in make_draws(train, num_labelled, seeds):
         if on_progress is not None:
             on_progress(f"{task}: {SUPERVISED}, {len(draw.rows)} labelled, seed {draw.seed}")
-        trained = train_supervised(spec, train.subset(draw.rows), num_classes, config, draw.seed, stride, device)
+        own = folder / f"{task}-{len(draw.rows)}-{draw.seed}" if folder is not None else None
+        labelled = train.subset(draw.rows)
+        trained = train_supervised(spec, labelled, num_classes, config, draw.seed, stride, device, own)
         value = trained.score(test, num_classes, probe.batch_size)
         settings = {"steps": config.steps, "lr": config.lr, "final_loss": trained.final_loss}
         scores.append(Score(SUPERVISED, HEAD, len(draw.rows), draw.seed, value, best=True, settings=settings))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
+import pytest
 import torch
 
 from dtpipe.distill.downstream.compare import run_probe
@@ -10,9 +14,18 @@ from dtpipe.distill.downstream.config import SupervisedConfig
 from dtpipe.distill.downstream.extractors import raw_pixels
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.result import ProbeResult
-from dtpipe.distill.downstream.tuned.supervised import _flip, _steps, run_supervised, train_supervised
+from dtpipe.distill.downstream.tuned.supervised import (
+    SupervisedTraining,
+    draw_steps,
+    flip_both,
+    run_supervised,
+    train_supervised,
+)
+from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.student.student import StudentSpec
+from dtpipe.manifests.errors import PlanChangedError
 from parts.labelled import all_images, with_classes, with_masks
+from parts.ranks import fork_ranks
 
 SPEC = StudentSpec("test_resnet", 4, (32, 32))
 
@@ -51,20 +64,40 @@ def test_training_follows_its_seed() -> None:
     assert list(runs[0].extractor(torch.from_numpy(all_images(train)))) == ["l2", "l3", "l4", "l5"]
 
 
+def test_a_training_that_was_killed_goes_on_in_its_folder_bit_for_bit(tmp_path, monkeypatch) -> None:
+    config = SupervisedConfig(steps=12, batch_size=4, flip=True)
+    train, test = bright_halves(6, 0), bright_halves(4, 1)
+    arguments = ("probe", SPEC, train, test, [6], [3], config)
+    unbroken = run_supervised(*arguments)
+
+    def die(_trainer: SupervisedTraining, step: int) -> None:
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed(_rank: int) -> None:
+        monkeypatch.setattr(SupervisedTraining, "updated", die)
+        run_supervised(*arguments, folder=tmp_path)
+
+    assert fork_ranks(killed, tmp_path, 1) == [None]
+    assert load_checkpoint(tmp_path / "probe-6-3" / "last.pt", "supervised")["step"] == 8
+    assert run_supervised(*arguments, folder=tmp_path).scores == unbroken.scores
+    assert load_checkpoint(tmp_path / "probe-6-3" / "last.pt", "supervised")["step"] == 12
+    assert run_supervised(*arguments, folder=tmp_path).scores == unbroken.scores  # nothing is left to train
+    with pytest.raises(PlanChangedError, match=r"supervised\.lr: 0\.001 -> 0\.1"):
+        run_supervised(*arguments[:-1], SupervisedConfig(steps=12, batch_size=4, flip=True, lr=0.1), folder=tmp_path)
+
+
 def test_every_image_is_seen_before_any_is_seen_again() -> None:
-    steps = list(_steps(10, SupervisedConfig(steps=7, batch_size=4), np.random.default_rng(0)))
+    steps = [rows for rows, _ in draw_steps(10, SupervisedConfig(steps=7, batch_size=4), seed=0)]
     assert [len(rows) for rows in steps] == [4] * 7
     seen = np.concatenate(steps)
     assert sorted(seen[:10].tolist()) == sorted(seen[10:20].tolist()) == list(range(10))
-    assert [len(rows) for rows in _steps(1, SupervisedConfig(steps=2, batch_size=4), np.random.default_rng(0))] == [
-        2,
-        2,
-    ]
+    assert [len(rows) for rows, _ in draw_steps(1, SupervisedConfig(steps=2, batch_size=4), seed=0)] == [2, 2]
 
 
 def test_flip_mirrors_images_with_their_masks() -> None:
     images = torch.arange(24, dtype=torch.uint8).view(2, 2, 2, 3)
     masks = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
-    flipped, targets = _flip(images, masks, torch.tensor([False, True]))
+    flipped, targets = flip_both(images, masks, torch.tensor([False, True]))
     assert torch.equal(flipped[0], images[0]) and torch.equal(flipped[1], images[1].flip(1))
     assert targets.tolist() == [[[0, 1], [2, 3]], [[5, 4], [7, 6]]]
