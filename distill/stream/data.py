@@ -17,15 +17,15 @@ from blake3 import blake3
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.stream.choice import select_rows
+from dtpipe.distill.stream.live import LiveTeacher, OpenLive
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
+from dtpipe.manifests.read.source import FeatureSource
 
 if TYPE_CHECKING:
     import torch
-
-    from dtpipe.distill.stream.live import LiveTeacher, OpenLive
-    from dtpipe.manifests.read.dataset import FeatureDataset
-    from dtpipe.manifests.read.source import FeatureSource
 
 Shards = Sequence[int] | None
 
@@ -59,7 +59,7 @@ class TrainingData(Protocol):
         ...
 
     def open_checked(self, config: DistillConfig) -> OpenedData:
-        """As `open`, after a look at all that could stop the run later; the run folder keeps what was found, for `open`.
+        """As `open`, after a look at all that could stop the run later; the run folder keeps its result for `open`.
 
         Raises: as `open`; ErrorBudgetError when too much of it is bad.
         """
@@ -124,8 +124,6 @@ def open_data(config: DistillConfig) -> OpenedData:
 
 def _open_parts(config: DistillConfig) -> tuple[list[FeatureDataset], list[Shards]]:
     """The datasets, and for each that is or was unfinished the shards that the run keeps to."""
-    from dtpipe.manifests.read.dataset import FeatureDataset
-
     recorded = read_record(Path(config.out))
     parts: list[FeatureDataset] = []
     shards: list[Shards] = []
@@ -146,8 +144,6 @@ def recorded_shards(record: Mapping[str, Any] | None, dataset_idx: int) -> list[
 
 
 def _compose(parts: Sequence[FeatureDataset], config: DistillConfig) -> FeatureSource:
-    from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
-
     if len(parts) == 1:
         return parts[0]
     return JoinedDataset(parts) if config.join else ConcatDataset(parts)
@@ -155,8 +151,6 @@ def _compose(parts: Sequence[FeatureDataset], config: DistillConfig) -> FeatureS
 
 def _row_weights(source: FeatureSource, rows: np.ndarray, config: DistillConfig) -> np.ndarray | None:
     """Passes per epoch by row in use."""
-    from dtpipe.manifests.read.join import ConcatDataset
-
     if config.sample_weights is None:
         return None
     part = source.part_of(rows) if isinstance(source, ConcatDataset) else np.zeros(len(rows), np.int64)
@@ -170,14 +164,12 @@ def _row_weights(source: FeatureSource, rows: np.ndarray, config: DistillConfig)
 
 def _level_weights(source: FeatureSource, config: DistillConfig) -> dict[str, float] | None:
     """The weight of each level in use: that of the dataset it is of."""
-    from dtpipe.manifests.read.join import JoinedDataset
-
     if config.loss_weights is None:
         return None
     if isinstance(source, JoinedDataset) and source.along_views:
         raise ConfigError(
-            "distill.loss_weights weigh levels, and the joined datasets hold the same levels of one teacher, as views of which each "
-            "sample sees one; leave --loss-weights out"
+            "distill.loss_weights weigh levels, and the joined datasets hold the same levels of one teacher, as views "
+            "of which each sample sees one; leave --loss-weights out"
         )
     part_of = (
         {name: place.part for (name, _), place in source.places.items()} if isinstance(source, JoinedDataset) else {}

@@ -92,9 +92,9 @@ def epoch_parts(
 ) -> Iterator[Part]:
     """The parts of one epoch that a rank reads, from a position on.
 
-    Each global batch is cut into one slice per rank, and that into as many micro-batches on every rank, whose sizes differ
-    by at most one: ranks that wait for each other in a part have one each. A rank without samples for a part repeats the
-    batch's last one with weight 0.
+    Each global batch is cut into one slice per rank, and that into as many micro-batches on every rank, whose sizes
+    differ by at most one: ranks that wait for each other in a part have one each. A rank without samples for a part
+    repeats the batch's last one with weight 0.
     """
     order = rows[epoch_order(len(rows), seed, start.epoch)]
     for batch_idx in range(start.batch_idx, num_batches(len(rows), batch_size)):
@@ -119,8 +119,8 @@ def draw_samples(
 ) -> SampleDraws:
     """Flip, view and whether to encode anew, for samples given by the hashes of their keys.
 
-    A flip has probability 1/2; a view is uniform among those with that flip, or among the unflipped where no flipped one is
-    stored; `live_share` is the chance of a live one.
+    A flip has probability 1/2; a view is uniform among those with that flip, or among the unflipped where no flipped
+    one is stored; `live_share` is the chance of a live one.
     """
     bits = mix(hashes ^ mix(np.array([seed % 2**64], np.uint64)) ^ mix(mix(np.array([epoch], np.uint64))))
     flip = (bits >> np.uint64(63)).astype(bool) & flips
@@ -149,8 +149,8 @@ def use_flips(views: Sequence[ViewSpec], wanted: bool | None, where: str, otherw
         raise ConfigError(f"{where}: every stored view is of the flipped image; extract unflipped views too")
     if wanted and True not in stored and not otherwise:
         raise ConfigError(
-            f"{where}: distill.flip is on and no flipped view is stored; features of a flipped image are not flipped features, so "
-            "extract again with -s extract.noise.flips=true into a new output, leave distill.flip out, or mirror the stored features "
-            "all the same with --equivariant"
+            f"{where}: distill.flip is on and no flipped view is stored; features of a flipped image are not flipped "
+            "features, so extract again with -s extract.noise.flips=true into a new output, leave distill.flip out, or "
+            "mirror the stored features all the same with --equivariant"
         )
     return True in stored if wanted is None else wanted

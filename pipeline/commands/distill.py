@@ -115,7 +115,8 @@ def _show(line: ProgressLine, progress: TrainProgress) -> None:
     losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items() if "/" not in name)
     text = (
         f"epoch {progress.epoch}/{progress.num_epochs}  {losses}  lr {progress.lr:.2e}  "
-        f"{progress.throughput_img_s:.1f} img/s ({_shares(progress.shares)})  ETA {format_seconds(progress.remaining_s)}"
+        f"{progress.throughput_img_s:.1f} img/s ({_shares(progress.shares)})  "
+        f"ETA {format_seconds(progress.remaining_s)}"
     )
     line.update(progress.step, progress.num_steps, text + (f"; {progress.advice}" if progress.advice else ""))
 
@@ -126,14 +127,15 @@ def _shares(shares: Mapping[str, float]) -> str:
 
 
 def _print_result(console: Console, result: DistillResult) -> None:
-    done = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples, peak learning rate {result.peak_lr:g}"
-    resumed = f", from step {result.resumed_step}" if result.resumed_step else ""
-    done += f", on {result.num_ranks} devices" if result.num_ranks > 1 else ""
+    course = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples"
+    course += f", peak learning rate {result.peak_lr:g}"
+    course += f", on {result.num_ranks} devices" if result.num_ranks > 1 else ""
+    course += f", from step {result.resumed_step}" if result.resumed_step else ""
     console.pairs(
         {
             "run": result.run_dir,
             "checkpoint": result.checkpoint,
-            "trained": done + resumed,
+            "trained": course,
             "losses": "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items() if "/" not in name)
             or "-",
             "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s ({_shares(result.shares)})",

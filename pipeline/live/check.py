@@ -39,9 +39,10 @@ def check_images(
     max_bad: Callable[[int], int],
     on_checked: OnChecked | None = None,
 ) -> dict[str, str]:
-    """Decode and resize the images of some rows; key to reason of the bad ones, as an earlier call for this run found them.
+    """Decode and resize the images of some rows, if no earlier call for this run did; key to reason of the bad ones.
 
-    `max_bad` gives how many of a number of images may be bad. Processes of one run on one machine take turns, so one looks.
+    `max_bad` gives how many of a number of images may be bad. Processes of one run on one machine take turns, so that
+    one looks.
     Raises: ErrorBudgetError naming bad ones when there are more, and then nothing is kept; InputError when the source
     cannot be read; StoreError when the run folder cannot be written.
     """

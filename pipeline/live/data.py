@@ -40,7 +40,7 @@ def training_data(call: Call) -> tuple[DistillConfig, TrainingData]:
 
 
 def recorded_data(run: Path, config: DistillConfig) -> TrainingData:
-    """The data of a run that was trained; `config` is that of its folder. Raises: ConfigError when that does not say it."""
+    """The data of a run; `config` is that of its folder. Raises: ConfigError when that does not say it."""
     if config.datasets:
         return STORED
     return LiveData(validate({SECTION: LiveConfig.in_halves(read_config(run, SECTION))}, SECTION, model=LiveConfig))
@@ -69,13 +69,13 @@ def _without_dataset(call: Call) -> tuple[DistillConfig, LiveData]:
     if not (extract_section.get("images") or extract_section.get("num_samples")):
         call.settings("distill")  # says first what else is missing
         raise ConfigError(
-            "URL... (distill.datasets) must be given, or, to train without a dataset, --images (or --num-samples for a GAN) "
-            "and --teacher"
+            "URL... (distill.datasets) must be given, or, to train without a dataset, --images (or --num-samples for a "
+            "GAN) and --teacher"
         )
     if section.get("reencode", 1) != 1:
         raise ConfigError(
-            f"distill.reencode is {section['reencode']}, and without a dataset every sample is encoded live, which is 1; "
-            "leave it out, or give a dataset"
+            f"distill.reencode is {section['reencode']}, and without a dataset every sample is encoded live, which is "
+            "1; leave it out, or give a dataset"
         )
     config: DistillConfig = validate({"distill": {**section, "reencode": 1.0}}, "distill", call.names)
     run = {

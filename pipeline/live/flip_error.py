@@ -1,6 +1,6 @@
-"""How far mirrored features are from the features of the mirrored image: what `equivariant` training leaves out of account.
+"""How far mirrored features are from the features of the mirrored image, which `equivariant` training takes as equal.
 
-The image and its noise are both mirrored, so that only the network's own asymmetry is measured, and no other noise draw.
+The image and its noise are both mirrored, so that only the network's own asymmetry is measured, and no other draw.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.extract.encode import Rows, encode, recipe_rows
+from dtpipe.extract.teachers.base import TeacherSpec
 from dtpipe.manifests.check.measured import Measured, read_measured, write_measured
 from dtpipe.manifests.errors import DtpipeError, StoreError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.store.store import Store
+from dtpipe.pipeline.live.recorded import RecipeTeacher
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from dtpipe.extract.encode import Rows
-    from dtpipe.extract.teachers.base import TeacherSpec
-    from dtpipe.pipeline.live.recorded import RecipeTeacher
 
 _TINY = 1e-30  # keeps an all-zero level from dividing by zero
 
@@ -32,20 +31,17 @@ def flip_errors(opened: RecipeTeacher, images: NDArray[np.uint8], keys: Sequence
 
     Shapes: images [N, H, W, 3] uint8. An error of 1.4 is that of two unrelated features of equal size.
     """
-    from dtpipe.extract.encode import encode, recipe_rows
-
     recipe, spec = opened.recipe, opened.teacher.spec
     views = [view for view in recipe.views if not view.flip]
     rows = recipe_rows(recipe, spec, keys, images, views)
-    straight, mirrored = (
-        encode(opened.teacher, seen, opened.device, recipe.compute).levels for seen in (rows, _mirrored(rows, spec))
-    )
+    straight = encode(opened.teacher, rows, opened.device, recipe.compute).levels
+    mirrored = encode(opened.teacher, _mirrored(rows, spec), opened.device, recipe.compute).levels
     return {name: _relative_error(straight[name].flip(-1), level) for name, level in mirrored.items()}
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """Mean over samples and views of |found - expected| / |expected|. Shapes: (N, V, C, h, w) both."""
-    error = (found.double() - expected.double()).flatten(2).norm(dim=2)  # (N, V)
+def _relative_error(level: Tensor, expected: Tensor) -> float:
+    """Mean over samples and views of |level - expected| / |expected|. Shapes: (N, V, C, h, w) both."""
+    error = (level.double() - expected.double()).flatten(2).norm(dim=2)  # (N, V)
     relative = error / expected.double().flatten(2).norm(dim=2).clamp_min(_TINY)
     return float(np.mean(relative.flatten().tolist()))
 
@@ -80,10 +76,11 @@ def equivariant_warnings(urls: Sequence[str]) -> Iterator[str]:
             measured = read_measured(Store(url))
         except DtpipeError:  # whoever opens it to train says why
             continue
-        yield f"warning: {url} stores no flipped views, and --equivariant mirrors its features instead: {_said(url, dataset, measured)}"
+        error = _error_sentence(url, dataset, measured)
+        yield f"warning: {url} stores no flipped views, and --equivariant mirrors its features instead: {error}"
 
 
-def _said(url: str, dataset: FeatureDataset, measured: Measured | None) -> str:
+def _error_sentence(url: str, dataset: FeatureDataset, measured: Measured | None) -> str:
     if dataset.recipe.synthesized:
         return "how far that is from true cannot be measured, since its teacher encodes no images"
     if measured is None or not measured.flip_error:

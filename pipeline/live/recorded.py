@@ -48,7 +48,7 @@ class RecipeTeacher:
 
 
 def teacher_differences(recipe: Recipe, spec: TeacherSpec, dtype: str) -> list[str]:
-    """In what a loaded teacher is not the one that made a dataset, a clause each; empty when it gives the same features."""
+    """In what a loaded teacher is not the one that made a dataset, a clause each; empty when features are the same."""
     made_by = recipe.teacher
     if spec.weights_blake3 != made_by.weights_blake3:
         loaded, stored = spec.weights_blake3[:16], made_by.weights_blake3[:16]
@@ -83,7 +83,7 @@ def _shape(sides: tuple[int, int, int]) -> str:
 def open_teacher(
     plan: Plan, given: Mapping[str, Any], device: str, load: Callable[[TeacherConfig, str], Teacher] = load_teacher
 ) -> RecipeTeacher:
-    """The teacher of a dataset: as recorded by its extraction, with `given` settings (`path`, `kind` ..) in their place.
+    """The teacher of a dataset: as its extraction recorded it, with `given` settings (`path`, `kind` ..) in their place.
 
     Raises: ConfigError when nothing says where it is; TeacherError when it is gone or another one.
     """
@@ -91,8 +91,8 @@ def open_teacher(
     teacher = load(config, device)
     if clauses := teacher_differences(plan.recipe, teacher.spec, config.dtype):
         raise TeacherError(
-            f"{config.path} is not the teacher that made the dataset ({listed(clauses)}); give that one with --teacher, "
-            "and its settings"
+            f"{config.path} is not the teacher that made the dataset ({listed(clauses)}); give that one with "
+            "--teacher, and its settings"
         )
     return RecipeTeacher(plan.recipe, teacher, device)
 

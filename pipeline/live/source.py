@@ -1,7 +1,8 @@
 """Training without a feature dataset: images and a teacher, or a GAN that makes its own, read as a `FeatureSource`.
 
 The `extract` section says what the samples are, as it does for `dtpipe extract`; nothing is stored, so every sample is
-encoded live, in epoch e with noise draw e. Order and epoch size are fixed before training: all images are looked at once.
+encoded live, in epoch e with noise draw e. Order and epoch size are fixed before training: all images are looked at
+once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from dtpipe.distill.config import DistillConfig
@@ -27,12 +27,11 @@ from dtpipe.extract.recipe import list_source, make_recipe, with_whole_paths
 from dtpipe.extract.shards.reader import ImageReader
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.teachers.registry import load_teacher
-from dtpipe.manifests.canonical import canonical_json
+from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.codecs.coded import CodedLevels
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.read.source import Columns, FeatureSource, Integers
 from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
-from dtpipe.manifests.write.listing import Listing
 from dtpipe.pipeline.live.check import OnChecked, check_images, known_bad
 from dtpipe.pipeline.live.recorded import RecipeTeacher
 from dtpipe.pipeline.live.teacher import LivePart, LiveRecipes, route_to_one
@@ -85,8 +84,8 @@ class LiveSource:
             return self.reader.image(row)
         except BadImage as err:
             raise InputError(
-                f"sample {self.columns.keys[row]}: {err.reason}; it was good when the run began: restore it and run again, "
-                "or begin another --out"
+                f"sample {self.columns.keys[row]}: {err.reason}; it was good when the run began: restore it and run "
+                "again, or begin another --out"
             ) from err
 
 
@@ -101,13 +100,16 @@ class LiveData:
     def open(self, config: DistillConfig) -> OpenedData:
         """The samples that the settings name; without the bad ones, if this run's images were looked at before.
 
-        Raises: ConfigError, InputError, TeacherError as `dtpipe extract` does; PlanChangedError naming what differs from
-        what the run in `out` was trained on.
+        Raises: ConfigError, InputError, TeacherError as `dtpipe extract` does; PlanChangedError naming what differs
+        from what the run in `out` was trained on.
         """
         return self._open(config, known_bad)
 
     def open_checked(self, config: DistillConfig) -> OpenedData:
-        """As `open`, once all images have been looked at for this run. Raises: ErrorBudgetError when too many are bad."""
+        """As `open`, once all images have been looked at for this run.
+
+        Raises: as `open`; ErrorBudgetError when too many are bad.
+        """
         check = partial(check_images, max_bad=self.extract.run.max_bad_samples, on_checked=self.on_checked)
         return self._open(config, check)
 
@@ -117,10 +119,12 @@ class LiveData:
         return LiveRecipes([LivePart(source.teacher, source.levels)], route_to_one)
 
     def _open(self, config: DistillConfig, find_bad: FindBad) -> OpenedData:
-        extract, run = live_settings(self.extract), Path(config.out)
+        noise = self.extract.noise.model_copy(update={"draws": 1})  # none is stored, so views are those of one draw
+        extract, run = with_whole_paths(self.extract.model_copy(update={"noise": noise})), Path(config.out)
         reader, opened = _open_reader(extract, pick_device(config.device))
         recipe = opened.recipe
-        record = {"live": _content(recipe), "listing": _listing_record(reader.listing)}
+        listing = {"num": len(reader.listing), "keys_blake3": blake3_hex("\n".join(reader.listing.keys).encode())}
+        record: dict[str, Any] = {"live": _content(recipe), "listing": listing}
         refuse_other_data(run, record, partly=True)
         source = LiveSource(reader, opened, {})
         rows = select_rows(source, config)
@@ -129,20 +133,15 @@ class LiveData:
             rows = rows[np.isin(rows, source.columns.ok_rows)]
             if len(rows) == 0:
                 raise InputError(f"{extract.images}: none of the images can be used; look at one of them")
-        record = {**record, "samples": rows_record(rows)}
+        record["samples"] = rows_record(rows)
         return OpenedData(
             source,
             recipe.student_px,
-            digest=blake3(canonical_json(record)).hexdigest(),
+            digest=blake3_hex(canonical_json(record)),
             sampling=Sampling(rows, len(source.columns)),
             record=record,
             sections={SECTION: extract.model_dump(mode="json")},
         )
-
-
-def live_settings(config: LiveConfig) -> LiveConfig:
-    """The settings as live training reads them: whole paths, and one stored draw's worth of views, since none is stored."""
-    return with_whole_paths(config.model_copy(update={"noise": config.noise.model_copy(update={"draws": 1})}))
 
 
 def _open_reader(extract: LiveConfig, device: str) -> tuple[ImageReader, RecipeTeacher]:
@@ -156,12 +155,6 @@ def _open_reader(extract: LiveConfig, device: str) -> tuple[ImageReader, RecipeT
 
 def _content(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe decides what training sees: not how it would be stored, nor where it runs."""
-    kept = recipe.model_dump(
-        mode="json", include={"source", "transform", "student_px", "teacher", "noise_seed", "views"}
-    )
+    fields = {"source", "transform", "student_px", "teacher", "noise_seed", "views"}
     levels = [level.model_dump(mode="json", exclude={"dtype", "codec"}) for level in recipe.levels]
-    return {**kept, "levels": levels, "dtype": recipe.compute.dtype}
-
-
-def _listing_record(listing: Listing) -> dict[str, Any]:
-    return {"num": len(listing), "keys_blake3": blake3("\n".join(listing.keys).encode()).hexdigest()}
+    return {**recipe.model_dump(mode="json", include=fields), "levels": levels, "dtype": recipe.compute.dtype}

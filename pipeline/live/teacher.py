@@ -1,6 +1,6 @@
-"""Teachers as training asks for them (`distill.stream.live`): fresh noise draws of the samples of one dataset or of several.
+"""Teachers as training asks for them (`distill.stream.live`): fresh noise draws of samples of one or several datasets.
 
-What is encoded live is what `extract` would store for the same draw, but for the last bits that batches of another size round.
+What is encoded live is what `extract` would store for the same draw, but for last bits that depend on the batch's size.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class _Chunk:
 class LiveRecipes:
     """A `LiveTeacher` for samples of one recipe or of several.
 
-    Flipped samples go with the others: their images are flipped before the teacher sees them. Batches are at most the recipe's
-    and are not padded, so features of a sample may differ in their last bits with the company that it has.
+    Flipped samples go with the others: their images are flipped before the teacher sees them. Batches are at most the
+    recipe's and are not padded, so features of a sample may differ in their last bits with the company that it has.
     """
 
     parts: Sequence[LivePart]
@@ -101,7 +101,7 @@ class LiveRecipes:
 
     @property
     def makes_images(self) -> bool:
-        """As `LiveTeacher.makes_images`: datasets of two teachers do not concatenate, and synthesized ones do not join."""
+        """As `LiveTeacher`: datasets of two teachers do not concatenate, and synthesized ones do not join."""
         return self.parts[0].opened.recipe.synthesized
 
     def prepare(self, samples: LiveSamples) -> list[_Chunk]:
@@ -218,7 +218,7 @@ def _composition(source: FeatureSource) -> tuple[Sequence[FeatureDataset], Route
 
 
 def _open_each(datasets: Sequence[FeatureDataset], settings: Mapping[str, Any], device: str) -> list[RecipeTeacher]:
-    """Each dataset's teacher, loaded once however many datasets it made; `settings` may be for some of several teachers."""
+    """Each dataset's teacher, loaded once however many it made; `settings` may be for some of several teachers."""
     loaded: dict[str, Teacher] = {}
     refusals: list[DtpipeError] = []
     several = len({dataset.recipe.teacher.weights_blake3 for dataset in datasets}) > 1

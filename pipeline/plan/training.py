@@ -8,18 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.device import autocast, pick_precision, training_device
+from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.stream.data import TrainingData
+from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
+from dtpipe.distill.stream.stream import FeatureStream
+from dtpipe.distill.student.distiller import Distiller, build_distiller, choose_levels, student_size
+from dtpipe.distill.trainer import stream_settings
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import FeatureSource
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 from dtpipe.pipeline.plan.extraction import peak_memory
 
 if TYPE_CHECKING:
     import torch
-
-    from dtpipe.distill.config import DistillConfig
-    from dtpipe.distill.stream.data import TrainingData
-    from dtpipe.distill.stream.live import LiveTeacher
-    from dtpipe.distill.student.distiller import Distiller
-    from dtpipe.manifests.read.source import FeatureSource
 
 TIMED_STEPS = 3
 CPU_IMAGES = 16  # per timed pass; a micro-batch that fills a GPU would overfill a machine without one
@@ -53,12 +57,6 @@ def plan_training(config: DistillConfig, data: TrainingData) -> TrainingPlan:
 
     Raises: what opening them raises.
     """
-    from dtpipe.distill.engine.device import training_device
-    from dtpipe.distill.stream.stream import FeatureStream
-    from dtpipe.distill.student.distiller import choose_levels, student_size
-    from dtpipe.distill.trainer import stream_settings
-    from dtpipe.manifests.read.dataset import FeatureDataset
-
     opened = data.open(config)
     levels = choose_levels(opened.source.levels, config.levels)
     device = training_device(config.device)
@@ -79,8 +77,6 @@ def _time_teacher(teacher: LiveTeacher, source: FeatureSource, num: int, device:
     """Seconds per image of noise and a live encoding, after a warm-up."""
     import torch
 
-    from dtpipe.distill.stream.live import LiveSamples
-
     samples = LiveSamples.first([source.columns.keys[row] for row in source.columns.ok_rows[:num]])
     images = torch.zeros((len(samples), *source.image_px, 3), dtype=torch.uint8, device=device)
     seconds = []
@@ -98,9 +94,6 @@ def time_training(
 ) -> TrainingPlan:
     """Time forward, loss and backward of a micro-batch of random features, and scale up to all steps."""
     import torch
-
-    from dtpipe.distill.engine.device import training_device
-    from dtpipe.distill.student.distiller import build_distiller
 
     device = training_device(config.device)
     with torch.random.fork_rng():
@@ -137,9 +130,6 @@ def _time_steps(
     """Seconds of one micro-batch after another."""
     import torch
 
-    from dtpipe.distill.engine.device import autocast, pick_precision, training_device
-    from dtpipe.distill.losses.features import feature_loss
-
     device = training_device(config.device)
     precision = pick_precision(config.precision, device)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -159,13 +149,14 @@ def _time_steps(
 
 def print_training(console: Console, plan: TrainingPlan) -> None:
     """The plan as lines."""
-    live = (
-        {} if plan.teacher_s is None else {"teacher": f"{1000 * plan.teacher_s:.1f} ms per image that it encodes live"}
-    )
+    teacher_ms = None if plan.teacher_s is None else f"{1000 * plan.teacher_s:.1f}"
+    live = {} if teacher_ms is None else {"teacher": f"{teacher_ms} ms per image that it encodes live"}
+    parameters, regressor = f"{plan.num_parameters / 1e6:.1f} M", f"{plan.regressor_parameters / 1e6:.1f} M"
+    duration = f"about {format_seconds(plan.seconds)} for {plan.epochs} epochs"
     console.pairs(
         {
-            "student": f"{plan.student}, {plan.num_parameters / 1e6:.1f} M parameters; regressor {plan.regressor_parameters / 1e6:.1f} M",
-            "training": f"about {format_seconds(plan.seconds)} for {plan.epochs} epochs, {plan.num_steps} steps ({plan.device})",
+            "student": f"{plan.student}, {parameters} parameters; regressor {regressor}",
+            "training": f"{duration}, {plan.num_steps} steps ({plan.device})",
             "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
             **live,
             "reads": f"{format_bytes(plan.read_bytes)} per epoch",
