@@ -83,7 +83,7 @@ def _shape(sides: tuple[int, int, int]) -> str:
 def open_teacher(
     plan: Plan, given: Mapping[str, Any], device: str, load: Callable[[TeacherConfig, str], Teacher] = load_teacher
 ) -> RecipeTeacher:
-    """The teacher of a dataset: as its extraction recorded it, with `given` settings (`path`, `kind` ..) in their place.
+    """The teacher of a dataset: as its extraction recorded it, with `given` settings (`path`, `kind`) in their place.
 
     Raises: ConfigError when nothing says where it is; TeacherError when it is gone or another one.
     """
