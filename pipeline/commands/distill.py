@@ -102,7 +102,8 @@ def _train(config: DistillConfig, data: TrainingData, on_progress: OnTrainProgre
         return train(config, data, on_progress, fresh)
     from dtpipe.extract.cluster.connection import connect, disconnect, has_gpus
 
-    data.open_checked(config)  # so that what is wrong is said, and images are looked at, before workers start
+    # What is wrong is said, and images are looked at, before workers start; this machine's GPUs are left to them.
+    data.open_checked(config.model_copy(update={"device": "cpu"}))
     connect(config.ray_address)
     try:
         gpus = has_gpus() and config.device != "cpu"
