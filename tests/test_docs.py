@@ -24,6 +24,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.pipeline.cli.main import COMMANDS, main
 from dtpipe.pipeline.cli.reference import help_text, reference
+from dtpipe.pipeline.cli.settings import SECTIONS, check_key
 from parts.extractions import Extract
 from parts.images import write_images
 from parts.packing import contents, folder_files
@@ -88,6 +89,15 @@ def test_every_command_line_in_the_documents_parses() -> None:
     assert len(lines) >= 35
     for words in lines:
         parse(words)
+
+
+def test_every_setting_named_in_the_documents_exists() -> None:
+    key = re.compile(rf"(?<![\w/.])(?:{'|'.join(SECTIONS)})\.[a-z_]+[a-z0-9_.]*\b")
+    written = [page.read_text() for page in PAGES if page.name != "cli.md"]  # which the commands write themselves
+    named = {name for text in written for name in key.findall(text)}
+    assert len(named) >= 12
+    for name in named - {"distill.loss.huber_weight"}:  # an example of what one may add
+        check_key(name, "the documents")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
