@@ -57,24 +57,20 @@ def test_a_wrong_path_costs_no_teacher_no_cluster_and_no_file(
     inline: bool,
     make_config: MakeConfig,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dtpipe.extract.recipe.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
-    monkeypatch.setattr("dtpipe.extract.cluster.connection.connect", lambda *_: pytest.fail("a cluster was joined"))
-    config = make_config(inline=inline, device="auto", **wrong(tmp_path))
+    """Teacher and cluster are wrong too, so one of them would be named if it were looked at first."""
+    nowhere = {"teacher": {"path": str(tmp_path / "gone")}, "ray_address": "127.0.0.1:1"}
+    config = make_config(inline=inline, device="auto", **nowhere, **wrong(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=says):
         run_extraction(config)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_fresh_is_refused_before_the_teacher_is_loaded(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fresh_is_refused_before_the_teacher_is_loaded(make_config: MakeConfig, tmp_path: Path) -> None:
     run_extraction(make_config())
-    monkeypatch.setattr("dtpipe.extract.recipe.load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     with pytest.raises(ConfigError, match="--fresh"):
-        run_extraction(make_config(), fresh=True)
+        run_extraction(make_config(teacher={"path": str(tmp_path / "gone")}), fresh=True)
 
 
 def test_workers_in_other_folders_get_whole_paths(

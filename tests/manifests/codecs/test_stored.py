@@ -1,4 +1,4 @@
-"""What a codec with an array of its own stores in both stores: bad rows are zeros, damage is found, and nobody sees symbols."""
+"""A codec with an array of its own in both stores: bad rows are zeros, damage is found, and nobody sees symbols."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
-from dtpipe.manifests.schema import CodecSpec
+from dtpipe.manifests.schema import CodecSpec, Plan
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entry
+from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import bytes_per_sample, load_plan, plan_digest
 from dtpipe.manifests.write.shard import ShardArrays
 from parts import codecs, golden
+from parts.damage import flip
+from parts.datasets import write_features
 from parts.paths import REPO
 
 TURNED = tuple(level.model_copy(update={"codec": CodecSpec(name="turned")}) for level in golden.LEVELS)
@@ -62,9 +65,7 @@ def test_a_flipped_byte_beside_the_symbols_is_found_and_sent_back(shard_format: 
     entry = load_entry(store, load_plan(store), plan_digest(store), 0)
     (stored,) = (stored for stored in entry.objects if "l2_three" in stored.arrays)
     row = next(index.row for index in entry.rows if index.status == "ok")
-    data = bytearray((tmp_path / stored.name).read_bytes())
-    data[stored.arrays["l2_three"].offset[2 * row + 1] + 5] ^= 1  # of its second view
-    (tmp_path / stored.name).write_bytes(data)
+    flip(tmp_path / stored.name, stored.arrays["l2_three"].offset[2 * row + 1] + 5)  # of its second view
     dataset = FeatureDataset.open(tmp_path)
     read_level(dataset, "l2", row, 0)
     with pytest.raises(
@@ -75,18 +76,15 @@ def test_a_flipped_byte_beside_the_symbols_is_found_and_sent_back(shard_format: 
     assert repair(tmp_path, stale_s=1).shards == (0,)
 
 
-def test_symbols_that_decode_to_no_number_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = golden.shard_arrays
-
-    def spoiled(*args: object) -> ShardArrays:
-        shard = good(*args)
+def test_symbols_that_decode_to_no_number_are_found(tmp_path: Path) -> None:
+    def spoiled(plan: Plan, listing: Listing, shard_idx: int) -> ShardArrays:
+        shard = golden.shard_arrays(plan, listing, shard_idx, settings())
         for idx, row in enumerate(shard.rows):
             if row.key == "cat/2.png":
                 shard.arrays["l3_three"][idx, 1] = np.nan
         return shard
 
-    monkeypatch.setattr(golden, "shard_arrays", spoiled)
-    golden.write_shards(tmp_path, settings())
+    write_features(tmp_path, golden.make_recipe(settings()), golden.make_listing(settings()), spoiled)
     (problem,) = verify(tmp_path, "decode").problems
     assert problem.what.startswith("l3 of sample 'cat/2.png'") and problem.what.endswith("is not finite")
 
