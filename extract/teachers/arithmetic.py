@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def exact(device: torch.device, threads: int | None = None) -> Iterator[None]:
-    """What results depend on is fixed, whatever the process has chosen for itself; afterwards it is as before.
+    """Fix what results depend on, whatever the process has chosen for itself, and restore it afterwards.
 
-    On a GPU no algorithm is chosen by timing, and float32 is not shortened to TF32. `threads`: of the CPU, for the calling
-    thread, since OpenMP keeps the number per thread.
+    On a GPU no algorithm is chosen by timing, and float32 is not shortened to TF32. `threads` is the number of CPU
+    threads; it holds for the calling thread, since OpenMP keeps the number per thread.
     """
     with _threads(threads), _exact_kernels() if device.type == "cuda" else nullcontext():
         yield
@@ -52,7 +52,7 @@ def _exact_kernels() -> Iterator[None]:
 
 @contextmanager
 def arithmetic(device: torch.device, dtype: str = "float32") -> Iterator[None]:
-    """Inference in `dtype`. Weights stay float32: below it, convolutions and products are cast as they run, norms and softmax are not."""
+    """Inference in `dtype`. Weights stay float32; convolutions and products are cast as they run, norms are not."""
     import torch
 
     low = torch.autocast(device.type, getattr(torch, dtype)) if dtype != "float32" else nullcontext()

@@ -1,24 +1,22 @@
 """What a teacher is: an encoder of images, or a generator of them.
 
-A teacher holds frozen weights in memory. An encoder turns images and noise into feature levels; a generator makes images
-and their features from noise alone. Neither draws noise or knows keys: noise comes in as an argument, so that features
+A teacher holds frozen weights in memory. An encoder turns images and noise into feature levels; a generator makes
+images and their features from noise alone. Neither draws noise or knows keys: noise is an argument, so that features
 never depend on batch size, order or machine. A family declares itself as `KIND`, and `registry` collects them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ValidationError
 
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
-
-POOLED = ", average pooled by "  # in the tap of a level that no module gives
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +47,7 @@ class TeacherSpec:
     """Stream name to the shape of one draw; a trailing -n, -n means an n-th of the image's own height and width."""
     options: Mapping[str, Any] = field(default_factory=dict)
     student_scale: int = 1
-    """The student's image is by default so many times smaller than the teacher's, for the levels to be l2 to l5."""
+    """How many times smaller than the teacher's image the student's is by default, so that its levels are l2 to l5."""
 
 
 @runtime_checkable
@@ -90,7 +88,7 @@ class Generator(Protocol):
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images made from noise, and the features they were made through.
 
-        Shapes: noise[stream] (B, *shape) float32 -> images (B, 3, H, W) in [-1, 1], {level: (B, C, h, w)}, on the device.
+        Shapes: noise[stream] (B, *shape) float32 -> images (B, 3, H, W) in [-1, 1], {level: (B, C, h, w)}.
         """
         ...
 
@@ -118,6 +116,24 @@ class TeacherKind:
     load: Loader
     options: type[StrictModel] = NoOptions
     """What `extract.teacher.options` may hold."""
+
+
+def check_sides(images: Tensor, multiple: int) -> None:
+    """Raises: ShapeError when a side of the images is no multiple of the teacher's total stride."""
+    height, width = images.shape[-2:]
+    if height % multiple or width % multiple:
+        raise ShapeError(
+            f"images are {height}x{width}; this teacher needs sides that are multiples of {multiple}: "
+            f"set extract.transform.px"
+        )
+
+
+def check_noise(noise: Mapping[str, Tensor], streams: Iterable[str], shape: tuple[int, ...]) -> None:
+    """Raises: ShapeError when the noise of a stream is missing or of another shape."""
+    for stream in streams:
+        actual = tuple(noise[stream].shape) if stream in noise else None
+        if actual != shape:
+            raise ShapeError(f"noise[{stream!r}] is {actual}, images and views ask for {shape}")
 
 
 def architecture(layout: Any) -> dict[str, Any]:

@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Things that an image is conditioned on, one row each: always the same one, or a uniformly sampled one."""
+    """What images are conditioned on, a row each: always the same row, or a uniformly sampled one."""
 
     rows: Tensor  # (n, size) float32
     constant: int | None = None
 
 
 def truncate(noise: Tensor, truncation: str, threshold: float | None) -> Tensor:
-    """Latent numbers within [-threshold, threshold]: cut off there, or of the normal distribution that is truncated there.
+    """Latent numbers within [-threshold, threshold]: cut off there, or distributed as the truncated normal.
 
-    The latter by inverse transform, in float64: the same quantile of the truncated distribution. Shapes: (B, n) -> (B, n) float32.
+    The latter by inverse transform, in float64: the same quantile of the truncated distribution.
+    Shapes: (B, n) -> (B, n) float32.
     """
     import torch
 
@@ -37,7 +38,7 @@ def truncate(noise: Tensor, truncation: str, threshold: float | None) -> Tensor:
 
 
 def choose_rows(tables: Sequence[Table], noise: Tensor | None, batch: int) -> Tensor:
-    """The condition of each image: a row of each table, side by side. A sampled row is where its part of the noise is largest.
+    """The condition of each image: a row of each table, side by side; sampled where its part of the noise is largest.
 
     Shapes: noise (B, rows of all sampled tables), in the tables' order -> (B, sum of sizes).
     """

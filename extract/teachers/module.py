@@ -70,7 +70,7 @@ class ModuleEncoder:
     def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:  # noqa: ARG002
         """Features of images, stopped after the last tap; the draw plays no part.
 
-        Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {level: (B, V, C, h, w)}, float32, or float16 in low precision.
+        Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {level: (B, V, C, h, w)}, float32 or float16.
         """
         import torch
 
@@ -142,10 +142,10 @@ def _build(options: ModuleOptions) -> nn.Module:
 
     package, _, path = options.module.partition(":")
     try:
-        found: Any = importlib.import_module(package)
+        network_class: Any = importlib.import_module(package)
         for name in path.split("."):
-            found = getattr(found, name)
-        network = found(**options.arguments)
+            network_class = getattr(network_class, name)
+        network = network_class(**options.arguments)
     except Exception as err:  # code of others raises anything
         raise TeacherError(
             f"extract.teacher.options.module: {options.module} with arguments {options.arguments} cannot be made "
@@ -153,7 +153,8 @@ def _build(options: ModuleOptions) -> nn.Module:
         ) from err
     if not isinstance(network, nn.Module):
         raise TeacherError(
-            f"extract.teacher.options.module: {options.module} gives a {type(network).__name__}, no torch.nn.Module; name a module's class"
+            f"extract.teacher.options.module: {options.module} gives a {type(network).__name__}, no torch.nn.Module; "
+            f"name a module's class"
         )
     for module in network.modules():
         if "inplace" in vars(module):
@@ -198,14 +199,16 @@ def _probe(network: nn.Module, options: ModuleOptions, taps: Mapping[str, str] |
         with torch.inference_mode():
             if not taps:
                 raise TeacherError(
-                    f"extract.teacher.taps is not set; a module's levels must be named: {_suggest(network, forward, options)}"
+                    f"extract.teacher.taps is not set; a module's levels must be named: "
+                    f"{_suggest(network, forward, options)}"
                 )
             return _read_twice(network, forward, options, taps)
     except TeacherError:
         raise
     except Exception as err:  # code of others raises anything
         raise TeacherError(
-            f"{options.module}: does not run on an input of shape {(1, *shape)} ({_said(err)}); check extract.teacher.options"
+            f"{options.module}: does not run on an input of shape {(1, *shape)} ({_said(err)}); "
+            f"check extract.teacher.options"
         ) from err
 
 
@@ -216,20 +219,23 @@ def _read_twice(
 
     from dtpipe.extract.teachers.taps import TapReader, named_levels
 
-    made: list[Any] = []
+    outputs: list[Any] = []
     reader = TapReader(network, taps)
-    first, second = (reader.read(lambda: made.append(forward()), stop_early=False) for _ in range(2))
+    first, second = (reader.read(lambda: outputs.append(forward()), stop_early=False) for _ in range(2))
     height, width = options.image_px
     levels = named_levels(network, forward, width, taps)
     for level in levels.values():
         side, other = first[level.name].shape[-2:]
         if (side * level.stride, other * level.stride) != options.image_px:
             raise TeacherError(
-                f"tap {level.name}={level.tap} is {side}x{other}, no whole part of {height}x{width} px; name another tap"
+                f"tap {level.name}={level.tap} is {side}x{other}, no whole part of {height}x{width} px; "
+                f"name another tap"
             )
-    if (options.z_shape and not torch.equal(*made)) or any(not torch.equal(first[name], second[name]) for name in taps):
+    same_images = not options.z_shape or torch.equal(*outputs)
+    if not same_images or any(not torch.equal(first[name], second[name]) for name in taps):
         raise TeacherError(
-            f"{options.module}: gave two results for one input, so it draws noise of its own; make it a function of its input in eval mode"
+            f"{options.module}: gave two results for one input, so it draws noise of its own; "
+            f"make it a function of its input in eval mode"
         )
     return tuple(sorted(levels.values(), key=lambda level: (level.stride, level.name)))
 
@@ -255,12 +261,10 @@ def _suggest(network: nn.Module, forward: Callable[[], object], options: ModuleO
         for path, module in network.named_modules():
             hooks.callback(module.register_forward_hook(partial(note, path)).remove)
         forward()
-    found = "{" + ", ".join(f"{name}: {path}" for name, path in sorted(last.items())) + "}"
-    return (
-        f"-s 'extract.teacher.taps={found}' has the last module of each stride"
-        if last
-        else "none of its modules has stride 4, 8, 16 or 32"
-    )
+    if not last:
+        return "none of its modules has stride 4, 8, 16 or 32"
+    taps = ", ".join(f"{name}: {path}" for name, path in sorted(last.items()))
+    return f"-s 'extract.teacher.taps={{{taps}}}' has the last module of each stride"
 
 
 def _said(err: Exception) -> str:
@@ -273,9 +277,10 @@ def _images_in(output: object, options: ModuleOptions) -> Tensor:
 
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(first, Tensor) or tuple(first.shape[1:]) != (3, *options.image_px):
-        found = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        output_type = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        height, width = options.image_px
         raise TeacherError(
-            f"{options.module} gives {found}, the options say images (B, 3, {options.image_px[0]}, {options.image_px[1]}); correct them"
+            f"{options.module} gives {output_type}, the options say images (B, 3, {height}, {width}); correct them"
         )
     return first
 

@@ -1,6 +1,6 @@
 """The teacher families there are, those of installed packages too, and the teacher that settings name.
 
-A new family is a file that declares `KIND`, and a line here. The order is the one in which `auto` asks who reads a path.
+A new family is a file that declares `KIND`, and a line here. Kind `auto` asks them in this order who reads a path.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
     keeps_its_word = isinstance(teacher, kind.protocol)  # others' code declares what it likes
     if not keeps_its_word:
         raise TeacherError(
-            f"{config.path}: kind {kind.kind} gives a {type(teacher).__name__}, which has not the methods it declares "
+            f"{config.path}: kind {kind.kind} gives a {type(teacher).__name__}, which lacks the methods it declares "
             f"({kind.protocol}); mend the package it comes from"
         )
     return teacher

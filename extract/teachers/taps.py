@@ -7,7 +7,7 @@ and 12" (DreamTeacher, appendix E.1) whose strides are the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from dtpipe.extract.teachers.base import TapSpec
 from dtpipe.manifests.errors import TeacherError
 
 DEFAULT_STRIDES = (4, 8, 16, 32)
+_POOLED = ", average pooled by "  # in the tap of a level that no module gives
 
 
 class _LastTapReachedError(Exception):
@@ -65,10 +66,10 @@ def find_levels(
     layers: Iterable[str],
     strides: Iterable[int] = DEFAULT_STRIDES,
 ) -> dict[str, TapSpec]:
-    """Levels of the wanted strides: of all `layers` that ran at a resolution, the last one.
+    """A level for each of `strides`: the last of `layers` that ran at that resolution.
 
     `forward` runs the network on an input of `input_px` sides; `layers` are module paths of its decoder, without
-    upsamplers. A stride the network does not have is left out.
+    upsamplers. A stride that the network does not have is left out.
     """
     order: dict[str, tuple[int, int]] = {}  # in the order they ran: stride, channels
 
@@ -117,6 +118,24 @@ def named_levels(
     return levels
 
 
+def pooled_level(deepest: TapSpec, stride: int) -> TapSpec:
+    """A level that is made by average pooling another; its tap says so and is no module path."""
+    return TapSpec(level_name(stride), stride, deepest.channels, f"{deepest.tap}{_POOLED}{stride // deepest.stride}")
+
+
+def is_pooled(level: TapSpec) -> bool:
+    return _POOLED in level.tap
+
+
+def add_pooled(levels: dict[str, Tensor], specs: Sequence[TapSpec]) -> dict[str, Tensor]:
+    """The levels that modules gave, and the pooled ones of `specs`, made from the deepest of these."""
+    pooled = [spec for spec in specs if is_pooled(spec)]
+    deepest = [spec for spec in specs if not is_pooled(spec)][-1]
+    return levels | {
+        spec.name: nn.functional.avg_pool2d(levels[deepest.name], spec.stride // deepest.stride) for spec in pooled
+    }
+
+
 def level_name(stride: int) -> str:
     """l{n} for stride 2^n.
 
@@ -137,9 +156,9 @@ def _as_map(output: object, path: str) -> Tensor:
     """The feature map in a module's output; some modules wrap it in a tuple."""
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, Tensor) or first.ndim != 4:
-        found = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        output_type = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
         raise TeacherError(
-            f"tap {path} gives {found}, not a map (B, C, H, W); name another module in extract.teacher.taps"
+            f"tap {path} gives {output_type}, not a map (B, C, H, W); name another module in extract.teacher.taps"
         )
     return first
 
@@ -148,7 +167,7 @@ def _check_known(network: nn.Module, taps: Mapping[str, str]) -> None:
     known = [path for path, _ in network.named_modules() if path]
     for name, path in taps.items():
         if path not in known:
-            near = [each for each in known if each.rpartition(".")[0] == path.rpartition(".")[0]] or [
-                each for each in known if "." not in each
-            ]
+            parent = path.rpartition(".")[0]
+            near = [module for module in known if module.rpartition(".")[0] == parent]
+            near = near or [module for module in known if "." not in module]
             raise TeacherError(f"tap {name}={path} is no module of the teacher; beside it are {', '.join(near[:12])}")

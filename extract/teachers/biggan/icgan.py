@@ -1,7 +1,8 @@
-"""IC-GAN teachers (Casanova et al., arXiv 2109.05070): kind `icgan` is a BigGAN conditioned on the features of a real image.
+"""IC-GAN teachers: kind `icgan` is a BigGAN conditioned on the features of a real image, the instance.
 
-The instances are a file of features, as the authors publish them (`stored_instances`); each image sees one of them, always the
-same or sampled by the `label` noise, and a class-conditional network its class too. Features have unit length.
+The instances are a file of features of unit length, as the authors publish them (`stored_instances`). Each image sees
+one, always the same or sampled by the `label` noise; a class-conditional network sees a class too.
+Source: Casanova et al., arXiv 2109.05070.
 """
 
 from __future__ import annotations
@@ -75,12 +76,13 @@ def is_icgan_path(path: str) -> bool:
 def load_icgan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTeacher:
     """The teacher that `config` names, frozen and in eval mode.
 
-    Raises: TeacherError when a file is missing, damaged or does not fit; ConfigError for an option that does not fit it.
+    Raises: TeacherError when a file is missing, damaged or does not fit; ConfigError for an option that does not fit.
     """
     options = parse_options(config, IcGanOptions)
     if options.instances is None:
         raise ConfigError(
-            f"an icgan teacher needs -s extract.teacher.options.instances=FILE.npy; its authors' are in {STORED_INSTANCES}"
+            f"an icgan teacher needs -s extract.teacher.options.instances=FILE.npy; "
+            f"its authors' are in {STORED_INSTANCES}"
         )
     tensors = read_generator(config.path)
     instances = read_instances(Path(options.instances))
@@ -162,7 +164,7 @@ def make_tables(
     with_class: bool,
     where: str,
 ) -> tuple[Table, ...]:
-    """What is chosen for each image, in the order of the condition: class, then instance; as one where they go together.
+    """What is chosen for each image, in the condition's order: class, then instance; one table where they go together.
 
     Raises: ConfigError for an instance or a class that there is not.
     """
@@ -204,7 +206,8 @@ def _recorded(options: IcGanOptions, instances: Instances, with_class: bool) -> 
 
 KIND = TeacherKind(
     kind="icgan",
-    reads="A G_ema_best file of an IC-GAN with a BigGAN backbone, with its stored instance features as option `instances`.",
+    reads="A G_ema_best file of an IC-GAN with a BigGAN backbone, with its stored instance features as option "
+    "`instances`.",
     protocol=Generator,
     matches=is_icgan_path,
     load=load_icgan_teacher,

@@ -1,10 +1,11 @@
 """BigGAN's published tensors: what they tell about the generator, and the plain weights that they stand for.
 
-Spectral norm divides each weight by an estimate of its largest singular value: one step of power iteration from the stored `u0`. It
-does not change in evaluation, so it is done once. Batch norm statistics have three spellings: `stored_*` beside the gain,
-`bn.stored_*` with a counter ("standing statistics"), and `bn.running_*` (synchronised batch norm).
+Spectral norm divides each weight by an estimate of its largest singular value: one step of power iteration from the
+stored `u0`. It does not change in evaluation, so it is done once. Batch norm statistics have three spellings:
+`stored_*` beside the gain, `bn.stored_*` with a counter ("standing statistics"), and `bn.running_*` (synchronised).
 
-Differs: with synchronised batch norm, ajbrock's code in evaluation adds the gain that it multiplies by in training; here it multiplies.
+Differs: with synchronised batch norm, ajbrock's code multiplies by the gain in training and adds it in evaluation;
+here it always multiplies.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def infer_biggan_layout(
 ) -> tuple[str, BigGanLayout]:
     """The layout of a generator, and which of the possible `conditions` (their sizes by name) its blocks take.
 
-    Raises: TeacherError when it is no BigGAN generator, or none of the conditions fits; ConfigError when more than one does.
+    Raises: TeacherError when it is no BigGAN generator, or no condition fits; ConfigError when more than one does.
     """
     from dtpipe.extract.teachers.biggan.network import BigGanLayout
 
@@ -50,7 +51,8 @@ def infer_biggan_layout(
     start_px = math.isqrt(outputs // first)
     if outputs != first * start_px**2 or start_px == 0:
         raise TeacherError(
-            f"{where}: the first layer's {outputs} outputs are no square map of {first} channels; give a G or G_ema file"
+            f"{where}: the first layer's {outputs} outputs are no square map of {first} channels; "
+            f"give a G or G_ema file"
         )
     name, hierarchical = _find_condition(tensors, conditions, z_chunk, where)
     return name, BigGanLayout(
@@ -94,15 +96,15 @@ def _first_convolutions(tensors: Mapping[str, Tensor], where: str) -> list[tuple
 def _shape(tensors: Mapping[str, Tensor], name: str, num_sides: int, where: str) -> tuple[int, ...]:
     shape = tuple(tensors[name].shape) if name in tensors else ()
     if len(shape) != num_sides or 0 in shape:
-        found = f"has shape {shape}" if name in tensors else "is missing"
-        raise TeacherError(f"{where}: {name} {found}, so this is no BigGAN generator; give a G or G_ema file")
+        problem = f"has shape {shape}" if name in tensors else "is missing"
+        raise TeacherError(f"{where}: {name} {problem}, so this is no BigGAN generator; give a G or G_ema file")
     return shape
 
 
 def with_shared_embedding(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors of a network without shared embeddings (G_shared false) as one whose embedding of a class is one-hot.
 
-    There every batch norm looks its gains up in a table (classes, C), which is a linear layer (C, classes) on a one-hot class.
+    Such a network's batch norms look their gains up in tables (classes, C), each a linear layer on a one-hot class.
     Raises: TeacherError when there are no such tables.
     """
     import torch
@@ -171,7 +173,8 @@ def plain_weight(tensors: Mapping[str, Tensor], module: str, sn_eps: float, wher
     if start is not None:
         if start.shape != (1, weight.shape[0]):
             raise TeacherError(
-                f"{where}: {module}.u0 has shape {tuple(start.shape)}, its weight {tuple(weight.shape)}; download it again"
+                f"{where}: {module}.u0 has shape {tuple(start.shape)}, its weight {tuple(weight.shape)}; "
+                f"download it again"
             )
         return weight / spectral_norm(weight, start.float(), sn_eps)
     if weight.ndim > 1 and "linear.u0" in tensors and not _is_lookup(tensors, module):
@@ -205,8 +208,8 @@ def _accumulated(tensors: Mapping[str, Tensor], module: str, standing_stats: boo
         return 1.0
     if standing_stats is None and not count.is_integer():
         raise ConfigError(
-            f"{where}: {module}.accumulation_counter is {count:g}, no number of batches, so it is not clear whether statistics are sums; "
-            f"set extract.teacher.options.standing_stats to true (divide) or false"
+            f"{where}: {module}.accumulation_counter is {count:g}, no number of batches, so it is not clear whether "
+            f"statistics are sums; set extract.teacher.options.standing_stats to true (divide) or false"
         )
     if count <= 0:
         raise ConfigError(

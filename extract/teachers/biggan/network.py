@@ -1,6 +1,6 @@
 """BigGAN's generator in evaluation, as IC-GAN uses it too; what any image is conditioned on comes in as a vector.
 
-Weights are plain: spectral norm and standing statistics are worked in when they are loaded (`biggan_keys`). Modules have the
+Weights are plain: `keys` works spectral norm and standing statistics into them when they are loaded. Modules have the
 published names, so a tap `blocks.3.1` is the attention layer of the fourth block and `linear` the first 4x4 map.
 Source: Brock et al., arXiv 1809.11096, appendix B; ajbrock/BigGAN-PyTorch, BigGAN.py and layers.py.
 """
@@ -105,7 +105,7 @@ class UpBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position attends to the maxima of 2x2 positions, beside a skip. Source: SAGAN, arXiv 1805.08318, as BigGAN has it."""
+    """Every position attends to the maxima of 2x2 positions, beside a skip. Source: SAGAN, arXiv 1805.08318."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

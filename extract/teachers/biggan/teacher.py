@@ -1,7 +1,7 @@
-"""BigGAN teachers: kind `biggan` reads generators of ajbrock/BigGAN-PyTorch, of IC-GAN's BigGAN, and conversions of DeepMind's.
+"""BigGAN teachers: kind `biggan` reads ajbrock/BigGAN-PyTorch's generators, IC-GAN's, and conversions of DeepMind's.
 
-Images and features follow from `z` and, where the class is sampled, the `label` noise. An "unconditional" BigGAN is one that
-was trained with the class 0 for all images, so `class_label=0`.
+Images and features follow from `z` and, where the class is sampled, the `label` noise. An "unconditional" BigGAN was
+trained with class 0 for all images, so set `class_label=0`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
 from dtpipe.extract.teachers.base import (
-    POOLED,
     Generator,
     TapSpec,
     TeacherKind,
@@ -92,45 +91,37 @@ class BigGanTeacher:
     def __init__(
         self, network: BigGanNetwork, tables: Sequence[Table], spec: TeacherSpec, options: SamplingOptions, dtype: str
     ) -> None:
-        from dtpipe.extract.teachers.taps import TapReader
+        from dtpipe.extract.teachers.taps import TapReader, is_pooled
 
         self.network = network
         self.tables = tables
         self.spec = spec
         self.options = options
         self.dtype = dtype
-        self._own = [level for level in spec.levels if POOLED not in level.tap]
-        self._reader = TapReader(network, {level.name: level.tap for level in self._own})
+        self._reader = TapReader(network, {level.name: level.tap for level in spec.levels if not is_pooled(level)})
 
     def synthesize(self, noise: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images and the features of the last layer at each resolution, which is the attention layer where there is one.
+        """Images and the features of the last layer at each resolution, the attention layer where there is one.
 
-        Shapes: noise["z"] (B, z size), and noise["label"] (B, n) where something is sampled -> images (B, 3, H, W) float32 in
-        [-1, 1], {level: (B, C, h, w)}, float32, or float16 where the teacher runs in it.
+        Shapes: noise["z"] (B, z size), and noise["label"] (B, n) where something is sampled
+        -> images (B, 3, H, W) float32 in [-1, 1], {level: (B, C, h, w)} float32 or float16.
         Raises: ShapeError when noise is missing or of another shape.
         """
+        from dtpipe.extract.teachers.taps import add_pooled
+
         self._check_noise(noise)
         images: list[Tensor] = []
         with arithmetic(noise["z"].device, self.dtype):
             latent = truncate(noise["z"], self.options.truncation, self.options.threshold) * self.options.z_scale
             condition = choose_rows(self.tables, noise.get("label"), len(latent))
             levels = self._reader.read(lambda: images.append(self.network(latent, condition)), stop_early=False)
-            return images[0], self._with_pooled({name: storable(level) for name, level in levels.items()})
-
-    def _with_pooled(self, levels: dict[str, Tensor]) -> dict[str, Tensor]:
-        from torch.nn.functional import avg_pool2d
-
-        deepest = self._own[-1]
-        pooled = [level for level in self.spec.levels if POOLED in level.tap]
-        return levels | {
-            level.name: avg_pool2d(levels[deepest.name], level.stride // deepest.stride) for level in pooled
-        }
+            return images[0], add_pooled({name: storable(level) for name, level in levels.items()}, self.spec.levels)
 
     def _check_noise(self, noise: Mapping[str, Tensor]) -> None:
         for stream, shape in self.spec.noise_shapes.items():
-            found = tuple(noise[stream].shape[1:]) if stream in noise else None
-            if found != shape:
-                raise ShapeError(f"noise[{stream!r}] is {found} per image, this teacher takes {shape}")
+            actual = tuple(noise[stream].shape[1:]) if stream in noise else None
+            if actual != shape:
+                raise ShapeError(f"noise[{stream!r}] is {actual} per image, this teacher takes {shape}")
 
 
 def is_biggan_path(path: str) -> bool:
@@ -142,7 +133,7 @@ def is_biggan_path(path: str) -> bool:
 def load_biggan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTeacher:
     """The teacher that `config` names, frozen and in eval mode.
 
-    Raises: TeacherError when the file is missing, damaged or another network; ConfigError for an option that does not fit it.
+    Raises: TeacherError when the file is missing, damaged or another network; ConfigError for an unfit option.
     """
     options = parse_options(config, BigGanOptions)
     published = read_generator(config.path)
@@ -159,8 +150,8 @@ def load_biggan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTea
 def read_generator(path: str) -> dict[str, Tensor]:
     """A checkpoint's tensors. Raises: TeacherError when it is missing, a folder, damaged or holds other things."""
     if Path(path).is_dir():
-        found = ", ".join(sorted(file.name for file in Path(path).glob("G_ema*.pth"))) or "it has none"
-        raise TeacherError(f"{path}: is a folder; give the path of a G_ema file in it ({found})")
+        names = ", ".join(sorted(file.name for file in Path(path).glob("G_ema*.pth"))) or "it has none"
+        raise TeacherError(f"{path}: is a folder; give the path of a G_ema file in it ({names})")
     return read_weights(Path(path))
 
 
@@ -200,7 +191,7 @@ def make_biggan_teacher(
     digest: str,
     device: str,
 ) -> BigGanTeacher:
-    """A teacher from its parts on the CPU; `conditions` is what the spec says of the tables, `digest` that of the weights."""
+    """A teacher from its parts on the CPU. `conditions` is what the spec says of the tables."""
     layout = network.layout
     sampled = sum(len(table.rows) for table in tables if table.constant is None)
     spec = TeacherSpec(
@@ -224,7 +215,7 @@ def _levels_of(network: BigGanNetwork, taps: Mapping[str, str] | None, pool_miss
     """Levels at the named taps, or at the last layer of each resolution; then the pooled ones. From fine to deep."""
     import torch
 
-    from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, level_name, named_levels
+    from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, level_name, named_levels, pooled_level
 
     layout = network.layout
     if taps:
@@ -236,10 +227,11 @@ def _levels_of(network: BigGanNetwork, taps: Mapping[str, str] | None, pool_miss
     levels.sort(key=lambda level: (level.stride, level.name))
     missing = [stride for stride in DEFAULT_STRIDES if stride > levels[-1].stride]
     if pool_missing:
-        return (*levels, *(_pooled(levels[-1], level_name(stride), stride) for stride in missing))
+        return (*levels, *(pooled_level(levels[-1], stride) for stride in missing))
     if missing and not taps:
         _log.warning(
-            "the blocks of this %d px generator have no level %s; left out (can be pooled: -s extract.teacher.options.pool_missing=true)",
+            "the blocks of this %d px generator have no level %s; left out "
+            "(can be pooled: -s extract.teacher.options.pool_missing=true)",
             layout.image_px,
             ", ".join(map(level_name, missing)),
         )
@@ -258,14 +250,10 @@ def _block_levels(layout: BigGanLayout) -> list[TapSpec]:
     ]
 
 
-def _pooled(deepest: TapSpec, name: str, stride: int) -> TapSpec:
-    """A level made from another; its tap says so, and is no module path."""
-    return TapSpec(name, stride, deepest.channels, f"{deepest.tap}{POOLED}{stride // deepest.stride}")
-
-
 KIND = TeacherKind(
     kind="biggan",
-    reads="A G or G_ema file of BigGAN-PyTorch or of IC-GAN's BigGAN, or DeepMind's BigGAN converted by BigGAN-PyTorch.",
+    reads="A G or G_ema file of BigGAN-PyTorch or of IC-GAN's BigGAN, or DeepMind's BigGAN converted by "
+    "BigGAN-PyTorch.",
     protocol=Generator,
     matches=is_biggan_path,
     load=load_biggan_teacher,

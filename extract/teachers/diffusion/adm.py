@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
     from dtpipe.extract.config import TeacherConfig
 
-_MARKS = (
-    "input_blocks.0.0.weight",
-    "time_embed.0.weight",
-)  # whole names: latent diffusion files have them behind a prefix
+_MARKS = ("input_blocks.0.0.weight", "time_embed.0.weight")  # whole names; latent diffusion puts a prefix before them
 
 
 def is_adm_file(path: str) -> bool:
@@ -45,8 +42,8 @@ def is_adm_file(path: str) -> bool:
 def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTeacher:
     """The teacher that `config` names, frozen and in eval mode.
 
-    Raises: TeacherError when the file is missing, damaged, or a network that UNet2DModel cannot represent; ConfigError when
-    options that the file does not tell are missing or do not fit it.
+    Raises: TeacherError when the file is missing, damaged, or a network that UNet2DModel cannot represent; ConfigError
+    when options that the file does not tell are missing or do not fit it.
     """
     options = parse_options(config, AdmOptions)
     tensors = _read_mapped(Path(config.path))
@@ -100,8 +97,8 @@ def _check_label(label: int | None, layout: AdmLayout, where: str) -> None:
         )
     if layout.num_classes is not None and (label is None or label >= layout.num_classes):
         raise ConfigError(
-            f"{where}: the network is class-conditional; give all images one class, 0 to {layout.num_classes - 1}, with "
-            f"-s extract.teacher.options.class_label=... (found {label}), or use an unconditional checkpoint"
+            f"{where}: the network is class-conditional; give all images one class, 0 to {layout.num_classes - 1}, "
+            f"with -s extract.teacher.options.class_label=... (found {label}), or use an unconditional checkpoint"
         )
 
 
@@ -119,7 +116,8 @@ def _build(layout: AdmLayout, settings: AdmSettings, where: str) -> Any:
 
 KIND = TeacherKind(
     kind="adm",
-    reads="A guided-diffusion .pt file (ADM): ImageNet, LSUN and FFHQ at 256 px, or your own with its training flags as options.",
+    reads="A guided-diffusion .pt file (ADM): ImageNet, LSUN and FFHQ at 256 px, or your own with its training flags "
+    "as options.",
     protocol=Encoder,
     matches=is_adm_file,
     load=load_adm_teacher,

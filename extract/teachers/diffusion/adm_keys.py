@@ -1,7 +1,7 @@
 """Where each tensor of a guided-diffusion checkpoint goes in diffusers' UNet2DModel.
 
-Both compute the same function; names differ, a 1x1 Conv1d becomes a Linear, and q, k, v, which are one tensor there, are
-three here. How they are cut depends on the attention order: the old one keeps q, k and v of each head together.
+Both compute the same function. Names differ, a 1x1 Conv1d becomes a Linear, and q, k, v are one tensor there and three
+here. How they are cut depends on the attention order: the old one keeps q, k and v of each head together.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def _blocks(layout: AdmLayout) -> Iterator[tuple[str, str, Mapping[str, str]]]:
             )
 
 
-def published_shapes(layout: AdmLayout, wanted: Shapes) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the file must have, from those of the network (`wanted`)."""
+def published_shapes(layout: AdmLayout, unet_shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the file must have, from those of the network."""
     shapes = {}
     for published, ours in module_names(layout).items():
         for kind in ("weight", "bias"):
-            shape = wanted.get(f"{ours.format('q')}.{kind}")
+            shape = unet_shapes.get(f"{ours.format('q')}.{kind}")
             if shape is None:  # a residual block of equal widths has no shortcut
                 continue
             if ours.endswith("to_{}"):
@@ -87,7 +87,7 @@ def published_shapes(layout: AdmLayout, wanted: Shapes) -> dict[str, tuple[int, 
                 (*shape, 1) if published.endswith(("qkv", "proj_out")) and kind == "weight" else shape
             )
     if layout.num_classes is not None:
-        shapes[LABEL_EMBEDDING] = (layout.num_classes, wanted["time_embedding.linear_2.bias"][0])
+        shapes[LABEL_EMBEDDING] = (layout.num_classes, unet_shapes["time_embedding.linear_2.bias"][0])
     return shapes
 
 
@@ -108,10 +108,8 @@ def unet_tensors(
             if published.endswith(("qkv", "proj_out")) and kind == "weight":
                 value = value.squeeze(-1)  # (out, in, 1) -> (out, in)
             if ours.endswith("to_{}"):
-                yield from (
-                    (f"{ours.format(each)}.{kind}", part)
-                    for each, part in zip("qkv", _cut(value, settings), strict=True)
-                )
+                for letter, part in zip("qkv", _cut(value, settings), strict=True):
+                    yield f"{ours.format(letter)}.{kind}", part
             else:
                 yield f"{ours}.{kind}", value
 
@@ -121,4 +119,4 @@ def _cut(joined: Tensor, settings: AdmSettings) -> tuple[Tensor, ...]:
     if settings.new_attention_order:
         return joined.chunk(3)
     by_head = joined.reshape(-1, 3, settings.head_channels, *joined.shape[1:])  # (heads, 3, head channels, ...)
-    return tuple(by_head[:, each].reshape(-1, *joined.shape[1:]) for each in range(3))
+    return tuple(part.reshape(-1, *joined.shape[1:]) for part in by_head.unbind(1))

@@ -99,7 +99,8 @@ def _decoder_blocks(shapes: Shapes, where: str) -> tuple[int, int]:
             layers[int(block)] = max(layers.get(int(block), 0), int(layer))
     if not layers:
         raise TeacherError(
-            f"{where}: has no output_blocks, so it is no UNet (a classifier of guided-diffusion has none); give a diffusion model"
+            f"{where}: has no output_blocks, so it is no UNet (a classifier of guided-diffusion has none); "
+            f"give a diffusion model"
         )
     ends = [
         block
@@ -123,23 +124,25 @@ def _decoder_blocks(shapes: Shapes, where: str) -> tuple[int, int]:
 def _check_ends(shapes: Shapes, widths: tuple[int, ...], where: str) -> None:
     """Refuse what the network's first and last layers show to be another model."""
     base = _shape(shapes, "time_embed.0.weight", where)[1]
-    taken, given = _shape(shapes, "input_blocks.0.0.weight", where)[1], _shape(shapes, "out.2.weight", where)[0]
-    if taken != 3:
+    inputs, outputs = _shape(shapes, "input_blocks.0.0.weight", where)[1], _shape(shapes, "out.2.weight", where)[0]
+    if inputs != 3:
         raise TeacherError(
-            f"{where}: the network takes {taken} channels (an upsampler takes 6); kind adm needs one that takes RGB images"
+            f"{where}: the network takes {inputs} channels (an upsampler takes 6); "
+            f"kind adm needs one that takes RGB images"
         )
-    if given not in (3, 6):
+    if outputs not in (3, 6):
         raise TeacherError(
-            f"{where}: the network gives {given} channels; kind adm needs noise (3), or noise and variances (6)"
+            f"{where}: the network gives {outputs} channels; kind adm needs noise (3), or noise and variances (6)"
         )
     if widths[0] != base:
         raise TeacherError(
-            f"{where}: the first level has {widths[0]} channels and num_channels is {base}; diffusers' UNet2DModel needs a channel_mult "
-            f"that starts with 1, so the 512 px model cannot be used"
+            f"{where}: the first level has {widths[0]} channels and num_channels is {base}; diffusers' UNet2DModel "
+            f"needs a channel_mult that starts with 1, so the 512 px model cannot be used"
         )
     if odd := [width for width in widths if width % NORM_GROUPS]:
         raise TeacherError(
-            f"{where}: a level has {odd[0]} channels, no multiple of the {NORM_GROUPS} groups of ADM's norms; use another checkpoint"
+            f"{where}: a level has {odd[0]} channels, no multiple of the {NORM_GROUPS} groups of ADM's norms; "
+            f"use another checkpoint"
         )
 
 
@@ -148,25 +151,26 @@ def complete(options: AdmOptions, layout: AdmLayout, where: str) -> AdmSettings:
 
     Raises: ConfigError when one is missing or does not fit; TeacherError for heads that UNet2DModel cannot have.
     """
-    given = {name: getattr(options, name) for name in ADM_256 if getattr(options, name) is not None}
+    settings = {name: getattr(options, name) for name in ADM_256 if getattr(options, name) is not None}
     if options.num_heads is not None:
-        given["num_head_channels"] = _head_channels(options, layout, where)
+        settings["num_head_channels"] = _head_channels(options, layout, where)
     if _is_adm_256(layout):
-        given = ADM_256 | given
+        settings = ADM_256 | settings
     if missing := [
         name if name != "num_head_channels" else "num_head_channels or num_heads"
         for name in ADM_256
-        if name not in given
+        if name not in settings
     ]:
         raise ConfigError(
-            f"{where}: the file does not say its {', '.join(missing)}; set them under extract.teacher.options as the network was trained"
+            f"{where}: the file does not say its {', '.join(missing)}; "
+            f"set them under extract.teacher.options as the network was trained"
         )
-    heads, px = given["num_head_channels"], given["image_px"]
+    heads, px = settings["num_head_channels"], settings["image_px"]
     if odd := [width for width in attention_widths(layout) if width % heads]:
         raise ConfigError(
             f"extract.teacher.options.num_head_channels is {heads}, and {where} has attention over {odd[0]} channels"
         )
-    return AdmSettings(heads, given["use_new_attention_order"], given["noise_schedule"], height_width(px))
+    return AdmSettings(heads, settings["use_new_attention_order"], settings["noise_schedule"], height_width(px))
 
 
 def attention_widths(layout: AdmLayout) -> set[int]:
@@ -228,8 +232,8 @@ def _head_channels(options: AdmOptions, layout: AdmLayout, where: str) -> int:
     widths, heads = attention_widths(layout), options.num_heads or 1
     if len(widths) > 1:
         raise TeacherError(
-            f"{where}: num_heads {heads} at attention levels of {sorted(widths)} channels means heads of different sizes, "
-            f"which diffusers' UNet2DModel cannot have; the 128 px model cannot be used"
+            f"{where}: num_heads {heads} at attention levels of {sorted(widths)} channels means heads of different "
+            f"sizes, which diffusers' UNet2DModel cannot have; the 128 px model cannot be used"
         )
     (width,) = widths
     if width % heads:

@@ -1,8 +1,8 @@
 """torch.compile for the residual and attention layers of diffusers' U-Nets, one by one.
 
 The pass around them stays as it is, so that taps can be read between layers and the pass can stop at the last. Each
-layer is compiled for the first size it sees, which in extraction is the only one; batches of other sizes, as live
-encoding has them, run as without, since to compile costs more than they gain.
+layer is compiled for the first size it sees, which in extraction is the only one. Batches of other sizes, as in live
+encoding, run uncompiled, since compiling would cost more than they gain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LAYER = re.compile(r".*\b(resnets|attentions)\.\d+")
 
 
 def compile_layers(unet: nn.Module, taps: Iterable[str]) -> int:
-    """Compile, in place, every layer that no tap lies inside of; the number of them. They compile when they first run."""
+    """Mark for compilation, at their first run, the layers that hold no tap inside; returns how many."""
     import torch
 
     taps = tuple(taps)
@@ -29,9 +29,7 @@ def compile_layers(unet: nn.Module, taps: Iterable[str]) -> int:
         for path, module in unet.named_modules()
         if _LAYER.fullmatch(path) and not any(tap.startswith(f"{path}.") for tap in taps)
     }
-    limits: Any = (
-        torch._dynamo.config
-    )  # layers of one class share their code, and each shape of it counts as a recompilation
+    limits: Any = torch._dynamo.config  # layers of one class share code, and each of its shapes is a recompilation
     name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.7
     setattr(limits, name, max(getattr(limits, name), len(layers)))
     for module in layers.values():

@@ -63,14 +63,15 @@ def _class_label(label: int | None, files: UNetFiles) -> int | None:
     chosen = files.null_class if label is None else label
     if chosen is None or chosen >= files.num_classes:
         raise ConfigError(
-            f"{files.folder}: the network is class-conditional; give all images one class, 0 to {files.num_classes - 1}, with "
-            f"-s extract.teacher.options.class_label=... (found {chosen}), or train it with label_dropout, which adds a null class"
+            f"{files.folder}: the network is class-conditional; give all images one class, 0 to "
+            f"{files.num_classes - 1}, with -s extract.teacher.options.class_label=... (found {chosen}), "
+            f"or train it with label_dropout, which adds a null class"
         )
     return chosen
 
 
 def _of_one_class(unet: Any, files: UNetFiles, label: int) -> Any:
-    """The unconditional network that a class-conditional one is for one class: its embedding joins the timestep's bias."""
+    """A class-conditional network as an unconditional one for one class, whose embedding joins the timestep's bias."""
     tensors = unet.state_dict()
     embedding = tensors.pop("class_embedding.weight")
     tensors["time_embedding.linear_2.bias"] = tensors["time_embedding.linear_2.bias"] + embedding[label]

@@ -1,4 +1,4 @@
-"""How an image comes to timestep T, for all diffusion teachers: stochastically, as an ensemble of draws, or by DDIM inversion.
+"""How diffusion teachers bring an image to timestep T: by noise, as an ensemble of draws, or by DDIM inversion.
 
 A family gives its network as a `Denoiser` and the image, or its latent, as what the process starts from.
 """
@@ -56,11 +56,11 @@ class EncodingOptions(StrictModel):
         return self.encoding == "ddim_inversion"
 
     def members(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the noise of one draw, from that of one image: with the ensemble's members in front where there are several."""
+        """The shape of one draw's noise, from that of one image; an ensemble's members come first."""
         return shape if self.ensemble == 1 else (self.ensemble, *shape)
 
     def recipe(self) -> dict[str, Any]:
-        """What of this is content of a dataset; nothing by default, so that datasets made before these options keep their digest."""
+        """What of this is content of a dataset; by default nothing, so that older datasets keep their digest."""
         chosen = (
             {"encoding", "inversion_stride", "clip_denoised"}
             if self.inverts
@@ -106,15 +106,15 @@ def levels_by_inversion(
     starts: Sequence[tuple[Hashable, Callable[[], Tensor]]],
     clip: bool = False,
 ) -> list[Levels]:
-    """Levels of each view by DDIM inversion; views whose `starts` have the same key share one trajectory from what it makes."""
-    found: dict[tuple[Hashable, int], Levels] = {}
+    """Levels of each view by DDIM inversion. `starts` has a (key, start) per view; equal keys share a trajectory."""
+    levels: dict[tuple[Hashable, int], Levels] = {}
     for key, start in dict(starts).items():
-        wanted = {timestep_of(view) for view, (other, _) in zip(views, starts, strict=True) if other == key}
-        path = range(0, max(wanted) + 1, options.inversion_stride)
+        timesteps = {timestep_of(view) for view, (other, _) in zip(views, starts, strict=True) if other == key}
+        path = range(0, max(timesteps) + 1, options.inversion_stride)
         for timestep, noisy in ddim_invert(denoiser.predict_noise, denoiser.schedule, start(), path, clip):
-            if timestep in wanted:
-                found[key, timestep] = denoiser.read_levels(noisy, timestep)
-    return [found[key, timestep_of(view)] for view, (key, _) in zip(views, starts, strict=True)]
+            if timestep in timesteps:
+                levels[key, timestep] = denoiser.read_levels(noisy, timestep)
+    return [levels[key, timestep_of(view)] for view, (key, _) in zip(views, starts, strict=True)]
 
 
 def mean_levels(members: Iterator[Levels]) -> Levels:
@@ -146,8 +146,8 @@ def check_views(views: Sequence[ViewSpec], num_timesteps: int, options: Encoding
         return
     if odd := [view.timestep for view in views if timestep_of(view) % options.inversion_stride]:
         raise ConfigError(
-            f"timestep {odd[0]} is no multiple of the inversion's stride {options.inversion_stride}; change extract.noise.timesteps or "
-            f"extract.teacher.options.inversion_stride"
+            f"timestep {odd[0]} is no multiple of the inversion's stride {options.inversion_stride}; "
+            f"change extract.noise.timesteps or extract.teacher.options.inversion_stride"
         )
     if not draws_differ and len({(view.timestep, view.flip) for view in views}) < len(views):
         raise ConfigError(

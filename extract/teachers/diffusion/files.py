@@ -68,9 +68,8 @@ def is_unet_path(path: str) -> bool:
     try:
         return read_json(_network_folder(folder) / "config.json").get("_class_name") == "UNet2DModel"
     except TeacherError:
-        return (folder / "model_index.json").exists() or (
-            folder / "config.json"
-        ).exists()  # broken: let loading say how
+        files = (folder / "model_index.json", folder / "config.json")
+        return any(file.exists() for file in files)  # broken: let loading say how
 
 
 def find_unet(path: str, revision: str | None = None) -> UNetFiles:
@@ -84,9 +83,8 @@ def find_unet(path: str, revision: str | None = None) -> UNetFiles:
     folder = _network_folder(root)
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "UNet2DModel":
-        raise TeacherError(
-            f"{folder}/config.json: holds a {config.get('_class_name', 'config without _class_name')}, not a UNet2DModel"
-        )
+        name = config.get("_class_name", "config without _class_name")
+        raise TeacherError(f"{folder}/config.json: holds a {name}, not a UNet2DModel")
     _check_takes_images(config, folder)
     return UNetFiles(
         folder,
@@ -113,11 +111,13 @@ def weights_file(folder: Path, names: tuple[str, ...] = WEIGHT_NAMES) -> Path:
 def _check_takes_images(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("in_channels", 3) != 3:
         raise TeacherError(
-            f"{folder}/config.json: the network takes {config['in_channels']} channels; kind ddpm needs one that takes RGB images"
+            f"{folder}/config.json: the network takes {config['in_channels']} channels; "
+            f"kind ddpm needs one that takes RGB images"
         )
     if config.get("class_embed_type"):
         raise TeacherError(
-            f"{folder}/config.json: the network takes classes as {config['class_embed_type']}; kind ddpm knows class numbers only"
+            f"{folder}/config.json: the network takes classes as {config['class_embed_type']}; "
+            f"kind ddpm knows class numbers only"
         )
 
 
@@ -154,22 +154,23 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
     Raises: TeacherError when no scheduler lies beside the network, or it is of another process.
     """
     places = [root / "scheduler", folder, folder.parent / "scheduler"]
-    found = [place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()]
-    if not found:
+    files = (place / "scheduler_config.json" for place in places)
+    if (path := next(filter(Path.is_file, files), None)) is None:
         raise TeacherError(
-            f"{folder}: no scheduler_config.json in it or beside it, so the noise schedule is unknown; copy the checkpoint's own"
+            f"{folder}: no scheduler_config.json in it or beside it, so the noise schedule is unknown; "
+            f"copy the checkpoint's own"
         )
-    config = read_json(found[0])
+    config = read_json(path)
     if config.get("_class_name") not in VP_SCHEDULERS:
         raise TeacherError(
-            f"{found[0]}: scheduler {config.get('_class_name')} is not variance-preserving with discrete timesteps"
+            f"{path}: scheduler {config.get('_class_name')} is not variance-preserving with discrete timesteps"
         )
     if config.get("rescale_betas_zero_snr"):
-        raise TeacherError(f"{found[0]}: rescale_betas_zero_snr is set; that schedule is not supported")
+        raise TeacherError(f"{path}: rescale_betas_zero_snr is set; that schedule is not supported")
     kept = _SCHEDULE_DEFAULTS | {name: config[name] for name in _SCHEDULE_KEYS if name in config}
     if kept["prediction_type"] not in PREDICTIONS:
         raise TeacherError(
-            f"{found[0]}: prediction_type is {kept['prediction_type']!r}; {', '.join(PREDICTIONS)} are known"
+            f"{path}: prediction_type is {kept['prediction_type']!r}; {', '.join(PREDICTIONS)} are known"
         )
     return kept
 

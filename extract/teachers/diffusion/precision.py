@@ -4,8 +4,8 @@ Half: the convolutions and attention projections inside the blocks. Float32: gro
 its projections, the attention's softmax (inside torch's scaled_dot_product_attention, which accumulates in float32)
 and the output head.
 
-Differs: guided-diffusion also runs the very first convolution in half; here it runs in float32 and its result is rounded, because
-UNet2DModel rounds the timestep embedding to the dtype of its first weight.
+Differs: guided-diffusion also runs the very first convolution in half; here it runs in float32 and its result is
+rounded, because UNet2DModel rounds the timestep embedding to the dtype of its first weight.
 """
 
 from __future__ import annotations

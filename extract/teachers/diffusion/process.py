@@ -39,7 +39,8 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Schedule:
         betas = _cosine_betas(steps)
     else:
         raise TeacherError(
-            f"scheduler has beta_schedule {name!r}; linear, scaled_linear, squaredcos_cap_v2 and trained_betas are known"
+            f"scheduler has beta_schedule {name!r}; "
+            f"linear, scaled_linear, squaredcos_cap_v2 and trained_betas are known"
         )
     return np.cumprod(1 - betas, dtype=np.float64)
 
@@ -92,11 +93,11 @@ def ddim_invert(
 ) -> Iterator[tuple[int, Tensor]]:
     """(T, x_T) at each timestep of `path`, ascending, by deterministic DDIM run backwards from the images.
 
-    The noise of a step is predicted at the timestep that x is at; the images are taken to be at the first timestep of `path`.
+    Each step's noise is predicted at the timestep that x is at; the images count as x at the first timestep of `path`.
     `clip`: clip x_0 to [-1, 1] at each step.
     Shapes: images (B, C, H, W) -> the same.
-    Source: guided-diffusion's `ddim_reverse_sample`, `path` being its timestep_map. diffusers' DDIMInverseScheduler is another
-    rule: it predicts at the timestep that x goes to, and starts from a noiseless image.
+    Source: guided-diffusion's `ddim_reverse_sample`, `path` being its timestep_map. diffusers' DDIMInverseScheduler
+    follows another rule: it predicts at the timestep that x goes to, and starts from a noiseless image.
     """
     current = images
     yield path[0], current

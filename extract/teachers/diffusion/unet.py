@@ -17,7 +17,7 @@ from pydantic import Field
 
 from dtpipe.extract.pixels import to_pixels
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
+from dtpipe.extract.teachers.base import TapSpec, TeacherSpec, check_noise, check_sides
 from dtpipe.extract.teachers.diffusion.compiled import compile_layers
 from dtpipe.extract.teachers.diffusion.encoding import (
     FORWARD,
@@ -30,7 +30,7 @@ from dtpipe.extract.teachers.diffusion.encoding import (
 )
 from dtpipe.extract.teachers.diffusion.precision import compute_in
 from dtpipe.extract.teachers.diffusion.process import Schedule, alphas_cumprod, ddim_sample, q_sample
-from dtpipe.manifests.errors import ShapeError, TeacherError
+from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.schema import ViewSpec
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class DiffusionTeacher:
     def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
         """Decoder features at each view's timestep, the last denoising call stopped after the last tap.
 
-        Shapes: images (B, 3, H, W) float32 in [-1, 1]; noise["forward"] (B, V, 3, H, W), or (B, V, m, 3, H, W) for an ensemble of
-        m, or none for ddim_inversion -> {level: (B, V, C, h, w)}, float32, or float16 where the teacher runs in it.
+        Shapes: images (B, 3, H, W) float32 in [-1, 1]; noise["forward"] (B, V, 3, H, W), or (B, V, m, 3, H, W) for an
+        ensemble of m, or none for ddim_inversion -> {level: (B, V, C, h, w)} float32 or float16.
         Raises: ShapeError when the sides are no multiple of the total stride; ConfigError for an unknown timestep.
         """
         import torch
@@ -149,18 +149,10 @@ class DiffusionTeacher:
         return self.unet(noisy, timestep, return_dict=False)
 
     def _check_input(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> None:
-        height, width = images.shape[-2:]
-        if height % self.total_stride or width % self.total_stride:
-            raise ShapeError(
-                f"images are {height}x{width}; this teacher needs sides that are multiples of {self.total_stride}: set extract.transform.px"
-            )
+        check_sides(images, self.total_stride)
         check_views(views, len(self.schedule), self.encoding, draws_differ=False)
-        if self.encoding.inverts:
-            return
-        wanted = (len(images), len(views), *self.encoding.members(tuple(images.shape[1:])))
-        found = tuple(noise[FORWARD].shape) if FORWARD in noise else None
-        if found != wanted:
-            raise ShapeError(f"noise[{FORWARD!r}] is {found}, images and views ask for {wanted}")
+        shape = (len(images), len(views), *self.encoding.members(tuple(images.shape[1:])))
+        check_noise(noise, self.spec.noise_shapes, shape)
 
 
 def _shown(images: Tensor, view: ViewSpec) -> Tensor:

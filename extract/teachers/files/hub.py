@@ -13,7 +13,7 @@ COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
 def download(path: str, revision: str | None, files: Sequence[str]) -> Path:
-    """A snapshot of the wanted files (shell patterns) at one commit; the offline switch of huggingface_hub is respected.
+    """A snapshot of `files` (shell patterns) at one commit; huggingface_hub's offline switch is respected.
 
     Raises: TeacherError for what is no hub id, a revision that may move, and files that cannot be had.
     """
@@ -33,5 +33,6 @@ def download(path: str, revision: str | None, files: Sequence[str]) -> Path:
     except Exception as err:  # network, access and cache errors of many libraries
         reason = str(err).strip().splitlines()[0][:160] if str(err).strip() else type(err).__name__
         raise TeacherError(
-            f"{path} at {revision[:12]}: cannot be had from the hub or its cache ({reason}); download it and give the folder"
+            f"{path} at {revision[:12]}: cannot be had from the hub or its cache ({reason}); "
+            f"download it and give the folder"
         ) from err

@@ -12,7 +12,7 @@ TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def names_tensors(path: Path, names: Iterable[str]) -> bool:
-    """True for a torch or safetensors file that holds a tensor of each name; False for anything else, damaged files too."""
+    """True for a torch or safetensors file that holds a tensor of each name; False for all else, even damaged files."""
     try:
         if not path.is_file():
             return False
@@ -46,6 +46,5 @@ def _pickle_head(path: Path) -> bytes:
 
 def pickled_name(name: str) -> tuple[bytes, bytes]:
     """A whole string as pickle protocols 2 and 4 write it: with its length, so that a longer name does not match."""
-    return b"X" + len(name).to_bytes(4, "little") + name.encode(), b"\x8c" + len(name).to_bytes(
-        1, "little"
-    ) + name.encode()
+    text, size = name.encode(), len(name)
+    return b"X" + size.to_bytes(4, "little") + text, b"\x8c" + size.to_bytes(1, "little") + text

@@ -1,7 +1,7 @@
 """Arrays in `.npy` files, without running anything in them.
 
-numpy saves a dict as an object array without sides, which is a pickle behind a header; `numpy.load` would run it. IC-GAN's
-stored instances are such files.
+numpy saves a dict as an object array without sides, which is a pickle behind a header; `numpy.load` would run it.
+IC-GAN's stored instances are such files.
 """
 
 from __future__ import annotations
@@ -12,17 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from dtpipe.extract.teachers.files.pickle import Record, numpy_array, read_pickles
+from dtpipe.extract.teachers.files.pickle import NUMPY_NAMES, Record, numpy_array, read_pickles
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_NAMES = frozenset(
-    {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
-    | {"numpy.dtype", "numpy.ndarray"}
-)
-"""What the pickle of a dict of arrays mentions."""
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
@@ -49,7 +44,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
 
 
 def _saved_dict(pickled: bytes, where: str) -> dict[Any, Any]:
-    (outer,), _ = read_pickles(pickled, 1, _NAMES, where)
+    (outer,), _ = read_pickles(pickled, 1, NUMPY_NAMES, where)
     state = outer.state if isinstance(outer, Record) else None
     items = state[-1] if isinstance(state, tuple) and state else None
     if not isinstance(items, list) or len(items) != 1 or not isinstance(items[0], dict):

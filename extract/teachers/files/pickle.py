@@ -1,8 +1,8 @@
 """Read pickles of others without running anything in them.
 
-A pickle is a program for a small machine. Here is that machine without the part that calls: names become `Symbol`s, calls become
-`Record`s of what would have been called and with what, and only plain values and containers are built. There is no
-import, no attribute access, and no function of the file's choosing that could run.
+A pickle is a program for a small machine. Here is that machine without the part that calls: names become `Symbol`s,
+calls become `Record`s of what would have been called and with what, and only plain values and containers are built.
+Nothing is imported, no attribute is read, and no function of the file's choosing runs.
 """
 
 from __future__ import annotations
@@ -24,21 +24,18 @@ Buffer = bytes | memoryview
 
 DICTS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict"})
 """Classes that become a plain dict."""
+NUMPY_NAMES = frozenset(
+    {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
+    | {"numpy.dtype", "numpy.ndarray"}
+)
+"""What the pickle of an array mentions."""
 PERSISTENT_ID = "persistent id"
 MOST = 1e9
 COPIED_BYTES = 4096  # longer byte strings stay views of the file
 MOST_NESTED = 16  # tuples inside tuples: to hash or show deeper ones could overflow the stack
 _KEYS = (str, int, float, type(None))
 _DTYPES = frozenset({"f2", "f4", "f8", "i4", "i8"})
-_DAMAGE = (
-    ValueError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-)  # what reading nonsense raises
+_DAMAGE = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)  # nonsense was read
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ def locate(config: TeacherConfig, published: Sequence[PublishedTeacher]) -> Teac
         if teacher.name == config.path and config.kind in ("auto", teacher.kind):
             path, revision = _place(teacher, config)
             options = {**teacher.options, **config.options}
-            found = {"path": path, "revision": revision, "kind": teacher.kind, "options": options}
-            return config.model_copy(update=found)
+            place = {"path": path, "revision": revision, "kind": teacher.kind, "options": options}
+            return config.model_copy(update=place)
     if is_url(config.path):
         return config.model_copy(update={"path": str(fetch_remote(config.path, cache_folder()))})
     return config
@@ -105,7 +105,8 @@ def fetch(published: PublishedTeacher) -> Path:
         )
     if os.environ.get(OFFLINE_VARIABLE, "").upper() in {"1", "TRUE", "YES", "ON"}:
         raise TeacherError(
-            f"{published.name} is not at {path}, and {OFFLINE_VARIABLE} is set; download {published.url} and put it there"
+            f"{published.name} is not at {path}, and {OFFLINE_VARIABLE} is set; "
+            f"download {published.url} and put it there"
         )
     _download(published, path)
     return path

@@ -27,25 +27,25 @@ def is_url(path: str) -> bool:
 def fetch_remote(url: str, cache: Path) -> Path:
     """The local copy of a file or folder.
 
-    Raises: TeacherError when there is nothing, or it cannot be read; MissingPackageError for a protocol without its package.
+    Raises: TeacherError when there is nothing or it cannot be read; MissingPackageError for a protocol's package.
     """
     from fsspec.core import url_to_fs
 
     try:
         fs, root = url_to_fs(url)
-        found = _files(fs, root)
+        files = _files(fs, root)
     except ImportError as err:
         raise MissingPackageError(f"{url}: {err}") from err
     except Exception as err:  # each file system raises its own
         raise TeacherError(
             f"{url}: cannot be read ({type(err).__name__}: {err}); check the URL and your credentials"
         ) from err
-    if not found:
+    if not files:
         raise TeacherError(f"{url}: nothing lies there; check the path of your teacher")
-    copy = cache / "remote" / blake3_hex(canonical_json([url, found]))[:16]
+    copy = cache / "remote" / blake3_hex(canonical_json([url, files]))[:16]
     name = str(posixpath.basename(root.rstrip("/")))
     if not copy.is_dir():
-        _copy(fs, root, name, found, copy, url)
+        _copy(fs, root, name, files, copy, url)
     return copy / name
 
 
@@ -62,11 +62,11 @@ def _files(fs: Any, root: str) -> dict[str, list[Any]]:
     }
 
 
-def _copy(fs: Any, root: str, name: str, found: dict[str, list[Any]], copy: Path, url: str) -> None:
-    """Copy beside the place, then move there in one step; of two processes that do so, the first one's copy stays."""
+def _copy(fs: Any, root: str, name: str, files: dict[str, list[Any]], copy: Path, url: str) -> None:
+    """Copy beside the place, then move there in one step; where two processes do so, the first copy stays."""
     partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
     try:
-        for path, (size, *_) in found.items():
+        for path, (size, *_) in files.items():
             target = partial / name / path if path else partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(f"{root}/{path}" if path else root, str(target))

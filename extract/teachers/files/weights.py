@@ -101,11 +101,11 @@ def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
     raise_unfit(problems, where)
 
 
-def name_problems(tensors: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """Which tensors are missing or one too many, a clause each."""
-    there, asked = set(tensors), set(wanted)
-    missing = [f"{name} is missing" for name in sorted(asked - there)]
-    return missing + [f"{name} is unexpected" for name in sorted(there - asked)]
+def name_problems(tensors: Iterable[str], network: Iterable[str]) -> list[str]:
+    """Which of a network's tensors a file lacks, and which it has beside them, a clause each."""
+    names, expected = set(tensors), set(network)
+    missing = [f"{name} is missing" for name in sorted(expected - names)]
+    return missing + [f"{name} is unexpected" for name in sorted(names - expected)]
 
 
 def raise_unfit(problems: Sequence[str], where: Path) -> None:
@@ -125,8 +125,6 @@ def why_unreadable(err: Exception) -> str:
         return "there is no such file"
     if text.startswith("Weights only load failed"):  # torch goes on about how to run what is in the file
         return "it holds other things than tensors, none of which was run"
-    if isinstance(err, EOFError) or text.startswith(
-        "PytorchStreamReader failed"
-    ):  # of the zip archive that torch writes
+    if isinstance(err, EOFError) or text.startswith("PytorchStreamReader failed"):  # torch's zip archive
         return "it is cut off or damaged"
     return text.splitlines()[0][:160]

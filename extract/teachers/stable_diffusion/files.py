@@ -33,7 +33,7 @@ _SAMPLERS = {
     "PNDM",
 }
 SCHEDULERS = VP_SCHEDULERS | {f"{name}Scheduler" for name in _SAMPLERS}
-"""Samplers whose config holds the betas that the network was trained with; which of them a folder names changes no feature."""
+"""Samplers whose config holds the betas of the network's training; which one a folder names changes no feature."""
 
 _BETAS = {
     "num_train_timesteps": 1000,
@@ -164,7 +164,7 @@ class StoredTensors(Mapping[str, "Tensor"]):
 
 
 def open_weights(path: Path, keep: Callable[[str], bool] = lambda _: True) -> Mapping[str, Tensor]:
-    """The tensors of a weights file whose names `keep` chooses, in today's names; of safetensors, read only when asked for.
+    """The tensors that `keep` chooses by name, under today's names; of safetensors, each is read when asked for.
 
     Raises: TeacherError when the file is damaged, or holds anything but tensors.
     """
@@ -187,13 +187,13 @@ def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Pat
 
     Raises: TeacherError for names and shapes that do not fit, and for values that are not finite.
     """
-    wanted = network.state_dict()
-    problems = name_problems(tensors, wanted)
+    empty = network.state_dict()
+    problems = name_problems(tensors, empty)
     values = {}
-    for name in sorted(wanted) if not problems else ():
-        tensor, dtype = tensors[name], wanted[name].dtype  # read once, since it may come from the file
-        if tensor.shape != wanted[name].shape:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, the network asks for {tuple(wanted[name].shape)}")
+    for name in sorted(empty) if not problems else ():
+        tensor, dtype = tensors[name], empty[name].dtype  # read once, since it may come from the file
+        if tensor.shape != empty[name].shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the network asks for {tuple(empty[name].shape)}")
             continue
         values[name] = tensor.to(device=device, dtype=dtype, copy=True)
         if not tensor.is_floating_point() or not bool(values[name].isfinite().all()):
@@ -205,10 +205,8 @@ def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Pat
 def _component(folder: Path, kind: Any) -> Component:
     config = read_json(folder / "config.json")
     if config.get("_class_name") != kind.__name__:
-        found = config.get("_class_name", "config without _class_name")
-        raise TeacherError(
-            f"{folder}/config.json: holds a {found}, not the {kind.__name__} of Stable Diffusion 1 and 2"
-        )
+        name = config.get("_class_name", "config without _class_name")
+        raise TeacherError(f"{folder}/config.json: holds a {name}, not the {kind.__name__} of Stable Diffusion 1 and 2")
     known = set(inspect.signature(kind.__init__).parameters) - {"self"}
     arguments = {
         name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in known
@@ -221,7 +219,8 @@ def _check_unet(unet: Component) -> None:
     settings, where = unet.arguments, f"{unet.folder}/config.json"
     if extra := [name for name in _INPUTS if settings.get(name) is not None]:
         raise TeacherError(
-            f"{where}: {extra[0]} is {settings[extra[0]]!r}, as in no Stable Diffusion 1 or 2 (SDXL and others are not supported)"
+            f"{where}: {extra[0]} is {settings[extra[0]]!r}, as in no Stable Diffusion 1 or 2 "
+            f"(SDXL and others are not supported)"
         )
     blocks = {
         *settings.get("down_block_types", ()),
@@ -230,7 +229,8 @@ def _check_unet(unet: Component) -> None:
     } - {None}
     if unknown := sorted(blocks - _BLOCKS):
         raise TeacherError(
-            f"{where}: blocks of kind {', '.join(unknown)} are not supported; Stable Diffusion has {', '.join(sorted(_BLOCKS))}"
+            f"{where}: blocks of kind {', '.join(unknown)} are not supported; "
+            f"Stable Diffusion has {', '.join(sorted(_BLOCKS))}"
         )
     if settings.get("attention_type", "default") != "default":
         raise TeacherError(
@@ -238,7 +238,8 @@ def _check_unet(unet: Component) -> None:
         )
     if not isinstance(settings.get("cross_attention_dim"), int):
         raise TeacherError(
-            f"{where}: cross_attention_dim is {settings.get('cross_attention_dim')!r}; write the width of its text embedding"
+            f"{where}: cross_attention_dim is {settings.get('cross_attention_dim')!r}; "
+            f"write the width of its text embedding"
         )
     size = settings.get("sample_size")
     if not isinstance(size, int) and not (isinstance(size, tuple) and len(size) == 2):
@@ -249,11 +250,11 @@ def _check_unet(unet: Component) -> None:
 
 def _check_vae(vae: Component, unet: Component) -> None:
     settings, where = vae.arguments, f"{vae.folder}/config.json"
-    latent, taken = settings.get("latent_channels", 4), unet.arguments.get("in_channels", 4)
-    if latent != taken:
+    latent, inputs = settings.get("latent_channels", 4), unet.arguments.get("in_channels", 4)
+    if latent != inputs:
         raise TeacherError(
-            f"{unet.folder}/config.json: the U-Net takes {taken} channels and the VAE's latents have {latent}; inpainting, depth and "
-            f"upscaling models need more than an image, so use a text-to-image one"
+            f"{unet.folder}/config.json: the U-Net takes {inputs} channels and the VAE's latents have {latent}; "
+            f"inpainting, depth and upscaling models need more than an image, so use a text-to-image one"
         )
     if moved := [name for name in ("shift_factor", "latents_mean", "latents_std") if settings.get(name) is not None]:
         raise TeacherError(

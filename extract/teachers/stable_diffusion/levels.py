@@ -51,7 +51,7 @@ def levels_of(unet: Any, files: PipelineFiles, taps: Mapping[str, str] | None) -
 
 
 def student_scale(files: PipelineFiles) -> int:
-    """How many times smaller than the image a student's must be, for the finest level to have stride 4 in it."""
+    """How many times smaller a student's image must be than the teacher's for the finest level to have stride 4."""
     return max(1, files.latent_stride // FINEST_STRIDE)
 
 

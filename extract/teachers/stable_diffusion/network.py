@@ -36,7 +36,7 @@ class ConstantText:
 
 
 def set_text(unet: nn.Module, text: Tensor) -> None:
-    """Make every cross-attention attend to `text`, (1, T, D) float32; the U-Net then needs no `encoder_hidden_states`."""
+    """Make every cross-attention attend to `text`, (1, T, D) float32; no `encoder_hidden_states` are needed then."""
     from diffusers.models.attention_processor import Attention
     from torch.nn.functional import linear
 

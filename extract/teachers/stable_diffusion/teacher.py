@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import LatentEncoder, TapSpec, TeacherKind, TeacherSpec, parse_options
+from dtpipe.extract.teachers.base import (
+    LatentEncoder,
+    TapSpec,
+    TeacherKind,
+    TeacherSpec,
+    check_noise,
+    check_sides,
+    parse_options,
+)
 from dtpipe.extract.teachers.diffusion.compiled import compile_layers
 from dtpipe.extract.teachers.diffusion.encoding import (
     FORWARD,
@@ -41,7 +49,6 @@ from dtpipe.extract.teachers.stable_diffusion.files import (
 from dtpipe.extract.teachers.stable_diffusion.levels import VAE, latent_level, levels_of, student_scale, unet_stride
 from dtpipe.extract.teachers.stable_diffusion.text import TextEmbedding, embed_prompt, read_embedding
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
-from dtpipe.manifests.errors import ShapeError
 from dtpipe.manifests.schema import ViewSpec
 
 if TYPE_CHECKING:
@@ -58,7 +65,8 @@ class StableDiffusionOptions(EncodingOptions):
     prompt: str = Field(default="", description="The text that all images are encoded under.")
     text_embedding: str | None = Field(
         default=None,
-        description="safetensors file with the text's embedding in place of the prompt; from the teacher's folder if relative.",
+        description="safetensors file with the text's embedding in place of the prompt; "
+        "from the teacher's folder if relative.",
     )
     latent: Literal["mean", "sampled"] = Field(
         default="mean", description="The VAE's posterior's mean, or a sample of it by noise draw."
@@ -70,8 +78,8 @@ class StableDiffusionOptions(EncodingOptions):
 
     keep_latents: bool = Field(
         default=False,
-        description="Store the VAE's moments too, in float16, from which features are then computed: more draws, other timesteps and "
-        "live encoding skip the VAE.",
+        description="Store the VAE's moments too, in float16, from which features are then computed: "
+        "more draws, other timesteps and live encoding skip the VAE.",
     )
 
     @model_validator(mode="after")
@@ -109,35 +117,30 @@ class StableDiffusionTeacher:
     def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
         """Decoder features of latents at each view's timestep, the last denoising call stopped after the last tap.
 
-        Shapes: images (B, 3, H, W) float32 in [-1, 1]; noise[stream] (B, V, 4, H/8, W/8), or (B, V, m, 4, H/8, W/8) for an ensemble of
-        m -> {level: (B, V, C, h, w)}, float32, or float16 where the teacher runs in it.
+        Shapes: images (B, 3, H, W) float32 in [-1, 1]; noise[stream] (B, V, 4, H/8, W/8), or (B, V, m, 4, H/8, W/8)
+        for an ensemble of m -> {level: (B, V, C, h, w)} float32 or float16.
         Raises: ShapeError when the sides are no multiple of the total stride; ConfigError for an unknown timestep.
         """
         return self.encode_from_latents(self.encode_latents(images, views), noise, views)
 
     def encode_latents(self, images: Tensor, views: Sequence[ViewSpec]) -> dict[bool, Tensor]:
-        """The VAE's posterior, which no noise changes: mean and log variance of the images, and flipped if views ask for that.
+        """The VAE's posterior, which no noise changes: mean and log variance of the images, by flip as views ask.
 
         Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {flip: (B, 2 * 4, H/8, W/8)} float32,
         or float16 where latents are kept.
         Raises: ShapeError when the sides are no multiple of the total stride.
         """
-        height, width = images.shape[-2:]
-        if height % self._total_stride or width % self._total_stride:
-            raise ShapeError(
-                f"images are {height}x{width}; this teacher needs sides that are multiples of {self._total_stride}: "
-                f"set extract.transform.px"
-            )
+        check_sides(images, self._total_stride)
         with arithmetic(images.device):
             moments = {
                 flip: self._vae(images.flip(-1) if flip else images).float() for flip in {view.flip for view in views}
             }
-        return {flip: each.half() if self._keep else each for flip, each in moments.items()}
+        return {flip: level.half() if self._keep else level for flip, level in moments.items()}
 
     def encode_from_latents(
         self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]
     ) -> dict[str, Tensor]:
-        """What `encode` gives, from the `encode_latents` of the same images and flips, kept from before in any float dtype.
+        """What `encode` gives, from the `encode_latents` of the same images and flips, kept in any float dtype.
 
         Shapes: {flip: (B, 2 * 4, h, w)}; noise[stream] (B, V, 4, h, w) -> {level: (B, V, C, h', w')}.
         """
@@ -182,7 +185,7 @@ class StableDiffusionTeacher:
     def _by_noise(
         self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]
     ) -> list[dict[str, Tensor]]:
-        """Levels of each view, the mean over its draws; each member of an ensemble has its own sample of the posterior (as in DIFT)."""
+        """Levels of each view, the mean over its draws; as in DIFT, each member has its own sample of the posterior."""
         by_view = []
         for view_idx, view in enumerate(views):
             draws, timestep = self._members(noise[FORWARD], view_idx), timestep_of(view)
@@ -190,7 +193,7 @@ class StableDiffusionTeacher:
             noisy = (
                 q_sample(self.schedule, latent, timestep, draw) for latent, draw in zip(latents, draws, strict=True)
             )
-            by_view.append(mean_levels(self.read_levels(each, timestep) for each in noisy))
+            by_view.append(mean_levels(self.read_levels(latent, timestep) for latent in noisy))
         return by_view
 
     def _by_inversion(
@@ -211,7 +214,7 @@ class StableDiffusionTeacher:
         return (noise[:, view_idx],) if self._options.ensemble == 1 else noise[:, view_idx].unbind(1)
 
     def _latents(self, moments: Tensor, noise: Mapping[str, Tensor], view_idx: int, member: int = 0) -> Tensor:
-        """Shapes: (B, 2 * 4, h, w) -> (B, 4, h, w). Source: Rombach et al., arXiv 2112.10752, section 3.1 and appendix G."""
+        """Shapes: (B, 2 * 4, h, w) -> (B, 4, h, w). Source: Rombach et al., arXiv 2112.10752, appendix G."""
         mean, log_variance = moments.float().chunk(2, dim=1)
         if self._options.latent == "mean":
             return self._scaling * mean
@@ -220,11 +223,8 @@ class StableDiffusionTeacher:
 
     def _check(self, moments: Mapping[bool, Tensor], noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> None:
         batch, channels, height, width = moments[views[0].flip].shape
-        wanted = (batch, len(views), *self._options.members((channels // 2, height, width)))
-        for stream in self.spec.noise_shapes:
-            found = tuple(noise[stream].shape) if stream in noise else None
-            if found != wanted:
-                raise ShapeError(f"noise[{stream!r}] is {found}, latents and views ask for {wanted}")
+        shape = (batch, len(views), *self._options.members((channels // 2, height, width)))
+        check_noise(noise, self.spec.noise_shapes, shape)
         check_views(views, len(self.schedule), self._options, draws_differ=POSTERIOR in self.spec.noise_shapes)
 
 
@@ -314,8 +314,8 @@ def _spec(
 
 KIND = TeacherKind(
     kind="stable_diffusion",
-    reads="A diffusers folder of Stable Diffusion 1 or 2 (unet, vae, text_encoder, tokenizer, scheduler), or a hub id of one "
-    "with a pinned revision and kind stable_diffusion.",
+    reads="A diffusers folder of Stable Diffusion 1 or 2 (unet, vae, text_encoder, tokenizer, scheduler), "
+    "or a hub id of one with a pinned revision and kind stable_diffusion.",
     protocol=LatentEncoder,
     matches=is_pipeline_path,
     load=load_stable_diffusion,

@@ -64,8 +64,8 @@ def embed_prompt(root: Path, prompt: str, width: int) -> TextEmbedding:
         import transformers  # noqa: F401
     except ImportError as err:
         raise MissingPackageError(
-            "a Stable Diffusion teacher embeds its prompt with the package transformers; `pip install 'dtpipe[sd]'`, or give the "
-            "embedding as extract.teacher.options.text_embedding"
+            "a Stable Diffusion teacher embeds its prompt with the package transformers; `pip install 'dtpipe[sd]'`, "
+            "or give the embedding as extract.teacher.options.text_embedding"
         ) from err
     folder = root / "text_encoder"
     path = weights_file(folder, TEXT_WEIGHT_NAMES)
@@ -85,8 +85,8 @@ def _text_encoder(folder: Path, width: int) -> Any:
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip_text_model" or config.get("hidden_size") != width:
         raise TeacherError(
-            f"{folder}/config.json: holds a {config.get('model_type')} of width {config.get('hidden_size')}, the U-Net takes a "
-            f"clip_text_model of width {width}; use files of one checkpoint"
+            f"{folder}/config.json: holds a {config.get('model_type')} of width {config.get('hidden_size')}, "
+            f"the U-Net takes a clip_text_model of width {width}; use files of one checkpoint"
         )
     try:
         encoder: Any = CLIPTextModel(CLIPTextConfig.from_dict(config))
@@ -101,10 +101,9 @@ def _token_ids(folder: Path, prompt: str, encoder: Any) -> list[int]:
     """Begin, prompt, end, then the tokenizer's padding up to the length that the encoder takes."""
     from transformers import CLIPTokenizer
 
-    if missing := [
-        name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()
-    ]:  # transformers goes on without
-        raise TeacherError(f"{folder}: holds no {missing[0]}; download or export the teacher again")
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():  # transformers goes on without
+            raise TeacherError(f"{folder}: holds no {name}; download or export the teacher again")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as err:  # missing and damaged files raise many types

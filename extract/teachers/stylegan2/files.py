@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.files.pickle import (
+    NUMPY_NAMES,
     PERSISTENT_ID,
     Record,
     Symbol,
@@ -34,15 +35,12 @@ if TYPE_CHECKING:
     from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout
 
 MODULE = "torch_utils.persistence._reconstruct_persistent_obj"
-PARAMETER, TENSOR, STORAGE = (
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_tensor_v2",
-    "torch.storage._load_from_bytes",
-)
+PARAMETER = "torch._utils._rebuild_parameter"
+TENSOR = "torch._utils._rebuild_tensor_v2"
+STORAGE = "torch.storage._load_from_bytes"
 NAMES = frozenset(
     {MODULE, PARAMETER, TENSOR, STORAGE, NETWORK, "collections.OrderedDict", "dnnlib.util.EasyDict", "builtins.set"}
-    | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
-    | {"numpy.dtype", "numpy.ndarray"}
+    | NUMPY_NAMES
 )
 STORAGES = {
     "torch.FloatStorage": "float32",
@@ -54,7 +52,7 @@ STORAGES = {
     "torch.BoolStorage": "bool",
 }
 _STORAGE_HEADER = 5  # pickles before a storage's numbers: magic number, version, system, the storage, its keys
-_SETTINGS = (  # class, attribute, and the value with which the network is the one that we have
+_SETTINGS = (  # class, attribute, and the only value that our network has
     ("SynthesisBlock", "architecture", "skip"),
     ("SynthesisLayer", "activation", "lrelu"),
     ("SynthesisLayer", "use_noise", True),
@@ -82,14 +80,15 @@ def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layo
             f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again"
         ) from err
     name = "g_ema" if ema else "g"
-    found = content.get(name) if isinstance(content, dict) else None
-    if isinstance(found, dict) and "latent_avg" in content:
-        found = {**found, "latent_avg": content["latent_avg"]}
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    stored = content.get(name) if isinstance(content, dict) else None
+    if isinstance(stored, dict) and "latent_avg" in content:
+        stored = {**stored, "latent_avg": content["latent_avg"]}
+    if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
         raise TeacherError(
-            f"{path}: holds no state dict {name!r}, as rosinality/stylegan2-pytorch saves it; give one of its checkpoints"
+            f"{path}: holds no state dict {name!r}, as rosinality/stylegan2-pytorch saves it; "
+            f"give one of its checkpoints"
         )
-    tensors = from_rosinality(found)
+    tensors = from_rosinality(stored)
     return tensors, find_layout(tensors, str(path), None, 0.01, scaled_epsilon=True)
 
 
@@ -98,7 +97,7 @@ def _read_pkl(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layout
     if (
         isinstance(content, tuple)
         and len(content) == 3
-        and all(isinstance(each, Record) and each.name == NETWORK for each in content)
+        and all(isinstance(record, Record) and record.name == NETWORK for record in content)
     ):
         tensors, conv_clamp, mapping_lr = tensorflow_generator(content[2 if ema else 0], str(path))
         return tensors, find_layout(tensors, str(path), conv_clamp, mapping_lr, scaled_epsilon=False)
@@ -147,7 +146,7 @@ def _modules(network: Record, where: str) -> Iterator[_Module]:
         class_name = meta.get("class_name")
         yield _Module(path, class_name if isinstance(class_name, str) else "", state)
         waiting += [
-            (f"{path}.{name}".lstrip("."), each) for name, each in state["_modules"].items() if each is not None
+            (f"{path}.{name}".lstrip("."), part) for name, part in state["_modules"].items() if part is not None
         ]
 
 
@@ -207,9 +206,10 @@ def _checked_settings(modules: list[_Module], where: str) -> tuple[float | None,
     """
     for module in modules:
         for class_name, attribute, known in _SETTINGS:
-            if module.class_name == class_name and (found := module.state.get(attribute, known)) != known:
+            if module.class_name == class_name and (value := module.state.get(attribute, known)) != known:
                 raise TeacherError(
-                    f"{where}: {module.path} has {attribute} {shown(found)}; kind stylegan2 reads networks with {known!r}"
+                    f"{where}: {module.path} has {attribute} {shown(value)}; "
+                    f"kind stylegan2 reads networks with {known!r}"
                 )
     clamp = _shared(modules, ("SynthesisLayer", "ToRGBLayer"), "conv_clamp", where)
     rate = _shared(
@@ -226,9 +226,9 @@ def _shared(modules: list[_Module], class_names: tuple[str, ...], attribute: str
 
     Raises: TeacherError when it is something else, or differs.
     """
-    found = [module.state.get(attribute) for module in modules if module.class_name in class_names]
-    if not all(each is None or is_size(each) for each in found) or len(set(found)) > 1:
+    values = [module.state.get(attribute) for module in modules if module.class_name in class_names]
+    if not all(value is None or is_size(value) for value in values) or len(set(values)) > 1:
         raise TeacherError(
             f"{where}: {attribute} is not one number throughout the network; give a network snapshot of NVlabs"
         )
-    return found[0] if found else None
+    return values[0] if values else None

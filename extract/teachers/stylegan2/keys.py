@@ -1,4 +1,4 @@
-"""Names of a StyleGAN2 generator's tensors: rosinality's and the TensorFlow era's, turned into NVlabs/stylegan2-ada-pytorch's.
+"""Names of a StyleGAN2 generator's tensors: rosinality's, turned into those of NVlabs/stylegan2-ada-pytorch.
 
 Source: rosinality/stylegan2-pytorch `model.py`; NVlabs/stylegan2-ada-pytorch `legacy.py`.
 """
@@ -34,13 +34,14 @@ def find_layout(
     from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout, block_name
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found is None or len(found) != rank:
-            what = "is missing" if found is None else f"has shape {found}"
+        sides = tuple(tensors[name].shape) if name in tensors else None
+        if sides is None or len(sides) != rank:
+            problem = "is missing" if sides is None else f"has shape {sides}"
             raise TeacherError(
-                f"{where}: holds no StyleGAN2 generator ({name} {what}); kind stylegan2 reads StyleGAN2 and StyleGAN2-ADA"
+                f"{where}: holds no StyleGAN2 generator ({name} {problem}); "
+                f"kind stylegan2 reads StyleGAN2 and StyleGAN2-ADA"
             )
-        return found
+        return sides
 
     num_blocks = 1
     while f"synthesis.{block_name(num_blocks)}.conv1.weight" in tensors:
@@ -108,11 +109,10 @@ def _rosinality_names() -> dict[str, str]:
     layers = [("conv1", "b4.conv1", _STYLED), ("to_rgb1", "b4.torgb", _COLOURS)]
     for idx in range(_MOST_BLOCKS):
         block = block_name(idx + 1)
-        layers += [(f"convs.{2 * idx + each}", f"{block}.conv{each}", _STYLED) for each in range(2)]
+        for conv in range(2):
+            layers.append((f"convs.{2 * idx + conv}", f"{block}.conv{conv}", _STYLED))
+            names[f"noises.noise_{2 * idx + 1 + conv}"] = f"synthesis.{block}.conv{conv}.noise_const"
         layers.append((f"to_rgbs.{idx}", f"{block}.torgb", _COLOURS))
-        names |= {
-            f"noises.noise_{2 * idx + 1 + each}": f"synthesis.{block}.conv{each}.noise_const" for each in range(2)
-        }
         names[f"to_rgbs.{idx}.upsample.kernel"] = f"synthesis.{block}.resample_filter"
     return names | {
         f"{theirs}.{key}": f"synthesis.{ours}.{value}" for theirs, ours, parts in layers for key, value in parts.items()

@@ -1,7 +1,8 @@
-"""StyleGAN2's generator (Karras et al., arXiv 1912.04958): a mapping network and a synthesis network of skip architecture.
+"""StyleGAN2's generator: a mapping network and a synthesis network of skip architecture.
 
-Modules are named as in NVlabs/stylegan2-ada-pytorch, so that its state dicts fit and taps read the same. A level is what
-`synthesis.b{r}.conv1` gives: the block's output before toRGB.
+Modules are named as in NVlabs/stylegan2-ada-pytorch, so that its state dicts fit and taps read the same. A level is
+what `synthesis.b{r}.conv1` gives: the block's output before toRGB.
+Source: Karras et al., arXiv 1912.04958.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StyleGan2Layout:
     conv_clamp: float | None = None
     mapping_lr: float = 0.01
     scaled_epsilon: bool = False
-    """The demodulation's epsilon is added to weights scaled by 1/sqrt(fan in) (rosinality), not to those stored (NVIDIA)."""
+    """Whether the demodulation's epsilon is added to weights scaled by 1/sqrt(fan in) (rosinality) or as stored."""
 
     @property
     def num_styles(self) -> int:
@@ -57,7 +58,7 @@ class StyleGan2Layout:
 
     @property
     def noise_px(self) -> tuple[tuple[int, int], ...]:
-        """Height and width of each noise map, in the order of the layers: one for the first block, two for the others."""
+        """Height and width of each noise map, in the layers' order: one for the first block, two for the others."""
         return tuple(self.side_px(idx) for idx in range(len(self.channels)) for _ in range(2 if idx else 1))
 
 
@@ -161,7 +162,7 @@ class ToRgb(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution: the constant, or an upsampling convolution; a convolution; colours added to the upsampled image."""
+    """One resolution: the constant or an upsampling convolution, a convolution, and colours added to the image."""
 
     def __init__(self, layout: StyleGan2Layout, idx: int) -> None:
         super().__init__()
@@ -200,12 +201,12 @@ class Synthesis(nn.Module):
 
     def forward(self, styles: Tensor, noise: Sequence[Tensor] | None) -> Tensor:
         """Shapes: (B, num_styles, w_dim), one (B or 1, 1, h, w) per convolution or None -> (B, 3, H, W), float32."""
-        each, maps = styles.unbind(1), repeat(None) if noise is None else iter(noise)
+        by_conv, maps = styles.unbind(1), repeat(None) if noise is None else iter(noise)
         x: Tensor | None = None
         image: Tensor | None = None
         for idx in range(self.num_blocks):
             first = max(2 * idx - 1, 0)  # toRGB's style is also the next block's first
-            x, image = getattr(self, block_name(idx))(x, image, iter(each[first:]), maps)
+            x, image = getattr(self, block_name(idx))(x, image, iter(by_conv[first:]), maps)
         return cast(Tensor, image)
 
 

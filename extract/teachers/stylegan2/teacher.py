@@ -1,7 +1,7 @@
 """StyleGAN2 teachers (Karras et al., arXiv 1912.04958, 2006.06676): kind `stylegan2` makes its own images.
 
 Reads NVIDIA's network snapshots (`.pkl`, PyTorch and TensorFlow) and rosinality's `.pt`. No code in them is executed:
-the network is our own, in `stylegan2_network`.
+the network is our own, in `network`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StyleGan2Options(StrictModel):
         default=1.0, ge=0, description="Styles are drawn towards their mean by this factor; 1: not at all."
     )
     truncation_cutoff: int | None = Field(
-        default=None, ge=1, description="Only so many of the first styles are; default: all."
+        default=None, ge=1, description="How many of the first styles are drawn to the mean; default: all."
     )
     noise_mode: Literal["random", "const", "none"] = Field(
         default="random", description="Noise maps: drawn for each image, those of the checkpoint, or none."
@@ -66,12 +66,13 @@ class StyleGan2Teacher:
         Shapes: noise["z"] (B, z_dim), ["style_noise"] (B, values of all maps), ["label"] (B, classes)
         -> (B, 3, H, W) float32 in [-1, 1], {level: (B, C, h, w)} float32.
         """
-        made: list[Tensor] = []
+        outputs: list[Tensor] = []
         with arithmetic(noise[LATENT].device, self.dtype):
             levels = self._reader.read(
-                lambda: made.append(make_images(self.network, noise, self.options)), stop_early=False
+                lambda: outputs.append(make_images(self.network, noise, self.options)), stop_early=False
             )
-        images = made[0].clamp(-1, 1).where(made[0].isfinite(), float("nan"))  # an overflow must not look like white
+        (output,) = outputs
+        images = output.clamp(-1, 1).where(output.isfinite(), float("nan"))  # an overflow must not look like white
         return images, {name: storable(level) for name, level in levels.items()}
 
 
@@ -102,7 +103,7 @@ def _one_hot(layout: StyleGan2Layout, noise: Mapping[str, Tensor], options: Styl
 def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleGan2Teacher:
     """The teacher that `config` names, frozen and in eval mode.
 
-    Raises: TeacherError when the file is missing, damaged, unsafe or another network; ConfigError when an option does not fit it.
+    Raises: TeacherError when the file is missing, damaged, unsafe or another network; ConfigError for an unfit option.
     """
     import torch
 
@@ -139,16 +140,18 @@ def _check_options(options: StyleGan2Options, layout: StyleGan2Layout, where: st
     if label is not None and label >= layout.num_classes:
         known = f"classes 0 to {layout.num_classes - 1}" if layout.num_classes else "no classes"
         raise ConfigError(
-            f"{where}: the generator has {known}; change or leave out extract.teacher.options.class_label (found {label})"
+            f"{where}: the generator has {known}; "
+            f"change or leave out extract.teacher.options.class_label (found {label})"
         )
     if cutoff is not None and cutoff > layout.num_styles:
         raise ConfigError(
-            f"{where}: the generator has {layout.num_styles} styles; lower extract.teacher.options.truncation_cutoff (found {cutoff})"
+            f"{where}: the generator has {layout.num_styles} styles; "
+            f"lower extract.teacher.options.truncation_cutoff (found {cutoff})"
         )
 
 
 def _set_mean_style(network: StyleGan2Network) -> None:
-    """The mean style, for a checkpoint without one. Source: rosinality/stylegan2-pytorch `generate.py`, which draws as many."""
+    """Give a checkpoint without a mean style one. Source: rosinality/stylegan2-pytorch `generate.py`."""
     import torch
 
     from dtpipe.extract.noise import draw_noise
@@ -167,7 +170,7 @@ def _noise_shapes(layout: StyleGan2Layout, options: StyleGan2Options) -> dict[st
 
 
 def _levels(network: StyleGan2Network, options: StyleGan2Options, config: TeacherConfig) -> tuple[TapSpec, ...]:
-    """The taps that a person named, else the last convolution of each resolution at the usual strides, from fine to deep.
+    """The named taps, else the last convolution of each resolution at the usual strides, from fine to deep.
 
     Raises: TeacherError when there is none.
     """
@@ -214,7 +217,8 @@ def is_stylegan2_file(path: str) -> bool:
 
 KIND = TeacherKind(
     kind="stylegan2",
-    reads="A StyleGAN2 generator: NVIDIA's .pkl (ADA, PyTorch or TensorFlow), or a rosinality/stylegan2-pytorch .pt; makes images.",
+    reads="A StyleGAN2 generator: NVIDIA's .pkl (ADA, PyTorch or TensorFlow), or a rosinality/stylegan2-pytorch .pt; "
+    "makes images.",
     protocol=Generator,
     matches=is_stylegan2_file,
     load=load_stylegan2_teacher,

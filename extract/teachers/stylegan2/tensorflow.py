@@ -1,7 +1,7 @@
 """StyleGAN2 generators pickled by the TensorFlow implementations, NVlabs/stylegan2 and NVlabs/stylegan2-ada.
 
-Such a file holds `dnnlib.tflib.network.Network` objects: named arrays, the settings, and the source text that builds the graph, which is
-left alone. Source of the names: NVlabs/stylegan2-ada-pytorch `legacy.py`.
+Such a file holds `dnnlib.tflib.network.Network` objects: named arrays, settings, and the source text that builds the
+graph, which is left alone. Source of the names: NVlabs/stylegan2-ada-pytorch `legacy.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NETWORK = "dnnlib.tflib.network.Network"
 OLDEST_VERSION = 4
 _FILTER = (1, 3, 3, 1)
-_FIXED: dict[str, tuple[Any, ...]] = {  # the values, None apart, under which the graph is the one that we have
+_FIXED: dict[str, tuple[Any, ...]] = {  # the values, besides None, under which the graph is our network
     "architecture": ("skip",),
     "nonlinearity": ("lrelu",),
     "mapping_nonlinearity": ("lrelu",),
@@ -30,17 +30,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {  # the values, None apart, under which th
     "use_noise": (True,),
 }
 _OTHERS = frozenset(
-    {
-        "latent_size",
-        "label_size",
-        "dlatent_size",
-        "resolution",
-        "mapping_layers",
-        "label_fmaps",
-        "mapping_fmaps",
-        "mapping_lrmul",
-    }
-    | {"w_avg_beta", "fmap_base", "fmap_max", "num_fp16_res", "conv_clamp"}
+    {"latent_size", "label_size", "dlatent_size", "resolution", "mapping_layers", "label_fmaps", "mapping_fmaps"}
+    | {"mapping_lrmul", "w_avg_beta", "fmap_base", "fmap_max", "num_fp16_res", "conv_clamp"}
     | {"truncation_psi", "truncation_cutoff", "style_mixing_prob", "structure"}
 )
 _LAYERS = {"Conv": "conv1", "Conv0_up": "conv0", "Conv1": "conv1", "ToRGB": "torgb"}
@@ -104,8 +95,8 @@ def _number(settings: Mapping[str, Any], name: str, where: str) -> float | None:
 
 def _other(where: str, what: str) -> TeacherError:
     return TeacherError(
-        f"{where}: the TensorFlow network has {what}; kind stylegan2 reads StyleGAN2 generators with skip connections (config-e, config-f, "
-        f"ADA); legacy.py of NVlabs/stylegan2-ada-pytorch converts some others"
+        f"{where}: the TensorFlow network has {what}; kind stylegan2 reads StyleGAN2 generators with skip connections "
+        f"(config-e, config-f, ADA); legacy.py of NVlabs/stylegan2-ada-pytorch converts some others"
     )
 
 

@@ -41,7 +41,7 @@ class Autoencoder:
 
 
 def is_autoencoder_path(path: str) -> bool:
-    """True for the folder of one of `AUTOENCODERS`, and for taesd's files; a pipeline's folder is other families' too."""
+    """True for the folder of one of `AUTOENCODERS`, and for taesd's files; not a pipeline's, which others read."""
     with suppress(OSError, TeacherError):
         return (
             bool(_taesd_encoders(Path(path)))
@@ -63,7 +63,8 @@ def read_autoencoder(path: str, revision: str | None) -> Autoencoder:
         return _read_taesd(encoders[0])
     if not root.is_dir():
         raise TeacherError(
-            f"{path}: is a file, but no taesd one; give the folder of a diffusers {', '.join(AUTOENCODERS[:-1])} or {AUTOENCODERS[-1]}"
+            f"{path}: is a file, but no taesd one; give the folder of a diffusers "
+            f"{', '.join(AUTOENCODERS[:-1])} or {AUTOENCODERS[-1]}"
         )
     return _read_diffusers(_network_folder(root))
 
@@ -106,8 +107,8 @@ def _build(name: str, config: Mapping[str, Any], folder: Path) -> tuple[nn.Modul
 def _taesd_encoders(root: Path) -> list[Path]:
     """Encoder files of taesd whose decoder lies beside them: in a folder, or the one that a file belongs to."""
     if root.is_dir():
-        found = sorted(path for path in root.glob("tae*_encoder.*") if path.suffix in TAESD_ENDINGS)
-        return [path for path in found if _decoder_of(path).is_file()]
+        encoders = sorted(path for path in root.glob("tae*_encoder.*") if path.suffix in TAESD_ENDINGS)
+        return [path for path in encoders if _decoder_of(path).is_file()]
     encoder = root.with_name(root.name.replace("_decoder.", "_encoder."))
     ours = encoder.name.startswith("tae") and "_encoder." in encoder.name and encoder.suffix in TAESD_ENDINGS
     return [encoder] if ours and encoder.is_file() and _decoder_of(encoder).is_file() else []

@@ -90,7 +90,8 @@ def build_tiny(
     first = decoder.get("1.weight")
     if rest or num_upsamplings not in WIDTHS or first is None or first.ndim != 4:
         raise TeacherError(
-            f"{where}: is not a decoder in the layout of taesd.py; convert it to a diffusers AutoencoderTiny and give its folder"
+            f"{where}: is not a decoder in the layout of taesd.py; "
+            f"convert it to a diffusers AutoencoderTiny and give its folder"
         )
     network = TinyAutoencoder(first.shape[1], num_upsamplings, pool="3.pool.0.weight" in decoder)
     parts = {"encoder": encoder, "decoder": decoder}

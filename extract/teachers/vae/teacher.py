@@ -16,9 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
-from dtpipe.extract.teachers.base import POOLED, Encoder, TapSpec, TeacherKind, TeacherSpec, parse_options
+from dtpipe.extract.teachers.base import (
+    Encoder,
+    TapSpec,
+    TeacherKind,
+    TeacherSpec,
+    check_noise,
+    check_sides,
+    parse_options,
+)
 from dtpipe.extract.teachers.vae.files import Autoencoder, is_autoencoder_path, read_autoencoder
-from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
+from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
 
 if TYPE_CHECKING:
@@ -47,13 +55,13 @@ class VaeTeacher:
     """A frozen autoencoder on its device; its latents are not normal, so it makes no images by itself."""
 
     def __init__(self, network: nn.Module, spec: TeacherSpec, total_stride: int, dtype: str) -> None:
-        from dtpipe.extract.teachers.taps import TapReader
+        from dtpipe.extract.teachers.taps import TapReader, is_pooled
 
         self.network = network
         self.spec = spec
         self.total_stride = total_stride
         self.dtype = dtype
-        self._reader = TapReader(network, {level.name: level.tap for level in spec.levels if not _is_pooled(level)})
+        self._reader = TapReader(network, {level.name: level.tap for level in spec.levels if not is_pooled(level)})
 
     def encode(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> dict[str, Tensor]:
         """Decoder features of encoded images, stopped after the last tap. Views that see the same are computed once.
@@ -93,33 +101,22 @@ class VaeTeacher:
         return mean + std * self._latent_noise(noise, mean.shape[1])
 
     def _latent_noise(self, noise: Tensor, channels: int) -> Tensor:
-        """Noise by pixel, each cell's pixels laid out as channels: independent as before. Shapes: (B, n, H, W) -> (B, c, h, w)."""
+        """Noise by pixel, each cell's pixels laid out as channels. Shapes: (B, n, H, W) -> (B, c, h, w)."""
         from torch.nn.functional import pixel_unshuffle
 
         return pixel_unshuffle(noise, self.total_stride)[:, :channels]
 
     def _levels(self, images: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        from torch.nn.functional import avg_pool2d
+        from dtpipe.extract.teachers.taps import add_pooled
 
         decode: Any = self.network.decode
         levels = self._reader.read(lambda: decode(self.latent(images, noise)))
-        levels = {name: storable(level) for name, level in levels.items()}
-        deepest = [level for level in self.spec.levels if not _is_pooled(level)][-1]
-        for level in filter(_is_pooled, self.spec.levels):
-            levels[level.name] = avg_pool2d(levels[deepest.name], level.stride // deepest.stride)
-        return levels
+        return add_pooled({name: storable(level) for name, level in levels.items()}, self.spec.levels)
 
     def _check_input(self, images: Tensor, noise: Mapping[str, Tensor], views: Sequence[ViewSpec]) -> None:
-        height, width = images.shape[-2:]
-        if height % self.total_stride or width % self.total_stride:
-            raise ShapeError(
-                f"images are {height}x{width}; this teacher needs sides that are multiples of {self.total_stride}: set extract.transform.px"
-            )
+        check_sides(images, self.total_stride)
         for stream, shape in self.spec.noise_shapes.items():
-            wanted = (len(images), len(views), shape[0], height, width)
-            found = tuple(noise[stream].shape) if stream in noise else None
-            if found != wanted:
-                raise ShapeError(f"noise[{stream!r}] is {found}, images and views ask for {wanted}")
+            check_noise(noise, [stream], (len(images), len(views), shape[0], *images.shape[-2:]))
 
 
 def load_vae_teacher(config: TeacherConfig, device: str = "cpu") -> VaeTeacher:
@@ -134,7 +131,8 @@ def load_vae_teacher(config: TeacherConfig, device: str = "cpu") -> VaeTeacher:
     total_stride, latent_channels, has_posterior = _probe(autoencoder)
     if options.latent == "sampled" and not has_posterior:
         raise ConfigError(
-            f"extract.teacher.options.latent is sampled; {autoencoder.name} has one latent per image: leave the option out"
+            f"extract.teacher.options.latent is sampled; {autoencoder.name} has one latent per image: "
+            f"leave the option out"
         )
     noise_shapes = (
         {_POSTERIOR: (math.ceil(latent_channels / total_stride**2), -1, -1)} if options.latent == "sampled" else {}
@@ -171,7 +169,7 @@ def _levels_of(
     """Levels found by stride or at the named taps, from fine to deep; then the pooled ones."""
     import torch
 
-    from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, find_levels, level_name, named_levels
+    from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, find_levels, level_name, named_levels, pooled_level
 
     network: Any = autoencoder.network
     side = 2 * total_stride
@@ -193,11 +191,12 @@ def _levels_of(
         )
     deeper = [stride for stride in DEFAULT_STRIDES if stride > levels[-1].stride]
     if pool_missing:
-        return (*levels, *(_pooled(levels[-1], level_name(stride), stride) for stride in deeper))
+        return (*levels, *(pooled_level(levels[-1], stride) for stride in deeper))
     missing = [level_name(stride) for stride in DEFAULT_STRIDES if stride not in {level.stride for level in levels}]
     if missing and not taps:
         _log.warning(
-            "the decoder of this %s has no level %s; left out (deeper ones can be pooled: -s extract.teacher.options.pool_missing=true)",
+            "the decoder of this %s has no level %s; left out "
+            "(deeper ones can be pooled: -s extract.teacher.options.pool_missing=true)",
             autoencoder.name,
             ", ".join(missing),
         )
@@ -207,15 +206,6 @@ def _levels_of(
 def _encode(network: Any, images: Tensor) -> Any:
     """What diffusers' encode gives: `latents`, or a posterior as `latent_dist`."""
     return network.encode(images)
-
-
-def _pooled(deepest: TapSpec, name: str, stride: int) -> TapSpec:
-    """A level made from another; its tap says so, and is no module path."""
-    return TapSpec(name, stride, deepest.channels, f"{deepest.tap}{POOLED}{stride // deepest.stride}")
-
-
-def _is_pooled(level: TapSpec) -> bool:
-    return POOLED in level.tap
 
 
 def _decoder_layers(network: nn.Module) -> list[str]:
@@ -230,7 +220,8 @@ def _decoder_layers(network: nn.Module) -> list[str]:
 
 KIND = TeacherKind(
     kind="vae",
-    reads="A diffusers AutoencoderKL, VQModel or AutoencoderTiny folder, a hub id of one with a pinned revision, or taesd's two files.",
+    reads="A diffusers AutoencoderKL, VQModel or AutoencoderTiny folder, a hub id of one with a pinned revision, "
+    "or taesd's two files.",
     protocol=Encoder,
     matches=is_autoencoder_path,
     load=load_vae_teacher,

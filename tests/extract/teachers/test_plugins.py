@@ -155,9 +155,9 @@ def test_a_plugin_that_fails_to_match_does_not_keep_others_from_it(
     assert "plugin-of-a-test 1.2: matches('some.bright') of kind rude raised ZeroDivisionError" in caplog.text
 
 
-def test_a_plugin_whose_teacher_has_not_the_methods_it_declares_is_refused(site: Path) -> None:
+def test_a_plugin_whose_teacher_lacks_the_methods_it_declares_is_refused(site: Path) -> None:
     install(site, GOOD, mute=":mute")
-    with pytest.raises(TeacherError, match=r"some\.mute: kind mute gives a object, which has not the methods"):
+    with pytest.raises(TeacherError, match=r"some\.mute: kind mute gives a object, which lacks the methods"):
         load_teacher(TeacherConfig(path="some.mute"))
 
 

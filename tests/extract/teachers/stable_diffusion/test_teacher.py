@@ -348,7 +348,7 @@ def test_sizes_noise_and_timesteps_that_do_not_fit_are_refused(teacher):
     with pytest.raises(ShapeError, match="images are 64x96; this teacher needs sides that are multiples of 64"):
         teacher.encode(random_images(2, 64, 96), noise(), [view()])
     with pytest.raises(
-        ShapeError, match=r"noise\['forward'\] is \(2, 1, 4, 8, 16\), latents and views ask for \(2, 2, 4, 8, 16\)"
+        ShapeError, match=r"noise\['forward'\] is \(2, 1, 4, 8, 16\), images and views ask for \(2, 2, 4, 8, 16\)"
     ):
         teacher.encode(images(), noise(), [view(), view(50)])
     with pytest.raises(ConfigError, match=r"timestep 1000 is beyond this teacher's 1000 \(0..999\)"):
