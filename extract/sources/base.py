@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
     def ignored(self) -> Mapping[str, int]:
-        """What lies in the source and is no sample: file extension (or `hidden`, `special`) to count. Lists if need be."""
+        """What lies in the source and is no sample: extension (or `hidden`, `special`) to count. May list."""
         ...
 
     def read(self, uri: str) -> bytes:
@@ -59,6 +59,6 @@ class SourceKind:
     """One sentence for `dtpipe list sources`: what it reads."""
     open: Callable[[str], Source]
     recognise: Callable[[str], Source | None]
-    """The source at a URL of unknown kind, or None. Cheap, but for folders: looks at the name and at what lies right below it."""
+    """The source at a URL of unknown kind, or None. Cheap except for folders: looks at the name and right below it."""
     order: Order = "permuted"
-    """Order of rows unless `extract.source.order` names one: containers that are read in runs keep their own."""
+    """Order of rows unless `extract.source.order` names one; containers that are read in runs keep their own."""

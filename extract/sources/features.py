@@ -74,7 +74,8 @@ def _recognise(url: str) -> FeaturesSource | None:
 
 KIND = SourceKind(
     kind="features",
-    reads="A feature dataset that stores images: they are encoded again, by another teacher or with other draws and timesteps.",
+    reads="A feature dataset that stores images: they are encoded again, by another teacher or with other draws and "
+    "timesteps.",
     open=FeaturesSource,
     recognise=_recognise,
 )

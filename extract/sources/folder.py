@@ -29,15 +29,8 @@ from dtpipe.manifests.errors import BadImage, InputError
 
 _TRY_AGAIN = frozenset(
     {errno.EINTR, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
-    | {
-        errno.ECONNREFUSED,
-        errno.ECONNRESET,
-        errno.ECONNABORTED,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.ENETDOWN,
-        errno.ENETUNREACH,
-    }
+    | {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED}
+    | {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
 )
 
 
@@ -75,7 +68,10 @@ class FolderSource:
         return dict(self._walked[1])
 
     def read(self, uri: str) -> bytes:
-        """Bytes of one sample. Raises: BadImage when this file is gone or unreadable, InputError when the whole folder or store is."""
+        """Bytes of one sample.
+
+        Raises: BadImage when this file is gone or unreadable, InputError when the whole folder or store is.
+        """
         if not self._place.is_local:
             return self._read_remote(uri)
         try:
@@ -105,14 +101,14 @@ class FolderSource:
     def _walked(self) -> tuple[Sequence[tuple[str, str]], Counter[str]]:
         """(key, URI) of all samples, and what is ignored."""
         ignored: Counter[str] = Counter()
-        found = [
+        files = [
             (key_of(name), self._place.uri(path))
             for name, path in find_files(self._place, ignored)
             if takes(name, ignored)
         ]
-        if not found:
+        if not files:
             raise no_images(self.url, ignored)
-        return sorted(found), ignored
+        return sorted(files), ignored
 
 
 def _open_folder(url: str) -> Place:
@@ -130,16 +126,16 @@ def _open_folder(url: str) -> Place:
 def _read_local(uri: str) -> bytes:
     """Raises: BadImage for what is no file or too large, and OSError."""
     path = Path(local_path(uri))
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise BadImage("unreadable: not a regular file")
-    if found.st_size > MAX_FILE_BYTES:
-        raise BadImage(f"file of {found.st_size} bytes is over the limit of {MAX_FILE_BYTES}")
+    if status.st_size > MAX_FILE_BYTES:
+        raise BadImage(f"file of {status.st_size} bytes is over the limit of {MAX_FILE_BYTES}")
     return path.read_bytes()
 
 
 def _holds_anything(folder: str) -> bool:
-    """False for a folder that is gone, empty as a mount point without its mount is, or out of reach."""
+    """False for a folder that is gone, out of reach, or empty, as a mount point is without its mount."""
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is not None
@@ -148,7 +144,7 @@ def _holds_anything(folder: str) -> bool:
 
 
 def _recognise(url: str) -> FolderSource:
-    """Class folders when every image lies in a sub-folder, else a plain folder. Raises: InputError for what is neither."""
+    """Class folders when every image lies in a sub-folder, else a plain folder. Raises: InputError for neither."""
     source = FolderSource(url, labelled=False)
     source.labelled = source.has_only_class_folders()
     return source

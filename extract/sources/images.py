@@ -25,7 +25,7 @@ from dtpipe.manifests.schema import Filter, TransformRecipe
 
 _Pixels = NDArray[np.uint8]
 
-# Formats that decode pixels and do nothing else: not EPS (runs Ghostscript), no stubs. Those without a magic number come last.
+# Formats that only decode pixels: not EPS (runs Ghostscript), no stubs. Those without a magic number come last.
 _FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "ICNS", "MPO"),
     *("SGI", "DDS", "PCX", "TGA"),
@@ -163,8 +163,8 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 
 def _too_many_pixels(pillow_says: str, max_pixels: int) -> str:
     """Pillow's bomb checks run before ours and name its own limit, which is of no use here."""
-    found = re.search(r"\((\d+) pixels\)", pillow_says)
-    return f"{found[1]} pixels are more than the limit of {max_pixels}" if found else pillow_says
+    count = re.search(r"\((\d+) pixels\)", pillow_says)
+    return f"{count[1]} pixels are more than the limit of {max_pixels}" if count else pillow_says
 
 
 def _unrecognised(data: bytes) -> str:

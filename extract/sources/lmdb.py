@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     import lmdb
 
 _DATA_FILE = "data.mdb"
-_COUNTS = frozenset(
-    {b"length", b"__len__", b"__keys__", b"num-samples", b"num_samples"}
-)  # what some tools write beside images
+_COUNTS = frozenset({b"length", b"__len__", b"__keys__", b"num-samples", b"num_samples"})  # some tools write these
 _ENVIRONMENTS: dict[str, lmdb.Environment] = {}
 _LOCK = threading.Lock()
 
@@ -95,7 +93,7 @@ class LmdbSource:
 
 
 def _environment(path: str) -> lmdb.Environment:
-    """The open database, one per path: LMDB refuses to open one twice in a process. Threads share it, and a fork inherits it."""
+    """The open database, one per path, since a process cannot open one twice; threads share it, a fork inherits it."""
     real = os.path.realpath(path)
     with _LOCK:
         if real not in _ENVIRONMENTS:

@@ -11,27 +11,9 @@ from dtpipe.extract.sources.base import SourceItem
 from dtpipe.manifests.errors import InputError
 
 EXTENSIONS = frozenset(
-    (
-        *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "bmp", "dib", "webp", "tif", "tiff", "avif", "qoi"),
-        *(
-            "jp2",
-            "j2k",
-            "jpx",
-            "jpc",
-            "j2c",
-            "ppm",
-            "pgm",
-            "pbm",
-            "pnm",
-            "pfm",
-            "tga",
-            "ico",
-            "icns",
-            "sgi",
-            "dds",
-            "pcx",
-        ),
-    )
+    {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "gif", "bmp", "dib", "webp", "tif", "tiff", "avif", "qoi"}
+    | {"jp2", "j2k", "jpx", "jpc", "j2c", "ppm", "pgm", "pbm", "pnm", "pfm"}
+    | {"tga", "ico", "icns", "sgi", "dds", "pcx"}
 )
 CONTAINERS = (".zip", ".tar", ".parquet", ".mdb")  # endings of files that hold images, each a source of its own
 MAX_FILE_BYTES = 2**31  # of one image, unpacked
@@ -90,7 +72,8 @@ def no_images(url: str, ignored: Counter[str]) -> InputError:
     packed = [name for name in CONTAINERS if name in ignored]
     if packed:
         return InputError(
-            f"{url}: no image in it ({seen}); name a {' or '.join(packed)} file itself, or the folder right above such files"
+            f"{url}: no image in it ({seen}); "
+            f"name a {' or '.join(packed)} file itself, or the folder right above such files"
         )
     return InputError(
         f"{url}: no image in it ({seen}); images are files that end in .jpg, .png, .webp, .tif and the like"

@@ -1,7 +1,8 @@
 """Images in Parquet files as Hugging Face datasets stores them: one file, a folder of them, or a pattern.
 
-The image column is a struct with `bytes` (and `path`), or plain binary. A row can only be had by decoding its row group, so
-groups are kept for a while; rows in container order decode each group about once, permuted rows nearly one per image.
+The image column is a struct with `bytes` (and `path`), or plain binary. A row can only be had by decoding its row
+group, so groups are kept for a while: rows in container order decode each group about once, permuted rows nearly one
+per image.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class ParquetSource:
         self._groups = GroupCache(self._decode, CACHE_BYTES)
 
     def list(self) -> Sequence[SourceItem]:
-        """All samples, file by file and row by row; the label is that of the column `label`, by name where the schema has names.
+        """All samples, file by file and row by row; the label is that of column `label`, by name where it has names.
 
-        Raises: InputError for no rows, no image column or several, images that are not inside, or a file that is damaged.
+        Raises: InputError for no rows, no image column or several, images that are not inside, or a damaged file.
         """
         return self._listed
 
@@ -54,7 +55,10 @@ class ParquetSource:
         return dict(ignored)
 
     def read(self, uri: str) -> bytes:
-        """Bytes of one sample. Raises: BadImage for a null or in a damaged row group, InputError when its file cannot be read."""
+        """Bytes of one sample.
+
+        Raises: BadImage for a null or in a damaged row group, InputError when its file cannot be read.
+        """
         path, _, numbers = uri.rpartition("#")
         group, row = map(int, numbers.split(","))
         images = self._groups.get((path, group))
@@ -97,7 +101,7 @@ class ParquetSource:
             )
 
     def _decode(self, name: tuple[str, int]) -> pa.ChunkedArray:
-        """The images of one row group. Raises: BadImage when it is damaged, InputError when the file is or cannot be read."""
+        """The images of one row group. Raises: BadImage when it is damaged, InputError when the whole file is."""
         uri, group = name
         path = self._place.path_of(uri)
         with self._reading(path) as file:
@@ -139,12 +143,14 @@ def _check_groups(path: str, metadata: pq.FileMetaData, columns: ParquetColumns)
         nulls += part.statistics.null_count if part.statistics and part.statistics.has_null_count else 0
         if part.total_uncompressed_size > MAX_GROUP_BYTES:
             raise InputError(
-                f"{path}: row group {group} holds {part.total_uncompressed_size / 2**30:.1f} GiB of images, and all of it must be decoded "
-                f"to read one; write the file with row groups of at most {MAX_GROUP_BYTES / 2**30:.0f} GiB (row_group_size=100, say)"
+                f"{path}: row group {group} holds {part.total_uncompressed_size / 2**30:.1f} GiB of images, and all "
+                f"of it must be decoded to read one; write the file with row groups of at most "
+                f"{MAX_GROUP_BYTES / 2**30:.0f} GiB (row_group_size=100, say)"
             )
     if nulls and nulls == metadata.num_rows:
         raise InputError(
-            f"{path}: column {columns.image} is empty, so the images lie elsewhere; write it with the images embedded (`push_to_hub` does)"
+            f"{path}: column {columns.image} is empty, so the images lie elsewhere; "
+            f"write it with the images embedded (`push_to_hub` does)"
         )
 
 
@@ -163,7 +169,7 @@ def _column(table: pa.Table, column: str) -> pa.ChunkedArray:
 
 
 def _is_damage(err: Exception) -> bool:
-    """True for what Arrow says of bytes; Arrow raises a bare OSError for some of it, and passes the file system's own on."""
+    """True when Arrow rejects the bytes, for some with a bare OSError; the file system's own errors have a number."""
     import pyarrow as pa
 
     return isinstance(err, pa.ArrowException) or (type(err) is OSError and err.errno is None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dtpipe.manifests.errors import InputError
 
-_IMAGE_NAMES = ("image", "img", "jpg", "png")  # taken first where several columns could be the images
+_IMAGE_NAMES = ("image", "img", "jpg", "png")  # in this order, where several columns could be the images
 _LABEL_NAMES = ("label", "labels")
 
 
@@ -32,15 +32,17 @@ class ParquetColumns:
             return None
         if not 0 <= value < len(self.label_names):
             raise InputError(
-                f"{where}: label {value} is not among the {len(self.label_names)} names of column {self.label}; mend the file"
+                f"{where}: label {value} is not among the {len(self.label_names)} names of column {self.label}; "
+                f"mend the file"
             )
         return self.label_names[value]
 
 
 def find_columns(where: str, schema: Any) -> ParquetColumns:
-    """The image column: a struct with binary `bytes`, else plain binary; with several, the one named image, img, jpg or png.
+    """The columns of images, paths and labels.
 
-    Labels: the column `label` or `labels`, else the only one that is a ClassLabel; of numbers or text, else there are none.
+    Images: a struct with binary `bytes`, else plain binary; of several, the one named image, img, jpg or png.
+    Labels: the column `label` or `labels`, else the only ClassLabel; none unless it holds numbers or text.
     Raises: InputError when no column can be the images, or several can.
     """
     import pyarrow as pa
@@ -78,8 +80,7 @@ def _label(schema: Any, features: dict[str, dict[str, Any]]) -> str | None:
     import pyarrow as pa
 
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
-    wanted = [*_LABEL_NAMES, *(classes if len(classes) == 1 else [])]
-    for name in wanted:
+    for name in [*_LABEL_NAMES, *(classes if len(classes) == 1 else [])]:
         if name in schema.names:
             kind = schema.field(name).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -91,8 +92,8 @@ def _label(schema: Any, features: dict[str, dict[str, Any]]) -> str | None:
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
     """Hugging Face's description of the columns; empty where there is none that can be read."""
     try:
-        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -1,4 +1,4 @@
-"""What lies under a URL, on a local disk or any fsspec store: files of a folder or a pattern, and ranges of their bytes.
+"""What lies under a URL, on a local disk or any fsspec store: the files of a folder or pattern, and their bytes.
 
 One rule: BadImage is for one sample's own bytes. What is wrong with a store, a mount or a whole file is an InputError.
 """
@@ -27,7 +27,7 @@ _PATTERN = re.compile(r"[*?\[{]")
 
 @dataclass(frozen=True)
 class Place:
-    """What a URL names; neither folder nor file may still be a pattern."""
+    """What a URL names; it may still be a pattern where it is neither folder nor file."""
 
     url: str
     fs: Any
@@ -103,9 +103,11 @@ def read_at(place: Place, uri: str, offset: int, size: int) -> bytes:
     return data
 
 
-def changed(where: str, found: str) -> InputError:
+def changed(where: str, difference: str) -> InputError:
     """What to say of a container that is not the one that was listed."""
-    return InputError(f"{where} {found}, so it changed since it was listed; restore it, or extract into another --out")
+    return InputError(
+        f"{where} {difference}, so it changed since it was listed; restore it, or extract into another --out"
+    )
 
 
 def _pread(path: str, offset: int, size: int) -> bytes:
@@ -126,42 +128,45 @@ def is_pattern(url: str) -> bool:
 
 
 def container_files(place: Place, ending: str, ignored: Counter[str]) -> list[tuple[str, str]]:
-    """(name, path) of one file, of all files of a folder with that ending, sorted, or of those that a pattern names, in its order.
+    """(name, path) of one file, of a folder's files with that ending, sorted, or of a pattern's files in its order.
 
-    A name is the POSIX path below the folder, or below the part of a pattern that is fixed. Raises: InputError for none.
+    A name is the POSIX path below the folder, or below the fixed part of a pattern. Raises: InputError for none.
     """
     if place.is_file:
         return [(key_of(posixpath.basename(place.path)), place.path)]
     if place.is_folder:
-        found = [(name, path) for name, path in find_files(place, ignored) if _ends(name, ending, ignored)]
+        files = [(name, path) for name, path in find_files(place, ignored) if _ends(name, ending, ignored)]
     elif is_pattern(place.path):
         root = _PATTERN.split(place.path, maxsplit=1)[0].rpartition("/")[0]
-        found = [(posixpath.relpath(path, root or "/"), path) for path in _matching(place)]
+        files = [(posixpath.relpath(path, root or "/"), path) for path in _matching(place)]
     else:
         raise InputError(f"{place.url}: no such file or folder; check the path of your images")
-    if not found:
+    if not files:
         raise InputError(f"{place.url}: no {ending} file in it; check the path of your images")
-    return [(key_of(name), path) for name, path in found]
+    return [(key_of(name), path) for name, path in files]
 
 
 def folder_of(place: Place, ending: str) -> bool:
     """True for a folder with such files, and no image, right in it; looks no deeper."""
-    found = False
+    has_ending = False
     for name in _top_names(place) if place.is_folder else ():
         if is_image(name) and not is_hidden(name):
             return False
-        found = found or (name.lower().endswith(ending) and not is_hidden(name))
-    return found
+        has_ending = has_ending or (name.lower().endswith(ending) and not is_hidden(name))
+    return has_ending
 
 
 def find_files(place: Place, ignored: Counter[str]) -> list[tuple[str, str]]:
-    """(POSIX path inside, path) of all files below a folder, sorted; hidden and special ones are counted. Raises: InputError."""
+    """(POSIX path inside, path) of all files below a folder, sorted; counts hidden and special ones.
+
+    Raises: InputError.
+    """
     if place.is_local:
         files = _local_files(place.path, ignored)
         return sorted(("/".join(parts), os.path.join(place.path, *parts)) for parts in files)  # noqa: PTH118  surrogates in names survive
     with _looking_at(place.url):
         paths = [(posixpath.relpath(path, place.path or "/"), path) for path in place.fs.find(place.path)]
-    return sorted(each for each in paths if not _counted_hidden(each[0], ignored))
+    return sorted((name, path) for name, path in paths if not _counted_hidden(name, ignored))
 
 
 def _counted_hidden(name: str, ignored: Counter[str]) -> bool:
@@ -196,11 +201,8 @@ def _matching(place: Place) -> list[str]:
 def _top_names(place: Place) -> Iterator[str]:
     if not place.is_local:
         with _looking_at(place.url):
-            yield from (
-                posixpath.basename(each["name"])
-                for each in place.fs.ls(place.path, detail=True)
-                if each["type"] == "file"
-            )
+            entries = place.fs.ls(place.path, detail=True)
+            yield from (posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
         return
     with suppress(OSError), os.scandir(place.path) as entries:  # who lists it will say so
         yield from (entry.name for entry in entries if not _is_folder(entry))
@@ -236,8 +238,8 @@ def _local_files(root: str, ignored: Counter[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    found = Path(folder).stat()
-    return found.st_dev, found.st_ino
+    status = Path(folder).stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

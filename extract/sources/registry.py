@@ -1,7 +1,7 @@
 """The kinds of source there are, and the source that a URL or the settings name.
 
-A new kind is a file that declares `KIND`, and a line here. The order is the one in which `auto` asks who reads a URL;
-folders come last, since they take whatever the others do not and say what is wrong with it.
+A new kind is a file that declares `KIND`, and a line here. Kind `auto` asks them in this order who reads a URL; folders
+come last, since they take whatever the others do not and say what is wrong with it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def open_source(url: str, kind: str = "auto") -> Source:
 
 
 def open_images(images: str | None, num_samples: int | None, kind: str) -> Source:
-    """The source that settings name, or the numbered samples of a synthesized dataset. Raises: ConfigError, InputError."""
+    """The source that settings name, or a synthesized dataset's numbered samples. Raises: ConfigError, InputError."""
     if images is None:
         return SynthesizedSource(num_samples or 0)
     if kind == SYNTHESIZED:

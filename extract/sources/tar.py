@@ -1,8 +1,8 @@
-"""Images in tar files, webdataset shards or any other: one tar, a folder of them, or a pattern such as train-{0000..0099}.tar.
+"""Images in tars, webdataset shards or any other: one tar, a folder of them, or a pattern (train-{0000..0099}.tar).
 
-Every member that ends like an image is a sample, with the key `<tar path>/<member>`. The listing keeps where each lies, so
-that reading one is a single range read; it goes through the headers of every tar once, and refuses a tar whose end is not
-where tar says it is, since what lies behind damage would be missing without a trace.
+Every member that ends like an image is a sample, with the key `<tar path>/<member>`. The listing goes through the
+headers of every tar once and keeps where each member lies, so that reading one is a single range read. It refuses a
+tar that does not end where it says, since what lies behind damage would be missing without a trace.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Contents:
 
 
 class TarSource:
-    """Images of tars in their order; the label is that of the member of the same name that ends in .cls, or .json's `label`."""
+    """Images of tars in their order; labels come from the member of the same name in .cls, or from .json's `label`."""
 
     kind = "webdataset"
 
@@ -55,8 +55,8 @@ class TarSource:
     def list(self) -> Sequence[SourceItem]:
         """All samples: tars by name or in the pattern's order, members as they lie.
 
-        A sample's label is the text of the member `<name up to its first dot>.cls`; without one, the value of `label`, text
-        or integer, of `<..>.json`.
+        A sample's label is the text of the member `<name up to its first dot>.cls`; without one, the value of `label`,
+        text or integer, of `<..>.json`.
         Raises: InputError for no images, or a tar that is compressed, cut off or damaged, with the byte where.
         """
         return self._listed[0]
@@ -80,9 +80,8 @@ class TarSource:
         tars = container_files(self._place, _ENDING, ignored)
         items: list[SourceItem] = []
         with ThreadPoolExecutor(_TARS_AT_ONCE) as pool:
-            for (name, path), contents in zip(
-                tars, pool.map(lambda tar: _contents(self._place, tar[1]), tars), strict=True
-            ):
+            all_contents = pool.map(lambda tar: _contents(self._place, tar[1]), tars)
+            for (name, path), contents in zip(tars, all_contents, strict=True):
                 items += _items(name, self._place.uri(path), contents)
                 ignored += contents.ignored
         if not items:
@@ -120,9 +119,8 @@ def _walk(path: str, file: BinaryIO, num_bytes: int) -> _Contents:
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             tar.offset = 0
-            while (
-                member := _next(path, file, tar)
-            ) is not None:  # TarFile.next keeps all members, and takes damage for the end
+            # not TarFile.next, which keeps all members and takes damage for the end
+            while (member := _next(path, file, tar)) is not None:
                 if member.size < 0 or member.offset_data + member.size > num_bytes:
                     raise _damaged(path, at, f"member {member.name} is cut off or has a wrong size")
                 _take(contents, tar, member)
@@ -140,11 +138,8 @@ def _next(path: str, file: BinaryIO, tar: tarfile.TarFile) -> tarfile.TarInfo | 
     file.seek(tar.offset)
     header = file.read(tarfile.BLOCKSIZE)
     if not header:
-        raise _damaged(
-            path,
-            tar.offset,
-            f"the end mark is missing; if nothing else is, add it by `head -c 1024 /dev/zero >> {path}`",
-        )
+        mend = f"if nothing else is, add it by `head -c 1024 /dev/zero >> {path}`"
+        raise _damaged(path, tar.offset, f"the end mark is missing; {mend}")
     if header == bytes(tarfile.BLOCKSIZE):
         return None
     file.seek(tar.offset)
@@ -196,12 +191,13 @@ def _refuse_compressed(path: str, first: bytes) -> None:
     method = next((name for magic, name in _COMPRESSED.items() if first.startswith(magic)), None)
     if method:
         raise InputError(
-            f"{path}: is compressed by {method}, so that no image in it can be read by itself; decompress it to a plain .tar"
+            f"{path}: is compressed by {method}, so that no image in it can be read by itself; "
+            f"decompress it to a plain .tar"
         )
 
 
-def _damaged(path: str, offset: int, found: str) -> InputError:
-    return InputError(f"{path}: damaged or cut off at byte {offset} ({found}); fetch or write this tar again")
+def _damaged(path: str, offset: int, problem: str) -> InputError:
+    return InputError(f"{path}: damaged or cut off at byte {offset} ({problem}); fetch or write this tar again")
 
 
 def _recognise(url: str) -> TarSource | None:
@@ -217,7 +213,8 @@ def _recognise(url: str) -> TarSource | None:
 
 KIND = SourceKind(
     kind="webdataset",
-    reads="Images in one tar, a folder of tars or a pattern (train-{0000..0099}.tar); labels from .cls or .json's `label` beside them.",
+    reads="Images in one tar, a folder of tars or a pattern (train-{0000..0099}.tar); "
+    "labels from .cls or .json's `label` beside them.",
     open=TarSource,
     recognise=_recognise,
     order="container",  # tars are written in a random order, to be read in runs

@@ -1,7 +1,7 @@
 """Images in one zip archive, on a local disk or any fsspec URL, without unpacking it.
 
-A sample has the key that it would have in the unpacked folder. The listing keeps where each member lies, so that reading
-one is a single range read that shares no handle with other threads.
+A sample has the key that it would have in the unpacked folder. The listing keeps where each member lies, so that
+reading one is a single range read that shares no handle with other threads.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ZipSource:
     def list(self) -> Sequence[SourceItem]:
         """All samples, sorted by key; when every image lies in a sub-folder, the first folder's name is the label.
 
-        Raises: InputError for no images, or an archive that is damaged, encrypted or packed in a way that is not read here.
+        Raises: InputError for no images, or an archive that is damaged, encrypted or packed by an unknown method.
         """
         files = self._listed[0]
         if in_class_folders([key for key, _ in files]):
@@ -76,7 +76,10 @@ class ZipSource:
         return dict(self._listed[1])
 
     def read(self, uri: str) -> bytes:
-        """Bytes of one sample. Raises: BadImage for a damaged or oversized member, InputError when the archive cannot be read."""
+        """Bytes of one sample.
+
+        Raises: BadImage for a damaged or oversized member, InputError when the archive cannot be read.
+        """
         archive, _, numbers = uri.rpartition("#")
         member = _Member(*map(int, numbers.split(",")))
         largest = max(member.size_bytes, member.stored_bytes)
@@ -103,8 +106,8 @@ class ZipSource:
 
 def _split(url: str) -> tuple[str, str]:
     """The archive of a URL, and the folder in it that a path behind `.zip/` names."""
-    found = _SPLIT.fullmatch(url)
-    return (found[1], (found[2] or "").strip("/")) if found else (url, "")
+    match = _SPLIT.fullmatch(url)
+    return (match[1], (match[2] or "").strip("/")) if match else (url, "")
 
 
 def _images(place: Place, inside: str, ignored: Counter[str]) -> Iterator[tuple[str, zipfile.ZipInfo, int]]:
@@ -145,7 +148,8 @@ def _member(url: str, name: str, info: zipfile.ZipInfo, archive_bytes: int) -> _
         )
     if info.header_offset < 0 or info.header_offset + info.compress_size > archive_bytes:
         raise InputError(
-            f"{url}: {name} lies outside of the file, which is cut off or one part of a split archive; fetch or pack it again"
+            f"{url}: {name} lies outside of the file, which is cut off or one part of a split archive; "
+            f"fetch or pack it again"
         )
     return _Member(info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type)
 
@@ -184,12 +188,9 @@ def _stored_bytes(place: Place, archive: str, member: _Member) -> bytes:
     if len(data) < _LOCAL_HEADER.size or not data.startswith(b"PK\3\4"):
         raise BadImage("damaged in the archive: its header is gone")
     start = _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack_from(data)[1:])
-    found = data[start : start + member.stored_bytes]
-    return (
-        found
-        if len(found) == member.stored_bytes
-        else read_at(place, archive, member.offset + start, member.stored_bytes)
-    )
+    stored = data[start : start + member.stored_bytes]
+    whole = len(stored) == member.stored_bytes
+    return stored if whole else read_at(place, archive, member.offset + start, member.stored_bytes)
 
 
 def _unpack(data: bytes, member: _Member) -> bytes:
@@ -215,7 +216,8 @@ def _recognise(url: str) -> ZipSource | None:
 
 KIND = SourceKind(
     kind="zip",
-    reads="Images in a zip archive, or in one folder of it (photos.zip/train); keys and labels as in the unpacked folder.",
+    reads="Images in a zip archive, or in one folder of it (photos.zip/train); "
+    "keys and labels as in the unpacked folder.",
     open=ZipSource,
     recognise=_recognise,
 )
