@@ -6,7 +6,7 @@ from dtpipe.manifests.errors import ConfigError
 
 
 def pick_device(name: str) -> str:
-    """`cpu` or `cuda`; auto takes the GPU there is. Raises: ConfigError when it is to be a GPU and there is none."""
+    """`cpu` or `cuda`; auto takes a GPU if there is one. Raises: ConfigError for cuda without a GPU."""
     import torch
 
     if name == "auto":

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DEFAULT_CPUS_PER_WORKER = 2  # without GPUs and without `workers`: one worker per so many CPUs
+DEFAULT_CPUS_PER_WORKER = 2  # without GPUs and without `workers`
 
 
 @dataclass(frozen=True)

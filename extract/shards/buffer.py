@@ -75,8 +75,7 @@ class ShardBuffer:
         self._arrays = {name: np.zeros(spec.shape(num_rows), spec.dtype) for name, spec in specs}
 
     def take(self, batch: CodedBatch) -> None:
-        """Append one batch. A row whose features are not finite, or do not fit their codec, becomes a bad sample, all
-        zeros."""
+        """Append one batch. A row with features that are not finite or do not fit their codec becomes bad: zeros."""
         start, levels, images = len(self.rows), batch.levels(), batch.images()
         for idx, index_row in enumerate(batch.rows):
             row = index_row

@@ -1,7 +1,7 @@
 """Encoding where the teacher runs, so that only symbols leave the device.
 
-One rule: an encoder gives what its codec's reference gives, bit for bit. Levels of a codec without one leave the
-device as float32 features, and the reference encodes them on the host.
+One rule: an encoder gives what its codec's reference gives, bit for bit. Levels of a codec without an encoder leave
+the device as float32 features, and the reference encodes them on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FEATURES = "features"  # in place of parts, on their way to the reference
 
 
 def encode_on_device(codec: LevelCodec, features: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What leaves the device of a level, and which rows are finite as features and as parts.
+    """What of a level leaves the device, and which rows are finite as features and as parts.
 
     Shapes: (n, V, C, h, w) -> {part: (n, V, ..)}, (n,) bool.
     """

@@ -69,9 +69,8 @@ class ProgressMeter:
         """Note that a worker has its teacher loaded; the first one starts the clock of `working_s`."""
         if self._ready_s is None:
             self._ready_s = time.monotonic()
-            self._window[:] = [
-                (self._ready_s - self._started_s, self._encoded)
-            ]  # the seconds before say nothing about the rate
+            # the seconds before say nothing about the rate
+            self._window[:] = [(self._ready_s - self._started_s, self._encoded)]
 
     @property
     def working_s(self) -> float:

@@ -43,7 +43,7 @@ class ImageReader:
         return decode_image(self._read(self.listing.keys[row], self.listing.uris[row]), self.max_pixels)
 
     def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """An image in the teacher's size. Raises: BadImage when it is to have that size already and has not."""
+        """An image in the teacher's size. Raises: BadImage when it should have that size already and does not."""
         return resize_image(image, self.transform)
 
     def _read(self, key: str, uri: str) -> bytes:
