@@ -1,4 +1,5 @@
-"""From samples to feature levels: the one place where a teacher is run, for extraction, recompute, live encoding and reports.
+"""From samples to feature levels: the one place where a teacher is run, for extraction, recompute, live encoding and
+reports.
 
 States of the data: an image is uint8 (B, H, W, 3), as stored, until it is scaled to [-1, 1] here; noise is drawn per
 sample on the host; features come out at the teacher's resolutions and in its dtype, on its device.
@@ -78,7 +79,8 @@ def encode(teacher: Teacher, rows: Rows, device: torch.device | str, compute: Co
     """Features of rows, all views; for a generator the images it makes, too.
 
     A row whose image a generator makes not finite gets features that are not, so that it is marked bad.
-    `compute`: as a recipe says, in batches of its size, the last one padded, on its number of threads. Without, as it comes.
+    `compute`: as a recipe says, in batches of its size, the last one padded, on its number of threads. Without, as it
+    comes.
     Raises: ShapeError when the teacher gives other shapes than the rows ask for.
     """
     device = torch.device(device)
@@ -88,8 +90,8 @@ def encode(teacher: Teacher, rows: Rows, device: torch.device | str, compute: Co
     if len(parts) == 1 and len(rows) == size:
         return parts[0]
     levels = {name: _joined([part.levels[name] for part in parts], len(rows)) for name in parts[0].levels}
-    made = [part.images for part in parts if part.images is not None]
-    return Encoded(levels, _joined(made, len(rows)) if isinstance(teacher, Generator) else rows.images)
+    images = [part.images for part in parts if part.images is not None]
+    return Encoded(levels, _joined(images, len(rows)) if isinstance(teacher, Generator) else rows.images)
 
 
 def _batch(rows: Rows, start: int, size: int) -> Rows:

@@ -33,15 +33,15 @@ class StoredLatents:
     def find(cls, dataset: FeatureDataset, spec: TeacherSpec, recipe: Recipe) -> StoredLatents | None:
         """Those that the VAE of this teacher made of images of the same size, for all flips that `recipe` has; None
         without."""
-        made = dataset.recipe
-        level = next((level for level in made.levels if level.role == "latent"), None)
-        flips = {view.flip: idx for idx, view in reversed(list(enumerate(made.views)))}
+        stored = dataset.recipe
+        level = next((level for level in stored.levels if level.role == "latent"), None)
+        flips = {view.flip: idx for idx, view in reversed(list(enumerate(stored.views)))}
         same = (
             spec.options.get(KEEP_LATENTS)
-            and made.teacher.weights_blake3 == spec.weights_blake3
-            and made.teacher.options.get("vae_dtype") == spec.options.get("vae_dtype")
-            and made.compute.dtype == recipe.compute.dtype
-            and (made.transform.height, made.transform.width) == (recipe.transform.height, recipe.transform.width)
+            and stored.teacher.weights_blake3 == spec.weights_blake3
+            and stored.teacher.options.get("vae_dtype") == spec.options.get("vae_dtype")
+            and stored.compute.dtype == recipe.compute.dtype
+            and (stored.transform.height, stored.transform.width) == (recipe.transform.height, recipe.transform.width)
         )
         if level is None or not same or not {view.flip for view in recipe.views} <= flips.keys():
             return None

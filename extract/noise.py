@@ -16,7 +16,8 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import ViewSpec
 
 STREAMS = ("forward", "vae", "z", "style_noise", "label")
-"""What the noise is for: diffusion's forward process, a VAE's posterior, a GAN's latent, StyleGAN's noise maps, a class."""
+"""What the noise is for: diffusion's forward process, a VAE's posterior, a GAN's latent, StyleGAN's noise maps, a
+class."""
 
 RowNoise = Mapping[str, NDArray[np.float32]]
 """All noise of one sample: stream -> [K, *shape], one entry per distinct draw."""

@@ -1,4 +1,5 @@
-"""Images in their two forms: uint8 [0, 255] as they are stored and shown, float32 [-1, 1] as networks see and make them."""
+"""Images in their two forms: uint8 [0, 255] as they are stored and shown, float32 [-1, 1] as networks see and make
+them."""
 
 from __future__ import annotations
 

@@ -18,9 +18,11 @@ NUM_COMPARED = 8
 
 
 def float32_error(config: TeacherConfig, recipe: Recipe, arrays: ShardArrays, device: str) -> Mapping[str, float]:
-    """By level: largest difference of a shard's first features to those of the same teacher in float32, over the largest of these.
+    """By level: largest difference of a shard's first features to those of the same teacher in float32, over the
+    largest of these.
 
-    Loads the teacher a second time, in float32, for as long as this takes. Empty without good samples, or where images are not stored.
+    Loads the teacher a second time, in float32, for as long as this takes. Empty without good samples, or where images
+    are not stored.
     """
     good = [idx for idx, row in enumerate(arrays.rows) if row.status == "ok"][:NUM_COMPARED]
     if not good or recipe.images != "stored":
@@ -33,7 +35,7 @@ def float32_error(config: TeacherConfig, recipe: Recipe, arrays: ShardArrays, de
     exact = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), device, recipe.compute).levels
     errors = {}
     for name, features in exact.items():
-        wanted = features.double().cpu().numpy()
-        largest = float(np.abs(wanted).max()) or 1.0
-        errors[name] = float(np.abs(stored[name].astype(np.float64) - wanted).max()) / largest
+        reference = features.double().cpu().numpy()
+        largest = float(np.abs(reference).max()) or 1.0
+        errors[name] = float(np.abs(stored[name].astype(np.float64) - reference).max()) / largest
     return errors

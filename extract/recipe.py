@@ -162,7 +162,8 @@ def make_views(config: ExtractRecipeConfig, spec: TeacherSpec) -> tuple[ViewSpec
         )
     if len(set(timesteps)) < len(timesteps):
         raise ConfigError(
-            f"extract.noise.timesteps {list(noise.timesteps)} names a timestep twice; use extract.noise.draws for more noise draws"
+            f"extract.noise.timesteps {list(noise.timesteps)} names a timestep twice; use extract.noise.draws for more "
+            "noise draws"
         )
     flips = (False, True) if noise.flips else (False,)
     return tuple(
@@ -185,7 +186,8 @@ def _check_encoding(config: ExtractRecipeConfig, spec: TeacherSpec) -> None:
     stride = int(spec.options.get("inversion_stride", 1))
     if odd := [step for step in config.noise.timesteps if step % stride]:
         raise ConfigError(
-            f"extract.noise.timesteps has {odd[0]}, no multiple of extract.teacher.options.inversion_stride {stride}; change one"
+            f"extract.noise.timesteps has {odd[0]}, no multiple of extract.teacher.options.inversion_stride {stride}; "
+            "change one"
         )
 
 
@@ -204,11 +206,13 @@ def _check_synthesized(config: ExtractRecipeConfig, spec: TeacherSpec, image_px:
     """A generator's images have its own size and one view. Raises: ConfigError."""
     if config.noise.draws > 1 or config.noise.flips:
         raise ConfigError(
-            "a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more samples"
+            "a synthesized image has one view; leave out extract.noise.draws and extract.noise.flips, or make more "
+            "samples"
         )
     if image_px != spec.image_px:
         raise ConfigError(
-            f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher makes {spec.image_px[0]}x{spec.image_px[1]} px"
+            f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher makes "
+            f"{spec.image_px[0]}x{spec.image_px[1]} px"
         )
 
 
@@ -228,7 +232,8 @@ def stored_levels(
     largest = max(tap.stride for tap in taps)
     if any(side % largest for side in image_px):
         raise ConfigError(
-            f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of {largest}"
+            f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of "
+            f"{largest}"
         )
     return tuple(_coded(_stored_level(tap, image_px, student_px, dtype), codec) for tap in taps)
 
@@ -248,8 +253,9 @@ def _stored_level(
     stride = student_px[0] // height
     if (stride * height, stride * width) != student_px or stride & (stride - 1):
         raise ConfigError(
-            f"extract.student_px is {student_px[0]}x{student_px[1]}, and level {tap.name} has {height}x{width} cells for an image of "
-            f"{image_px[0]}x{image_px[1]} px; the student's image must be smaller by a power of two, in both sides"
+            f"extract.student_px is {student_px[0]}x{student_px[1]}, and level {tap.name} has {height}x{width} cells "
+            f"for an image of {image_px[0]}x{image_px[1]} px; the student's image must be smaller by a power of two, "
+            "in both sides"
         )
     suffix = tap.name.partition(".")[1] + tap.name.partition(".")[2]
     name = f"l{int(math.log2(stride))}{suffix}"

@@ -63,7 +63,8 @@ class _Run:
 def run_extraction(
     config: ExtractConfig, on_progress: OnExtractProgress | None = None, fresh: bool = False, command: str | None = None
 ) -> ExtractResult:
-    """Write the feature dataset of `config`, or finish it. `command` is the command line, for the record in plan and manifest.
+    """Write the feature dataset of `config`, or finish it. `command` is the command line, for the record in plan and
+    manifest.
 
     Raises: DtpipeError of the kind that fits; StoppedError after SIGTERM or SIGINT.
     """

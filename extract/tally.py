@@ -32,7 +32,8 @@ class ExtractResult:
     float32_error: dict[str, float] = field(default_factory=dict)
     """By level, where the teacher ran in lower precision; see `extract.precision`."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    """prepare, extract, merge: wall clock. wait_for_decode, teacher, write: sums over shards, which overlap; decode: over threads."""
+    """prepare, extract, merge: wall clock. wait_for_decode, teacher, write: sums over shards, which overlap; decode:
+    over threads."""
 
 
 class Tally:

@@ -74,9 +74,9 @@ class Crew:
             raise next(iter(self._left_out.values()))
         cap = min(most_workers(usable, self._shape, self._most), num_shards)
         have = Counter(member.node.node_id for member in self.members)
-        wanted = place_workers(usable, self._shape, cap)
+        placed = place_workers(usable, self._shape, cap)
         for node in usable:
-            for _ in range(min(wanted[node.node_id] - have[node.node_id], cap - len(self.members))):
+            for _ in range(min(placed[node.node_id] - have[node.node_id], cap - len(self.members))):
                 self._start(node)
 
     def _start(self, node: Node) -> None:

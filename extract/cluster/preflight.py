@@ -41,13 +41,13 @@ class NodeReport:
 
 @lru_cache(maxsize=1)
 def _package_versions() -> tuple[tuple[str, str], ...]:
-    found = [("python", platform.python_version())]
+    versions = [("python", platform.python_version())]
     for name in PACKAGES:
         try:
-            found.append((name, version(name)))
+            versions.append((name, version(name)))
         except PackageNotFoundError:
-            found.append((name, "not installed"))
-    return tuple(found)
+            versions.append((name, "not installed"))
+    return tuple(versions)
 
 
 def package_versions() -> dict[str, str]:
@@ -95,8 +95,8 @@ def check_space(store: Store, plan: Plan) -> int | None:
     needed = SHARDS_IN_HAND * samples * recipe_bytes_per_sample(recipe)
     if free < needed:
         raise StoreError(
-            f"{store.url} on {platform.node()}: {free / 1e9:.2f} GB free, {SHARDS_IN_HAND} shards need {needed / 1e9:.2f} GB; "
-            f"free some space or choose another place, and run again"
+            f"{store.url} on {platform.node()}: {free / 1e9:.2f} GB free, {SHARDS_IN_HAND} shards need "
+            f"{needed / 1e9:.2f} GB; free some space or choose another place, and run again"
         )
     return free
 
@@ -106,7 +106,8 @@ def space_warning(store: Store, plan: Plan, num_shards: int) -> str | None:
     free, needed = free_bytes(store), num_shards * plan.recipe.shard.samples * recipe_bytes_per_sample(plan.recipe)
     if free is None or free >= needed:
         return None
-    return f"{store.url} has {free / 1e9:.1f} GB free; the shards to come need up to {needed / 1e9:.1f} GB before compression"
+    to_come = f"the shards to come need up to {needed / 1e9:.1f} GB before compression"
+    return f"{store.url} has {free / 1e9:.1f} GB free; {to_come}"
 
 
 def check_node(store: Store, plan: Plan, driver_versions: Mapping[str, str], device: str) -> NodeReport:

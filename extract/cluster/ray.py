@@ -50,8 +50,8 @@ class Cluster:
     def run(self) -> None:
         """Return when every shard was taken to its end or a stop was obeyed; failed shards are in the queue's list.
 
-        Raises: what `ShardQueue.fail` raises; IncompleteError when no worker came up in time; the reason of a node's refusal
-        when every node refused.
+        Raises: what `ShardQueue.fail` raises; IncompleteError when no worker came up in time; the reason of a node's
+        refusal when every node refused.
         """
         try:
             while not self._stop.requested and (len(self._queue) or self._crew.num_in_hand):
@@ -156,7 +156,10 @@ class Cluster:
             self._on_shard(value)
 
     def _call_failed(self, member: Member, ref: Any, error: BaseException) -> None:
-        """A call raised. A member that failed in a way we did not foresee is replaced: its device may be in a bad state."""
+        """A call raised.
+
+        A member that failed in a way we did not foresee is replaced: its device may be in a bad state.
+        """
         if ref == member.preparing:
             self._leave_out(member, error)
         elif ref in member.in_hand:

@@ -39,9 +39,11 @@ class Producer(Protocol):
         ...
 
     def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
-        """Levels of at most a batch of rows, one of which at least is good, in their order; images where they are made here.
+        """Levels of at most a batch of rows, one of which at least is good, in their order; images where they are made
+        here.
 
-        Bad rows give something of the right shape. Shapes: -> {level: (B, V, C, h, w)}, images (B, H, W, 3) uint8 or None.
+        Bad rows give something of the right shape. Shapes: -> {level: (B, V, C, h, w)}, images (B, H, W, 3) uint8 or
+        None.
         """
         ...
 

@@ -31,7 +31,8 @@ class ShardTask:
     shard_idx: int
     failures: int = 0
     alone: bool = False
-    """A worker died while it had this shard: next time it shares its worker with no other, so that only it can be blamed."""
+    """A worker died while it had this shard: next time it shares its worker with no other, so that only it can be
+    blamed."""
     not_before_s: float = 0.0
     error: str = ""
 
@@ -92,6 +93,6 @@ class ShardQueue:
         named = "; ".join(f"shard {task.shard_idx}: {task.error}" for task in self.failed[:3])
         more = f"; and {len(self.failed) - 3} more" if len(self.failed) > 3 else ""
         raise ErrorBudgetError(
-            f"{len(self.failed)} shards failed {self._retries + 1} times each ({named}{more}); all others are committed: "
-            f"mend the cause and run the same command again"
+            f"{len(self.failed)} shards failed {self._retries + 1} times each ({named}{more}); all others are "
+            f"committed: mend the cause and run the same command again"
         )

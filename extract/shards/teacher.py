@@ -60,10 +60,10 @@ class TeacherJob:
 
 def check_weights(teacher: Teacher, recipe: Recipe, path: str) -> None:
     """Raises: TeacherError when these are not the weights of the recipe."""
-    found, expected = teacher.spec.weights_blake3, recipe.teacher.weights_blake3
-    if found != expected:
+    digest, expected = teacher.spec.weights_blake3, recipe.teacher.weights_blake3
+    if digest != expected:
         raise TeacherError(
-            f"{path} on {os.uname().nodename}: weights digest is {found[:16]}.., the plan says {expected[:16]}..; "
+            f"{path} on {os.uname().nodename}: weights digest is {digest[:16]}.., the plan says {expected[:16]}..; "
             f"give every node the same checkpoint"
         )
 

@@ -60,7 +60,8 @@ class ShardWorker:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def extract_shard(self, shard_idx: int) -> ShardEntry:
-        """Prepare, produce, write and commit one shard; returns its entry. One that is committed already is not done again.
+        """Prepare, produce, write and commit one shard; returns its entry. One that is committed already is not done
+        again.
 
         Raises: ErrorBudgetError before anything is written when this shard alone has too many bad samples;
         ShardDroppedError on a stop; LockHeldError when another writer took the dataset over.

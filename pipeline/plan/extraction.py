@@ -114,8 +114,8 @@ def _probe_rows(resolved: Resolved, num: int) -> tuple[Rows, list[str], float]:
 
     listing, recipe, spec = resolved.listing, resolved.recipe, resolved.teacher.spec
     if recipe.synthesized:
-        made = list(listing.keys[:num])
-        return recipe_rows(recipe, spec, made), made, 0.0
+        numbered = list(listing.keys[:num])
+        return recipe_rows(recipe, spec, numbered), numbered, 0.0
     images: list[NDArray[np.uint8]] = []
     keys: list[str] = []
     started = time.perf_counter()
