@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from common import REPO, RESULTS, publish
 
-from dtpipe.distill.config import DistillConfig, StudentConfig
+from dtpipe.distill.config import DistillConfig, DistillRun, StudentConfig
 from dtpipe.distill.engine.loop import Loop
 from dtpipe.distill.stream.batch import FeatureBatch
 from dtpipe.distill.stream.data import OpenedData, open_data
@@ -119,12 +119,10 @@ def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
     config = DistillConfig(
         datasets=(extracted(name, path, args),),
-        out=str(args.work / name / "run"),
         student=StudentConfig(name=args.student),
         epochs=100_000,
         batch_size=args.batch_size,
-        read_threads=args.read_threads,
-        device=args.device,
+        run=DistillRun(out=str(args.work / name / "run"), read_threads=args.read_threads, device=args.device),
     )
     data = open_data(config)
     make = partial(trainer_of, config, data, device)

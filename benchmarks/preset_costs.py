@@ -23,7 +23,7 @@ from full_size import ADM_IMAGENET, SD_UNET, SD_VAE
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtpipe.distill.config import DistillConfig, RegressorConfig, StudentConfig
+from dtpipe.distill.config import DistillRecipeConfig, RegressorConfig, StudentConfig
 from dtpipe.distill.losses.features import feature_loss
 from dtpipe.distill.student.distiller import build_distiller
 from dtpipe.extract.cluster.preflight import package_versions
@@ -169,7 +169,7 @@ STUDENTS = [
 
 def student_cost(name: str, teacher: TeacherCost, kind: str) -> dict[str, Any]:
     """Operations of a training step per image, and what its forward pass keeps for each image more."""
-    config = DistillConfig(out="", student=StudentConfig(name=name), regressor=RegressorConfig(kind=kind))
+    config = DistillRecipeConfig(student=StudentConfig(name=name), regressor=RegressorConfig(kind=kind))
     network = build_distiller(config, teacher.levels, teacher.student_px).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         forward = gflop_of(lambda: network.eval()(torch.zeros(1, 3, *teacher.student_px)))
@@ -177,7 +177,7 @@ def student_cost(name: str, teacher: TeacherCost, kind: str) -> dict[str, Any]:
     return {"gflop": round(BACKWARD * forward, 1), "kept_mib": round((more - few) / 2**20)}
 
 
-def kept_bytes(network: nn.Module, config: DistillConfig, teacher: TeacherCost, num: int) -> int:
+def kept_bytes(network: nn.Module, config: DistillRecipeConfig, teacher: TeacherCost, num: int) -> int:
     """Bytes that autograd keeps between the forward and the backward pass of so many images."""
     targets = {level.name: torch.randn(num, level.channels, level.height, level.width) for level in teacher.levels}
     kept: dict[int, int] = {}

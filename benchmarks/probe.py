@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from dtpipe.distill.config import DistillConfig, StudentConfig
+from dtpipe.distill.config import DistillConfig, DistillRun, StudentConfig
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
 from dtpipe.distill.downstream.extractors import (
@@ -41,7 +41,7 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.supervised import run_supervised
 from dtpipe.distill.student.load import load_student
-from dtpipe.distill.teacher.config import TrainTeacherConfig
+from dtpipe.distill.teacher.config import TrainTeacherConfig, TrainTeacherRun
 from dtpipe.distill.trainer import train
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
@@ -226,7 +226,6 @@ def flowers_teacher(root: Path, args: argparse.Namespace) -> Path:
     """A small DDPM trained on the training flowers; goes on where it was stopped."""
     config = TrainTeacherConfig(
         images=str(root / "train"),
-        out=str(root / "teacher"),
         px=PX,
         channels=(16, 48, 96, 160, 160, 160),
         blocks=1,
@@ -237,15 +236,18 @@ def flowers_teacher(root: Path, args: argparse.Namespace) -> Path:
         batch_size=32,
         lr=4e-4,
         ema_decay=0.999,
-        steps=args.flowers_teacher_steps,
-        sample_steps=50,
-        threads=args.threads,
-        device=args.device,
+        run=TrainTeacherRun(
+            out=str(root / "teacher"),
+            steps=args.flowers_teacher_steps,
+            sample_steps=50,
+            threads=args.threads,
+            device=args.device,
+        ),
     )
-    done = root / f"teacher.{config.steps}.done"
+    done = root / f"teacher.{config.run.steps}.done"
     if done.is_file():
-        return Path(config.out)
-    say(f"training the teacher of the flowers for {config.steps} steps in {config.out}")
+        return Path(config.run.out)
+    say(f"training the teacher of the flowers for {config.run.steps} steps in {config.run.out}")
     result = train_teacher(
         config, lambda progress: say(f"  step {progress.step}/{progress.steps}, loss {progress.loss:.4f}")
     )
@@ -288,13 +290,12 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
     run = train(
         DistillConfig(
             datasets=(extracted.url,),
-            out=str(root / "run"),
             student=StudentConfig(name=args.student),
             epochs=args.epochs,
             batch_size=args.batch_size,
             lr=args.lr,
             seed=seed,
-            device=args.device,
+            run=DistillRun(out=str(root / "run"), device=args.device),
         ),
         on_progress=lambda progress: say(
             f"  step {progress.step}/{progress.num_steps}, loss {progress.losses['loss']:.4f}"

@@ -23,7 +23,7 @@ import torch
 from common import RESULTS, publish
 from timm.models import model_entrypoint
 
-from dtpipe.distill.config import DistillConfig, RegressorConfig, StudentConfig
+from dtpipe.distill.config import DistillConfig, DistillRun, RegressorConfig, StudentConfig
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.export.write import export_student
 from dtpipe.distill.student.load import load_student
@@ -122,7 +122,6 @@ def train_and_export(name: str, url: str, root: Path, args: argparse.Namespace) 
     patch = 14 if "patch14" in name else 1
     config = DistillConfig(
         datasets=(url,),
-        out=str(root / name),
         student=StudentConfig(name=name),
         student_px=None if patch == 1 else PX // patch * patch,
         regressor=RegressorConfig(width=64),
@@ -131,8 +130,7 @@ def train_and_export(name: str, url: str, root: Path, args: argparse.Namespace) 
         micro_batch=min(args.batch_size, 16),
         lr=1e-3,
         warmup_steps=2,
-        log_every=1,
-        keep_checkpoints=0,
+        run=DistillRun(out=str(root / name), log_every=1, keep_checkpoints=0),
     )
     train(config)
     losses = [line["loss"] for line in read_metrics(root / name)]

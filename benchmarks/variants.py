@@ -29,7 +29,7 @@ import torch
 from common import REPO, RESULTS, publish
 from probe import PX, counts, read_scenes, say
 
-from dtpipe.distill.config import DistillConfig, LossConfig, RegressorConfig, StudentConfig
+from dtpipe.distill.config import DistillConfig, DistillRun, LossConfig, RegressorConfig, StudentConfig
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import student_extractor
@@ -90,17 +90,15 @@ def distilled(name: str, variant: Variant, seed: int, args: argparse.Namespace) 
     """The run folder of one row and seed."""
     config = DistillConfig(
         datasets=(features_of(variant, seed, args),),
-        out=str(args.work / f"run-{name}-seed{seed}"),
         student=StudentConfig(name=args.student),
         regressor=variant.regressor,
         loss=variant.loss,
         reencode=variant.reencode,
-        log_every=5,
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
         seed=seed,
-        device=args.device,
+        run=DistillRun(out=str(args.work / f"run-{name}-seed{seed}"), log_every=5, device=args.device),
     )
     return Path(train(config, StoredData(partial(open_live, {})) if variant.reencode else STORED).run_dir)
 

@@ -1,16 +1,16 @@
 """Settings of `dtpipe distill`, one pydantic model; defaults are the paper's for AdamW (table 17 and appendix D.1).
 
-A field either decides the result of training (a run that is resumed with another value is refused) or only how it is
-carried out; `EXECUTION` names the latter.
+One half decides the result of training: a run that is gone on with under another value is refused. The half `run` only
+says how it is carried out, and may change.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dtpipe.manifests.schema import Size, StrictModel
+from dtpipe.manifests.schema import Settings, Size, StrictModel
 
 PAPER_BATCH_SIZE = 256
 PAPER_WARMUP_SHARE = 0.2  # 20 of 100 epochs
@@ -68,14 +68,46 @@ class LossConfig(StrictModel):
         return self
 
 
-class DistillConfig(StrictModel):
-    """All settings of one distillation run."""
+class DistillRun(StrictModel):
+    """How a run is carried out: where, and with what resources."""
+
+    out: str = Field(description="Run folder to write.")
+    allow_incomplete: bool = Field(
+        default=False, description="Train on the shards that an unfinished dataset has; a resumed run keeps to those."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the student trains.")
+    train_workers: int | None = Field(
+        default=None, ge=1, description="Train on so many Ray workers, one GPU each where there are any."
+    )
+    ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
+    max_restarts: int = Field(
+        default=3, ge=0, description="How often Ray Train starts the workers again after one has died."
+    )
+    channels_last: bool = Field(
+        default=True, description="Weights and images in channels-last memory layout, which GPUs prefer."
+    )
+    compile: bool = Field(
+        default=False, description="Compile student and regressor with torch.compile: a slow start, faster steps."
+    )
+    tensorboard: bool = Field(default=False, description="Write the lines of metrics.jsonl to tensorboard/ too.")
+    read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
+    prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead.")
+    log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")
+    save_every_s: float = Field(
+        default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one."
+    )
+    keep_checkpoints: int = Field(default=2, ge=0, description="Epoch checkpoints kept in checkpoints/ beside last.pt.")
+
+
+class DistillRecipeConfig(Settings):
+    """What is trained, on what, and how: all that determines the student."""
+
+    PLACES: ClassVar[frozenset[str]] = frozenset({"datasets", "keys"})  # data.json says what they hold
 
     datasets: tuple[str, ...] = Field(
         default=(),
         description="URLs of feature datasets, concatenated or joined; none: the teacher runs live over images.",
     )
-    out: str = Field(description="Run folder to write.")
     join: bool = Field(
         default=False,
         description="Join the datasets by key (other levels of the same images) instead of concatenating.",
@@ -97,9 +129,6 @@ class DistillConfig(StrictModel):
     exclude: tuple[str, ...] = Field(default=(), description="Shell pattern of keys to leave out.")
     limit: int | None = Field(
         default=None, ge=1, description="Train on so many samples, chosen by a hash of their keys."
-    )
-    allow_incomplete: bool = Field(
-        default=False, description="Train on the shards that an unfinished dataset has; a resumed run keeps to those."
     )
     levels: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Levels to regress; default: all of the dataset."
@@ -147,34 +176,12 @@ class DistillConfig(StrictModel):
         default="auto", description="auto: bfloat16 autocast where the GPU has it."
     )
     seed: int = Field(default=0, ge=0, description="Seed of initial weights, order, flips and views.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the student trains.")
-    train_workers: int | None = Field(
-        default=None, ge=1, description="Train on so many Ray workers, one GPU each where there are any."
-    )
-    ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
-    max_restarts: int = Field(
-        default=3, ge=0, description="How often Ray Train starts the workers again after one has died."
-    )
     sync_bn: bool = Field(
         default=False, description="Batch norm statistics over all GPUs; default: of each micro-batch on its own."
     )
-    channels_last: bool = Field(
-        default=True, description="Weights and images in channels-last memory layout, which GPUs prefer."
-    )
-    compile: bool = Field(
-        default=False, description="Compile student and regressor with torch.compile: a slow start, faster steps."
-    )
-    tensorboard: bool = Field(default=False, description="Write the lines of metrics.jsonl to tensorboard/ too.")
-    read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
-    prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead.")
-    log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")
-    save_every_s: float = Field(
-        default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one."
-    )
-    keep_checkpoints: int = Field(default=2, ge=0, description="Epoch checkpoints kept in checkpoints/ beside last.pt.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> DistillConfig:
+    def _consistent(self) -> Self:
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ValueError("distill.warmup_epochs and distill.warmup_steps are both set; keep one")
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
@@ -190,7 +197,7 @@ class DistillConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _weights_fit(self) -> DistillConfig:
+    def _weights_fit(self) -> Self:
         num = len(self.datasets)
         if self.sample_weights is not None and self.join:
             raise ValueError(
@@ -227,22 +234,7 @@ class DistillConfig(StrictModel):
         return round(epochs * steps_per_epoch)
 
 
-EXECUTION = frozenset(
-    {
-        *(
-            "datasets",
-            "keys",
-            "allow_incomplete",
-            "out",
-            "device",
-            "channels_last",
-            "compile",
-            "read_threads",
-            "prefetch",
-        ),
-        *("train_workers", "ray_address", "max_restarts"),
-        *("tensorboard", "log_every", "save_every_s", "keep_checkpoints"),
-    }
-)
-"""Fields that may change between the parts of one run. Datasets and the file of keys may move: their content is compared
-with the run folder's data.json, which also says which shards of an unfinished dataset belong to the run."""
+class DistillConfig(DistillRecipeConfig):
+    """All settings of one distillation run."""
+
+    run: DistillRun

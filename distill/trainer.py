@@ -16,7 +16,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from dtpipe.distill.config import EXECUTION, DistillConfig
+from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.device import autocast, pick_precision, seeded, training_device
 from dtpipe.distill.engine.loop import run
 from dtpipe.distill.engine.optim import build_optimizer, warmup_cosine
@@ -68,8 +68,8 @@ def train(
     Raises: ConfigError, PlanChangedError and LockHeldError before any work; what the readers raise on damaged data;
     else as the engine's `run`.
     """
-    with join_ranks(config.device) as ranks:
-        device = training_device(config.device)
+    with join_ranks(config.run.device) as ranks:
+        device = training_device(config.run.device)
         opened = ranks.in_turn(lambda: data.open_checked(config))
         teacher = data.teacher(opened.source, device)
         with seeded(config.seed, device):
@@ -88,10 +88,13 @@ def train_with_workers(
     fresh: bool = False,
 ) -> DistillResult:
     """`train` on workers of the Ray cluster that this process is connected to; each opens data and teacher itself."""
-    config = config.model_copy(update={"out": str(Path(config.out).absolute())})
+    shared = config.run.model_copy(update={"out": str(Path(config.run.out).absolute())})
+    config = config.model_copy(update={"run": shared})
     run_settings(config, fresh=fresh).refuse_other()  # what is wrong with the folder is said before any worker starts
     work = partial(_work, config, data)
-    return train_on_ray(work, DistillResult, Path(config.out), num_workers, gpus, config.max_restarts, on_progress)
+    return train_on_ray(
+        work, DistillResult, Path(config.run.out), num_workers, gpus, config.run.max_restarts, on_progress
+    )
 
 
 def _work(config: DistillConfig, data: TrainingData, stop: StopRequest) -> DistillResult:
@@ -100,7 +103,7 @@ def _work(config: DistillConfig, data: TrainingData, stop: StopRequest) -> Disti
 
 def run_settings(config: DistillConfig, data: OpenedData | None = None, fresh: bool = False) -> RunSettings:
     """The run as its folder knows it."""
-    settings = RunSettings(Path(config.out), "distill", config, EXECUTION, fresh=fresh)
+    settings = RunSettings(Path(config.run.out), "distill", config, fresh=fresh)
     if data is None:
         return settings
     return replace(settings, identity={"data_digest": data.digest}, data=data.record, sections=data.sections)
@@ -123,10 +126,10 @@ class Distillation:
         self.model = build_distiller(config, levels, self.image_px, ranks.size).to(device).train()
         if config.sync_bn:
             self.model = synchronise_norms(self.model, device)
-        if config.channels_last:
+        if config.run.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         freeze_unused(self.model, device)
-        network: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        network: nn.Module = torch.compile(self.model) if config.run.compile else self.model  # type: ignore[assignment]
         self.network = ranks.wrap(network, device)
         self.ema = ModelEmaV3(self.model.student, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.optimizer = build_optimizer(self.model, config.opt, config.peak_lr, config.weight_decay, config.betas)
@@ -175,12 +178,12 @@ def _course(config: DistillConfig, stream: FeatureStream, device: torch.device) 
         seed=config.seed,
         precision=pick_precision(config.precision, device),
         clip_grad=config.clip_grad,
-        log_every=config.log_every,
+        log_every=config.run.log_every,
         save_every=stream.batches_per_epoch,
-        save_every_s=config.save_every_s,
-        num_kept=config.keep_checkpoints,
-        tensorboard=config.tensorboard,
-        advice=lambda shares: waiting_advice(shares, config.read_threads, config.prefetch),
+        save_every_s=config.run.save_every_s,
+        num_kept=config.run.keep_checkpoints,
+        tensorboard=config.run.tensorboard,
+        advice=lambda shares: waiting_advice(shares, config.run.read_threads, config.run.prefetch),
         remedy=_REMEDY,
     )
 
@@ -196,8 +199,8 @@ def stream_settings(config: DistillConfig, levels: tuple[str, ...], ranks: Ranks
         flip=config.flip,
         equivariant=config.equivariant,
         reencode=config.reencode,
-        read_threads=config.read_threads,
-        prefetch=config.prefetch,
+        read_threads=config.run.read_threads,
+        prefetch=config.run.prefetch,
         rank=ranks.rank,
         world=ranks.size,
     )
@@ -210,7 +213,7 @@ def waiting_advice(shares: Mapping[str, float], read_threads: int, prefetch: int
         return None
     cpus = os.cpu_count() or 1
     if read_threads < cpus:
-        what = f"raise distill.read_threads from {read_threads} to up to {cpus}"
+        what = f"raise distill.run.read_threads from {read_threads} to up to {cpus}"
     else:
-        what = f"raise distill.prefetch from {prefetch}, or bring the dataset to a faster disk"
+        what = f"raise distill.run.prefetch from {prefetch}, or bring the dataset to a faster disk"
     return f"{waiting:.0%} of the time goes by waiting for data: {what}"

@@ -6,12 +6,21 @@ how the dataset is written, and may change between runs of one dataset.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dtpipe.manifests.schema import Filter, Order, Resize, Settings, ShardFormat, Size, StoredDtype, StrictModel
+from dtpipe.manifests.schema import (
+    ErrorBudget,
+    Filter,
+    Order,
+    Resize,
+    Settings,
+    ShardFormat,
+    Size,
+    StoredDtype,
+    StrictModel,
+)
 
 
 class SourceConfig(StrictModel):
@@ -80,26 +89,6 @@ class ShardConfig(StrictModel):
     )
     codec: str = Field(default="cast", description="Codec of feature levels (`dtpipe list codecs`).")
     zstd_level: int = Field(default=3, ge=1, le=19, description="Compression level of zstd.")
-
-
-class ErrorBudget(StrictModel):
-    """How many samples may be bad."""
-
-    max_bad: int | float = Field(
-        default=0.01, ge=0, description="Bad samples allowed: an integer is a count, a fraction a share."
-    )
-
-    def max_bad_samples(self, num_rows: int) -> int:
-        """Bad samples that so many rows may have."""
-        return self.max_bad if isinstance(self.max_bad, int) else math.floor(self.max_bad * num_rows)
-
-    @model_validator(mode="after")
-    def _max_bad_share(self) -> Self:
-        if isinstance(self.max_bad, float) and self.max_bad > 1:
-            raise ValueError(
-                f"extract.run.max_bad is {self.max_bad}; write a count as an integer and a share as a fraction up to 1"
-            )
-        return self
 
 
 class ExtractRun(ErrorBudget):

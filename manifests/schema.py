@@ -7,10 +7,19 @@ where it says what v1 implied, so that a dataset which v1 can describe is writte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 Format = Literal["dtpipe-features/1", "dtpipe-features/2"]
 FORMAT: Final = "dtpipe-features/1"
@@ -46,6 +55,25 @@ class StrictModel(BaseModel):
     """A frozen record that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ErrorBudget(StrictModel):
+    """How many samples may be bad."""
+
+    max_bad: int | float = Field(
+        default=0.01, ge=0, description="Bad samples allowed: an integer is a count, a fraction a share."
+    )
+
+    def max_bad_samples(self, num_rows: int) -> int:
+        """Bad samples that so many rows may have."""
+        return self.max_bad if isinstance(self.max_bad, int) else math.floor(self.max_bad * num_rows)
+
+    @field_validator("max_bad")
+    @classmethod
+    def _share(cls, max_bad: int | float) -> int | float:
+        if isinstance(max_bad, float) and max_bad > 1:
+            raise ValueError(f" is {max_bad}; write a count as an integer and a share as a fraction up to 1")
+        return max_bad
 
 
 class Settings(StrictModel):

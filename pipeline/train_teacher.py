@@ -65,7 +65,7 @@ def load_images(config: TrainTeacherConfig, copies: int = 1) -> TrainImages:
             return f"{items[row].key}: {err}"
         return None
 
-    reasons = list(_in_threads(decode, len(items), config.decode_threads))
+    reasons = list(_in_threads(decode, len(items), config.run.decode_threads))
     bad = tuple(reason for reason in reasons if reason is not None)
     _refuse_too_many_bad(config, bad, len(items))
     good = [row for row, reason in enumerate(reasons) if reason is None]
@@ -97,11 +97,11 @@ def _refuse_too_many_bad(config: TrainTeacherConfig, bad: Sequence[str], num: in
         raise InputError(
             f"{config.images}: none of {num} images can be read; the first: {bad[0] if bad else 'none listed'}"
         )
-    if len(bad) > config.max_bad_images(num):
+    if len(bad) > config.run.max_bad_samples(num):
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ErrorBudgetError(
-            f"{config.images} has {len(bad)} bad images, train_teacher.max_bad allows {config.max_bad_images(num)} "
-            f"({'; '.join(bad[:5])}{more}); mend the images, or run again with a larger train_teacher.max_bad"
+            f"{config.images} has {len(bad)} bad images, train_teacher.run.max_bad allows {config.run.max_bad_samples(num)} "
+            f"({'; '.join(bad[:5])}{more}); mend the images, or run again with a larger train_teacher.run.max_bad"
         )
 
 
@@ -185,7 +185,7 @@ def draw_images(config: TrainTeacherConfig, folder: Path, num_classes: int, devi
     if num_classes:
         return _draw_classes(config, folder, num_classes, device)
     teacher = load_ddpm_teacher(TeacherConfig(path=str(folder)), str(device))
-    return teacher.sample(config.num_samples, config.seed, config.sample_steps)
+    return teacher.sample(config.run.num_samples, config.seed, config.run.sample_steps)
 
 
 def _draw_classes(
@@ -202,15 +202,15 @@ def _draw_classes(
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     load_strictly(unet, read_weights(weights), weights)
     unet = unet.to(device).eval()
-    labels = torch.arange(config.num_samples, device=device) % num_classes
-    rngs = [np.random.Generator(np.random.Philox([config.seed, idx])) for idx in range(config.num_samples)]
+    labels = torch.arange(config.run.num_samples, device=device) % num_classes
+    rngs = [np.random.Generator(np.random.Philox([config.seed, idx])) for idx in range(config.run.num_samples)]
     start = torch.from_numpy(np.stack([rng.standard_normal((3, *config.image_px), np.float32) for rng in rngs]))
     with torch.inference_mode():
         images = ddim_sample(
             lambda noisy, at: unet(noisy, at, labels).sample,
             noise_schedule(config),
             start.to(device),
-            config.sample_steps,
+            config.run.sample_steps,
         )
     pixels: NDArray[np.uint8] = to_pixels(images).cpu().numpy()
     return pixels

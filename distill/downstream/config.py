@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dtpipe.manifests.schema import StrictModel
+from dtpipe.manifests.schema import Settings, StrictModel
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -40,7 +40,7 @@ class ProbeConfig(StrictModel):
     batch_size: int = Field(default=64, ge=1, description="Images per forward pass of an extractor.")
 
 
-class SupervisedConfig(StrictModel):
+class SupervisedConfig(Settings):
     """How a student is trained on labels alone, to stand beside a distilled one of as many steps."""
 
     steps: int = Field(ge=1, description="Optimiser steps.")

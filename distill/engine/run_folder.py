@@ -23,7 +23,7 @@ from dtpipe.distill.engine.record import DATA_FILE, refuse_other_data
 from dtpipe.distill.engine.tensorboard import ScalarWriter
 from dtpipe.manifests.differences import Difference, differences, refuse_differences
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, StoreError
-from dtpipe.manifests.schema import StrictModel
+from dtpipe.manifests.schema import Settings
 from dtpipe.manifests.store.publish import write_whole
 
 _LAST, _CONFIG, _METRICS, _LOCK = "last.pt", "config.yaml", "metrics.jsonl", ".lock"
@@ -36,9 +36,7 @@ class RunSettings:
     out: Path
     kind: str
     """The section of the settings document that the run follows from; `-c <out>/config.yaml` reads it."""
-    config: StrictModel
-    execution: frozenset[str] = frozenset()
-    """Fields of `config` that may change between the parts of a run."""
+    config: Settings
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What a checkpoint must say of its data to be taken up; plain values."""
     data: Mapping[str, Any] | None = None
@@ -67,7 +65,7 @@ class RunSettings:
         if self.fresh and settings is not None:
             raise ConfigError(f"{self.out} already holds a run; drop --fresh to go on with it, or choose another --out")
         if settings is not None:
-            changes = changed_fields(settings, self.config, self.kind, self.execution)
+            changes = changed_fields(settings, self.config, self.kind)
             refuse_differences(f"{self.out} holds a run with other settings", changes)
         if self.data is not None:
             refuse_other_data(self.out, self.data)
@@ -200,16 +198,11 @@ def _record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def changed_fields(
-    old: Mapping[str, Any], config: StrictModel, section: str, execution: frozenset[str] = frozenset()
-) -> list[Difference]:
+def changed_fields(old: Mapping[str, Any], config: Settings, section: str) -> list[Difference]:
     """Fields that decide the result and differ; the old config lacks those that did not exist when its run began."""
-    defaults = type(config).model_construct().model_dump(mode="json")
-    stored, wanted = _over(defaults, old), config.model_dump(mode="json")
-    for name in execution:
-        stored.pop(name, None)
-        wanted.pop(name, None)
-    return differences(stored, wanted, f"{section}.")
+    model = type(config)
+    stored = _over(model.model_construct().identity(), model.identity_of(old))
+    return differences(stored, config.identity(), f"{section}.")
 
 
 def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

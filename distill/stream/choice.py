@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.config import DistillRecipeConfig
 from dtpipe.distill.stream.order import key_hashes
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.write.listing import missing_keys, normal_keys, read_key_file
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _Rows = NDArray[np.int64]
 
 
-def select_rows(source: FeatureSource, config: DistillConfig) -> _Rows:
+def select_rows(source: FeatureSource, config: DistillRecipeConfig) -> _Rows:
     """Good rows that the settings choose, ascending.
 
     `limit` takes the keys with the smallest hashes: the same samples in every dataset of these images, whatever its

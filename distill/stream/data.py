@@ -52,7 +52,7 @@ class TrainingData(Protocol):
     """A way to get training data; picklable, since each process of a run opens it for itself."""
 
     def open(self, config: DistillConfig) -> OpenedData:
-        """The data of the run in `config.out`, as far as that knows it; writes nothing.
+        """The data of the run in `config.run.out`, as far as that knows it; writes nothing.
 
         Raises: what the readers raise; PlanChangedError where that is known already to be a run on other data.
         """
@@ -124,12 +124,12 @@ def open_data(config: DistillConfig) -> OpenedData:
 
 def _open_parts(config: DistillConfig) -> tuple[list[FeatureDataset], list[Shards]]:
     """The datasets, and for each that is or was unfinished the shards that the run keeps to."""
-    recorded = read_record(Path(config.out))
+    recorded = read_record(Path(config.run.out))
     parts: list[FeatureDataset] = []
     shards: list[Shards] = []
     for idx, url in enumerate(config.datasets):
         kept: Shards = recorded_shards(recorded, idx)
-        part = FeatureDataset.open(url, config.allow_incomplete, kept)
+        part = FeatureDataset.open(url, config.run.allow_incomplete, kept)
         if kept is None and (part.manifest is None or not part.manifest.complete):
             kept = list(part.shards)
         parts.append(part)

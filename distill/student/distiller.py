@@ -10,7 +10,7 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.config import DistillRecipeConfig
 from dtpipe.distill.stream.order import num_parts
 from dtpipe.distill.student.regressor import FeatureRegressor, TargetLevel
 from dtpipe.distill.student.student import Student, StudentSpec, build_student, check_image_size, check_strides
@@ -51,13 +51,13 @@ def choose_levels(stored: Sequence[LevelSpec], names: Sequence[str] | None) -> t
     return tuple(sorted((by_name[name] for name in chosen), key=lambda level: (level.stride, level.name)))
 
 
-def student_size(config: DistillConfig, stored: tuple[int, int]) -> tuple[int, int]:
+def student_size(config: DistillRecipeConfig, stored: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the student's images in px: the config's, else the dataset's."""
     return height_width(config.student_px or stored)
 
 
 def build_distiller(
-    config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1
+    config: DistillRecipeConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1
 ) -> Distiller:
     """Student and regressor with initial weights from torch's global generator, which the caller seeds.
 
@@ -74,7 +74,7 @@ def build_distiller(
     return distiller
 
 
-def _check_parts(model: nn.Module, config: DistillConfig, num_ranks: int) -> None:
+def _check_parts(model: nn.Module, config: DistillRecipeConfig, num_ranks: int) -> None:
     if num_parts(config.batch_size, config.micro_batch, num_ranks)[1] == 1 and any(True for _ in _batch_norms(model)):
         raise ConfigError(
             f"student {config.student.name} or the regressor uses batch norm, which has no statistics of single "

@@ -73,7 +73,7 @@ def batches_ahead(config: TrainTeacherConfig, images: TrainImages, start: int, p
     """The parts of the steps from `start` to the last; a thread draws the next one while this one is trained on."""
     with ThreadPoolExecutor(1, thread_name_prefix="batch") as ahead:
         coming = ahead.submit(draw_batch, config, images, start, part)
-        for step in range(start, config.steps):
+        for step in range(start, config.run.steps):
             batch = coming.result()
             coming = ahead.submit(draw_batch, config, images, step + 1, part)
             yield batch

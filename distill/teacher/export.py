@@ -24,7 +24,11 @@ from dtpipe.manifests.errors import DamagedDataError, StoreError
 TRAIN_TEACHER = "train_teacher"
 SAMPLES = "samples.png"
 _RECORD, _CLASSES = "train.json", "classes.json"
-_OF_THIS_MACHINE = {"images", "out", "init_from", "device", "threads", "decode_threads", "max_hours"}
+_OF_THIS_MACHINE: Mapping[str, bool | set[str]] = {
+    "images": True,
+    "init_from": True,
+    "run": {"out", "device", "threads", "decode_threads", "max_hours"},
+}
 _RECENT_STEPS = 200
 
 DrawImages = Callable[[TrainTeacherConfig, Path, int, torch.device], NDArray[np.uint8]]
@@ -50,7 +54,7 @@ def export_teacher(
     classes = saved["classes"]
     unet = build_unet(config, len(classes))
     unet.load_state_dict(saved["ema"])
-    torch.nn.Module.to(unet, dtype=getattr(torch, dtype or config.dtype))
+    torch.nn.Module.to(unet, dtype=getattr(torch, dtype or config.run.dtype))
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write_pipeline(unet, config, out)
@@ -65,7 +69,7 @@ def export_teacher(
 
 def _settings(saved: Mapping[str, Any], run: Path) -> TrainTeacherConfig:
     try:
-        return TrainTeacherConfig.model_validate(saved["config"])
+        return TrainTeacherConfig.model_validate(TrainTeacherConfig.in_halves(saved["config"]))
     except ValidationError as err:
         where = ".".join(map(str, err.errors()[0]["loc"]))
         raise DamagedDataError(

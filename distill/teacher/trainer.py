@@ -29,7 +29,7 @@ from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks, ranks_of_this_
 from dtpipe.distill.engine.run_folder import RunSettings
 from dtpipe.distill.engine.timing import Stopwatch
 from dtpipe.distill.engine.trainer import Course
-from dtpipe.distill.teacher.config import TEACHER_EXECUTION, TrainTeacherConfig
+from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.teacher.data import NoiseBatch, OpenImages, TrainImages, batches_ahead
 from dtpipe.distill.teacher.export import SAMPLES, TRAIN_TEACHER, DrawImages, export_teacher
 from dtpipe.distill.teacher.network import build_unet, noise_schedule
@@ -67,32 +67,32 @@ def train_ddpm(
     draw_images: DrawImages,
     on_progress: OnTrainProgress | None = None,
 ) -> TrainTeacherResult:
-    """Train, or go on training, and write the teacher with its sample grid into `config.out`.
+    """Train, or go on training, and write the teacher with its sample grid into `config.run.out`.
 
     One of the processes that torchrun started does its part; `on_progress` is called in the first alone.
     Raises: ConfigError for settings that cannot work together; what the arguments raise; else as the engine's `run`.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with join_ranks(config.device) as ranks:
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with join_ranks(config.run.device) as ranks:
         if config.batch_size < ranks.size:
             raise ConfigError(
                 f"train_teacher.batch_size is {config.batch_size}, too few for {ranks.size} processes; start fewer"
             )
-        device = training_device(config.device)
+        device = training_device(config.run.device)
         ranks.first(lambda: teacher_run(config).refuse_other())  # before images are decoded
         images = open_images(config, ranks_of_this_machine())
         _refuse_different(ranks, images)
         with seeded(config.seed, device):
             trainer = TeacherTraining(config, images, device, ranks, partial(_begin, config, start_from))
             result = run(trainer, teacher_run(config, images), ranks, on_progress)
-        out = Path(config.out)
+        out = Path(config.run.out)
         ranks.first(lambda: export_teacher(out, out, draw_images, device=device))
     return TrainTeacherResult(
         out=out,
         step=result.step,
-        steps=config.steps,
-        finished=result.step >= config.steps,
+        steps=config.run.steps,
+        finished=result.step >= config.run.steps,
         num_images=len(images.keys),
         loss=result.losses.get("loss", float("nan")),
         seconds=result.seconds,
@@ -105,7 +105,7 @@ def train_ddpm(
 def teacher_run(config: TrainTeacherConfig, images: TrainImages | None = None) -> RunSettings:
     """The run as its folder knows it."""
     identity = {"classes": list(images.classes)} if images is not None else {}
-    return RunSettings(Path(config.out), TRAIN_TEACHER, config, TEACHER_EXECUTION, identity)
+    return RunSettings(Path(config.run.out), TRAIN_TEACHER, config, identity)
 
 
 def _begin(config: TrainTeacherConfig, start_from: StartFrom, unet: nn.Module) -> str | None:
@@ -167,7 +167,7 @@ class TeacherTraining:
     def learning_rate(self, step: int) -> float:
         """Warm-up, constant, and linear decay at the end."""
         config = self.config
-        return warmup_hold_decay(step, config.steps, config.warmup_steps, config.decay_steps, config.lr)
+        return warmup_hold_decay(step, config.run.steps, config.warmup_steps, config.run.decay_steps, config.lr)
 
     def updated(self, step: int) -> None:
         """Move the average, which follows fast at first."""
@@ -183,15 +183,15 @@ class TeacherTraining:
 
 def _course(config: TrainTeacherConfig, num_images: int, device: torch.device) -> Course:
     return Course(
-        num_steps=config.steps,
+        num_steps=config.run.steps,
         steps_per_epoch=num_images / config.batch_size,
         epoch_size=num_images,
         seed=config.seed,
         precision=pick_precision(config.precision, device),
         clip_grad=config.grad_clip,
-        log_every=config.log_every,
-        save_every=config.checkpoint_every,
-        max_s=math.inf if config.max_hours is None else config.max_hours * 3600,
+        log_every=config.run.log_every,
+        save_every=config.run.checkpoint_every,
+        max_s=math.inf if config.run.max_hours is None else config.run.max_hours * 3600,
         remedy=_REMEDY,
     )
 

@@ -249,15 +249,27 @@ def validate(
     names: Mapping[str, str] | None = None,
     model: type[BaseModel] | None = None,
 ) -> Any:
-    """One section of `document` as its settings model, or as another that has some of its fields.
+    """One section of `document` as its settings model, or as one that has some of its fields; others are left out.
 
     names: full key to how the command line spells it, for advice. Raises: ConfigError in one sentence.
     """
+    values = document.get(section) or {}
+    values = values if model is None else _fields_of(model, values)
     model = model or section_model(section)
     try:
-        return model.model_validate(document.get(section) or {})
+        return model.model_validate(values)
     except ValidationError as err:
         raise ConfigError(explain(err, model, section, names or {})) from err
+
+
+def _fields_of(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a model has fields for."""
+    kept = {name: value for name, value in values.items() if name in model.model_fields}
+    inner = {name: submodel(model.model_fields[name].annotation) for name in kept}
+    return {
+        name: _fields_of(part, value) if (part := inner[name]) and isinstance(value, Mapping) else value
+        for name, value in kept.items()
+    }
 
 
 def explain(err: ValidationError, model: type[BaseModel], section: str, names: Mapping[str, str]) -> str:

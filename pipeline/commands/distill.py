@@ -19,7 +19,7 @@ SHOWN_SHARE = 0.005
 FLAGS = (
     Flag("url", "distill.datasets", "URL..."),
     Flag("--student", "distill.student.name", "TIMM_NAME"),
-    Flag("--out", "distill.out", "DIR"),
+    Flag("--out", "distill.run.out", "DIR"),
     Flag("--join", "distill.join"),
     Flag("--sample-weights", "distill.sample_weights", "W,W"),
     Flag("--loss-weights", "distill.loss_weights", "W,W"),
@@ -44,11 +44,11 @@ FLAGS = (
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
     Flag("--timesteps", "extract.noise.timesteps", "T,T"),
     Flag("--max-bad", "extract.run.max_bad", "N|SHARE"),
-    Flag("--allow-incomplete", "distill.allow_incomplete"),
+    Flag("--allow-incomplete", "distill.run.allow_incomplete"),
     Flag("--seed", "distill.seed", "N"),
-    Flag("--device", "distill.device", "auto|cpu|cuda"),
-    Flag("--train-workers", "distill.train_workers", "N"),
-    Flag("--ray-address", "distill.ray_address", "ADDRESS"),
+    Flag("--device", "distill.run.device", "auto|cpu|cuda"),
+    Flag("--train-workers", "distill.run.train_workers", "N"),
+    Flag("--ray-address", "distill.run.ray_address", "ADDRESS"),
 )
 EXAMPLE = """
 dtpipe distill features/ --student resnet50 --out runs/r50
@@ -98,16 +98,16 @@ def _train(config: DistillConfig, data: TrainingData, on_progress: OnTrainProgre
     """In this process, which may be one of torchrun's, or on Ray workers."""
     from dtpipe.distill.trainer import train, train_with_workers
 
-    if config.train_workers is None:
+    if config.run.train_workers is None:
         return train(config, data, on_progress, fresh)
     from dtpipe.extract.cluster.connection import connect, disconnect, has_gpus
 
     # What is wrong is said, and images are looked at, before workers start; this machine's GPUs are left to them.
-    data.open_checked(config.model_copy(update={"device": "cpu"}))
-    connect(config.ray_address)
+    data.open_checked(config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})}))
+    connect(config.run.ray_address)
     try:
-        gpus = has_gpus() and config.device != "cpu"
-        return train_with_workers(config, config.train_workers, gpus, data, on_progress, fresh)
+        gpus = has_gpus() and config.run.device != "cpu"
+        return train_with_workers(config, config.run.train_workers, gpus, data, on_progress, fresh)
     finally:
         disconnect()
 

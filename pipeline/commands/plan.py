@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dtpipe.distill.config import DistillRecipeConfig
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
+from dtpipe.pipeline.cli.settings import validate
 from dtpipe.pipeline.commands import extract
 
 FLAGS = (
@@ -24,6 +26,7 @@ def command(call: Call) -> None:
 
     Runs the actual teacher over a few of your images and writes nothing; with --student, also times training steps.
     """
+    from dtpipe.distill.engine.device import training_device
     from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction
     from dtpipe.pipeline.plan.training import print_training, time_training
 
@@ -32,10 +35,11 @@ def command(call: Call) -> None:
     print_extraction(call.console, extraction)
     found: dict[str, Any] = {"extract": extraction}
     if call.has("distill"):
-        call.document["distill"] = {"datasets": [config.run.out], "out": "unused", **call.document["distill"]}
-        training = time_training(
-            call.settings("distill"), recipe.levels, recipe.student_px, extraction.num_samples, extraction.stored_bytes
-        )
+        section = {"datasets": [config.run.out], **call.document["distill"]}
+        student = validate({"distill": section}, "distill", call.names, DistillRecipeConfig)
+        device = training_device((section.get("run") or {}).get("device", "auto"))
+        sizes = (recipe.levels, recipe.student_px, extraction.num_samples, extraction.stored_bytes)
+        training = time_training(student, device, *sizes)
         print_training(call.console, training)
         found["distill"] = training
     call.console.document(found)

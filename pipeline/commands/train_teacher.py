@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 FLAGS = (
     Flag("--images", "train_teacher.images", "URL"),
-    Flag("--out", "train_teacher.out", "DIR"),
+    Flag("--out", "train_teacher.run.out", "DIR"),
     Flag("--px", "train_teacher.px", "PX"),
     Flag("--resize", "train_teacher.resize", "center_crop|stretch|none"),
     Flag("--channels", "train_teacher.channels", "C,C"),
@@ -20,15 +20,15 @@ FLAGS = (
     Flag("--class-conditional", "train_teacher.class_conditional"),
     Flag("--init-from", "train_teacher.init_from", "DIR"),
     Flag("--precision", "train_teacher.precision", "float32|bfloat16|float16"),
-    Flag("--steps", "train_teacher.steps", "N"),
+    Flag("--steps", "train_teacher.run.steps", "N"),
     Flag("--batch-size", "train_teacher.batch_size", "N"),
     Flag("--lr", "train_teacher.lr", "LR"),
-    Flag("--max-hours", "train_teacher.max_hours", "H"),
-    Flag("--dtype", "train_teacher.dtype", "float32|float16"),
+    Flag("--max-hours", "train_teacher.run.max_hours", "H"),
+    Flag("--dtype", "train_teacher.run.dtype", "float32|float16"),
     Flag("--limit", "train_teacher.limit", "N"),
-    Flag("--max-bad", "train_teacher.max_bad", "N|SHARE"),
+    Flag("--max-bad", "train_teacher.run.max_bad", "N|SHARE"),
     Flag("--seed", "train_teacher.seed", "N"),
-    Flag("--device", "train_teacher.device", "auto|cpu|cuda"),
+    Flag("--device", "train_teacher.run.device", "auto|cpu|cuda"),
 )
 EXAMPLE = """
 dtpipe train-teacher --images photos/ --out teacher/

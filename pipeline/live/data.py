@@ -14,7 +14,7 @@ from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.engine.run_folder import read_config
 from dtpipe.distill.stream.data import STORED, StoredData, TrainingData, recorded_shards
-from dtpipe.extract.config import ErrorBudget, LiveConfig
+from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.shards.task import BadSample
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.cli.console import ProgressLine
@@ -78,11 +78,8 @@ def _without_dataset(call: Call) -> tuple[DistillConfig, LiveData]:
             "1; leave it out, or give a dataset"
         )
     config: DistillConfig = validate({"distill": {**section, "reencode": 1.0}}, "distill", call.names)
-    run = {
-        name: value for name, value in (extract_section.get("run") or {}).items() if name in ErrorBudget.model_fields
-    }
-    extract: LiveConfig = validate({SECTION: {**extract_section, "run": run}}, SECTION, call.names, LiveConfig)
-    for name, value in (("join", config.join), ("allow_incomplete", config.allow_incomplete)):
+    extract: LiveConfig = validate(call.document, SECTION, call.names, LiveConfig)
+    for name, value in (("join", config.join), ("run.allow_incomplete", config.run.allow_incomplete)):
         if value:
             raise ConfigError(f"distill.{name} is about feature datasets, and none is given; leave it out")
     return config, LiveData(extract, CheckedImages())
@@ -90,11 +87,11 @@ def _without_dataset(call: Call) -> tuple[DistillConfig, LiveData]:
 
 def _kept_shards(config: DistillConfig) -> Iterator[str]:
     """That a run goes on with the shards it began with, whatever has been committed since."""
-    record = read_record(Path(config.out))
+    record = read_record(Path(config.run.out))
     for idx, url in enumerate(config.datasets):
         if shards := recorded_shards(record, idx):
             num = f"{len(shards)} shard{'s'[: len(shards) > 1]}"
-            yield f"{config.out} began when {url} was unfinished, and keeps to its {num} of then"
+            yield f"{config.run.out} began when {url} was unfinished, and keeps to its {num} of then"
 
 
 class CheckedImages:

@@ -120,8 +120,8 @@ class LiveData:
 
     def _open(self, config: DistillConfig, find_bad: FindBad) -> OpenedData:
         noise = self.extract.noise.model_copy(update={"draws": 1})  # none is stored, so views are those of one draw
-        extract, run = with_whole_paths(self.extract.model_copy(update={"noise": noise})), Path(config.out)
-        reader, opened = _open_reader(extract, pick_device(config.device))
+        extract, run = with_whole_paths(self.extract.model_copy(update={"noise": noise})), Path(config.run.out)
+        reader, opened = _open_reader(extract, pick_device(config.run.device))
         recipe = opened.recipe
         listing = {"num": len(reader.listing), "keys_blake3": blake3_hex("\n".join(reader.listing.keys).encode())}
         record: dict[str, Any] = {"live": _content(recipe), "listing": listing}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.config import DistillConfig, DistillRecipeConfig
 from dtpipe.distill.engine.device import autocast, pick_precision, training_device
 from dtpipe.distill.losses.features import feature_loss
 from dtpipe.distill.stream.data import TrainingData
@@ -59,13 +59,15 @@ def plan_training(config: DistillConfig, data: TrainingData) -> TrainingPlan:
     """
     opened = data.open(config)
     levels = choose_levels(opened.source.levels, config.levels)
-    device = training_device(config.device)
+    device = training_device(config.run.device)
     teacher = data.teacher(opened.source, device)
     settings = stream_settings(config, tuple(level.name for level in levels))
     stream = FeatureStream(opened.source, settings, device, teacher, opened.sampling)
     manifests = [FeatureDataset.open(url, allow_incomplete=True).manifest for url in config.datasets]
     stored_bytes = sum(manifest.totals.size_bytes for manifest in manifests if manifest is not None)
-    plan = time_training(config, levels, student_size(config, opened.student_px), stream.epoch_size, stored_bytes)
+    plan = time_training(
+        config, device, levels, student_size(config, opened.student_px), stream.epoch_size, stored_bytes
+    )
     if teacher is None:
         return plan
     teacher_s = _time_teacher(teacher, opened.source, min(_timed_images(config, device), len(stream.rows)), device)
@@ -90,17 +92,21 @@ def _time_teacher(teacher: LiveTeacher, source: FeatureSource, num: int, device:
 
 
 def time_training(
-    config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_samples: int, stored_bytes: int
+    config: DistillRecipeConfig,
+    device: torch.device,
+    levels: Sequence[LevelSpec],
+    image_px: tuple[int, int],
+    num_samples: int,
+    stored_bytes: int,
 ) -> TrainingPlan:
     """Time forward, loss and backward of a micro-batch of random features, and scale up to all steps."""
     import torch
 
-    device = training_device(config.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = build_distiller(config, levels, image_px).to(device).train()
     num = _timed_images(config, device)
-    timings = list(itertools.islice(_time_steps(model, config, levels, image_px, num), 1 + TIMED_STEPS))
+    timings = list(itertools.islice(_time_steps(model, config, device, levels, image_px, num), 1 + TIMED_STEPS))
     per_image_s = min(timings[1:]) / num
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     return TrainingPlan(
@@ -119,18 +125,22 @@ def time_training(
     )
 
 
-def _timed_images(config: DistillConfig, device: torch.device) -> int:
+def _timed_images(config: DistillRecipeConfig, device: torch.device) -> int:
     micro_batch = min(config.micro_batch or config.batch_size, config.batch_size)
     return min(micro_batch, CPU_IMAGES) if device.type == "cpu" else micro_batch
 
 
 def _time_steps(
-    model: Distiller, config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], micro_batch: int
+    model: Distiller,
+    config: DistillRecipeConfig,
+    device: torch.device,
+    levels: Sequence[LevelSpec],
+    image_px: tuple[int, int],
+    micro_batch: int,
 ) -> Iterator[float]:
     """Seconds of one micro-batch after another."""
     import torch
 
-    device = training_device(config.device)
     precision = pick_precision(config.precision, device)
     generator = torch.Generator(device).manual_seed(config.seed)
     images = torch.rand(micro_batch, 3, *image_px, generator=generator, device=device) * 2 - 1

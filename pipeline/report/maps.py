@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.config import DistillConfig, DistillRecipeConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.losses.base import whiten
 from dtpipe.distill.stream.batch import student_images
@@ -53,7 +53,7 @@ class ShownMaps:
 
 
 def load_distiller(
-    run: Path, config: DistillConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int]
+    run: Path, config: DistillRecipeConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int]
 ) -> Distiller:
     """Student and regressor of a run's last checkpoint, in eval mode on the CPU."""
     state = load_checkpoint(run / "last.pt", "distill")
@@ -98,7 +98,8 @@ def _open(run: Path, config: DistillConfig) -> tuple[OpenedData, Read]:
     """The run's data, and how to read images and features of some of its rows: stored, or encoded now on the CPU."""
     import torch
 
-    config = config.model_copy(update={"out": str(run), "device": "cpu"})  # a run folder may have been moved
+    here = config.run.model_copy(update={"out": str(run), "device": "cpu"})  # a run folder may have been moved
+    config = config.model_copy(update={"run": here})
     data = recorded_data(run, config)
     opened = data.open(config)
     teacher = data.teacher(opened.source, torch.device("cpu"))

@@ -102,7 +102,7 @@ def read_run_config(run: Path) -> DistillConfig:
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: no run of `dtpipe distill` is here (no config.yaml); give its --out folder")
     try:
-        return DistillConfig.model_validate(read_config(run))
+        return DistillConfig.model_validate(DistillConfig.in_halves(read_config(run)))
     except ValidationError as err:
         raise InputError(
             f"{run}/config.yaml: not the settings of a run of this version: {err.errors()[0]['msg']}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from dtpipe.distill.config import EXECUTION, DistillConfig
+from dtpipe.distill.config import DistillConfig, DistillRun
 
-BASE = {"datasets": ("features",), "out": "run"}
+BASE = {"datasets": ("features",), "run": {"out": "run"}}
 
 
 def test_defaults_are_the_papers_for_adamw():
@@ -50,10 +50,8 @@ def test_settings_that_cannot_work_are_refused(values, said):
         DistillConfig(**{**BASE, **values})
 
 
-def test_execution_fields_exist_and_every_field_is_described():
-    assert set(DistillConfig.model_fields) >= EXECUTION
-    assert [
-        name
-        for name, field in DistillConfig.model_fields.items()
-        if not field.description and name not in ("student", "regressor", "loss")
-    ] == []
+def test_places_are_fields_and_every_field_is_described():
+    assert DistillConfig.model_fields.keys() >= DistillConfig.PLACES
+    fields = {**DistillConfig.model_fields, **DistillRun.model_fields}
+    halves = {"student", "regressor", "loss", "run"}
+    assert [name for name, field in fields.items() if not field.description and name not in halves] == []

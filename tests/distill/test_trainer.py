@@ -29,6 +29,7 @@ from dtpipe.manifests.codecs.base import SYMBOLS
 from dtpipe.manifests.errors import ConfigError, DivergedError, PlanChangedError, StoppedError
 from parts.memory import FLIPPED_VIEWS, PX, MemorySource, tiny_config
 from parts.runs import assert_equal_checkpoints, train_on
+from parts.settings import changed
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def test_a_killed_and_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, 
         if progress.step == 6:
             raise Killed
 
-    broken = config.model_copy(update={"out": str(tmp_path / "broken"), "save_every_s": 1e-9})
+    broken = changed(config, out=str(tmp_path / "broken"), save_every_s=1e-9)
     with pytest.raises(Killed):
         train_on(data, broken, kill)
     assert load_checkpoint(tmp_path / "broken" / "last.pt", "distill")["step"] == 5
@@ -63,10 +64,10 @@ def test_a_killed_and_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, 
 
 
 def test_a_run_whose_checkpoint_is_of_the_first_format_goes_on_bit_for_bit(tmp_path, data):
-    """The step stood in `scheduler` and, as epoch and batch, in `stream`."""
+    """The step stood in `scheduler` and, as epoch and batch, in `stream`; settings had no halves."""
     config = tiny_config(tmp_path / "whole", epochs=3, log_every=1)
     train_on(data, config)
-    old = config.model_copy(update={"out": str(tmp_path / "old")})
+    old = changed(config, out=str(tmp_path / "old"))
     with pytest.raises(StoppedError):
         train_on(data, old, lambda progress: os.kill(os.getpid(), signal.SIGTERM) if progress.step == 4 else None)
     state = load_checkpoint(tmp_path / "old" / "last.pt", "distill")
@@ -75,6 +76,9 @@ def test_a_run_whose_checkpoint_is_of_the_first_format_goes_on_bit_for_bit(tmp_p
         del state[name]
     first = {"scheduler": {"step": 4, "num_steps": 9, "num_warmup": 2}, "stream": {"epoch": 1, "batch_idx": 1}}
     torch.save({**state, **first, "format": "dtpipe-run/1"}, tmp_path / "old" / "last.pt")
+    settings = old.model_dump(mode="json")
+    flat = settings | settings.pop("run")
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump({"distill": flat}))
     assert train_on(data, old).resumed_step == 4
     assert_equal_checkpoints(tmp_path / "whole" / "last.pt", tmp_path / "old" / "last.pt")
 
@@ -272,12 +276,12 @@ def test_parts_of_one_sample_per_device_are_refused_with_batch_norm(tmp_path, da
         (
             0.0501,
             1,
-            f"5% of the time goes by waiting for data: raise distill.read_threads from 1 to up to {os.cpu_count()}",
+            f"5% of the time goes by waiting for data: raise distill.run.read_threads from 1 to up to {os.cpu_count()}",
         ),
         (
             0.4,
             10_000,
-            "40% of the time goes by waiting for data: raise distill.prefetch from 4, "
+            "40% of the time goes by waiting for data: raise distill.run.prefetch from 4, "
             "or bring the dataset to a faster disk",
         ),
     ],

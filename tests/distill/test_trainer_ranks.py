@@ -25,6 +25,7 @@ from dtpipe.distill.stream.stream import FeatureStream
 from parts.memory import FLIPPED_VIEWS, MemorySource, tiny_config, write_dataset
 from parts.ranks import fork_ranks
 from parts.runs import WITHOUT_BATCH_NORM, losses
+from parts.settings import changed
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes")
 
@@ -34,10 +35,6 @@ def config(tmp_path: Path) -> DistillConfig:
     """19 good rows in batches of 8, so a tail of 3; 6 steps."""
     url = write_dataset(tmp_path / "features", MemorySource(views=FLIPPED_VIEWS))
     return tiny_config(tmp_path / "two", datasets=(str(url),), **WITHOUT_BATCH_NORM)
-
-
-def changed(config: DistillConfig, **changes: object) -> DistillConfig:
-    return DistillConfig.model_validate(config.model_dump() | changes)
 
 
 def train_ranks(

@@ -14,6 +14,7 @@ from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.teacher.data import TrainImages
 from dtpipe.distill.teacher.trainer import TrainTeacherResult, train_ddpm
 from parts.paths import REPO
+from parts.settings import build
 
 FIXTURES = REPO / "tests" / "distill" / "teacher" / "fixtures"
 TINY = json.loads((FIXTURES / "tiny.json").read_text())
@@ -21,11 +22,7 @@ TINY = json.loads((FIXTURES / "tiny.json").read_text())
 
 def tiny_teacher(out: Path | str = "nowhere", **changes: object) -> TrainTeacherConfig:
     """A network that trains in a second: six steps of three images of 16 px."""
-    return TrainTeacherConfig.model_validate(TINY | {"images": "memory", "out": str(out)} | changes)
-
-
-def changed(config: TrainTeacherConfig, **changes: object) -> TrainTeacherConfig:
-    return TrainTeacherConfig.model_validate(config.model_dump() | changes)
+    return build(TrainTeacherConfig, TINY | {"images": "memory", "out": str(out)}, **changes)
 
 
 def in_memory(pixels: np.ndarray, labels: np.ndarray | None = None, classes: tuple[str, ...] = ()) -> TrainImages:
@@ -55,4 +52,4 @@ def train(
 
 def draw_grey(config: TrainTeacherConfig, folder: Path, num_classes: int, device: torch.device) -> np.ndarray:
     assert (folder / "unet" / "config.json").exists()
-    return np.full((config.num_samples, *config.image_px, 3), 100 + num_classes, np.uint8)
+    return np.full((config.run.num_samples, *config.image_px, 3), 100 + num_classes, np.uint8)

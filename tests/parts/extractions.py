@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.extract.config import ExtractConfig, LiveConfig
+from parts.settings import build
 
 MakeConfig = Callable[..., ExtractConfig]
 Extract = Callable[..., str]
@@ -24,7 +25,7 @@ def extract_config(images: Path, teacher: Path, out: Path, /, **changes: Any) ->
         "inline": True,
         "device": "cpu",
     }
-    return ExtractConfig.model_validate(ExtractConfig.in_halves({**ExtractConfig.in_halves(fields), **changes}))
+    return build(ExtractConfig, fields, **changes)
 
 
 def live_config(config: ExtractConfig) -> LiveConfig:

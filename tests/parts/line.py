@@ -19,7 +19,7 @@ from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks
 from dtpipe.distill.engine.run_folder import RunSettings
 from dtpipe.distill.engine.timing import Stopwatch
 from dtpipe.distill.engine.trainer import Course
-from dtpipe.manifests.schema import StrictModel
+from dtpipe.manifests.schema import Settings, StrictModel
 
 CPU = torch.device("cpu")
 NUM_ROWS = 20
@@ -27,21 +27,25 @@ KIND = "line"
 AfterStep = Callable[[int], None]
 
 
-class LineConfig(StrictModel):
+class LineRun(StrictModel):
     out: str
-    num_steps: int = 12
-    batch_size: int = 6
     micro_batch: int = 2
-    lr: float = 0.02
-    dropout: float = 0.0
-    seed: int = 0
-    clip_grad: float | None = None
     log_every: int = 1
     save_every: int = 4
     num_kept: int = 0
     max_s: float = float("inf")
     poisoned: int | None = None
     """A row whose target is not finite."""
+
+
+class LineConfig(Settings):
+    num_steps: int = 12
+    batch_size: int = 6
+    lr: float = 0.02
+    dropout: float = 0.0
+    seed: int = 0
+    clip_grad: float | None = None
+    run: LineRun
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,17 @@ class Line:
             epoch_size=NUM_ROWS,
             seed=config.seed,
             clip_grad=config.clip_grad,
-            log_every=config.log_every,
-            save_every=config.save_every,
-            num_kept=config.num_kept,
-            max_s=config.max_s,
+            log_every=config.run.log_every,
+            save_every=config.run.save_every,
+            num_kept=config.run.num_kept,
+            max_s=config.run.max_s,
             remedy="straighten it",
         )
         rng = np.random.default_rng(7)
         self.inputs = torch.from_numpy(rng.standard_normal((NUM_ROWS, 3), np.float32))
         self.targets = self.inputs @ torch.tensor([1.0, -2.0, 0.5]) + 3
-        if config.poisoned is not None:
-            self.targets[config.poisoned] = torch.nan
+        if config.run.poisoned is not None:
+            self.targets[config.run.poisoned] = torch.nan
 
     def batches(self, step: int) -> Iterator[Rows]:
         size = self.config.batch_size
@@ -86,10 +90,10 @@ class Line:
             drawn = np.random.default_rng([self.config.seed, at]).permutation(NUM_ROWS)[:size]
             share = self.ranks.share(size)
             mine = drawn[share.start : share.stop]
-            for start in range(0, len(mine), self.config.micro_batch):
-                rows = mine[start : start + self.config.micro_batch]
+            for start in range(0, len(mine), self.config.run.micro_batch):
+                rows = mine[start : start + self.config.run.micro_batch]
                 keys = tuple(f"row {row}" for row in rows)
-                last = start + self.config.micro_batch >= len(mine)
+                last = start + self.config.run.micro_batch >= len(mine)
                 yield Rows(keys, self.inputs[rows], self.targets[rows], len(rows) / size, size, last)
 
     def losses(self, rows: Rows) -> dict[str, Tensor]:
@@ -111,8 +115,7 @@ class Line:
 
 
 def run_settings(config: LineConfig, **changes: Any) -> RunSettings:
-    execution = frozenset({"out", "log_every", "save_every", "num_kept", "max_s", "micro_batch", "poisoned"})
-    return RunSettings(Path(config.out), KIND, config, execution, **changes)
+    return RunSettings(Path(config.run.out), KIND, config, **changes)
 
 
 def fit(

@@ -21,6 +21,7 @@ from dtpipe.manifests.schema import IndexRow, LevelSpec, Plan, Recipe, ShardReci
 from dtpipe.manifests.write.listing import Listing, build_listing
 from parts.coded import code_features
 from parts.datasets import Item, make_recipe, write_features
+from parts.settings import build
 
 PX = 32
 
@@ -88,7 +89,7 @@ def tiny_config(out: Path, **changes: object) -> DistillConfig:
         "device": "cpu",
         "log_every": 2,
     }
-    return DistillConfig(**{**base, **changes})
+    return build(DistillConfig, base, **changes)
 
 
 def write_student(path: Path, name: str, px: tuple[int, int] = (64, 64), ema: bool = False) -> Path:

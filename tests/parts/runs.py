@@ -57,6 +57,6 @@ def assert_equal_checkpoints(first: Path, second: Path, kind: str = "distill") -
 
 
 def losses(config: DistillConfig) -> list[float]:
-    lines = read_metrics(Path(config.out))
+    lines = read_metrics(Path(config.run.out))
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]

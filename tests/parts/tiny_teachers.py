@@ -14,7 +14,7 @@ from parts import biggan_cases, sd_pipelines, stylegan2_snapshots
 from parts.paths import FIXTURES
 from parts.tensors import random_weights
 
-SMALL = {"student": {"name": "resnet10t"}, "regressor": {"width": 8}, "micro_batch": 2, "device": "cpu"}
+SMALL = {"student": {"name": "resnet10t"}, "regressor": {"width": 8}, "micro_batch": 2, "run": {"device": "cpu"}}
 
 
 @dataclass(frozen=True)

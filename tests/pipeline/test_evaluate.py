@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.config import DistillConfig, DistillRun
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.engine.checkpoint import save_checkpoint
@@ -33,7 +33,7 @@ def labelled(*keys: str) -> LabelledSet:
 
 def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: Path) -> None:
     keys = FeatureDataset.open(GOLDEN).columns.keys
-    run = DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), out=str(tmp_path))
+    run = DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), run=DistillRun(out=str(tmp_path)))
     RunFolder.open(run_settings(run)).close()
     trained_on, train = TrainedOn.of(str(tmp_path)), labelled("labelled.png")
     notes = overlap_notes(trained_on, train, labelled(*keys[:2], "unseen.png"), one_source=True)

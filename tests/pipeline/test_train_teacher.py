@@ -20,8 +20,9 @@ from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, InputError, TeacherError
 from dtpipe.pipeline import train_teacher as module
 from dtpipe.pipeline.train_teacher import load_images, start_from, train_teacher
-from parts.ddpm_training import changed, tiny_teacher
+from parts.ddpm_training import tiny_teacher
 from parts.packing import folder_files, write_zip
+from parts.settings import changed
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_the_result_is_a_teacher(config):
     assert [level.name for level in teacher.spec.levels] == ["l2"]
     with Image.open(result.samples) as grid:
         assert grid.size == (32, 32)  # three samples in a grid of four
-        drawn = teacher.sample(3, config.seed, config.sample_steps)
+        drawn = teacher.sample(3, config.seed, config.run.sample_steps)
         np.testing.assert_array_equal(np.asarray(grid)[:16, :16], drawn[0])
 
 
@@ -54,7 +55,7 @@ def test_a_class_conditional_teacher_draws_its_classes_in_turn(config):
         grid = np.asarray(picture).astype(int)
     for idx, tile in enumerate((grid[:16, :16], grid[:16, 16:], grid[16:, :16])):
         of_one_class = TeacherConfig(path=str(result.out), options={"class_label": idx % 2})
-        drawn = load_teacher(of_one_class).sample(3, config.seed, config.sample_steps)
+        drawn = load_teacher(of_one_class).sample(3, config.seed, config.run.sample_steps)
         assert np.abs(tile - drawn[idx]).max() <= 1  # the class is folded into a bias there
 
 
@@ -116,7 +117,7 @@ def test_more_bad_images_than_allowed_are_refused(image_folder):
     (image_folder / "dog" / "empty.png").write_bytes(b"")
     with pytest.raises(
         ErrorBudgetError,
-        match=r"has 2 bad images, train_teacher\.max_bad allows 1 \(cat/broken\.png: .*; dog/empty\.png: ",
+        match=r"has 2 bad images, train_teacher\.run\.max_bad allows 1 \(cat/broken\.png: .*; dog/empty\.png: ",
     ):
         load_images(tiny_config(image_folder, max_bad=0.1))
     assert len(load_images(tiny_config(image_folder, max_bad=0.2)).bad) == 2

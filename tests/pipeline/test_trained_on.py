@@ -35,6 +35,7 @@ def test_a_run_on_images_knows_them_and_its_live_teacher(tmp_path: Path, image_f
         "teacher": {"path": "teacher"},
         "transform": {"px": 32},
         "noise": {"timesteps": [7]},
+        "max_bad": 0.5,  # as recorded before settings had halves
     }
     run = write_run(tmp_path / "run", extract=extract)
     assert run.keys() == {str(path.relative_to(image_folder)) for path in image_folder.rglob("*.png")}

@@ -22,25 +22,22 @@ from parts.line import KIND, Line, LineConfig, fit
 from parts.paths import REPO
 from parts.ranks import fork_ranks
 from parts.runs import assert_equal_checkpoints
+from parts.settings import build, changed
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> LineConfig:
-    return LineConfig(out=str(tmp_path / "run"))
-
-
-def changed(config: LineConfig, **changes: object) -> LineConfig:
-    return LineConfig.model_validate(config.model_dump() | changes)
+    return build(LineConfig, {"out": str(tmp_path / "run")})
 
 
 def losses(config: LineConfig) -> list[float]:
-    lines = read_metrics(Path(config.out))
+    lines = read_metrics(Path(config.run.out))
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
 
 def saved(config: LineConfig) -> dict[str, Any]:
-    return load_checkpoint(Path(config.out) / "last.pt", KIND)
+    return load_checkpoint(Path(config.run.out) / "last.pt", KIND)
 
 
 def at(step: int, do: Callable[[], object], rank: str = "0") -> Callable[[int], None]:
@@ -93,11 +90,11 @@ def test_a_killed_process_goes_on_bit_for_bit_and_reports_each_step_once(config,
     fit(whole)
     kill = at(6, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert fork_ranks(lambda _: fit(config, kill), tmp_path, 1) == [None]
-    assert [line["step"] for line in read_metrics(Path(config.out))] == [1, 2, 3, 4, 5]
-    with (Path(config.out) / "metrics.jsonl").open("a") as file:
+    assert [line["step"] for line in read_metrics(Path(config.run.out))] == [1, 2, 3, 4, 5]
+    with (Path(config.run.out) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     assert fit(config).resumed_step == 4
-    assert_equal_checkpoints(Path(whole.out) / "last.pt", Path(config.out) / "last.pt", KIND)
+    assert_equal_checkpoints(Path(whole.run.out) / "last.pt", Path(config.run.out) / "last.pt", KIND)
     assert losses(config) == losses(whole)
 
 
@@ -120,7 +117,7 @@ def test_a_signal_to_any_process_stops_all_and_the_run_goes_on_with_another_numb
     one = changed(config, out=str(tmp_path / "one"))
     fit(one)
     stop = at(3, lambda: signal.raise_signal(signal.SIGTERM), rank="1")
-    sentence = f"step 3 of 12: stopped by SIGTERM; {config.out}/last.pt is saved, run the same command to go on"
+    sentence = f"step 3 of 12: stopped by SIGTERM; {config.run.out}/last.pt is saved, run the same command to go on"
     assert fork_ranks(lambda _: fit(config, stop), tmp_path, 2) == [["StoppedError", sentence, 143]] * 2
     stop = at(7, lambda: signal.raise_signal(signal.SIGINT), rank="2")
     assert [answer[2] for answer in fork_ranks(lambda _: fit(config, stop), tmp_path, 3)] == [130] * 3
@@ -154,7 +151,7 @@ def test_a_time_limit_stops_without_an_error_and_the_run_goes_on(config, tmp_pat
     first = fit(changed(config, max_s=0))
     assert (first.step, saved(config)["step"]) == (1, 1)
     assert fit(config).resumed_step == 1
-    assert_equal_checkpoints(tmp_path / "whole" / "last.pt", Path(config.out) / "last.pt", KIND)
+    assert_equal_checkpoints(tmp_path / "whole" / "last.pt", Path(config.run.out) / "last.pt", KIND)
 
 
 def test_a_loss_that_is_not_finite_names_its_samples_on_all_ranks_and_spoils_no_weights(config, tmp_path):
@@ -244,8 +241,8 @@ def test_a_folder_has_one_writer(config):
 
 def test_a_run_whose_lock_was_removed_writes_no_checkpoint(config):
     with pytest.raises(LockHeldError, match="somebody removed this run's lock"):
-        fit(config, at(2, (Path(config.out) / ".lock").unlink))
-    assert not (Path(config.out) / "last.pt").exists()
+        fit(config, at(2, (Path(config.run.out) / ".lock").unlink))
+    assert not (Path(config.run.out) / "last.pt").exists()
     assert fit(config).step == 12
 
 
@@ -276,5 +273,5 @@ def test_progress_is_told_by_the_first_process_alone(config, tmp_path):
         return steps
 
     assert fork_ranks(call, tmp_path, 2) == [[5, 10, 12], []]
-    records = [json.loads(text) for text in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(text) for text in (Path(config.run.out) / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [5, 10, 12]

@@ -80,21 +80,19 @@ def test_work_queued_on_a_gpu_is_charged_to_its_activity_and_copies_overlap(gpu)
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"sync_bn": True}, {"opt": "lamb", "ema_decay": 0.9}])
 def test_training_on_a_gpu_lowers_the_loss_as_the_cpu_does(gpu, tmp_path, changes):
-    from dtpipe.distill.config import DistillConfig
     from dtpipe.distill.engine.run_folder import read_metrics
     from dtpipe.distill.trainer import train
     from parts.memory import MemorySource, tiny_config, write_dataset
+    from parts.settings import changed
 
     url = str(write_dataset(tmp_path / "features", MemorySource()))
     base = tiny_config(
         tmp_path / "gpu", datasets=(url,), epochs=8, log_every=1, precision="float32", device="cuda", **changes
     )
     train(base)
-    cpu = DistillConfig.model_validate(
-        base.model_dump() | {"out": str(tmp_path / "cpu"), "device": "cpu", "sync_bn": False}
-    )
+    cpu = changed(base, out=str(tmp_path / "cpu"), device="cpu", sync_bn=False)
     train(cpu)
-    losses = [[line["loss"] for line in read_metrics(Path(each.out))] for each in (base, cpu)]
+    losses = [[line["loss"] for line in read_metrics(Path(each.run.out))] for each in (base, cpu)]
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-2)
     assert losses[0][-1] < 0.9 * losses[0][0]
 

@@ -23,6 +23,7 @@ from dtpipe.distill.trainer import train, train_with_workers
 from dtpipe.manifests.errors import DtpipeError, PlanChangedError
 from parts.memory import MemorySource, tiny_config, write_dataset
 from parts.runs import WITHOUT_BATCH_NORM, losses
+from parts.settings import changed
 
 # Ray Data, which Ray Train imports, warns of its own settings.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -42,10 +43,6 @@ def config(tmp_path: Path) -> DistillConfig:
     """Three steps an epoch; a checkpoint after each."""
     url = write_dataset(tmp_path / "features", MemorySource())
     return tiny_config(tmp_path / "ray", datasets=(str(url),), **WITHOUT_BATCH_NORM)
-
-
-def changed(config: DistillConfig, **changes: object) -> DistillConfig:
-    return DistillConfig.model_validate(config.model_dump() | changes)
 
 
 def train_workers() -> list[psutil.Process]:
@@ -69,7 +66,7 @@ def test_ray_workers_take_the_steps_of_one_process_although_one_is_killed(ray, c
     assert result.resumed_step >= 3  # of the process that ended it
     assert (result.num_ranks, result.num_steps) == (2, 60)
     np.testing.assert_allclose(losses(changed(config, epochs=20)), losses(one), rtol=0, atol=1e-5)
-    assert {path.name for path in Path(config.out).iterdir()} == {
+    assert {path.name for path in Path(config.run.out).iterdir()} == {
         "config.yaml",
         "data.json",
         "metrics.jsonl",
@@ -91,14 +88,14 @@ def test_what_a_worker_finds_wrong_is_said_once_and_not_tried_again(ray, config,
 
 def test_sigterm_to_the_command_saves_and_stops_all_workers(config):
     """Its paths are relative to where it is given; workers begin elsewhere."""
-    settings = Path(config.out).with_name("run.yaml")
+    settings = Path(config.run.out).with_name("run.yaml")
     settings.write_text(json.dumps({"distill": changed(config, epochs=2000, train_workers=2).model_dump(mode="json")}))
     command = [Path(sys.executable).with_name("dtpipe"), "distill", "-c", settings.name, Path(config.datasets[0]).name]
     process = subprocess.Popen(
         command, cwd=settings.parent, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     deadline = time.monotonic() + 300
-    while not (Path(config.out) / "metrics.jsonl").exists():
+    while not (Path(config.run.out) / "metrics.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -107,5 +104,6 @@ def test_sigterm_to_the_command_saves_and_stops_all_workers(config):
     assert process.returncode == 143, said
     assert "stopped by SIGTERM; " in said
     assert (
-        load_checkpoint(Path(config.out) / "last.pt", "distill")["step"] == read_metrics(Path(config.out))[-1]["step"]
+        load_checkpoint(Path(config.run.out) / "last.pt", "distill")["step"]
+        == read_metrics(Path(config.run.out))[-1]["step"]
     )

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
-from dtpipe.distill.config import EXECUTION, DistillConfig
+from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder, changed_fields, read_config, read_metrics
 from dtpipe.distill.trainer import run_settings
@@ -21,10 +22,12 @@ from dtpipe.manifests.errors import (
     PlanChangedError,
     StoreError,
 )
+from parts.paths import GOLDEN
+from parts.settings import build, changed
 
 
 def config(out, **changes) -> DistillConfig:
-    return DistillConfig(**{"datasets": ("features",), "out": str(out), **changes})
+    return build(DistillConfig, {"datasets": ("features",), "out": str(out)}, **changes)
 
 
 def test_the_resolved_config_is_written_and_read_back(tmp_path):
@@ -40,9 +43,9 @@ def test_another_config_is_refused_naming_the_fields(tmp_path):
     assert read_config(tmp_path)["lr"] == 4e-3  # the refusal changed nothing
 
 
-def test_execution_fields_may_change(tmp_path):
+def test_how_it_is_carried_out_may_change(tmp_path):
     RunFolder.open(run_settings(config(tmp_path))).__exit__(None, None, None)
-    changed = config(
+    other = config(
         tmp_path,
         log_every=3,
         read_threads=1,
@@ -52,9 +55,22 @@ def test_execution_fields_may_change(tmp_path):
         datasets=("elsewhere",),
         save_every_s=1,
     )
-    with RunFolder.open(run_settings(changed)):
-        assert read_config(tmp_path)["log_every"] == 3
-    assert changed_fields(config(tmp_path).model_dump(mode="json"), changed, "distill", EXECUTION) == []
+    with RunFolder.open(run_settings(other)):
+        assert read_config(tmp_path)["run"]["log_every"] == 3
+    assert changed_fields(config(tmp_path).model_dump(mode="json"), other, "distill") == []
+
+
+def test_a_folder_from_before_settings_had_halves_is_gone_on_with(tmp_path):
+    flat = (GOLDEN / "run_flat_config" / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(flat)
+    recorded = yaml.safe_load(flat)["distill"]
+    assert recorded["log_every"] == 1  # beside the others
+    config = build(DistillConfig, recorded, out=str(tmp_path), log_every=5)
+    with pytest.raises(PlanChangedError, match=r"\(distill.epochs: 3 -> 4\);"):
+        RunFolder.open(run_settings(changed(config, epochs=4)))
+    RunFolder.open(run_settings(config)).close()
+    assert read_config(tmp_path) == config.model_dump(mode="json")
+    assert DistillConfig.in_halves(recorded)["run"].keys() == config.run.model_dump().keys()
 
 
 def test_fresh_is_refused_when_a_run_exists(tmp_path):
@@ -69,7 +85,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         "from dtpipe.distill.config import DistillConfig\n"
         "from dtpipe.distill.engine.run_folder import RunFolder\n"
         "from dtpipe.distill.trainer import run_settings\n"
-        "folder = RunFolder.open(run_settings(DistillConfig(datasets=('features',), out=sys.argv[1])))\n"
+        "folder = RunFolder.open(run_settings(DistillConfig(datasets=('features',), run={'out': sys.argv[1]})))\n"
         "print('held', flush=True)\n"
         "signal.pause()\n"
     )

@@ -20,6 +20,7 @@ from dtpipe.distill.trainer import run_settings, stream_settings, train
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, PlanChangedError
 from dtpipe.manifests.read.source import read_image
 from parts.memory import MemorySource, level_spec, tiny_config, write_dataset
+from parts.settings import changed
 
 
 def config(tmp_path: Path, *urls: Path, **changes: object) -> DistillConfig:
@@ -163,9 +164,7 @@ def test_a_run_on_an_unfinished_dataset_keeps_to_its_shards_once_it_is_finished(
     assert before.num_samples < 19
     write_dataset(url, source)  # the shard that was missing
     (tmp_path / "run" / "last.pt").unlink()
-    again = train(
-        settings.model_copy(update={"allow_incomplete": False})
-    )  # it is finished, so nobody needs to allow anything
+    again = train(changed(settings, allow_incomplete=False))  # it is finished, so nobody needs to allow anything
     assert (again.num_samples, again.losses) == (before.num_samples, before.losses)
     whole = tiny_config(tmp_path / "new", datasets=(str(url),), allow_incomplete=True)
     assert len(open_data(whole).sampling.rows) == 19  # of another run

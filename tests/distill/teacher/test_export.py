@@ -14,7 +14,8 @@ from dtpipe.distill.engine.checkpoint import load_checkpoint, save_checkpoint
 from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.teacher.export import TRAIN_TEACHER, export_teacher, tile
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
-from parts.ddpm_training import changed, draw_grey, tiny_teacher, train
+from parts.ddpm_training import draw_grey, tiny_teacher, train
+from parts.settings import build, changed
 
 
 def test_a_folder_holds_the_moving_average_its_record_and_a_grid(tmp_path):
@@ -26,8 +27,8 @@ def test_a_folder_holds_the_moving_average_its_record_and_a_grid(tmp_path):
     assert any((saved["ema"][name] != saved["unet"][name]).any() for name in saved["ema"])
     record = json.loads((tmp_path / "train.json").read_text())
     assert record["step"] == 6
-    again = {"images": config.images, "out": config.out, "device": "cpu", "threads": 1}
-    assert TrainTeacherConfig.model_validate(record["train_teacher"] | again) == config
+    again = {"images": config.images, "out": config.run.out, "device": "cpu", "threads": 1}
+    assert build(TrainTeacherConfig, record["train_teacher"], **again) == config
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert record["loss_of_last_steps"] == pytest.approx(np.mean([line["loss"] for line in lines]), abs=1e-6)
     assert result.loss == lines[-1]["loss"]

@@ -10,6 +10,7 @@ from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.teacher.network import build_unet, noise_schedule
 from parts.ddpm_training import tiny_teacher
 from parts.paths import PRESETS
+from parts.settings import build
 
 
 def num_parameters(config: TrainTeacherConfig) -> int:
@@ -62,6 +63,6 @@ def test_the_schedule_is_the_one_the_teacher_is_written_with():
 )
 def test_presets_build(name, px, millions):
     settings = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())["train_teacher"]
-    config = TrainTeacherConfig.model_validate(settings | {"images": "photos", "out": "teacher"})
+    config = build(TrainTeacherConfig, settings, images="photos", out="teacher")
     assert config.image_px == px
     assert num_parameters(config) / 1e6 == pytest.approx(millions, abs=0.1)

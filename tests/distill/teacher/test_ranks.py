@@ -13,8 +13,9 @@ from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.teacher.export import TRAIN_TEACHER
-from parts.ddpm_training import changed, noise_images, tiny_teacher, train
+from parts.ddpm_training import noise_images, tiny_teacher, train
 from parts.ranks import fork_ranks
+from parts.settings import changed
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def config(tmp_path: Path) -> TrainTeacherConfig:
 
 def moments(config: TrainTeacherConfig) -> dict[int, torch.Tensor]:
     """The optimiser's mean gradients, which grow with the gradient, as its steps do not."""
-    state = load_checkpoint(Path(config.out) / "last.pt", TRAIN_TEACHER)["optimizer"]["state"]
+    state = load_checkpoint(Path(config.run.out) / "last.pt", TRAIN_TEACHER)["optimizer"]["state"]
     return {parameter: values["exp_avg"] for parameter, values in state.items()}
 
 
@@ -40,10 +41,10 @@ def test_two_processes_take_the_steps_of_one(config, tmp_path):
         return [result.step, result.finished, result.rank]
 
     assert fork_ranks(call, tmp_path, 2) == [[6, True, 0], [6, True, 1]]
-    losses = [[line["loss"] for line in read_metrics(Path(each.out))] for each in (config, one)]
+    losses = [[line["loss"] for line in read_metrics(Path(each.run.out))] for each in (config, one)]
     assert len(losses[0]) == 6
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
-    assert (Path(config.out) / "samples.png").exists()
+    assert (Path(config.run.out) / "samples.png").exists()
     expected = moments(one)
     for parameter, values in moments(config).items():
         torch.testing.assert_close(values, expected[parameter], rtol=1e-2, atol=1e-5)

@@ -223,7 +223,7 @@ def test_distill_eval_export_report_follow_each_other(features: Path, image_fold
         "-s",
         "distill.regressor.width=8",
         "-s",
-        "distill.log_every=1",
+        "distill.run.log_every=1",
     ]
     trained = document("distill", features, "--out", run_dir, *small, "--reencode", 0.5)
     assert trained["num_steps"] == 2

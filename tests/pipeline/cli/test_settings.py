@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.config import DistillConfig, DistillRun
 from dtpipe.distill.engine.run_folder import RunFolder
 from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import ConfigError
@@ -123,7 +123,12 @@ def test_a_wrong_value_is_one_sentence(key: str, value: object, words: list[str]
 
 
 def test_a_check_of_several_fields_names_each_once() -> None:
-    values = {"distill.datasets": ["a"], "distill.out": "r", "distill.loss.mse_weight": 0, "distill.loss.at_weight": 0}
+    values = {
+        "distill.datasets": ["a"],
+        "distill.run.out": "r",
+        "distill.loss.mse_weight": 0,
+        "distill.loss.at_weight": 0,
+    }
     with pytest.raises(ConfigError, match=r"^distill.loss.mse_weight, distill.loss.at_weight, .* are all 0;"):
         validate(gather([], {}, values), "distill")
 
@@ -158,7 +163,8 @@ def test_dumped_settings_read_back_equal(tmp_path: Path) -> None:
 
 
 def test_the_config_of_a_run_reads_back_equal(tmp_path: Path) -> None:
-    config = DistillConfig(datasets=("blüten",), out=str(tmp_path), epochs=3, warmup_epochs=1, loss={"at_weight": 5})
+    run = DistillRun(out=str(tmp_path))
+    config = DistillConfig(datasets=("blüten",), run=run, epochs=3, warmup_epochs=1, loss={"at_weight": 5})
     RunFolder.open(run_settings(config)).__exit__(None, None, None)
     assert validate(gather([str(tmp_path / "config.yaml")], {}, {}), "distill") == config
 

@@ -69,14 +69,14 @@ def test_opening_writes_nothing_and_after_a_check_leaves_out_what_that_found(
     live: LiveData, config: DistillConfig, image_folder: Path
 ) -> None:
     assert "cat/broken.png" in keys(live, config)
-    assert not Path(config.out).exists()
+    assert not Path(config.run.out).exists()
     checked = live.open_checked(config)
     elsewhere = sent(live)
     (image_folder / "cat" / "broken.png").write_bytes(next(image_folder.glob("dog/*.png")).read_bytes())
-    files = {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in Path(config.run.out).iterdir()}
     assert len(keys(elsewhere, config)) == 8 and "cat/broken.png" not in keys(elsewhere, config)
     assert elsewhere.open(config).digest == elsewhere.open_checked(config).digest == checked.digest
-    assert {path: path.stat().st_mtime_ns for path in Path(config.out).iterdir()} == files
+    assert {path: path.stat().st_mtime_ns for path in Path(config.run.out).iterdir()} == files
 
 
 def test_of_processes_on_one_machine_one_looks_at_the_images(live: LiveData, config: DistillConfig) -> None:

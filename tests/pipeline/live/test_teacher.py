@@ -27,6 +27,7 @@ from dtpipe.pipeline.live.source import LiveData
 from dtpipe.pipeline.live.teacher import LiveRecipes, open_live
 from parts import sd_pipelines
 from parts.extractions import Extract, MakeConfig, live_config
+from parts.settings import build
 from parts.teachers import gan_network
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ and what float32 sums differ by (threads, kernels)."""
 
 def config(*urls: str, **changes: Any) -> DistillConfig:
     base = {"datasets": urls, "out": "unused", "epochs": 2, "batch_size": 4, "micro_batch": 3, "device": "cpu"}
-    return DistillConfig(**{**base, **changes})
+    return build(DistillConfig, base, **changes)
 
 
 def stream_of(settings: DistillConfig, data: TrainingData | None = None, **teacher: object) -> FeatureStream:

@@ -30,7 +30,7 @@ TRAIN = [
     "-s",
     "distill.regressor.width=8",
     "-s",
-    "distill.log_every=1",
+    "distill.run.log_every=1",
 ]
 
 

@@ -28,7 +28,7 @@ MakeTeacher = Callable[[str], TinyTeacher]
 def resolved(name: str) -> tuple[ExtractConfig, DistillConfig]:
     run = RUNS[name]
     source = {"extract.images": "photos"} if run.flips else {"extract.num_samples": 4}
-    given = {**source, "extract.run.out": "out", "distill.datasets": ["out"], "distill.out": "run"}
+    given = {**source, "extract.run.out": "out", "distill.datasets": ["out"], "distill.run.out": "run"}
     document = gather(configs(name), {}, given | ({} if run.teacher else {"extract.teacher.path": "own"}))
     return validate(document, "extract"), validate(document, "distill")
 
@@ -135,13 +135,10 @@ def trained(folder: Path, name: str, px: object) -> Path:
         "head_channels": 8,
         "norm_groups": 4,
         "batch_size": 2,
-        "steps": 2,
-        "log_every": 1,
+        "run": {"steps": 2, "log_every": 1, "num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1},
     }
     settings = folder / "small.yaml"
-    settings.write_text(
-        yaml.safe_dump({"train_teacher": small | {"num_samples": 1, "sample_steps": 1, "device": "cpu", "threads": 1}})
-    )
+    settings.write_text(yaml.safe_dump({"train_teacher": small}))
     invoke("train-teacher", "-c", name, "-c", settings, "--images", images, "--out", folder / "teacher")
     return folder / "teacher"
 
