@@ -25,6 +25,7 @@ from dtpipe.pipeline.live.teacher import open_live
 from parts.extractions import Extract, MakeConfig, live_config
 from parts.memory import tiny_config
 from parts.runs import losses
+from parts.settings import changed
 
 
 @pytest.fixture
@@ -106,8 +107,8 @@ def test_a_run_loads_each_teacher_once(
     assert loads == [live.extract.teacher.path]
     urls = tuple(extract(f"at{timestep}", noise={"timesteps": [timestep]}, max_bad=1) for timestep in (50, 150))
     loads.clear()
-    changes = {"datasets": urls, "join": True, "out": str(tmp_path / "joined")}
-    train(config.model_copy(update=changes), sent(StoredData(partial(open_live, {}))))
+    joined = changed(config, datasets=urls, join=True, out=str(tmp_path / "joined"))
+    train(joined, sent(StoredData(partial(open_live, {}))))
     assert loads == [live.extract.teacher.path]
 
 
@@ -116,7 +117,7 @@ def test_a_dataset_with_its_live_teacher_can_be_sent_to_another_process(
 ) -> None:
     url = extract("features")
     here, there = (
-        config.model_copy(update={"datasets": (url,), "reencode": 0.5, "out": str(tmp_path / name), "log_every": 1})
+        changed(config, datasets=(url,), reencode=0.5, out=str(tmp_path / name), log_every=1)
         for name in ("here", "there")
     )
     data = StoredData(partial(open_live, {}))
