@@ -36,7 +36,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 SMALL = {  # settings that make a command of the README small enough for a test; they change no flag that it shows
     "train-teacher": "train_teacher: {channels: [8, 8, 8, 8, 8, 8], blocks: 1, head_channels: 8, norm_groups: 4,"
-    " steps: 2, batch_size: 4, num_samples: 1, sample_steps: 2}",
+    " batch_size: 4, run: {steps: 2, num_samples: 1, sample_steps: 2}}",
     "plan": "extract: {batch_size: 8, run: {inline: true}}",
     "extract": "extract: {batch_size: 8, run: {inline: true}}",
     "distill": "distill: {epochs: 1, batch_size: 8, regressor: {width: 8}}",
