@@ -173,7 +173,7 @@ def digits(args: argparse.Namespace) -> Material | None:
 
 
 def read_scenes(root: Path, part: ScenePart, num: int, masks: str | None = None) -> LabelledSet:
-    """Scenes of one part with their digits as classes, or with a folder of masks; written first where they are missing."""
+    """Scenes of one part with their digits as classes, or with a folder of masks; written first if missing."""
     folder = root / part
     if len(list((folder / "images").rglob("*.png"))) != num:
         say(f"writing {num} scenes to {folder}")

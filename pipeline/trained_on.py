@@ -33,7 +33,7 @@ class RunTeacher:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The datasets of a run, or the `extract` settings of one without; a checkpoint outside a run folder has neither."""
+    """The datasets of a run, or the `extract` settings of one without; a lone checkpoint has neither."""
 
     urls: tuple[str, ...]
     live: Mapping[str, Any]

@@ -104,7 +104,7 @@ def exceptions(tree: ast.AST) -> list[str]:
 
 
 def renames(tree: ast.AST) -> list[int]:
-    """Lines that rename files: `os.replace(..)`, `shutil.move(..)`, or `.replace(path)` and `.rename(path)` of one argument."""
+    """Lines that rename files: `os.replace(..)`, `shutil.move(..)`, `.replace(path)` or `.rename(path)`."""
     return [
         node.lineno
         for node in ast.walk(tree)

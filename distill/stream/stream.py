@@ -215,12 +215,12 @@ class FeatureStream:
         assert self.live is not None  # refused in __init__
         num_stored = len(read.rows) - len(read.live)
         shown = images[num_stored:]
-        made, fresh = self.live.encode(shown, read.live, read.prepared)
+        pictures, fresh = self.live.encode(shown, read.live, read.prepared)
         names = self.settings.levels
         if absent := [name for name in names if name not in fresh]:
             raise ConfigError(
                 f"the live teacher gives levels {sorted(fresh)}, and {absent} are regressed too; leave them out with "
                 "-s distill.levels=..., or set distill.reencode to 0"
             )
-        images = images if made is shown else torch.cat([images[:num_stored], made]) if num_stored else made
+        images = images if pictures is shown else torch.cat([images[:num_stored], pictures]) if num_stored else pictures
         return images, {name: torch.cat([levels[name], fresh[name]]) if levels else fresh[name] for name in names}

@@ -196,11 +196,11 @@ def _join_levels(
     return tuple(levels.values()), parts[0].views, places
 
 
-def _free_name(name: str, taken: Mapping[str, LevelSpec]) -> str:
-    if name not in taken:
+def _free_name(name: str, used: Mapping[str, LevelSpec]) -> str:
+    if name not in used:
         return name
     base = name.split(".")[0]
-    free = [f"{base}.{suffix}" for suffix in _SUFFIXES if f"{base}.{suffix}" not in taken]
+    free = [f"{base}.{suffix}" for suffix in _SUFFIXES if f"{base}.{suffix}" not in used]
     if not free:
         raise ConfigError(f"more than {len(_SUFFIXES)} levels are called {base}; join fewer datasets")
     return free[0]

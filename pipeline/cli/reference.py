@@ -16,8 +16,8 @@ from dtpipe.pipeline.cli.main import COMMANDS, main
 WIDTH = 110
 _HEAD = """# Commands
 
-`dtpipe COMMAND --help` says the same. Flags are short for config keys; `-s KEY=VALUE` reaches all keys. This page is made by
-`python -m dtpipe.pipeline.cli.reference docs/cli.md`.
+`dtpipe COMMAND --help` says the same. Flags are short for config keys; `-s KEY=VALUE` reaches all keys.
+This page is made by `python -m dtpipe.pipeline.cli.reference docs/cli.md`.
 """
 
 

@@ -30,8 +30,8 @@ dtpipe demo --images photos/ --out demo-photos
 def command(call: Call, fresh: bool) -> None:
     """Run everything on digit scenes, or on your own folder.
 
-    Runs extract, verify, distill, eval and report as you would, and prints each command line. With --images, trains a small teacher
-    of your images first, and scores with a class probe if they lie in class folders.
+    Runs extract, verify, distill, eval and report as you would, and prints each command line. With --images, trains a
+    small teacher of your images first, and scores with a class probe if they lie in class folders.
     """
     config = call.settings("demo")
     from dtpipe.pipeline.demo.run import print_result, run_demo

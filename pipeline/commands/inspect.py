@@ -43,38 +43,38 @@ def command(url: str, sample: str | None, png: str | None, as_json: bool) -> Non
     console.document(description)
 
 
-def _print(console: Console, found: dict[str, Any]) -> None:
-    totals, recipe = found["totals"], found["recipe"]
-    state = "complete" if found["complete"] else "unfinished: run the same extract again"
+def _print(console: Console, facts: dict[str, Any]) -> None:
+    totals, recipe = facts["totals"], facts["recipe"]
+    state = "complete" if facts["complete"] else "unfinished: run the same extract again"
     console.pairs(
         {
-            "dataset": found["url"],
+            "dataset": facts["url"],
             "state": f"{state}; {totals['num_shards_committed']} of {totals['num_shards']} shards",
-            "digest": found["digest"] or "-",
+            "digest": facts["digest"] or "-",
             "samples": f"{totals['num_ok']} ok, {totals['num_bad']} bad, of {totals['num_rows']}",
             "size": format_bytes(totals["size_bytes"]),
             "teacher": f"{recipe['teacher']['kind']}, weights {recipe['teacher']['weights_blake3'][:16]}",
-            "views": "; ".join(_view(view) for view in found["views"]),
+            "views": "; ".join(_view(view) for view in facts["views"]),
             "source": f"{recipe['source']['kind']}, {recipe['source']['order']} order",
             "format": f"{recipe['shard']['format']}, {recipe['shard']['samples']} samples per shard",
         }
     )
     console.result()
     rows = (
-        [("image", "", _shape(found["images"]["shape"]), "uint8", *_sizes(found["images"]), "")]
-        if found["images"]
+        [("image", "", _shape(facts["images"]["shape"]), "uint8", *_sizes(facts["images"]), "")]
+        if facts["images"]
         else []
     )
     rows += [
         (level["name"], str(level["stride"]), _shape(level["shape"]), level["dtype"], *_sizes(level), level["tap"])
-        for level in found["levels"]
+        for level in facts["levels"]
     ]
     console.table(("array", "stride", "per sample", "dtype", "stored", "ratio", "tap"), rows)
-    _print_labels(console, found["labels"])
-    for bad in found["bad"][:_SHOWN_BAD]:
+    _print_labels(console, facts["labels"])
+    for bad in facts["bad"][:_SHOWN_BAD]:
         console.result(f"bad: {bad['key']}: {bad['reason']}")
-    if len(found["bad"]) > _SHOWN_BAD:
-        console.result(f"and {len(found['bad']) - _SHOWN_BAD} more bad samples; --json lists them all")
+    if len(facts["bad"]) > _SHOWN_BAD:
+        console.result(f"and {len(facts['bad']) - _SHOWN_BAD} more bad samples; --json lists them all")
 
 
 def _print_labels(console: Console, labels: dict[str, int]) -> None:

@@ -22,7 +22,8 @@ dtpipe report runs/r50 --teacher teacher/ --out r50.html
 def command(call: Call) -> None:
     """Write one HTML page about a run.
 
-    Scores, training curves, feature maps of teacher and student, samples of the teacher, and the commands and settings that made it.
+    Scores, training curves, feature maps of teacher and student, samples of the teacher, and the commands and settings
+    behind them.
     """
     config = call.settings("report")
     from dtpipe.pipeline.report.page import write_report

@@ -44,7 +44,10 @@ def shipped_teacher() -> Path:
 
 
 def run_demo(config: DemoConfig, console: Console, fresh: bool = False) -> DemoResult:
-    """Run every step. Raises: DemoStepError with the code of the command that failed; ConfigError, InputError before."""
+    """Run every step.
+
+    Raises: ConfigError and InputError before the first; DemoStepError with the code of the command that failed.
+    """
     out = Path(config.out)
     _claim(out, fresh)
     demo = _Demo(config, console, out)
@@ -75,7 +78,7 @@ class _Demo:
 
         config, scenes, held_out = self.config, self.out / "scenes", self.out / "held-out"
         self.console.result(
-            f"{config.num_images} digit scenes for distillation and {config.num_held_out} to score on, seed {config.seed}"
+            f"{config.num_images} digit scenes for distillation, {config.num_held_out} to score on, seed {config.seed}"
         )
         started = time.monotonic()
         write_scenes(scenes, config.num_images, config.seed)
@@ -104,7 +107,7 @@ class _Demo:
         teacher = config.teacher or str(self.out / "teacher")
         if config.teacher is None:
             self.console.result(
-                "first a small teacher of your images: minutes give a poor one, hours a good one (--teacher takes yours)"
+                "first a small teacher of your images: minutes give a poor one, hours a good one (or give --teacher)"
             )
             settings = ["-c", "demo_teacher", "--steps", config.teacher_steps, "--seed", config.seed]
             self._step("train-teacher", *settings, "--images", config.images, "--out", teacher, *limit)

@@ -145,11 +145,11 @@ def _sharpen(alpha: NDArray[np.float32]) -> NDArray[np.float32]:
 def _extra_digits(
     rng: np.random.Generator, digits: _Pixels, labels: NDArray[np.int64], px: int, main: _Pasted
 ) -> list[_Pasted]:
-    """None, one or two small digits whose boxes touch no other; a place that does not fit is given up after some tries."""
-    wanted = int(rng.integers(1, 3)) if rng.random() < EXTRA_SHARE else 0
+    """None, one or two small digits in boxes that touch no other; what finds no place after some tries is left out."""
+    num_extra = int(rng.integers(1, 3)) if rng.random() < EXTRA_SHARE else 0
     placed: list[_Pasted] = []
-    for _ in range(8 * wanted):
-        if len(placed) == wanted:
+    for _ in range(8 * num_extra):
+        if len(placed) == num_extra:
             break
         candidate = _paste_digit(rng, digits, labels, EXTRA_SIZE, px)
         if not any(_overlap(candidate.box, other.box) for other in [main, *placed]):

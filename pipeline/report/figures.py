@@ -28,8 +28,8 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     )
     with rc_context({**settings, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(WIDTH_IN * columns, HEIGHT_IN), layout="constrained")
-        made = figure.subplots(1, columns, squeeze=False)
-    axes: list[Axes] = list(made[0])
+        panels = figure.subplots(1, columns, squeeze=False)
+    axes: list[Axes] = list(panels[0])
     for axis in axes:
         axis.set_facecolor("none")
         axis.grid(True, color=GREY, alpha=0.25, linewidth=0.6)

@@ -29,8 +29,8 @@ def pca_to_rgb(level: Sequence[Level], num_deciding: int | None = None) -> list[
 def pca_to_rgb(level: Level | Sequence[Level], num_deciding: int | None = None) -> Rgb | list[Rgb]:
     """First three principal components over all positions as red, green and blue; flat directions are mid-grey.
 
-    The sign is fixed (the largest weight of each component is positive), so that equal features give equal pictures. Of a list, all
-    levels decide the components and the range of colours, or only the first `num_deciding`.
+    The sign is fixed (the largest weight of each component is positive), so that equal features give equal pictures. Of
+    a list, all levels decide the components and the range of colours, or only the first `num_deciding`.
 
     Shapes: level (C, H, W), any float -> (H, W, 3) uint8; or a list of levels of equal C -> a list of pictures.
     Raises: ShapeError when a level is not (C, H, W) or the channels differ.

@@ -1,7 +1,7 @@
 """Nobody computes with symbols: all that reads stored levels sees x, where a dataset stores 3 - 2x.
 
-Each claim compares with a dataset of the same features under `cast`. Symbols would show: whitening turns 3 - 2x into -W(x), so
-that losses, maps and pictures would be those of other targets, and recomputed features would differ by more than they are.
+Each claim compares with a dataset of the same features under `cast`. Symbols would show: whitening turns 3 - 2x into
+-W(x), so losses, maps and pictures would be those of other targets, and recomputed features would be far off.
 """
 
 from __future__ import annotations

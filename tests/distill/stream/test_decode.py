@@ -1,4 +1,4 @@
-"""What the device makes of symbols is what the reference makes of them, whatever codecs the samples of a level lie under."""
+"""The device decodes symbols as the reference does, whatever codecs the samples of a level lie under."""
 
 from __future__ import annotations
 

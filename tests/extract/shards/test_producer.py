@@ -1,4 +1,4 @@
-"""A worker runs whatever makes levels of rows: here one that needs neither images nor a teacher, inline and on a cluster."""
+"""A worker runs whatever makes levels of rows: here without images or a teacher, inline and on a cluster."""
 
 from __future__ import annotations
 
