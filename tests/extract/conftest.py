@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from dtpipe.extract.config import ExtractConfig
+from parts.extractions import MakeConfig
 from parts.images import write_images
 from parts.paths import PARTS
 
@@ -20,6 +23,27 @@ from parts.paths import PARTS
 def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty 32 px PNG files in three class folders."""
     return write_images(tmp_path_factory.mktemp("images"), 60, classes=("a", "b", "c"))
+
+
+@pytest.fixture
+def many_config(make_config: MakeConfig, many_images: Path) -> MakeConfig:
+    """Settings for those sixty images in twenty shards."""
+    fields = {"images": str(many_images), "shard": {"samples": 3}, "batch_size": 3}
+    return lambda **changes: make_config(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A local Ray of two CPUs for the tests of one file."""
+    import ray
+
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    memory = {"object_store_memory": 128 * 1024**2}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **memory)
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the collector
+        ray.shutdown()
 
 
 class Runs:

@@ -14,7 +14,7 @@ Extract = Callable[..., str]
 
 
 def extract_config(images: Path, teacher: Path, out: Path, /, **changes: Any) -> ExtractConfig:
-    """Settings of an inline extraction of a few images at timestep 50; keyword arguments replace fields, of `run` too."""
+    """Settings of an inline extraction of a few images at timestep 50; `changes` replace fields, of `run` too."""
     fields = {
         "images": str(images),
         "out": str(out),

@@ -7,8 +7,7 @@ import os
 import signal
 import socket
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 
 from dtpipe.extract.cluster.placement import Node, WorkerShape, live_nodes, most_workers, place_workers, slots
 from dtpipe.extract.cluster.preflight import check_space, check_versions, package_versions
-from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.progress import Progress
 from dtpipe.manifests.errors import (
@@ -93,30 +91,10 @@ def test_full_disk_is_said_before_work(make_config: MakeConfig, monkeypatch: pyt
         check_space(store, load_plan(store))
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A local Ray of two CPUs for the tests of this file."""
-    import ray
-
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 1024**2
-    )
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the collector
-        ray.shutdown()
-
-
 @pytest.fixture
-def ray_config(make_config: MakeConfig, many_images: Path) -> MakeConfig:
+def ray_config(many_config: MakeConfig) -> MakeConfig:
     """Settings for 60 images in 20 shards on two workers."""
-
-    def make(**changes: Any) -> ExtractConfig:
-        fields = {"images": str(many_images), "shard": {"samples": 3}, "batch_size": 3, "inline": False, "workers": 2}
-        return make_config(**{**fields, **changes})
-
-    return make
+    return lambda **changes: many_config(**{"inline": False, "workers": 2, **changes})
 
 
 def actors() -> list[psutil.Process]:

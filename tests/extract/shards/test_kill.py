@@ -21,31 +21,13 @@ from dtpipe.manifests.store.faults import FAULT_POINTS
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import committed_shards
 from dtpipe.manifests.write.plan import PLAN_FILE, load_plan
+from parts.damage import flipped
+from parts.extractions import MakeConfig
 
 NUM_SHARDS = 20
 REPAIR_POINTS = tuple(name for name in FAULT_POINTS if name.startswith("repair."))
 EXTRACT_POINTS = tuple(name for name in FAULT_POINTS if name not in (*REPAIR_POINTS, "merge.rejected"))
-NTH = {
-    "store.temporary": 9,
-    "shard.object": 5,
-    "shard.objects": 3,
-    "commit.before": 3,
-    "commit.after": 3,
-}  # default: the first
-
-Make = Callable[..., ExtractConfig]
-
-
-@pytest.fixture
-def config(make_config: Make, many_images: Path) -> Make:
-    """Settings for 60 images in 20 shards."""
-
-    def make(**changes: Any) -> ExtractConfig:
-        return make_config(
-            **{"images": str(many_images), "shard": {"samples": 3, "format": "zarr"}, "batch_size": 3, **changes}
-        )
-
-    return make
+NTH = {"store.temporary": 9, "shard.object": 5, "shard.objects": 3, "commit.before": 3, "commit.after": 3}  # or 1
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +37,14 @@ def digests() -> dict[str, str]:
 
 
 @pytest.fixture
-def unbroken(config: Make, runs: Any, digests: dict[str, str], tmp_path: Path) -> Callable[[str], str]:
+def unbroken(many_config: MakeConfig, runs: Any, digests: dict[str, str], tmp_path: Path) -> Callable[[str], str]:
     """The digest that an unbroken inline run gives."""
 
     def digest(form: str) -> str:
         if form not in digests:
-            answer = runs.finish(config(out=str(tmp_path / f"unbroken-{form}"), shard={"samples": 3, "format": form}))
+            answer = runs.finish(
+                many_config(out=str(tmp_path / f"unbroken-{form}"), shard={"samples": 3, "format": form})
+            )
             assert answer["shards_written"] == NUM_SHARDS
             digests[form] = answer["digest"]
         return digests[form]
@@ -95,10 +79,10 @@ def assert_recovers(
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
 @pytest.mark.parametrize("point", EXTRACT_POINTS)
 def test_kill_at_each_step_of_extraction_loses_at_most_one_shard(
-    point: str, form: str, config: Make, runs: Any, unbroken: Any
+    point: str, form: str, many_config: MakeConfig, runs: Any, unbroken: Any
 ) -> None:
     digest = unbroken(form)
-    settings = config(shard={"samples": 3, "format": form})
+    settings = many_config(shard={"samples": 3, "format": form})
     pid = runs.start(settings, fault=f"{point}:{NTH.get(point, 1)}")
     assert runs.wait(pid) == -signal.SIGKILL
     assert f"fault point {point}: kill" in runs.log(pid)
@@ -106,9 +90,9 @@ def test_kill_at_each_step_of_extraction_loses_at_most_one_shard(
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
-def test_kill_while_the_merge_sends_a_shard_back(form: str, config: Make, runs: Any, unbroken: Any) -> None:
+def test_kill_while_the_merge_sends_a_shard_back(form: str, many_config: MakeConfig, runs: Any, unbroken: Any) -> None:
     digest = unbroken(form)
-    settings = config(shard={"samples": 3, "format": form})
+    settings = many_config(shard={"samples": 3, "format": form})
     assert runs.wait(runs.start(settings, fault="merge.shards")) == -signal.SIGKILL
     damage(settings.run.out)
     pid = runs.start(settings, fault="merge.rejected")
@@ -120,9 +104,9 @@ def test_kill_while_the_merge_sends_a_shard_back(form: str, config: Make, runs: 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
 @pytest.mark.parametrize("point", REPAIR_POINTS)
-def test_kill_at_each_step_of_repair(point: str, form: str, config: Make, runs: Any, unbroken: Any) -> None:
+def test_kill_at_each_step_of_repair(point: str, form: str, many_config: MakeConfig, runs: Any, unbroken: Any) -> None:
     digest = unbroken(form)
-    settings = config(shard={"samples": 3, "format": form})
+    settings = many_config(shard={"samples": 3, "format": form})
     runs.finish(settings)
     damage(settings.run.out)
     pid = runs.start(settings, fault=point, action="repair")
@@ -138,18 +122,19 @@ def damage(out: str) -> None:
     """Write one object of shard 7 again with a flipped byte."""
     store = Store(out)
     name = next(name for name in store.list("data") if re.search(r"/l\d/c/7/|/00007\.tar$", name))
-    data = bytearray(store.read(name))
-    data[len(data) // 3] ^= 0x10
-    store.write(name, bytes(data))
+    data = store.read(name)
+    store.write(name, flipped(data, len(data) // 3, 0x10))
 
 
-def test_twenty_random_kills_of_an_inline_run(config: Make, runs: Any, unbroken: Any, tmp_path: Path) -> None:
+def test_twenty_random_kills_of_an_inline_run(
+    many_config: MakeConfig, runs: Any, unbroken: Any, tmp_path: Path
+) -> None:
     digest = unbroken("zarr")
     rng = np.random.Generator(np.random.Philox(20))
-    window_s = _writing_seconds(config(out=str(tmp_path / "timed")), runs)
+    window_s = _writing_seconds(many_config(out=str(tmp_path / "timed")), runs)
     midway = 0
     for number in range(20):
-        settings = config(out=str(tmp_path / f"killed{number}"))
+        settings = many_config(out=str(tmp_path / f"killed{number}"))
         pid = runs.start(settings, sync=True)
         _wait_for(lambda out=settings.run.out: begun_shards(out))
         time.sleep(rng.uniform(0, 0.8 * window_s))
@@ -187,10 +172,10 @@ def _wait_for(happened: Callable[[], Any], timeout_s: float = 60.0) -> None:
     ],
 )
 def test_zombie_that_wakes_after_its_successor_changes_nothing(
-    point: str, form: str, config: Make, runs: Any, unbroken: Any
+    point: str, form: str, many_config: MakeConfig, runs: Any, unbroken: Any
 ) -> None:
     digest = unbroken(form)
-    settings = config(shard={"samples": 3, "format": form}, lock_stale_s=0.5)
+    settings = many_config(shard={"samples": 3, "format": form}, lock_stale_s=0.5)
     zombie = runs.start(settings, fault=f"{point}:stop")
     _wait_for(lambda: psutil.Process(zombie).status() == psutil.STATUS_STOPPED)
     time.sleep(0.8)  # its lock goes stale
@@ -202,9 +187,11 @@ def test_zombie_that_wakes_after_its_successor_changes_nothing(
     assert not verify(settings.run.out, "digest").problems
 
 
-def test_second_extract_is_refused_and_a_stale_lock_is_taken_over(config: Make, runs: Any, unbroken: Any) -> None:
+def test_second_extract_is_refused_and_a_stale_lock_is_taken_over(
+    many_config: MakeConfig, runs: Any, unbroken: Any
+) -> None:
     digest = unbroken("zarr")
-    settings = config()
+    settings = many_config()
     first = runs.start(settings, fault="shard.object:7:stop")
     _wait_for(lambda: psutil.Process(first).status() == psutil.STATUS_STOPPED)
     second = runs.start(settings)
@@ -218,10 +205,10 @@ def test_second_extract_is_refused_and_a_stale_lock_is_taken_over(config: Make, 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_stops_an_inline_run_cleanly(
-    number: int, exit_code: int, config: Make, runs: Any, unbroken: Any
+    number: int, exit_code: int, many_config: MakeConfig, runs: Any, unbroken: Any
 ) -> None:
     digest = unbroken("zarr")
-    settings = config()
+    settings = many_config()
     pid = runs.start(settings, sync=True)
     _wait_for(lambda: done_shards(settings.run.out))
     os.kill(pid, number)
@@ -234,11 +221,11 @@ def test_signal_stops_an_inline_run_cleanly(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["an actor", "the driver", "everything"])
-def test_kill_on_ray(victim: str, config: Make, runs: Any, tmp_path: Path) -> None:
+def test_kill_on_ray(victim: str, many_config: MakeConfig, runs: Any, tmp_path: Path) -> None:
     small = {"shard": {"samples": 1}, "batch_size": 1}  # sixty shards: the kill comes long before the last
-    inline = config(out=str(tmp_path / "unbroken"), **small)
+    inline = many_config(out=str(tmp_path / "unbroken"), **small)
     digest = runs.finish(inline)["digest"]
-    settings = config(inline=False, workers=2, **small)
+    settings = many_config(inline=False, workers=2, **small)
     driver = runs.start(settings)
     _wait_for(lambda: len(_actors(driver)) == 2, timeout_s=180)  # Ray starts slowly on a busy machine
     family, actors = psutil.Process(driver).children(recursive=True), _actors(driver)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,23 +119,11 @@ def test_a_key_has_its_levels_in_any_container_and_order(
 
 
 @pytest.mark.slow
-def test_ray_workers_read_a_zip(
-    files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ray
-
+@pytest.mark.usefixtures("local_ray")
+def test_ray_workers_read_a_zip(files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path) -> None:
     path = str(PACKERS["zip"](tmp_path, files))
     inline = run_extraction(make_config(images=path, max_bad=1, out=str(tmp_path / "inline")))
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 1024**2
-    )
-    try:
-        assert run_extraction(make_config(images=path, max_bad=1, inline=False, workers=1)).digest == inline.digest
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the collector
-            ray.shutdown()
+    assert run_extraction(make_config(images=path, max_bad=1, inline=False, workers=1)).digest == inline.digest
 
 
 def test_labels_follow_images_into_containers(packed: tuple[str, Path], files: dict[str, bytes]) -> None:
