@@ -41,8 +41,8 @@ torchrun --nproc-per-node 8 --no-python dtpipe train-teacher -c adm_teacher --im
 def command(call: Call) -> None:
     """Train a small DDPM on your own images.
 
-    Writes a diffusers folder that `dtpipe extract --teacher` takes, and a grid of samples to look at. Run it again to go on.
-    Under torchrun, several GPUs share each batch.
+    Writes a diffusers folder that `dtpipe extract --teacher` takes, and a grid of samples to look at. Run it again to
+    go on. Under torchrun, several GPUs share each batch.
     """
     config = call.settings("train_teacher")
     from dtpipe.pipeline.train_teacher import train_teacher
@@ -64,7 +64,8 @@ def command(call: Call) -> None:
     )
     if result.finished:
         call.console.result(
-            f"next: look at {result.samples}, then dtpipe extract --images {config.images} --teacher {result.out} --out features/"
+            f"next: look at {result.samples}, then dtpipe extract --images {config.images} "
+            f"--teacher {result.out} --out features/"
         )
     else:
         call.console.result("next: run the same command to go on")

@@ -43,8 +43,8 @@ def saved(config: LineConfig) -> dict[str, Any]:
 def at(step: int, do: Callable[[], object], rank: str = "0") -> Callable[[int], None]:
     """Something that one rank does after a step, before it is reported and saved."""
 
-    def after(taken: int) -> None:
-        if taken == step and os.environ.get("RANK", "0") == rank:
+    def after(now: int) -> None:
+        if now == step and os.environ.get("RANK", "0") == rank:
             do()
 
     return after

@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> TrainTeacherConfig:
     return tiny_teacher(tmp_path / "teacher")
 
 
-def taken(config: TrainTeacherConfig, images: TrainImages | None = None) -> tuple[TeacherTraining, Sequence[float]]:
+def trained(config: TrainTeacherConfig, images: TrainImages | None = None) -> tuple[TeacherTraining, Sequence[float]]:
     """A trainer after all its steps, and the loss of each."""
     trainer = TeacherTraining(config, images or noise_images(config), CPU)
     loop, losses = Loop(trainer), []
@@ -97,7 +97,7 @@ def test_training_learns():
     """On one image the loss falls well below one, the loss of a network that predicts nothing."""
     pixels = np.zeros((1, 16, 16, 3), np.uint8)
     pixels[:, :8] = 200
-    losses = taken(tiny_teacher(steps=150, batch_size=8, lr=3e-3), in_memory(pixels))[1]
+    losses = trained(tiny_teacher(steps=150, batch_size=8, lr=3e-3), in_memory(pixels))[1]
     assert np.mean(losses[:5]) > 0.8
     assert np.mean(losses[-20:]) < 0.35
 
@@ -108,7 +108,7 @@ def test_the_network_learns_from_its_class():
     images = in_memory(pixels, np.repeat([0, 1], 8), ("black", "white"))
     config = tiny_teacher(steps=60, batch_size=8, lr=5e-3, class_conditional=True, label_dropout=0.5, flip=False)
     before = TeacherTraining(config, images, CPU).unet.get_parameter("class_embedding.weight").detach()
-    unet = taken(config, images)[0].unet
+    unet = trained(config, images)[0].unet
     noise = torch.from_numpy(np.random.Generator(np.random.Philox(1)).standard_normal((2, 3, 16, 16), np.float32))
     with torch.no_grad():
         black, white, null = (unet(noise, 700, torch.full((2,), label)).sample.mean() for label in (0, 1, 2))
@@ -125,7 +125,7 @@ def test_low_precision_stays_close_to_float32(precision, tolerance, monkeypatch)
     """
     monkeypatch.setattr("dtpipe.distill.teacher.trainer.pick_precision", lambda name, _device: getattr(torch, name))
     trainers, losses = zip(
-        *(taken(tiny_teacher(lr=1e-4, precision=name)) for name in ("float32", precision)), strict=True
+        *(trained(tiny_teacher(lr=1e-4, precision=name)) for name in ("float32", precision)), strict=True
     )
     difference = abs(np.array(losses[1]) / np.array(losses[0]) - 1)
     assert (difference > 0).any()  # it was another arithmetic
