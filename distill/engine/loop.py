@@ -87,6 +87,7 @@ class Loop(Generic[P]):
         self.step = 0
         """Taken so far."""
         self.grad_norm = 0.0
+        """Of the last step whose gradient was finite, before clipping."""
         self.meter = Meter(trainer.watch)
         scaled = trainer.course.precision == torch.float16
         self.scaler = torch.amp.GradScaler(trainer.device.type, enabled=scaled)
@@ -133,16 +134,17 @@ class Loop(Generic[P]):
         self.scaler.unscale_(self.trainer.optimizer)
         limit = self.trainer.course.clip_grad or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.trainer.network.parameters(), limit)
-        *losses, self.grad_norm = torch.stack([*(loss for _, loss in parts), norm]).tolist()
+        *losses, length = torch.stack([*(loss for _, loss in parts), norm]).tolist()
         bad = [(part, loss) for (part, _), loss in zip(parts, losses, strict=True) if not math.isfinite(loss)]
-        overflows = self.scaler.get_scale() > 1  # in float16, which a smaller scale answers, down to 1
-        if bad or not (math.isfinite(self.grad_norm) or overflows):
-            raise self._diverged([part for part, _ in parts], *bad[:1])
+        if math.isfinite(length):
+            self.grad_norm = length
+        if bad or not (math.isfinite(length) or self.scaler.get_scale() > 1):  # a smaller scale answers, down to 1
+            raise self._diverged([part for part, _ in parts], length, *bad[:1])
 
-    def _diverged(self, parts: list[P], bad: tuple[P, float] | None = None) -> DivergedError:
+    def _diverged(self, parts: list[P], length: float, bad: tuple[P, float] | None = None) -> DivergedError:
         """The same error on all ranks: of one whose loss it is, before those that got its gradients."""
         keys = bad[0].keys if bad else [key for part in parts for key in part.keys]
-        what = f"the loss is {bad[1]}" if bad else f"the gradient's norm is {self.grad_norm}"
+        what = f"the loss is {bad[1]}" if bad else f"the gradient's norm is {length}"
         answers = self.ranks.gather((bad is None, what, keys))
         _, what, keys = min(answers, key=lambda answer: answer[0])
         named = ", ".join(keys[:_NUM_KEYS_SHOWN])

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +208,27 @@ def test_an_overflow_in_float16_leaves_the_weights_and_lowers_the_scale(config):
         next(Loop(line).steps())
 
 
-def test_the_scale_of_float16_goes_on_where_it_was(config, monkeypatch):
+class Half(Line):
     """Precision is the trainer's own affair; the loop scales the loss for it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.course = replace(self.course, precision=torch.float16)
+
+
+def test_a_step_that_overflows_is_reported_with_the_norm_before_it(config, monkeypatch):
+    """A gradient that is not finite fits no line of metrics."""
+    monkeypatch.setattr("parts.line.Line", Half)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **b: scaler(*a, **b, init_scale=2.0**127))
+    fit(changed(config, num_steps=8))
+    norms = [line["grad_norm"] for line in read_metrics(Path(config.run.out))]
+    assert norms[0] == 0  # 2**127 overflows; a few halvings later nothing does
+    assert norms[-1] > 0
+
+
+def test_the_scale_of_float16_goes_on_where_it_was(config, monkeypatch):
     scales = []
-
-    class Half(Line):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            self.course = self.course.__class__(**{**vars(self.course), "precision": torch.float16})
-
     monkeypatch.setattr("parts.line.Line", Half)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(
