@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -108,6 +110,25 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) < 250
+
+
+MEASURED = [  # the rows of the README's first table of results: file, task, number of labelled images
+    *(("probe_flowers", "flowers_classes", count) for count in (50, 250, 3251)),
+    *(("probe_digits", "digits_foreground", count) for count in (5, 20, 80, 3000)),
+    ("probe_digits", "digits_classes", 3000),
+]
+
+
+def test_the_readmes_results_are_those_of_the_benchmarks() -> None:
+    table = README.partition("| task, labelled images |")[2].splitlines()[2 : 2 + len(MEASURED)]
+    for row, (file, task, count) in zip(table, MEASURED, strict=True):
+        document = json.loads((REPO / "benchmarks" / "results" / f"{file}.json").read_text())
+        scores = [score for score in document["results"][task]["scores"] if score["best"]]
+        shown = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        for cell, extractor in zip(shown, ("distilled", "random initialisation", "teacher", "supervised"), strict=True):
+            values = [s["value"] for s in scores if (s["extractor"], s["num_labelled"]) == (extractor, count)]
+            assert len(values) == 3
+            assert cell == f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}", (row, extractor)
 
 
 def session(text: str) -> list[tuple[list[str], list[str]]]:
