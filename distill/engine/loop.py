@@ -136,10 +136,12 @@ class Loop(Generic[P]):
         norm = torch.nn.utils.clip_grad_norm_(self.trainer.network.parameters(), limit)
         *losses, length = torch.stack([*(loss for _, loss in parts), norm]).tolist()
         bad = [(part, loss) for (part, _), loss in zip(parts, losses, strict=True) if not math.isfinite(loss)]
-        if math.isfinite(length):
+        if math.isfinite(length) and not bad:
             self.grad_norm = length
-        if bad or not (math.isfinite(length) or self.scaler.get_scale() > 1):  # a smaller scale answers, down to 1
-            raise self._diverged([part for part, _ in parts], length, *bad[:1])
+            return
+        if self.scaler.get_scale() > 1 and not self.ranks.most(len(bad))[0]:
+            return  # float16 overflowed; the scale is lowered and the step left out
+        raise self._diverged([part for part, _ in parts], length, *bad[:1])
 
     def _diverged(self, parts: list[P], length: float, bad: tuple[P, float] | None = None) -> DivergedError:
         """The same error on all ranks: of one whose loss it is, before those that got its gradients."""

@@ -227,6 +227,16 @@ def test_a_step_that_overflows_is_reported_with_the_norm_before_it(config, monke
     assert norms[-1] > 0
 
 
+def test_a_loss_that_is_not_finite_ends_all_ranks_in_float16_too(config, tmp_path, monkeypatch):
+    """The other rank sees gradients that might come from an overflow."""
+    monkeypatch.setattr("parts.line.Line", Half)
+    wild = changed(config, poisoned=3, num_steps=40)
+    answers = fork_ranks(lambda _: fit(wild).step, tmp_path, 2)
+    assert answers[0] == answers[1]
+    assert answers[0][0] == "DivergedError"
+    assert "the loss is nan" in answers[0][1] and "row 3" in answers[0][1]
+
+
 def test_the_scale_of_float16_goes_on_where_it_was(config, monkeypatch):
     scales = []
     monkeypatch.setattr("parts.line.Line", Half)
