@@ -29,8 +29,7 @@ from dtpipe.distill.student.distiller import build_distiller
 from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.recipe import stored_levels
 from dtpipe.extract.teachers.base import TapSpec
-from dtpipe.extract.teachers.diffusion.unet import _decoder_layers
-from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, TapReader, find_levels
+from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, TapReader, decoder_layers, find_levels
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.write.plan import bytes_per_sample
 
@@ -81,7 +80,7 @@ def unet_cost(
         return unet(*inputs)
 
     with torch.inference_mode():
-        taps = find_levels(unet, forward, image_px[1], _decoder_layers(unet), strides)
+        taps = find_levels(unet, forward, image_px[1], decoder_layers(unet), strides)
         reader = TapReader(unet, {name: tap.tap for name, tap in taps.items()})
         return tuple(taps.values()), gflop_of(lambda: reader.read(forward)), gflop_of(forward)
 

@@ -249,7 +249,7 @@ def flowers_teacher(root: Path, args: argparse.Namespace) -> Path:
         return Path(config.run.out)
     say(f"training the teacher of the flowers for {config.run.steps} steps in {config.run.out}")
     result = train_teacher(
-        config, lambda progress: say(f"  step {progress.step}/{progress.steps}, loss {progress.loss:.4f}")
+        config, lambda progress: say(f"  step {progress.step}/{progress.num_steps}, loss {progress.losses['loss']:.4f}")
     )
     done.touch()
     return result.out

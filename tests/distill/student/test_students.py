@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 
 from dtpipe.distill.config import LossConfig
-from dtpipe.distill.downstream.base import student_extractor
+from dtpipe.distill.downstream.extractors import student_extractor
 from dtpipe.distill.engine.loop import Loop
 from dtpipe.distill.engine.progress import Meter
 from dtpipe.distill.engine.run_folder import read_metrics
