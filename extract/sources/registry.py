@@ -6,9 +6,10 @@ come last, since they take whatever the others do not and say what is wrong with
 
 from __future__ import annotations
 
-from dtpipe.extract.sources import features, folder, lmdb, parquet, tar, zip
+from dtpipe.extract.sources import features, folder, lmdb, tar, zip
 from dtpipe.extract.sources.base import Source, SourceKind
 from dtpipe.extract.sources.numbered import SynthesizedSource
+from dtpipe.extract.sources.parquet import source as parquet
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.schema import SYNTHESIZED
 

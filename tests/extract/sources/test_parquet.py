@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtpipe.extract.sources.group_cache import GroupCache
 from dtpipe.extract.sources.images import decode_image
-from dtpipe.extract.sources.parquet import ParquetSource
+from dtpipe.extract.sources.parquet.groups import GroupCache
+from dtpipe.extract.sources.parquet.source import ParquetSource
 from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.write.listing import permutation
@@ -185,7 +185,7 @@ def test_file_that_is_gone_is_no_fault_of_the_image(tmp_path: Path) -> None:
 
 def test_row_groups_too_large_to_decode_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"1.png": np.random.default_rng(0).bytes(20_000)})
-    monkeypatch.setattr("dtpipe.extract.sources.parquet.MAX_GROUP_BYTES", 10_000)
+    monkeypatch.setattr("dtpipe.extract.sources.parquet.source.MAX_GROUP_BYTES", 10_000)
     with pytest.raises(InputError, match=r"a\.parquet: row group 0 holds .* write the file with row groups of at most"):
         open_source(str(path)).list()
 
@@ -211,7 +211,7 @@ def test_container_order_decodes_groups_once_and_permuted_order_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the README says of order: with room for 4 of 20 groups."""
-    monkeypatch.setattr("dtpipe.extract.sources.parquet.CACHE_BYTES", 4 * 10 * 3100)
+    monkeypatch.setattr("dtpipe.extract.sources.parquet.source.CACHE_BYTES", 4 * 10 * 3100)
     path = write_parquet(tmp_path / "a.parquet", {f"{idx}.png": bytes([idx]) * 3000 for idx in range(200)}, group=10)
     decoded = {}
     for order in (range(200), permutation(200, 0)):

@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind
-from dtpipe.extract.sources.group_cache import GroupCache
 from dtpipe.extract.sources.names import key_of
-from dtpipe.extract.sources.parquet_columns import ParquetColumns, find_columns
+from dtpipe.extract.sources.parquet.columns import ParquetColumns, find_columns
+from dtpipe.extract.sources.parquet.groups import GroupCache
 from dtpipe.extract.sources.places import changed, container_files, folder_of, is_pattern, open_place, unreadable
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError
 
