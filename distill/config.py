@@ -39,7 +39,7 @@ class RegressorConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """Equations (1)-(3): L_feat = mse_weight * L_MSE + at_weight * L_AT. A weight `<name>_weight` belongs to loss `<name>` of `LOSSES`."""
+    """Equations (1)-(3): L_feat = mse_weight * L_MSE + at_weight * L_AT; `<name>_weight` is of loss `<name>`."""
 
     mse_weight: float = Field(default=1.0, ge=0, description="Weight of equation (1).")
     at_weight: float = Field(default=10.0, ge=0, description="lambda_AT, the weight of equation (2).")
@@ -48,7 +48,7 @@ class LossConfig(StrictModel):
     )
     whiten: Literal["layer", "channel", "none"] = Field(
         default="layer",
-        description="LayerNorm of teacher levels over (C,H,W), over C per position, or none; AT takes them as they are.",
+        description="LayerNorm of teacher levels over (C,H,W), over C per position, or none; AT takes them raw.",
     )
 
     @property
@@ -212,9 +212,8 @@ class DistillRecipeConfig(Settings):
         for name in ("sample_weights", "loss_weights"):
             weights = getattr(self, name)
             if weights is not None and len(weights) != num:
-                raise ValueError(
-                    f"distill.{name} has {len(weights)} values for {num} dataset{'' if num == 1 else 's'}; give one each"
-                )
+                datasets = "dataset" if num == 1 else "datasets"
+                raise ValueError(f"distill.{name} has {len(weights)} values for {num} {datasets}; give one each")
         if self.equivariant and self.flip is False:
             raise ValueError(
                 "distill.equivariant mirrors features for flips, and distill.flip is off; leave one of them out"

@@ -100,8 +100,9 @@ def _refuse_too_many_bad(config: TrainTeacherConfig, bad: Sequence[str], num: in
     if len(bad) > config.run.max_bad_samples(num):
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ErrorBudgetError(
-            f"{config.images} has {len(bad)} bad images, train_teacher.run.max_bad allows {config.run.max_bad_samples(num)} "
-            f"({'; '.join(bad[:5])}{more}); mend the images, or run again with a larger train_teacher.run.max_bad"
+            f"{config.images} has {len(bad)} bad images, train_teacher.run.max_bad allows "
+            f"{config.run.max_bad_samples(num)} ({'; '.join(bad[:5])}{more}); mend the images, or run again with a "
+            "larger train_teacher.run.max_bad"
         )
 
 

@@ -1,6 +1,6 @@
 """`dtpipe report`: one self-contained HTML page about a run.
 
-Everything on the page is read from the run folder and the dataset; what cannot be had is left out with a note that says why.
+Everything on it is read from the run folder and the dataset; what cannot be had is left out, with a note that says why.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SAMPLE_COLUMNS = 8
 def write_report(config: ReportConfig, note: Note) -> Path:
     """Write the page and return where it is.
 
-    Raises: InputError when `run` holds no run, TeacherError when `teacher` is none; StoreError when the page cannot be written.
+    Raises: InputError when `run` holds no run, TeacherError when `teacher` is none; StoreError when it cannot be written.
     """
     run = Path(config.run)
     context = build_context(run, config, note)
