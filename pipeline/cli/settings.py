@@ -53,7 +53,7 @@ def submodel(annotation: Any) -> type[BaseModel] | None:
     """The settings model inside an annotation such as `NoiseConfig | None`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := submodel(arg))), None)
+    return next((model for arg in get_args(annotation) if (model := submodel(arg))), None)
 
 
 def find_field(model: type[BaseModel], key: str) -> FieldInfo | None:
@@ -274,18 +274,18 @@ def _fields_of(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, A
 
 def explain(err: ValidationError, model: type[BaseModel], section: str, names: Mapping[str, str]) -> str:
     """A pydantic error as one sentence: key, value seen, what is allowed; missing keys name their flag."""
-    found: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     missing = []
     for problem in err.errors(include_url=False):
         key = _known_prefix(model, problem["loc"], section)
         if problem["type"] == "missing":
             missing += [_spelled(required, names) for required in _required(model, key)]
         elif not (
-            key in found and problem["type"] == "too_short"
+            key in problems and problem["type"] == "too_short"
         ):  # an item was wrong; pydantic also counts it as absent
-            found.setdefault(key, []).append(_problem_text(problem))
+            problems.setdefault(key, []).append(_problem_text(problem))
     parts = [f"{', '.join(missing)} must be given"] if missing else []
-    for key, texts in found.items():
+    for key, texts in problems.items():
         named = key == section or texts[0].startswith(f"{key}.")  # a check of several fields names them itself
         parts.append(("" if named else key) + " or ".join(dict.fromkeys(texts)))
     return "; ".join(parts[:4])

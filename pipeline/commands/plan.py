@@ -33,7 +33,7 @@ def command(call: Call) -> None:
     config = call.settings("extract")
     extraction, recipe = plan_recipe(config)
     print_extraction(call.console, extraction)
-    found: dict[str, Any] = {"extract": extraction}
+    answer: dict[str, Any] = {"extract": extraction}
     if call.has("distill"):
         section = {"datasets": [config.run.out], **call.document["distill"]}
         student = validate({"distill": section}, "distill", call.names, DistillRecipeConfig)
@@ -41,5 +41,5 @@ def command(call: Call) -> None:
         sizes = (recipe.levels, recipe.student_px, extraction.num_samples, extraction.stored_bytes)
         training = time_training(student, device, *sizes)
         print_training(call.console, training)
-        found["distill"] = training
-    call.console.document(found)
+        answer["distill"] = training
+    call.console.document(answer)

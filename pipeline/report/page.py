@@ -38,7 +38,8 @@ SAMPLE_COLUMNS = 8
 def write_report(config: ReportConfig, note: Note) -> Path:
     """Write the page and return where it is.
 
-    Raises: InputError when `run` holds no run, TeacherError when `teacher` is none; StoreError when it cannot be written.
+    Raises: InputError when `run` holds no run, TeacherError when `teacher` is none; StoreError when it cannot be
+    written.
     """
     run = Path(config.run)
     context = build_context(run, config, note)
@@ -82,8 +83,8 @@ def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]
         "maps": _maps(run, settings, config, leave_out),
         "samples": _samples(config),
         "commands": [
-            *(each["command"] for each in datasets if each["command"]),
-            *(each["command"] for each in read_commands(run)),
+            *(dataset["command"] for dataset in datasets if dataset["command"]),
+            *(record["command"] for record in read_commands(run)),
         ],
         "datasets": datasets,
         "config": yaml.safe_dump({"distill": settings.model_dump(mode="json")}, sort_keys=False),
@@ -157,7 +158,7 @@ def _scores(run: Path) -> list[dict[str, Any]]:
     """One entry per file in the run's eval folder."""
     from markupsafe import Markup
 
-    found = []
+    facts = []
     for path in sorted((run / "eval").glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         best = [summary for summary in document["summaries"] if summary["level"] == "best"]
@@ -171,7 +172,7 @@ def _scores(run: Path) -> list[dict[str, Any]]:
         rows = {name: [by_num.get(num) for num in numbers] for name, by_num in cells.items()}
         seeds = max(summary["num_seeds"] for summary in best)
         spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-        found.append(
+        facts.append(
             {
                 "title": f"{document['task']}: {document['metric']}",
                 "numbers": [f"{num} labelled" for num in numbers],
@@ -182,7 +183,7 @@ def _scores(run: Path) -> list[dict[str, Any]]:
                 "figure": Markup(figures.scores(path.stem, numbers, rows, document["metric"])),
             }
         )
-    return found
+    return facts
 
 
 def _cell(cell: tuple[float, float] | None, seeds: int) -> str:
@@ -203,11 +204,11 @@ def _maps(
         return None
     images = [
         {
-            "key": each.key,
-            "image": data_uri(each.image),
-            "pairs": [(data_uri(a), data_uri(b)) for a, b in each.maps.values()],
+            "key": sample.key,
+            "image": data_uri(sample.image),
+            "pairs": [(data_uri(a), data_uri(b)) for a, b in sample.maps.values()],
         }
-        for each in shown.images
+        for sample in shown.images
     ]
     return {"images": images, "errors": shown.errors}
 
@@ -271,15 +272,15 @@ def _live_data(run: Path) -> list[dict[str, Any]]:
     from dtpipe.distill.engine.run_folder import read_config
 
     extract, record = read_config(run, "extract"), read_record(run) or {}
-    found = record.get("live")
-    if not found:
+    live = record.get("live")
+    if not live:
         return []
-    transform, views = found["transform"], [ViewSpec.model_validate({**view, "draw": 0}) for view in found["views"]]
+    transform, views = live["transform"], [ViewSpec.model_validate({**view, "draw": 0}) for view in live["views"]]
     facts = {
-        "teacher": f"{found['teacher']['kind']}, weights {found['teacher']['weights_blake3'][:16]}",
+        "teacher": f"{live['teacher']['kind']}, weights {live['teacher']['weights_blake3'][:16]}",
         "images": f"{transform['width']}x{transform['height']} px, {transform['resize']}",
         "levels": ", ".join(
-            f"{each['name']} ({each['channels']}x{each['height']}x{each['width']})" for each in found["levels"]
+            f"{level['name']} ({level['channels']}x{level['height']}x{level['width']})" for level in live["levels"]
         ),
         "views": "; ".join(view_name(view).replace("draw 0", "a new draw in each epoch") for view in views),
         "samples": f"{record['samples']['num']} in use, of {record['listing']['num']} listed",
