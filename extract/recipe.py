@@ -22,7 +22,7 @@ from dtpipe.extract.teachers.base import Generator, TapSpec, Teacher, TeacherSpe
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.codecs.registry import open_codec
-from dtpipe.manifests.errors import ConfigError, TeacherError
+from dtpipe.manifests.errors import ConfigError, InputError, TeacherError
 from dtpipe.manifests.schema import (
     SYNTHESIZED,
     CodecRecipe,
@@ -97,7 +97,11 @@ def resolve_recipe(
 def list_source(config: ExtractRecipeConfig, source: Source) -> Listing:
     """The samples that the settings choose, by row. Raises: InputError as the source and `build_listing` do."""
     keys = None if config.keys is None else read_key_file(config.keys, "extract.keys")
-    return build_listing(source.list(), _order(config, source.kind), config.source.seed, config.limit, keys)
+    try:
+        items = source.list()
+    except OSError as err:
+        raise InputError(f"{config.images}: cannot be listed ({err}); check the path of your images") from err
+    return build_listing(items, _order(config, source.kind), config.source.seed, config.limit, keys)
 
 
 def _order(config: ExtractRecipeConfig, source_kind: str) -> Order:

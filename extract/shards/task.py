@@ -75,6 +75,6 @@ def budget_message(where: str, num_bad: int, max_bad: int, bad: Sequence[BadSamp
     named = "; ".join(f"{sample.key}: {sample.reason}" for sample in bad[:5])
     more = f"; and {num_bad - 5} more" if num_bad > 5 else ""
     return (
-        f"{where} has {num_bad} bad samples, extract.run.max_bad allows {max_bad} ({named}{more}); "
-        f"mend the images, or run again with a larger --max-bad"
+        f"{where} has {num_bad} bad {'sample' if num_bad == 1 else 'samples'}, extract.run.max_bad allows {max_bad} "
+        f"({named}{more}); mend the images, or run again with a larger --max-bad"
     )

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.names import (
-    CONTAINERS,
     MAX_FILE_BYTES,
     in_class_folders,
     key_of,
@@ -115,11 +114,11 @@ def _open_folder(url: str) -> Place:
     place = open_place(url)
     if place.is_file and not place.is_folder:
         raise InputError(
-            f"{url}: is a file, and its name ends in none of {', '.join(CONTAINERS)}; "
+            f"{url}: is a file that no source recognises by its name; `dtpipe list sources` says what each reads; "
             "give the folder that the images lie in, or name what it is with extract.source.kind"
         )
     if not place.is_folder:
-        raise InputError(f"{url}: no such folder; check the path of your images")
+        raise InputError(f"{url}: no such file or folder; check the path of your images")
     return place
 
 

@@ -13,7 +13,15 @@ from dtpipe.extract.sources.parquet import source as parquet
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.schema import SYNTHESIZED
 
-_DECLARED = (features.KIND, lmdb.KIND, parquet.KIND, tar.KIND, zip.KIND, folder.CLASS_FOLDER, folder.FOLDER)
+_DECLARED = (
+    features.KIND,
+    lmdb.KIND,
+    parquet.KIND,
+    tar.KIND,
+    zip.KIND,
+    folder.CLASS_FOLDER,
+    folder.FOLDER,
+)
 SOURCES: dict[str, SourceKind] = {kind.kind: kind for kind in _DECLARED}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtpipe.extract.teachers import module
-from dtpipe.extract.teachers.base import Teacher, TeacherKind
+from dtpipe.extract.teachers.base import Teacher, TeacherKind, parse_options
 from dtpipe.extract.teachers.biggan import icgan
 from dtpipe.extract.teachers.biggan import teacher as biggan
 from dtpipe.extract.teachers.diffusion import adm, ddpm
@@ -24,9 +24,17 @@ from dtpipe.manifests.errors import TeacherError
 if TYPE_CHECKING:
     from dtpipe.extract.config import TeacherConfig
 
-KINDS = {
-    family.KIND.kind: family.KIND for family in (module, biggan, icgan, adm, ddpm, stable_diffusion, stylegan2, vae)
-}
+_FAMILIES = (
+    module,
+    biggan,
+    icgan,
+    adm,
+    ddpm,
+    stable_diffusion,
+    stylegan2,
+    vae,
+)
+KINDS = {family.KIND.kind: family.KIND for family in _FAMILIES}
 
 
 def teacher_kinds() -> dict[str, TeacherKind]:
@@ -37,10 +45,12 @@ def teacher_kinds() -> dict[str, TeacherKind]:
 def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
     """The teacher that `config` names, frozen and in eval mode on `device`.
 
-    Raises: TeacherError when no family, or the wrong one, recognises the path.
+    Raises: TeacherError when no family, or the wrong one, recognises the path; ConfigError for an option that the
+    family does not have.
     """
     config = locate(config, published_teachers())
     kind = _kind_of(config)
+    parse_options(config, kind.options)  # a family that reads none of them must not pass over them in silence
     teacher: Teacher = kind.load(config, device)
     keeps_its_word = isinstance(teacher, kind.protocol)  # others' code declares what it likes
     if not keeps_its_word:

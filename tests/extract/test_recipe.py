@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.recipe import whole_path
+from dtpipe.extract.recipe import list_source, whole_path
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.task import WorkerContext
+from dtpipe.extract.sources.base import SourceItem
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -44,7 +45,7 @@ def foreign_output(tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wrong", "error", "says"),
     [
-        (no_images, InputError, "nowhere: no such folder"),
+        (no_images, InputError, "nowhere: no such file or folder"),
         (empty_folder, InputError, "no image in it"),
         (unknown_key, InputError, r"cat/999\.png"),
         (foreign_output, ConfigError, r"thesis\.tex"),
@@ -65,6 +66,26 @@ def test_a_wrong_path_costs_no_teacher_no_cluster_and_no_file(
     with pytest.raises(error, match=says):
         run_extraction(config)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+class GoneList:
+    """A source whose listing fails as files do."""
+
+    kind = "folder"
+
+    def list(self) -> Sequence[SourceItem]:
+        return [SourceItem(line, line) for line in Path("gone.list").read_text().splitlines()]
+
+    def ignored(self) -> Mapping[str, int]:
+        return {}
+
+    def read(self, uri: str) -> bytes:
+        return Path(uri).read_bytes()
+
+
+def test_a_source_that_cannot_be_listed_is_one_sentence(make_config: MakeConfig) -> None:
+    with pytest.raises(InputError, match=r"cannot be listed \(.*gone\.list.*\); check the path"):
+        list_source(make_config(), GoneList())
 
 
 def test_fresh_is_refused_before_the_teacher_is_loaded(make_config: MakeConfig, tmp_path: Path) -> None:

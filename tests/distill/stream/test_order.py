@@ -17,7 +17,6 @@ from dtpipe.distill.stream.order import (
     epoch_parts,
     key_hashes,
     mix,
-    step_seed,
     use_flips,
 )
 from dtpipe.manifests.errors import ConfigError
@@ -94,12 +93,6 @@ def test_three_runs_on_two_one_and_three_ranks_see_every_key_once_per_epoch():
                     if (part.epoch, part.batch_idx) < end and part.weight:
                         seen[epoch].update(part.rows.tolist())
     assert seen == {0: Counter(rows.tolist()), 1: Counter(rows.tolist())}
-
-
-def test_the_seed_of_a_step_differs_by_seed_step_and_rank():
-    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(4)}
-    assert len(seeds) == 240
-    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_an_epoch_taken_up_in_the_middle_goes_on_with_the_same_batches():

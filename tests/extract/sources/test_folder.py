@@ -169,7 +169,7 @@ def test_names_that_are_no_unicode_have_keys_and_read_back(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["auto", "folder", "class_folder"])
 def test_wrong_path_says_so(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(InputError, match=r"nowhere: no such folder"):
+    with pytest.raises(InputError, match=r"nowhere: no such file or folder"):
         open_source(str(tmp_path / "nowhere"), kind)
 
 

@@ -248,7 +248,7 @@ def test_members_of_four_gigabytes_and_more_are_bad(tmp_path: Path) -> None:
 def test_missing_and_empty_archives_say_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.zip: no such zip file"):
         open_source(str(tmp_path / "nowhere.zip"))
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         open_source(str(tmp_path / "nowhere.zip" / "inside"))
     with pytest.raises(InputError, match=r"no image in it \(1 \.txt\)"):
         open_source(str(write_zip(tmp_path / "a.zip", {"a.txt": b""}))).list()

@@ -13,7 +13,7 @@ import pytest
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers import plugins
 from dtpipe.extract.teachers.registry import load_teacher, teacher_kinds
-from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.errors import ConfigError, TeacherError
 
 GOOD = '''
 import torch
@@ -159,6 +159,13 @@ def test_a_plugin_whose_teacher_lacks_the_methods_it_declares_is_refused(site: P
     install(site, GOOD, mute=":mute")
     with pytest.raises(TeacherError, match=r"some\.mute: kind mute gives a object, which lacks the methods"):
         load_teacher(TeacherConfig(path="some.mute"))
+
+
+def test_options_that_a_family_does_not_declare_are_refused(site: Path) -> None:
+    """This one reads none, so it would pass over them in silence."""
+    install(site, GOOD, brightness=":give")
+    with pytest.raises(ConfigError, match=r"extract\.teacher\.options\.seed: .*options of this teacher: none"):
+        load_teacher(TeacherConfig(path="some.bright", options={"seed": 3}))
 
 
 def test_images_are_extracted_with_an_installed_teacher(site: Path, image_folder: Path, tmp_path: Path) -> None:
