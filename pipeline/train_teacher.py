@@ -11,17 +11,27 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from dtpipe.distill.engine.progress import OnTrainProgress
+from dtpipe.distill.teacher import trainer
 from dtpipe.distill.teacher.config import TrainTeacherConfig
+from dtpipe.distill.teacher.data import TrainImages
+from dtpipe.distill.teacher.network import build_unet, noise_schedule
+from dtpipe.distill.teacher.trainer import TrainTeacherResult
+from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.pixels import to_pixels
+from dtpipe.extract.sources.base import SourceItem
+from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.extract.sources.registry import open_source
+from dtpipe.extract.teachers.diffusion.ddpm import load_ddpm_teacher
+from dtpipe.extract.teachers.diffusion.files import find_unet
+from dtpipe.extract.teachers.diffusion.process import alphas_cumprod, ddim_sample
+from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.manifests.errors import BadImage, ConfigError, ErrorBudgetError, InputError, TeacherError
 from dtpipe.manifests.schema import TransformRecipe
 
 if TYPE_CHECKING:
     import torch
 
-    from dtpipe.distill.engine.progress import OnTrainProgress
-    from dtpipe.distill.teacher.data import TrainImages
-    from dtpipe.distill.teacher.trainer import TrainTeacherResult
-    from dtpipe.extract.sources.base import SourceItem
 
 _MAX_PIXELS = 128_000_000  # of one image, as in extract
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -33,8 +43,6 @@ _NOT_WEIGHTS = frozenset({"sample_size", "num_train_timesteps"})
 
 def train_teacher(config: TrainTeacherConfig, on_progress: OnTrainProgress | None = None) -> TrainTeacherResult:
     """Train, or go on training, and write the teacher with its sample grid. Raises: see `distill.teacher.trainer`."""
-    from dtpipe.distill.teacher import trainer
-
     return trainer.train_ddpm(config, load_images, start_from, draw_images, on_progress)
 
 
@@ -44,10 +52,6 @@ def load_images(config: TrainTeacherConfig, copies: int = 1) -> TrainImages:
     Raises: InputError when no image is readable, or one has no class and needs it; ErrorBudgetError for more bad images
     than `max_bad`; ConfigError when they would not fit into memory.
     """
-    from dtpipe.distill.teacher.data import TrainImages
-    from dtpipe.extract.sources.images import decode_image, resize_image
-    from dtpipe.extract.sources.registry import open_source
-
     source = open_source(config.images, config.kind)
     items = sorted(source.list(), key=lambda item: item.key)
     classes = _classes(config, items)
@@ -129,9 +133,6 @@ def start_from(config: TrainTeacherConfig, unet: Any) -> str:
 
     Raises: TeacherError when it is missing or damaged, or another network, or learned another noise schedule.
     """
-    from dtpipe.extract.teachers.diffusion.files import find_unet
-    from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
-
     folder = str(config.init_from)
     if not Path(folder).is_dir():
         raise TeacherError(
@@ -170,9 +171,6 @@ def _plain(value: Any) -> Any:
 
 
 def _learns_our_noise(scheduler: Mapping[str, Any], config: TrainTeacherConfig) -> bool:
-    from dtpipe.distill.teacher.network import noise_schedule
-    from dtpipe.extract.teachers.diffusion.process import alphas_cumprod
-
     ours, theirs = noise_schedule(config), alphas_cumprod(scheduler)
     same = len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=1e-6)
     return same and scheduler["prediction_type"] == "epsilon"
@@ -180,9 +178,6 @@ def _learns_our_noise(scheduler: Mapping[str, Any], config: TrainTeacherConfig) 
 
 def draw_images(config: TrainTeacherConfig, folder: Path, num_classes: int, device: torch.device) -> NDArray[np.uint8]:
     """Images of the teacher in `folder`, uint8 [N, H, W, 3]; with classes, one of each in turn."""
-    from dtpipe.extract.config import TeacherConfig
-    from dtpipe.extract.teachers.diffusion.ddpm import load_ddpm_teacher
-
     if num_classes:
         return _draw_classes(config, folder, num_classes, device)
     teacher = load_ddpm_teacher(TeacherConfig(path=str(folder)), str(device))
@@ -193,11 +188,6 @@ def _draw_classes(
     config: TrainTeacherConfig, folder: Path, num_classes: int, device: torch.device
 ) -> NDArray[np.uint8]:
     import torch
-
-    from dtpipe.distill.teacher.network import build_unet, noise_schedule
-    from dtpipe.extract.pixels import to_pixels
-    from dtpipe.extract.teachers.diffusion.process import ddim_sample
-    from dtpipe.extract.teachers.files.weights import load_strictly, read_weights
 
     unet = build_unet(config, num_classes)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"

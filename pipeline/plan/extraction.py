@@ -12,19 +12,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dtpipe.extract.cluster.preflight import free_bytes
 from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.encode import Rows, encode, recipe_rows
+from dtpipe.extract.recipe import Resolved, resolve_recipe
+from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
-from dtpipe.manifests.errors import InputError
+from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.errors import BadImage, InputError
+from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import bytes_per_sample
+from dtpipe.manifests.write.shard import encode_shard
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dtpipe.extract.encode import Rows
-    from dtpipe.extract.recipe import Resolved
-    from dtpipe.manifests.layout.arrays import ShardArrays
 
 PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
 
@@ -70,10 +76,6 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
 
     Raises: what `extract` would raise before work: ConfigError, InputError, TeacherError.
     """
-    from dtpipe.extract.cluster.preflight import free_bytes
-    from dtpipe.extract.recipe import resolve_recipe
-    from dtpipe.manifests.store.store import Store
-
     here = config.run.model_copy(update={"inline": True})
     resolved = resolve_recipe(config.model_copy(update={"run": here}))
     recipe = resolved.recipe
@@ -108,10 +110,6 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
 
 def _probe_rows(resolved: Resolved, num: int) -> tuple[Rows, list[str], float]:
     """The first good samples of the listing, their keys, and the seconds per image it took to prepare them."""
-    from dtpipe.extract.encode import recipe_rows
-    from dtpipe.extract.sources.images import decode_image, resize_image
-    from dtpipe.manifests.errors import BadImage
-
     listing, recipe, spec = resolved.listing, resolved.recipe, resolved.teacher.spec
     if recipe.synthesized:
         numbered = list(listing.keys[:num])
@@ -141,9 +139,6 @@ def _probe_teacher(resolved: Resolved, rows: Rows, keys: Sequence[str]) -> tuple
     the GPU."""
     import torch
 
-    from dtpipe.extract.encode import encode
-    from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
-
     recipe, device = resolved.recipe, resolved.recipe.compute.device
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -161,9 +156,6 @@ def _probe_teacher(resolved: Resolved, rows: Rows, keys: Sequence[str]) -> tuple
 
 def _probe_store(recipe: Recipe, shard: ShardArrays) -> tuple[int, float]:
     """Stored bytes per sample and seconds per sample, from a shard that is never written."""
-    from dtpipe.manifests.canonical import blake3_hex
-    from dtpipe.manifests.write.shard import encode_shard
-
     num = len(shard.rows)
     small = recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})})
     plan = Plan(format=recipe.format, recipe=small, num_rows=num, num_shards=1, listing_blake3=blake3_hex(b""))

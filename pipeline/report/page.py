@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.record import read_record
+from dtpipe.distill.engine.run_folder import read_config, read_metrics
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
+from dtpipe.extract.device import pick_device
+from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import DtpipeError, InputError, StoreError
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note, format_bytes
@@ -26,11 +32,11 @@ from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.history import read_commands
 from dtpipe.pipeline.report.inspect import view_name
+from dtpipe.pipeline.report.maps import draw_maps, image_grid
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dtpipe.distill.config import DistillConfig
 
 SAMPLE_COLUMNS = 8
 
@@ -62,8 +68,6 @@ def render(context: Mapping[str, Any]) -> str:
 
 def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]:
     """All that the template shows."""
-    from dtpipe.distill.engine.run_folder import read_metrics
-
     settings = read_run_config(run)
     metrics = read_metrics(run)
     notes: list[str] = []
@@ -96,9 +100,6 @@ def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]
 def read_run_config(run: Path) -> DistillConfig:
     """The resolved settings of a run folder. Raises: InputError when there is none."""
     from pydantic import ValidationError
-
-    from dtpipe.distill.config import DistillConfig
-    from dtpipe.distill.engine.run_folder import read_config
 
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: no run of `dtpipe distill` is here (no config.yaml); give its --out folder")
@@ -195,8 +196,6 @@ def _cell(cell: tuple[float, float] | None, seeds: int) -> str:
 def _maps(
     run: Path, settings: DistillConfig, config: ReportConfig, leave_out: Callable[[str, DtpipeError], None]
 ) -> Any:
-    from dtpipe.pipeline.report.maps import draw_maps
-
     try:
         shown = draw_maps(run, settings, config.num_images, config.seed)
     except DtpipeError as err:
@@ -216,9 +215,6 @@ def _maps(
 def _samples(config: ReportConfig) -> Any:
     if config.teacher is None:
         return None
-    from dtpipe.extract.device import pick_device
-    from dtpipe.extract.teachers.registry import load_teacher
-    from dtpipe.pipeline.report.maps import image_grid
 
     teacher: Any = load_teacher(TeacherConfig(path=config.teacher), pick_device("auto"))
     if not hasattr(teacher, "sample"):
@@ -231,8 +227,6 @@ def _samples(config: ReportConfig) -> Any:
 
 
 def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]) -> list[dict[str, Any]]:
-    from dtpipe.manifests.read.dataset import FeatureDataset
-
     shown = []
     for url in urls:
         try:
@@ -257,8 +251,6 @@ def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]
 
 def _origin(run: Path, settings: DistillConfig) -> str:
     """Where the features came from, in a few words."""
-    from dtpipe.distill.engine.run_folder import read_config
-
     if settings.datasets:
         return f"features from {', '.join(settings.datasets)}"
     extract = read_config(run, "extract")
@@ -268,9 +260,6 @@ def _origin(run: Path, settings: DistillConfig) -> str:
 
 def _live_data(run: Path) -> list[dict[str, Any]]:
     """What a run without a dataset was trained on, from its own records."""
-    from dtpipe.distill.engine.record import read_record
-    from dtpipe.distill.engine.run_folder import read_config
-
     extract, record = read_config(run, "extract"), read_record(run) or {}
     live = record.get("live")
     if not live:

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
 from dtpipe.extract.teachers.base import Generator, TapSpec, TeacherKind, TeacherSpec, architecture, parse_options
 from dtpipe.extract.teachers.files.names import names_tensors, pickled_name
+from dtpipe.extract.teachers.files.weights import load_strictly, weights_digest
+from dtpipe.extract.teachers.stylegan2.files import read_checkpoint
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import StrictModel
 
@@ -107,8 +110,6 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
     """
     import torch
 
-    from dtpipe.extract.teachers.files.weights import load_strictly, weights_digest
-    from dtpipe.extract.teachers.stylegan2.files import read_checkpoint
     from dtpipe.extract.teachers.stylegan2.network import StyleGan2Network
 
     options = parse_options(config, StyleGan2Options)
@@ -153,8 +154,6 @@ def _check_options(options: StyleGan2Options, layout: StyleGan2Layout, where: st
 def _set_mean_style(network: StyleGan2Network) -> None:
     """Give a checkpoint without a mean style one. Source: rosinality/stylegan2-pytorch `generate.py`."""
     import torch
-
-    from dtpipe.extract.noise import draw_noise
 
     z = torch.from_numpy(draw_noise(0, "w_avg", 0, LATENT, (NUM_MEAN_STYLES, network.layout.z_dim)))
     network.mapping.w_avg = network.mapping(z).mean(dim=0)
