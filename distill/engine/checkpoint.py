@@ -83,13 +83,20 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
         ) from err
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as err:
         raise DamagedDataError(
-            f"{path}: the checkpoint cannot be read: {err}; use one of checkpoints/ beside it"
+            f"{path}: the checkpoint cannot be read: {_reason(err)}; use one of checkpoints/ beside it"
         ) from err
     if state.get("format") != CHECKPOINT_FORMAT or state.get("kind") != kind:
         raise InputError(
             f"{path}: not a checkpoint of {command} ({CHECKPOINT_FORMAT}); give its --out folder, last.pt or an export"
         )
     return state
+
+
+def _reason(err: Exception) -> str:
+    """Why a file cannot be read, without torch's advice to run what lies in it."""
+    if isinstance(err, pickle.UnpicklingError):
+        return "it is not a file of tensors and plain values, as torch.save writes it"
+    return str(err)
 
 
 def _in_todays_form(content: Any) -> dict[str, Any]:

@@ -68,6 +68,17 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last.pt"]  # noqa: PTH208
 
 
+@pytest.mark.parametrize(
+    "content", [b'{"format": 1}', b"\x80\x02cos\nsystem\n."], ids=["JSON", "a pickle that runs code"]
+)
+def test_nobody_is_told_to_run_what_lies_in_a_file(tmp_path, content):
+    """torch's own message says how."""
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(DamagedDataError, match="it is not a file of tensors and plain values") as error:
+        load_checkpoint(tmp_path / "last.pt", KIND)
+    assert "weights_only" not in str(error.value)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     path = tmp_path / "last.pt"
