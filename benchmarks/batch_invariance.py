@@ -10,7 +10,6 @@ which is what `dtpipe verify --level recompute` compares with its tolerance.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, publish, write_random_teacher
+from common import RESULTS, publish, teacher_digest, write_random_teacher
 from numpy.typing import NDArray
 
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.recipe import Resolved, resolve_recipe
@@ -88,13 +86,11 @@ def measure(config: ExtractConfig, batch_sizes: list[int], threads: list[int]) -
     names = [level.name for level in resolved.recipe.levels]
     kinds = list(next(iter(cases.values()))[names[0]])
     worst = {name: {kind: max(case[name][kind] for case in cases.values()) for kind in kinds} for name in names}
-    machine = {"processor": platform.processor() or platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability()}
     return {
         "num_images": len(keys),
         "max_relative_error": worst,
         "cases": cases,
-        "machine": machine,
-        "versions": package_versions(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
@@ -120,7 +116,8 @@ def main() -> int:
             "run": {"out": f"{folder}/features", "device": args.device, "inline": True},
         }
         config = ExtractConfig.model_validate(fields)
-        publish(measure(config, args.batch_sizes, args.threads), args.out_json)
+        results = measure(config, args.batch_sizes, args.threads)
+        publish("batch_invariance", results, args.out_json, {"teacher": teacher_digest(teacher)})
     return 0
 
 

@@ -1,22 +1,66 @@
-"""What the benchmarks share: where results lie, and a teacher with random weights."""
+"""What the benchmarks share: results that say where they come from, and a teacher with random weights."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from dtpipe.extract.cluster.preflight import package_versions
+from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.teachers.registry import load_teacher
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
 
 
-def publish(document: Mapping[str, Any], path: Path) -> None:
-    """Print a result, and keep it as JSON at `path`."""
-    text = json.dumps(document, indent=1, allow_nan=False)
+def publish(name: str, results: Mapping[str, Any], path: Path, teachers: Mapping[str, str]) -> None:
+    """Print a benchmark's results, and keep them as JSON at `path`, opened by what it takes to make them again.
+
+    `teachers`: the digest of the weights of each teacher that took part, see `teacher_digest`.
+    """
+    text = json.dumps({"benchmark": name, "origin": origin(teachers), **results}, indent=1, allow_nan=False)
     print(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def origin(teachers: Mapping[str, str]) -> dict[str, Any]:
+    """Commit, command, teachers and machine of the running benchmark."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),
+        "command": command.replace(f"{REPO}/", "").replace(f"{REPO.parent}/", "../"),
+        "date": datetime.now(UTC).date().isoformat(),
+        "teacher_digests": dict(teachers),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": package_versions(),
+    }
+
+
+def teacher_digest(path: Path | str, options: Mapping[str, Any] | None = None) -> str:
+    """Digest of a teacher's weights, as a dataset's recipe names it."""
+    return load_teacher(TeacherConfig(path=str(path), options=dict(options or {}))).spec.weights_blake3
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the code that runs; empty in a copy without history."""
+    done = subprocess.run(["git", "-C", str(REPO), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def write_random_teacher(path: Path, px: int = 64, width: int = 32) -> Path:

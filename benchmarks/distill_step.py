@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPO, RESULTS, publish
+from common import REPO, RESULTS, publish, teacher_digest
 
 from dtpipe.distill.config import DistillConfig, DistillRun, StudentConfig
 from dtpipe.distill.engine.loop import Loop
@@ -38,7 +38,6 @@ from dtpipe.distill.stream.batch import FeatureBatch
 from dtpipe.distill.stream.data import OpenedData, open_data
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.trainer import Distillation
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
@@ -200,17 +199,8 @@ def main() -> int:
     named = [each.partition("=")[::2] for each in args.teacher or default]
     teachers = {name: measure(name, path, args) for name, path in named}
     settings = {key: value for key, value in vars(args).items() if key not in ("teacher", "work", "out_json")}
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    publish(
-        {
-            "benchmark": "distill_step",
-            "device": device,
-            "settings": settings,
-            "versions": package_versions(),
-            "teachers": teachers,
-        },
-        args.out_json,
-    )
+    digests = {name: teacher_digest(path) for name, path in named}
+    publish("distill_step", {"settings": settings, "teachers": teachers}, args.out_json, digests)
     return 0
 
 

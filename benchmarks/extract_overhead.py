@@ -10,7 +10,6 @@ first worker is ready, so that loading the teacher is left out of both.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
 import time
@@ -19,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, publish, write_random_teacher
+from common import RESULTS, publish, teacher_digest, write_random_teacher
 
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.recipe import Resolved, resolve_recipe
@@ -69,7 +67,6 @@ def measure(config: ExtractConfig, seconds: float) -> dict[str, Any]:
         "stage_seconds": result.stage_seconds,
         "recipe": resolved.recipe.model_dump(mode="json"),
         "inline": config.run.inline,
-        "machine": {"processor": platform.processor() or platform.machine(), "versions": package_versions()},
     }
 
 
@@ -110,7 +107,8 @@ def main() -> int:
                 },
             }
         )
-        publish(measure(config, args.seconds), args.out_json)
+        results = measure(config, args.seconds)
+        publish("extract_overhead", results, args.out_json, {"teacher": teacher_digest(teacher)})
     return 0
 
 

@@ -28,8 +28,6 @@ from typing import Any
 import numpy as np
 from common import REPO, RESULTS, publish
 
-from dtpipe.extract.cluster.preflight import package_versions
-
 GIB = 2**30
 ADM_IMAGENET = {
     "widths": (256, 256, 512, 512, 1024, 1024),
@@ -142,7 +140,9 @@ def load_only(path: str, options: str) -> None:
     done.set()
     watcher.join()
     levels = {level.name: [level.stride, level.channels] for level in teacher.spec.levels}
-    print(json.dumps({"peak": max(seen) - before, "after": own_bytes() - before, "seconds": seconds, "levels": levels}))
+    peak, after = max(seen) - before, own_bytes() - before
+    digest = teacher.spec.weights_blake3
+    print(json.dumps({"peak": peak, "after": after, "seconds": seconds, "levels": levels, "weights_blake3": digest}))
 
 
 def warm_imports() -> None:
@@ -190,6 +190,7 @@ def measure(
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     subprocess.run(["dtpipe", "verify", str(out), "--level", "decode"], check=True, capture_output=True)
     return {
+        "weights_blake3": loaded["weights_blake3"],
         "weights_gib": round(weights / GIB, 3),
         "load_peak_gib": round(loaded["peak"] / GIB, 3),
         "load_peak_over_weights": round(loaded["peak"] / weights, 3),
@@ -226,7 +227,8 @@ def main() -> int:
         "adm_256": measure(args.work, write_adm, 256, args.images, {}),
         "stable_diffusion_1_4": measure(args.work, write_sd, 512, args.images, text),
     }
-    publish({"benchmark": "full_size", "versions": package_versions(), "teachers": teachers}, args.out_json)
+    digests = {name: teacher["weights_blake3"] for name, teacher in teachers.items()}
+    publish("full_size", {"teachers": teachers}, args.out_json, digests)
     return 0
 
 

@@ -26,7 +26,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from dtpipe.distill.config import DistillRecipeConfig, RegressorConfig, StudentConfig
 from dtpipe.distill.losses.features import feature_loss
 from dtpipe.distill.student.distiller import build_distiller
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.recipe import stored_levels
 from dtpipe.extract.teachers.base import TapSpec
 from dtpipe.extract.teachers.taps import DEFAULT_STRIDES, TapReader, decoder_layers, find_levels
@@ -205,10 +204,7 @@ def main() -> int:
         students[f"{student}/{teacher}/{kind}"] = student_cost(student, teachers[teacher], kind)
         print(student, teacher, kind, students[f"{student}/{teacher}/{kind}"], file=sys.stderr, flush=True)
     counted = {name: cost.to_json() for name, cost in teachers.items()}
-    publish(
-        {"benchmark": "preset_costs", "versions": package_versions(), "teachers": counted, "students": students},
-        args.out_json,
-    )
+    publish("preset_costs", {"teachers": counted, "students": students}, args.out_json, teachers={})
     return 0
 
 

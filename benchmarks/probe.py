@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import REPO, RESULTS, publish, teacher_digest
 
 from dtpipe.distill.config import DistillConfig, DistillRun, StudentConfig
 from dtpipe.distill.downstream.compare import run_probe
@@ -43,7 +44,6 @@ from dtpipe.distill.downstream.tuned.supervised import run_supervised
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.teacher.config import TrainTeacherConfig, TrainTeacherRun
 from dtpipe.distill.trainer import train
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
@@ -53,7 +53,6 @@ from dtpipe.pipeline.extractors import teacher_extractor
 from dtpipe.pipeline.labelled import LabelledReader, split_by_key
 from dtpipe.pipeline.train_teacher import train_teacher
 
-REPO = Path(__file__).resolve().parent.parent
 PX = 64
 TEST_SHARE = 0.2
 
@@ -120,7 +119,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=REPO / "runs" / "benchmark-probe", help="datasets, runs and teachers"
     )
-    parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results", help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-train", type=int, default=3000, help="scenes to distil, and to draw labels from")
     parser.add_argument("--num-test", type=int, default=1000, help="held-out scenes")
@@ -353,22 +352,25 @@ def write(
     """Print the tables so far and write the JSON file."""
     for name, result in results.items():
         print(f"\n{name}\n{result.to_table()}", flush=True)
-    document = {
-        "benchmark": "probe",
+    results_json = {
         "data": material.name,
-        "settings": {key: value for key, value in vars(args).items() if key not in PATHS},
-        "device": torch.cuda.get_device_name() if pick_device(args.device) == "cuda" else "cpu",
-        "versions": package_versions(),
+        "settings": {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS},
+        "teacher_steps": trained_steps(Path(material.teacher.path)),
         "timings": timings,
         "results": {name: result.to_json() for name, result in results.items()},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"probe_{material.name}.json"
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    say(f"written: {path}")
+    digest = teacher_digest(material.teacher.path, material.teacher.options)
+    publish("probe", results_json, args.out / f"probe_{material.name}.json", {material.name: digest})
 
 
-PATHS = {"flowers", "teacher", "flowers_teacher", "work", "out"}  # where things lay says nothing about the result
+def trained_steps(teacher: Path) -> int | None:
+    """Training steps behind a teacher that `dtpipe train-teacher` made, else None."""
+    record = teacher / "train.json"
+    return int(json.loads(record.read_text(encoding="utf-8"))["step"]) if record.is_file() else None
+
+
+NOT_SETTINGS = {"flowers", "teacher", "flowers_teacher", "flowers_teacher_steps", "work", "out"}
+"""Where things lay says nothing about the result; the steps asked for are not those of a teacher that was given."""
 
 
 def prefixed(label: str) -> Callable[[str], None]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from common import RESULTS, publish
+from common import RESULTS, publish, teacher_digest
 from timm.models import model_entrypoint
 
 from dtpipe.distill.config import DistillConfig, DistillRun, RegressorConfig, StudentConfig
@@ -29,7 +29,6 @@ from dtpipe.distill.export.write import export_student
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.student.student import Student
 from dtpipe.distill.trainer import train
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.errors import ConfigError, ExportError
@@ -198,10 +197,8 @@ def main() -> int:
         ).items():
             rows[name] |= {"max_abs_difference": absolute, "max_relative_difference": relative}
     settings = {"images_px": PX, "num_images": args.num_images, "batch_size": args.batch_size}
-    publish(
-        {"settings": settings, "versions": package_versions() | {"timm": timm.__version__}, "students": rows},
-        args.out_json,
-    )
+    results = {"settings": settings, "timm": timm.__version__, "students": rows}
+    publish("students", results, args.out_json, {"demo": teacher_digest(shipped_teacher())})
     return 0
 
 

@@ -29,11 +29,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from common import REPO, RESULTS, publish
+from common import REPO, RESULTS, publish, teacher_digest
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractRecipeConfig, NoiseConfig, TeacherConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.noise import row_noise
@@ -183,15 +182,8 @@ def main() -> int:
     named = [each.partition("=")[::2] for each in args.teacher or [f"demo={REPO / 'pipeline' / 'demo' / 'teacher'}"]]
     teachers = {name: measure(name, path, args) for name, path in named}
     settings = {key: value for key, value in vars(args).items() if key not in ("teacher", "out_json")}
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    document = {
-        "benchmark": "teacher_forward",
-        "device": device,
-        "settings": settings,
-        "versions": package_versions(),
-        "teachers": teachers,
-    }
-    publish(document, args.out_json)
+    digests = {name: teacher_digest(path, args.options.get(name)) for name, path in named}
+    publish("teacher_forward", {"settings": settings, "teachers": teachers}, args.out_json, digests)
     return 0
 
 

@@ -1,14 +1,13 @@
 """What single settings do, on digit scenes with the demo's teacher: regressor, loss, encoding, timestep, live encoding.
 
-Each row is one change to the default run, numbered by the paper's table that changes the same thing: the regressor
-(8), the loss (9), stochastic or deterministic encoding (10), the timestep (11); and the share of samples that the
-live teacher encodes anew (reencode; 1 is the paper's own way). These are not the paper's rows: the default here is FPN
-with PPM under MSE + AT on one stored draw; the paper's table 8 seems to change the regressor under MSE alone, its table
-9 the loss on the plain FPN. All rows share scenes, seeds, initial weights, order and labelled images, so differences
-are paired: beside each mean stand the mean and the deviation, over seeds, of the difference to the default. Scored by
-the foreground IoU of a linear read-out of the frozen student, from few labelled scenes.
+Each row is one change to the default run, which is FPN with PPM under MSE + AT on one stored draw: another regressor,
+loss, encoding (stochastic or deterministic) or timestep, or a share of samples that the live teacher encodes anew
+(reencode; 1 is the paper's own way). No row is a run of the paper: other data, students and bases. All rows share
+scenes, seeds, initial weights, order and labelled images, so differences are paired: beside each mean stand the mean
+and the deviation, over seeds, of the difference to the default. Scored by the foreground IoU of a linear read-out of
+the frozen student, from few labelled scenes.
 
-    python benchmarks/variants.py [--seeds 3] [--num-train 800] [--epochs 4] [--table 8]
+    python benchmarks/variants.py [--seeds 3] [--num-train 800] [--epochs 4] [--table regressor]
 
 Everything is kept under --work: the same command goes on where it was stopped, and results are written after each row.
 """
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPO, RESULTS, publish
+from common import REPO, RESULTS, publish, teacher_digest
 from probe import PX, counts, read_scenes, say
 
 from dtpipe.distill.config import DistillConfig, DistillRun, LossConfig, RegressorConfig, StudentConfig
@@ -38,7 +37,6 @@ from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.stream.data import STORED, StoredData
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.trainer import train
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
@@ -59,17 +57,19 @@ class Variant:
 
 
 TABLES: dict[str, dict[str, Variant]] = {
-    "8": {kind: Variant(regressor=RegressorConfig(kind=kind)) for kind in ("fpn", "fpn_attention", "pafpn", "fpn_ppm")},
-    "9": {
+    "regressor": {
+        kind: Variant(regressor=RegressorConfig(kind=kind)) for kind in ("fpn", "fpn_attention", "pafpn", "fpn_ppm")
+    },
+    "loss": {
         "mse": Variant(loss=LossConfig(at_weight=0)),
         "at": Variant(loss=LossConfig(mse_weight=0)),
         "mse + at": Variant(),
     },
-    "10": {"stochastic": Variant(), "deterministic": Variant(encoding="ddim_inversion")},
-    "11": {f"T = {timestep}": Variant(timestep=timestep) for timestep in (20, DEFAULT_T, 150, 250, 350)},
+    "encoding": {"stochastic": Variant(), "deterministic": Variant(encoding="ddim_inversion")},
+    "timestep": {f"T = {timestep}": Variant(timestep=timestep) for timestep in (20, DEFAULT_T, 150, 250, 350)},
     "reencode": {f"p = {share:g}": Variant(reencode=share) for share in (0.0, 0.5, 1.0)},
 }
-"""Rows by the paper's table; the row that equals `Variant()` is the default that others are compared with."""
+"""Rows by what they change; the row that equals `Variant()` is the default that others are compared with."""
 
 
 def features_of(variant: Variant, seed: int, args: argparse.Namespace) -> str:
@@ -142,15 +142,13 @@ def publish_tables(kept: dict[str, dict[str, float]], num_seeds: int, args: argp
         for row, variant in TABLES[table].items():
             tables.setdefault(table, {})[row] = summarise(kept, name_of(table, row, variant), num_seeds)
     settings = {key: value for key, value in vars(args).items() if key not in ("work", "teacher", "out_json", "kept")}
-    document = {
-        "benchmark": "variants",
+    results = {
         "metric": "foreground IoU",
         "settings": settings,
-        "versions": package_versions(),
+        "tables": tables,
+        "loss_curves": loss_curves(args) if "reencode" in tables else {},
     }
-    publish(
-        {**document, "tables": tables, "loss_curves": loss_curves(args) if "reencode" in tables else {}}, args.out_json
-    )
+    publish("variants", results, args.out_json, {"demo": teacher_digest(args.teacher)})
 
 
 def loss_curves(args: argparse.Namespace) -> dict[str, list[tuple[int, float]]]:

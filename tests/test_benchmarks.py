@@ -1,0 +1,48 @@
+"""Every kept result of a benchmark says where it comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = sorted((REPO / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_names_commit_command_and_teachers(path: Path) -> None:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    origin = document["origin"]
+    assert list(document)[:2] == ["benchmark", "origin"]
+    assert re.fullmatch(r"[0-9a-f]{40}", origin["commit"])
+    python, script, *_ = shlex.split(origin["command"])
+    assert python == "python" and (REPO / script).is_file()
+    assert Path(script).stem == document["benchmark"]
+    assert all(digest is None or re.fullmatch(r"[0-9a-f]{64}", digest) for digest in origin["teacher_digests"].values())
+    assert not re.search(r'"/(work|home|root|tmp)/', path.read_text(encoding="utf-8"))
+
+
+def test_the_readme_of_results_speaks_of_every_file() -> None:
+    text = (REPO / "benchmarks" / "results" / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)\.json`", text, re.MULTILINE)) == [path.stem for path in RESULTS]
+
+
+def test_a_new_result_carries_its_origin(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks'); sys.argv = ['benchmarks/students.py', '--steps', '2'];"
+        "from common import publish; from pathlib import Path;"
+        f"publish('students', {{'rows': 1}}, Path({str(out)!r}), {{'demo': 'ab' * 32}})"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["rows"] == 1
+    assert document["origin"]["command"] == "python benchmarks/students.py --steps 2"
+    assert document["origin"]["teacher_digests"] == {"demo": "ab" * 32}
+    assert {"commit", "changed_files", "date", "machine", "versions"} <= set(document["origin"])
