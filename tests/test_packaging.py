@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -61,6 +66,84 @@ def package_folders() -> list[Path]:
 def test_pyproject_lists_every_package() -> None:
     listed = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(f"dtpipe.{'.'.join(folder.parts)}" for folder in package_folders())
+
+
+def imported_packages(source: str, at_import: bool = False) -> set[str]:
+    """Packages of others that a module imports anywhere, or (`at_import`) as soon as it is imported itself."""
+    names: set[str] = set()
+    for node in _nodes(ast.parse(source), at_import):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"dtpipe"}
+
+
+def _nodes(node: ast.AST, at_import: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if at_import and isinstance(child, ast.FunctionDef | ast.If):  # `if TYPE_CHECKING:`
+            continue
+        yield child
+        yield from _nodes(child, at_import)
+
+
+def requirements(*extras: str) -> set[str]:
+    """Normal names of the distributions that pyproject asks for, its own extras within extras followed."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    names: set[str] = set()
+    for line in (line for extra in extras for line in project["optional-dependencies"][extra]):
+        own = re.match(r"dtpipe\[(.*)\]", line)
+        names |= requirements(*own[1].split(",")) if own else {_distribution(line)}
+    return names | {_distribution(line) for line in project["dependencies"]}
+
+
+def _distribution(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+def undeclared(source: str, declared: set[str], at_import: bool = False) -> set[str]:
+    """Packages that a module imports and none of the declared distributions brings by itself."""
+    return {name for name in imported_packages(source, at_import) if not declared & brought_by(name)}
+
+
+@cache
+def _installed() -> Mapping[str, list[str]]:
+    return packages_distributions()  # half a second
+
+
+def brought_by(package: str) -> set[str]:
+    """Distributions that may bring a package; its own name where it is not installed."""
+    return {_distribution(name) for name in _installed().get(package, [package])}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for_users = requirements(*(extra for extra in extras if extra not in ("dev", "docs")))
+    found: dict[str, set[str]] = {}
+    for path in (path for folder in FOLDERS for path in (REPO / folder).rglob("*.py")):
+        source = path.read_text()
+        found[str(path.relative_to(REPO))] = undeclared(source, for_users) | undeclared(source, requirements(), True)
+    assert {file: names for file, names in found.items() if names} == {}
+
+
+def test_what_tests_and_benchmarks_import_is_declared_for_developers() -> None:
+    files = [path for folder in ("tests", "benchmarks") for path in (REPO / folder).rglob("*.py")]
+    ours = {"parts", *(path.stem for path in files)}
+    declared = requirements("dev")
+    assert {path: names for path in files if (names := undeclared(path.read_text(), declared) - ours)} == {}
+
+
+@pytest.mark.parametrize(
+    "source", ["import yaml", "def f():\n    from huggingface_hub.utils import x", "import nobodys"]
+)
+def test_an_import_that_is_not_declared_is_found(source: str) -> None:
+    assert undeclared(source, {"torch"}) and not undeclared(source, {"pyyaml", "huggingface-hub", "nobodys"})
+
+
+def test_an_optional_package_is_not_needed_to_import_a_module() -> None:
+    assert undeclared("def f():\n    import lmdb", requirements(), at_import=True) == set()
+    assert undeclared("import lmdb", requirements(), at_import=True) == {"lmdb"}
+    assert undeclared("import lmdb", requirements("lmdb"), at_import=True) == set()
 
 
 def test_every_folder_with_python_files_is_a_package() -> None:
