@@ -16,7 +16,7 @@
     ├── MissingPackageError      6  an optional package is not installed
     ├── ErrorBudgetError         7  more failed than the error budget allows
     ├── StoreError               8  the store is full, unwritable or breaks its promises
-    ├── DivergedError            1  a loss or its gradient is not finite
+    ├── DivergedError            9  a loss or its gradient is not finite
     ├── ExportError              1  an export does not compute what the student computes
     ├── DemoStepError            *  that of the demo's command that failed
     └── StoppedError             *  130 or 143: a signal asked for a stop, and the run stopped cleanly
@@ -116,6 +116,8 @@ class StoreError(DtpipeError):
 
 class DivergedError(DtpipeError):
     """A loss or its gradient is not finite; the weights are as before the step."""
+
+    exit_code = 9
 
 
 class ExportError(DtpipeError):

@@ -17,6 +17,7 @@ import click
 
 from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.store.faults import FAULT_VARIABLE, arm_spec
+from dtpipe.pipeline.cli.streams import keep_streams
 
 COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe --help`), in the order of use
     "list": ("catalogue", "Name the teachers, sources, codecs, tasks, presets and students there are."),
@@ -75,6 +76,7 @@ class DtpipeGroup(click.Group):
         """Run a command line; in standalone mode, exit with the code its outcome calls for."""
         if not standalone_mode:
             return super().main(args, prog_name or "dtpipe", complete_var, False, **extra)
+        keep_streams()
         try:
             arm_spec(
                 os.environ.get(FAULT_VARIABLE, "")
@@ -102,9 +104,6 @@ def _leave(err: BaseException) -> NoReturn:
         sys.exit(INTERRUPTED)
     if isinstance(err, SystemExit):
         raise err
-    if isinstance(err, BrokenPipeError):  # `dtpipe list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     if isinstance(err, DtpipeError):
         click.echo(f"error: {' '.join(str(err).split())}", err=True)
         sys.exit(err.exit_code)

@@ -170,6 +170,7 @@ def test_a_loss_that_is_not_finite_names_its_samples_on_all_ranks_and_spoils_no_
     answers = fork_ranks(lambda _: fit(changed(wild, out=str(tmp_path / "two"))), tmp_path, 2)
     assert answers[0] == answers[1]
     assert answers[0][0] == "DivergedError"
+    assert answers[0][2] == 9
     assert key in answers[0][1]
 
 

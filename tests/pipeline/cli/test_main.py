@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from dtpipe.manifests import errors
 from dtpipe.pipeline.cli.main import COMMANDS, DtpipeGroup, main
 from parts.damage import flip
+from parts.extractions import Extract
 
 SMALL = ["--inline", "-s", "extract.noise.timesteps=50", "-s", "extract.shard.samples=4", "-s", "extract.batch_size=4"]
 
@@ -131,6 +132,24 @@ def test_every_error_of_ours_ends_with_its_own_code() -> None:
     for kind in kinds:
         result = CliRunner().invoke(Failing(kind("what\nwhere; next")), ["list"])
         assert (result.exit_code, result.stderr) == (kind.exit_code, "error: what where; next\n")
+
+
+def test_the_page_of_exit_codes_has_every_one_of_them() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "settings.md").read_text()
+    listed = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE) for code in row.split(", ")}
+    codes = {
+        kind.exit_code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.DtpipeError)
+    }
+    assert listed == codes | {0, 130}
+
+
+def test_training_that_diverges_has_an_exit_code_of_its_own(extract: Extract, tmp_path: Path) -> None:
+    small = ["--student", "resnet10t", "--batch-size", 4, "-s", "distill.regressor.width=8", "--warmup-epochs", 0]
+    result = run("distill", extract(), "--out", tmp_path / "run", *small, "--lr", "1e30", "--epochs", 5)
+    assert result.exit_code == 9
+    assert re.search("(loss|gradient's norm) is (nan|inf) in step .*lower distill.lr", result.stderr)
 
 
 def test_an_unexpected_error_shows_its_traceback() -> None:
