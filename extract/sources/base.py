@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dtpipe.manifests.schema import Order
+
+if TYPE_CHECKING:
+    from dtpipe.extract.sources.places import Place
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Source(Protocol):
         ...
 
     def ignored(self) -> Mapping[str, int]:
-        """What lies in the source and is no sample: extension (or `hidden`, `special`) to count. May list."""
+        """What lies in the source and is not used: extension (or `hidden`, `special`) to count. May list."""
         ...
 
     def read(self, uri: str) -> bytes:
@@ -51,6 +54,18 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Container:
+    """Files that hold images and may lie in a folder, beside others."""
+
+    ending: str
+    """How their names end, in lower case."""
+    example: Callable[[Place, str], str | None]
+    """The name of an image in the file of a place and path, or None; looks at a bounded part. Raises: InputError."""
+    fills_folders: bool = True
+    """A folder of such files is a source too."""
+
+
+@dataclass(frozen=True)
 class SourceKind:
     """One kind of source, declared in its file."""
 
@@ -59,6 +74,8 @@ class SourceKind:
     """One sentence for `dtpipe list sources`: what it reads."""
     open: Callable[[str], Source]
     recognise: Callable[[str], Source | None]
-    """The source at a URL of unknown kind, or None. Cheap except for folders: looks at the name and right below it."""
+    """The source at a URL of unknown kind, or None. Cheap except for folders: looks at the name, opens no listing."""
     order: Order = "permuted"
     """Order of rows unless `extract.source.order` names one; containers that are read in runs keep their own."""
+    container: Container | None = None
+    """Such files in a folder: `choice` looks into them where there are others."""

@@ -13,11 +13,14 @@ from functools import cached_property
 from PIL import Image
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind
-from dtpipe.extract.sources.places import open_place
+from dtpipe.extract.sources.places import Place, open_place, unreadable
 from dtpipe.manifests.errors import DtpipeError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image
 from dtpipe.manifests.write.commit import MANIFEST_FILE
+from dtpipe.manifests.write.plan import PLAN_FILE
+
+_FORMAT = b"dtpipe-features/"
 
 
 class FeaturesSource:
@@ -68,8 +71,18 @@ class FeaturesSource:
 
 
 def _recognise(url: str) -> FeaturesSource | None:
+    """A folder with a manifest of ours, or a plan: web pages and other tools have a manifest.json too."""
     place = open_place(url)
-    return FeaturesSource(url) if place.is_folder and place.fs.isfile(f"{place.path}/{MANIFEST_FILE}") else None
+    ours = place.is_folder and any(_is_ours(place, file) for file in (MANIFEST_FILE, PLAN_FILE))
+    return FeaturesSource(url) if ours else None
+
+
+def _is_ours(place: Place, file: str) -> bool:
+    path = f"{place.path.rstrip('/')}/{file}"
+    try:
+        return bool(place.fs.isfile(path)) and _FORMAT in place.fs.cat_file(path)
+    except Exception as err:  # each file system raises its own
+        raise unreadable(path, err) from err
 
 
 KIND = SourceKind(

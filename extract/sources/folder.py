@@ -11,19 +11,24 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from dtpipe.extract.sources.base import SourceItem, SourceKind
 from dtpipe.extract.sources.names import (
+    IMAGES_WITHOUT,
     MAX_FILE_BYTES,
+    WITHOUT,
+    extension,
     in_class_folders,
     key_of,
     labelled_by_folder,
+    looks_like_image,
     no_images,
     takes,
 )
-from dtpipe.extract.sources.places import Place, find_files, local_path, open_place
+from dtpipe.extract.sources.places import Place, find_files, local_path, open_place, spread
 from dtpipe.manifests.errors import BadImage, InputError
 
 _TRY_AGAIN = frozenset(
@@ -33,6 +38,20 @@ _TRY_AGAIN = frozenset(
 )
 
 
+_LOOKED_INTO = 3  # files without extension
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What lies in a folder and below it."""
+
+    images: Sequence[tuple[str, str]]
+    """(key, URI), sorted."""
+    others: Sequence[tuple[str, str]]
+    """(POSIX path inside, path) of other files, sorted."""
+    ignored: Counter[str]
+
+
 class FolderSource:
     """Samples below one folder; the key is the POSIX path inside it, with extension."""
 
@@ -40,7 +59,7 @@ class FolderSource:
         """Raises: InputError when `url` is not a folder."""
         self.url = url
         self.labelled = labelled
-        self._place = _open_folder(url)
+        self.place = _open_folder(url)
 
     @property
     def kind(self) -> str:
@@ -52,7 +71,9 @@ class FolderSource:
 
         Raises: InputError for a folder without images, or class folders with an image outside of any.
         """
-        files = self._walked[0]
+        files = self.content.images
+        if not files:
+            raise no_images(self.url, self.content.ignored)
         if not self.labelled:
             return [SourceItem(key, uri) for key, uri in files]
         outside = next((key for key, _ in files if "/" not in key), None)
@@ -64,21 +85,21 @@ class FolderSource:
 
     def ignored(self) -> Mapping[str, int]:
         """What lies in the folder and is no sample: extension, `hidden` or `special`, to count."""
-        return dict(self._walked[1])
+        return dict(self.content.ignored)
 
     def read(self, uri: str) -> bytes:
         """Bytes of one sample.
 
         Raises: BadImage when this file is gone or unreadable, InputError when the whole folder or store is.
         """
-        if not self._place.is_local:
+        if not self.place.is_local:
             return self._read_remote(uri)
         try:
             return _read_local(uri)
         except OSError as err:
             if err.errno in _TRY_AGAIN:
                 raise InputError(f"{uri}: {err.strerror}; run again") from err
-            if not _holds_anything(self._place.path):
+            if not _holds_anything(self.place.path):
                 raise InputError(
                     f"{uri}: {err.strerror}, and {self.url} is gone or empty: is it mounted? then run again"
                 ) from err
@@ -86,28 +107,37 @@ class FolderSource:
 
     def has_only_class_folders(self) -> bool:
         """True when every image lies in a sub-folder."""
-        return in_class_folders([key for key, _ in self._walked[0]])
+        return in_class_folders([key for key, _ in self.content.images])
 
     def _read_remote(self, uri: str) -> bytes:
         try:
-            return bytes(self._place.fs.cat_file(self._place.path_of(uri)))
+            return bytes(self.place.fs.cat_file(self.place.path_of(uri)))
         except (FileNotFoundError, IsADirectoryError) as err:
             raise BadImage(f"unreadable: {type(err).__name__}") from err
         except OSError as err:  # PermissionError too: what was listed may be read, unless credentials have expired
             raise InputError(f"{uri}: {type(err).__name__}: {err}; run again when the store answers") from err
 
     @cached_property
-    def _walked(self) -> tuple[Sequence[tuple[str, str]], Counter[str]]:
-        """(key, URI) of all samples, and what is ignored."""
+    def content(self) -> FolderContent:
+        """All files by what they are. Raises: InputError when the folder cannot be listed."""
         ignored: Counter[str] = Counter()
-        files = [
-            (key_of(name), self._place.uri(path))
-            for name, path in find_files(self._place, ignored)
-            if takes(name, ignored)
-        ]
-        if not files:
-            raise no_images(self.url, ignored)
-        return sorted(files), ignored
+        images: list[tuple[str, str]] = []
+        others: list[tuple[str, str]] = []
+        for name, path in find_files(self.place, ignored):
+            if takes(name, ignored):
+                images.append((key_of(name), self.place.uri(path)))
+            else:
+                others.append((name, path))
+        nameless = [path for name, path in others if extension(name) == WITHOUT]
+        if nameless and all(looks_like_image(self._head(path)) for path in spread(nameless, _LOOKED_INTO)):
+            ignored[IMAGES_WITHOUT] = ignored.pop(WITHOUT)
+        return FolderContent(sorted(images), others, ignored)
+
+    def _head(self, path: str) -> bytes:
+        try:
+            return self.place.read_range(self.place.uri(path), 0, 16)
+        except InputError:
+            return b""
 
 
 def _open_folder(url: str) -> Place:

@@ -10,13 +10,14 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind
-from dtpipe.extract.sources.names import MAX_FILE_BYTES, key_of
-from dtpipe.extract.sources.places import local_path, local_uri, open_place
+from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
+from dtpipe.extract.sources.names import MAX_FILE_BYTES, key_of, looks_like_image
+from dtpipe.extract.sources.places import Place, local_path, local_uri, open_place
 from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _DATA_FILE = "data.mdb"
 _COUNTS = frozenset({b"length", b"__len__", b"__keys__", b"num-samples", b"num_samples"})  # some tools write these
 _ENVIRONMENTS: dict[str, lmdb.Environment] = {}
 _LOCK = threading.Lock()
+_LOOKED_AT = 100  # entries, where it is only asked whether a database holds images
 
 
 class LmdbSource:
@@ -94,7 +96,7 @@ class LmdbSource:
 
 def _environment(path: str) -> lmdb.Environment:
     """The open database, one per path, since a process cannot open one twice; threads share it, a fork inherits it."""
-    real = os.path.realpath(path)
+    real = os.path.realpath(os.path.join(path, _DATA_FILE) if Path(path).is_dir() else path)  # noqa: PTH118  surrogates
     with _LOCK:
         if real not in _ENVIRONMENTS:
             _ENVIRONMENTS[real] = _open(real)
@@ -108,11 +110,11 @@ def _open(path: str) -> lmdb.Environment:
         raise MissingPackageError(
             f"{path}: reading LMDB needs the package lmdb; run `pip install 'dtpipe[lmdb]'`"
         ) from err
-    file = Path(path, _DATA_FILE) if Path(path).is_dir() else Path(path)
+    file = Path(path)
     if not file.is_file():
         raise InputError(f"{path}: no LMDB database; give the folder that {_DATA_FILE} lies in")
     try:
-        opened = lmdb.open(path, subdir=file != Path(path), readonly=True, lock=False, readahead=False, create=False)
+        opened = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, create=False)
         num_bytes = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
     except lmdb.Error as err:
         raise InputError(
@@ -129,13 +131,28 @@ def _said(err: Exception, path: str) -> str:
     return str(err).removeprefix(f"{path}: ")
 
 
+def _example(place: Place, path: str) -> str | None:
+    """The key of an image among a database's first entries. Raises: InputError, MissingPackageError."""
+    import lmdb
+
+    folder = os.path.dirname(path)  # noqa: PTH120  surrogates in names survive
+    source = LmdbSource(folder if place.is_local else place.url)
+    try:
+        with _environment(source._path).begin(buffers=True) as transaction:
+            for key, value in islice(transaction.cursor(), _LOOKED_AT):
+                if looks_like_image(bytes(value[:16])):
+                    return key_of(os.fsdecode(bytes(key)))
+    except lmdb.Error as err:
+        raise InputError(
+            f"{folder}: the database cannot be read ({_said(err, folder)}); fetch or write it again"
+        ) from err
+    return None
+
+
 def _recognise(url: str) -> LmdbSource | None:
-    """A local folder with data.mdb, or a file that ends in .mdb or .lmdb."""
-    place = open_place(url)
-    if not place.is_local:
-        return None
-    is_file = place.is_file and url.lower().endswith((".mdb", ".lmdb"))
-    return LmdbSource(url) if is_file or Path(place.path, _DATA_FILE).is_file() else None
+    """A local file that ends in .mdb or .lmdb."""
+    named = url.lower().endswith((".mdb", ".lmdb"))
+    return LmdbSource(url) if named and (place := open_place(url)).is_local and place.is_file else None
 
 
 KIND = SourceKind(
@@ -143,4 +160,5 @@ KIND = SourceKind(
     reads="Images in an LMDB database (a folder with data.mdb), as LSUN has them; needs the extra `lmdb`.",
     open=LmdbSource,
     recognise=_recognise,
+    container=Container(f"/{_DATA_FILE}", _example),
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.manifests.errors import InputError
@@ -17,6 +19,17 @@ EXTENSIONS = frozenset(
 )
 CONTAINERS = (".zip", ".tar", ".parquet", ".mdb")  # endings of files that hold images, each a source of its own
 MAX_FILE_BYTES = 2**31  # of one image, unpacked
+HEIF_EXTENSIONS = frozenset({"heic", "heif", "hif"})  # read where the extra `heic` is installed
+HEIF_PACKAGE = "pi_heif"
+WITHOUT = "without extension"
+IMAGES_WITHOUT = f"{WITHOUT} that look like images"
+_MAX_ENDINGS = 20  # named among what is ignored; the others are added up
+_OTHER = "of other endings"
+_MAGIC = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"qoif", b"DDS ", b"\xffO\xffQ"),
+    *(b"\0\0\0\x0cjP  ", b"P5\n", b"P6\n", b"P5 ", b"P6 "),
+)
+_BRANDS = (b"ftypavi", b"ftyphe", b"ftypmif", b"WEBP")  # behind a length
 
 
 def is_hidden(name: str) -> bool:
@@ -26,12 +39,44 @@ def is_hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """True when a file's name ends like an image's."""
-    return posixpath.splitext(name)[1][1:].lower() in EXTENSIONS
+    ending = posixpath.splitext(name)[1][1:].lower()
+    return ending in EXTENSIONS or (ending in HEIF_EXTENSIONS and reads_heif())
+
+
+@cache
+def reads_heif() -> bool:
+    """True where the package that decodes HEIF is installed."""
+    return find_spec(HEIF_PACKAGE) is not None
+
+
+def looks_like_image(head: bytes) -> bool:
+    """True when a file that begins so is an image, whatever its name says."""
+    return head.startswith(_MAGIC) or any(brand in head[4:16] for brand in _BRANDS)
 
 
 def extension(name: str) -> str:
     """How a file's name ends, in lower case, to count it by."""
-    return posixpath.splitext(name)[1].lower() or "without extension"
+    return key_of(posixpath.splitext(name)[1].lower()) or WITHOUT
+
+
+def bounded(ignored: Mapping[str, int]) -> dict[str, int]:
+    """What is ignored, most first, with the rarest endings added up where there are many."""
+    ranked = sorted(ignored.items(), key=lambda entry: (-entry[1], entry[0]))
+    rest = sum(count for _, count in ranked[_MAX_ENDINGS:])
+    return dict(ranked[:_MAX_ENDINGS]) | ({_OTHER: rest} if rest else {})
+
+
+def ignored_text(ignored: Mapping[str, int]) -> str:
+    """What is ignored for people: `6 .heic, 3 without extension`; empty where nothing is."""
+    text = ", ".join(f"{count} {name}" for name, count in bounded(ignored).items())
+    advice = [f"`pip install 'dtpipe[heic]'` reads {name}" for name in _unread_heif(ignored)]
+    if IMAGES_WITHOUT in ignored:
+        advice.append("images need an ending such as .jpg to be read")
+    return text + (f" ({'; '.join(advice)})" if advice else "")
+
+
+def _unread_heif(ignored: Mapping[str, int]) -> list[str]:
+    return [] if reads_heif() else [name for name in ignored if name[1:] in HEIF_EXTENSIONS]
 
 
 def takes(path: str, ignored: Counter[str]) -> bool:
@@ -66,9 +111,9 @@ def labelled_by_folder(files: Sequence[tuple[str, str]]) -> list[SourceItem]:
     return [SourceItem(key, uri, key.split("/", 1)[0]) for key, uri in files]
 
 
-def no_images(url: str, ignored: Counter[str]) -> InputError:
+def no_images(url: str, ignored: Mapping[str, int]) -> InputError:
     """What to say of a source without a sample."""
-    seen = ", ".join(f"{count} {name}" for name, count in ignored.most_common(5)) or "it is empty"
+    seen = ignored_text(ignored) or "it is empty"
     packed = [name for name in CONTAINERS if name in ignored]
     if packed:
         return InputError(

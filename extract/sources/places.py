@@ -11,18 +11,19 @@ import posixpath
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from dtpipe.extract.sources.names import extension, is_hidden, is_image, key_of
+from dtpipe.extract.sources.names import extension, is_hidden, key_of
 from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
 
 _QUOTED = "file-bytes:"  # URI of a local path that is not valid Unicode
 _PATTERN = re.compile(r"[*?\[{]")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,14 @@ def is_pattern(url: str) -> bool:
     return _PATTERN.search(url) is not None
 
 
+def spread(values: Sequence[_T], count: int) -> list[_T]:
+    """The first, the last, and some evenly between, at most `count`."""
+    last = len(values) - 1
+    return (
+        [values[idx] for idx in sorted({round(last * step / (count - 1)) for step in range(count)})] if values else []
+    )
+
+
 def container_files(place: Place, ending: str, ignored: Counter[str]) -> list[tuple[str, str]]:
     """(name, path) of one file, of a folder's files with that ending, sorted, or of a pattern's files in its order.
 
@@ -144,16 +153,6 @@ def container_files(place: Place, ending: str, ignored: Counter[str]) -> list[tu
     if not files:
         raise InputError(f"{place.url}: no {ending} file in it; check the path of your images")
     return [(key_of(name), path) for name, path in files]
-
-
-def folder_of(place: Place, ending: str) -> bool:
-    """True for a folder with such files, and no image, right in it; looks no deeper."""
-    has_ending = False
-    for name in _top_names(place) if place.is_folder else ():
-        if is_image(name) and not is_hidden(name):
-            return False
-        has_ending = has_ending or (name.lower().endswith(ending) and not is_hidden(name))
-    return has_ending
 
 
 def find_files(place: Place, ignored: Counter[str]) -> list[tuple[str, str]]:
@@ -196,16 +195,6 @@ def _matching(place: Place) -> list[str]:
         for pattern in patterns:  # a file that is named and not there shows when it is opened
             paths += sorted(place.fs.glob(pattern)) if is_pattern(pattern) else [pattern]
     return paths
-
-
-def _top_names(place: Place) -> Iterator[str]:
-    if not place.is_local:
-        with _looking_at(place.url):
-            entries = place.fs.ls(place.path, detail=True)
-            yield from (posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
-        return
-    with suppress(OSError), os.scandir(place.path) as entries:  # who lists it will say so
-        yield from (entry.name for entry in entries if not _is_folder(entry))
 
 
 # --- local walk ------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """The kinds of source there are, and the source that a URL or the settings name.
 
 A new kind is a file that declares `KIND`, and a line here. Kind `auto` asks them in this order who reads a URL; folders
-come last, since they take whatever the others do not and say what is wrong with it.
+come last, since they take whatever the others do not and say what is wrong with it. What is read of a folder follows
+from which of its files hold images (`choice`).
 """
 
 from __future__ import annotations
 
 from dtpipe.extract.sources import features, folder, lmdb, tar, zip
 from dtpipe.extract.sources.base import Source, SourceKind
+from dtpipe.extract.sources.choice import source_of_folder
 from dtpipe.extract.sources.numbered import SynthesizedSource
 from dtpipe.extract.sources.parquet import source as parquet
 from dtpipe.manifests.errors import ConfigError, InputError
@@ -37,7 +39,7 @@ def open_source(url: str, kind: str = "auto") -> Source:
     for candidate in SOURCES.values():
         source = candidate.recognise(url)
         if source is not None:
-            return source
+            return source_of_folder(source, SOURCES.values()) if isinstance(source, folder.FolderSource) else source
     raise InputError(
         f"{url}: no source kind recognises this; `dtpipe list sources` says what each reads, or set extract.source.kind"
     )

@@ -11,15 +11,16 @@ import json
 import struct
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import BinaryIO
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind
+from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, no_images, takes
-from dtpipe.extract.sources.places import Place, container_files, folder_of, is_pattern, open_place, read_at, unreadable
+from dtpipe.extract.sources.places import Place, container_files, is_pattern, open_place, read_at, unreadable
 from dtpipe.manifests.errors import BadImage, InputError
 
 _ENDING = ".tar"
@@ -28,6 +29,7 @@ _COMPRESSED_ENDINGS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LABEL_BYTES = 2**16  # a longer .cls or .json is no label
 _TAIL_BYTES = 2**20  # of what follows the end mark, looked at
 _TARS_AT_ONCE = 8
+_LOOKED_AT = 1000  # members, where it is only asked whether a tar holds images
 _BROKEN = (tarfile.TarError, ValueError, ArithmeticError, EOFError, struct.error)
 
 
@@ -102,20 +104,34 @@ def _items(name: str, uri: str, contents: _Contents) -> list[SourceItem]:
 
 def _contents(place: Place, path: str) -> _Contents:
     """Go through a tar's headers. Raises: InputError."""
+    contents = _Contents()
+    for tar, member in _members(place, path):
+        _take(contents, tar, member)
+    return contents
+
+
+def _example(place: Place, path: str) -> str | None:
+    """The first image among the first members. Raises: InputError."""
+    members = (member for _, member in islice(_members(place, path), _LOOKED_AT) if not member.isdir())
+    return next((name for member in members if takes(name := inner_path(member.name), Counter())), None)
+
+
+def _members(place: Place, path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """All members as they lie, with the tar that is gone through. Raises: InputError."""
     try:
         with place.open(path) as file:
             _refuse_compressed(path, file.read(6))
             num_bytes = file.seek(0, 2)
             file.seek(0)
-            return _walk(path, file, num_bytes)
+            yield from _walk(path, file, num_bytes)
     except InputError:
         raise
     except Exception as err:  # each file system raises its own
         raise unreadable(path, err) from err
 
 
-def _walk(path: str, file: BinaryIO, num_bytes: int) -> _Contents:
-    contents, at = _Contents(), 0
+def _walk(path: str, file: BinaryIO, num_bytes: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    at = 0
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             tar.offset = 0
@@ -123,14 +139,13 @@ def _walk(path: str, file: BinaryIO, num_bytes: int) -> _Contents:
             while (member := _next(path, file, tar)) is not None:
                 if member.size < 0 or member.offset_data + member.size > num_bytes:
                     raise _damaged(path, at, f"member {member.name} is cut off or has a wrong size")
-                _take(contents, tar, member)
+                yield tar, member
                 at = tar.offset
     except _BROKEN as err:
         raise _damaged(path, at, str(err)) from err
     file.seek(at)
     if any(file.read(_TAIL_BYTES)):
         raise _damaged(path, at, "more follows behind the end mark; tars are joined with `tar --concatenate`")
-    return contents
 
 
 def _next(path: str, file: BinaryIO, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
@@ -201,14 +216,11 @@ def _damaged(path: str, offset: int, problem: str) -> InputError:
 
 
 def _recognise(url: str) -> TarSource | None:
-    """A name or pattern that ends in .tar, or a folder with tars and no image right in it."""
+    """A name or pattern that ends in .tar."""
     if url.lower().endswith(_COMPRESSED_ENDINGS):
         return TarSource(url)
     named = url.lower().endswith(_ENDING)
-    if named and is_pattern(url):
-        return TarSource(url)
-    place = open_place(url)
-    return TarSource(url) if folder_of(place, _ENDING) or (named and not place.is_folder) else None
+    return TarSource(url) if named and (is_pattern(url) or not open_place(url).is_folder) else None
 
 
 KIND = SourceKind(
@@ -218,4 +230,5 @@ KIND = SourceKind(
     open=TarSource,
     recognise=_recognise,
     order="container",  # tars are written in a random order, to be read in runs
+    container=Container(_ENDING, _example),
 )

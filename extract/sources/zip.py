@@ -13,10 +13,11 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind
+from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
 from dtpipe.extract.sources.names import (
     MAX_FILE_BYTES,
     in_class_folders,
@@ -205,6 +206,12 @@ def _unpack(data: bytes, member: _Member) -> bytes:
     return data
 
 
+def _example(place: Place, path: str) -> str | None:
+    """The first image in an archive's directory. Raises: InputError."""
+    images = _images(replace(place, url=path, path=path), "", Counter())
+    return next((name for name, _, _ in images), None)
+
+
 def _recognise(url: str) -> ZipSource | None:
     """By name: `photos.zip`, `photos.zip/train`."""
     archive, inside = _split(url)
@@ -220,4 +227,5 @@ KIND = SourceKind(
     "keys and labels as in the unpacked folder.",
     open=ZipSource,
     recognise=_recognise,
+    container=Container(".zip", _example, fills_folders=False),
 )

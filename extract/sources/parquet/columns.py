@@ -48,8 +48,7 @@ def find_columns(where: str, schema: Any) -> ParquetColumns:
     import pyarrow as pa
 
     features = _features(schema)
-    structs = [field.name for field in schema if pa.types.is_struct(field.type) and _has_bytes(field.type)]
-    image = _choose(where, structs or [field.name for field in schema if _is_binary(field.type)], schema)
+    image = _choose(where, image_columns(schema), schema)
     kind = schema.field(image).type
     path = f"{image}.path" if pa.types.is_struct(kind) and _is_text(kind, "path") else None
     label = _label(schema, features)
@@ -60,6 +59,14 @@ def find_columns(where: str, schema: Any) -> ParquetColumns:
         label=label,
         label_names=tuple(map(str, names)) if isinstance(names, list) else None,
     )
+
+
+def image_columns(schema: Any) -> list[str]:
+    """Names of the columns that could be the images, by their types."""
+    import pyarrow as pa
+
+    structs = [field.name for field in schema if pa.types.is_struct(field.type) and _has_bytes(field.type)]
+    return structs or [field.name for field in schema if _is_binary(field.type)]
 
 
 def _choose(where: str, candidates: list[str], schema: Any) -> str:

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.sources.base import SourceItem, SourceKind
-from dtpipe.extract.sources.names import key_of
-from dtpipe.extract.sources.parquet.columns import ParquetColumns, find_columns
+from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
+from dtpipe.extract.sources.names import key_of, looks_like_image
+from dtpipe.extract.sources.parquet.columns import ParquetColumns, find_columns, image_columns
 from dtpipe.extract.sources.parquet.groups import GroupCache
-from dtpipe.extract.sources.places import changed, container_files, folder_of, is_pattern, open_place, unreadable
+from dtpipe.extract.sources.places import Place, changed, container_files, is_pattern, open_place, unreadable
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ENDING = ".parquet"
 MAX_GROUP_BYTES = 2**30  # of one row group's images, decoded
 CACHE_BYTES = 2**28
+_LOOKED_AT = 16  # rows, where it is only asked whether a file holds images
 
 
 class ParquetSource:
@@ -134,6 +135,19 @@ class ParquetSource:
                 raise unreadable(path, err) from err
 
 
+def _example(place: Place, path: str) -> str | None:
+    """The column that holds the images, as far as the first rows of it tell. Raises: InputError."""
+    source = ParquetSource(place.url)
+    with source._reading(path) as file:
+        for column in image_columns(file.schema_arrow):
+            batch = next(file.iter_batches(_LOOKED_AT, columns=[column], use_threads=False), None)
+            for value in batch[column].to_pylist() if batch else ():
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if data and looks_like_image(data[:16]):
+                    return f"column {column}"
+    return None
+
+
 def _check_groups(path: str, metadata: pq.FileMetaData, columns: ParquetColumns) -> None:
     """Raises: InputError when images are not inside, or a row group is too large to keep."""
     nulls = 0
@@ -176,12 +190,9 @@ def _is_damage(err: Exception) -> bool:
 
 
 def _recognise(url: str) -> ParquetSource | None:
-    """A name or pattern that ends in .parquet, or a folder with such files and no image right in it."""
+    """A name or pattern that ends in .parquet."""
     named = url.lower().endswith(_ENDING)
-    if named and is_pattern(url):
-        return ParquetSource(url)
-    place = open_place(url)
-    return ParquetSource(url) if folder_of(place, _ENDING) or (named and not place.is_folder) else None
+    return ParquetSource(url) if named and (is_pattern(url) or not open_place(url).is_folder) else None
 
 
 KIND = SourceKind(
@@ -190,4 +201,5 @@ KIND = SourceKind(
     open=ParquetSource,
     recognise=_recognise,
     order="container",  # a row is only had by decoding its whole row group
+    container=Container(_ENDING, _example),
 )

@@ -235,10 +235,3 @@ def test_same_member_twice_is_refused(tmp_path: Path) -> None:
 def test_names_that_are_no_unicode_have_keys(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"caf\udce9.png": b"x"}, errors="surrogateescape", format=tarfile.GNU_FORMAT)
     assert contents(open_source(str(path))) == {"a.tar/caf\\xe9.png": b"x"}
-
-
-def test_folder_with_an_image_beside_tars_is_a_folder(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", FILES)
-    (tmp_path / "1.png").write_bytes(b"one")
-    source = open_source(str(tmp_path))
-    assert (source.kind, source.ignored()) == ("folder", {".tar": 1})
