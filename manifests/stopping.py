@@ -1,6 +1,6 @@
 """SIGTERM and SIGINT as a request, in every command: a run brings what it has in hand to a good end and stops.
 
-A second signal hurries it; a third ends the process.
+A second signal hurries it: nothing is waited for any more. A third ends the process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ from typing import Any
 from dtpipe.manifests.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_active: list[StopRequest] = []
+
+
+def in_a_hurry() -> bool:
+    """True once this process was asked twice to stop: nothing is waited for any more."""
+    return any(stop.urgent for stop in _active)
 
 
 class StopRequest:
@@ -41,6 +47,7 @@ class StopRequest:
         self.request(number)
 
     def __enter__(self) -> StopRequest:
+        _active.append(self)
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
@@ -48,6 +55,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _active.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

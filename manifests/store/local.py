@@ -6,12 +6,15 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from dtpipe.manifests.store.patience import LOCAL_PATIENCE, Patience, Request, patiently
 from dtpipe.manifests.store.publish import create_whole, is_unique_temporary, rename, unique_temporary, write_whole
 
+_T = TypeVar("_T")
 _PROBE = re.compile(r"\.probe-[0-9a-f]{16}")
 
 
@@ -31,30 +34,53 @@ def is_temporary(name: str) -> bool:
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Objects as files under `root`. Methods raise OSError; `Store` turns it into ours."""
+    """Objects as files under `root`. Methods raise OSError; `Store` turns it into ours.
+
+    What a mount's server may mend (a stale handle, an I/O error, a time-out) is waited for briefly.
+    """
 
     root: Path
+    patience: Patience = LOCAL_PATIENCE
 
     def read(self, name: str) -> bytes:
         """The whole file."""
-        return (self.root / name).read_bytes()
+        return self._patiently("read", name, (self.root / name).read_bytes)
 
     def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
         """Each (name, offset, size); shorter where the file ends."""
-        return [self._read_range(name, offset, size) for name, offset, size in ranges]
+        parts: dict[int, bytes] = {}
+
+        def attempt() -> None:
+            for idx in range(len(parts), len(ranges)):
+                parts[idx] = self._read_range(*ranges[idx])
+
+        self._patiently("read", ranges[0][0], attempt)
+        return list(parts.values())
 
     def write(self, name: str, data: bytes) -> ObjectStat:
         """Write or replace a file whole."""
         path = self.root / name
-        return _stat_of(write_whole(path, data, unique_temporary(path)))
+        status = self._patiently("write", name, lambda: write_whole(path, data, unique_temporary(path)))
+        return _stat_of(status)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file whole unless it exists; True if this call made it."""
-        return create_whole(self.root / name, data)
+        """Write a file whole unless it exists; True if this call made it, even if an error came after."""
+        num_attempts = 0
+
+        def attempt() -> bool:
+            nonlocal num_attempts
+            num_attempts += 1
+            return create_whole(self.root / name, data)
+
+        return self._patiently("create", name, attempt) or (num_attempts > 1 and self.read(name) == data)
+
+    def _patiently(self, verb: str, name: str, attempt: Callable[[], _T]) -> _T:
+        request = Request(str(self.root), verb, str(self.root / name))
+        return patiently(lambda _limit_s: attempt(), request, self.patience)
 
     def stat(self, name: str) -> ObjectStat:
         """Size and identity of one file."""
-        status = (self.root / name).stat()
+        status = self._patiently("look at", name, (self.root / name).stat)
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(name)
         return _stat_of(status)
@@ -62,14 +88,14 @@ class LocalFiles:
     def stats(self, prefix: str) -> dict[str, ObjectStat]:
         """All files whose name starts with prefix, temporary ones too."""
         stats = {}
-        for name in self._walk(prefix):
+        for name in self.names(prefix):
             with contextlib.suppress(FileNotFoundError):  # temporary files come and go
                 stats[name] = self.stat(name)
         return stats
 
     def names(self, prefix: str) -> list[str]:
         """Names of all files that start with prefix, temporary ones too."""
-        return list(self._walk(prefix))
+        return self._patiently("list", prefix, lambda: list(self._walk(prefix)))
 
     def rename(self, old: str, new: str) -> None:
         """Give a file another name."""

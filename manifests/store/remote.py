@@ -6,15 +6,15 @@ write.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import os
-import time
+import errno
 from typing import Any
 
-import fsspec
-
-from dtpipe.manifests.errors import ConfigError, MissingPackageError
+from dtpipe.manifests.store.client import Client, Run
 from dtpipe.manifests.store.local import ObjectStat
+from dtpipe.manifests.store.patience import Patience
+from dtpipe.manifests.store.reasons import reason_of
 
 _IDENTITY_FIELDS = (
     "ETag",
@@ -27,67 +27,91 @@ _IDENTITY_FIELDS = (
     "last_modified",
     "updated",
 )
-_CREATE_ATTEMPTS = 5
-_TRY_AGAIN = ("ConditionalRequestConflict", "OperationAborted", "409")
+_BEYOND = ("InvalidRange", "416")  # a range of an empty object, or past the end
+_CREATE_ROUNDS = 2  # a name that is taken and then is not there, as a lock may be, is tried again
+
+_REFUSED = "put-if-absent is refused as if the object were there (412), and nothing is: use another store"
 
 
 class RemoteFiles:
     """Objects under a URL. Methods raise OSError or the client library's errors; `Store` turns them into ours."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._opened: tuple[int, Any, str] | None = None
-        _ = self._fs  # an unknown protocol or a missing package shows here
-
-    @property
-    def _fs(self) -> Any:
-        """The file system of this process; clients do not survive a fork."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), *_open(self.url))
-        return self._opened[1]
+    def __init__(self, url: str, patience: Patience | None = None) -> None:
+        self._client = Client(url, patience)  # an unknown protocol or a missing package shows here
 
     def _path(self, name: str) -> str:
-        _ = self._fs
-        assert self._opened is not None
-        return f"{self._opened[2]}/{name}"
+        return f"{self._client.path}/{name}"
 
     def read(self, name: str) -> bytes:
         """The whole object."""
-        return bytes(self._fs.cat_file(self._path(name)))
+        path = self._path(name)
+
+        def attempt(run: Run) -> bytes:
+            try:
+                return bytes(run("cat_file", path, start=0))  # without a start, s3fs asks for the size first
+            except Exception as err:
+                if reason_of(err).code in _BEYOND and self.stat(name).size == 0:
+                    return b""
+                raise
+
+        return self._client.patiently("read", path, attempt, ask_size=lambda: self.stat(name).size)
 
     def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
         """Each (name, offset, size), requested together; shorter where the object ends."""
         paths = [self._path(name) for name, _, _ in ranges]
-        starts = [offset for _, offset, _ in ranges]
-        ends = [offset + size for _, offset, size in ranges]
-        parts = self._fs.cat_ranges(paths, starts, ends, on_error="return")
-        return [self._range_or_raise(part, *place) for part, place in zip(parts, ranges, strict=True)]
+        parts: dict[int, bytes] = {}
+
+        def attempt(run: Run) -> None:
+            left = [idx for idx in range(len(ranges)) if idx not in parts]
+            starts = [ranges[idx][1] for idx in left]
+            ends = [ranges[idx][1] + ranges[idx][2] for idx in left]
+            answers = run("cat_ranges", [paths[idx] for idx in left], starts, ends, on_error="return")
+            failures = {}
+            for idx, answer in zip(left, answers, strict=True):
+                if isinstance(answer, BaseException):
+                    failures[idx] = answer
+                else:
+                    parts[idx] = bytes(answer)
+            for idx, failure in failures.items():
+                if isinstance(failure, FileNotFoundError) or reason_of(failure).passes or self._reaches(*ranges[idx]):
+                    raise failure
+                parts[idx] = b""  # S3 answers a range past the end with an error
+
+        size_bytes = sum(size for _, _, size in ranges)
+        self._client.patiently("read", paths[0], attempt, size_bytes)
+        return [parts[idx] for idx in range(len(ranges))]
 
     def write(self, name: str, data: bytes) -> ObjectStat:
         """Write or replace an object whole."""
-        answer = self._fs.pipe_file(self._path(name), data)
+        answer = self._client.ask("write", self._path(name), "pipe_file", data, size_bytes=len(data))
         etag = answer.get("ETag") if isinstance(answer, dict) else None  # of this write; uploads in parts give none
         return ObjectStat(len(data), etag.strip('"')) if etag else self.stat(name)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object unless it exists; True if this call made it, as far as the client knows."""
-        for attempt in range(1, _CREATE_ATTEMPTS + 1):
-            try:
-                self._fs.pipe_file(self._path(name), data, mode="create")
+        """Write an object unless it exists; True if this call made it, even if the answer that says so was lost.
+
+        After a lost answer, the request that is made again (by us, or by aiohttp on a connection that was kept) finds
+        its own object. So what is there is compared; no two writers write the same content.
+        """
+        for _ in range(_CREATE_ROUNDS):
+            if self._create(name, data):
                 return True
-            except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                return self.read(name) == data
+        raise OSError(errno.ENOTSUP, _REFUSED)
+
+    def _create(self, name: str, data: bytes) -> bool:
+        try:
+            self._client.ask("create", self._path(name), "pipe_file", data, mode="create", size_bytes=len(data))
+        except Exception as err:
+            if isinstance(err, FileExistsError) or reason_of(err).code in ("PreconditionFailed", "412"):
                 return False
-            except OSError as err:
-                if _code(err) in ("PreconditionFailed", "412"):
-                    return False
-                if _code(err) not in _TRY_AGAIN or attempt == _CREATE_ATTEMPTS:
-                    raise
-                time.sleep(0.05 * 2**attempt)
-        raise AssertionError("unreachable")
+            raise
+        return True
 
     def stat(self, name: str) -> ObjectStat:
         """Size and identity of one object."""
-        info = self._fs.info(self._path(name))
+        info = self._client.ask("look at", self._path(name), "info")
         if info["type"] != "file":
             raise FileNotFoundError(name)
         return _stat_of(info)
@@ -102,50 +126,27 @@ class RemoteFiles:
 
     def rename(self, old: str, new: str) -> None:
         """Copy, then delete: a kill in between leaves both."""
-        self._fs.cp_file(self._path(old), self._path(new))
-        self._fs.rm_file(self._path(old))
+        size_bytes = self.stat(old).size
+        self._client.ask("copy", self._path(old), "cp_file", self._path(new), size_bytes=size_bytes)
+        self._client.ask("delete", self._path(old), "rm_file")
 
     def delete(self, name: str) -> None:
         """Remove an object; one that is gone is fine."""
         try:
-            self._fs.rm_file(self._path(name))
+            self._client.ask("delete", self._path(name), "rm_file")
         except FileNotFoundError:
             return
 
     def _find(self, prefix: str) -> dict[str, dict[str, Any]]:
         root = self._path("")
         folder = self._path(prefix.rpartition("/")[0]).rstrip("/")
-        infos = self._fs.find(folder, detail=True).items()
+        infos = self._client.ask("list", folder, "find", detail=True).items()
         objects = {path.removeprefix(root): info for path, info in infos if info["type"] == "file"}
         return {name: info for name, info in objects.items() if name.startswith(prefix) and not name.endswith("/")}
 
-    def _range_or_raise(self, part: bytes | BaseException, name: str, offset: int, size: int) -> bytes:
-        if isinstance(part, FileNotFoundError):
-            raise part
-        if isinstance(part, BaseException):
-            if self.stat(name).size < offset + size:  # S3 answers a range past the end with an error
-                return b""
-            raise part
-        return bytes(part)
-
-
-def _open(url: str) -> tuple[Any, str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError as err:
-        protocol = url.partition("://")[0]
-        raise MissingPackageError(
-            f"{url}: {err}; run `pip install 'dtpipe[{protocol}]'` or install that package"
-        ) from err
-    except ValueError as err:
-        raise ConfigError(f"{url}: {err}; use a path or a URL that fsspec knows, such as s3://bucket/folder") from err
-    return fs, path.rstrip("/")
-
-
-def _code(err: BaseException) -> str:
-    """The store's own error code, where the client kept it."""
-    response = getattr(err.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
+    def _reaches(self, name: str, offset: int, size: int) -> bool:
+        """True if the object is so long."""
+        return self.stat(name).size >= offset + size
 
 
 def _stat_of(info: dict[str, Any]) -> ObjectStat:

@@ -7,7 +7,6 @@ inside the dataset.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,12 @@ from typing import Protocol
 
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, MissingObjectError, StoreError
 from dtpipe.manifests.store.local import LocalFiles, ObjectStat, is_temporary
+from dtpipe.manifests.store.patience import LOCAL_PATIENCE, Patience
+from dtpipe.manifests.store.reasons import Reason, reason_of
 from dtpipe.manifests.store.remote import RemoteFiles
 
 LOCK_FOLDER = "lock/"
+_NO_STORE = ("NoSuchBucket", "InvalidBucketName")  # what is missing is more than an object
 
 
 class _Files(Protocol):
@@ -40,13 +42,17 @@ class Store:
     forbidden or out of reach; ManifestError for a name that leaves the dataset.
     """
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str], patience: Patience | None = None) -> None:
+        """`patience`: deadlines; by default those of `store.patience` for object stores or for disks."""
         self.local = _local_path(os.fspath(url))
         self.url = str(self.local) if self.local else os.fspath(url).rstrip("/")
-        self._files: _Files = LocalFiles(self.local) if self.local else RemoteFiles(self.url)
+        self._patience = patience
+        self._files: _Files = (
+            LocalFiles(self.local, patience or LOCAL_PATIENCE) if self.local else RemoteFiles(self.url, patience)
+        )
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.url,)
+    def __reduce__(self) -> tuple[type[Store], tuple[str, Patience | None]]:
+        return Store, (self.url, self._patience)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -93,8 +99,7 @@ class Store:
     def create(self, name: str, data: bytes) -> bool:
         """Write an object whole unless it exists; True if this call made it.
 
-        A remote client may repeat a request when the answer is lost, and then say False although it was this call:
-        compare the content where that matters.
+        After an attempt whose answer was lost, an object of the same content counts as made by this call.
         """
         with self._writing(name):
             return self._files.create(name, data)
@@ -200,6 +205,9 @@ class Store:
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
+            reason = reason_of(err)
+            if reason.code in _NO_STORE or reason.passes:
+                raise self._cannot("read", ", ".join(names), reason) from err
             lost = ", ".join(self.where(name) for name in names)
             raise MissingObjectError(
                 f"{lost} is missing; run `dtpipe verify --repair {self.url}`, or check the path"
@@ -209,7 +217,7 @@ class Store:
         except Exception as err:
             if self.local and not isinstance(err, OSError):
                 raise
-            raise StoreError(f"{self.where(', '.join(names))} cannot be read: {_reason(err)}; {_advice(err)}") from err
+            raise self._cannot("read", ", ".join(names), reason_of(err)) from err
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -221,7 +229,10 @@ class Store:
         except Exception as err:  # client libraries raise many types of their own
             if self.local and not isinstance(err, OSError):
                 raise
-            raise StoreError(f"{self.where(name)} cannot be written: {_reason(err)}; {_advice(err)}") from err
+            raise self._cannot("written", name, reason_of(err)) from err
+
+    def _cannot(self, done: str, name: str, reason: Reason) -> StoreError:
+        return StoreError(f"{self.where(name)} cannot be {done}: {reason}; {reason.advice}")
 
     def _check_name(self, name: str) -> None:
         if name.startswith("/") or "\0" in name or ".." in name.split("/"):
@@ -234,26 +245,6 @@ _IGNORES_CREATE = (
     "the store ignores put-if-absent (S3: needs s3fs >= 2025.7 and a server that honours If-None-Match), "
     "so two writers could not be told apart"
 )
-_ADVICE = {
-    errno.ENOSPC: "free some space and run again",
-    errno.EDQUOT: "raise the quota or free some space, and run again",
-    errno.EROFS: "the file system is read-only; choose another place",
-    errno.EACCES: "check the permissions and credentials",
-    errno.ENOENT: (
-        "the bucket does not exist, or another writer took the dataset over and cleared what this one had half-written"
-    ),
-    errno.EPERM: "check the permissions and the file system",
-}
-
-
-def _reason(err: Exception) -> str:
-    return (getattr(err, "strerror", None) or str(err) or type(err).__name__).strip()
-
-
-def _advice(err: Exception) -> str:
-    if isinstance(err, PermissionError | FileNotFoundError) and err.errno is None:  # as s3fs raises them
-        return _ADVICE[errno.EACCES if isinstance(err, PermissionError) else errno.ENOENT]
-    return _ADVICE.get(getattr(err, "errno", None) or 0, "check that the store is reachable and run again")
 
 
 def _local_path(url: str) -> Path | None:
