@@ -38,6 +38,8 @@ class ClassTable:
     def number(self, name: str | None, key: str) -> int:
         """The number of the class that sample `key` has. Raises: InputError naming both when it is not in the table."""
         if name not in self.names:
+            if name is None:
+                raise InputError(f"{key}: has no class; it must be one of {', '.join(self.names)}")
             raise InputError(f"{key}: class {name!r} is not among the classes to learn from, {', '.join(self.names)}")
         return self.names.index(name)
 
@@ -47,6 +49,11 @@ class Class:
     """One class for the whole image."""
 
     number: int
+
+    @property
+    def occurring(self) -> frozenset[int]:
+        """The class alone."""
+        return frozenset({self.number})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +72,9 @@ class Mask:
         return known
 
     @property
-    def largest(self) -> int:
-        """The largest class number, 0 where no pixel counts."""
-        return int(self.numbers[self.known].max(initial=0))
+    def occurring(self) -> frozenset[int]:
+        """Class numbers of the pixels that count."""
+        return frozenset(np.unique(self.numbers[self.known]).tolist())
 
     def foreground(self) -> Mask:
         """The same pixels in two classes: 0 background, 1 anything else; ignored pixels stay ignored."""

@@ -17,7 +17,8 @@ class EvalConfig(StrictModel):
     task: str = Field(description="Downstream task on frozen features; `dtpipe list tasks` names them.")
     images: str = Field(description="URL of labelled images: class folders, or any folder with --masks.")
     masks: str | None = Field(
-        default=None, description="URL of masks with the images' keys as PNG, for tasks that learn from masks."
+        default=None,
+        description="URL of masks: PNG files with the images' paths and a class number per pixel, 0 background.",
     )
     test_images: str | None = Field(
         default=None, description="URL of the images to score on; default: a share of --images."
@@ -26,9 +27,15 @@ class EvalConfig(StrictModel):
     test_share: float = Field(
         default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images."
     )
-    foreground: bool = Field(default=False, description="Merge all mask classes but 0 into one.")
+    foreground: bool = Field(
+        default=False,
+        description="Merge all mask classes but 0 into one; for masks of 0 and 255, with --ignore-value null.",
+    )
     ignore_value: int | None = Field(
-        default=255, ge=0, le=255, description="Mask value of pixels that do not count; null: all count."
+        default=255,
+        ge=0,
+        le=255,
+        description="Mask value that means 'no label': such pixels are not learned from and not scored; null: all are.",
     )
     px: Size | None = Field(
         default=None, description="Side, or height and width, in px of images; default: the student's."
@@ -37,8 +44,8 @@ class EvalConfig(StrictModel):
     labelled: tuple[int | Literal["all"], ...] | None = Field(
         default=None,
         min_length=1,
-        description="Numbers of labelled images; "
-        "default: 5, 20, 80 and all for masks, 1, 5, 20 per class and all for classes.",
+        description="Numbers of labelled images, of all classes together (of 5 classes, 10 is two of each); "
+        "default: 5, 20, 80 and all for masks; 1, 5 and 20 times the number of classes and all for classes.",
     )
     seeds: int = Field(default=3, ge=1, description="Draws of the labelled images and of random initialisations.")
     against: tuple[str, ...] = Field(default=(), description="Another checkpoint to score beside it. Repeatable.")

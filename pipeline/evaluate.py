@@ -22,6 +22,7 @@ from dtpipe.manifests.errors import ConfigError, StoreError
 from dtpipe.manifests.labels import Class, Mask
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.publish import write_whole
+from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.extractors import extractors_of
@@ -53,7 +54,8 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     arms = extractors_of(config, student, trained_on.teacher(), train, note)
     numbers, seeds = label_counts(config, train), range(config.seed, config.seed + config.seeds)
     result = run_probe(config.task, arms, train, test, numbers, seeds, config.probe, note)
-    result = replace(result, notes=(*result.notes, *overlap_notes(trained_on, train, test, config.test_images is None)))
+    said = [*coverage_notes(train, test), *overlap_notes(trained_on, train, test, config.test_images is None)]
+    result = replace(result, notes=(*result.notes, *said))
     return Evaluation(result, _write(config, result))
 
 
@@ -74,22 +76,31 @@ def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tu
     height, width = height_width(config.px or student_px)
     recipe = TransformRecipe(resize=config.resize, height=height, width=width)
     reader = LabelledReader(config.images, config.masks, recipe, config.ignore_value)
+    classes = None if config.masks else reader.class_folders(note)
     if config.test_images:
         if config.test_images == config.images:
             raise ConfigError(
                 f"{config.images} is both --images and --test-images; leave out --test-images to split it"
             )
         held_out = LabelledReader(config.test_images, config.test_masks, recipe, config.ignore_value)
-        train = reader.select(_limited(range(len(reader.items)), config.limit), note)
-        test = held_out.select(
-            _limited(range(len(held_out.items)), config.limit), note, train.classes, prefix="held out/"
-        )
+        train = reader.select(_limited(range(len(reader.items)), config.limit), note, classes)
+        test = held_out.select(_limited(range(len(held_out.items)), config.limit), note, classes, prefix="held out/")
     else:
-        keys, labels = [item.key for item in reader.items], [item.label for item in reader.items]
-        parts = split_by_key(keys, labels, config.test_share, config.seed)
-        train, test = (reader.select(_limited(part, config.limit), note) for part in parts)
+        parts = _split(config, reader)
+        train, test = (reader.select(_limited(part, config.limit), note, classes) for part in parts)
     if config.masks and config.foreground:
-        return train.foreground(), test.foreground()
+        train, test = train.foreground(), test.foreground()
+    check_scorable(train, test, config.ignore_value)
+    return train, test
+
+
+def _split(config: EvalConfig, reader: LabelledReader) -> tuple[list[int], list[int]]:
+    keys, labels = [item.key for item in reader.items], [item.label for item in reader.items]
+    train, test = split_by_key(keys, labels, config.test_share, config.seed)
+    if not test:
+        raise ConfigError(
+            f"{config.images}: too few images to hold some out ({len(keys)}); give more, or others as --test-images"
+        )
     return train, test
 
 

@@ -1,87 +1,44 @@
-"""Labelled images for evaluation: a source's images, its class folders or masks beside it, and a split by key.
-
-A mask is an image file of the sample's key (any of PNG, TIFF, GIF, BMP suffixes): each pixel's value is a class, 0 is
-background.
-"""
+"""Labelled images for evaluation: a source's images, its class folders or masks beside it, and a split by key."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 
-import numpy as np
 from blake3 import blake3
-from numpy.typing import NDArray
-from PIL import Image
 
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.extract.config import SourceConfig
+from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.images import decode_image, resize_image
 from dtpipe.extract.sources.registry import open_source
-from dtpipe.manifests.errors import BadImage, ConfigError, InputError
-from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Target, class_table
+from dtpipe.manifests.errors import BadImage, InputError
+from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Target
 from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.pipeline.classes import class_folders
 from dtpipe.pipeline.cli.console import Note
+from dtpipe.pipeline.masks import Pixels, check_shape, decode_mask, resize_mask
 
 KEPT_BYTES = 1 << 30  # of decoded images and masks that a reader keeps in memory; what is beyond is read again
-Pixels = NDArray[np.uint8]
 
 
 def split_by_key(
     keys: Sequence[str], labels: Sequence[str | None], test_share: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Rows to draw labelled images from, and rows held out; each class is split alike.
+    """Rows to draw labelled images from, and rows held out; each class is split alike and stands on both sides.
 
-    A row's side depends on the seed and the keys of its class only, not on their order.
+    A row's side depends on the seed and the keys of its class only, not on their order. The one image of a class is
+    not held out.
     """
     train: list[int] = []
     test: list[int] = []
     for label in dict.fromkeys(labels):
         rows = [row for row, own in enumerate(labels) if own == label]
         rows.sort(key=lambda row: blake3(f"{seed}/split/{keys[row]}".encode()).digest())
-        cut = round(test_share * len(rows))
+        cut = min(max(round(test_share * len(rows)), 1), len(rows) - 1)
         test += rows[:cut]
         train += rows[cut:]
     return sorted(train), sorted(test)
-
-
-def decode_mask(data: bytes, where: str) -> Pixels:
-    """Class of each pixel. Shapes: -> (H, W) uint8. Raises: InputError when it is no single-channel image."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            values = np.asarray(image)
-    except Exception as err:
-        raise InputError(
-            f"mask {where} cannot be read: {type(err).__name__}: {err}; masks are PNG files of class numbers"
-        ) from err
-    if values.ndim == 3 and values.shape[-1] >= 3 and (values[..., :1] == values[..., :3]).all():
-        values = values[..., 0]
-    if values.ndim != 2 or values.min(initial=0) < 0 or values.max(initial=0) > 255:
-        raise InputError(
-            f"mask {where} is a {values.dtype} image of shape {values.shape}; "
-            "it must hold one class number 0..255 per pixel"
-        )
-    return values.astype(np.uint8)
-
-
-def resize_mask(mask: Pixels, recipe: TransformRecipe) -> Pixels:
-    """The mask as its image is resized, by nearest neighbour. Shapes: (H, W) -> (recipe.height, recipe.width)."""
-    height, width = recipe.height, recipe.width
-    if recipe.resize == "center_crop":
-        scale = max(height / mask.shape[0], width / mask.shape[1])
-        covered = _nearest(mask, (round(mask.shape[0] * scale), round(mask.shape[1] * scale)))
-        top, left = (covered.shape[0] - height) // 2, (covered.shape[1] - width) // 2
-        return covered[top : top + height, left : left + width]
-    return _nearest(mask, (height, width))
-
-
-def _nearest(mask: Pixels, size: tuple[int, int]) -> Pixels:
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(size, mask.shape, strict=True)
-    )
-    picked: Pixels = mask[rows[:, None], columns[None, :]]
-    return picked
 
 
 class LabelledReader:
@@ -94,7 +51,8 @@ class LabelledReader:
         self._source = open_source(images)
         self.items = self._source.list()
         self._mask_source = open_source(masks) if masks else None
-        self._mask_uris = {_stem(item.key): item.uri for item in self._mask_source.list()} if self._mask_source else {}
+        self._mask_items = _by_stem(self._mask_source.list()) if self._mask_source else {}
+        self._image_px: dict[int, tuple[int, int]] = {}
         self._kept: dict[tuple[str, int], Pixels] = {}
         self._free_bytes = KEPT_BYTES
 
@@ -109,28 +67,30 @@ class LabelledReader:
         Raises: InputError when a mask is missing or a class is unknown, or no image is good; ConfigError when there is
         nothing to learn from.
         """
+        if self._mask_source is None:
+            classes = classes or self.class_folders(note)
         digests = self._digests(rows, note)
         good = list(digests)
         keys = [self.items[row].key for row in good]
         kind: type[Target]
         target: Callable[[int], Target]
         if self._mask_source is not None:
-            table = ClassTable.numbered(1 + max(self.mask(row).largest for row in good))
+            occurring = frozenset(number for row in good for number in self.mask(row).occurring)
+            table = ClassTable.numbered(1 + max(occurring, default=0))
             kind, target = Mask, lambda idx: self.mask(good[idx])
         else:
-            table = classes or self._class_folders()
+            assert classes is not None
+            table = classes
             numbers = [table.number(self.items[row].label, key) for row, key in zip(good, keys, strict=True)]
+            occurring = frozenset(numbers)
             kind, target = Class, lambda idx: Class(numbers[idx])
         own_keys = tuple(prefix + key for key in keys)
-        return LabelledSet(own_keys, kind, table, lambda idx: self.image(good[idx]), target, tuple(digests.values()))
+        pixels = tuple(digests.values())
+        return LabelledSet(own_keys, kind, table, lambda idx: self.image(good[idx]), target, pixels, occurring)
 
-    def _class_folders(self) -> ClassTable:
-        table = class_table(item.label for item in self.items)
-        if table is None:
-            raise ConfigError(
-                f"{self.images}: no class folders and no --masks; give one of them, or there is nothing to score"
-            )
-        return table
+    def class_folders(self, note: Note) -> ClassTable:
+        """The classes of all samples of the listing. Raises: ConfigError where there are none, or they say nothing."""
+        return class_folders(self.images, self.items, note)
 
     def _digests(self, rows: Sequence[int], note: Note) -> dict[int, str]:
         """The rows of good images with the digests of their pixels."""
@@ -148,22 +108,41 @@ class LabelledReader:
         """An image of the listing, at its size. Shapes: -> (recipe.height, recipe.width, 3). Raises: BadImage."""
 
         def read() -> Pixels:
-            data = self._source.read(self.items[row].uri)
-            return resize_image(decode_image(data, SourceConfig().max_pixels), self.recipe)
+            whole = decode_image(self._source.read(self.items[row].uri), SourceConfig().max_pixels)
+            self._image_px[row] = (whole.shape[0], whole.shape[1])
+            return resize_image(whole, self.recipe)
 
         return self._keep(("image", row), read)
 
     def mask(self, row: int) -> Mask:
-        """Its mask, resized as the image is. Raises: InputError when there is none."""
-        key = self.items[row].key
-        uri = self._mask_uris.get(_stem(key))
-        if uri is None or self._mask_source is None:
+        """Its mask, resized as the image is. Raises: InputError when there is none that fits."""
+        source, item = self._mask_source, self._mask_item(self.items[row].key)
+        assert source is not None
+        if row not in self._image_px:
+            self.image(row)
+
+        def read() -> Pixels:
+            try:
+                whole = decode_mask(source.read(item.uri), item.key)
+            except BadImage as err:
+                raise InputError(f"{self.masks}: mask {item.key} cannot be read: {err.reason}; put it there") from err
+            check_shape(whole, self._image_px[row], item.key)
+            return resize_mask(whole, self.recipe)
+
+        return Mask(self._keep(("mask", row), read), self.ignore_value)
+
+    def _mask_item(self, key: str) -> SourceItem:
+        items = self._mask_items.get(_stem(key), [])
+        if not items:
+            seen = next(iter(self._mask_items.values()))[0].key
             raise InputError(
-                f"{self.masks}: no mask for image {key}; masks have the images' paths, e.g. {_stem(key)}.png"
+                f"{self.masks}: no mask for image {key}; masks have the images' paths, here {_stem(key)}.png; "
+                f"{seen} is one that is there"
             )
-        source = self._mask_source
-        numbers = self._keep(("mask", row), lambda: resize_mask(decode_mask(source.read(uri), key), self.recipe))
-        return Mask(numbers, self.ignore_value)
+        if len(items) > 1:
+            names = " and ".join(item.key for item in items)
+            raise InputError(f"{self.masks}: image {key} has the masks {names}; leave one of them")
+        return items[0]
 
     def _keep(self, name: tuple[str, int], read: Callable[[], Pixels]) -> Pixels:
         if name in self._kept:
@@ -173,6 +152,13 @@ class LabelledReader:
             self._kept[name] = pixels
             self._free_bytes -= pixels.nbytes
         return pixels
+
+
+def _by_stem(items: Sequence[SourceItem]) -> dict[str, list[SourceItem]]:
+    by_stem: dict[str, list[SourceItem]] = {}
+    for item in items:
+        by_stem.setdefault(_stem(item.key), []).append(item)
+    return by_stem
 
 
 def _stem(key: str) -> str:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, PerSeed, extractor_for
-from dtpipe.distill.downstream.labelled import Draw, LabelledSet, check_apart, count_classes, draw_labelled
+from dtpipe.distill.downstream.labelled import (
+    Draw,
+    LabelledSet,
+    check_apart,
+    check_several_classes,
+    count_classes,
+    draw_labelled,
+)
 from dtpipe.distill.downstream.registry import find_task
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.manifests.errors import ConfigError
@@ -80,9 +87,13 @@ def _distinct(draws: Sequence[Draw], num_images: int) -> list[Draw]:
 
 
 def metric_of(task: Task, train: LabelledSet, test: LabelledSet) -> str:
-    """What the task's scores are. Raises: ConfigError when a set lacks the labels or masks that the task needs."""
+    """What the task's scores are.
+
+    Raises: ConfigError when a set lacks the labels or masks that the task needs, or a second class.
+    """
     for labelled in (train, test):
         labelled.need(task.target)
+    check_several_classes(train, test)
     return task.metric(count_classes(train, test))
 
 

@@ -43,6 +43,8 @@ class LabelledSet:
     """Reads its target; a mask has the image's height and width."""
     digests: tuple[str, ...] = ()
     """blake3 of each image's pixels, by which it is known under any key; none where nobody computed them."""
+    occurring: frozenset[int] | None = None
+    """Class numbers that occur among the targets; None where nobody has looked."""
 
     def __post_init__(self) -> None:
         if len(set(self.keys)) != len(self.keys):
@@ -60,13 +62,24 @@ class LabelledSet:
             image=lambda row: self.image(places[row]),
             target=lambda row: self.target(places[row]),
             digests=tuple(self.digests[row] for row in places) if self.digests else (),
+            occurring=None,
         )
 
     def foreground(self) -> LabelledSet:
         """The same samples with masks of two classes: background, anything else. Raises: ConfigError without masks."""
         self.need(Mask)
-        names = ("background", "foreground")[: len(self.classes)]
-        return replace(self, classes=ClassTable(names), target=lambda row: cast(Mask, self.target(row)).foreground())
+        return replace(
+            self,
+            classes=ClassTable(("background", "foreground")),
+            target=lambda row: cast(Mask, self.target(row)).foreground(),
+            occurring=None if self.occurring is None else frozenset(min(number, 1) for number in self.occurring),
+        )
+
+    def find_classes(self) -> frozenset[int]:
+        """Class numbers that occur among the targets; reads them all where nobody has looked."""
+        if self.occurring is not None:
+            return self.occurring
+        return frozenset(number for row in range(len(self)) for number in self.target(row).occurring)
 
     def need(self, kind: type[Target]) -> None:
         """Raises: ConfigError saying what is missing when the targets are of another kind."""
@@ -112,16 +125,20 @@ def _is_image(array: npt.NDArray[Any]) -> bool:
 
 
 def count_classes(*sets: LabelledSet) -> int:
-    """How many classes the sets hold: one more than the largest class of an image, of masks the length of their tables.
-
-    Raises: ConfigError when masks hold background only.
-    """
+    """How many classes the sets have: of images, one more than the largest; of masks, the length of their tables."""
     if sets[0].kind is Class:
         return max(int(labelled.read_classes().max()) for labelled in sets) + 1
-    num_classes = max(len(labelled.classes) for labelled in sets)
-    if num_classes < 2:
-        raise ConfigError("the masks hold background only; a dense read-out needs a second class")
-    return num_classes
+    return max(len(labelled.classes) for labelled in sets)
+
+
+def check_several_classes(train: LabelledSet, test: LabelledSet) -> None:
+    """Refuse sets of a single class, which a constant answer scores 1.0 on. Raises: ConfigError naming the class."""
+    for part, labelled in (("labelled", train), ("held-out", test)):
+        names = [labelled.classes.names[number] for number in labelled.find_classes()]
+        if len(names) < 2:
+            what = "images are" if labelled.kind is Class else "masks hold pixels"
+            found = f"all {part} {what} of one class, {names[0]!r}" if names else f"no pixel of the {part} masks counts"
+            raise ConfigError(f"{found}: a constant answer would score 1.0; give a second class")
 
 
 def check_apart(train: LabelledSet, test: LabelledSet) -> None:
@@ -163,7 +180,10 @@ def draw_labelled(labelled: LabelledSet, num: int | None, seed: int) -> npt.NDAr
     classes = labelled.read_classes()
     num_classes = len(np.unique(classes))
     if num < num_classes:
-        raise ConfigError(f"{num} labelled images cannot cover {num_classes} classes; ask for {num_classes} or more")
+        raise ConfigError(
+            f"{num} labelled images cannot cover {num_classes} classes; ask for {num_classes} or more: "
+            "the number counts the images of all classes together"
+        )
     turn = _turn_within_class(classes[order])
     return order[np.argsort(turn, kind="stable")][:num]
 

@@ -108,7 +108,8 @@ class ProbeResult:
         spread = f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
         title = f"{self.task}: {self.metric} on {self.num_test} held-out images, {spread}"
         chosen = "best level of each, chosen on the labelled images only"
-        return "\n".join([f"{title}; {chosen}", *_aligned([head, *body]), *self.notes])
+        counts = "numbers of labelled images are of all classes together"
+        return "\n".join([f"{title}; {chosen}; {counts}", *_aligned([head, *body]), *self.notes])
 
     @staticmethod
     def merge(results: Sequence[ProbeResult]) -> ProbeResult:

@@ -13,6 +13,7 @@ FLAGS = (
     Flag("--images", "eval.images", "URL"),
     Flag("--masks", "eval.masks", "URL"),
     Flag("--foreground", "eval.foreground"),
+    Flag("--ignore-value", "eval.ignore_value", "0..255|null"),
     Flag("--test-images", "eval.test_images", "URL"),
     Flag("--test-masks", "eval.test_masks", "URL"),
     Flag("--test-share", "eval.test_share", "SHARE"),

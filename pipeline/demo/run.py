@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dtpipe.extract.sources.base import SourceItem
 from dtpipe.manifests.errors import ConfigError, DemoStepError, InputError
 from dtpipe.pipeline.cli.console import Console, format_seconds
 from dtpipe.pipeline.config import DemoConfig
@@ -112,7 +113,7 @@ class _Demo:
             settings = ["-c", "demo_teacher", "--steps", config.teacher_steps, "--seed", config.seed]
             self._step("train-teacher", *settings, "--images", config.images, "--out", teacher, *limit)
         self._extract_and_distill(config.images, teacher, limit)
-        if all(item.label is not None for item in source.list()):
+        if self._has_classes(config.images, source.list()):
             self.console.result("your images have labels: a linear probe of them, which distillation did not see")
             self._step(
                 "eval",
@@ -129,6 +130,19 @@ class _Demo:
             )
         self._report(teacher)
         return self._finish("probe")
+
+    def _has_classes(self, images: str, items: Sequence[SourceItem]) -> bool:
+        """True when a class probe of the images says something; what is missing is said where there are labels."""
+        from dtpipe.pipeline.classes import class_folders
+
+        if all(item.label is None for item in items):
+            return False
+        try:
+            class_folders(images, items, self.console.note)
+        except ConfigError as err:
+            self.console.result(f"\nno class probe: {err}")
+            return False
+        return True
 
     def _extract_and_distill(self, images: str, teacher: str, limit: Sequence[object]) -> None:
         config = self.config

@@ -9,15 +9,17 @@ from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.labels import ClassTable, Mask, class_table
 
 
-@pytest.mark.parametrize(("ignore", "largest"), [(255, 7), (7, 255), (None, 255), (0, 255)])
-def test_the_largest_class_leaves_out_what_is_ignored(ignore: int | None, largest: int) -> None:
+@pytest.mark.parametrize(
+    ("ignore", "occurring"), [(255, {0, 1, 7}), (7, {0, 1, 255}), (None, {0, 1, 7, 255}), (0, {1, 7, 255})]
+)
+def test_classes_that_occur_leave_out_what_is_ignored(ignore: int | None, occurring: set[int]) -> None:
     mask = Mask(np.array([[0, 7], [255, 1]], np.uint8), ignore)
-    assert mask.largest == largest
-    assert mask.known.sum() == (4 if ignore is None else 3)
+    assert mask.occurring == occurring
+    assert mask.known.sum() == len(occurring)
 
 
-def test_a_mask_of_which_nothing_counts_has_background_only() -> None:
-    assert Mask(np.full((2, 2), 255, np.uint8)).largest == 0
+def test_a_mask_of_which_nothing_counts_holds_no_class() -> None:
+    assert Mask(np.full((2, 2), 255, np.uint8)).occurring == frozenset()
 
 
 @pytest.mark.parametrize("ignore", [1, 9, 255])

@@ -16,7 +16,7 @@ def with_classes(images: np.ndarray, keys: Sequence[str], classes: Sequence[int]
 
 
 def with_masks(images: np.ndarray, keys: Sequence[str], masks: np.ndarray, ignore: int | None = 255) -> LabelledSet:
-    table = ClassTable.numbered(max(Mask(mask, ignore).largest for mask in masks) + 1)
+    table = ClassTable.numbered(max(max(Mask(mask, ignore).occurring, default=0) for mask in masks) + 1)
     return LabelledSet(tuple(keys), Mask, table, lambda row: images[row], lambda row: Mask(masks[row], ignore))
 
 

@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from PIL import Image
 
-from dtpipe.extract.sources.images import resize_image
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline import labelled as labelled_module
-from dtpipe.pipeline.labelled import LabelledReader, decode_mask, resize_mask, split_by_key
+from dtpipe.pipeline.labelled import LabelledReader, split_by_key
 from parts.images import png, write_files
 from parts.labelled import all_images, all_masks
-
-
-@pytest.mark.parametrize("resize", ["center_crop", "stretch"])
-@pytest.mark.parametrize("size", [(96, 160), (160, 96), (64, 64), (40, 50)])
-def test_a_mask_lies_where_its_image_lies(resize: str, size: tuple[int, int]) -> None:
-    """A white disc as image and as mask: resized, they may differ on the disc's rim only."""
-    rows, columns = np.mgrid[: size[0], : size[1]]
-    disc = (rows - size[0] * 0.4) ** 2 + (columns - size[1] * 0.6) ** 2 < (min(size) * 0.3) ** 2
-    recipe = TransformRecipe(resize=resize, height=32, width=32)
-    image = resize_image(np.repeat(disc[..., None], 3, axis=2).astype(np.uint8) * 255, recipe)[..., 0]
-    mask = resize_mask(disc.astype(np.uint8), recipe)
-    assert mask.shape == (32, 32)
-    assert 0.1 < mask.mean() < 0.5
-    assert ((image > 127) != (mask == 1)).mean() < 0.03
-
-
-def test_mask_values_are_class_numbers_also_of_palettes_and_equal_channels() -> None:
-    values = np.array([[0, 1], [2, 255]], np.uint8)
-    palette = Image.fromarray(values, mode="P")
-    palette.putpalette(bytes(range(256)) * 3)
-    buffer = io.BytesIO()
-    palette.save(buffer, "PNG")
-    assert_array_equal(decode_mask(buffer.getvalue(), "a"), values)
-    assert_array_equal(decode_mask(png(values), "a"), values)
-    assert_array_equal(decode_mask(png(np.repeat(values[..., None], 3, axis=2)), "a"), values)
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"not an image", png(np.zeros((2, 2, 3), np.uint8) + np.arange(3, dtype=np.uint8))]
-)
-def test_what_is_no_mask_is_refused_by_name(data: bytes) -> None:
-    with pytest.raises(InputError, match=r"mask cat/1\.png"):
-        decode_mask(data, "cat/1.png")
 
 
 def test_split_depends_on_keys_not_on_their_order_and_keeps_shares() -> None:
@@ -77,8 +41,33 @@ def test_reader_names_bad_images_and_missing_masks(image_folder: Path, tmp_path:
     assert len(notes) == 1
     assert "cat/bad.png" in notes[0]
     masks = write_files(tmp_path / "masks", {"cat/001.png": png(np.ones((32, 32), np.uint8))})
-    with pytest.raises(InputError, match="no mask for image"):
+    with pytest.raises(InputError, match=r"no mask for image cat/003.png.* here cat/003.png; cat/001.png is one that"):
         LabelledReader(str(image_folder), str(masks), recipe).select(range(9), notes.append)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_each_class_stands_on_both_sides_but_for_one_of_a_single_image(share: float) -> None:
+    labels = ["alone", *["pair"] * 2, *["many"] * 40]
+    train, test = split_by_key([f"{idx}.png" for idx in range(43)], labels, share, seed=0)
+    assert {labels[row] for row in train} == {"alone", "pair", "many"}
+    assert {labels[row] for row in test} == {"pair", "many"}
+
+
+def test_what_does_not_fit_between_images_and_masks_is_refused_by_name(image_folder: Path, tmp_path: Path) -> None:
+    recipe = TransformRecipe(height=32, width=32)
+    (image_folder / "cat" / "001.png").write_bytes(png(np.zeros((20, 40, 3), np.uint8)))
+
+    def read(**masks: bytes) -> None:
+        written = write_files(
+            tmp_path / "-".join(masks), {name.replace("_", "."): data for name, data in masks.items()}
+        )
+        LabelledReader(str(image_folder / "cat"), str(written), recipe).select([0], print)
+
+    read(**{"001_png": png(np.ones((10, 20), np.uint8))})  # of half the size
+    with pytest.raises(InputError, match=r"mask 001.png has 20x40 px and its image.* 40x20"):
+        read(**{"001_png": png(np.ones((40, 20), np.uint8)), "other_png": png(np.ones((4, 4), np.uint8))})
+    with pytest.raises(InputError, match=r"image 001.png has the masks 001.bmp and 001.png"):
+        read(**{"001_png": png(np.ones((10, 20), np.uint8)), "001_bmp": b""})
 
 
 def test_what_is_beyond_the_memory_of_a_reader_is_read_again(

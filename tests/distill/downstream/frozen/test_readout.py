@@ -151,15 +151,16 @@ def test_run_is_equal_every_time() -> None:
     assert runs[0] == runs[1]
 
 
-def test_masks_of_background_only_are_refused() -> None:
-    images, masks = all_images(square_set(4, 0)), np.zeros((4, 32, 32), np.uint8)
+@pytest.mark.parametrize("value", [0, 1])
+def test_masks_of_one_class_are_refused(value: int) -> None:
+    images, masks = all_images(square_set(4, 0)), np.full((4, 32, 32), value, np.uint8)
     empty, other = (with_masks(images, keys, masks) for keys in ("1234", "abcd"))
-    with pytest.raises(ConfigError, match="background only"):
+    with pytest.raises(ConfigError, match=f"all labelled masks hold pixels of one class, '{value}'"):
         run_probe("readout", [PYRAMID], empty, other, [2], [0])
 
 
 def test_masks_of_another_size_than_their_images_are_refused() -> None:
-    small = with_masks(all_images(square_set(4, 0)), "1234", np.ones((4, 16, 16), np.uint8))
+    small = with_masks(all_images(square_set(4, 0)), "1234", np.eye(16, dtype=np.uint8)[None].repeat(4, 0))
     with pytest.raises(ShapeError, match=r"masks are \(16, 16\), images \(32, 32\)"):
         run_probe("readout", [PYRAMID], small, square_set(4, 1), [2], [0])
 
