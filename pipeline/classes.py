@@ -43,7 +43,7 @@ def class_folders(url: str, items: Sequence[SourceItem], note: Note) -> ClassTab
             advice = f"give --images {_inside(url, labelled[0])} --test-images {_inside(url, held_out[0])}"
         raise ConfigError(f"{url}: {', '.join(parts)} are parts of a data set, not classes; {advice}")
     if empty := sorted(_folders(url, items) - set(names)):
-        note(f"left out folders without an image: {listed(empty)}")
+        note(f"left out folders without an image: {_few(empty)}")
     return table
 
 
@@ -74,7 +74,7 @@ def coverage_notes(train: LabelledSet, test: LabelledSet) -> list[str]:
     return notes
 
 
-def listed(names: Sequence[str]) -> str:
+def _few(names: Sequence[str]) -> str:
     """The first few of some names, and how many more there are."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
@@ -96,7 +96,7 @@ def _deeper(url: str, items: Sequence[SourceItem]) -> str:
     first = parts[0][0]
     if len({part[0] for part in parts}) > 1 or min(map(len, parts)) < 3:
         return ""
-    return f" {_inside(url, first)}, which holds {listed(sorted({part[1] for part in parts}))}"
+    return f" {_inside(url, first)}, which holds {_few(sorted({part[1] for part in parts}))}"
 
 
 def _parts(names: Collection[str]) -> list[str]:
@@ -123,7 +123,7 @@ def _inside(url: str, name: str) -> str:
 
 def _names(sets: Sequence[LabelledSet], numbers: Collection[int]) -> str:
     names = max((labelled.classes.names for labelled in sets), key=len)
-    return listed([names[number] for number in sorted(numbers)])
+    return _few([names[number] for number in sorted(numbers)])
 
 
 def _holds_ignored(sets: Sequence[LabelledSet]) -> bool:
