@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -70,14 +70,17 @@ class Tally:
         finally:
             self._working_s += self.meter.working_s
 
-    def begin(self, plan: Plan, entries: Sequence[ShardEntry]) -> ProgressMeter:
+    def begin(self, plan: Plan, entries: Iterable[ShardEntry]) -> ProgressMeter:
         """Count from what is committed already; its bad samples are remembered too."""
-        self._bad = [sample for entry in entries for sample in bad_samples(entry.rows)]
+        shards_done, samples_done = 0, 0
+        for entry in entries:
+            self._bad += bad_samples(entry.rows)
+            shards_done, samples_done = shards_done + 1, samples_done + len(entry.rows)
         self.meter = ProgressMeter(
             shards_total=plan.num_shards,
             samples_total=plan.num_rows,
-            shards_done=len(entries),
-            samples_done=sum(len(entry.rows) for entry in entries),
+            shards_done=shards_done,
+            samples_done=samples_done,
             num_bad=len(self._bad),
             on_progress=self._on_progress,
         )

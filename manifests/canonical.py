@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from blake3 import blake3
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from dtpipe.manifests.errors import ManifestError
 from dtpipe.manifests.schema import FORMAT, FORMATS
@@ -31,15 +32,15 @@ def canonical_json(value: object) -> bytes:
     Raises: ManifestError for what JSON cannot hold faithfully: NaN, infinities, keys that are no text, lone surrogates.
     """
     _refuse_other_keys(value)
-    return _dump(value, sort_keys=True).encode()
+    return _canonical(value)
 
 
 def seal(document: BaseModel | Mapping[str, Any]) -> bytes:
     """A pretty JSON document that ends in `checksum`, the blake3 of the canonical JSON of all else."""
-    value = document.model_dump(mode="json") if isinstance(document, BaseModel) else dict(document)
+    value = _plain(document) if isinstance(document, BaseModel) else dict(document)
     assert CHECKSUM not in value, "a sealed document may not have a field `checksum`"
-    checksum = blake3_hex(canonical_json(value))
-    return (_pretty({**value, CHECKSUM: checksum}) + "\n").encode()
+    _refuse_other_keys(value)
+    return _sealed(value)
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any]:
@@ -55,8 +56,8 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         raise ManifestError(f"{where} has no checksum; {_NEXT}")
     value = {name: field for name, field in document.items() if name != CHECKSUM}
     try:
-        intact = seal(value) == data
-    except (ManifestError, RecursionError):
+        intact = _sealed(value) == data
+    except ManifestError:
         intact = False
     if not intact:
         raise ManifestError(f"{where} does not match its own checksum: bytes were changed; {_NEXT}")
@@ -90,15 +91,38 @@ def load_record(model: type[_Record], data: bytes, where: str) -> _Record:
 _NEXT = "restore the file from a copy, or run `dtpipe verify --repair` on the dataset"
 
 
-def _dump(value: object, sort_keys: bool = False) -> str:
+_ONE_LINE, _SORTED = (
+    json.JSONEncoder(sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    for sort_keys in (False, True)
+)
+_CONTAINERS, _SCALARS = (dict, list, tuple), frozenset({str, int, float, bool, type(None)})
+
+
+def _plain(record: BaseModel) -> dict[str, Any]:
     try:
-        text = json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except (ValueError, TypeError) as err:
-        raise ManifestError(
-            f"a value cannot be stored as JSON: {err}; use text, finite numbers, lists and text keys"
-        ) from err
-    return text
+        return record.model_dump(mode="json")
+    except (PydanticSerializationError, RecursionError) as err:
+        raise _not_json(err) from err
+
+
+def _sealed(value: dict[str, Any]) -> bytes:
+    """As `seal`, of a value whose keys are text."""
+    checksum = blake3_hex(_canonical(value))
+    try:
+        return (_pretty({**value, CHECKSUM: checksum}) + "\n").encode()
+    except (ValueError, TypeError, RecursionError) as err:
+        raise _not_json(err) from err
+
+
+def _canonical(value: object) -> bytes:
+    try:
+        return _SORTED.encode(value).encode()
+    except (ValueError, TypeError, RecursionError) as err:
+        raise _not_json(err) from err
+
+
+def _not_json(err: Exception) -> ManifestError:
+    return ManifestError(f"a value cannot be stored as JSON: {err}; use text, finite numbers, lists and text keys")
 
 
 def _refuse_other_keys(value: object) -> None:
@@ -120,20 +144,19 @@ def _refuse_constant(name: str) -> None:
 def _pretty(value: object, indent: int = 0) -> str:
     """Indented JSON with flat lists, and flat items of lists, on one line: entries stay readable by eye."""
     if _is_flat(value) and not (isinstance(value, dict) and value):
-        return _dump(value)
+        return _ONE_LINE.encode(value)
     pad, end = " " * (indent + 1), " " * indent
     if isinstance(value, dict):
-        fields = [f"{pad}{_dump(name)}: {_pretty(field, indent + 1)}" for name, field in value.items()]
+        fields = [f"{pad}{_ONE_LINE.encode(name)}: {_pretty(field, indent + 1)}" for name, field in value.items()]
         return "{\n" + ",\n".join(fields) + f"\n{end}}}"
     assert isinstance(value, list | tuple)
-    items = [pad + (_dump(item) if _is_flat(item) else _pretty(item, indent + 1)) for item in value]
+    items = [pad + (_ONE_LINE.encode(item) if _is_flat(item) else _pretty(item, indent + 1)) for item in value]
     return "[\n" + ",\n".join(items) + f"\n{end}]"
 
 
 def _is_flat(value: object) -> bool:
     """True for a scalar and for a container of scalars."""
-    if isinstance(value, dict):
-        return not any(isinstance(field, dict | list | tuple) for field in value.values())
-    if isinstance(value, list | tuple):
-        return not any(isinstance(item, dict | list | tuple) for item in value)
-    return True
+    if not isinstance(value, _CONTAINERS):
+        return True
+    fields = value.values() if isinstance(value, dict) else value
+    return _SCALARS.issuperset(map(type, fields)) or not any(isinstance(field, _CONTAINERS) for field in fields)

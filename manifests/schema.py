@@ -30,6 +30,8 @@ MEASURED_SHARD: Final = 0  # whose entry holds it
 SYNTHESIZED: Final = "synthesized"  # source kind of images that the teacher makes itself
 LATENT_SUFFIX: Final = ".latent"  # of a level's name: in v1 the only sign of its role
 IMAGE = "image"  # name of the array that holds the stored images
+MAX_INTEGER: Final = 2**53 - 1  # any reader of JSON keeps so many
+MAX_SHARDS: Final = 2**31 - 1  # Parquet's columns of shards are int32
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="blake3, 64 hexadecimal digits.")]
 LevelName = Annotated[
@@ -41,6 +43,10 @@ Resize = Literal["center_crop", "stretch", "none"]
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 ShardFormat = Literal["zarr", "webdataset"]
 Order = Literal["permuted", "container"]
+_Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+_Number32 = Annotated[int, Field(ge=0, le=MAX_SHARDS)]
+_Positive32 = Annotated[int, Field(ge=1, le=MAX_SHARDS)]
+_Crc32c = Annotated[int, Field(ge=0, lt=2**32)]
 _Side = Annotated[int, Field(ge=1)]
 Size = _Side | tuple[_Side, _Side]
 """A size in px as settings give it: the side of a square, or height and width."""
@@ -123,10 +129,10 @@ class LevelSpec(StrictModel):
     """One level: features [N, V, channels, height, width], stored as the arrays that its codec makes of them."""
 
     name: LevelName
-    stride: int = Field(ge=1, description="Student pixels per cell.")
-    channels: int = Field(ge=1)
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
+    stride: _Positive32 = Field(description="Student pixels per cell.")
+    channels: _Positive32
+    height: _Positive32
+    width: _Positive32
     dtype: StoredDtype = Field(default="float16", description="Of the features, as they are read.")
     tap: str = Field(description="Module path in the teacher where the level is read.")
     codec: CodecSpec = CodecSpec()
@@ -167,8 +173,8 @@ class TransformRecipe(StrictModel):
     """How a decoded image becomes the teacher's input, which is the stored image."""
 
     resize: Resize = "center_crop"
-    height: int = Field(ge=1, description="Stored height in px.")
-    width: int = Field(ge=1, description="Stored width in px.")
+    height: _Positive32 = Field(description="Stored height in px.")
+    width: _Positive32 = Field(description="Stored width in px.")
     filter: Filter = "bicubic"
     antialias: bool = True
 
@@ -201,7 +207,7 @@ class ShardRecipe(StrictModel):
     """How rows are cut into shards."""
 
     format: ShardFormat = "zarr"
-    samples: int = Field(ge=1, description="Rows per shard; the last shard may be shorter.")
+    samples: _Positive32 = Field(description="Rows per shard; the last shard may be shorter.")
 
 
 class Recipe(StrictModel):
@@ -241,8 +247,8 @@ class Plan(StrictModel):
 
     format: Format = Field(default=FORMAT, description="That of the recipe.")
     recipe: Recipe
-    num_rows: int = Field(ge=1)
-    num_shards: int = Field(ge=1)
+    num_rows: int = Field(ge=1, le=MAX_INTEGER)
+    num_shards: int = Field(ge=1, le=MAX_SHARDS)
     listing_blake3: Digest
     provenance: dict[str, Any] = Field(default_factory=dict, description="Time, host, versions, config; not content.")
 
@@ -264,16 +270,16 @@ class Members(StrictModel):
     flipped byte, a stale object and a swapped one all fail where they are touched.
     """
 
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
-    crc32c: tuple[int, ...]
+    offset: tuple[_Count, ...]
+    size: tuple[_Count, ...]
+    crc32c: tuple[_Crc32c, ...]
 
 
 class ObjectEntry(StrictModel):
     """One stored object of a shard: a zarr shard of one array, or a whole tar."""
 
     name: str = Field(description="POSIX path inside the dataset.")
-    size_bytes: int = Field(ge=0)
+    size_bytes: _Count
     blake3: Digest
     identity: str = Field(
         description="The store's etag, or mtime in ns: changes when the object is written again. Not content."
@@ -284,22 +290,22 @@ class ObjectEntry(StrictModel):
 class IndexRow(StrictModel):
     """One sample as it came out."""
 
-    row: int = Field(ge=0)
+    row: _Count
     key: str
-    shard: int = Field(ge=0)
+    shard: _Number32
     status: str = Field(default="ok", pattern=r"^(ok|bad: .+)$", description="`ok`, or `bad: ` and the reason.")
     label: str | None = None
-    original_height: int | None = None
-    original_width: int | None = None
+    original_height: _Number32 | None = None
+    original_width: _Number32 | None = None
 
 
 class ShardEntry(StrictModel):
     """commits/00042.json: written last; its presence is the commit."""
 
     format: Format = Field(default=FORMAT, description="That of the plan.")
-    shard: int = Field(ge=0)
+    shard: _Number32
     plan_blake3: Digest = Field(description="Digest of plan.json's bytes: an entry of another plan is refused.")
-    epoch: int = Field(ge=0, description="Epoch of the writer's lock.")
+    epoch: _Count = Field(description="Epoch of the writer's lock.")
     objects: tuple[ObjectEntry, ...]
     rows: tuple[IndexRow, ...]
     provenance: dict[str, Any] = Field(default_factory=dict, description="Host, seconds, versions; not content.")
@@ -308,18 +314,18 @@ class ShardEntry(StrictModel):
 class FileEntry(StrictModel):
     """Size and digest of a whole file beside the manifest."""
 
-    size_bytes: int = Field(ge=0)
+    size_bytes: _Count
     blake3: Digest
 
 
 class Totals(StrictModel):
     """Counts over the dataset."""
 
-    num_rows: int
-    num_ok: int
-    num_bad: int
-    num_shards: int
-    size_bytes: int = Field(description="Bytes of all shard objects.")
+    num_rows: _Count
+    num_ok: _Count
+    num_bad: _Count
+    num_shards: _Number32
+    size_bytes: _Count = Field(description="Bytes of all shard objects.")
 
 
 class Manifest(StrictModel):

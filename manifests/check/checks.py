@@ -5,7 +5,7 @@ One rule: a problem says in `mend` who can put it right, so that repair needs no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -20,17 +20,19 @@ from dtpipe.manifests.errors import DamagedDataError, MissingObjectError
 from dtpipe.manifests.layout.arrays import KEY
 from dtpipe.manifests.layout.tables import (
     INDEX_FILE,
+    INDEX_SCHEMA,
     LISTING_FILE,
     SHARDS_FILE,
     SHARDS_SCHEMA,
-    decode_index,
     decode_table,
     index_table,
     shards_table,
 )
 from dtpipe.manifests.layout.tar import encode_key
 from dtpipe.manifests.layout.zarr import zarr_metadata
-from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
+from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest
+from dtpipe.manifests.read.compare import compare_merged
+from dtpipe.manifests.read.places import check_objects, chunk_tables
 from dtpipe.manifests.schema import IndexRow, Manifest, ObjectEntry, Plan, ShardEntry
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.commit import (
@@ -42,7 +44,7 @@ from dtpipe.manifests.write.commit import (
     object_blake3,
     object_stat,
 )
-from dtpipe.manifests.write.listing import read_listing
+from dtpipe.manifests.write.listing import read_listing, read_listing_table
 from dtpipe.manifests.write.lock import LockRecord
 from dtpipe.manifests.write.plan import PLAN_FILE, load_plan
 
@@ -169,7 +171,7 @@ def _check_entries(
             continue
         try:
             entries[shard_idx] = load_entry(store, plan, plan_blake3, shard_idx)
-            chunk_tables(plan, shards_table([entries[shard_idx]]), store.where(name))
+            check_objects(plan, shards_table([entries[shard_idx]]), store.where(name))
         except DamagedDataError as err:
             entries.pop(shard_idx, None)
             problems.append(Problem(name, reason(err), "extract", shard_idx))
@@ -191,22 +193,28 @@ def _check_zarr_metadata(store: Store, plan: Plan, manifest: Manifest | None, pr
 def _check_tables(
     store: Store, plan: Plan, manifest: Manifest, entries: Mapping[int, ShardEntry], problems: list[Problem]
 ) -> None:
-    """shards.parquet and index.parquet against the manifest, and against the entries."""
-    for name in (SHARDS_FILE, INDEX_FILE):
+    """shards.parquet and index.parquet against the manifest, the listing, and the entries."""
+    tables = {}
+    for name, schema in ((SHARDS_FILE, SHARDS_SCHEMA), (INDEX_FILE, INDEX_SCHEMA)):
         try:
             data = store.read(name)
+            tables[name] = decode_table(data, schema, name)
             if name not in manifest.files or blake3_hex(data) != manifest.files[name].blake3:
                 problems.append(Problem(name, f"is not the file that {MANIFEST_FILE} names", "merge"))
-            elif len(entries) == plan.num_shards and not _table_fits(name, data, list(entries.values())):
+            elif len(entries) == plan.num_shards and not tables[name].equals(_TABLE_OF[name](entries.values())):
                 problems.append(Problem(name, "says other than the entries in commits/", "merge"))
         except DamagedDataError as err:
             problems.append(Problem(name, reason(err), "merge"))
+    known = {problem.name for problem in problems}
+    if len(tables) == len(_TABLE_OF) and not known & {LISTING_FILE, PLAN_FILE}:
+        listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
+        contradictions = compare_merged(plan, manifest, listing, tables[INDEX_FILE], tables[SHARDS_FILE])
+        problems += [
+            Problem(wrong.name, wrong.what, "merge") for wrong in contradictions if not known & {wrong.name, *_TABLE_OF}
+        ]
 
 
-def _table_fits(name: str, data: bytes, entries: Sequence[ShardEntry]) -> bool:
-    if name == INDEX_FILE:
-        return bool(decode_index(data, name).equals(index_table(entries)))
-    return bool(decode_table(data, SHARDS_SCHEMA, name).equals(shards_table(entries)))
+_TABLE_OF = {SHARDS_FILE: shards_table, INDEX_FILE: index_table}
 
 
 def check_sizes(store: Store, entries: Mapping[int, ShardEntry], problems: list[Problem]) -> None:
@@ -256,7 +264,7 @@ def check_chunks(store: Store, plan: Plan, entries: Mapping[int, ShardEntry], pr
     for entry in good:
         for row in entry.rows:
             for array, what in _row_problems(reader, codecs, row):
-                name = reader.tables[array].objects[entry.shard] or ""
+                name = reader.tables[array].object_name(entry.shard) or ""
                 problems.append(Problem(name, what, "extract", entry.shard))
             num_chunks += sum(spec.chunks_per_row for spec in reader.arrays.values())
     return num_chunks

@@ -7,8 +7,10 @@ number of kills writes the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -73,64 +75,80 @@ def encode_table(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def decode_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
-    """A table of exactly these columns.
+def decode_table(data: bytes, schema: pa.Schema, where: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A table of exactly these columns, or only `columns` of it.
 
     Raises: ManifestError naming `where` when the bytes are no such table.
     """
     try:
         # not read_table: it starts Arrow's threads all the same, and a process that ends meanwhile can be aborted
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        table.validate(full=True)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        stored = file.schema_arrow
+        table = file.read(columns=columns, use_threads=False) if stored.equals(schema) else None
+        if table is not None:
+            table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as err:
         raise ManifestError(
             f"{where} is not readable as Parquet ({err}); run `dtpipe verify --repair` on the dataset"
         ) from err
-    if not table.schema.equals(schema):
-        columns = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+    if table is None:
+        listed = ", ".join(f"{field.name} {field.type}" for field in stored)
         raise ManifestError(
-            f"{where} has columns [{columns}], which are not those of this format; install the dtpipe that wrote it"
+            f"{where} has columns [{listed}], which are not those of this format; install the dtpipe that wrote it"
         )
+    return table
+
+
+def decode_rows(data: bytes, schema: pa.Schema, where: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """As `decode_table`, of a table whose column `row` is 0, 1, 2, ...
+
+    Raises: ManifestError naming `where` when it cannot be read or its rows are not in order.
+    """
+    table = decode_table(data, schema, where, None if columns is None else ["row", *columns])
+    first = 0
+    for chunk in table["row"].iterchunks():
+        if not np.array_equal(chunk.to_numpy(), np.arange(first, first + len(chunk))):
+            raise ManifestError(
+                f"{where}: rows are not 0 to {table.num_rows - 1} in order; run `dtpipe verify --repair` on the dataset"
+            )
+        first += len(chunk)
     return table
 
 
 def shards_table(entries: Iterable[ShardEntry]) -> pa.Table:
-    """One row per object, its arrays' chunks in list columns."""
-    rows = [
-        _object_row(entry.shard, stored)
-        for entry in sorted(entries, key=lambda entry: entry.shard)
-        for stored in entry.objects
-    ]
-    return pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
-
-
-def encode_shards(entries: Iterable[ShardEntry]) -> bytes:
-    """shards.parquet: `shards_table` as bytes."""
-    return encode_table(shards_table(entries))
+    """shards.parquet as a table: one row per object, its arrays' chunks in list columns. Entries in shard order."""
+    return _by_batch(entries, SHARDS_SCHEMA, _objects_of)
 
 
 def index_table(entries: Iterable[ShardEntry]) -> pa.Table:
-    """One row per sample."""
-    rows = [row for entry in sorted(entries, key=lambda entry: entry.shard) for row in entry.rows]
+    """index.parquet as a table: one row per sample. Entries in shard order."""
+    return _by_batch(entries, INDEX_SCHEMA, _samples_of)
+
+
+def in_batches(entries: Iterable[ShardEntry]) -> Iterator[list[ShardEntry]]:
+    """So many at a time that no more of them than these need be held."""
+    remaining = iter(entries)
+    while batch := list(itertools.islice(remaining, _BATCH)):
+        yield batch
+
+
+_BATCH = 256  # entries
+
+
+def _by_batch(
+    entries: Iterable[ShardEntry], schema: pa.Schema, convert: Callable[[list[ShardEntry]], pa.Table]
+) -> pa.Table:
+    return pa.concat_tables([schema.empty_table(), *map(convert, in_batches(entries))])
+
+
+def _objects_of(entries: list[ShardEntry]) -> pa.Table:
+    rows = [_object_row(entry.shard, stored) for entry in entries for stored in entry.objects]
+    return pa.Table.from_pylist(rows, schema=SHARDS_SCHEMA)
+
+
+def _samples_of(entries: list[ShardEntry]) -> pa.Table:
+    rows = [row for entry in entries for row in entry.rows]
     return pa.table({name: [getattr(row, name) for row in rows] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
-
-
-def encode_index(entries: Iterable[ShardEntry]) -> bytes:
-    """index.parquet: `index_table` as bytes."""
-    return encode_table(index_table(entries))
-
-
-def decode_index(data: bytes, where: str) -> pa.Table:
-    """index.parquet, with rows 0, 1, 2, ...
-
-    Raises: ManifestError naming `where` when it cannot be read or its rows are not in order.
-    """
-    table = decode_table(data, INDEX_SCHEMA, where)
-    if table["row"].to_pylist() != list(range(table.num_rows)):
-        raise ManifestError(
-            f"{where}: rows are not 0 to {table.num_rows - 1} in order; run `dtpipe verify --repair` on the dataset"
-        )
-    return table
 
 
 def _object_row(shard_idx: int, stored: ObjectEntry) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Where every chunk lies, and reading chunks so that no wrong byte gets through. The same code for both stores.
+"""Reading chunks so that no wrong byte gets through. The same code for both stores.
 
 One rule: the entry decides. A chunk's bytes are compared with the size and crc32c of its entry before they are decoded,
 so a flipped byte, a truncated, missing, stale or swapped object fails at the first chunk that is touched.
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from dtpipe.manifests.errors import DamagedDataError, ManifestError
-from dtpipe.manifests.layout.arrays import KEY, ArraySpec, crc32c, stored_arrays
+from dtpipe.manifests.errors import DamagedDataError
+from dtpipe.manifests.layout.arrays import ArraySpec, crc32c, stored_arrays
+from dtpipe.manifests.read.places import ChunkTable
 from dtpipe.manifests.schema import Plan
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.shard import SHARD_FORMATS
@@ -25,73 +25,6 @@ from dtpipe.manifests.write.shard import SHARD_FORMATS
 _MERGE_GAP_BYTES = 64 * 2**10  # ranges nearer than this are read as one
 _MAX_SPAN_BYTES = 8 * 2**20
 _THREADS = 4
-
-
-class ChunkTable:
-    """Object, offset, size and crc32c of all chunks of one array; 20 bytes a chunk."""
-
-    def __init__(self, plan: Plan, name: str, chunks_per_row: int) -> None:
-        self._samples, self._chunks_per_row = plan.recipe.shard.samples, chunks_per_row
-        self.name = name
-        self.objects: list[str | None] = [None] * plan.num_shards
-        self.offset = np.zeros(plan.num_rows * chunks_per_row, np.int64)
-        self.size = np.zeros(plan.num_rows * chunks_per_row, np.int64)
-        self.crc32c = np.zeros(plan.num_rows * chunks_per_row, np.uint32)
-
-    def fill(self, shard_idx: int, object_name: str, columns: Mapping[str, NDArray[Any]], where: str) -> None:
-        """Take in one shard. Raises: ManifestError when the number of chunks is not that of the plan."""
-        first = shard_idx * self._samples * self._chunks_per_row
-        last = min(first + self._samples * self._chunks_per_row, len(self.size))
-        if self.objects[shard_idx] is not None or any(len(column) != last - first for column in columns.values()):
-            raise ManifestError(
-                f"{where}: shard {shard_idx} does not list {last - first} chunks of {self.name}, once; {_REPAIR}"
-            )
-        self.objects[shard_idx] = object_name
-        for field in ("offset", "size", "crc32c"):
-            getattr(self, field)[first:last] = columns[field]
-
-    def place(self, row: int, view: int) -> tuple[str | None, int, int, int]:
-        """Object (None: not written), offset, size and crc32c of one chunk."""
-        chunk = row * self._chunks_per_row + view
-        name = self.objects[row // self._samples]
-        return name, int(self.offset[chunk]), int(self.size[chunk]), int(self.crc32c[chunk])
-
-
-_REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
-
-
-def chunk_tables(plan: Plan, shards: pa.Table, where: str) -> dict[str, ChunkTable]:
-    """Tables of all arrays from shards.parquet, or from a table like it of the shards there are."""
-    widths = {name: spec.chunks_per_row for name, spec in stored_arrays(plan.recipe).items()}
-    if plan.recipe.shard.format == "webdataset":
-        widths[KEY] = 1
-    tables = {name: ChunkTable(plan, name, width) for name, width in widths.items()}
-    for shard_idx, object_name, array, columns in _listed_arrays(shards):
-        if array not in tables or not 0 <= shard_idx < plan.num_shards:
-            raise ManifestError(
-                f"{where}: shard {shard_idx} lists array {array!r}, which the recipe does not have; {_REPAIR}"
-            )
-        tables[array].fill(shard_idx, object_name, columns, where)
-    written = {table.name: [name is not None for name in table.objects] for table in tables.values()}
-    if len({tuple(shards_written) for shards_written in written.values()}) > 1:
-        raise ManifestError(f"{where}: a shard lacks one of the arrays {', '.join(sorted(tables))}; {_REPAIR}")
-    return tables
-
-
-def _listed_arrays(shards: pa.Table) -> Iterator[tuple[int, str, str, dict[str, NDArray[Any]]]]:
-    """Shard, object, array and its offset, size and crc32c columns."""
-    for batch in shards.to_batches():
-        names, shard_idxs, arrays = batch["name"].to_pylist(), batch["shard"].to_pylist(), batch["arrays"]
-        starts = arrays.offsets.to_numpy()
-        listed = arrays.values
-        array_names = listed.field("name").to_pylist()
-        columns = {field: listed.field(field) for field in ("offset", "size", "crc32c")}
-        bounds = {field: column.offsets.to_numpy() for field, column in columns.items()}
-        values = {field: column.values.to_numpy(zero_copy_only=False) for field, column in columns.items()}
-        for idx, (shard_idx, object_name) in enumerate(zip(shard_idxs, names, strict=True)):
-            for at in range(starts[idx], starts[idx + 1]):
-                chunks = {field: values[field][bounds[field][at] : bounds[field][at + 1]] for field in columns}
-                yield shard_idx, object_name, array_names[at], chunks
 
 
 @dataclass(frozen=True)

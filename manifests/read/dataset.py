@@ -7,11 +7,12 @@ on request. Bad rows are never handed out.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import blake3_hex
@@ -20,21 +21,25 @@ from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.tables import (
     INDEX_FILE,
+    INDEX_SCHEMA,
     SHARDS_FILE,
     SHARDS_SCHEMA,
-    decode_index,
+    decode_rows,
     decode_table,
+    in_batches,
+    index_table,
     shards_table,
 )
-from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest, chunk_tables
+from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest
+from dtpipe.manifests.read.compare import MISSING, compare_bad_rows, compare_merged
+from dtpipe.manifests.read.places import ChunkTable, chunk_tables
 from dtpipe.manifests.read.source import Columns, Integers
+from dtpipe.manifests.read.texts import Texts, rows_with
 from dtpipe.manifests.schema import IMAGE, Manifest, Plan
 from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.write.commit import MANIFEST_FILE, load_entries, load_manifest
-from dtpipe.manifests.write.listing import read_listing
+from dtpipe.manifests.write.commit import COMMIT_FOLDER, MANIFEST_FILE, load_entries, load_manifest, refuse_misplaced
+from dtpipe.manifests.write.listing import read_listing_table
 from dtpipe.manifests.write.plan import PLAN_FILE, load_plan, plan_digest
-
-MISSING = "missing"  # status of a row whose shard is not written yet
 
 
 class FeatureDataset:
@@ -83,8 +88,8 @@ class FeatureDataset:
     @property
     def shards(self) -> tuple[int, ...]:
         """Shards that are committed, or of these the ones it was opened with."""
-        size = self.recipe.shard.samples
-        return tuple(sorted({row // size for row, status in enumerate(self.columns.status) if status != MISSING}))
+        rows = np.flatnonzero(~rows_with(self.columns.status, MISSING))
+        return tuple(np.unique(rows // self.recipe.shard.samples).tolist())
 
     def read(
         self, rows: Integers, names: Sequence[str], views: Integers, images: bool = True
@@ -112,9 +117,9 @@ class FeatureDataset:
             raise IncompleteError(
                 f"{self.url}: shard {lost[0]} is needed and not committed; run the same `dtpipe extract` again"
             )
-        size, kept = self.recipe.shard.samples, set(shards)
-        status = tuple(old if row // size in kept else MISSING for row, old in enumerate(self.columns.status))
-        self.columns = replace(self.columns, status=status)
+        kept = np.isin(np.arange(len(self.columns)) // self.recipe.shard.samples, list(shards))
+        status = pc.if_else(pa.array(kept), pa.array(self.columns.status, pa.string()), MISSING)
+        self.columns = replace(self.columns, status=Texts(pa.chunked_array([status])))
 
     def _check(self, rows: Sequence[int], names: Sequence[str], views: Sequence[int], images: bool) -> None:
         if unknown := [name for name in names if name not in self._codecs]:
@@ -155,47 +160,52 @@ def _find_manifest(store: Store) -> Manifest | None:
 def _open_complete(store: Store, manifest: Manifest) -> FeatureDataset:
     _checked_file(store, manifest, PLAN_FILE)
     plan = load_plan(store)
-    if plan.recipe != manifest.recipe or plan.num_rows != manifest.totals.num_rows:
-        raise ManifestError(
-            f"{store.where(MANIFEST_FILE)} is of another dataset than {PLAN_FILE} beside it; restore the right one"
-        )
-    index = decode_index(_checked_file(store, manifest, INDEX_FILE), store.where(INDEX_FILE))
-    if index.num_rows != plan.num_rows:
-        raise ManifestError(f"{store.where(INDEX_FILE)} has {index.num_rows} rows, the plan {plan.num_rows}; {_REPAIR}")
+    data = _checked_file(store, manifest, INDEX_FILE)
+    index = decode_rows(data, INDEX_SCHEMA, store.where(INDEX_FILE), ("key", "label", "status"))
     shards = decode_table(_checked_file(store, manifest, SHARDS_FILE), SHARDS_SCHEMA, store.where(SHARDS_FILE))
-    columns = Columns(store.url, *(tuple(index[name].to_pylist()) for name in ("key", "label", "status")))
-    dataset = _assemble(store, plan, manifest, columns, shards)
+    listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
+    for wrong in compare_merged(plan, manifest, listing, index, shards):
+        raise ManifestError(f"{store.where(wrong.name)}: {wrong.what}; {_REPAIR}")
+    tables = chunk_tables(plan, shards, store.where(SHARDS_FILE))
     if missing := sorted(set(range(plan.num_shards)) - set(shards["shard"].to_pylist())):
         raise ManifestError(f"{store.where(SHARDS_FILE)} does not list shard {missing[0]}; {_REPAIR}")
-    return dataset
+    return _assemble(store, plan, manifest, listing, index["status"], tables)
 
 
 def _open_partial(store: Store, manifest: Manifest | None) -> FeatureDataset:
     """From plan, listing and the entries there are; the merged tables of a repaired dataset are not used."""
     plan = load_plan(store)
-    listing = read_listing(store, plan.listing_blake3)
-    entries = load_entries(store, plan, plan_digest(store), partial=True)
-    status = [MISSING] * plan.num_rows
-    for entry in entries:
-        for row in entry.rows:
-            status[row.row] = row.status
-            if row.key != listing.keys[row.row]:
-                raise ManifestError(
-                    f"{store.url}: shard {entry.shard} has {row.key!r} in row {row.row}, "
-                    f"the listing {listing.keys[row.row]!r}; {_REPAIR}"
-                )
-    columns = Columns(store.url, listing.keys, listing.labels, tuple(status))
-    return _assemble(store, plan, manifest, columns, shards_table(entries))
+    listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
+    if listing.num_rows != plan.num_rows:
+        raise ManifestError(f"{store.where(PLAN_FILE)} has {plan.num_rows} rows, the listing {listing.num_rows}")
+    status = np.full(plan.num_rows, MISSING, object)
+    shards = [SHARDS_SCHEMA.empty_table()]
+    for entries in in_batches(load_entries(store, plan, plan_digest(store), partial=True)):
+        index = index_table(entries)
+        refuse_misplaced(store, entries, index, listing)
+        shards.append(shards_table(entries))
+        status[index["row"].to_numpy()] = index["status"].to_numpy()
+    column = pa.chunked_array([pa.array(status, pa.string())])
+    tables = chunk_tables(plan, pa.concat_tables(shards), store.where(COMMIT_FOLDER))
+    return _assemble(store, plan, manifest, listing, column, tables)
 
 
 _REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
 
 
 def _assemble(
-    store: Store, plan: Plan, manifest: Manifest | None, columns: Columns, shards: pa.Table
+    store: Store,
+    plan: Plan,
+    manifest: Manifest | None,
+    listing: pa.Table,
+    status: pa.ChunkedArray,
+    tables: Mapping[str, ChunkTable],
 ) -> FeatureDataset:
-    tables = chunk_tables(plan, shards, store.where(SHARDS_FILE))
-    return FeatureDataset(store, plan, manifest, columns, ChunkReader(store, plan, tables, columns.keys))
+    columns = Columns(store.url, Texts(listing["key"]), Texts(listing["label"]), Texts(status))
+    reader = ChunkReader(store, plan, tables, columns.keys)
+    for wrong in compare_bad_rows(reader, columns):
+        raise ManifestError(f"{store.where(wrong.name)}: {wrong.what}; {_REPAIR}")
+    return FeatureDataset(store, plan, manifest, columns, reader)
 
 
 def _checked_file(store: Store, manifest: Manifest, name: str) -> bytes:

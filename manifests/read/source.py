@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.codecs.coded import CodedLevels
 from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.read.texts import rows_with
 from dtpipe.manifests.schema import LevelSpec, ViewSpec
 
 Integers = Sequence[int] | NDArray[np.integer]
@@ -37,7 +38,7 @@ class Columns:
     @cached_property
     def ok_rows(self) -> NDArray[np.int64]:
         """Rows that can be read, in order."""
-        return np.flatnonzero([status == "ok" for status in self.status]).astype(np.int64)
+        return np.flatnonzero(rows_with(self.status, "ok")).astype(np.int64)
 
     def row_of(self, key: str) -> int:
         """Row of a key. Raises: InputError for an unknown one."""

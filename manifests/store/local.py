@@ -116,10 +116,9 @@ class LocalFiles:
     def _walk(self, prefix: str) -> Iterator[str]:
         folder = self.root / prefix.rpartition("/")[0]
         for base, _, files in os.walk(folder, onerror=_raise_unless_gone):
-            for file in files:
-                name = (Path(base) / file).relative_to(self.root).as_posix()
-                if name.startswith(prefix):
-                    yield name
+            inside = Path(base).relative_to(self.root).as_posix()
+            names = files if inside == "." else [f"{inside}/{file}" for file in files]
+            yield from (name for name in names if name.startswith(prefix))
 
 
 def _raise_unless_gone(err: OSError) -> None:

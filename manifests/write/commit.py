@@ -7,29 +7,45 @@ and the merge looks at every object again, because a deposed writer may have bee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from blake3 import blake3
 
-from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
+from dtpipe.manifests.canonical import blake3_hex, dump_record, load_record
 from dtpipe.manifests.errors import IncompleteError, ManifestError, MissingObjectError
-from dtpipe.manifests.layout.tables import INDEX_FILE, LISTING_FILE, SHARDS_FILE, encode_index, encode_shards
+from dtpipe.manifests.layout.digest import dataset_digest
+from dtpipe.manifests.layout.tables import (
+    INDEX_FILE,
+    LISTING_FILE,
+    SHARDS_FILE,
+    encode_table,
+    in_batches,
+    index_table,
+    shards_table,
+)
 from dtpipe.manifests.layout.zarr import zarr_metadata
-from dtpipe.manifests.schema import FileEntry, Manifest, ObjectEntry, Plan, Recipe, ShardEntry, Totals
+from dtpipe.manifests.schema import FileEntry, Manifest, ObjectEntry, Plan, ShardEntry, Totals
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.local import ObjectStat
 from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.write.listing import Listing, read_listing
+from dtpipe.manifests.write.listing import read_listing_table
 from dtpipe.manifests.write.lock import Lock, check_epoch
 from dtpipe.manifests.write.plan import PLAN_FILE, plan_digest
 
 MANIFEST_FILE = "manifest.json"
 COMMIT_FOLDER = "commits/"
 REJECTED = ".rejected"
+_COMMIT = re.compile(rf"{COMMIT_FOLDER}([0-9]{{5}}|[1-9][0-9]{{5,9}})\.json")
 _THREADS = 16  # requests to the store at once
+_READ_AHEAD = 512  # entries whose bytes are held at once
 _BLOCK_BYTES = 16 * 2**20
+_REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
 _SHOWN = 5  # shards listed in a message
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -42,8 +58,9 @@ def commit_name(shard_idx: int) -> str:
 
 def committed_shards(store: Store, plan: Plan) -> list[int]:
     """Shards that have an entry, in order."""
-    names = set(store.list(COMMIT_FOLDER))
-    return [shard_idx for shard_idx in range(plan.num_shards) if commit_name(shard_idx) in names]
+    names = store.list(COMMIT_FOLDER)
+    numbers = sorted(int(number[1]) for name in names if (number := _COMMIT.fullmatch(name)))
+    return [number for number in numbers if number < plan.num_shards]
 
 
 def pending_shards(store: Store, plan: Plan) -> list[int]:
@@ -79,14 +96,19 @@ def load_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: int) -> Sh
 
     Raises: MissingObjectError; ManifestError naming the entry and what contradicts.
     """
+    return parse_entry(store, plan, plan_blake3, shard_idx, store.read(commit_name(shard_idx)))
+
+
+def parse_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: int, data: bytes) -> ShardEntry:
+    """As `load_entry`, from the entry's bytes. Raises: ManifestError."""
     where = store.where(commit_name(shard_idx))
-    entry = load_record(ShardEntry, store.read(commit_name(shard_idx)), where)
+    entry = load_record(ShardEntry, data, where)
     rows = plan.shard_rows(shard_idx)
     if entry.shard != shard_idx:
         problem = f"is the entry of shard {entry.shard}"
     elif entry.plan_blake3 != plan_blake3:
         problem = f"belongs to another plan ({entry.plan_blake3[:12]}, here {plan_blake3[:12]})"
-    elif [row.row for row in entry.rows] != list(rows) or any(row.shard != shard_idx for row in entry.rows):
+    elif not _holds_rows(entry, rows):
         problem = f"does not hold rows {rows.start} to {rows.stop - 1}"
     elif len({stored.name for stored in entry.objects}) != len(entry.objects):
         problem = "names an object twice"
@@ -95,9 +117,10 @@ def load_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: int) -> Sh
     raise ManifestError(f"{where} {problem}; run `dtpipe verify --repair {store.url}` and extract again")
 
 
-def load_entries(store: Store, plan: Plan, plan_blake3: str, partial: bool = False) -> list[ShardEntry]:
-    """All entries in shard order; with `partial` those that are there.
+def load_entries(store: Store, plan: Plan, plan_blake3: str, partial: bool = False) -> Iterator[ShardEntry]:
+    """All entries in shard order, read ahead in threads; with `partial` those that are there.
 
+    Nothing is kept: a hundred thousand entries need not fit into memory together.
     Raises: IncompleteError when shards are missing; ManifestError naming a damaged entry.
     """
     done = committed_shards(store, plan)
@@ -107,7 +130,15 @@ def load_entries(store: Store, plan: Plan, plan_blake3: str, partial: bool = Fal
             f"{store.url}: {len(missing)} of {plan.num_shards} shards are not written ({_some(missing)}); "
             "run the same `dtpipe extract` again"
         )
-    return _together(lambda shard_idx: load_entry(store, plan, plan_blake3, shard_idx), done)
+    return _read_entries(store, plan, plan_blake3, done)
+
+
+def _read_entries(store: Store, plan: Plan, plan_blake3: str, shards: Sequence[int]) -> Iterator[ShardEntry]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for first in range(0, len(shards), _READ_AHEAD):
+            some = shards[first : first + _READ_AHEAD]
+            for shard_idx, data in zip(some, pool.map(store.read, map(commit_name, some)), strict=True):
+                yield parse_entry(store, plan, plan_blake3, shard_idx, data)
 
 
 def reject_entry(store: Store, shard_idx: int) -> str:
@@ -120,21 +151,6 @@ def reject_entry(store: Store, shard_idx: int) -> str:
     return new
 
 
-def dataset_digest(recipe: Recipe, keys: Sequence[str], objects: Iterable[tuple[str, int, str]]) -> str:
-    """Digest of a dataset's content: equal for any number of workers and after kills.
-
-    `keys` by row; `objects` as (name, size in bytes, blake3), in any order. Times, hosts, URIs and versions stay out.
-    """
-    stored = [{"name": name, "size": size, "blake3": digest} for name, size, digest in sorted(objects)]
-    document = {
-        "format": recipe.format,
-        "recipe": recipe.model_dump(mode="json"),
-        "keys": list(keys),
-        "objects": stored,
-    }
-    return blake3_hex(canonical_json(document))
-
-
 def merge(store: Store, plan: Plan, lock: Lock, provenance: Mapping[str, Any]) -> Manifest:
     """Make the dataset of all committed shards: shards.parquet, index.parquet and, last, manifest.json.
 
@@ -144,21 +160,16 @@ def merge(store: Store, plan: Plan, lock: Lock, provenance: Mapping[str, Any]) -
     file; LockHeldError when another writer took over.
     """
     lock.check()
-    digest = plan_digest(store)
-    listing = read_listing(store, plan.listing_blake3)
-    entries = load_entries(store, plan, digest)
-    _check_keys(store, entries, listing)
-    _send_back_misfits(store, entries, lock)
+    listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
+    shards, index = _gather(store, plan, listing, lock)
     files = _metadata_files(store, plan)
-    for name, data, step in (
-        (SHARDS_FILE, encode_shards(entries), "merge.shards"),
-        (INDEX_FILE, encode_index(entries), "merge.index"),
-    ):
+    for name, table, step in ((SHARDS_FILE, shards, "merge.shards"), (INDEX_FILE, index, "merge.index")):
+        data = encode_table(table)
         lock.check()
         store.write(name, data)
         files[name] = FileEntry(size_bytes=len(data), blake3=blake3_hex(data))
         fault_point(step)
-    manifest = _manifest(plan, entries, listing, dict(sorted(files.items())), provenance)
+    manifest = _manifest(plan, shards, index, dict(sorted(files.items())), provenance)
     lock.check()
     fault_point("merge.before_manifest")
     store.write(MANIFEST_FILE, dump_record(manifest))
@@ -204,24 +215,62 @@ def _content(entry: ShardEntry) -> dict[str, Any]:
     return {**fields, "objects": [stored.model_dump(exclude={"identity"}) for stored in entry.objects]}
 
 
-def _check_keys(store: Store, entries: list[ShardEntry], listing: Listing) -> None:
+def _holds_rows(entry: ShardEntry, rows: range) -> bool:
+    expected = zip(entry.rows, rows, strict=False)
+    return len(entry.rows) == len(rows) and all((row.row, row.shard) == (idx, entry.shard) for row, idx in expected)
+
+
+def _gather(store: Store, plan: Plan, listing: pa.Table, lock: Lock) -> tuple[pa.Table, pa.Table]:
+    """shards.parquet and index.parquet as tables, if all entries fit the listing and their objects."""
+    stats, misfits = store.stats("data"), list[int]()
+    tables: tuple[list[pa.Table], list[pa.Table]] = [], []
+    for entries in in_batches(load_entries(store, plan, plan_digest(store))):
+        tables[0].append(shards_table(entries))
+        tables[1].append(index_table(entries))
+        refuse_misplaced(store, entries, tables[1][-1], listing)
+        misfits += _misfits(store, entries, stats)
+    _send_back(store, misfits, lock)
+    return pa.concat_tables(tables[0]), pa.concat_tables(tables[1])
+
+
+def refuse_misplaced(store: Store, entries: Sequence[ShardEntry], index: pa.Table, listing: pa.Table) -> None:
+    """See that entries have the keys and labels that the listing has in their rows; `index` is their `index_table`.
+
+    Raises: ManifestError naming the entry and its row.
+    """
+    rows = index["row"].to_numpy()
+    consecutive = np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))  # but where shards are missing
+    planned = listing.slice(rows[0], len(rows)) if consecutive else listing.take(pa.array(rows))
+    if all(index[name].equals(planned[name]) for name in ("key", "label")):
+        return
     for entry in entries:
         for row in entry.rows:
-            if (row.key, row.label) != (listing.keys[row.row], listing.labels[row.row]):
+            key, label = (listing[name][row.row].as_py() for name in ("key", "label"))
+            if (row.key, row.label) != (key, label):
                 raise ManifestError(
                     f"{store.where(commit_name(entry.shard))}: row {row.row} is {row.key!r} (label {row.label}), "
-                    f"the listing says {listing.keys[row.row]!r} ({listing.labels[row.row]}); "
-                    f"run `dtpipe verify --repair {store.url}` and extract again"
+                    f"the listing says {key!r} ({label}); {_REPAIR}"
                 )
 
 
-def _send_back_misfits(store: Store, entries: list[ShardEntry], lock: Lock) -> None:
-    stats = store.stats("data")
+def _misfits(store: Store, entries: Sequence[ShardEntry], stats: Mapping[str, ObjectStat]) -> list[int]:
+    """Shards whose objects are not those of their entries; only what was written again is read."""
 
-    def fits(entry: ShardEntry) -> bool:
-        return all(object_fits(store, stored, object_stat(store, stats, stored.name)) for stored in entry.objects)
+    def fits(listed: tuple[int, ObjectEntry]) -> bool:
+        return object_fits(store, listed[1], object_stat(store, stats, listed[1].name))
 
-    misfits = [entry.shard for entry, fit in zip(entries, _together(fits, entries), strict=True) if not fit]
+    suspects = [
+        (entry.shard, stored)
+        for entry in entries
+        for stored in entry.objects
+        if (present := stats.get(stored.name)) is None
+        or (present.size, present.identity) != (stored.size_bytes, stored.identity)
+    ]
+    fitting = _together(fits, suspects) if suspects else []
+    return sorted({shard_idx for (shard_idx, _), fit in zip(suspects, fitting, strict=True) if not fit})
+
+
+def _send_back(store: Store, misfits: list[int], lock: Lock) -> None:
     for shard_idx in misfits:
         lock.check()
         reject_entry(store, shard_idx)
@@ -242,27 +291,29 @@ def _metadata_files(store: Store, plan: Plan) -> dict[str, FileEntry]:
 
 
 def _manifest(
-    plan: Plan, entries: list[ShardEntry], listing: Listing, files: dict[str, FileEntry], provenance: Mapping[str, Any]
+    plan: Plan, shards: pa.Table, index: pa.Table, files: dict[str, FileEntry], provenance: Mapping[str, Any]
 ) -> Manifest:
-    objects = [(stored.name, stored.size_bytes, stored.blake3) for entry in entries for stored in entry.objects]
-    num_ok = sum(row.status == "ok" for entry in entries for row in entry.rows)
-    totals = Totals(
-        num_rows=plan.num_rows,
-        num_ok=num_ok,
-        num_bad=plan.num_rows - num_ok,
-        num_shards=plan.num_shards,
-        size_bytes=sum(size for _, size, _ in objects),
-    )
-    digest = dataset_digest(plan.recipe, listing.keys, objects)
     kept = {**provenance, "plan": plan.provenance}  # so that a lost plan.json can be written again, byte for byte
     return Manifest(
         format=plan.format,
         complete=True,
-        digest=digest,
+        digest=dataset_digest(plan.recipe, index["key"], shards),
         recipe=plan.recipe,
-        totals=totals,
+        totals=totals_of(plan, shards, index["status"]),
         files=files,
         provenance=kept,
+    )
+
+
+def totals_of(plan: Plan, shards: pa.Table, status: pa.ChunkedArray) -> Totals:
+    """The counts of a whole dataset, from the tables that are merged."""
+    num_ok = pc.sum(pc.equal(status, "ok")).as_py() or 0
+    return Totals(
+        num_rows=plan.num_rows,
+        num_ok=num_ok,
+        num_bad=plan.num_rows - num_ok,
+        num_shards=plan.num_shards,
+        size_bytes=pc.sum(shards["size_bytes"]).as_py() or 0,
     )
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import InputError, ManifestError
-from dtpipe.manifests.layout.tables import LISTING_FILE, LISTING_SCHEMA, decode_table, encode_table
+from dtpipe.manifests.layout.tables import LISTING_FILE, LISTING_SCHEMA, decode_rows, encode_table
 from dtpipe.manifests.schema import Order
 from dtpipe.manifests.store.store import Store
 
@@ -121,6 +121,12 @@ def read_listing(store: Store, listing_blake3: str) -> Listing:
 
     Raises: MissingObjectError, or ManifestError when a byte of it changed.
     """
+    table = read_listing_table(store, listing_blake3)
+    return Listing(*(tuple(table[name].to_pylist()) for name in ("key", "uri", "label")))
+
+
+def read_listing_table(store: Store, listing_blake3: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """As `read_listing`, as a table, or some of its columns. Raises: as `read_listing`."""
     where = store.where(LISTING_FILE)
     data = store.read(LISTING_FILE)
     if blake3_hex(data) != listing_blake3:
@@ -128,10 +134,7 @@ def read_listing(store: Store, listing_blake3: str) -> Listing:
             f"{where} is not the listing that plan.json names: bytes were changed; "
             f"run `dtpipe verify --repair {store.url}`"
         )
-    table = decode_table(data, LISTING_SCHEMA, where)
-    if table["row"].to_pylist() != list(range(table.num_rows)):
-        raise ManifestError(f"{where}: rows are not 0 to {table.num_rows - 1} in order; the dataset cannot be read")
-    return Listing(*(tuple(table[name].to_pylist()) for name in ("key", "uri", "label")))
+    return decode_rows(data, LISTING_SCHEMA, where, columns)
 
 
 def read_key_file(path: str, field: str) -> list[str]:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dtpipe.manifests.errors import InputError, StoreError
 from dtpipe.manifests.layout.arrays import stored_arrays
-from dtpipe.manifests.layout.tables import SHARDS_FILE, SHARDS_SCHEMA, decode_table, encode_shards
+from dtpipe.manifests.layout.tables import SHARDS_FILE, SHARDS_SCHEMA, decode_table, shards_table
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
@@ -136,10 +136,8 @@ def view_name(view: ViewSpec) -> str:
 def _shard_table(store: Store, dataset: FeatureDataset) -> pa.Table:
     """shards.parquet, or the same of the shards that are committed so far."""
     if dataset.manifest is not None and dataset.manifest.complete:
-        data = store.read(SHARDS_FILE)
-    else:
-        data = encode_shards(load_entries(store, dataset.plan, plan_digest(store), partial=True))
-    return decode_table(data, SHARDS_SCHEMA, store.where(SHARDS_FILE))
+        return decode_table(store.read(SHARDS_FILE), SHARDS_SCHEMA, store.where(SHARDS_FILE))
+    return shards_table(load_entries(store, dataset.plan, plan_digest(store), partial=True))
 
 
 def _stored_bytes(table: pa.Table) -> dict[str, tuple[int, int]]:

@@ -21,7 +21,7 @@ from parts import golden
 from parts.damage import flip, flipped
 
 FORMATS = ("zarr", "webdataset")
-READ_ON_OPEN = {"manifest.json", "plan.json", "index.parquet", "shards.parquet"}
+READ_ON_OPEN = {"manifest.json", "plan.json", "listing.parquet", "index.parquet", "shards.parquet"}
 
 
 @pytest.fixture(params=FORMATS)

@@ -1,0 +1,64 @@
+"""A column of text, as long as a dataset: a Python string is made of a row when that row is looked at.
+
+One rule: it behaves as the tuple of its values would, but for its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+_Text = TypeVar("_Text", bound="str | None")
+_AT_ONCE = 4096  # strings made at a time where all are asked for
+
+
+class Texts(Sequence[_Text]):
+    """Texts by row, over an Arrow column of strings."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @overload
+    def __getitem__(self, row: int) -> _Text: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[_Text]: ...
+
+    def __getitem__(self, row: int | slice) -> Any:
+        if isinstance(row, slice):
+            return tuple(self[idx] for idx in range(len(self))[row])
+        return self.column[int(row)].as_py()
+
+    def __iter__(self) -> Iterator[_Text]:
+        for chunk in self.column.iterchunks():
+            for first in range(0, len(chunk), _AT_ONCE):
+                yield from chunk.slice(first, _AT_ONCE).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Texts):
+            return bool(self.column.equals(other.column))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(_same, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Texts({len(self)} rows)"
+
+
+def _same(one: object, other: object) -> bool:
+    return one == other
+
+
+def rows_with(texts: Sequence[str | None], text: str) -> NDArray[np.bool_]:
+    """Where a column has this text. Shapes: [N] -> [N]."""
+    if isinstance(texts, Texts):
+        return np.asarray(pc.fill_null(pc.equal(texts.column, text), False).to_numpy(), np.bool_)
+    return np.array([each == text for each in texts], np.bool_)
