@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtpipe.extract.census import Census, take_census
 from dtpipe.extract.config import ExtractConfig, ExtractRecipeConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.sources.base import Source
@@ -58,6 +60,8 @@ class Resolved:
     """What chose the rows but is no content; compared when a dataset is gone on with."""
     listed: Listing | None
     """The listing of a dataset that is to begin."""
+    census: Census | None
+    """What the source holds, where a dataset is to begin."""
 
     @cached_property
     def listing(self) -> Listing:
@@ -79,6 +83,7 @@ def resolve_recipe(
     stored = plan.recipe if plan else None
     kind = stored.source.kind if stored and config.source.kind == "auto" else config.source.kind
     source = open_images(config.images, config.num_samples, kind)
+    census = None if stored else _census(config, source)
     listed = None if stored else list_source(config, source)
     selection = {
         "limit": config.limit,
@@ -91,17 +96,30 @@ def resolve_recipe(
     if config.run.inline:
         pick_device(device)
     teacher = load_teacher(config.teacher, device if config.run.inline else "cpu")
-    return Resolved(config, make_recipe(config, teacher, source.kind, device), teacher, source, selection, listed)
+    return Resolved(
+        config, make_recipe(config, teacher, source.kind, device), teacher, source, selection, listed, census
+    )
 
 
 def list_source(config: ExtractRecipeConfig, source: Source) -> Listing:
     """The samples that the settings choose, by row. Raises: InputError as the source and `build_listing` do."""
     keys = None if config.keys is None else read_key_file(config.keys, "extract.keys")
-    try:
+    with _listing(config):
         items = source.list()
+    return build_listing(items, _order(config, source.kind), config.source.seed, config.limit, keys)
+
+
+def _census(config: ExtractRecipeConfig, source: Source) -> Census:
+    with _listing(config):
+        return take_census(source)
+
+
+@contextmanager
+def _listing(config: ExtractRecipeConfig) -> Iterator[None]:
+    try:
+        yield
     except OSError as err:
         raise InputError(f"{config.images}: cannot be listed ({err}); check the path of your images") from err
-    return build_listing(items, _order(config, source.kind), config.source.seed, config.limit, keys)
 
 
 def _order(config: ExtractRecipeConfig, source_kind: str) -> Order:

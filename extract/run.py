@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from dtpipe.extract.census import change_since
 from dtpipe.extract.cluster.connection import Connection
 from dtpipe.extract.cluster.preflight import check_space, package_versions, space_warning
 from dtpipe.extract.cluster.ray import Cluster
@@ -39,7 +40,7 @@ from dtpipe.manifests.write.commit import (
     pending_shards,
 )
 from dtpipe.manifests.write.lock import Lock
-from dtpipe.manifests.write.plan import plan_digest, start_plan
+from dtpipe.manifests.write.plan import SOURCE_SEEN, plan_digest, start_plan
 
 MERGE_ROUNDS = 3  # the merge may send shards back to work; so often it is done here, then by running again
 
@@ -80,9 +81,11 @@ def run_extraction(
         resolved = resolve_recipe(config, fresh=fresh, cluster_has_gpus=has_gpus)
         stop.raise_if_requested(config.run.out)
         with Lock.acquire(store, config.run.lock_stale_s) as lock:
-            plan, _ = start_plan(
-                store, resolved.recipe, lambda: resolved.listing, describe(), fresh, resolved.selection
-            )
+            record = describe() | ({} if resolved.census is None else {SOURCE_SEEN: resolved.census.record()})
+            plan, _ = start_plan(store, resolved.recipe, lambda: resolved.listing, record, fresh, resolved.selection)
+            if resolved.census is None:
+                seen = plan.provenance.get(SOURCE_SEEN, {})
+                tally.source_change = change_since(seen, resolved.source, store.url)
             tally.stage_seconds["prepare"] = tally.elapsed_s
             run = _Run(config, store, plan, resolved, lock, connection, stop, tally, describe)
             manifest = _finished(run) or _write(run)

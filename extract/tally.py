@@ -12,6 +12,7 @@ from dtpipe.extract.shards.progress import OnExtractProgress, ProgressMeter
 from dtpipe.extract.shards.task import BadSample, ShardSummary, bad_samples, budget_message
 from dtpipe.manifests.errors import ErrorBudgetError
 from dtpipe.manifests.schema import FLOAT32_ERROR, Manifest, Plan, ShardEntry
+from dtpipe.manifests.write.plan import SOURCE_SEEN
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class ExtractResult:
     throughput_img_s: float  # of this run's shards, from when the first worker was ready
     float32_error: dict[str, float] = field(default_factory=dict)
     """By level, where the teacher ran in lower precision; see `extract.precision`."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """What the source held that is no sample, when the dataset was planned: extension or why, to count."""
+    source_change: str | None = None
+    """What changed in the source since then."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """prepare, extract, merge: wall clock. wait_for_decode, teacher, write: sums over shards, which overlap; decode:
     over threads."""
@@ -46,6 +51,8 @@ class Tally:
         self._bad: list[BadSample] = []
         self._shards_written = self._rows_written = 0
         self._working_s = 0.0
+        self._told_change = False
+        self.source_change: str | None = None
         self.meter = ProgressMeter(0, 0)
 
     @property
@@ -84,6 +91,9 @@ class Tally:
             num_bad=len(self._bad),
             on_progress=self._on_progress,
         )
+        if self.source_change and not self._told_change:
+            self.meter.report(self.source_change)
+            self._told_change = True
         return self.meter
 
     def count(self, summary: ShardSummary, max_bad: int) -> None:
@@ -119,5 +129,7 @@ class Tally:
             seconds=self.elapsed_s,
             throughput_img_s=self._rows_written / self._working_s if self._working_s else 0.0,
             float32_error=manifest.provenance.get(FLOAT32_ERROR, {}),
+            ignored=manifest.provenance.get("plan", {}).get(SOURCE_SEEN, {}).get("ignored", {}),
+            source_change=self.source_change,
             stage_seconds={name: round(value, 3) for name, value in self.stage_seconds.items()},
         )

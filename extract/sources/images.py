@@ -14,12 +14,14 @@ import re
 import threading
 import warnings
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError, _imaging
 
+from dtpipe.extract.sources.names import HEIF_PACKAGE, reads_heif
 from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import Filter, TransformRecipe
 
@@ -29,6 +31,7 @@ _Pixels = NDArray[np.uint8]
 _FORMATS = (
     *("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "ICNS", "MPO"),
     *("SGI", "DDS", "PCX", "TGA"),
+    "HEIF",  # of the extra `heic`; AVIF is Pillow's own
 )
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
 _WHITE_IS_ZERO = 0
@@ -50,6 +53,7 @@ _RESAMPLING = {
 _SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # filter radius in px
 _MAX_OVERHANG = 16  # center_crop: resized area over the target's above which only the crop is computed
 _PILLOW_MODULES = r"PIL\."
+_HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftypmif1")
 _LOCK = threading.Lock()
 
 
@@ -141,6 +145,8 @@ def _let_pillow_open(max_pixels: int) -> None:
 def _formats() -> tuple[str, ...]:
     """Those of our formats that this Pillow reads."""
     Image.init()
+    if reads_heif():
+        import_module(HEIF_PACKAGE).register_heif_opener()
     _silence_libtiff()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -170,6 +176,8 @@ def _too_many_pixels(pillow_says: str, max_pixels: int) -> str:
 def _unrecognised(data: bytes) -> str:
     if not data:
         return "empty file"
+    if data[4:12] in _HEIF_BRANDS and not reads_heif():
+        return "an image in HEIF; `pip install 'dtpipe[heic]'` reads it"
     return f"not a readable image: no decoder takes this file, which starts with {data[:8].hex(' ')}"
 
 

@@ -69,14 +69,14 @@ def bounded(ignored: Mapping[str, int]) -> dict[str, int]:
 def ignored_text(ignored: Mapping[str, int]) -> str:
     """What is ignored for people: `6 .heic, 3 without extension`; empty where nothing is."""
     text = ", ".join(f"{count} {name}" for name, count in bounded(ignored).items())
-    advice = [f"`pip install 'dtpipe[heic]'` reads {name}" for name in _unread_heif(ignored)]
+    advice = [f"`pip install 'dtpipe[heic]'` reads {' and '.join(heif)}"] if (heif := _unread_heif(ignored)) else []
     if IMAGES_WITHOUT in ignored:
         advice.append("images need an ending such as .jpg to be read")
     return text + (f" ({'; '.join(advice)})" if advice else "")
 
 
 def _unread_heif(ignored: Mapping[str, int]) -> list[str]:
-    return [] if reads_heif() else [name for name in ignored if name[1:] in HEIF_EXTENSIONS]
+    return [] if reads_heif() else sorted(name for name in ignored if name[1:] in HEIF_EXTENSIONS)
 
 
 def takes(path: str, ignored: Counter[str]) -> bool:

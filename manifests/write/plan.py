@@ -20,7 +20,7 @@ from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.listing import Listing, encode_listing, read_listing, write_listing
 
 PLAN_FILE = "plan.json"
-SELECTION = "selection"  # key of a plan's provenance
+SELECTION, SOURCE_SEEN = "selection", "source"  # keys of a plan's provenance
 TARGET_SHARD_BYTES = 256 * 2**20
 MIN_SHARD_SAMPLES, MAX_SHARD_SAMPLES = 16, 4096
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dtpipe.extract.sources.names import ignored_text
 from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes, format_seconds
 from dtpipe.pipeline.cli.options import Call, Flag, command_line, settings_command
 
@@ -101,6 +102,8 @@ def _print_result(console: Console, result: ExtractResult, joined: bool) -> None
             "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s",
         }
     )
+    if result.ignored:
+        console.result(f"ignored: {ignored_text(result.ignored)}")
     if result.float32_error:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in result.float32_error.items())
         console.result(f"against float32, the largest relative error is: {errors}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from dtpipe.extract.sources.names import ignored_text
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.cli.console import Console, format_bytes
 
@@ -71,6 +72,8 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
     ]
     console.table(("array", "stride", "per sample", "dtype", "stored", "ratio", "tap"), rows)
     _print_labels(console, facts["labels"])
+    if facts["ignored"]:
+        console.result(f"ignored: {ignored_text(facts['ignored'])}")
     for bad in facts["bad"][:_SHOWN_BAD]:
         console.result(f"bad: {bad['key']}: {bad['reason']}")
     if len(facts["bad"]) > _SHOWN_BAD:

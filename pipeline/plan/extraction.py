@@ -19,6 +19,7 @@ from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
 from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.extract.sources.names import bounded, ignored_text
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.layout.arrays import ShardArrays
@@ -64,6 +65,8 @@ class ExtractionPlan:
     device_bytes: int | None
     """Peak on the GPU; None on the CPU."""
     num_probed: int
+    ignored: dict[str, int]
+    """What lies in the source and is no sample: extension or why, to count."""
 
 
 def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
@@ -104,6 +107,7 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
         memory_bytes=peak_memory() + SHARDS_IN_HAND * raw * min(recipe.shard.samples, num_samples),
         device_bytes=device_bytes,
         num_probed=len(keys),
+        ignored=bounded(resolved.source.ignored()),
     )
     return plan, recipe
 
@@ -213,6 +217,8 @@ def print_extraction(console: Console, plan: ExtractionPlan) -> None:
             + (f", {format_bytes(plan.device_bytes)} on the GPU" if plan.device_bytes is not None else ""),
         }
     )
+    if plan.ignored:
+        console.result(f"ignored: {ignored_text(plan.ignored)}")
     console.result(f"measured on {plan.num_probed} of the images; nothing was written")
     if plan.free_bytes is not None and plan.stored_bytes > plan.free_bytes:
         console.result("warning: that does not fit; store fewer levels or views, or write to another place")

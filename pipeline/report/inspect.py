@@ -22,7 +22,7 @@ from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entries
-from dtpipe.manifests.write.plan import plan_digest
+from dtpipe.manifests.write.plan import SOURCE_SEEN, plan_digest
 from dtpipe.pipeline.report.pca import pca_to_rgb
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def describe_dataset(url: str) -> dict[str, Any]:
         "overhead_bytes": size_bytes - sum(stored[name][1] for name in arrays if name in stored),
         "labels": dict(sorted(Counter(label for label in dataset.columns.labels if label is not None).items())),
         "bad": bad_records(dataset),
+        "ignored": dict(dataset.plan.provenance.get(SOURCE_SEEN, {}).get("ignored", {})),
         "provenance": dict((dataset.plan if complete is None else complete).provenance),
     }
 
