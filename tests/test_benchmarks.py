@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = sorted((REPO / "benchmarks" / "results").glob("*.json"))
@@ -46,3 +48,25 @@ def test_a_new_result_carries_its_origin(tmp_path: Path) -> None:
     assert document["origin"]["command"] == "python benchmarks/students.py --steps 2"
     assert document["origin"]["teacher_digests"] == {"demo": "ab" * 32}
     assert {"commit", "changed_files", "date", "machine", "versions"} <= set(document["origin"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "code", "said"),
+    [
+        ("gpu.sh", [], 2, "usage: sh benchmarks/gpu.sh OUT"),
+        ("gpu.sh", ["OUT", "--tiny"], 2, "unknown argument --tiny"),
+        ("gpu_teacher.sh", ["OUT"], 2, "OUT PHOTOS"),
+        pytest.param(
+            "gpu.sh",
+            ["OUT"],
+            6,
+            "torch sees no GPU here; --device cpu --small proves the script without one",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_the_gpu_scripts_say_what_they_lack(script, arguments, code, said, tmp_path):
+    command = ["sh", f"benchmarks/{script}", *(str(tmp_path) if word == "OUT" else word for word in arguments)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert (done.returncode, said in done.stderr) == (code, True)

@@ -51,8 +51,8 @@ class TrainTeacherResult:
     steps: int
     finished: bool
     num_images: int
-    loss: float
-    """Mean since the line of metrics.jsonl before the last."""
+    loss: float | None
+    """Mean since the line of metrics.jsonl before the last; None before the first line."""
     seconds: float
     samples: Path
     bad: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ def train_ddpm(
         steps=config.run.steps,
         finished=result.step >= config.run.steps,
         num_images=len(images.keys),
-        loss=result.losses.get("loss", float("nan")),
+        loss=result.losses.get("loss"),
         seconds=result.seconds,
         samples=out / SAMPLES,
         bad=images.bad,

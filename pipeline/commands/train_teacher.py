@@ -57,7 +57,7 @@ def command(call: Call) -> None:
         {
             "wrote": result.out,
             "trained": f"{result.step} of {result.steps} steps on {result.num_images} images",
-            "loss": f"{result.loss:.4f}",
+            "loss": "not reported yet" if result.loss is None else f"{result.loss:.4f}",
             "samples": result.samples,
             "took": format_seconds(result.seconds),
         }

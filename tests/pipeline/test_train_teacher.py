@@ -48,6 +48,11 @@ def test_the_result_is_a_teacher(config):
         np.testing.assert_array_equal(np.asarray(grid)[:16, :16], drawn[0])
 
 
+def test_a_run_that_stops_before_its_first_report_has_no_loss(config):
+    result = train_teacher(changed(config, max_hours=1e-9))
+    assert (result.finished, result.loss) == (False, None)
+
+
 def test_a_class_conditional_teacher_draws_its_classes_in_turn(config):
     result = train_teacher(changed(config, class_conditional=True, label_dropout=0.5, steps=2))
     assert json.loads((result.out / "classes.json").read_text()) == {"classes": ["cat", "dog"], "null_class": 2}
