@@ -57,14 +57,14 @@ SD_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0
 def write_adm(root: Path) -> tuple[Path, int]:
     """guided-diffusion's file of the unconditional 256 px network; its path and bytes of weights."""
     import torch
-    from diffusers import UNet2DModel
 
     from dtpipe.extract.teachers.diffusion.adm_keys import published_shapes
-    from dtpipe.extract.teachers.diffusion.adm_layout import ADM_256, AdmLayout, AdmSettings, unet_arguments
+    from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmSettings
+    from dtpipe.extract.teachers.diffusion.adm_network import AdmNetwork
 
     layout = AdmLayout(**ADM_IMAGENET)  # type: ignore[arg-type]
     with torch.device("meta"):
-        unet = UNet2DModel(**unet_arguments(layout, AdmSettings(64, False, str(ADM_256["noise_schedule"]), (256, 256))))
+        unet = AdmNetwork(layout, AdmSettings(64, False, "linear", (256, 256)))
     wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     tensors = {name: random_tensor(name, shape, generator) for name, shape in published_shapes(layout, wanted).items()}

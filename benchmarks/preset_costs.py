@@ -86,13 +86,12 @@ def unet_cost(
 
 def adm(widths: Sequence[int], attention: Sequence[bool], head_channels: int, px: Px) -> TeacherCost:
     """A guided-diffusion network in the options of the published 256 px ones."""
-    from diffusers import UNet2DModel
-
-    from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmSettings, unet_arguments
+    from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmSettings
+    from dtpipe.extract.teachers.diffusion.adm_network import AdmNetwork
 
     layout = AdmLayout(**{**ADM_IMAGENET, "widths": tuple(widths), "attention": tuple(attention)})  # type: ignore[arg-type]
     with torch.device("meta"):
-        unet = UNet2DModel(**unet_arguments(layout, AdmSettings(head_channels, False, "linear", px)))
+        unet = AdmNetwork(layout, AdmSettings(head_channels, False, "linear", px))
         taps, tapped, whole = unet_cost(unet.eval(), (torch.zeros(1, 3, *px), 0), px, px)
     return TeacherCost(px, px, stored_levels(taps, px, px, "float16"), {"tapped": tapped, "whole": whole})
 

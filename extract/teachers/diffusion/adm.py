@@ -1,25 +1,22 @@
 """ADM teachers (Dhariwal & Nichol, arXiv 2105.05233): kind `adm` reads guided-diffusion's `.pt` files as published.
 
-The network runs as diffusers' UNet2DModel, which computes the same function. The file is mapped into memory, not
-copied, and nothing in it is executed.
+The file is mapped into memory, not copied, and nothing in it is executed.
 """
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dtpipe.extract.teachers.base import Encoder, TeacherKind, architecture, parse_options
+from dtpipe.extract.teachers.base import Encoder, TeacherKind, parse_options
 from dtpipe.extract.teachers.diffusion.adm_keys import published_shapes, unet_tensors
 from dtpipe.extract.teachers.diffusion.adm_layout import (
     AdmLayout,
     AdmOptions,
-    AdmSettings,
     complete,
     infer_adm_layout,
     scheduler_config,
-    unet_arguments,
 )
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, make_diffusion_teacher
 from dtpipe.extract.teachers.files.names import names_tensors
@@ -42,15 +39,20 @@ def is_adm_file(path: str) -> bool:
 def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTeacher:
     """The teacher that `config` names, frozen and in eval mode.
 
-    Raises: TeacherError when the file is missing, damaged, or a network that UNet2DModel cannot represent; ConfigError
-    when options that the file does not tell are missing or do not fit it.
+    Raises: TeacherError when the file is missing, damaged, or another network; ConfigError when options that the file
+    does not tell are missing or do not fit it.
     """
+    import torch
+
+    from dtpipe.extract.teachers.diffusion.adm_network import AdmNetwork
+
     options = parse_options(config, AdmOptions)
     tensors = _read_mapped(Path(config.path))
     layout = infer_adm_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config.path)
     settings = complete(options, layout, config.path)
     _check_label(options.class_label, layout, config.path)
-    unet = _build(layout, settings, config.path)
+    with torch.device("meta"):
+        unet = AdmNetwork(layout, settings)
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     check_fit(tensors, published_shapes(layout, shapes), Path(config.path))
     unet.load_state_dict(dict(unet_tensors(tensors, layout, settings, options.class_label)), assign=True)
@@ -61,9 +63,8 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
         scheduler=(scheduler := scheduler_config(options, settings)),
         options={
             "scheduler": scheduler,
-            "network": architecture(layout),
-            "num_head_channels": settings.head_channels,
-            "use_new_attention_order": settings.new_attention_order,
+            "network": layout.sizes(),
+            **settings.recipe(),
             **({} if options.class_label is None else {"class_label": options.class_label}),
         },
         where=config.path,
@@ -102,22 +103,10 @@ def _check_label(label: int | None, layout: AdmLayout, where: str) -> None:
         )
 
 
-def _build(layout: AdmLayout, settings: AdmSettings, where: str) -> Any:
-    """The network without memory for its weights."""
-    import torch
-    from diffusers import UNet2DModel
-
-    try:
-        with torch.device("meta"):
-            return UNet2DModel(**unet_arguments(layout, settings))
-    except Exception as err:  # the constructor raises what its parts raise
-        raise TeacherError(f"{where}: diffusers cannot build this UNet ({err}); use another checkpoint") from err
-
-
 KIND = TeacherKind(
     kind="adm",
-    reads="A guided-diffusion .pt file (ADM): ImageNet, LSUN and FFHQ at 256 px, or your own with its training flags "
-    "as options.",
+    reads="A guided-diffusion .pt file (ADM): ImageNet at 64 to 512 px, LSUN and FFHQ, or your own with its training "
+    "flags as options.",
     protocol=Encoder,
     matches=is_adm_file,
     load=load_adm_teacher,

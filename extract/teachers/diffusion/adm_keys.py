@@ -1,6 +1,6 @@
-"""Where each tensor of a guided-diffusion checkpoint goes in diffusers' UNet2DModel.
+"""Where each tensor of a guided-diffusion checkpoint goes in `AdmNetwork`, which has diffusers' names.
 
-Both compute the same function. Names differ, a 1x1 Conv1d becomes a Linear, and q, k, v are one tensor there and three
+Names differ, a 1x1 Conv1d becomes a Linear, and q, k, v are one tensor there and three
 here. How they are cut depends on the attention order: the old one keeps q, k and v of each head together.
 """
 
@@ -35,7 +35,7 @@ _ENDS = {
 
 
 def module_names(layout: AdmLayout) -> dict[str, str]:
-    """Published module to UNet2DModel module, all that a layout can have; `to_{}` stands for to_q, to_k and to_v."""
+    """Published module to ours, all that a layout can have; `to_{}` stands for to_q, to_k and to_v."""
     names = dict(_ENDS)
     for published, ours, parts in _blocks(layout):
         names |= {f"{published}.{part}": f"{ours}.{name}" for part, name in parts.items()}
@@ -94,7 +94,7 @@ def published_shapes(layout: AdmLayout, unet_shapes: Shapes) -> dict[str, tuple[
 def unet_tensors(
     tensors: Mapping[str, Tensor], layout: AdmLayout, settings: AdmSettings, class_label: int | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(UNet2DModel name, float32 tensor); copies only q, k, v of the old attention order, and what is not float32.
+    """(our name, float32 tensor); copies only q, k, v of the old attention order, and what is not float32.
 
     A constant class is part of the time embedding's last bias, to which the network adds it.
     """
@@ -108,15 +108,17 @@ def unet_tensors(
             if published.endswith(("qkv", "proj_out")) and kind == "weight":
                 value = value.squeeze(-1)  # (out, in, 1) -> (out, in)
             if ours.endswith("to_{}"):
-                for letter, part in zip("qkv", _cut(value, settings), strict=True):
+                decoder = published.startswith("output_blocks")
+                for letter, part in zip("qkv", _cut(value, settings, decoder), strict=True):
                     yield f"{ours.format(letter)}.{kind}", part
             else:
                 yield f"{ours}.{kind}", value
 
 
-def _cut(joined: Tensor, settings: AdmSettings) -> tuple[Tensor, ...]:
+def _cut(joined: Tensor, settings: AdmSettings, decoder: bool) -> tuple[Tensor, ...]:
     """q, k and v. Shapes: (3C, ...) -> three of (C, ...)."""
     if settings.new_attention_order:
         return joined.chunk(3)
-    by_head = joined.reshape(-1, 3, settings.head_channels, *joined.shape[1:])  # (heads, 3, head channels, ...)
+    num_heads = settings.heads(len(joined) // 3, decoder)
+    by_head = joined.reshape(num_heads, 3, -1, *joined.shape[1:])  # (heads, 3, head channels, ...)
     return tuple(part.reshape(-1, *joined.shape[1:]) for part in by_head.unbind(1))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dtpipe.extract.teachers.base import architecture
 from dtpipe.extract.teachers.diffusion.unet import PixelOptions
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import Size, height_width
@@ -28,6 +29,9 @@ class AdmOptions(PixelOptions):
     num_head_channels: int | None = Field(default=None, ge=1, description="Channels per attention head.")
     num_heads: int | None = Field(
         default=None, ge=1, description="In place of num_head_channels: heads per attention layer."
+    )
+    num_heads_upsample: int | None = Field(
+        default=None, ge=1, description="Beside num_heads: heads per attention layer of the decoder, where others."
     )
     use_new_attention_order: bool | None = Field(
         default=None, description="True where q, k, v are split before the heads."
@@ -54,16 +58,41 @@ class AdmLayout:
     scale_shift: bool
     resblock_updown: bool
     num_classes: int | None
+    num_channels: int | None = None
+    """What widths are multiples of, where the first level's is another; a quarter of the time embedding."""
+
+    def sizes(self) -> dict[str, Any]:
+        """The layout as the recipe holds it, plain JSON."""
+        sizes = architecture(self)
+        return sizes if self.num_channels else {name: size for name, size in sizes.items() if name != "num_channels"}
 
 
 @dataclass(frozen=True)
 class AdmSettings:
     """The part that shapes do not tell, complete."""
 
-    head_channels: int
+    head_channels: int | None
+    """Channels per attention head; None where heads are of several sizes, and their number is given."""
     new_attention_order: bool
     noise_schedule: str
     image_px: tuple[int, int]
+    num_heads: int | None = None
+    num_heads_upsample: int | None = None
+    """Of the decoder; None for the same number."""
+
+    def heads(self, width: int, decoder: bool = False) -> int:
+        """Heads of an attention layer over `width` channels."""
+        if self.head_channels is not None:
+            return width // self.head_channels
+        number = self.num_heads_upsample if decoder and self.num_heads_upsample else self.num_heads
+        assert number is not None
+        return number
+
+    def recipe(self) -> dict[str, Any]:
+        """What of the attention is content of a dataset."""
+        numbers = {"num_heads": self.num_heads, "num_heads_upsample": self.num_heads_upsample}
+        heads = numbers if self.head_channels is None else {"num_head_channels": self.head_channels}
+        return {**heads, "use_new_attention_order": self.new_attention_order}
 
 
 ADM_256 = {"num_head_channels": 64, "use_new_attention_order": False, "noise_schedule": "linear", "image_px": 256}
@@ -71,13 +100,11 @@ ADM_256 = {"num_head_channels": 64, "use_new_attention_order": False, "noise_sch
 
 
 def infer_adm_layout(shapes: Shapes, where: str) -> AdmLayout:
-    """The layout of a state_dict.
-
-    Raises: TeacherError for other networks of guided-diffusion, and for widths that UNet2DModel cannot have.
-    """
+    """The layout of a state_dict. Raises: TeacherError for other networks of guided-diffusion."""
     per_level, num_levels = _decoder_blocks(shapes, where)
     firsts = [f"input_blocks.{1 + level * per_level}" for level in range(num_levels)]
     widths = tuple(_shape(shapes, f"{first}.0.in_layers.2.weight", where)[0] for first in firsts)
+    num_channels = _shape(shapes, "time_embed.0.weight", where)[1]
     _check_ends(shapes, widths, where)
     return AdmLayout(
         widths=widths,
@@ -87,6 +114,7 @@ def infer_adm_layout(shapes: Shapes, where: str) -> AdmLayout:
         scale_shift=_shape(shapes, "middle_block.0.emb_layers.1.weight", where)[0] == 2 * widths[-1],
         resblock_updown=f"input_blocks.{per_level}.0.in_layers.2.weight" in shapes,
         num_classes=shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
+        num_channels=None if num_channels == widths[0] else num_channels,
     )
 
 
@@ -123,7 +151,6 @@ def _decoder_blocks(shapes: Shapes, where: str) -> tuple[int, int]:
 
 def _check_ends(shapes: Shapes, widths: tuple[int, ...], where: str) -> None:
     """Refuse what the network's first and last layers show to be another model."""
-    base = _shape(shapes, "time_embed.0.weight", where)[1]
     inputs, outputs = _shape(shapes, "input_blocks.0.0.weight", where)[1], _shape(shapes, "out.2.weight", where)[0]
     if inputs != 3:
         raise TeacherError(
@@ -133,11 +160,6 @@ def _check_ends(shapes: Shapes, widths: tuple[int, ...], where: str) -> None:
     if outputs not in (3, 6):
         raise TeacherError(
             f"{where}: the network gives {outputs} channels; kind adm needs noise (3), or noise and variances (6)"
-        )
-    if widths[0] != base:
-        raise TeacherError(
-            f"{where}: the first level has {widths[0]} channels and num_channels is {base}; diffusers' UNet2DModel "
-            f"needs a channel_mult that starts with 1, so the 512 px model cannot be used"
         )
     if odd := [width for width in widths if width % NORM_GROUPS]:
         raise TeacherError(
@@ -149,11 +171,12 @@ def _check_ends(shapes: Shapes, widths: tuple[int, ...], where: str) -> None:
 def complete(options: AdmOptions, layout: AdmLayout, where: str) -> AdmSettings:
     """The settings that shapes do not tell: as given, or the published ones for the 256 px layout.
 
-    Raises: ConfigError when one is missing or does not fit; TeacherError for heads that UNet2DModel cannot have.
+    Raises: ConfigError when one is missing or does not fit.
     """
+    _check_heads(options, layout, where)
     settings = {name: getattr(options, name) for name in ADM_256 if getattr(options, name) is not None}
     if options.num_heads is not None:
-        settings["num_head_channels"] = _head_channels(options, layout, where)
+        settings["num_head_channels"] = _head_channels(options, layout)
     if _is_adm_256(layout):
         settings = ADM_256 | settings
     if missing := [
@@ -165,48 +188,20 @@ def complete(options: AdmOptions, layout: AdmLayout, where: str) -> AdmSettings:
             f"{where}: the file does not say its {', '.join(missing)}; "
             f"set them under extract.teacher.options as the network was trained"
         )
-    heads, px = settings["num_head_channels"], settings["image_px"]
-    if odd := [width for width in attention_widths(layout) if width % heads]:
-        raise ConfigError(
-            f"extract.teacher.options.num_head_channels is {heads}, and {where} has attention over {odd[0]} channels"
-        )
-    return AdmSettings(heads, settings["use_new_attention_order"], settings["noise_schedule"], height_width(px))
+    return AdmSettings(
+        settings["num_head_channels"],
+        settings["use_new_attention_order"],
+        settings["noise_schedule"],
+        height_width(settings["image_px"]),
+        options.num_heads,
+        options.num_heads_upsample,
+    )
 
 
 def attention_widths(layout: AdmLayout) -> set[int]:
     """Channels at which there is attention; the middle block always has it."""
     return {width for width, attends in zip(layout.widths, layout.attention, strict=True) if attends} | {
         layout.widths[-1]
-    }
-
-
-def unet_arguments(layout: AdmLayout, settings: AdmSettings) -> dict[str, Any]:
-    """Arguments of the diffusers UNet2DModel that computes the same function."""
-    stage = "Resnet{}sampleBlock2D" if layout.resblock_updown else "{}Block2D"
-
-    def blocks(way: str) -> list[str]:
-        return [f"Attn{way}Block2D" if attends else stage.format(way) for attends in layout.attention]
-
-    sampling = "resnet" if layout.resblock_updown else "conv"
-    return {
-        "in_channels": 3,
-        "out_channels": layout.out_channels,
-        "layers_per_block": layout.num_res_blocks,
-        "block_out_channels": layout.widths,
-        "down_block_types": tuple(blocks("Down")),
-        "up_block_types": tuple(reversed(blocks("Up"))),
-        "downsample_type": sampling,
-        "upsample_type": sampling,
-        "resnet_time_scale_shift": "scale_shift" if layout.scale_shift else "default",
-        "attention_head_dim": settings.head_channels,
-        "norm_num_groups": NORM_GROUPS,
-        "attn_norm_num_groups": NORM_GROUPS,  # else the middle block's attention has no norm where scale_shift is on
-        "norm_eps": 1e-5,
-        "act_fn": "silu",
-        "time_embedding_type": "positional",
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "center_input_sample": False,
     }
 
 
@@ -225,22 +220,31 @@ def scheduler_config(options: AdmOptions, settings: AdmSettings) -> dict[str, An
     }
 
 
-def _head_channels(options: AdmOptions, layout: AdmLayout, where: str) -> int:
-    """Channels per head that `num_heads` means, where it means one number."""
-    if options.num_head_channels is not None:
+def _check_heads(options: AdmOptions, layout: AdmLayout, where: str) -> None:
+    if options.num_head_channels is not None and options.num_heads is not None:
         raise ConfigError("extract.teacher.options has both num_heads and num_head_channels; give one")
-    widths, heads = attention_widths(layout), options.num_heads or 1
-    if len(widths) > 1:
-        raise TeacherError(
-            f"{where}: num_heads {heads} at attention levels of {sorted(widths)} channels means heads of different "
-            f"sizes, which diffusers' UNet2DModel cannot have; the 128 px model cannot be used"
-        )
-    (width,) = widths
-    if width % heads:
+    if options.num_heads_upsample is not None and options.num_heads is None:
         raise ConfigError(
-            f"extract.teacher.options.num_heads is {heads}, and {where} has attention over {width} channels"
+            "extract.teacher.options has num_heads_upsample without num_heads; give both, or neither where the network "
+            "was trained with num_head_channels"
         )
-    return width // heads
+    for name in ("num_head_channels", "num_heads", "num_heads_upsample"):
+        parts = getattr(options, name)
+        if odd := [width for width in sorted(attention_widths(layout)) if parts and width % parts]:
+            raise ConfigError(
+                f"extract.teacher.options.{name} is {parts}, and {where} has attention over {odd[0]} channels"
+            )
+
+
+def _head_channels(options: AdmOptions, layout: AdmLayout) -> int | None:
+    """Channels per head that a number of heads means; None where it means several."""
+    sizes = {
+        width // heads
+        for width in attention_widths(layout)
+        for heads in (options.num_heads, options.num_heads_upsample)
+        if heads
+    }
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _is_adm_256(layout: AdmLayout) -> bool:

@@ -1,4 +1,4 @@
-"""Half precision for a UNet2DModel, with float32 wherever guided-diffusion keeps it.
+"""Half precision for a UNet2DModel or ADM's own network, with float32 wherever guided-diffusion keeps it.
 
 Half: the convolutions and attention projections inside the blocks. Float32: group norms, the timestep embedding and
 its projections, the attention's softmax (inside torch's scaled_dot_product_attention, which accumulates in float32)
@@ -25,15 +25,11 @@ TIME_NORMS = frozenset({"default", "scale_shift"})
 
 
 def compute_in(unet: Any, dtype: torch.dtype, where: str) -> None:
-    """Turn a float32 UNet2DModel, in place, into one that computes in `dtype`; it still takes and gives float32 images.
+    """Turn a float32 network, in place, into one that computes in `dtype`; it still takes and gives float32 images.
 
-    Raises: TeacherError for kinds of blocks that the rule was not checked for.
+    Raises: TeacherError for a UNet2DModel with kinds of blocks that the rule was not checked for.
     """
-    config = unet.config
-    unknown = {*config.down_block_types, *config.up_block_types} - BLOCKS | {
-        config.resnet_time_scale_shift
-    } - TIME_NORMS
-    if unknown:
+    if unknown := _unknown_kinds(getattr(unet, "config", None)):
         raise TeacherError(
             f"{where}: blocks of kind {', '.join(sorted(unknown))} run in float32 only; leave out extract.teacher.dtype"
         )
@@ -42,6 +38,13 @@ def compute_in(unet: Any, dtype: torch.dtype, where: str) -> None:
     for part in (unet.down_blocks, unet.mid_block, unet.up_blocks):
         for name, module in part.named_modules() if part is not None else ():
             _convert(name, module, dtype)
+
+
+def _unknown_kinds(config: Any) -> set[str]:
+    """Of a UNet2DModel's config; a network of ours has none."""
+    if config is None:
+        return set()
+    return {*config.down_block_types, *config.up_block_types} - BLOCKS | {config.resnet_time_scale_shift} - TIME_NORMS
 
 
 def _convert(name: str, module: nn.Module, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """Diffusion teachers: an image goes to timestep T, then ONE denoising call is made and the decoder's levels are read.
 
 The image is noised by q(x_T | x_0), the noise being an argument, or carried there by deterministic DDIM inversion
-(DreamTeacher, section 3.1). `DiffusionTeacher` serves every family whose network is a `UNet2DModel`.
+(DreamTeacher, section 3.1). `DiffusionTeacher` serves every family whose network is a `UNet2DModel`, or built like one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PixelOptions(EncodingOptions):
 
 @dataclass(frozen=True)
 class LoadedUNet:
-    """A checkpoint's UNet2DModel on the CPU, with all that a teacher says of it."""
+    """A checkpoint's network on the CPU, a UNet2DModel or built like one, with all that a teacher says of it."""
 
     unet: nn.Module
     weights_blake3: str
@@ -60,7 +60,7 @@ class LoadedUNet:
 
 
 class DiffusionTeacher:
-    """A frozen UNet2DModel on its device."""
+    """A frozen network on its device."""
 
     def __init__(
         self,
@@ -196,15 +196,19 @@ def make_diffusion_teacher(
 
 
 def _levels_of(unet: Any, total_stride: int, taps: Mapping[str, str] | None) -> dict[str, TapSpec]:
-    """Levels found by stride, or at the named taps, on a copy of the network that has shapes and no values."""
+    """Levels found by stride, or at the named taps, in a pass that has shapes and no values."""
     import torch
 
     from dtpipe.extract.teachers.taps import decoder_layers, find_levels, named_levels
 
     side = 2 * total_stride  # group norms refuse a single value per group
-    with torch.device("meta"), torch.inference_mode():
-        shapes = type(unet).from_config(unet.config).eval()
-        blank = torch.zeros(1, 3, side, side)
-        if taps:
-            return named_levels(shapes, lambda: shapes(blank, 0), side, taps)
-        return find_levels(shapes, lambda: shapes(blank, 0), side, decoder_layers(shapes))
+    shapes = {name: value.to("meta") for name, value in unet.state_dict().items()}
+    blank = torch.zeros(1, 3, side, side, device="meta")
+
+    def forward() -> object:
+        return torch.func.functional_call(unet, shapes, (blank, 0))
+
+    with torch.inference_mode():
+        return (
+            named_levels(unet, forward, side, taps) if taps else find_levels(unet, forward, side, decoder_layers(unet))
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ import numpy as np
 import pytest
 import torch
 from blake3 import blake3
-from diffusers import UNet2DModel
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.diffusion import adm_keys
 from dtpipe.extract.teachers.diffusion.adm import load_adm_teacher
-from dtpipe.extract.teachers.diffusion.adm_layout import AdmOptions, complete, infer_adm_layout, unet_arguments
 from dtpipe.extract.teachers.diffusion.process import ddim_invert, predict_clean, q_sample
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher
 from dtpipe.manifests.schema import ViewSpec
@@ -47,6 +43,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "class_label": 7,
         "image_px": [32, 64],
     },
+    "adm128_layout": {
+        "num_heads": 4,
+        "use_new_attention_order": False,
+        "noise_schedule": "linear",
+        "class_label": 7,
+        "image_px": [32, 64],
+    },
+    "half_first": {
+        "num_heads": 2,
+        "num_heads_upsample": 4,
+        "use_new_attention_order": False,
+        "noise_schedule": "linear",
+        "image_px": [32, 64],
+    },
     "a1_4level": {
         "num_head_channels": 32,
         "use_new_attention_order": False,
@@ -60,7 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "image_px": 64,
     },
 }
-SMALL = ("adm256_layout", "plain", "class_cond")
+SMALL = ("adm256_layout", "plain", "class_cond", "adm128_layout", "half_first")
 WHOLE = ("a1_4level", "a2_adm256_layout")
 Arrays = dict[str, np.ndarray]
 
@@ -196,7 +206,7 @@ def test_every_layer_gives_guided_diffusions_features(load, case):
     teacher, data = load(case), arrays(case)
     seen = run(teacher.unet, noisy(teacher, data), data)
     compared = {name: error(seen[name], data[name]) for name in seen if name in data}
-    assert len(compared) >= {"plain": 9, "a1_4level": 11}.get(case, 18)
+    assert len(compared) >= {"plain": 9, "half_first": 11, "a1_4level": 11}.get(case, 18)
     assert max(compared.values()) <= 1e-4
     assert max(compared["output"], compared["emb"]) <= 1e-5
     assert all(np.abs(data[name]).max() > 0.3 for name in compared)
@@ -234,7 +244,7 @@ def test_encoding_gives_the_levels_before_the_upsamplers(load, case):
 def test_inversion_is_guided_diffusions(load, case):
     """Against `ddim_reverse_sample`; x_0 predicted at hardly any noise has values of about 20: relative there."""
     teacher, data = load(case), arrays(case)
-    compared = 0
+    compared, num_stored = 0, {"adm256_layout": 2, "plain": 2, "a1_4level": 8, "a2_adm256_layout": 1}
     for name in data:
         if case in SMALL and name.startswith("inverted:"):
             _, last, stride, clip = name.split(":")
@@ -254,7 +264,7 @@ def test_inversion_is_guided_diffusions(load, case):
             )
         assert error(found, data[name]) <= 1e-4 * max(1, np.abs(data[name]).max() / 4)
         compared += 1
-    assert compared == {"adm256_layout": 2, "plain": 2, "class_cond": 0, "a1_4level": 8, "a2_adm256_layout": 1}[case]
+    assert compared == num_stored.get(case, 0)
 
 
 @pytest.mark.parametrize("case", WHOLE, indirect=True)
@@ -284,31 +294,21 @@ def test_an_inversion_walks_guided_diffusions_timesteps_and_sees_its_images(load
 
 
 WRONG = {
-    "flip_sin_to_cos": {"flip_sin_to_cos": False},
-    "freq_shift": {"freq_shift": 1},
-    "attention heads": {"attention_head_dim": 16},
-    "norm_eps": {"norm_eps": 1e-6},
+    "attention order": ("adm256_layout", {"use_new_attention_order": True}),
+    "attention heads": ("adm256_layout", {"num_head_channels": 16}),
+    "number of heads": ("adm128_layout", {"num_heads": 2}),
+    "size of heads": ("adm128_layout", {"num_heads": None, "num_head_channels": 32}),
+    "decoder's heads": ("half_first", {"num_heads_upsample": None}),
+    "class": ("adm128_layout", {"class_label": 8}),
 }
 
 
-@pytest.mark.parametrize("wrong", [*WRONG, "attention order", "middle norm"])
+@pytest.mark.parametrize("wrong", WRONG)
 def test_each_silent_setting_matters(load, wrong):
     """Every one of these loads without complaint, and gives other features."""
-    teacher, data = load("adm256_layout"), arrays("adm256_layout")
-    state, arguments = dict(teacher.unet.state_dict()), dict(teacher.unet.config) | WRONG.get(wrong, {})
-    layout = infer_adm_layout({name: tuple(each.shape) for name, each in weights("adm256_layout").items()}, "")
-    settings = complete(AdmOptions.model_validate(OPTIONS["adm256_layout"]), layout, "")
-    if wrong == "attention order":
-        swapped = replace(settings, new_attention_order=True)
-        state = dict(adm_keys.unet_tensors(weights("adm256_layout"), layout, swapped, None))
-    if wrong == "middle norm":
-        arguments["attn_norm_num_groups"] = None
-        state = {name: each for name, each in state.items() if not name.startswith("mid_block.attentions.0.group_norm")}
-    other = UNet2DModel(
-        **{name: value for name, value in arguments.items() if name in unet_arguments(layout, settings)}
-    ).eval()
-    other.load_state_dict(state)
-    assert error(run(other, noisy(teacher, data), data)["output"], data["output"]) > 2e-5  # ours: 2e-6
+    case, change = WRONG[wrong]
+    teacher, data = load(case, **change), arrays(case)
+    assert error(run(teacher.unet, noisy(teacher, data), data)["output"], data["output"]) > 1e-3  # ours: 3e-6
 
 
 def test_dropout_is_off_and_weights_are_frozen(load):
