@@ -58,9 +58,9 @@ def height_width(size: Size) -> tuple[int, int]:
 
 
 class StrictModel(BaseModel):
-    """A frozen record that refuses unknown fields."""
+    """A frozen record that refuses unknown fields, and numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ErrorBudget(StrictModel):

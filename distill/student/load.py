@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from dtpipe.distill.engine.checkpoint import load_checkpoint
-from dtpipe.distill.student.student import Student, build_student, spec_from_dict, student_name
+from dtpipe.distill.student.student import Student, StudentSpec, build_student, spec_from_dict, student_name
+from dtpipe.manifests.documents import Refusal, parse_json, why_not_read
 from dtpipe.manifests.errors import DamagedDataError, InputError
 
 WEIGHTS = "model.safetensors"
@@ -54,13 +54,24 @@ def _from_export(path: Path) -> Student:
             metadata = file.metadata() or {}
         weights = load_file(path)
     except FileNotFoundError as err:
-        raise InputError(f"{path}: no such export; give a run folder, its last.pt or an export") from err
+        raise InputError(f"{path}: {why_not_read(path, err)}; give a run folder, its last.pt or an export") from err
     except (SafetensorError, OSError) as err:
         raise DamagedDataError(f"{path}: the export cannot be read: {err}; export again") from err
     if STUDENT_KEY not in metadata:
         raise InputError(f"{path}: holds no student of dtpipe; give a run folder, its last.pt or an export")
-    student = build_student(spec_from_dict(json.loads(metadata[STUDENT_KEY])))
+    student = build_student(_spec_of(metadata[STUDENT_KEY], path))
     own = student.net.state_dict()
     named = {student_name(name, own): tensor for name, tensor in weights.items()}
     student.net.load_state_dict({alias: tensor for alias, tensor in named.items() if alias is not None})
     return student.eval()
+
+
+def _spec_of(text: str, path: Path) -> StudentSpec:
+    """The student's spec from an export's metadata. Raises: DamagedDataError."""
+    refusal = Refusal(DamagedDataError, "export again")
+    where = f"{path}: its metadata {STUDENT_KEY}"
+    values = parse_json(text, where, refusal)
+    try:
+        return spec_from_dict(values)
+    except (KeyError, TypeError, ValueError) as err:
+        raise refusal.of(where, f"is no description of a student ({err})") from err

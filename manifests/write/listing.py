@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.documents import Refusal, read_utf8
 from dtpipe.manifests.errors import InputError, ManifestError
 from dtpipe.manifests.layout.tables import LISTING_FILE, LISTING_SCHEMA, decode_rows, encode_table
 from dtpipe.manifests.schema import Order
@@ -139,12 +140,8 @@ def read_listing_table(store: Store, listing_blake3: str, columns: Sequence[str]
 
 def read_key_file(path: str, field: str) -> list[str]:
     """Keys of a `--keys` file, one per line; `field` is the setting that names it. Raises: InputError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise InputError(
-            f"{field}: {path} cannot be read ({err}); give a UTF-8 text file with one key per line"
-        ) from err
+    refusal = Refusal(InputError, "give a UTF-8 text file with one key per line")
+    lines = read_utf8(Path(path), refusal, f"{field}: {path}").splitlines()
     return [line for line in lines if line.strip()]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -20,8 +21,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from dtpipe.manifests.documents import Refusal, parse_yaml, read_utf8
 from dtpipe.manifests.errors import ConfigError
 
+_DOCUMENT = Refusal(ConfigError, "give a YAML file of settings, or the name of a preset")
 SECTIONS = {
     "extract": "dtpipe.extract.config:ExtractConfig",
     "distill": "dtpipe.distill.config:DistillConfig",
@@ -31,15 +34,6 @@ SECTIONS = {
     "report": "dtpipe.pipeline.config:ReportConfig",
     "demo": "dtpipe.pipeline.config:DemoConfig",
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose `4e-3` is a number, as everyone expects, and not the text that YAML 1.1 makes of it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def section_model(section: str) -> type[BaseModel]:
@@ -125,10 +119,7 @@ def parse_value(text: str, field: FieldInfo, where: str) -> Any:
     many = any(get_origin(kind) is tuple for kind in kinds)
     if many and "," in text and not text.lstrip().startswith("["):
         text = f"[{text}]"
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{where}: {text!r} is not valid YAML; quote it, or write lists as [a, b]") from err
+    value = parse_yaml(text, where, Refusal(ConfigError, "quote it, or write lists as [a, b]"))
     only_many = many and all(get_origin(kind) is tuple or kind is NoneType for kind in kinds)
     return [value] if only_many and not isinstance(value, list | None) else value
 
@@ -157,10 +148,10 @@ def _preset_text(name: str) -> str:
 
 
 def _read_document(name: str) -> str:
-    path = Path(name)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    if name in preset_names():
+    path, is_preset = Path(name), name in preset_names()
+    if os.path.lexists(path) and not (is_preset and path.is_dir()):
+        return read_utf8(path, _DOCUMENT, f"-c {name}")
+    if is_preset:
         return _preset_text(name)
     near = difflib.get_close_matches(name, preset_names(), n=3)
     advice = f"did you mean {' or '.join(near)}? " if near else ""
@@ -172,13 +163,7 @@ def load_document(name: str) -> dict[str, Any]:
 
     Raises: ConfigError when it is missing, is no YAML mapping, or holds an unknown key.
     """
-    try:
-        document = yaml.load(_read_document(name), _Loader)
-    except yaml.YAMLError as err:
-        mark = getattr(err, "problem_mark", None)
-        raise ConfigError(f"-c {name}: not valid YAML{f' in line {mark.line + 1}' if mark else ''}") from err
-    except UnicodeDecodeError as err:
-        raise ConfigError(f"-c {name}: not a text file; give a YAML file of settings") from err
+    document = parse_yaml(_read_document(name), f"-c {name}", _DOCUMENT)
     if document is None:
         return {}
     if not isinstance(document, dict) or not all(isinstance(value, dict | None) for value in document.values()):

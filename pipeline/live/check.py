@@ -70,7 +70,7 @@ def _kept(reader: ImageReader, rows: NDArray[np.int64], run: Path) -> dict[str, 
     try:
         document: dict[str, Any] = json.loads((run / CHECKED_FILE).read_text(encoding="utf-8"))
         return dict(document["bad"]) if document["of"] == name else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

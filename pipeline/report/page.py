@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
@@ -23,7 +22,8 @@ from dtpipe.distill.engine.run_folder import read_config, read_metrics
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.teachers.registry import load_teacher
-from dtpipe.manifests.errors import DtpipeError, InputError, StoreError
+from dtpipe.manifests.documents import Refusal, read_object
+from dtpipe.manifests.errors import DamagedDataError, DtpipeError, InputError, StoreError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.store.publish import write_whole
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 
 SAMPLE_COLUMNS = 8
+LeaveOut = Callable[[str, DtpipeError], None]
+"""Takes a part that the page goes without, and why."""
 
 
 def write_report(config: ReportConfig, note: Note) -> Path:
@@ -81,7 +83,7 @@ def build_context(run: Path, config: ReportConfig, note: Note) -> dict[str, Any]
         "title": f"{settings.student.name}, distilled",
         "subtitle": f"{run} · {_origin(run, settings)}",
         "facts": _facts(settings, metrics),
-        "scores": _scores(run),
+        "scores": scores_of(run, leave_out),
         "curves": _curves(metrics),
         "curves_caption": _curves_caption(metrics),
         "maps": _maps(run, settings, config, leave_out),
@@ -155,36 +157,48 @@ def _curves_caption(metrics: Sequence[Mapping[str, Any]]) -> str:
     return f"Where the time went at the end: {spent}." if spent else ""
 
 
-def _scores(run: Path) -> list[dict[str, Any]]:
+def scores_of(run: Path, leave_out: LeaveOut) -> list[dict[str, Any]]:
     """One entry per file in the run's eval folder."""
-    from markupsafe import Markup
-
     facts = []
     for path in sorted((run / "eval").glob("*.json")):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        best = [summary for summary in document["summaries"] if summary["level"] == "best"]
-        numbers = sorted({summary["num_labelled"] for summary in best})
-        cells: dict[str, dict[int, tuple[float, float]]] = {}
-        for summary in best:
-            cells.setdefault(summary["extractor"], {})[summary["num_labelled"]] = (
-                summary["mean"],
-                summary["std"] or 0.0,
-            )
-        rows = {name: [by_num.get(num) for num in numbers] for name, by_num in cells.items()}
-        seeds = max(summary["num_seeds"] for summary in best)
-        spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-        facts.append(
-            {
-                "title": f"{document['task']}: {document['metric']}",
-                "numbers": [f"{num} labelled" for num in numbers],
-                "rows": {name: [_cell(cell, seeds) for cell in row] for name, row in rows.items()},
-                "caption": " ".join(
-                    [f"{document['num_test']} held-out images; {spread}.", *(f"{note}." for note in document["notes"])]
-                ),
-                "figure": Markup(figures.scores(path.stem, numbers, rows, document["metric"])),
-            }
-        )
+        try:
+            facts.append(_score(path))
+        except DtpipeError as err:
+            leave_out("scores", err)
     return facts
+
+
+def _score(path: Path) -> dict[str, Any]:
+    """What a file of `dtpipe eval` says. Raises: DamagedDataError for another kind of file."""
+    refusal = Refusal(DamagedDataError, "run `dtpipe eval` again")
+    document = read_object(path, refusal)
+    try:
+        return _table(document, path.stem)
+    except (KeyError, TypeError, ValueError) as err:
+        raise refusal.of(path, f"is no result of an evaluation ({type(err).__name__}: {err})") from err
+
+
+def _table(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The scores of one evaluation, as the template shows them."""
+    from markupsafe import Markup
+
+    best = [summary for summary in document["summaries"] if summary["level"] == "best"]
+    numbers = sorted({summary["num_labelled"] for summary in best})
+    cells: dict[str, dict[int, tuple[float, float]]] = {}
+    for summary in best:
+        cells.setdefault(summary["extractor"], {})[summary["num_labelled"]] = (summary["mean"], summary["std"] or 0.0)
+    rows = {arm: [by_num.get(num) for num in numbers] for arm, by_num in cells.items()}
+    seeds = max(summary["num_seeds"] for summary in best)
+    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    return {
+        "title": f"{document['task']}: {document['metric']}",
+        "numbers": [f"{num} labelled" for num in numbers],
+        "rows": {arm: [_cell(cell, seeds) for cell in row] for arm, row in rows.items()},
+        "caption": " ".join(
+            [f"{document['num_test']} held-out images; {spread}.", *(f"{note}." for note in document["notes"])]
+        ),
+        "figure": Markup(figures.scores(name, numbers, rows, document["metric"])),
+    }
 
 
 def _cell(cell: tuple[float, float] | None, seeds: int) -> str:
@@ -193,9 +207,7 @@ def _cell(cell: tuple[float, float] | None, seeds: int) -> str:
     return f"{cell[0]:.3f} ± {cell[1]:.3f}" if seeds > 1 and cell[1] else f"{cell[0]:.3f}"
 
 
-def _maps(
-    run: Path, settings: DistillConfig, config: ReportConfig, leave_out: Callable[[str, DtpipeError], None]
-) -> Any:
+def _maps(run: Path, settings: DistillConfig, config: ReportConfig, leave_out: LeaveOut) -> Any:
     try:
         shown = draw_maps(run, settings, config.num_images, config.seed)
     except DtpipeError as err:
@@ -226,7 +238,7 @@ def _samples(config: ReportConfig) -> Any:
     return {"image": data_uri(grid), "width": max(grid.shape[1], min(1000, 2 * grid.shape[1])), "caption": caption}
 
 
-def _datasets(urls: Sequence[str], leave_out: Callable[[str, DtpipeError], None]) -> list[dict[str, Any]]:
+def _datasets(urls: Sequence[str], leave_out: LeaveOut) -> list[dict[str, Any]]:
     shown = []
     for url in urls:
         try:

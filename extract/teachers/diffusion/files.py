@@ -114,6 +114,10 @@ def _check_takes_images(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder}/config.json: the network takes {config['in_channels']} channels; "
             f"kind ddpm needs one that takes RGB images"
         )
+    if not isinstance(config.get("num_class_embeds"), int | None):
+        raise TeacherError(
+            f"{folder}/config.json: num_class_embeds is {config['num_class_embeds']!r}; write the number of classes"
+        )
     if config.get("class_embed_type"):
         raise TeacherError(
             f"{folder}/config.json: the network takes classes as {config['class_embed_type']}; "
@@ -143,8 +147,8 @@ def image_px_of(config: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     px = config.get("sample_size")
     if isinstance(px, int):
         return px, px
-    if isinstance(px, (list, tuple)) and len(px) == 2:
-        return int(px[0]), int(px[1])
+    if isinstance(px, list | tuple) and len(px) == 2 and all(isinstance(side, int) for side in px):
+        return px[0], px[1]
     raise TeacherError(f"{folder}/config.json: sample_size is {px!r}; write the side the network was trained at")
 
 
@@ -161,7 +165,7 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
             f"copy the checkpoint's own"
         )
     config = read_json(path)
-    if config.get("_class_name") not in VP_SCHEDULERS:
+    if str(config.get("_class_name")) not in VP_SCHEDULERS:
         raise TeacherError(
             f"{path}: scheduler {config.get('_class_name')} is not variance-preserving with discrete timesteps"
         )

@@ -19,30 +19,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Schedule = NDArray[np.float64]
+_CHECK = "check scheduler_config.json, or download or export the teacher again"
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Schedule:
     """Products of 1 - beta of a diffusers scheduler config, float64, (num_train_timesteps,).
 
-    Raises: TeacherError for a beta schedule that is none of linear, scaled_linear, squaredcos_cap_v2 or trained betas.
+    Raises: TeacherError for a beta schedule that is none of linear, scaled_linear, squaredcos_cap_v2 or trained betas,
+    or that is no variances.
     """
+    try:
+        betas = _betas(config)
+    except (TypeError, ValueError) as err:
+        raise TeacherError(f"scheduler has no schedule of betas ({err}); {_CHECK}") from err
+    if betas.ndim != 1 or not len(betas) or not ((betas >= 0) & (betas < 1)).all():
+        raise TeacherError(f"scheduler has betas that are no variances between 0 and 1; {_CHECK}")
+    return np.cumprod(1 - betas, dtype=np.float64)
+
+
+def _betas(config: Mapping[str, Any]) -> Schedule:
     steps = int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     name = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], dtype=np.float64)
-    elif name == "linear":
-        betas = np.linspace(start, end, steps, dtype=np.float64)
-    elif name == "scaled_linear":
-        betas = np.square(np.linspace(start**0.5, end**0.5, steps, dtype=np.float64))
-    elif name == "squaredcos_cap_v2":
-        betas = _cosine_betas(steps)
-    else:
-        raise TeacherError(
-            f"scheduler has beta_schedule {name!r}; "
-            f"linear, scaled_linear, squaredcos_cap_v2 and trained_betas are known"
-        )
-    return np.cumprod(1 - betas, dtype=np.float64)
+        return np.asarray(config["trained_betas"], dtype=np.float64)
+    if name == "linear":
+        return np.linspace(start, end, steps, dtype=np.float64)
+    if name == "scaled_linear":
+        return np.square(np.linspace(start**0.5, end**0.5, steps, dtype=np.float64))
+    if name == "squaredcos_cap_v2":
+        return _cosine_betas(steps)
+    raise TeacherError(
+        f"scheduler has beta_schedule {name!r}; linear, scaled_linear, squaredcos_cap_v2 and trained_betas are known"
+    )
 
 
 def _cosine_betas(steps: int) -> Schedule:

@@ -23,6 +23,7 @@ from blake3 import blake3
 from pydantic import Field
 
 from dtpipe.extract.teachers.files.remote import fetch_remote, is_url
+from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.schema import StrictModel
 from dtpipe.manifests.store.publish import unique_temporary, whole_file
@@ -147,14 +148,10 @@ def _download(published: PublishedTeacher, path: Path) -> None:
 
 def _check_unchanged(path: Path) -> None:
     """Size by the record, where there is one; content is checked by the weights' digest of each dataset."""
-    try:
-        expected = json.loads(_record_path(path).read_text(encoding="utf-8"))["size_bytes"]
-    except FileNotFoundError:
+    record, refusal = _record_path(path), Refusal(TeacherError, "delete the folder to fetch the teacher again")
+    if not os.path.lexists(record):
         return  # put there by hand
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise TeacherError(
-            f"{_record_path(path)}: is not readable ({err}); delete the folder to fetch the teacher again"
-        ) from err
+    expected = read_object(record, refusal).get("size_bytes")
     if path.stat().st_size != expected:
         raise TeacherError(
             f"{path}: has {path.stat().st_size} bytes, {expected} were fetched; delete the folder to fetch it again"

@@ -6,7 +6,6 @@ the same weights are stored in another layout.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -64,17 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises: TeacherError when the file is missing or is something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise TeacherError(
-            f"{path}: not readable as JSON ({why_unreadable(err)}); download or export the teacher again"
-        ) from err
-    if not isinstance(content, dict):
-        raise TeacherError(
-            f"{path}: holds a JSON {type(content).__name__}, not an object; download or export the teacher again"
-        )
-    return content
+    return read_object(path, Refusal(TeacherError, "download or export the teacher again"))
 
 
 def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:

@@ -267,7 +267,7 @@ def _check_vae(vae: Component, unet: Component) -> None:
 def _schedule(path: Path) -> tuple[dict[str, Any], str]:
     """Betas, and what the network predicts."""
     config = read_json(path)
-    if config.get("_class_name") not in SCHEDULERS:
+    if str(config.get("_class_name")) not in SCHEDULERS:
         raise TeacherError(
             f"{path}: scheduler {config.get('_class_name')} is not known to name the betas of a Stable Diffusion"
         )

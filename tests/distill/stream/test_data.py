@@ -65,7 +65,7 @@ def test_a_limit_takes_the_same_samples_whatever_the_order_of_rows_and_nested_on
     ("changes", "error", "said"),
     [
         ({"keys": "KEYS"}, InputError, r"1 of 2 wanted keys \('images/nothing.png'\) are not in the data"),
-        ({"keys": "nowhere.txt"}, InputError, r"distill.keys: nowhere.txt cannot be read"),
+        ({"keys": "nowhere.txt"}, InputError, r"distill.keys: nowhere.txt: there is no such file"),
         (
             {"include": ("cat/*",)},
             ConfigError,

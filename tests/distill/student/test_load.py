@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.student.distiller import build_distiller, choose_levels, norms_for
-from dtpipe.distill.student.load import load_student
+from dtpipe.distill.student.load import STUDENT_KEY, load_student
 from dtpipe.distill.student.student import StudentSpec, build_student, spec_from_dict, spec_to_dict
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, DamagedDataError
 from parts.memory import level_spec, tiny_config, write_student
 
 
@@ -123,3 +124,20 @@ def test_load_student_reads_folder_and_file_and_prefers_the_average(tmp_path):
     weight, halved = trained.net.conv1[0].weight, average.net.conv1[0].weight
     torch.testing.assert_close(weight * 0.5, halved)
     assert spec_from_dict(spec_to_dict(average.spec)) == average.spec
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ("[" * 100_000, "nests lists or mappings too deep"),
+        ('{"name": "resnet10t", "min_stride": ' + "9" * 5000 + "}", "not readable as JSON"),
+        ('{"name": "resnet10t"}', "is no description of a student"),
+        ("[1]", "is no description of a student"),
+    ],
+)
+def test_an_export_whose_metadata_is_nonsense_is_damaged(tmp_path, metadata, words):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {STUDENT_KEY: metadata})
+    with pytest.raises(
+        DamagedDataError, match=rf"model.safetensors: its metadata dtpipe_student.* {words}.*export again"
+    ):
+        load_student(tmp_path)

@@ -91,6 +91,15 @@ def test_unknown_command_is_one_line_with_a_near_match() -> None:
         ("train-teacher --images nowhere --out OUT", 3, ["nowhere"]),
         ("demo --out IMAGES", 2, ["no demo wrote"]),
         ("demo --images EMPTY --out OUT", 3, ["EMPTY"]),
+        ("extract -c DEEP", 2, ["-c DEEP: nests lists or mappings too deep"]),
+        ("distill -c EMPTY", 2, ["-c EMPTY: is a folder, not a file", "preset"]),
+        ("eval -c DANGLING", 2, ["-c DANGLING: is a link to moved/away, which is not there"]),
+        ("distill -s distill.lr=1e999", 2, ["distill.lr is inf: input should be a finite number"]),
+        ("distill -s distill.seed=99999999999999999999", 2, ["-s distill.seed: holds a number of 67 bits"]),
+        ("train-teacher -s train_teacher.channels=[[[[", 2, ["-s train_teacher.channels: not valid YAML"]),
+        ("extract --images IMAGES --keys EMPTY --teacher TEACHER --out OUT --inline", 3, ["EMPTY: is a folder"]),
+        ("extract --images IMAGES --keys DANGLING --teacher TEACHER --out OUT --inline", 3, ["link to moved/away"]),
+        ("extract --images IMAGES --teacher NESTED --out OUT --inline", 3, ["NESTED/unet/config.json: nests lists"]),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -105,6 +114,11 @@ def test_bad_input_is_one_sentence_and_the_right_code(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "DEEP").write_text("[" * 10_000)
+    (tmp_path / "DANGLING").symlink_to("moved/away")
+    (tmp_path / "NESTED" / "unet").mkdir(parents=True)
+    (tmp_path / "NESTED" / "model_index.json").write_text("{}")
+    (tmp_path / "NESTED" / "unet" / "config.json").write_text("[" * 100_000)
     places = {"IMAGES": str(image_folder), "TEACHER": str(teacher), "EMPTY": "EMPTY", "OUT": "OUT"}
     result = run(*(places.get(arg, arg) for arg in args.split()))
     errors_shown = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

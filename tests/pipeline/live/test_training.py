@@ -175,7 +175,7 @@ def test_a_dry_run_says_what_the_teacher_costs_and_writes_nothing(
         ),
         ("FEATURES --reencode 1 -s extract.teacher.dtype=bfloat16", 3, 'teacher.dtype: "float32" -> "bfloat16"'),
         ("FEATURES --reencode 1 -s extract.teacher.options.ensemble=2", 3, "teacher.options.ensemble: not set -> 2"),
-        ("FEATURES --keys nowhere.txt", 3, "nowhere.txt cannot be read"),
+        ("FEATURES --keys nowhere.txt", 3, "nowhere.txt: there is no such file"),
         ("FEATURES -s distill.flip=true", 2, "no flipped view is stored"),
     ],
 )

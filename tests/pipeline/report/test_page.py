@@ -6,15 +6,18 @@ import base64
 import io
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import SYNTHESIZED
+from dtpipe.pipeline.report.history import read_commands, record_command
 from dtpipe.pipeline.report.maps import image_grid
-from dtpipe.pipeline.report.page import data_uri, figures, images_fact, render
+from dtpipe.pipeline.report.page import data_uri, figures, images_fact, render, scores_of
 from parts.paths import GOLDEN
 
 
@@ -89,3 +92,21 @@ def test_tile_places_images_by_row() -> None:
     assert grid.shape == (3 * 2 + 2, 2 * 3 + 1, 3)
     assert [int(grid[0, 0, 0]), int(grid[0, 4, 0]), int(grid[3, 0, 0]), int(grid[6, 0, 0])] == [0, 1, 2, 4]
     assert grid[6, 4, 0] == 255
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"summaries": [{"level": "best"}]}'])
+def test_scores_that_cannot_be_read_are_left_out_with_a_note(content: str, tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "probe.json").write_text(content)
+    (tmp_path / "eval" / "knn.json").mkdir()
+    notes: list[str] = []
+    assert scores_of(tmp_path, lambda what, err: notes.append(f"{what} left out: {err}")) == []
+    assert [note.partition(": ")[0] for note in notes] == ["scores left out"] * 2
+    assert f"{tmp_path}/eval/knn.json: is a folder, not a file; run `dtpipe eval` again" in notes[0]
+
+
+def test_commands_that_a_kill_cut_short_are_left_out(tmp_path: Path) -> None:
+    record_command(tmp_path)
+    with (tmp_path / "commands.jsonl").open("a") as file:
+        file.write('{"time": "2026-')
+    assert len(read_commands(tmp_path)) == 1

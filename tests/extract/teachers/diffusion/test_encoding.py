@@ -32,6 +32,25 @@ INVERSION: dict[str, Any] = {"encoding": "ddim_inversion", "inversion_stride": 2
 TAPS = {"l3": "up_blocks.0.resnets.1", "l2": "up_blocks.1.resnets.1"}
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"beta_end": None}, "no schedule of betas"),
+        ({"num_train_timesteps": "many"}, "no schedule of betas"),
+        ({"num_train_timesteps": -1}, "no schedule of betas"),
+        ({"num_train_timesteps": 0}, "no variances"),
+        ({"trained_betas": {}}, "no schedule of betas"),
+        ({"trained_betas": [[0.1]]}, "no variances"),
+        ({"beta_end": 5.0}, "no variances"),  # whose products are negative, and their roots NaN
+        ({"beta_start": float("nan")}, "no variances"),
+        ({"beta_schedule": []}, "linear, scaled_linear"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(TeacherError, match=words):
+        alphas_cumprod(LINEAR | change)
+
+
 @pytest.fixture
 def load(ddpm: Path) -> Callable[..., DiffusionTeacher]:
     def loaded(dtype: str = "float32", **options: Any) -> DiffusionTeacher:
