@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import cache
 from importlib.util import find_spec
 
@@ -109,6 +111,36 @@ def in_class_folders(keys: Sequence[str]) -> bool:
 def labelled_by_folder(files: Sequence[tuple[str, str]]) -> list[SourceItem]:
     """Samples from (key, URI), each with its first folder's name as label."""
     return [SourceItem(key, uri, key.split("/", 1)[0]) for key, uri in files]
+
+
+def labels_as_text(values: Sequence[object], of: str, ignored: Counter[str]) -> list[str | None]:
+    """Labels as text: text, whole numbers, true and false; None for nulls and for what is no class.
+
+    Tools write whole numbers as floats where some are missing. If one is a fraction they measure something, so that
+    none of them is a class. What is left out is counted in `ignored` as labels `of` something.
+    """
+    measured = any(_is_fraction(value) for value in values)
+    texts = []
+    for value in values:
+        text = None if _is_null(value) or (measured and isinstance(value, float | Decimal)) else _label_text(value)
+        if text is None and not _is_null(value):
+            ignored[f"labels {of} that are {'no whole numbers' if measured else type(value).__name__}"] += 1
+        texts.append(text)
+    return texts
+
+
+def _label_text(value: object) -> str | None:
+    if isinstance(value, str | int):
+        return str(value)
+    return str(int(value)) if isinstance(value, float | Decimal) and not _is_fraction(value) else None
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, float | Decimal) and not _is_null(value) and (math.isinf(value) or value != int(value))
+
+
+def _is_null(value: object) -> bool:
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def no_images(url: str, ignored: Mapping[str, int]) -> InputError:

@@ -19,14 +19,14 @@ from itertools import islice
 from typing import BinaryIO
 
 from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
-from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, no_images, takes
+from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, labels_as_text, no_images, takes
 from dtpipe.extract.sources.places import Place, container_files, is_pattern, open_place, read_at, unreadable
 from dtpipe.manifests.errors import BadImage, InputError
 
 _ENDING = ".tar"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _COMPRESSED_ENDINGS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_LABEL_BYTES = 2**16  # a longer .cls or .json is no label
+_LABEL_BYTES = 2**20  # a longer .cls or .json is not read for a label
 _TAIL_BYTES = 2**20  # of what follows the end mark, looked at
 _TARS_AT_ONCE = 8
 _LOOKED_AT = 1000  # members, where it is only asked whether a tar holds images
@@ -39,8 +39,8 @@ class _Contents:
 
     samples: list[tuple[str, int, int]] = field(default_factory=list)  # member, offset, size
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # of images, for hard links
-    cls: dict[str, str] = field(default_factory=dict)
-    json: dict[str, str] = field(default_factory=dict)
+    cls: dict[str, object] = field(default_factory=dict)
+    json: dict[str, object] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
 
 
@@ -57,8 +57,8 @@ class TarSource:
     def list(self) -> Sequence[SourceItem]:
         """All samples: tars by name or in the pattern's order, members as they lie.
 
-        A sample's label is the text of the member `<name up to its first dot>.cls`; without one, the value of `label`,
-        text or integer, of `<..>.json`.
+        A sample's label is the text of the member `<name up to its first dot>.cls`; without one, the value of `label`
+        of `<..>.json`, where that is text, a whole number, true or false.
         Raises: InputError for no images, or a tar that is compressed, cut off or damaged, with the byte where.
         """
         return self._listed[0]
@@ -80,23 +80,25 @@ class TarSource:
         """All samples, and what is ignored."""
         ignored: Counter[str] = Counter()
         tars = container_files(self._place, _ENDING, ignored)
-        items: list[SourceItem] = []
+        keys: list[str] = []
+        uris: list[str] = []
+        labels: list[object] = []
         with ThreadPoolExecutor(_TARS_AT_ONCE) as pool:
             all_contents = pool.map(lambda tar: _contents(self._place, tar[1]), tars)
             for (name, path), contents in zip(tars, all_contents, strict=True):
-                items += _items(name, self._place.uri(path), contents)
+                keys += [f"{name}/{key_of(inner_path(member))}" for member, _, _ in contents.samples]
+                uris += [f"{self._place.uri(path)}#{offset},{size}" for _, offset, size in contents.samples]
+                labels += _labels(contents)
                 ignored += contents.ignored
-        if not items:
+        if not keys:
             raise no_images(self.url, ignored)
-        return items, ignored
+        texts = labels_as_text(labels, "in .json", ignored)
+        return [SourceItem(*sample) for sample in zip(keys, uris, texts, strict=True)], ignored
 
 
-def _items(name: str, uri: str, contents: _Contents) -> list[SourceItem]:
+def _labels(contents: _Contents) -> list[object]:
     labels = {**contents.json, **contents.cls}
-    return [
-        SourceItem(f"{name}/{key_of(inner_path(member))}", f"{uri}#{offset},{size}", labels.get(_stem(member)))
-        for member, offset, size in contents.samples
-    ]
+    return [labels.get(_stem(member)) for member, _, _ in contents.samples]
 
 
 # --- one tar ---------------------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def _take(contents: _Contents, tar: tarfile.TarFile, member: tarfile.TarInfo) ->
     elif takes(inner_path(member.name), contents.ignored):
         contents.places[member.name] = place
         contents.samples.append((member.name, *place))
-    elif member.isreg() and member.size <= _LABEL_BYTES:
+    elif member.isreg():
         _take_label(contents, tar, member)
 
 
@@ -178,22 +180,28 @@ def _take_label(contents: _Contents, tar: tarfile.TarFile, member: tarfile.TarIn
     ending = member.name.rpartition("/")[2].partition(".")[2]
     if ending not in ("cls", "json"):
         return
+    contents.ignored[f".{ending}"] -= 1  # as it was counted by its ending
+    if member.size > _LABEL_BYTES:
+        contents.ignored[f".{ending} over {_LABEL_BYTES} bytes, not read for a label"] += 1
+        return
     content = tar.extractfile(member)
     assert content is not None
-    text = content.read().decode("utf-8", "replace")
-    label = text.strip() if ending == "cls" else _json_label(text)
-    if label:
+    text = content.read().decode("utf-8", "replace").strip()
+    try:
+        label = text if ending == "cls" else _json_label(text)
+    except (ValueError, RecursionError):
+        contents.ignored[f".{ending} that is damaged"] += 1
+        return
+    if label in (None, ""):
+        contents.ignored[f".{ending}"] += 1
+    else:
         (contents.cls if ending == "cls" else contents.json)[_stem(member.name)] = label
 
 
-def _json_label(text: str) -> str | None:
-    """`label` of a JSON object; None where there is none, or no JSON."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    label = document.get("label") if isinstance(document, dict) else None
-    return str(label) if isinstance(label, str | int) and not isinstance(label, bool) else None
+def _json_label(text: str) -> object:
+    """`label` of a JSON object; None where there is none. Raises: ValueError, RecursionError."""
+    document = json.loads(text)
+    return document.get("label") if isinstance(document, dict) else None
 
 
 def _stem(member: str) -> str:

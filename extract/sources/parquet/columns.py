@@ -20,14 +20,20 @@ class ParquetColumns:
     path: str | None
     label: str | None
     label_names: tuple[str, ...] | None  # of Hugging Face's ClassLabel, by number
+    unused_labels: str | None = None
+    """Columns that seem to be labels and cannot be used, and why."""
 
-    def label_of(self, value: object, where: str) -> str | None:
-        """A label as text; None for a null, and for -1, which Hugging Face gives unlabelled rows.
+    def label_of(self, value: object, where: str) -> object:
+        """A label as it is or its name; None for a null, and for -1, which Hugging Face gives unlabelled rows.
 
         Raises: InputError for a number that has no name.
         """
-        if self.label_names is None or not isinstance(value, int):
-            return None if value is None else str(value)
+        if self.label_names is None:
+            return value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int):
+            return value
         if value == -1:
             return None
         if not 0 <= value < len(self.label_names):
@@ -42,7 +48,7 @@ def find_columns(where: str, schema: Any) -> ParquetColumns:
     """The columns of images, paths and labels.
 
     Images: a struct with binary `bytes`, else plain binary; of several, the one named image, img, jpg or png.
-    Labels: the column `label` or `labels`, else the only ClassLabel; none unless it holds numbers or text.
+    Labels: the column `label` or `labels`, else the only ClassLabel; none unless it holds numbers, text or booleans.
     Raises: InputError when no column can be the images, or several can.
     """
     import pyarrow as pa
@@ -51,13 +57,14 @@ def find_columns(where: str, schema: Any) -> ParquetColumns:
     image = _choose(where, image_columns(schema), schema)
     kind = schema.field(image).type
     path = f"{image}.path" if pa.types.is_struct(kind) and _is_text(kind, "path") else None
-    label = _label(schema, features)
+    label, unused = _label(schema, features)
     names = features.get(label, {}).get("names") if label else None
     return ParquetColumns(
         image=f"{image}.bytes" if pa.types.is_struct(kind) else image,
         path=path,
         label=label,
         label_names=tuple(map(str, names)) if isinstance(names, list) else None,
+        unused_labels=unused,
     )
 
 
@@ -83,17 +90,32 @@ def _choose(where: str, candidates: list[str], schema: Any) -> str:
     raise InputError(f"{where}: no column of images, only {columns}; they are a struct with `bytes`, or binary")
 
 
-def _label(schema: Any, features: dict[str, dict[str, Any]]) -> str | None:
-    import pyarrow as pa
-
+def _label(schema: Any, features: dict[str, dict[str, Any]]) -> tuple[str | None, str | None]:
+    """The column of labels; without one, those that seem to be labels, and why they are none."""
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
-    for name in [*_LABEL_NAMES, *(classes if len(classes) == 1 else [])]:
-        if name in schema.names:
-            kind = schema.field(name).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
-                return name
-    return None
+    classes = [name for name in classes if name in schema.names]
+    named = [name for name in _LABEL_NAMES if name in schema.names]
+    candidates = [*named, *(classes if len(classes) == 1 else [])]
+    usable = [name for name in candidates if _holds_classes(schema.field(name).type)]
+    if usable:
+        return usable[0], None
+    if candidates:
+        return None, f"of column {candidates[0]} ({schema.field(candidates[0]).type})"
+    return None, f"of one of the columns {', '.join(classes)}: rename one to label" if classes else None
+
+
+def _holds_classes(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    numbers = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_boolean(kind)
+    return bool(
+        numbers
+        or types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_string_view(kind)
+        or types.is_null(kind)
+    )
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
-from dtpipe.extract.sources.names import key_of, looks_like_image
+from dtpipe.extract.sources.names import key_of, labels_as_text, looks_like_image
 from dtpipe.extract.sources.parquet.columns import ParquetColumns, find_columns, image_columns
 from dtpipe.extract.sources.parquet.groups import GroupCache
 from dtpipe.extract.sources.places import Place, changed, container_files, is_pattern, open_place, unreadable
@@ -47,13 +47,11 @@ class ParquetSource:
 
         Raises: InputError for no rows, no image column or several, images that are not inside, or a damaged file.
         """
-        return self._listed
+        return self._listed[0]
 
     def ignored(self) -> Mapping[str, int]:
-        """Other files beside the Parquet ones."""
-        ignored: Counter[str] = Counter()
-        container_files(self._place, _ENDING, ignored)
-        return dict(ignored)
+        """Other files beside the Parquet ones, and labels that are no classes."""
+        return dict(self._listed[1])
 
     def read(self, uri: str) -> bytes:
         """Bytes of one sample.
@@ -71,21 +69,29 @@ class ParquetSource:
         return data
 
     @cached_property
-    def _listed(self) -> Sequence[SourceItem]:
-        """All samples."""
-        rows: list[tuple[str, str | None, str, str | None]] = []  # `<file>#<row>`, path, URI, label
-        for name, path in container_files(self._place, _ENDING, Counter()):
-            rows += self._rows(name, path)
+    def _listed(self) -> tuple[Sequence[SourceItem], Counter[str]]:
+        """All samples, and what is ignored."""
+        ignored: Counter[str] = Counter()
+        rows: list[tuple[str, str | None, str, object]] = []  # `<file>#<row>`, path, URI, label
+        for name, path in container_files(self._place, _ENDING, ignored):
+            rows += self._rows(name, path, ignored)
         if not rows:
             raise InputError(f"{self.url}: no rows; check the path of your images")
         paths = {path for _, path, _, _ in rows if path}
         unique = len(paths) == len(rows)
-        return [SourceItem(path if unique and path else key, uri, label) for key, path, uri, label in rows]
+        labels = labels_as_text([label for _, _, _, label in rows], "of the column of labels", ignored)
+        items = [
+            SourceItem(path if unique and path else key, uri, label)
+            for (key, path, uri, _), label in zip(rows, labels, strict=True)
+        ]
+        return items, ignored
 
-    def _rows(self, name: str, path: str) -> Iterator[tuple[str, str | None, str, str | None]]:
+    def _rows(self, name: str, path: str, ignored: Counter[str]) -> Iterator[tuple[str, str | None, str, object]]:
         with self._reading(path) as file:
             columns = find_columns(path, file.schema_arrow)
             _check_groups(path, file.metadata, columns)
+            if columns.unused_labels:
+                ignored[f"labels {columns.unused_labels}"] += file.metadata.num_rows
             table = file.read(columns=[column for column in (columns.path, columns.label) if column])
             groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         places = [(group, row) for group, num_rows in enumerate(groups) for row in range(num_rows)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,16 @@ def test_labels_have_the_names_of_the_schema(tmp_path: Path) -> None:
             {name: {"_type": "ClassLabel", "names": ["p", "q"]} for name in ("fine", "coarse")},
             [None] * 2,
         ),
-        ({"label": [[1], [2]]}, {}, [None, None]),
+        ({"label": [1.0, None]}, {}, ["1", None]),
+        ({"label": pa.array([1, None], pa.int8())}, {}, ["1", None]),
+        ({"label": [True, False]}, {}, ["True", "False"]),
+        ({"label": pa.array([Decimal("3.00"), None])}, {}, ["3", None]),
+        ({"label": pa.array(["x", "y"], pa.large_string())}, {}, ["x", "y"]),
+        ({"label": pa.array(["x", "y"], pa.string_view())}, {}, ["x", "y"]),
+        ({"label": pa.array([2.0, 2.0]).dictionary_encode()}, {}, ["2", "2"]),
+        ({"label": pa.nulls(2)}, {}, [None, None]),
+        ({"breed": [1.0, None]}, {"breed": {"_type": "ClassLabel", "names": ["pug", "owl"]}}, ["owl", None]),
+        ({"label": [[1], [2]], "breed": ["x", "y"]}, {"breed": {"_type": "ClassLabel"}}, ["x", "y"]),
         ({"caption": ["x", "y"]}, {}, [None, None]),
         ({"label": [0, 1]}, None, ["0", "1"]),
     ],
@@ -84,6 +95,46 @@ def test_label_columns(
     metadata = {"huggingface": "not json" if features is None else json.dumps({"info": {"features": features}})}
     path = write(tmp_path / "a.parquet", metadata, image=images(b"1", b"2"), **columns)
     assert list(labels(open_source(str(path))).values()) == expected
+
+
+CLASS_LABEL = {"_type": "ClassLabel", "names": ["p", "q"]}
+WHEN = datetime.datetime(2020, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "lost"),
+    [
+        ({"label": [0.5, 1.0]}, {}, {"labels of the column of labels that are no whole numbers": 2}),
+        ({"label": [float("inf"), float("nan")]}, {}, {"labels of the column of labels that are no whole numbers": 1}),
+        ({"label": [Decimal("0.5"), None]}, {}, {"labels of the column of labels that are no whole numbers": 1}),
+        ({"label": [[1], [2]]}, {}, {"labels of column label (list<element: int64>)": 2}),
+        ({"label": [{"id": 1}, None]}, {}, {"labels of column label (struct<id: int64>)": 2}),
+        ({"labels": [WHEN, None]}, {}, {"labels of column labels (timestamp[us])": 2}),
+        ({"label": [WHEN.date(), None]}, {}, {"labels of column label (date32[day])": 2}),
+        (
+            {"fine": [0, 1], "coarse": [0, 0]},
+            {"fine": CLASS_LABEL, "coarse": CLASS_LABEL},
+            {"labels of one of the columns fine, coarse: rename one to label": 2},
+        ),
+        ({"caption": ["x", "y"]}, {}, {}),
+    ],
+)
+def test_labels_that_are_no_classes_are_counted(
+    tmp_path: Path, columns: dict[str, Any], features: dict[str, Any], lost: dict[str, int]
+) -> None:
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    source = open_source(str(write(tmp_path / "a.parquet", metadata, image=images(b"1", b"2"), **columns)))
+    assert set(labels(source).values()) == {None}
+    assert source.ignored() == lost
+
+
+def test_one_fraction_in_any_file_makes_all_floats_no_classes(tmp_path: Path) -> None:
+    """A file may hold whole numbers by chance; half of the rows with a class and half without would be a trap."""
+    for name, values in (("a", [1.0, 2.0]), ("b", [0.5, 3.0])):
+        write(tmp_path / f"{name}.parquet", {}, image=images(b"1", b"2"), label=values)
+    source = open_source(str(tmp_path))
+    assert set(labels(source).values()) == {None}
+    assert source.ignored() == {"labels of the column of labels that are no whole numbers": 4}
 
 
 def test_rows_are_keys_where_paths_are_not_unique(tmp_path: Path) -> None:

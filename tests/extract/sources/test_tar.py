@@ -89,7 +89,35 @@ def test_labels_of_webdataset(tmp_path: Path) -> None:
     }
     source = open_source(str(write_tar(tmp_path / "a.tar", files)))
     assert list(labels(source).values()) == ["7", "cat", None, None, None]
-    assert source.ignored() == {".cls": 1, ".json": 4}
+    assert source.ignored() == {".json that is damaged": 1, "labels in .json that are list": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "lost"),
+    [
+        ([1.0, 2.0, None], ["1", "2", None], {".json": 1}),
+        ([True, False], ["True", "False"], {}),
+        ([0.5, 2.0, "cat"], [None, None, "cat"], {"labels in .json that are no whole numbers": 2}),
+        ([{"id": 1}, "", float("nan")], [None, None, None], {"labels in .json that are dict": 1, ".json": 1}),
+        ([7, 1e20], ["7", str(10**20)], {}),
+    ],
+)
+def test_json_labels_are_used_or_counted(
+    values: list[object], expected: list[str | None], lost: dict[str, int], tmp_path: Path
+) -> None:
+    files: dict[str, bytes] = {}
+    for idx, value in enumerate(values):
+        files |= {f"{idx}.jpg": b"", f"{idx}.json": json.dumps({"label": value}).encode()}
+    source = open_source(str(write_tar(tmp_path / "a.tar", files)))
+    assert list(labels(source).values()) == expected
+    assert source.ignored() == lost
+
+
+def test_files_too_long_for_a_label_are_counted(tmp_path: Path) -> None:
+    files = {"0.jpg": b"", "0.cls": b"7", "1.jpg": b"", "1.cls": b"7" * (2**20 + 1)}
+    source = open_source(str(write_tar(tmp_path / "a.tar", files)))
+    assert list(labels(source).values()) == ["7", None]
+    assert source.ignored() == {".cls over 1048576 bytes, not read for a label": 1}
 
 
 def test_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
