@@ -7,6 +7,7 @@
     │   └── ShapeError              two arrays or modules that must fit do not
     ├── InputError               3  an input is missing or cannot be read
     │   ├── TeacherError            a teacher's checkpoint
+    │   ├── UnreachableError        a source that was waited for until its deadline
     │   └── BadImage                one sample; counted, named and skipped
     ├── DamagedDataError         4  stored bytes are not those that were written
     │   ├── ManifestError           a manifest, plan, entry or index
@@ -62,6 +63,10 @@ class InputError(DtpipeError):
 
 class TeacherError(InputError):
     """A teacher checkpoint is missing, of another kind, or cannot be represented."""
+
+
+class UnreachableError(InputError):
+    """A source did not give its bytes until its deadline, and was asked again all the while."""
 
 
 class BadImage(InputError):  # noqa: N818  it says what the sample is

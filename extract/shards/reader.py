@@ -6,7 +6,6 @@ tried again instead of a good image being written off.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +13,12 @@ from numpy.typing import NDArray
 
 from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.images import decode_image, resize_image
-from dtpipe.manifests.errors import BadImage, InputError
+from dtpipe.manifests.errors import BadImage, InputError, UnreachableError
 from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.manifests.store.patience import Patience, Request, patiently
 from dtpipe.manifests.write.listing import Listing
 
-READ_TRIES = 3
-READ_PAUSE_S = 0.2  # before the second try; four times as long before each further one
+READ_PATIENCE = Patience(silence_s=0.0, total_s=3.0, first_s=3.0)  # with what fails in an unknown way
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,16 @@ class ImageReader:
         return resize_image(image, self.transform)
 
     def _read(self, key: str, uri: str) -> bytes:
-        """Bytes of one sample; a failure that may pass is tried again before it fails the shard."""
-        for attempt in range(READ_TRIES):
-            try:
-                return self.source.read(uri)
-            except BadImage:
-                raise
-            except (InputError, OSError) as err:
-                failure = err
-            time.sleep(READ_PAUSE_S * 4**attempt)
-        raise InputError(
-            f"sample {key}: reading {uri} failed {READ_TRIES} times ({failure}); "
-            f"check the source, then run the same command again"
-        ) from failure
+        """Bytes of one sample; a failure that may pass is waited for before it fails the shard."""
+        request = Request("the source of images", "read", uri)
+        try:
+            return patiently(lambda _limit_s: self.source.read(uri), request, READ_PATIENCE, passes=_may_pass)
+        except BadImage:
+            raise
+        except (InputError, OSError) as err:
+            what = "; ".join([str(err), *getattr(err, "__notes__", ())])
+            raise InputError(f"sample {key}: {what}; check the source, then run the same command again") from err
+
+
+def _may_pass(error: Exception) -> bool:
+    return isinstance(error, InputError | OSError) and not isinstance(error, BadImage | UnreachableError)

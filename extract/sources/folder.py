@@ -28,15 +28,9 @@ from dtpipe.extract.sources.names import (
     no_images,
     takes,
 )
-from dtpipe.extract.sources.places import Place, find_files, local_path, open_place, spread
+from dtpipe.extract.sources.places import Place, find_files, local_path, open_place, spread, unreadable
 from dtpipe.manifests.errors import BadImage, InputError
-
-_TRY_AGAIN = frozenset(
-    {errno.EINTR, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
-    | {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED}
-    | {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
-)
-
+from dtpipe.manifests.store.reasons import NO_STORE, reason_of
 
 _LOOKED_INTO = 3  # files without extension
 
@@ -97,7 +91,7 @@ class FolderSource:
         try:
             return _read_local(uri)
         except OSError as err:
-            if err.errno in _TRY_AGAIN:
+            if err.errno != errno.EIO and reason_of(err).passes:
                 raise InputError(f"{uri}: {err.strerror}; run again") from err
             if not _holds_anything(self.place.path):
                 raise InputError(
@@ -113,9 +107,11 @@ class FolderSource:
         try:
             return bytes(self.place.fs.cat_file(self.place.path_of(uri)))
         except (FileNotFoundError, IsADirectoryError) as err:
+            if reason_of(err).code in NO_STORE:
+                raise unreadable(uri, err) from err
             raise BadImage(f"unreadable: {type(err).__name__}") from err
-        except OSError as err:  # PermissionError too: what was listed may be read, unless credentials have expired
-            raise InputError(f"{uri}: {type(err).__name__}: {err}; run again when the store answers") from err
+        except Exception as err:  # PermissionError too: what was listed may be read, unless credentials have expired
+            raise unreadable(uri, err) from err
 
     @cached_property
     def content(self) -> FolderContent:

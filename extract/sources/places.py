@@ -19,7 +19,9 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from dtpipe.extract.sources.names import extension, is_hidden, key_of
-from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
+from dtpipe.manifests.errors import BadImage, DtpipeError, InputError, MissingPackageError, UnreachableError
+from dtpipe.manifests.store.reading import PatientFiles
+from dtpipe.manifests.store.reasons import reason_of
 
 _QUOTED = "file-bytes:"  # URI of a local path that is not valid Unicode
 _PATTERN = re.compile(r"[*?\[{]")
@@ -41,17 +43,17 @@ class Place:
         """A path of this file system, as a listing keeps it."""
         return local_uri(path) if self.is_local else str(self.fs.unstrip_protocol(path))
 
-    def open(self, path: str, **options: Any) -> BinaryIO:
-        """A seekable file; `options` go to fsspec. Raises: InputError."""
+    def open(self, path: str) -> BinaryIO:
+        """A seekable file. Raises: InputError."""
         try:
-            file: BinaryIO = open(path, "rb") if self.is_local else self.fs.open(path, "rb", **options)  # noqa: SIM115, PTH123  the caller's
+            file: BinaryIO = open(path, "rb") if self.is_local else self.fs.open(path)  # noqa: SIM115, PTH123  the caller's
         except Exception as err:  # each file system raises its own
             raise unreadable(path, err) from err
         return file
 
     def path_of(self, uri: str) -> str:
         """The inverse of `uri`."""
-        return local_path(uri) if self.is_local else str(self.fs._strip_protocol(uri))
+        return local_path(uri) if self.is_local else str(self.fs.strip_protocol(uri))
 
     def read_range(self, uri: str, offset: int, size: int) -> bytes:
         """Bytes of a file, fewer where it ends; keeps no handle, so threads and forks share nothing.
@@ -71,29 +73,37 @@ class Place:
 def open_place(url: str) -> Place:
     """Look at a URL. Raises: InputError or MissingPackageError when its file system cannot be used."""
     from fsspec.core import url_to_fs
-    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.utils import get_protocol
 
     with _looking_at(url):
-        fs, path = url_to_fs(url)
-        return Place(url, fs, path, isinstance(fs, LocalFileSystem), fs.isdir(path), fs.isfile(path))
+        if "::" not in url and get_protocol(url) in ("file", "local"):
+            fs, path = url_to_fs(url)
+            return Place(url, fs, path, True, fs.isdir(path), fs.isfile(path))
+        files = PatientFiles(url)
+        return Place(url, files, files.path, False, files.isdir(files.path), files.isfile(files.path))
 
 
 @contextmanager
 def _looking_at(url: str) -> Iterator[None]:
     try:
         yield
-    except ImportError as err:
-        raise MissingPackageError(f"{url}: {err}") from err
+    except MissingPackageError:
+        raise
+    except DtpipeError as err:
+        raise InputError(str(err)) from err
     except Exception as err:  # each file system raises its own
-        raise InputError(
-            f"{url}: cannot be opened ({type(err).__name__}: {err}); check the URL and your credentials"
-        ) from err
+        raise _input_error(f"{url}: cannot be opened", err) from err
 
 
 def unreadable(where: str, err: Exception) -> InputError:
     """What to say when a file or store does not give its bytes."""
-    said = err.strerror if isinstance(err, OSError) and err.strerror else f"{type(err).__name__}: {err}"
-    return InputError(f"{where}: cannot be read ({said}); check that it is there and may be read, then run again")
+    return _input_error(f"{where}: cannot be read", err)
+
+
+def _input_error(what: str, err: Exception) -> InputError:
+    reason = reason_of(err)
+    kind = UnreachableError if reason.waited else InputError
+    return kind(f"{what} ({reason}); {reason.advice_for_input}")
 
 
 def read_at(place: Place, uri: str, offset: int, size: int) -> bytes:

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.config import conf
-from fsspec.utils import get_protocol
+from fsspec.utils import get_protocol, glob_translate
 
 from dtpipe.manifests.errors import ConfigError, MissingPackageError
 from dtpipe.manifests.store.patience import STORE_PATIENCE, Patience, Request, patiently, trouble_of
-from dtpipe.manifests.store.reasons import reason_of
+from dtpipe.manifests.store.reasons import NO_STORE, reason_of
 
 _T = TypeVar("_T")
 Run = Callable[..., Any]
-"""`run(method, *arguments, **options)`: one operation of the file system, within the time of one attempt."""
+"""`run(method, *arguments, **options)`: one attempt at an operation of the file system, or at a coroutine."""
 
 
 class Client:
@@ -77,6 +80,51 @@ class Client:
             self._raise_with_reason(err)
             raise
 
+    def find(self, path: str) -> dict[str, dict[str, Any]]:
+        """Path to info of all files below a folder, or of one file; empty where there is nothing."""
+        fs = self.fs
+        if isinstance(fs, AsyncFileSystem) and type(fs)._find is not AsyncFileSystem._find:
+            return dict(self.ask("list", path, "find", detail=True))
+        return self._walk(path)
+
+    def glob(self, pattern: str) -> list[str]:
+        """Paths of all files that match a pattern, sorted."""
+        root = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+        matches = re.compile(glob_translate(pattern)).match
+        num_levels = pattern[len(root) :].count("/")
+        files = self.find(root) if "**" in pattern else self._walk(root, num_levels)
+        return sorted(path for path in files if matches(path))
+
+    def _walk(self, root: str, num_levels: int | None = None) -> dict[str, dict[str, Any]]:
+        """Folder by folder, since fsspec's own walk passes over folders that it cannot list."""
+        files: dict[str, dict[str, Any]] = {}
+        folders, seen = [(root, 1)], set[str]()
+        while folders:
+            folder, level = folders.pop()
+            seen.add(folder)
+            for info in self._list(folder, folder == root):
+                path = info["name"].rstrip("/")
+                if info["type"] == "directory":
+                    below = path not in seen and (num_levels is None or level < num_levels)
+                    folders += [(path, level + 1)] * below
+                elif path != folder or folder == root:
+                    files[info["name"]] = info
+        return files
+
+    def _list(self, folder: str, is_root: bool) -> list[dict[str, Any]]:
+        try:
+            return list(self.ask("list", folder, "ls", detail=True))
+        except FileNotFoundError as err:
+            if is_root and not reason_of(err).passes and reason_of(err).code not in NO_STORE:
+                return []
+            raise
+
+    def lacks_ranges(self, path: str) -> bool:
+        """True for a web server that answers a request for a part of a file with all of it."""
+        return self.path.startswith(("http://", "https://")) and not self.patiently(
+            "look at", path, lambda run: run(_gives_ranges, path)
+        )
+
     def _raise_with_reason(self, error: Exception) -> None:
         """S3 answers HEAD without a body; another request is refused with the reason."""
         reason = reason_of(error)
@@ -90,11 +138,12 @@ class Client:
                 raise
 
 
-def _run(fs: Any, method: str, arguments: Any, options: Any, end_s: float, request: Request, patience: Patience) -> Any:
+def _run(fs: Any, method: Any, arguments: Any, options: Any, end_s: float, request: Request, patience: Patience) -> Any:
     if not isinstance(fs, AsyncFileSystem):
         return getattr(fs, method)(*arguments, **options)
     started_s = time.monotonic()
-    future = asyncio.run_coroutine_threadsafe(getattr(fs, f"_{method}")(*arguments, **options), fs.loop)
+    operation = partial(method, fs) if callable(method) else getattr(fs, f"_{method}")
+    future = asyncio.run_coroutine_threadsafe(operation(*arguments, **options), fs.loop)
     try:
         while (left_s := end_s - time.monotonic()) > 0:
             try:
@@ -107,6 +156,13 @@ def _run(fs: Any, method: str, arguments: Any, options: Any, end_s: float, reque
         raise TimeoutError(f"no answer within {end_s - started_s:.2g} s")
     finally:
         future.cancel()
+
+
+async def _gives_ranges(fs: Any, path: str) -> bool:
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(path), headers={"Range": "bytes=0-0"}, **fs.kwargs) as answer:
+        answer.raise_for_status()
+        return bool(answer.status == HTTPStatus.PARTIAL_CONTENT)
 
 
 def _open(url: str, patience: Patience) -> tuple[Any, str]:

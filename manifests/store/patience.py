@@ -37,7 +37,9 @@ class Patience:
 
 
 STORE_PATIENCE = Patience()
-LOCAL_PATIENCE = Patience(total_s=10.0, first_s=10.0)  # a mount's own client has tried before it reports an error
+LOCAL_PATIENCE = Patience(
+    silence_s=0.0, total_s=10.0, first_s=10.0
+)  # a mount's own client has tried before it reports an error
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,12 @@ def patiently(
     patience: Patience,
     size_bytes: int = 0,
     ask_size: Callable[[], int] | None = None,
+    passes: Callable[[Exception], bool] = lambda err: reason_of(err).passes,
 ) -> _T:
     """What `attempt` returns; it is called with the seconds it may take, again while its errors may pass.
 
-    `ask_size` gives the bytes of an operation of unknown size, once an attempt ran out of time.
+    `ask_size` gives the bytes of an operation of unknown size, once an attempt ran out of time; `passes` says which
+    errors may.
     Raises: what the last attempt raised; with a note of how long was waited, where the error may still pass.
     """
     trouble, start_s, pause_s = trouble_of(request.store), time.monotonic(), patience.first_pause_s
@@ -139,7 +143,7 @@ def patiently(
             result = attempt(max(patience.silence_s, min(patience.attempt_s + extra_s, left_s)))
         except Exception as err:
             reason = reason_of(err)
-            if not reason.passes:
+            if not passes(err):
                 trouble.over(request.store, patience)
                 raise
             if isinstance(err, TimeoutError) and ask_size is not None:

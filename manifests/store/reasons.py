@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+NO_STORE = ("NoSuchBucket", "InvalidBucketName")
+"""Codes for which more is missing than an object."""
 _MAX_SAID = 200
 _REACH = "check that the store is reachable and run again"
+
+_CHECK_URL = "check the path and your credentials, then run again"
 
 _PASSING_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _PASSING_CODES = frozenset(
@@ -67,7 +71,7 @@ _ERRNO_ADVICE = {
     errno.EDQUOT: "raise the quota or free some space, and run again",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EACCES: "check the permissions and credentials",
-    errno.ENOENT: "another writer took the dataset over and cleared what this one had half-written: run again",
+    errno.ENOENT: "check that it is there; another writer may have cleared what this one had half-written: run again",
     errno.EPERM: "check the permissions and the file system",
     errno.ESTALE: "the server of this mount replaced the file or restarted: check the mount and run again",
     errno.ENOTCONN: "the mount is gone: mount it and run again",
@@ -93,6 +97,11 @@ class Reason:
 
     def __str__(self) -> str:
         return f"{self.said} ({self.waited})" if self.waited else self.said
+
+    @property
+    def advice_for_input(self) -> str:
+        """What to do where the store is not ours but what a user gave to read."""
+        return _CHECK_URL if self.advice == _REACH and not self.passes else self.advice
 
 
 def reason_of(error: BaseException) -> Reason:

@@ -140,7 +140,7 @@ class RemoteFiles:
     def _find(self, prefix: str) -> dict[str, dict[str, Any]]:
         root = self._path("")
         folder = self._path(prefix.rpartition("/")[0]).rstrip("/")
-        infos = self._client.ask("list", folder, "find", detail=True).items()
+        infos = self._client.find(folder).items()
         objects = {path.removeprefix(root): info for path, info in infos if info["type"] == "file"}
         return {name: info for name, info in objects.items() if name.startswith(prefix) and not name.endswith("/")}
 

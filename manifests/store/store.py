@@ -16,11 +16,10 @@ from typing import Protocol
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, MissingObjectError, StoreError
 from dtpipe.manifests.store.local import LocalFiles, ObjectStat, is_temporary
 from dtpipe.manifests.store.patience import LOCAL_PATIENCE, Patience
-from dtpipe.manifests.store.reasons import Reason, reason_of
+from dtpipe.manifests.store.reasons import NO_STORE, Reason, reason_of
 from dtpipe.manifests.store.remote import RemoteFiles
 
 LOCK_FOLDER = "lock/"
-_NO_STORE = ("NoSuchBucket", "InvalidBucketName")  # what is missing is more than an object
 
 
 class _Files(Protocol):
@@ -206,7 +205,7 @@ class Store:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
             reason = reason_of(err)
-            if reason.code in _NO_STORE or reason.passes:
+            if reason.code in NO_STORE or reason.passes:
                 raise self._cannot("read", ", ".join(names), reason) from err
             lost = ", ".join(self.where(name) for name in names)
             raise MissingObjectError(

@@ -1,6 +1,6 @@
 """An HTTP server in front of another that misbehaves as it is told: what object stores do on a bad day.
 
-It hands requests on byte for byte to `behind` (moto, or a plain web server), unless a fault matches.
+It hands requests on byte for byte to `behind` (moto), or serves a folder as web servers do, unless a fault matches.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 
 @dataclass
@@ -148,9 +149,10 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, behind: str, faulty: FaultyServer) -> None:
+    def __init__(self, behind: str | Path, faulty: FaultyServer) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.behind, self.faulty = urlsplit(behind), faulty
+        self.folder = behind if isinstance(behind, Path) else None
+        self.behind, self.faulty = urlsplit(str(behind)), faulty
         self.stopped = threading.Event()
         self._choosing = threading.Lock()
 
@@ -169,6 +171,8 @@ class _Server(ThreadingHTTPServer):
     def ask(self, handler: Any) -> tuple[int, dict[str, str], bytes]:
         """The answer of the server behind."""
         body = handler.read_body()
+        if self.folder is not None:
+            return _file_of(self.folder / unquote(handler.path).lstrip("/"), handler.headers.get("Range", ""))
         headers = {
             name: value
             for name, value in handler.headers.items()
@@ -188,9 +192,30 @@ class _Server(ThreadingHTTPServer):
             connection.close()
 
 
+def _file_of(path: Path, wanted: str) -> tuple[int, dict[str, str], bytes]:
+    """A file or a part of it, or a folder's index."""
+    if path.is_dir():
+        links = "".join(f'<a href="{quote(item.name)}{"/" * item.is_dir()}">x</a>' for item in sorted(path.iterdir()))
+        return 200, {"Content-Type": "text/html"}, links.encode()
+    if not path.is_file():
+        return 404, {}, b""
+    data = path.read_bytes()
+    if not wanted:
+        return 200, {"Content-Type": "application/octet-stream"}, data
+    start, _, end = wanted.removeprefix("bytes=").partition("-")
+    last = min(int(end or len(data)), len(data) - 1)
+    return 206, {"Content-Range": f"bytes {start}-{last}/{len(data)}"}, data[int(start) : last + 1]
+
+
+def whole_answers(handler: Any) -> None:
+    """Answer as servers that know no ranges do."""
+    del handler.headers["Range"]
+    handler.answer(*handler.server.ask(handler))
+
+
 @contextmanager
-def faulty_server(behind: str) -> Iterator[FaultyServer]:
-    """A server on 127.0.0.1 in front of the one at `behind`, until the block ends."""
+def faulty_server(behind: str | Path) -> Iterator[FaultyServer]:
+    """A server on 127.0.0.1 in front of the one at `behind`, or of a folder, until the block ends."""
     faulty = FaultyServer()
     server = _Server(behind, faulty)
     faulty.url = "http://{}:{}".format(*server.server_address)

@@ -126,7 +126,7 @@ class ParquetSource:
     def _reading(self, path: str) -> Iterator[pq.ParquetFile]:
         import pyarrow.parquet as pq
 
-        with self._place.open(path, cache_type="none") as opened:
+        with self._place.open(path) as opened:
             try:
                 file = pq.ParquetFile(
                     opened, metadata=self._metadata.get(path), page_checksum_verification=True, pre_buffer=False

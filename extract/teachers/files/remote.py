@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
-from dtpipe.manifests.errors import MissingPackageError, TeacherError
+from dtpipe.manifests.errors import DtpipeError, MissingPackageError, TeacherError
 from dtpipe.manifests.store.publish import rename
+from dtpipe.manifests.store.reading import PatientFiles
+from dtpipe.manifests.store.reasons import reason_of
 
 _IDENTITY = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
 
@@ -29,17 +31,17 @@ def fetch_remote(url: str, cache: Path) -> Path:
 
     Raises: TeacherError when there is nothing or it cannot be read; MissingPackageError for a protocol's package.
     """
-    from fsspec.core import url_to_fs
-
     try:
-        fs, root = url_to_fs(url)
-        files = _files(fs, root)
-    except ImportError as err:
-        raise MissingPackageError(f"{url}: {err}") from err
+        fs = PatientFiles(url)
+        files = _files(fs)
+    except MissingPackageError:
+        raise
+    except DtpipeError as err:
+        raise TeacherError(str(err)) from err
     except Exception as err:  # each file system raises its own
-        raise TeacherError(
-            f"{url}: cannot be read ({type(err).__name__}: {err}); check the URL and your credentials"
-        ) from err
+        reason = reason_of(err)
+        raise TeacherError(f"{url}: cannot be read ({reason}); {reason.advice_for_input}") from err
+    root = fs.path
     if not files:
         raise TeacherError(f"{url}: nothing lies there; check the path of your teacher")
     copy = cache / "remote" / blake3_hex(canonical_json([url, files]))[:16]
@@ -49,9 +51,9 @@ def fetch_remote(url: str, cache: Path) -> Path:
     return copy / name
 
 
-def _files(fs: Any, root: str) -> dict[str, list[Any]]:
+def _files(fs: PatientFiles) -> dict[str, list[Any]]:
     """Path below the root (empty for the root itself) to size and what else tells one content from another."""
-    listed = fs.find(root, detail=True)
+    root, listed = fs.path, fs.find(fs.path)
     return {
         "" if path == root else posixpath.relpath(path, root): [
             info["size"],
@@ -62,14 +64,14 @@ def _files(fs: Any, root: str) -> dict[str, list[Any]]:
     }
 
 
-def _copy(fs: Any, root: str, name: str, files: dict[str, list[Any]], copy: Path, url: str) -> None:
+def _copy(fs: PatientFiles, root: str, name: str, files: dict[str, list[Any]], copy: Path, url: str) -> None:
     """Copy beside the place, then move there in one step; where two processes do so, the first copy stays."""
     partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
     try:
         for path, (size, *_) in files.items():
             target = partial / name / path if path else partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(f"{root}/{path}" if path else root, str(target))
+            fs.get_file(f"{root}/{path}" if path else root, str(target), size or 0)
             if size is not None and target.stat().st_size != size:
                 raise OSError(f"{path or name} came with {target.stat().st_size} of {size} bytes")
         if not copy.is_dir():
@@ -77,7 +79,7 @@ def _copy(fs: Any, root: str, name: str, files: dict[str, list[Any]], copy: Path
     except Exception as err:  # each file system raises its own
         if not copy.is_dir():
             raise TeacherError(
-                f"{url}: cannot be copied to {copy} ({type(err).__name__}: {err}); make room, or run again"
+                f"{url}: cannot be copied to {copy} ({reason_of(err)}); make room, or run again"
             ) from err
     finally:
         shutil.rmtree(partial, ignore_errors=True)

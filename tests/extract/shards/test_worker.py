@@ -27,6 +27,7 @@ from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.store.patience import Patience
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import pending_shards
 from dtpipe.manifests.write.lock import Lock
@@ -229,14 +230,15 @@ class FlakySource:
 def test_reading_is_tried_again_before_the_shard_fails(
     open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtpipe.extract.shards.reader.READ_PAUSE_S", 0.001)
+    patience = Patience(silence_s=0.0, total_s=0.2, first_s=0.2, first_pause_s=0.001)
+    monkeypatch.setattr("dtpipe.extract.shards.reader.READ_PATIENCE", patience)
     worker = open_worker()
     reader = reader_of(worker)
     source = reader.source
     object.__setattr__(reader, "source", FlakySource(source, failures=2))
     assert {row.status for row in worker.extract_shard(0).rows} == {"ok"}
     object.__setattr__(reader, "source", FlakySource(source, failures=99))
-    with pytest.raises(InputError, match="failed 3 times"):
+    with pytest.raises(InputError, match=r"the store does not answer; \d+ attempts failed since"):
         worker.extract_shard(1)
     assert pending_shards(worker.store, worker.plan) == [1, 2]
 

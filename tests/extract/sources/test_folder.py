@@ -17,6 +17,7 @@ import pytest
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.registry import SOURCES, open_source
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError, MissingPackageError
+from dtpipe.manifests.store.patience import Patience
 from parts.images import write_files
 from parts.packing import no_fault_of_the_image
 
@@ -212,7 +213,7 @@ def test_unknown_kind_and_protocol_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_file_system_package_has_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", fail)
@@ -250,6 +251,8 @@ def test_object_that_has_gone_is_a_bad_sample_and_a_failing_store_is_not(
         raise ConnectionResetError("reset by peer")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
+    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", Patience(total_s=0, first_s=0))
+    source = open_source(memory_images)
     with no_fault_of_the_image(r"reset by peer.*run again"):
         source.read(source.list()[0].uri)
 
