@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
 

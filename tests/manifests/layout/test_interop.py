@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from dtpipe.manifests.read.source import read_image
 from dtpipe.manifests.schema import LevelSpec
 from parts import golden
 from parts.damage import flip
+from parts.paths import REPO
 
 SETTINGS = {"num_rows": 7, "samples": 3}
 
@@ -94,3 +98,19 @@ def test_plain_webdataset_reads_equal_values(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(without[f"{level.name}.v{view}.npy"], truth[view])
         if dataset.columns.status[row] == "ok":
             np.testing.assert_array_equal(sample["image.png"], read_image(dataset, row))
+
+
+def test_the_documented_webdataset_pipeline_reads_every_sample(tmp_path: Path) -> None:
+    """The example of docs/datasets.md as a user would run it, with worker processes and without dtpipe."""
+    golden.write_shards(tmp_path / "features", golden.Settings(format="webdataset", num_rows=8, samples=4))
+    page = (REPO / "docs" / "datasets.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import torch\nimport webdataset.*?)```", page, re.DOTALL)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    dataset = FeatureDataset.open(tmp_path / "features")
+    shapes = [[int(number) for number in re.findall(r"\d+", line)] for line in done.stdout.splitlines()]
+    (level,) = (level for level in dataset.levels if level.name == "l2")
+    assert sum(batch for batch, *_ in shapes) == len(dataset.columns.ok_rows)
+    assert {tuple(rest) for batch, *rest in shapes} == {
+        (3, *dataset.image_px, batch, level.channels, level.height, level.width) for batch, *_ in shapes
+    }
