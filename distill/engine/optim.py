@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # its documented name
 from torch import nn
 from torch.optim import Optimizer
 

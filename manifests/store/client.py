@@ -26,6 +26,8 @@ from dtpipe.manifests.store.patience import STORE_PATIENCE, Patience, Request, p
 from dtpipe.manifests.store.reasons import NO_STORE, reason_of
 
 _T = TypeVar("_T")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+"""What of dtpipe's extras brings a protocol's package."""
 Run = Callable[..., Any]
 """`run(method, *arguments, **options)`: one attempt at an operation of the file system, or at a coroutine."""
 
@@ -170,9 +172,9 @@ def _open(url: str, patience: Patience) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **_options(protocol, url, patience))
     except ImportError as err:
-        raise MissingPackageError(
-            f"{url}: {err}; run `pip install 'dtpipe[{protocol}]'` or install that package"
-        ) from err
+        extra = _EXTRAS.get(protocol)
+        advice = f"`pip install 'dtpipe[{extra}]'` brings it" if extra else "install that package"
+        raise MissingPackageError(f"{url}: {err}; {advice}") from err
     except ValueError as err:
         raise ConfigError(f"{url}: {err}; use a path or a URL that fsspec knows, such as s3://bucket/folder") from err
     if protocol in ("s3", "s3a"):
