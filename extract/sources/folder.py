@@ -105,13 +105,16 @@ class FolderSource:
 
     def _read_remote(self, uri: str) -> bytes:
         try:
-            return bytes(self.place.fs.cat_file(self.place.path_of(uri)))
+            data: bytes = self.place.fs.first_bytes(self.place.path_of(uri), MAX_FILE_BYTES + 1)
         except (FileNotFoundError, IsADirectoryError) as err:
             if reason_of(err).code in NO_STORE:
                 raise unreadable(uri, err) from err
             raise BadImage(f"unreadable: {type(err).__name__}") from err
         except Exception as err:  # PermissionError too: what was listed may be read, unless credentials have expired
             raise unreadable(uri, err) from err
+        if len(data) > MAX_FILE_BYTES:
+            raise BadImage(f"file is over the limit of {MAX_FILE_BYTES} bytes")
+        return data
 
     @cached_property
     def content(self) -> FolderContent:
@@ -125,15 +128,9 @@ class FolderSource:
             else:
                 others.append((name, path))
         nameless = [path for name, path in others if extension(name) == WITHOUT]
-        if nameless and all(looks_like_image(self._head(path)) for path in spread(nameless, _LOOKED_INTO)):
+        if nameless and all(looks_like_image(self.place.head(path)) for path in spread(nameless, _LOOKED_INTO)):
             ignored[IMAGES_WITHOUT] = ignored.pop(WITHOUT)
         return FolderContent(sorted(images), others, ignored)
-
-    def _head(self, path: str) -> bytes:
-        try:
-            return self.place.read_range(self.place.uri(path), 0, 16)
-        except InputError:
-            return b""
 
 
 def _open_folder(url: str) -> Place:

@@ -16,15 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from urllib.parse import quote_from_bytes, unquote_to_bytes, urlsplit
 
 from dtpipe.extract.sources.names import extension, is_hidden, key_of
+from dtpipe.extract.sources.web import find_links, is_web, plain_path
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError, MissingPackageError, UnreachableError
 from dtpipe.manifests.store.reading import PatientFiles
 from dtpipe.manifests.store.reasons import reason_of
 
 _QUOTED = "file-bytes:"  # URI of a local path that is not valid Unicode
 _PATTERN = re.compile(r"[*?\[{]")
+_WEB_PATTERN = re.compile(r"[*\[{]")
 _T = TypeVar("_T")
 
 
@@ -50,6 +52,13 @@ class Place:
         except Exception as err:  # each file system raises its own
             raise unreadable(path, err) from err
         return file
+
+    def head(self, path: str, size: int = 16) -> bytes:
+        """The first bytes of a file, to see what it is; none where it cannot be read."""
+        try:
+            return self.read_range(path, 0, size) if self.is_local else bytes(self.fs.first_bytes(path, size))
+        except Exception:  # each file system raises its own
+            return b""
 
     def path_of(self, uri: str) -> str:
         """The inverse of `uri`."""
@@ -134,8 +143,8 @@ def _pread(path: str, offset: int, size: int) -> bytes:
 
 
 def is_pattern(url: str) -> bool:
-    """True for a URL with glob or brace characters."""
-    return _PATTERN.search(url) is not None
+    """True for a URL with glob or brace characters; on the web, `?` is none, and `[` may be part of a host."""
+    return (_WEB_PATTERN.search(urlsplit(url).path) if is_web(url) else _PATTERN.search(url)) is not None
 
 
 def spread(values: Sequence[_T], count: int) -> list[_T]:
@@ -152,12 +161,12 @@ def container_files(place: Place, ending: str, ignored: Counter[str]) -> list[tu
     A name is the POSIX path below the folder, or below the fixed part of a pattern. Raises: InputError for none.
     """
     if place.is_file:
-        return [(key_of(posixpath.basename(place.path)), place.path)]
+        return [(key_of(posixpath.basename(plain_path(place.path))), place.path)]
     if place.is_folder:
         files = [(name, path) for name, path in find_files(place, ignored) if _ends(name, ending, ignored)]
     elif is_pattern(place.path):
         root = _PATTERN.split(place.path, maxsplit=1)[0].rpartition("/")[0]
-        files = [(posixpath.relpath(path, root or "/"), path) for path in _matching(place)]
+        files = [(posixpath.relpath(plain_path(path), plain_path(root) or "/"), path) for path in _matching(place)]
     else:
         raise InputError(f"{place.url}: no such file or folder; check the path of your images")
     if not files:
@@ -174,7 +183,10 @@ def find_files(place: Place, ignored: Counter[str]) -> list[tuple[str, str]]:
         files = _local_files(place.path, ignored)
         return sorted(("/".join(parts), os.path.join(place.path, *parts)) for parts in files)  # noqa: PTH118  surrogates in names survive
     with _looking_at(place.url):
-        paths = [(posixpath.relpath(path, place.path or "/"), path) for path in place.fs.find(place.path)]
+        if is_web(place.path):
+            paths = find_links(place.fs, place.path)
+        else:
+            paths = [(posixpath.relpath(path, place.path or "/"), path) for path in place.fs.find(place.path)]
     return sorted((name, path) for name, path in paths if not _counted_hidden(name, ignored))
 
 

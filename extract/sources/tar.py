@@ -21,6 +21,7 @@ from typing import BinaryIO
 from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, labels_as_text, no_images, takes
 from dtpipe.extract.sources.places import Place, container_files, is_pattern, open_place, read_at, unreadable
+from dtpipe.extract.sources.web import plain_path
 from dtpipe.manifests.errors import BadImage, InputError
 
 _ENDING = ".tar"
@@ -225,9 +226,10 @@ def _damaged(path: str, offset: int, problem: str) -> InputError:
 
 def _recognise(url: str) -> TarSource | None:
     """A name or pattern that ends in .tar."""
-    if url.lower().endswith(_COMPRESSED_ENDINGS):
+    path = plain_path(url).lower()
+    if path.endswith(_COMPRESSED_ENDINGS):
         return TarSource(url)
-    named = url.lower().endswith(_ENDING)
+    named = path.endswith(_ENDING)
     return TarSource(url) if named and (is_pattern(url) or not open_place(url).is_folder) else None
 
 

@@ -28,6 +28,7 @@ from dtpipe.extract.sources.names import (
     takes,
 )
 from dtpipe.extract.sources.places import Place, open_place, read_at, unreadable
+from dtpipe.extract.sources.web import is_web, plain_path
 from dtpipe.manifests.errors import BadImage, InputError
 
 _ENCRYPTED, _UTF8_NAME = 0x1, 0x800
@@ -107,8 +108,9 @@ class ZipSource:
 
 def _split(url: str) -> tuple[str, str]:
     """The archive of a URL, and the folder in it that a path behind `.zip/` names."""
-    match = _SPLIT.fullmatch(url)
-    return (match[1], (match[2] or "").strip("/")) if match else (url, "")
+    address, mark, query = url.partition("?") if is_web(url) else (url, "", "")
+    match = _SPLIT.fullmatch(address)
+    return (match[1] + mark + query, (match[2] or "").strip("/")) if match else (url, "")
 
 
 def _images(place: Place, inside: str, ignored: Counter[str]) -> Iterator[tuple[str, zipfile.ZipInfo, int]]:
@@ -130,6 +132,8 @@ def _entries(place: Place) -> tuple[Sequence[zipfile.ZipInfo], int]:
     try:
         with place.open(place.path) as file, zipfile.ZipFile(file) as archive:
             return archive.infolist(), file.seek(0, 2)
+    except InputError:
+        raise
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as err:
         raise InputError(
             f"{place.url}: is no whole zip archive ({err}); it may be cut off: fetch or pack it again"
@@ -215,7 +219,7 @@ def _example(place: Place, path: str) -> str | None:
 def _recognise(url: str) -> ZipSource | None:
     """By name: `photos.zip`, `photos.zip/train`."""
     archive, inside = _split(url)
-    if not _SPLIT.fullmatch(url):
+    if not plain_path(archive).lower().endswith(".zip"):
         return None
     place = open_place(archive)
     return None if place.is_folder or (inside and not place.is_file) else ZipSource(url)

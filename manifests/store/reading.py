@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import io
+from functools import partial
+from http import HTTPStatus
 from typing import Any, BinaryIO, cast
 
-from dtpipe.manifests.store.client import Client
+from dtpipe.manifests.store.client import Client, Run
 from dtpipe.manifests.store.patience import Patience
 from dtpipe.manifests.store.reasons import NO_STORE, reason_of
 
 _BLOCK_BYTES = 1 << 20  # of an open file that are fetched at once
+_EMPTY = ("InvalidRange", "416")  # an empty object has no range
 _FORBIDDEN = ("401", "403")
 _NO_RANGES = (
     "the server gives no parts of files (HTTP ranges), which archives need: download it and give the local path"
@@ -62,10 +65,21 @@ class PatientFiles:
         if start is None or end is None:
             size = lambda: int(self.info(path)["size"] or 0)  # noqa: E731
             return bytes(self._client.patiently("read", path, lambda run: run("cat_file", path), ask_size=size))
-        data = bytes(self._client.ask("read", path, "cat_file", start=start, end=end, size_bytes=end - start))
-        if len(data) > end - start:
-            raise OSError(_NO_RANGES)
-        return data
+        if _is_web(path):
+            attempt = partial(_stream, path=path, size=end - start, start=start)
+            return self._client.patiently("read", path, attempt, size_bytes=end - start)
+        return bytes(self._client.ask("read", path, "cat_file", start=start, end=end, size_bytes=end - start))
+
+    def first_bytes(self, path: str, size: int) -> bytes:
+        """Bytes of a file of unknown size, no more than `size` of them."""
+        known = lambda: min(size, int(self.info(path)["size"] or size))  # noqa: E731
+        attempt = partial(_stream if _is_web(path) else _range, path=path, size=size)
+        try:
+            return self._client.patiently("read", path, attempt, ask_size=known)
+        except Exception as err:
+            if reason_of(err).code in _EMPTY:
+                return b""
+            raise
 
     def get_file(self, path: str, to: str, size_bytes: int) -> None:
         """Copy a file of known size to a local path."""
@@ -85,6 +99,34 @@ class PatientFiles:
     def strip_protocol(self, uri: str) -> str:
         """The inverse of `unstrip_protocol`."""
         return str(self._client.fs._strip_protocol(uri))
+
+
+def _range(run: Run, path: str, size: int) -> bytes:
+    return bytes(run("cat_file", path, start=0, end=size))
+
+
+def _is_web(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+def _stream(run: Run, path: str, size: int, start: int | None = None) -> bytes:
+    """A web server may send all of a file whatever range it is asked for."""
+    return bytes(run(_read_stream, path, size, start))
+
+
+async def _read_stream(fs: Any, path: str, size: int, start: int | None) -> bytes:
+    session = await fs.set_session()
+    parts: list[bytes] = []
+    wanted = {} if start is None else {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
+    options = {**fs.kwargs, "headers": {**fs.kwargs.get("headers", {}), **wanted}}
+    async with session.get(fs.encode_url(path), **options) as answer:
+        fs._raise_not_found_for_status(answer, path)
+        if start and answer.status != HTTPStatus.PARTIAL_CONTENT:
+            raise OSError(_NO_RANGES)
+        while size > 0 and (part := await answer.content.read(min(size, _BLOCK_BYTES))):
+            parts.append(part)
+            size -= len(part)
+    return b"".join(parts)
 
 
 class _RangeFile(io.RawIOBase):

@@ -172,7 +172,9 @@ class _Server(ThreadingHTTPServer):
         """The answer of the server behind."""
         body = handler.read_body()
         if self.folder is not None:
-            return _file_of(self.folder / unquote(handler.path).lstrip("/"), handler.headers.get("Range", ""))
+            return _file_of(
+                self.folder / unquote(handler.path.partition("?")[0]).lstrip("/"), handler.headers.get("Range", "")
+            )
         headers = {
             name: value
             for name, value in handler.headers.items()

@@ -18,6 +18,7 @@ from dtpipe.extract.sources.names import key_of, labels_as_text, looks_like_imag
 from dtpipe.extract.sources.parquet.columns import ParquetColumns, find_columns, image_columns
 from dtpipe.extract.sources.parquet.groups import GroupCache
 from dtpipe.extract.sources.places import Place, changed, container_files, is_pattern, open_place, unreadable
+from dtpipe.extract.sources.web import plain_path
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def _is_damage(err: Exception) -> bool:
 
 def _recognise(url: str) -> ParquetSource | None:
     """A name or pattern that ends in .parquet."""
-    named = url.lower().endswith(_ENDING)
+    named = plain_path(url).lower().endswith(_ENDING)
     return ParquetSource(url) if named and (is_pattern(url) or not open_place(url).is_folder) else None
 
 
