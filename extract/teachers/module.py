@@ -119,7 +119,7 @@ def load_module_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
 
     options = parse_options(config, ModuleOptions)
     network = _build(options)
-    tensors = read_weights(Path(config.path))
+    tensors = read_weights(Path(config.path), network.state_dict())
     _load(network, tensors, config.path, options)
     spec = TeacherSpec(
         kind="module",

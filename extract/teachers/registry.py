@@ -14,7 +14,8 @@ from dtpipe.extract.teachers.base import Teacher, TeacherKind, parse_options
 from dtpipe.extract.teachers.biggan import icgan
 from dtpipe.extract.teachers.biggan import teacher as biggan
 from dtpipe.extract.teachers.diffusion import adm, ddpm
-from dtpipe.extract.teachers.files.published import locate, published_teachers
+from dtpipe.extract.teachers.files.published import FILE_ENDINGS, locate, published_teachers
+from dtpipe.extract.teachers.files.refusals import disguise_of
 from dtpipe.extract.teachers.plugins import installed_kinds
 from dtpipe.extract.teachers.stable_diffusion import teacher as stable_diffusion
 from dtpipe.extract.teachers.stylegan2 import teacher as stylegan2
@@ -74,6 +75,8 @@ def _kind_of(config: TeacherConfig) -> TeacherKind:
 
 
 def _unrecognised(path: str) -> TeacherError:
+    if (disguise := disguise_of(Path(path), text=Path(path).suffix not in FILE_ENDINGS)) is not None:
+        return TeacherError(f"{path}: {disguise}")
     if Path(path).exists():
         return TeacherError(
             f"{path}: no teacher family recognises this path; `dtpipe list teachers` says what each reads, "

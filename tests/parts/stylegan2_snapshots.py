@@ -152,6 +152,14 @@ def snapshot(tensors: Mapping[str, Any], layout: StyleGan2Layout, **changed: Any
     }
 
 
+def state_of(content: dict[str, Any], *path: str) -> dict[str, Any]:
+    """The state of the averaged network of a snapshot, or of a module in it, to be changed before it is pickled."""
+    state: dict[str, Any] = content["G_ema"].call[1][0]["state"]
+    for name in path:
+        state = state["_modules"][name].call[1][0]["state"]
+    return state
+
+
 def tensorflow(tensors: Mapping[str, torch.Tensor], version: int = 5, **settings: Any) -> tuple[Network, ...]:
     """The same weights as the TensorFlow code pickles them. Source of names: `legacy.py` of stylegan2-ada-pytorch."""
     parts: dict[str, list[tuple[str, Any]]] = {

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from dtpipe.extract.teachers.base import Generator, TeacherKind, parse_options
 from dtpipe.extract.teachers.biggan.keys import infer_biggan_layout, plain_weight
+from dtpipe.extract.teachers.biggan.origin import say_what_is_assumed
 from dtpipe.extract.teachers.biggan.teacher import (
     INSTANCE_MARK,
     MARKS,
@@ -25,6 +26,7 @@ from dtpipe.extract.teachers.biggan.teacher import (
     class_embeddings,
     make_biggan_teacher,
     read_generator,
+    with_epsilons,
 )
 from dtpipe.extract.teachers.files.names import names_tensors
 from dtpipe.extract.teachers.files.npy import read_arrays
@@ -78,14 +80,16 @@ def load_icgan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTeac
 
     Raises: TeacherError when a file is missing, damaged or does not fit; ConfigError for an option that does not fit.
     """
-    options = parse_options(config, IcGanOptions)
-    if options.instances is None:
+    given = parse_options(config, IcGanOptions)
+    if given.instances is None:
         raise ConfigError(
             f"an icgan teacher needs -s extract.teacher.options.instances=FILE.npy; "
             f"its authors' are in {STORED_INSTANCES}"
         )
     tensors = read_generator(config.path)
-    instances = read_instances(Path(options.instances))
+    options = with_epsilons(given, tensors)
+    instances = read_instances(Path(given.instances))
+    assert options.sn_eps  # `with_epsilons`
     embedded = embed_instances(tensors, instances.features, options.sn_eps, config.path)
     sizes = {INSTANCE: embedded.shape[1]}
     if "shared.weight" in tensors and tensors["shared.weight"].ndim == 2:
@@ -95,6 +99,7 @@ def load_icgan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTeac
     ]
     condition, layout = infer_biggan_layout(tensors, asked, config.path)
     tables = make_tables(tensors, instances, embedded, options, condition == BOTH, config.path)
+    say_what_is_assumed(tensors, layout, given.model_fields_set, config.path)
     network = build_network(tensors, layout, options, config.path)
     return make_biggan_teacher(
         "icgan",

@@ -5,7 +5,7 @@ stored `u0`. It does not change in evaluation, so it is done once. Batch norm st
 `stored_*` beside the gain, `bn.stored_*` with a counter ("standing statistics"), and `bn.running_*` (synchronised).
 
 Differs: with synchronised batch norm, ajbrock's code multiplies by the gain in training and adds it in evaluation;
-here it always multiplies.
+here it always multiplies, and says so.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from dtpipe.extract.teachers.biggan.network import BigGanLayout
 
-TFHUB_EPS = 1e-4  # of DeepMind's own models; their conversions are known by having no sv0
 _UNUSED = re.compile(r".*\.(sv\d+|u[1-9]\d*|num_batches_tracked|accumulation_counter)")
+_STATISTICS = re.compile(r"blocks\.\d+\.0\.bn[12](\.bn)?\.(stored|running)_(mean|var)")
 _SPELLINGS = (
     (re.compile(r"^linear\.(weight|bias)$"), r"linear.0.\1"),
     (re.compile(r"^output_layer\.0\.bn\.weight$"), "output_layer.0.gain"),
@@ -75,7 +75,7 @@ def _find_condition(
         sizes = " or ".join(f"{name} ({size})" for name, size in conditions.items())
         raise TeacherError(
             f"{where}: blocks take {inputs} numbers, which is not {sizes}, nor that with {z_chunk} of the latent; "
-            f"an IC-GAN needs -s extract.teacher.kind=icgan, a BigGAN kind=biggan"
+            f"{_other_kind(tensors, conditions)}"
         )
     if len(fits) > 1:
         raise ConfigError(
@@ -83,6 +83,16 @@ def _find_condition(
             f"set extract.teacher.options.class_conditional to true or false"
         )
     return fits[0]
+
+
+def _other_kind(tensors: Mapping[str, Tensor], conditions: Mapping[str, int]) -> str:
+    """What to do about blocks that take something else than a kind gives them."""
+    sees_instances = any("instance" in name for name in conditions)
+    if "shared_feat.weight" in tensors and not sees_instances:
+        return "shared_feat shows an IC-GAN, which sees an instance too: set -s extract.teacher.kind=icgan"
+    if sees_instances:
+        return "a generator that sees classes alone needs -s extract.teacher.kind=biggan, even where it has shared_feat"
+    return "an IC-GAN needs -s extract.teacher.kind=icgan; else give a whole G or G_ema file"
 
 
 def _first_convolutions(tensors: Mapping[str, Tensor], where: str) -> list[tuple[int, ...]]:
@@ -122,11 +132,6 @@ def with_shared_embedding(tensors: Mapping[str, Tensor], where: str) -> dict[str
     return {**turned, "shared.weight": torch.eye(num_classes)}
 
 
-def default_bn_eps(tensors: Mapping[str, Tensor]) -> float:
-    """The epsilon of conditional batch norms that a file's origin implies; its shapes do not tell it."""
-    return TFHUB_EPS if "linear.u0" in tensors and "linear.sv0" not in tensors else 1e-5
-
-
 def generator_weights(
     tensors: Mapping[str, Tensor], sn_eps: float, standing_stats: bool | None, where: str
 ) -> dict[str, Tensor]:
@@ -134,6 +139,11 @@ def generator_weights(
 
     Raises: TeacherError when spectral norm or statistics are not whole; ConfigError when `standing_stats` cannot be.
     """
+    if not any(_STATISTICS.fullmatch(name) for name in tensors):
+        raise TeacherError(
+            f"{where}: its blocks' norms have no statistics, so it was trained with norm_style gn or nonorm; "
+            f"kind biggan and icgan read generators with batch norm (norm_style bn or in)"
+        )
     weights: dict[str, Tensor] = {}
     for published, value in _used(tensors, sn_eps, standing_stats, where):
         name = published

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -23,11 +23,11 @@ from dtpipe.extract.teachers.base import (
     parse_options,
 )
 from dtpipe.extract.teachers.biggan.keys import (
-    default_bn_eps,
     generator_weights,
     infer_biggan_layout,
     with_shared_embedding,
 )
+from dtpipe.extract.teachers.biggan.origin import check_origin, default_epsilons, say_what_is_assumed
 from dtpipe.extract.teachers.files.names import names_tensors
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.extract.teachers.gan import Table, choose_rows, truncate
@@ -62,7 +62,9 @@ class SamplingOptions(StrictModel):
     bn_eps: float | None = Field(
         default=None, gt=0, description="Epsilon of batch norms; default 1e-5, or 1e-4 for DeepMind's models."
     )
-    sn_eps: float = Field(default=1e-6, gt=0, description="Epsilon of spectral norms.")
+    sn_eps: float | None = Field(
+        default=None, gt=0, description="Epsilon of spectral norms; default 1e-6, or 1e-4 for DeepMind's models."
+    )
     standing_stats: bool | None = Field(
         default=None, description="Whether statistics are sums over accumulation_counter batches."
     )
@@ -135,11 +137,14 @@ def load_biggan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTea
 
     Raises: TeacherError when the file is missing, damaged or another network; ConfigError for an unfit option.
     """
-    options = parse_options(config, BigGanOptions)
+    given = parse_options(config, BigGanOptions)
     published = read_generator(config.path)
+    check_origin(published, given.model_fields_set, config.path)
+    options = with_epsilons(given, published)
     tensors = published if "shared.weight" in published else with_shared_embedding(published, config.path)
     classes = class_embeddings(tensors, None if options.class_label == "sampled" else options.class_label, config.path)
     _, layout = infer_biggan_layout(tensors, {"a class embedding": classes.rows.shape[1]}, config.path)
+    say_what_is_assumed(published, layout, given.model_fields_set, config.path)
     network = build_network(tensors, layout, options, config.path)
     conditions = {"class_label": options.class_label}
     return make_biggan_teacher(
@@ -152,7 +157,22 @@ def read_generator(path: str) -> dict[str, Tensor]:
     if Path(path).is_dir():
         names = ", ".join(sorted(file.name for file in Path(path).glob("G_ema*.pth"))) or "it has none"
         raise TeacherError(f"{path}: is a folder; give the path of a G_ema file in it ({names})")
+    if Path(path).suffix == ".pkl":
+        raise TeacherError(
+            f"{path}: is a pickle, as of IC-GAN's StyleGAN2 backbone, which no kind reads; "
+            f"give a G or G_ema file (.pth) of a BigGAN backbone"
+        )
     return read_weights(Path(path))
+
+
+Sampling = TypeVar("Sampling", bound=SamplingOptions)
+
+
+def with_epsilons(options: Sampling, tensors: Mapping[str, Tensor]) -> Sampling:
+    """The options with the epsilons that a file's origin implies, where they are not given."""
+    default = default_epsilons(tensors)
+    epsilons = {"bn_eps": options.bn_eps or default.batch_norm, "sn_eps": options.sn_eps or default.spectral_norm}
+    return options.model_copy(update=epsilons)
 
 
 def class_embeddings(tensors: Mapping[str, Tensor], label: int | None, where: str) -> Table:
@@ -173,10 +193,10 @@ def build_network(
 
     from dtpipe.extract.teachers.biggan.network import BigGanNetwork
 
+    assert options.bn_eps and options.sn_eps  # `with_epsilons`
     weights = generator_weights(tensors, options.sn_eps, options.standing_stats, where)
-    with torch.device("meta"):
-        network = BigGanNetwork(layout, options.bn_eps or default_bn_eps(tensors))
-    network.to_empty(device="cpu")
+    with torch.device("meta"):  # memory comes with weights that fit
+        network = BigGanNetwork(layout, options.bn_eps)
     load_strictly(network, weights, Path(where))
     return network.eval().requires_grad_(False)
 
@@ -202,7 +222,6 @@ def make_biggan_teacher(
         noise_shapes={"z": (layout.z_size,), **({"label": (sampled,)} if sampled else {})},
         options={
             **options.model_dump(include=set(SamplingOptions.model_fields)),
-            "bn_eps": network.bn_eps,
             "network": architecture(layout),
             **conditions,
         },

@@ -5,7 +5,6 @@ The file is mapped into memory, not copied, and nothing in it is executed.
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,8 @@ from dtpipe.extract.teachers.diffusion.adm_layout import (
 )
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, make_diffusion_teacher
 from dtpipe.extract.teachers.files.names import names_tensors
-from dtpipe.extract.teachers.files.weights import check_fit, weights_digest, why_unreadable
+from dtpipe.extract.teachers.files.torch_files import load_torch, stored_tensors, unwrapped
+from dtpipe.extract.teachers.files.weights import check_fit, weights_digest
 from dtpipe.manifests.errors import ConfigError, TeacherError
 
 if TYPE_CHECKING:
@@ -74,21 +74,9 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
 
 def _read_mapped(path: Path) -> dict[str, Tensor]:
     """All tensors of the file, mapped where its format allows (torch 1.6 and later). Raises: TeacherError."""
-    import torch
-
     if not path.is_file():
         raise TeacherError(f"{path}: no such file; `dtpipe list teachers` says where ADM checkpoints can be had")
-    try:
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as err:  # torch raises many types for a damaged file
-        raise TeacherError(
-            f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again"
-        ) from err
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise TeacherError(
-            f"{path}: holds other things than named tensors; give a plain state_dict, as guided-diffusion saves it"
-        )
-    return dict(content)
+    return unwrapped(stored_tensors(load_torch(path, mapped=True), path), path)
 
 
 def _check_label(label: int | None, layout: AdmLayout, where: str) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 from dtpipe.extract.teachers.base import Encoder, TeacherKind, parse_options
 from dtpipe.extract.teachers.diffusion.files import UNetFiles, find_unet, is_unet_path, modern_names
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, PixelOptions, make_diffusion_teacher
+from dtpipe.extract.teachers.files.variants import VARIANT
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -29,6 +30,7 @@ class DdpmOptions(PixelOptions):
         ge=0,
         description="For a class-conditional network: the class that all images get; default: its null class.",
     )
+    variant: str | None = VARIANT
 
 
 def load_ddpm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTeacher:
@@ -37,7 +39,7 @@ def load_ddpm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTe
     Raises: TeacherError when it is missing, damaged, or a network that this family cannot represent.
     """
     options = parse_options(config, DdpmOptions)
-    files = find_unet(config.path, config.revision)
+    files = find_unet(config.path, config.revision, options.variant)
     label = _class_label(options.class_label, files)
     tensors = modern_names(read_weights(files.weights))
     unet = _build(files)

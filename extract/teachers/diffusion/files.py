@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.diffusion.encoding import PREDICTIONS
 from dtpipe.extract.teachers.files.hub import HUB_ID, download
+from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, find_weights, hub_patterns
 from dtpipe.extract.teachers.files.weights import read_json
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHT_NAMES = tuple(f"diffusion_pytorch_model{end}" for end in (".safetensors", ".fp16.safetensors", ".bin"))
-_HUB_FILES = ("*.json", *(f"{folder}{name}" for folder in ("", "unet/") for name in WEIGHT_NAMES))
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention before diffusers 0.14
 VP_SCHEDULERS = frozenset(
     {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"}
@@ -72,12 +71,13 @@ def is_unet_path(path: str) -> bool:
         return any(file.exists() for file in files)  # broken: let loading say how
 
 
-def find_unet(path: str, revision: str | None = None) -> UNetFiles:
-    """The files of a checkpoint, its settings read and checked.
+def find_unet(path: str, revision: str | None = None, variant: str | None = None) -> UNetFiles:
+    """The files of a checkpoint, its settings read and checked; `variant` chooses among several files of weights.
 
     Raises: TeacherError when a part is missing, or the network or its scheduler is of another kind.
     """
-    root = Path(path) if Path(path).exists() else download(path, revision, _HUB_FILES)
+    wanted = [f"{folder}{name}" for folder in ("", "unet/") for name in hub_patterns(variant)]
+    root = Path(path) if Path(path).exists() else download(path, revision, ["*.json", *wanted])
     if not root.is_dir():
         raise TeacherError(f"{path}: is a file; give the folder of a diffusers UNet2DModel or DDPMPipeline")
     folder = _network_folder(root)
@@ -88,7 +88,7 @@ def find_unet(path: str, revision: str | None = None) -> UNetFiles:
     _check_takes_images(config, folder)
     return UNetFiles(
         folder,
-        weights_file(folder),
+        find_weights(folder, NETWORK_STEMS, variant),
         _architecture(config),
         _scheduler(root, folder),
         image_px_of(config, folder),
@@ -98,14 +98,6 @@ def find_unet(path: str, revision: str | None = None) -> UNetFiles:
 
 def _network_folder(root: Path) -> Path:
     return root / "unet" if (root / "unet").is_dir() else root
-
-
-def weights_file(folder: Path, names: tuple[str, ...] = WEIGHT_NAMES) -> Path:
-    """The first of `names` that the folder holds. Raises: TeacherError."""
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise TeacherError(f"{folder}: holds none of {', '.join(names)}; save the model as one file (safetensors)")
 
 
 def _check_takes_images(config: Mapping[str, Any], folder: Path) -> None:
@@ -159,7 +151,7 @@ def _scheduler(root: Path, folder: Path) -> dict[str, Any]:
     """
     places = [root / "scheduler", folder, folder.parent / "scheduler"]
     files = (place / "scheduler_config.json" for place in places)
-    if (path := next(filter(Path.is_file, files), None)) is None:
+    if (path := next((file for file in files if file.is_file() or file.is_symlink()), None)) is None:
         raise TeacherError(
             f"{folder}: no scheduler_config.json in it or beside it, so the noise schedule is unknown; "
             f"copy the checkpoint's own"

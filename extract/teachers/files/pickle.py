@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from dtpipe.extract.teachers.files.refusals import disguise_of
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def read_pickle(path: Path, allowed: frozenset[str]) -> Any:
     `allowed` are full names of the classes and functions that may be mentioned.
     Raises: TeacherError when the file is missing, damaged, or uses other names or means than a checkpoint needs.
     """
+    if (disguise := disguise_of(path)) is not None:
+        raise TeacherError(f"{path}: {disguise}")
     try:
         with path.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

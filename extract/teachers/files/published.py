@@ -22,6 +22,7 @@ from urllib.request import urlopen
 from blake3 import blake3
 from pydantic import Field
 
+from dtpipe.extract.teachers.files.refusals import disguise_of
 from dtpipe.extract.teachers.files.remote import fetch_remote, is_url
 from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import TeacherError
@@ -102,7 +103,8 @@ def fetch(published: PublishedTeacher) -> Path:
         return path
     if path.suffix not in FILE_ENDINGS:
         raise TeacherError(
-            f"{published.name}: its authors give it by hand at {published.url}; download it and give its path"
+            f"{published.name}: its authors give it by hand at {published.url}; download it and put it at {path}, "
+            f"or give its path{_with_options(published)}"
         )
     if os.environ.get(OFFLINE_VARIABLE, "").upper() in {"1", "TRUE", "YES", "ON"}:
         raise TeacherError(
@@ -111,6 +113,14 @@ def fetch(published: PublishedTeacher) -> Path:
         )
     _download(published, path)
     return path
+
+
+def _with_options(published: PublishedTeacher) -> str:
+    """The settings that a name stands for, to copy, where its file has any."""
+    if not published.options:
+        return ""
+    options = ", ".join(f"{name}: {value}" for name, value in published.options.items())
+    return f" with -s extract.teacher.kind={published.kind} -s 'extract.teacher.options={{{options}}}'"
 
 
 def cached_file(published: PublishedTeacher) -> Path | None:
@@ -133,6 +143,8 @@ def _download(published: PublishedTeacher, path: Path) -> None:
             size = partial.stat().st_size
             if expected is not None and size != int(expected):  # urllib takes a cut connection for the end
                 raise OSError(f"the connection ended after {size} of {expected} bytes")
+            if (disguise := disguise_of(partial)) is not None:
+                raise OSError(f"what came {disguise}")
             record = {
                 "url": published.url,
                 "licence": published.licence,

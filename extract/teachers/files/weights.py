@@ -6,13 +6,14 @@ the same weights are stored in another layout.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from dtpipe.extract.teachers.files.refusals import disguise_of, unreadable
+from dtpipe.extract.teachers.files.torch_files import load_torch, stored_tensors, unwrapped
 from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import TeacherError
 
@@ -33,30 +34,52 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of one .safetensors file, or of a torch file (.bin, .pt, .pth, .ckpt), on the CPU.
+def read_weights(path: Path, network: Collection[str] = ()) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file or a torch file (.bin, .pt, .pth, .ckpt), or of an index of shards (.json).
 
-    Raises: TeacherError when the file is damaged, or holds anything but tensors.
+    They are on the CPU, under their network's own names: words that training wraps around it are taken away, as far as
+    `network`, names that are known, does not have them.
+    Raises: TeacherError when a file is missing or damaged, or holds anything but tensors.
     """
-    import torch
+    files: Mapping[Path, Iterable[str] | None] = shard_files(path) if path.suffix == ".json" else {path: None}
+    stored: dict[str, Tensor] = {}
+    for file, names in files.items():
+        tensors = stored_tensors(_content(file), file)
+        raise_unfit(name_problems(tensors, names or tensors), file)
+        stored |= tensors
+    return unwrapped(stored, path, network)
+
+
+def _content(path: Path) -> object:
     from safetensors.torch import load_file
 
+    if path.suffix != ".safetensors":
+        return load_torch(path)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle protocols; what matters is an error
-            content = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
-    except Exception as err:  # both libraries raise many types for a damaged file
+        return load_file(path)
+    except Exception as err:  # the library raises many types for a damaged file
+        raise unreadable(path, err, "weights") from err
+
+
+def shard_files(index: Path) -> dict[Path, list[str]]:
+    """The files that an index of shards names, each with its tensors' stored names.
+
+    Raises: TeacherError when the index is damaged, or a file is not there.
+    """
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise TeacherError(f"{index}: has no weight_map of tensors to files; download or export the teacher again")
+    shards: dict[Path, list[str]] = {}
+    for name, file in places.items():
+        if file != Path(file).name or file in ("", ".."):
+            raise TeacherError(f"{index}: puts {name} into {file!r}, which is no file beside it; use another copy")
+        shards.setdefault(index.with_name(file), []).append(name)
+    if missing := [file.name for file in shards if not file.exists() and not file.is_symlink()]:
         raise TeacherError(
-            f"{path}: not readable as weights ({why_unreadable(err)}); download or export the teacher again"
-        ) from err
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise TeacherError(
-            f"{path}: holds other things than named tensors; give a plain state_dict or safetensors file"
+            f"{index}: {len(missing)} of {len(shards)} files that it names are not there ({missing[0]}); "
+            f"download the teacher again"
         )
-    return dict(content)
+    return shards
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,16 +87,29 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises: TeacherError when the file is missing or is something else.
     """
+    if (disguise := disguise_of(path, text=True)) is not None:
+        raise TeacherError(f"{path}: {disguise}")
     return read_object(path, Refusal(TeacherError, "download or export the teacher again"))
 
 
 def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Put weights into a network; every name and shape must fit.
+    """Put weights into a network; every name and shape must fit. Its own memory is made then where it has none yet.
 
     Raises: TeacherError that names the first tensors that do not.
     """
-    check_fit(tensors, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}, where)
-    network.load_state_dict({name: value.float() for name, value in tensors.items()})
+    import torch
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    fitting = {name: _as_scalar(tensor, shapes.get(name)) for name, tensor in tensors.items()}
+    check_fit(fitting, shapes, where)
+    empty = any(parameter.is_meta for parameter in network.parameters())
+    values = {name: tensor.to(torch.float32, copy=empty).contiguous() for name, tensor in fitting.items()}
+    network.load_state_dict(values, assign=empty)
+
+
+def _as_scalar(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """A vector of one number where the network has a scalar, as torch's own loader takes it."""
+    return tensor.reshape(()) if shape == () and tuple(tensor.shape) == (1,) else tensor
 
 
 def check_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
@@ -106,15 +142,3 @@ def raise_unfit(problems: Sequence[str], where: Path) -> None:
             f"{where}: weights do not fit their network: {'; '.join(problems[:3])}{more}; "
             f"use files of one checkpoint, or download it again"
         )
-
-
-def why_unreadable(err: Exception) -> str:
-    """What a library says of a file that it could not read, in a few words."""
-    text = str(err).strip() or type(err).__name__
-    if isinstance(err, (FileNotFoundError, NotADirectoryError)):
-        return "there is no such file"
-    if text.startswith("Weights only load failed"):  # torch goes on about how to run what is in the file
-        return "it holds other things than tensors, none of which was run"
-    if isinstance(err, EOFError) or text.startswith("PytorchStreamReader failed"):  # torch's zip archive
-        return "it is cut off or damaged"
-    return text.splitlines()[0][:160]

@@ -13,16 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.diffusion.encoding import PREDICTIONS
-from dtpipe.extract.teachers.diffusion.files import VP_SCHEDULERS, modern_name, weights_file
+from dtpipe.extract.teachers.diffusion.files import VP_SCHEDULERS, modern_name
 from dtpipe.extract.teachers.files.hub import download
-from dtpipe.extract.teachers.files.weights import name_problems, raise_unfit, read_json, read_weights, why_unreadable
+from dtpipe.extract.teachers.files.names import plain_names
+from dtpipe.extract.teachers.files.refusals import unreadable
+from dtpipe.extract.teachers.files.variants import (
+    NETWORK_STEMS,
+    TEXT_STEMS,
+    find_part,
+    find_weights,
+    hub_patterns,
+)
+from dtpipe.extract.teachers.files.weights import name_problems, raise_unfit, read_json, read_weights, shard_files
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.schema import height_width
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-TEXT_WEIGHT_NAMES = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
 _SAMPLERS = {
     "EulerDiscrete",
     "EulerAncestralDiscrete",
@@ -53,13 +61,8 @@ _INPUTS = (
 )
 """Settings of U-Nets that take more than a latent, a timestep and a text, as SDXL's does."""
 
-_HUB_FILES = (
-    "model_index.json",
-    "*/*.json",
-    "tokenizer/*",
-    "*/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-)
+_HUB_FILES = ("model_index.json", "*/*.json", "tokenizer/*")
+_HUB_STEMS = ({"safetensors": NETWORK_STEMS["safetensors"]}, {"safetensors": TEXT_STEMS["safetensors"]})
 
 
 @dataclass(frozen=True)
@@ -109,16 +112,17 @@ def is_pipeline_path(path: str) -> bool:
         return False
 
 
-def find_pipeline(path: str, revision: str | None = None) -> PipelineFiles:
-    """The files of a checkpoint, its settings read and checked.
+def find_pipeline(path: str, revision: str | None = None, variant: str | None = None) -> PipelineFiles:
+    """The files of a checkpoint, its settings read and checked; `variant` chooses among several files of weights.
 
     Raises: TeacherError when a part is missing, or is none of Stable Diffusion 1 or 2.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    root = Path(path) if Path(path).exists() else download(path, revision, _HUB_FILES)
-    unet = _component(root / "unet", UNet2DConditionModel)
-    vae = _component(root / "vae", AutoencoderKL)
+    wanted = [f"*/{name}" for stems in _HUB_STEMS for name in hub_patterns(variant, stems)]
+    root = Path(path) if Path(path).exists() else download(path, revision, [*_HUB_FILES, *wanted])
+    unet = _component(root / "unet", UNet2DConditionModel, find_weights, variant)
+    vae = _component(root / "vae", AutoencoderKL, find_part, variant)
     _check_unet(unet)
     _check_vae(vae, unet)
     return PipelineFiles(root, unet, vae, *_schedule(root / "scheduler" / "scheduler_config.json"))
@@ -143,24 +147,24 @@ def build(kind: str, component: Component) -> Any:
 
 
 class StoredTensors(Mapping[str, "Tensor"]):
-    """Tensors of a safetensors file, each read when it is asked for and not kept."""
+    """Tensors of safetensors files, each read when it is asked for and not kept."""
 
-    def __init__(self, path: Path, stored_names: Mapping[str, str]) -> None:
-        self._path = path
-        self._stored_names = stored_names  # name: name in the file
+    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+        self._places = places  # name: file, and name in it
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open
 
-        with safe_open(self._path, "pt") as file:
-            tensor: Tensor = file.get_tensor(self._stored_names[name])
+        path, stored_name = self._places[name]
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(stored_name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored_names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._stored_names)
+        return len(self._places)
 
 
 def open_weights(path: Path, keep: Callable[[str], bool] = lambda _: True) -> Mapping[str, Tensor]:
@@ -168,18 +172,22 @@ def open_weights(path: Path, keep: Callable[[str], bool] = lambda _: True) -> Ma
 
     Raises: TeacherError when the file is damaged, or holds anything but tensors.
     """
+    files = list(shard_files(path)) if path.suffix == ".json" else [path]
+    if any(file.suffix != ".safetensors" for file in files):
+        return {modern_name(name): tensor for name, tensor in read_weights(path).items() if keep(name)}
+    stored = {name: file for file in files for name in _stored_names(file)}
+    names = {stored_name: name for stored_name, name in plain_names(stored).items() if keep(name)}
+    return StoredTensors({modern_name(name): (stored[stored_name], stored_name) for stored_name, name in names.items()})
+
+
+def _stored_names(path: Path) -> list[str]:
     from safetensors import safe_open
 
-    if path.suffix != ".safetensors":
-        return {modern_name(name): tensor for name, tensor in read_weights(path).items() if keep(name)}
     try:
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if keep(name)]  # noqa: SIM118  the file is no mapping
+            return list(file.keys())
     except Exception as err:  # the library raises many types for a damaged file
-        raise TeacherError(
-            f"{path}: not readable as weights ({why_unreadable(err)}); download or export the teacher again"
-        ) from err
-    return StoredTensors(path, {modern_name(name): name for name in names})
+        raise unreadable(path, err, "weights") from err
 
 
 def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: str) -> None:
@@ -202,7 +210,7 @@ def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Pat
     network.load_state_dict(values, assign=True)
 
 
-def _component(folder: Path, kind: Any) -> Component:
+def _component(folder: Path, kind: Any, find: Callable[..., Path], variant: str | None) -> Component:
     config = read_json(folder / "config.json")
     if config.get("_class_name") != kind.__name__:
         name = config.get("_class_name", "config without _class_name")
@@ -211,7 +219,7 @@ def _component(folder: Path, kind: Any) -> Component:
     arguments = {
         name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in known
     }
-    return Component(folder, weights_file(folder), arguments)
+    return Component(folder, find(folder, NETWORK_STEMS, variant), arguments)
 
 
 def _check_unet(unet: Component) -> None:

@@ -37,6 +37,7 @@ from dtpipe.extract.teachers.diffusion.encoding import (
     timestep_of,
 )
 from dtpipe.extract.teachers.diffusion.process import Schedule, alphas_cumprod, q_sample
+from dtpipe.extract.teachers.files.variants import VARIANT
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.stable_diffusion.files import (
     PipelineFiles,
@@ -81,6 +82,7 @@ class StableDiffusionOptions(EncodingOptions):
         description="Store the VAE's moments too, in float16, from which features are then computed: "
         "more draws, other timesteps and live encoding skip the VAE.",
     )
+    variant: str | None = VARIANT
 
     @model_validator(mode="after")
     def _one_text(self) -> StableDiffusionOptions:
@@ -239,7 +241,7 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
     from dtpipe.extract.teachers.stable_diffusion.network import lower_precision, set_text
 
     options = parse_options(config, StableDiffusionOptions)
-    files = find_pipeline(config.path, config.revision)
+    files = find_pipeline(config.path, config.revision, options.variant)
     unet, vae = build("UNet2DConditionModel", files.unet), _vae_encoder(files)
     levels = levels_of(unet, files, config.taps)
     text = _text(files, options)
@@ -283,7 +285,7 @@ def _text(files: PipelineFiles, options: StableDiffusionOptions) -> TextEmbeddin
     width = files.unet.arguments["cross_attention_dim"]
     if options.text_embedding:
         return read_embedding(files.root / options.text_embedding, width)
-    return embed_prompt(files.root, options.prompt, width)
+    return embed_prompt(files.root, options.prompt, width, options.variant)
 
 
 def _spec(
@@ -305,7 +307,7 @@ def _spec(
             "scheduler": files.scheduler,
             "networks_blake3": blake3_hex(canonical_json(networks)),
             "text_blake3": digests["text"],
-            **options.model_dump(mode="json", exclude={"text_embedding", *EncodingOptions.model_fields}),
+            **options.model_dump(mode="json", exclude={"text_embedding", "variant", *EncodingOptions.model_fields}),
             **options.recipe(),
             **({"prediction_type": files.prediction} if options.inverts else {}),  # plays no part otherwise
         },

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.teachers.diffusion.files import weights_file
+from dtpipe.extract.teachers.files.variants import TEXT_STEMS, find_part
 from dtpipe.extract.teachers.files.weights import load_strictly, read_json, read_weights, weights_digest
-from dtpipe.extract.teachers.stable_diffusion.files import TEXT_WEIGHT_NAMES
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import ConfigError, MissingPackageError, TeacherError
 
@@ -54,7 +53,7 @@ def read_embedding(path: Path, width: int) -> TextEmbedding:
     return TextEmbedding(values.reshape(1, *values.shape[-2:]), weights_digest(tensors))
 
 
-def embed_prompt(root: Path, prompt: str, width: int) -> TextEmbedding:
+def embed_prompt(root: Path, prompt: str, width: int, variant: str | None = None) -> TextEmbedding:
     """The last hidden state of the pipeline's text encoder for a prompt, padded as its tokenizer says.
 
     Raises: MissingPackageError without transformers; ConfigError for a prompt with too many tokens; TeacherError when
@@ -68,7 +67,7 @@ def embed_prompt(root: Path, prompt: str, width: int) -> TextEmbedding:
             "or give the embedding as extract.teacher.options.text_embedding"
         ) from err
     folder = root / "text_encoder"
-    path = weights_file(folder, TEXT_WEIGHT_NAMES)
+    path = find_part(folder, TEXT_STEMS, variant)
     encoder = _text_encoder(folder, width)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read_weights(path).items()}
     tensors.pop(_BOOKKEEPING, None)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +17,15 @@ from dtpipe.extract.teachers.files.pickle import (
     PERSISTENT_ID,
     Record,
     Symbol,
-    is_size,
     read_pickle,
     read_pickles,
     shown,
 )
-from dtpipe.extract.teachers.files.weights import why_unreadable
+from dtpipe.extract.teachers.files.torch_files import load_torch, stored_tensors, unwrapped
 from dtpipe.extract.teachers.stylegan2.keys import find_layout, from_rosinality, used_tensors
+from dtpipe.extract.teachers.stylegan2.settings import NvidiaModule, read_settings
 from dtpipe.extract.teachers.stylegan2.tensorflow import NETWORK, tensorflow_generator
-from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.errors import ConfigError, TeacherError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,47 +50,46 @@ STORAGES = {
     "torch.BoolStorage": "bool",
 }
 _STORAGE_HEADER = 5  # pickles before a storage's numbers: magic number, version, system, the storage, its keys
-_SETTINGS = (  # class, attribute, and the only value that our network has
-    ("SynthesisBlock", "architecture", "skip"),
-    ("SynthesisLayer", "activation", "lrelu"),
-    ("SynthesisLayer", "use_noise", True),
-)
 
 
-def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layout]:
+def read_checkpoint(
+    path: Path, ema: bool, lr_mlp: float | None = None, ignored: Collection[str] = ()
+) -> tuple[dict[str, Tensor], StyleGan2Layout]:
     """A generator's tensors under NVIDIA's names, on the CPU: the averaged ones (`ema`) or those of the last step.
 
-    Raises: TeacherError when the file is missing, damaged, unsafe, or holds something else.
+    `lr_mlp` is the mapping's learning rate where the file does not tell it, 0.01 by default; `ignored` as for
+    `read_settings`.
+    Raises: TeacherError when the file is missing, damaged, unsafe, or holds something else; ConfigError for an lr_mlp
+    beside the file's own.
     """
     if not path.is_file():
         raise TeacherError(f"{path}: no such file; `dtpipe list teachers` says where StyleGAN2 checkpoints can be had")
-    return _read_torch(path, ema) if path.suffix != ".pkl" else _read_pkl(path, ema)
+    if path.suffix != ".pkl":
+        return _read_torch(path, ema, 0.01 if lr_mlp is None else lr_mlp)
+    if lr_mlp is not None:
+        raise ConfigError(f"{path}: tells the mapping's learning rate; leave out extract.teacher.options.lr_mlp")
+    return _read_pkl(path, ema, ignored)
 
 
-def _read_torch(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layout]:
-    import torch
-
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a training checkpoint's flags
-            content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as err:  # torch raises many types for a damaged file
-        raise TeacherError(
-            f"{path}: not readable as weights ({why_unreadable(err)}); download the teacher again"
-        ) from err
+def _read_torch(path: Path, ema: bool, lr_mlp: float) -> tuple[dict[str, Tensor], StyleGan2Layout]:
+    content = load_torch(path, [argparse.Namespace], mapped=True)  # a training checkpoint's flags
     name = "g_ema" if ema else "g"
-    stored = content.get(name) if isinstance(content, dict) else None
-    if isinstance(stored, dict) and "latent_avg" in content:
-        stored = {**stored, "latent_avg": content["latent_avg"]}
-    if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
+    generator = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(generator, dict) or not generator:
         raise TeacherError(
             f"{path}: holds no state dict {name!r}, as rosinality/stylegan2-pytorch saves it; "
             f"give one of its checkpoints"
         )
+    stored = unwrapped(stored_tensors(generator, path), path)
+    if "iwt.ll" in stored:
+        raise TeacherError(f"{path}: is a SWAGAN, which makes wavelets; kind stylegan2 reads --arch stylegan2")
+    if "latent_avg" in content:
+        stored |= stored_tensors({"latent_avg": content["latent_avg"]}, path)
     tensors = from_rosinality(stored)
-    return tensors, find_layout(tensors, str(path), None, 0.01, scaled_epsilon=True)
+    return tensors, find_layout(tensors, str(path), None, lr_mlp, scaled_epsilon=True)
 
 
-def _read_pkl(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layout]:
+def _read_pkl(path: Path, ema: bool, ignored: Collection[str]) -> tuple[dict[str, Tensor], StyleGan2Layout]:
     content = read_pickle(path, NAMES)
     if (
         isinstance(content, tuple)
@@ -105,24 +102,19 @@ def _read_pkl(path: Path, ema: bool) -> tuple[dict[str, Tensor], StyleGan2Layout
     network = content.get(name) if isinstance(content, dict) else None
     modules = list(_modules(network, str(path))) if isinstance(network, Record) else []
     if not modules or modules[0].class_name != "Generator":
+        other = f" (it is a {modules[0].class_name[:40]})" if modules else ""
         raise TeacherError(
-            f"{path}: holds no network {name!r} of NVlabs/stylegan2-ada-pytorch; give one of its network snapshots"
+            f"{path}: holds no network {name!r} of NVlabs/stylegan2-ada-pytorch{other}; give one of its network "
+            f"snapshots"
         )
-    tensors = used_tensors(dict(_tensors(modules, str(path))))
-    conv_clamp, mapping_lr = _checked_settings(modules, str(path))
-    return tensors, find_layout(tensors, str(path), conv_clamp, mapping_lr, scaled_epsilon=False)
+    tensors = used_tensors(stored_tensors(dict(_tensors(modules, str(path))), path))
+    settings = read_settings(
+        modules, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, ignored, str(path)
+    )
+    return tensors, find_layout(tensors, str(path), settings.conv_clamp, settings.mapping_lr, scaled_epsilon=False)
 
 
-@dataclass(frozen=True)
-class _Module:
-    """One module of a pickled network."""
-
-    path: str
-    class_name: str
-    state: Mapping[str, Any]
-
-
-def _modules(network: Record, where: str) -> Iterator[_Module]:
+def _modules(network: Record, where: str) -> Iterator[NvidiaModule]:
     """A network and all inside it.
 
     Raises: TeacherError when a part is no module, or contains itself.
@@ -144,22 +136,23 @@ def _modules(network: Record, where: str) -> Iterator[_Module]:
             )
         seen.add(id(record))
         class_name = meta.get("class_name")
-        yield _Module(path, class_name if isinstance(class_name, str) else "", state)
+        yield NvidiaModule(path, class_name if isinstance(class_name, str) else "", state)
         waiting += [
             (f"{path}.{name}".lstrip("."), part) for name, part in state["_modules"].items() if part is not None
         ]
 
 
-def _tensors(modules: list[_Module], where: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(modules: list[NvidiaModule], where: str) -> Iterator[tuple[str, Tensor]]:
+    storages: dict[int, Tensor] = {}
     for module in modules:
         for name, value in (*module.state["_parameters"].items(), *module.state["_buffers"].items()):
             if value is not None:
                 full_name = f"{module.path}.{name}".lstrip(".")
-                yield full_name, _tensor(value, f"{where}: {full_name}")
+                yield full_name, _tensor(value, f"{where}: {full_name}", storages)
 
 
-def _tensor(record: object, where: str) -> Tensor:
-    """The tensor that a `Record` describes, copied out of the file.
+def _tensor(record: object, where: str, storages: dict[int, Tensor]) -> Tensor:
+    """The tensor that a `Record` describes; each storage is copied out of the file once, into `storages`.
 
     Raises: TeacherError when it is something else, or reaches beyond its storage.
     """
@@ -171,7 +164,9 @@ def _tensor(record: object, where: str) -> Tensor:
         storage, offset, size, stride = record.args[:4]
         if storage.name != STORAGE:
             raise TypeError(f"a {storage.name}")
-        numbers = _storage(storage.args[0], where)
+        if id(storage) not in storages:
+            storages[id(storage)] = _storage(storage.args[0], where)
+        numbers = storages[id(storage)]
         if math.prod(size) > len(numbers):
             raise ValueError(f"more values than the {len(numbers)} of its storage")
         return numbers.as_strided(size, stride, offset)
@@ -197,38 +192,3 @@ def _storage(data: bytes | memoryview, where: str) -> Tensor:
     if count != reference[4] or len(rest) != 8 + size_bytes:
         raise ValueError(f"{len(rest) - 8} bytes for {shown(reference[4])} numbers")
     return torch.frombuffer(bytearray(rest[8:]), dtype=dtype) if count else torch.empty(0, dtype=dtype)
-
-
-def _checked_settings(modules: list[_Module], where: str) -> tuple[float | None, float]:
-    """(clamp of convolutions, learning rate of the mapping), which the weights do not tell.
-
-    Raises: TeacherError when a setting makes it another network.
-    """
-    for module in modules:
-        for class_name, attribute, known in _SETTINGS:
-            if module.class_name == class_name and (value := module.state.get(attribute, known)) != known:
-                raise TeacherError(
-                    f"{where}: {module.path} has {attribute} {shown(value)}; "
-                    f"kind stylegan2 reads networks with {known!r}"
-                )
-    clamp = _shared(modules, ("SynthesisLayer", "ToRGBLayer"), "conv_clamp", where)
-    rate = _shared(
-        [module for module in modules if module.path.startswith("mapping.fc")],
-        ("FullyConnectedLayer",),
-        "bias_gain",
-        where,
-    )
-    return clamp, 0.01 if rate is None else rate
-
-
-def _shared(modules: list[_Module], class_names: tuple[str, ...], attribute: str, where: str) -> float | None:
-    """A number, or None, that all modules of some classes have.
-
-    Raises: TeacherError when it is something else, or differs.
-    """
-    values = [module.state.get(attribute) for module in modules if module.class_name in class_names]
-    if not all(value is None or is_size(value) for value in values) or len(set(values)) > 1:
-        raise TeacherError(
-            f"{where}: {attribute} is not one number throughout the network; give a network snapshot of NVlabs"
-        )
-    return values[0] if values else None

@@ -6,7 +6,6 @@ the network is our own, in `network`.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
     from dtpipe.extract.teachers.stylegan2.network import StyleGan2Layout, StyleGan2Network
 
 LATENT, NOISE_MAPS, LABEL = "z", "style_noise", "label"
-_HEAD_BYTES = 1 << 26  # in an NVIDIA snapshot the first convolution lies behind the mapping's weights
+_HEAD_BYTES = 1 << 16  # the first module comes right after the settings of the training set
+_PERSISTENT = (b"ctorch_utils.persistence\n", *pickled_name("torch_utils.persistence"))
 NUM_MEAN_STYLES = 4096
 
 
@@ -49,6 +49,12 @@ class StyleGan2Options(StrictModel):
         default=None, ge=0, description="Class of all images, for a conditional generator; default: drawn for each."
     )
     ema: bool = Field(default=True, description="The averaged weights; false: those of the last training step.")
+    lr_mlp: float | None = Field(
+        default=None, gt=0, description="Mapping's learning rate of a .pt, which does not tell it; default: 0.01."
+    )
+    ignored_settings: tuple[str, ...] = Field(
+        default=(), description="Settings of a changed .pkl that are known to change none of the generator's outputs."
+    )
 
 
 class StyleGan2Teacher:
@@ -114,11 +120,12 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
 
     options = parse_options(config, StyleGan2Options)
     path = Path(config.path)
-    tensors, layout = read_checkpoint(path, options.ema)
+    tensors, layout = read_checkpoint(path, options.ema, options.lr_mlp, options.ignored_settings)
     _check_options(options, layout, config.path)
     needs_mean = "mapping.w_avg" not in tensors and not layout.num_classes
     mean = {"mapping.w_avg": torch.zeros(layout.w_dim)} if needs_mean else {}
-    network = StyleGan2Network(layout).requires_grad_(False).eval()
+    with torch.device("meta"):  # memory comes with weights that fit
+        network = StyleGan2Network(layout).requires_grad_(False).eval()
     load_strictly(network, tensors | mean, path)
     if needs_mean and options.truncation_psi != 1:
         _set_mean_style(network)
@@ -129,7 +136,7 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
         levels=_levels(network, options, config),
         noise_shapes=_noise_shapes(layout, options),
         options={
-            **options.model_dump(mode="json"),
+            **options.model_dump(mode="json", exclude={"lr_mlp", "ignored_settings"}),  # the network says the former
             "network": architecture(layout),
         },
     )
@@ -199,19 +206,21 @@ def _levels(network: StyleGan2Network, options: StyleGan2Options, config: Teache
 
 
 def is_stylegan2_file(path: str) -> bool:
-    """True for a snapshot whose pickle has StyleGAN2's names. It is searched, not loaded."""
+    """True for a pickle of NVlabs' persistent modules, whose class loading tells, and for rosinality's files.
+
+    Files are searched, not loaded.
+    """
     file = Path(path)
     if file.suffix in (".pt", ".pth"):
         return names_tensors(file, ("g_ema", "convs.0.conv.modulation.weight"))
     try:
         if file.suffix != ".pkl" or not file.is_file():
             return False
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return data.find(b"dnnlib.tflib.network", 0, 1 << 12) >= 0 or any(
-                data.find(mark, 0, _HEAD_BYTES) >= 0 for mark in pickled_name("noise_strength")
-            )
-    except (OSError, ValueError):  # an empty file cannot be mapped
+        with file.open("rb") as opened:
+            head = opened.read(_HEAD_BYTES)
+    except (OSError, ValueError):  # ValueError: no path can be so
         return False
+    return b"dnnlib.tflib.network" in head or any(mark in head for mark in _PERSISTENT)
 
 
 KIND = TeacherKind(

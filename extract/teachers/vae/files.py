@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.teachers.diffusion.files import WEIGHT_NAMES, image_px_of, modern_names, weights_file
+from dtpipe.extract.teachers.diffusion.files import image_px_of, modern_names
 from dtpipe.extract.teachers.files.hub import download
+from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, find_weights, hub_patterns
 from dtpipe.extract.teachers.files.weights import load_strictly, read_json, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import TeacherError
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 AUTOENCODERS = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 PIPELINE_PARTS = ("vae", "vqvae", "movq")  # what pipelines call their autoencoder's folder
 FULLY_CONVOLUTIONAL_PX = (256, 256)  # where the config names no size, as AutoencoderTiny's never does
-_HUB_FILES = (
-    "*.json",
-    *(f"{folder}{name}" for folder in ("", *(f"{part}/" for part in PIPELINE_PARTS)) for name in WEIGHT_NAMES),
-)
 TAESD_ENDINGS = (".safetensors", ".pth")
 
 
@@ -50,12 +47,14 @@ def is_autoencoder_path(path: str) -> bool:
     return False
 
 
-def read_autoencoder(path: str, revision: str | None) -> Autoencoder:
-    """The autoencoder at a path or hub id.
+def read_autoencoder(path: str, revision: str | None, variant: str | None = None) -> Autoencoder:
+    """The autoencoder at a path or hub id; `variant` chooses among several files of weights.
 
     Raises: TeacherError when a part is missing or damaged, or the network is another.
     """
-    root = Path(path) if Path(path).exists() else download(path, revision, _HUB_FILES)
+    folders = ("", *(f"{part}/" for part in PIPELINE_PARTS))
+    wanted = [f"{folder}{name}" for folder in folders for name in hub_patterns(variant)]
+    root = Path(path) if Path(path).exists() else download(path, revision, ["*.json", *wanted])
     encoders = _taesd_encoders(root)
     if len(encoders) > 1:
         raise TeacherError(f"{root}: holds {len(encoders)} autoencoders; give the file of one, such as {encoders[0]}")
@@ -66,14 +65,14 @@ def read_autoencoder(path: str, revision: str | None) -> Autoencoder:
             f"{path}: is a file, but no taesd one; give the folder of a diffusers "
             f"{', '.join(AUTOENCODERS[:-1])} or {AUTOENCODERS[-1]}"
         )
-    return _read_diffusers(_network_folder(root))
+    return _read_diffusers(_network_folder(root), variant)
 
 
 def _network_folder(root: Path) -> Path:
     return next((root / part for part in PIPELINE_PARTS if (root / part / "config.json").is_file()), root)
 
 
-def _read_diffusers(folder: Path) -> Autoencoder:
+def _read_diffusers(folder: Path, variant: str | None) -> Autoencoder:
     config = read_json(folder / "config.json")
     name = str(config.get("_class_name"))
     if name not in AUTOENCODERS:
@@ -82,7 +81,7 @@ def _read_diffusers(folder: Path) -> Autoencoder:
         raise TeacherError(
             f"{folder}/config.json: the network does not take and give RGB images; kind vae needs one that does"
         )
-    weights = weights_file(folder)
+    weights = find_weights(folder, NETWORK_STEMS, variant)
     network, architecture = _build(name, config, folder)
     tensors = modern_names(read_weights(weights))
     image_px = image_px_of(config, folder) if config.get("sample_size") else FULLY_CONVOLUTIONAL_PX

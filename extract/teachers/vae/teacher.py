@@ -25,6 +25,7 @@ from dtpipe.extract.teachers.base import (
     check_sides,
     parse_options,
 )
+from dtpipe.extract.teachers.files.variants import VARIANT
 from dtpipe.extract.teachers.vae.files import Autoencoder, is_autoencoder_path, read_autoencoder
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
@@ -49,6 +50,7 @@ class VaeOptions(StrictModel):
     pool_missing: bool = Field(
         default=False, description="Make levels deeper than the decoder's deepest by average pooling it."
     )
+    variant: str | None = VARIANT
 
 
 class VaeTeacher:
@@ -127,7 +129,7 @@ def load_vae_teacher(config: TeacherConfig, device: str = "cpu") -> VaeTeacher:
     import torch
 
     options = parse_options(config, VaeOptions)
-    autoencoder = read_autoencoder(config.path, config.revision)
+    autoencoder = read_autoencoder(config.path, config.revision, options.variant)
     total_stride, latent_channels, has_posterior = _probe(autoencoder)
     if options.latent == "sampled" and not has_posterior:
         raise ConfigError(
@@ -146,7 +148,7 @@ def load_vae_teacher(config: TeacherConfig, device: str = "cpu") -> VaeTeacher:
         options={
             "network": autoencoder.name,
             "network_blake3": autoencoder.architecture_blake3,
-            **options.model_dump(),
+            **options.model_dump(exclude={"variant"}),
         },
     )
     return VaeTeacher(torch.nn.Module.to(autoencoder.network, device=device), spec, total_stride, config.dtype)

@@ -78,14 +78,6 @@ def test_whole_arrays_of_the_original_networks(case, call, scale):
 # Spellings
 
 
-def test_a_conversion_of_deepminds_is_known_by_having_no_sv0(tmp_path):
-    tensors = {name: tensor for name, tensor in cases.weights("biggan512").items() if not name.endswith("sv0")}
-    teacher = load(cases.save(tensors, tmp_path), cases.taps_of("biggan512"), class_label=cases.CLASSES[0])
-    assert teacher.spec.options["bn_eps"] == 1e-4
-    images, levels = teacher.synthesize({"z": cases.latents(teacher.network.layout.z_size)})
-    assert max(cases.largest_errors("biggan512", 0, images, levels).values()) < TOLERANCE
-
-
 def test_standing_statistics_are_sums_where_the_counter_says_so(files, tmp_path):
     tensors = cases.weights("standing")
     means = {

@@ -310,7 +310,7 @@ DAMAGES = {
     "no size": (change("config.json", sample_size=None), "sample_size is None"),
     "no weights": (delete(WEIGHTS), "holds none of"),
     "weights cut": (cut, "not readable as weights"),
-    "weights empty": (write(WEIGHTS, b""), "not readable as weights"),
+    "weights empty": (write(WEIGHTS, b""), "is empty"),
     "tensor missing": (edit_weights(lambda tensors: tensors.pop("conv_in.bias")), "conv_in.bias is missing"),
     "tensor too many": (edit_weights(lambda tensors: tensors.update(extra=torch.zeros(1))), "extra is unexpected"),
     "wrong shape": (

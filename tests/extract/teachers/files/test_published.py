@@ -127,7 +127,9 @@ def test_a_file_of_another_size_than_was_fetched_is_refused(server: str) -> None
 
 
 def test_a_page_without_a_direct_link_asks_for_the_path() -> None:
-    with pytest.raises(TeacherError, match="download it and give its path"):
+    with pytest.raises(
+        TeacherError, match=r"put it at .*view, or give .*kind=adm -s .*\{learn_sigma: True, heads: 4\}"
+    ):
         fetch(entry("https://drive.example.org/file/d/1abc/view"))
 
 

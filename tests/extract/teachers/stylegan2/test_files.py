@@ -144,15 +144,11 @@ def bombs(trap: Path) -> dict[str, Callable[[dict[str, Any]], None]]:
 
 
 def state(content: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = content["G_ema"].call[1][0]["state"]
-    return found
+    return files.state_of(content)
 
 
 def layer(content: dict[str, Any], *path: str) -> dict[str, Any]:
-    found = state(content)
-    for name in path or ("synthesis", "b4", "conv1"):
-        found = found["_modules"][name].call[1][0]["state"]
-    return found
+    return files.state_of(content, *path or ("synthesis", "b4", "conv1"))
 
 
 @pytest.mark.parametrize("place", sorted(bombs(Path("x"))))
@@ -290,7 +286,7 @@ def test_what_is_no_whole_stylegan2_is_refused_with_its_reason(case: str, tmp_pa
 def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     data = (FIXTURES / "nvidia.pkl").read_bytes()
     for size in (0, 1, 100, 4000, 200_000, len(data) - 1):
-        with pytest.raises(TeacherError, match=r"x.pkl: (is no whole pickle|cannot be read)"):
+        with pytest.raises(TeacherError, match=r"x.pkl: (is no whole pickle|is empty)"):
             loaded(write_bytes(tmp_path / "x.pkl", data[:size]))
     with pytest.raises(TeacherError, match="no such file"):
         loaded(tmp_path / "missing.pkl")
@@ -381,7 +377,7 @@ def test_a_training_checkpoint_of_rosinality_has_flags_and_no_mean_style(tmp_pat
 )
 def test_torch_files_of_other_things_are_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(TeacherError, match=r"x.pt: holds no"):
+    with pytest.raises(TeacherError, match=r"x.pt: holds (no|other things)"):
         loaded(tmp_path / "x.pt")
 
 
