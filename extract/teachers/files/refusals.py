@@ -33,8 +33,6 @@ def why_unreadable(err: Exception) -> str:
     text = str(err).strip() or type(err).__name__
     if isinstance(err, (FileNotFoundError, NotADirectoryError)):
         return "there is no such file"
-    if isinstance(err, RecursionError):
-        return "it nests too deep"
     if text.startswith("Weights only load failed"):  # torch goes on about how to run what is in the file
         return "it holds other things than tensors, none of which was run"
     if isinstance(err, EOFError) or text.startswith("PytorchStreamReader failed"):  # torch's zip archive
@@ -45,11 +43,11 @@ def why_unreadable(err: Exception) -> str:
 def disguise_of(path: Path, text: bool = False) -> str | None:
     """What a file is in place of what its name says, and what to do; None where it may be damaged, or all right.
 
-    `text`: it should be a text, so that being one says nothing.
+    `text`: it should be a text, so that being one says nothing; what else is wrong with it is for its reader to say.
     """
     try:
         if path.is_symlink() and not path.exists():
-            return f"is a link to {path.readlink()}, where nothing lies; {_FETCH}"
+            return None if text else f"is a link to {path.readlink()}, which is not there; {_FETCH}"
         if not path.is_file():
             return None
         size = path.stat().st_size
@@ -58,7 +56,7 @@ def disguise_of(path: Path, text: bool = False) -> str | None:
     except (OSError, ValueError):  # ValueError: no path can be so
         return None
     if not size:
-        return f"is empty; {_FETCH}"
+        return None if text else f"is empty; {_FETCH}"
     packer = next((name for magic, name in _ARCHIVES.items() if head.startswith(magic)), None)
     if packer or head[257:262] == b"ustar":
         return f"is a {packer or 'tar'} archive; unpack it, and give the file in it"

@@ -57,7 +57,7 @@ def test_a_pointer_in_any_file_of_a_folder_is_named(tmp_path: Path) -> None:
             load_teacher(TeacherConfig(path=str(folder)))
         (folder / place).unlink()
         (folder / place).symlink_to("../blobs/gone")
-        with pytest.raises(TeacherError, match=f"{place}: is a link to .*gone, where nothing lies"):
+        with pytest.raises(TeacherError, match=f"{place}: is a link to .*gone, which is not there"):
             load_teacher(TeacherConfig(path=str(folder)))
 
 
@@ -84,5 +84,5 @@ def test_real_files_are_no_disguises(tmp_path: Path) -> None:
 
 def test_damaged_settings_are_not_called_a_text(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": ')
-    with pytest.raises(TeacherError, match=r"config\.json: not readable as JSON"):
+    with pytest.raises(TeacherError, match=r"config\.json: (?!is a text)"):
         read_json(tmp_path / "config.json")

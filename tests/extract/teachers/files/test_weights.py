@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.teachers.files.names import names_tensors, plain_names
 from dtpipe.extract.teachers.files.torch_files import MOST_TIMES, SPARE_BYTES
-from dtpipe.extract.teachers.files.weights import load_strictly, read_json, read_weights, weights_digest
+from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import TeacherError
 from parts.teachers import write_ddpm
@@ -190,12 +190,6 @@ def test_a_checkpoint_of_training_is_refused_naming_what_it_holds(tmp_path: Path
     torch.save({0: torch.ones(1)}, tmp_path / "x.ckpt")
     with pytest.raises(TeacherError, match="holds other things than named tensors;"):
         read_weights(tmp_path / "x.ckpt")
-
-
-def test_settings_that_nest_too_deep_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("[" * 200_000)
-    with pytest.raises(TeacherError, match=r"config\.json: not readable as JSON \(it nests too deep\)"):
-        read_json(tmp_path / "config.json")
 
 
 # Into a network
