@@ -165,10 +165,10 @@ def read_generator(path: str) -> dict[str, Tensor]:
     return read_weights(Path(path))
 
 
-Sampling = TypeVar("Sampling", bound=SamplingOptions)
+_Sampling = TypeVar("_Sampling", bound=SamplingOptions)
 
 
-def with_epsilons(options: Sampling, tensors: Mapping[str, Tensor]) -> Sampling:
+def with_epsilons(options: _Sampling, tensors: Mapping[str, Tensor]) -> _Sampling:
     """The options with the epsilons that a file's origin implies, where they are not given."""
     default = default_epsilons(tensors)
     epsilons = {"bn_eps": options.bn_eps or default.batch_norm, "sn_eps": options.sn_eps or default.spectral_norm}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dtpipe.extract.teachers.files.pickle import NUMPY_NAMES, Record, numpy_array, read_pickles
-from dtpipe.extract.teachers.files.refusals import unreadable
+from dtpipe.extract.teachers.files.refusals import unreadable_file
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
             mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # so that a false size allocates nothing
             return {names[0]: np.array(mapped)}
     except Exception as err:  # numpy raises many types for a damaged header
-        raise unreadable(path, err, "a .npy file", "download it again") from err
+        raise unreadable_file(path, err, "a .npy file", "download it again") from err
     if shape != ():
         raise TeacherError(f"{path}: is an array of objects; save an array of numbers, or a dict of such arrays")
     content = _saved_dict(pickled, str(path))

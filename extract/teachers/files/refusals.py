@@ -19,7 +19,7 @@ _ARCHIVES = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\x
 _FETCH = "download the file itself"
 
 
-def unreadable(
+def unreadable_file(
     path: Path, err: Exception, kind: str, advice: str = "download or export the teacher again"
 ) -> TeacherError:
     """The error to raise for a file that is not readable as what it should be: what it is instead, if that shows."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.files.names import plain_names
-from dtpipe.extract.teachers.files.refusals import unreadable
+from dtpipe.extract.teachers.files.refusals import unreadable_file
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def load_torch(path: Path, classes: Sequence[type] = (), mapped: bool = False) -
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", mmap=mapped and stored_plainly, weights_only=True)
     except Exception as err:  # torch raises many types for a damaged file
-        raise unreadable(path, err, "weights") from err
+        raise unreadable_file(path, err, "weights") from err
 
 
 def most_bytes(path: Path) -> int:

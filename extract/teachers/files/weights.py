@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from dtpipe.extract.teachers.files.refusals import disguise_of, unreadable
+from dtpipe.extract.teachers.files.refusals import disguise_of, unreadable_file
 from dtpipe.extract.teachers.files.torch_files import load_torch, stored_tensors, unwrapped
 from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import TeacherError
@@ -58,7 +58,7 @@ def _content(path: Path) -> object:
     try:
         return load_file(path)
     except Exception as err:  # the library raises many types for a damaged file
-        raise unreadable(path, err, "weights") from err
+        raise unreadable_file(path, err, "weights") from err
 
 
 def shard_files(index: Path) -> dict[Path, list[str]]:

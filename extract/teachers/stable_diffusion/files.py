@@ -16,7 +16,7 @@ from dtpipe.extract.teachers.diffusion.encoding import PREDICTIONS
 from dtpipe.extract.teachers.diffusion.files import VP_SCHEDULERS, modern_name
 from dtpipe.extract.teachers.files.hub import download
 from dtpipe.extract.teachers.files.names import plain_names
-from dtpipe.extract.teachers.files.refusals import unreadable
+from dtpipe.extract.teachers.files.refusals import unreadable_file
 from dtpipe.extract.teachers.files.variants import (
     NETWORK_STEMS,
     TEXT_STEMS,
@@ -187,7 +187,7 @@ def _stored_names(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             return list(file.keys())
     except Exception as err:  # the library raises many types for a damaged file
-        raise unreadable(path, err, "weights") from err
+        raise unreadable_file(path, err, "weights") from err
 
 
 def assign_weights(network: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: str) -> None:
