@@ -14,6 +14,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from parts.paths import REPO
 
@@ -177,3 +179,13 @@ def test_wheel_holds_the_data_that_commands_read(wheel_names: set[str]) -> None:
 def test_wheel_holds_nothing_else(wheel_names: set[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dtpipe"}
+
+
+def test_the_constraints_pin_every_requirement_to_a_version_it_allows() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (REPO / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    asked = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    for requirement in map(Requirement, asked):
+        if requirement.name != "dtpipe":
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
