@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dtpipe.manifests.schema import Settings, Size, StrictModel
+from dtpipe.manifests.store.paths import local_place, whole_place
 
 PAPER_BATCH_SIZE = 256
 PAPER_WARMUP_SHARE = 0.2  # 20 of 100 epochs
@@ -97,6 +98,8 @@ class DistillRun(StrictModel):
         default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one."
     )
     keep_checkpoints: int = Field(default=2, ge=0, description="Epoch checkpoints kept in checkpoints/ beside last.pt.")
+
+    _local = field_validator("out")(local_place)
 
 
 class DistillRecipeConfig(Settings):
@@ -195,6 +198,8 @@ class DistillRecipeConfig(Settings):
         if self.min_lr > self.peak_lr:
             raise ValueError(f"distill.min_lr {self.min_lr} is above the peak learning rate {self.peak_lr}")
         return self
+
+    _whole = field_validator("datasets", "keys")(whole_place)
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:

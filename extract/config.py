@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dtpipe.manifests.schema import (
     ErrorBudget,
@@ -21,6 +21,7 @@ from dtpipe.manifests.schema import (
     StoredDtype,
     StrictModel,
 )
+from dtpipe.manifests.store.paths import any_place, local_place, whole_if_there, whole_place
 
 
 class SourceConfig(StrictModel):
@@ -62,6 +63,8 @@ class TeacherConfig(StrictModel):
     options: dict[str, Any] = Field(
         default={}, description="Settings of the teacher's family (`dtpipe list teachers`)."
     )
+
+    _whole = field_validator("path")(whole_if_there)
 
 
 class NoiseConfig(StrictModel):
@@ -121,6 +124,9 @@ class ExtractRun(ErrorBudget):
     lock_stale_s: float = Field(default=120, gt=0, description="A lock without a heartbeat for so long is taken over.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the teacher runs.")
 
+    _at_home = field_validator("out")(any_place)
+    _local = field_validator("save_png")(local_place)
+
 
 class ExtractRecipeConfig(Settings):
     """What is encoded, and how: all that determines a dataset."""
@@ -142,6 +148,8 @@ class ExtractRecipeConfig(Settings):
     threads: int = Field(default=1, ge=1, description="CPU threads per worker for the forward pass.")
     limit: int | None = Field(default=None, ge=1, description="Use only so many samples: the first of the order.")
     keys: str | None = Field(default=None, description="File with one key per line: take only these samples.")
+
+    _whole = field_validator("images", "keys")(whole_place)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

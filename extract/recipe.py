@@ -7,12 +7,10 @@ command goes on with it on whatever machine it runs.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 from dtpipe.extract.census import Census, take_census
@@ -284,25 +282,6 @@ def _stored_level(
     return LevelSpec(
         name=name, stride=stride, channels=tap.channels, height=height, width=width, dtype=dtype, tap=tap.tap
     )
-
-
-def with_whole_paths(config: Config) -> Config:
-    """The settings with paths that mean the same in other folders: of workers, and of those who read the record
-    later."""
-    teacher = config.teacher.model_copy(update={"path": whole_path(config.teacher.path)})
-    keys = None if config.keys is None else whole_path(config.keys)
-    images = None if config.images is None else whole_source(config.images)
-    return config.model_copy(update={"images": images, "teacher": teacher, "keys": keys})
-
-
-def whole_path(path: str) -> str:
-    """An existing local path from the root; a URL, or a name that is no path, as it is."""
-    return os.path.abspath(path) if Path(path).exists() else path  # noqa: PTH100  drops `..`, follows no links
-
-
-def whole_source(url: str) -> str:
-    """A local path from the root, be it a pattern or a folder in an archive; a URL as it is."""
-    return url if "://" in url or "::" in url else os.path.abspath(url)  # noqa: PTH100  drops `..`, follows no links
 
 
 def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: Callable[[], bool | None] | None) -> str:

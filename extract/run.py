@@ -19,7 +19,7 @@ from dtpipe.extract.cluster.connection import Connection
 from dtpipe.extract.cluster.preflight import check_space, package_versions, space_warning
 from dtpipe.extract.cluster.ray import Cluster
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.recipe import Resolved, resolve_recipe, with_whole_paths
+from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.shards.progress import OnExtractProgress
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.shards.task import WorkerContext
@@ -69,7 +69,6 @@ def run_extraction(
 
     Raises: DtpipeError of the kind that fits; StoppedError after SIGTERM or SIGINT.
     """
-    config = with_whole_paths(config)
     store = Store(config.run.out)
     tally = Tally(store.url, on_progress)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.manifests.schema import Resize, Size, StrictModel
+from dtpipe.manifests.store.paths import local_place, whole_if_there, whole_place
 
 
 class EvalConfig(StrictModel):
@@ -62,6 +63,10 @@ class EvalConfig(StrictModel):
     out: str | None = Field(default=None, description="JSON file to write; default: eval/TASK.json in the run folder.")
     probe: ProbeConfig = ProbeConfig()
 
+    _whole = field_validator("images", "masks", "test_images", "test_masks")(whole_place)
+    _whole_teacher = field_validator("teacher")(whole_if_there)
+    _local = field_validator("checkpoint", "against", "out")(local_place)
+
     @model_validator(mode="after")
     def _masks_go_together(self) -> EvalConfig:
         if self.test_images and (self.masks is None) != (self.test_masks is None):
@@ -76,6 +81,8 @@ class ExportConfig(StrictModel):
     out: str = Field(description="Folder to write: model.safetensors, config.json and export.yaml, these settings.")
     layout: str = Field(default="timm", description="Which library loads it; `dtpipe list exports` names them.")
 
+    _local = field_validator("checkpoint", "out")(local_place)
+
 
 class ReportConfig(StrictModel):
     """What the page about a run shows."""
@@ -87,6 +94,9 @@ class ReportConfig(StrictModel):
     num_samples: int = Field(default=16, ge=1, le=256, description="Samples drawn from the teacher.")
     sample_steps: int = Field(default=50, ge=1, description="Denoising steps per sample.")
     seed: int = Field(default=0, ge=0, description="Seed of the samples and of the choice of images.")
+
+    _whole_teacher = field_validator("teacher")(whole_if_there)
+    _local = field_validator("run", "out")(local_place)
 
 
 class DemoConfig(StrictModel):
@@ -105,3 +115,7 @@ class DemoConfig(StrictModel):
     teacher_steps: int = Field(default=600, ge=1, description="Training steps of the teacher for --images.")
     workers: int = Field(default=2, ge=1, description="Ray workers of the extraction.")
     seed: int = Field(default=0, ge=0, description="Seed of scenes, order, noise and initial weights.")
+
+    _whole = field_validator("images")(whole_place)
+    _whole_teacher = field_validator("teacher")(whole_if_there)
+    _local = field_validator("out")(local_place)

@@ -5,11 +5,13 @@ A checkpoint holds them as JSON: a new field needs a default under which older c
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dtpipe.manifests.schema import ErrorBudget, Filter, Resize, Settings, Size, height_width
+from dtpipe.manifests.store.paths import local_place, whole_place
 
 
 class TrainTeacherRun(ErrorBudget):
@@ -34,12 +36,7 @@ class TrainTeacherRun(ErrorBudget):
     num_samples: int = Field(default=16, ge=1, le=256, description="Images of the sample grid.")
     sample_steps: int = Field(default=100, ge=1, description="DDIM steps of the sample grid.")
 
-    @field_validator("out")
-    @classmethod
-    def _a_folder(cls, out: str) -> str:
-        if "://" in out:
-            raise ValueError(f" is {out}; train into a local or mounted folder and copy the teacher from there")
-        return out
+    _local = field_validator("out")(local_place)
 
 
 class TeacherRecipeConfig(Settings):
@@ -95,6 +92,14 @@ class TeacherRecipeConfig(Settings):
         default="float32",
         description="Arithmetic of the network in training, by autocast, weights stay float32; float16 needs a GPU.",
     )
+
+    _whole = field_validator("images", "init_from")(whole_place)
+
+    @classmethod
+    def identity_of(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """As of all settings; older runs recorded `init_from` as it was given."""
+        identity = super().identity_of(record)
+        return {**identity, "init_from": whole_place(identity.get("init_from"))}
 
     @property
     def image_px(self) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes, urlsplit
 from dtpipe.extract.sources.names import extension, is_hidden, key_of
 from dtpipe.extract.sources.web import find_links, is_web, plain_path
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError, MissingPackageError, UnreachableError
+from dtpipe.manifests.store.paths import path_on_disk
 from dtpipe.manifests.store.reading import PatientFiles
 from dtpipe.manifests.store.reasons import reason_of
 
@@ -81,12 +82,11 @@ class Place:
 
 def open_place(url: str) -> Place:
     """Look at a URL. Raises: InputError or MissingPackageError when its file system cannot be used."""
-    from fsspec.core import url_to_fs
-    from fsspec.utils import get_protocol
+    from fsspec.implementations.local import LocalFileSystem
 
     with _looking_at(url):
-        if "::" not in url and get_protocol(url) in ("file", "local"):
-            fs, path = url_to_fs(url)
+        if (local := path_on_disk(url)) is not None:
+            fs, path = LocalFileSystem(), str(local)
             return Place(url, fs, path, True, fs.isdir(path), fs.isfile(path))
         files = PatientFiles(url)
         return Place(url, files, files.path, False, files.isdir(files.path), files.isfile(files.path))

@@ -10,11 +10,11 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, MissingObjectError, StoreError
 from dtpipe.manifests.store.local import LocalFiles, ObjectStat, is_temporary
+from dtpipe.manifests.store.paths import path_on_disk
 from dtpipe.manifests.store.patience import LOCAL_PATIENCE, Patience
 from dtpipe.manifests.store.reasons import NO_STORE, Reason, reason_of
 from dtpipe.manifests.store.remote import RemoteFiles
@@ -43,7 +43,7 @@ class Store:
 
     def __init__(self, url: str | os.PathLike[str], patience: Patience | None = None) -> None:
         """`patience`: deadlines; by default those of `store.patience` for object stores or for disks."""
-        self.local = _local_path(os.fspath(url))
+        self.local = path_on_disk(os.fspath(url))
         self.url = str(self.local) if self.local else os.fspath(url).rstrip("/")
         self._patience = patience
         self._files: _Files = (
@@ -244,9 +244,3 @@ _IGNORES_CREATE = (
     "the store ignores put-if-absent (S3: needs s3fs >= 2025.7 and a server that honours If-None-Match), "
     "so two writers could not be told apart"
 )
-
-
-def _local_path(url: str) -> Path | None:
-    if "::" in url or ("://" in url and not url.startswith(("file://", "local://"))):
-        return None
-    return Path(url.removeprefix("file://").removeprefix("local://")).expanduser().absolute()

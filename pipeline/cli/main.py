@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 
 import click
 
-from dtpipe.manifests.errors import DtpipeError
+from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.store.faults import FAULT_VARIABLE, arm_spec
+from dtpipe.manifests.store.paths import refuse_unwritable
 from dtpipe.pipeline.cli.streams import keep_streams
 
 COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe --help`), in the order of use
@@ -78,6 +79,7 @@ class DtpipeGroup(click.Group):
             return super().main(args, prog_name or "dtpipe", complete_var, False, **extra)
         keep_streams()
         try:
+            _refuse_odd(sys.argv[1:] if args is None else args)
             arm_spec(
                 os.environ.get(FAULT_VARIABLE, "")
             )  # of tests of crashes; the environment is read here and nowhere else
@@ -85,6 +87,15 @@ class DtpipeGroup(click.Group):
         except BaseException as err:
             _leave(err)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def _refuse_odd(args: Sequence[str]) -> None:
+    """Arguments that no record of the command can hold. Raises: ConfigError."""
+    for arg in args:
+        try:
+            refuse_unwritable(arg)
+        except ValueError as err:
+            raise ConfigError(f"an argument{err}") from err
 
 
 def _leave(err: BaseException) -> NoReturn:

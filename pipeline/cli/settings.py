@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from dtpipe.manifests.documents import Refusal, parse_yaml, read_utf8
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.store.paths import path_on_disk
 
 _DOCUMENT = Refusal(ConfigError, "give a YAML file of settings, or the name of a preset")
 SECTIONS = {
@@ -114,7 +115,7 @@ def check_key(key: str, where: str) -> FieldInfo:
 def parse_value(text: str, field: FieldInfo, where: str) -> Any:
     """A value from the command line: YAML, plain text where the field holds text, and `5,20` where it holds a tuple."""
     kinds = _alternatives(field.annotation)
-    if str in kinds and text not in ("null", "~"):
+    if str in kinds and text != "null":  # `~` is the home folder here
         return text
     many = any(get_origin(kind) is tuple for kind in kinds)
     if many and "," in text and not text.lstrip().startswith("["):
@@ -148,7 +149,7 @@ def _preset_text(name: str) -> str:
 
 
 def _read_document(name: str) -> str:
-    path, is_preset = Path(name), name in preset_names()
+    path, is_preset = path_on_disk(name) or Path(name), name in preset_names()
     if os.path.lexists(path) and not (is_preset and path.is_dir()):
         return read_utf8(path, _DOCUMENT, f"-c {name}")
     if is_preset:

@@ -23,7 +23,7 @@ from dtpipe.distill.stream.data import OpenedData, rows_record
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.device import pick_device
-from dtpipe.extract.recipe import list_source, make_recipe, with_whole_paths
+from dtpipe.extract.recipe import list_source, make_recipe
 from dtpipe.extract.shards.reader import ImageReader
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.teachers.registry import load_teacher
@@ -120,7 +120,7 @@ class LiveData:
 
     def _open(self, config: DistillConfig, find_bad: FindBad) -> OpenedData:
         noise = self.extract.noise.model_copy(update={"draws": 1})  # none is stored, so views are those of one draw
-        extract, run = with_whole_paths(self.extract.model_copy(update={"noise": noise})), Path(config.run.out)
+        extract, run = self.extract.model_copy(update={"noise": noise}), Path(config.run.out)
         reader, opened = _open_reader(extract, pick_device(config.run.device))
         recipe = opened.recipe
         listing = {"num": len(reader.listing), "keys_blake3": blake3_hex("\n".join(reader.listing.keys).encode())}

@@ -6,6 +6,7 @@ Everything is read through `FeatureDataset`, so a damaged dataset fails here as 
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from dtpipe.manifests.layout.tables import SHARDS_FILE, SHARDS_SCHEMA, decode_ta
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
+from dtpipe.manifests.store.paths import local_place
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entries
 from dtpipe.manifests.write.plan import SOURCE_SEEN, plan_digest
@@ -100,7 +102,7 @@ def render_sample(url: str, key: str, png_path: str | Path) -> Path:
     title = key if label is None else f"{key}   label {label}"
     buffer = io.BytesIO()
     draw_sample(title, image, views, dataset.recipe.levels, levels).save(buffer, "PNG")
-    return _write(Path(png_path), buffer.getvalue())
+    return _write(Path(local_place(os.fspath(png_path))), buffer.getvalue())
 
 
 def draw_sample(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.recipe import list_source, whole_path
+from dtpipe.extract.recipe import list_source
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.task import WorkerContext
 from dtpipe.extract.sources.base import SourceItem
@@ -110,8 +110,6 @@ def test_workers_in_other_folders_get_whole_paths(
         run_extraction(config)
     seen_job = seen[0].job
     assert (seen_job.images, seen[0].out, seen_job.teacher.path) == (whole.images, whole.run.out, whole.teacher.path)
-    assert whole_path("s3://bucket/photos") == "s3://bucket/photos"
-    assert whole_path("google/ddpm-celebahq-256") == "google/ddpm-celebahq-256"  # no such folder here: a hub id
 
 
 def test_command_and_settings_stand_in_plan_and_manifest(make_config: MakeConfig) -> None:

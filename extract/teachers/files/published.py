@@ -23,10 +23,11 @@ from blake3 import blake3
 from pydantic import Field
 
 from dtpipe.extract.teachers.files.refusals import disguise_of
-from dtpipe.extract.teachers.files.remote import fetch_remote, is_url
+from dtpipe.extract.teachers.files.remote import fetch_remote
 from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.schema import StrictModel
+from dtpipe.manifests.store.paths import is_url, path_on_disk
 from dtpipe.manifests.store.publish import unique_temporary, whole_file
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _place(published: PublishedTeacher, config: TeacherConfig) -> tuple[str, str
 
 def cache_folder() -> Path:
     """Where fetched checkpoints lie."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dtpipe") / "teachers"
+    return (path_on_disk(os.environ.get(CACHE_VARIABLE) or "~/.cache/dtpipe") or Path()) / "teachers"
 
 
 def fetch(published: PublishedTeacher) -> Path:

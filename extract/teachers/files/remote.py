@@ -21,11 +21,6 @@ from dtpipe.manifests.store.reasons import reason_of
 _IDENTITY = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
 
 
-def is_url(path: str) -> bool:
-    """True for `protocol://..`; a bare path or a hub id is none."""
-    return "://" in path
-
-
 def fetch_remote(url: str, cache: Path) -> Path:
     """The local copy of a file or folder.
 

@@ -1,0 +1,59 @@
+"""Places as people write them on a command line: `~`, `::`, relative paths, names that are not UTF-8."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from dtpipe.pipeline.cli.main import COMMANDS, main
+
+SMALL = ["--student", "resnet10t", "--batch-size", "4", "--epochs", "1", "-s", "distill.regressor.width=8"]
+
+
+def run(*args: object) -> str:
+    """The output of a command that must end well."""
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_home_double_colons_and_relative_paths_in_every_command(
+    tmp_path: Path, image_folder: Path, ddpm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "elsewhere").mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image_folder.rename(work / "a::b")
+    (tmp_path / "teacher").symlink_to(ddpm)
+    keys = sorted(path.relative_to(work / "a::b").as_posix() for path in (work / "a::b").rglob("*.png"))[:4]
+    (tmp_path / "keys").write_text("\n".join(keys))
+    (tmp_path / "mine.yaml").write_text("extract:\n  keys: ~/keys\n  run: {inline: true}\n")
+    run("extract", "-c", "~/mine.yaml", "--images=a::b", "--teacher=~/teacher", "--out=~/c::d")
+    assert "4 ok" in run("inspect", "~/c::d")
+    assert "nothing is wrong" in run("verify", "../c::d", "--level", "recompute", "--rows", "1", "--teacher=~/teacher")
+    run("distill", "../c::d", "--out=e::f", *SMALL)
+    stored = yaml.safe_load((work / "e::f" / "config.yaml").read_text())["distill"]
+    assert stored["datasets"] == [f"{tmp_path}/c::d"]
+    monkeypatch.chdir(work / "elsewhere")
+    probe = ["-s", "eval.probe.max_iter=2", "--seeds", 1, "--labelled", "all", "--limit", 4]
+    run("eval", "../e::f", "probe", "--images=~/work/a::b", "--teacher=~/teacher", "--out=~/scores.json", *probe)
+    assert (tmp_path / "scores.json").is_file()
+    run("export", "~/work/e::f", "--out=~/g::h")
+    assert (tmp_path / "g::h" / "model.safetensors").is_file()
+    assert "left out" not in run("report", "../e::f", "--out=~/page.html", "--num-images", 1)
+    run("inspect", "~/c::d", "--sample", keys[0], "--png=~/cat.png")
+    assert (tmp_path / "cat.png").is_file()
+    assert not list(work.rglob("~*"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_argument_that_is_not_utf8_is_named(command: str) -> None:
+    result = CliRunner().invoke(main, [command, os.fsdecode(b"--images=/caf\xe9")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(r"error: an argument is --images=/caf\xe9, which is not UTF-8; rename it, or ")
