@@ -29,6 +29,7 @@ from dtpipe.manifests.errors import DivergedError
 from dtpipe.manifests.stopping import StopRequest
 
 _NUM_KEYS_SHOWN = 8
+_TELLING_STEPS = 5  # fewer say nothing of where time goes: the first waits for what later ones find ready
 
 
 def run(
@@ -197,7 +198,7 @@ def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgres
         throughput_img_s=meter.num_images / spent,
         remaining_s=(course.num_steps - loop.step) * spent / meter.num_steps,
         shares=spent_on,
-        advice=course.advice(spent_on),
+        advice=course.advice(spent_on) if meter.num_steps >= _TELLING_STEPS else None,
     )
     folder.log(progress.record())
     if on_progress is not None:

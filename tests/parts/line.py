@@ -33,7 +33,7 @@ class LineRun(StrictModel):
     log_every: int = 1
     save_every: int = 4
     num_kept: int = 0
-    max_s: float = float("inf")
+    max_s: float = 1e9
     poisoned: int | None = None
     """A row whose target is not finite."""
 
@@ -76,6 +76,7 @@ class Line:
             save_every=config.run.save_every,
             num_kept=config.run.num_kept,
             max_s=config.run.max_s,
+            advice=lambda _shares: "read faster",
             remedy="straighten it",
         )
         rng = np.random.default_rng(7)

@@ -76,6 +76,16 @@ def test_a_run_fits_reports_and_leaves_its_folder(config):
     assert load_checkpoint(result.run_dir / "checkpoints" / "epoch-00003.pt", KIND)["step"] == 180
 
 
+def test_advice_is_given_of_reports_that_span_several_steps_alone(config):
+    """The first of few steps waits for what later ones find ready."""
+    fit(changed(config, num_steps=13, log_every=6))
+    assert [(line["step"], line.get("advice")) for line in read_metrics(Path(config.run.out))] == [
+        (6, "read faster"),
+        (12, "read faster"),
+        (13, None),
+    ]
+
+
 def test_a_finished_run_is_left_alone(config):
     first = fit(config)
     before = first.checkpoint.read_bytes()
