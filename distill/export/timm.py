@@ -1,4 +1,4 @@
-"""Exports that timm loads, by `checkpoint_path` or from the folder as `local-dir:`."""
+"""Exports that timm loads, by `checkpoint_path` or from the folder as `local-dir:`; transformers reads it too."""
 
 from __future__ import annotations
 
@@ -33,4 +33,10 @@ def snippet(path: Path, student: Student) -> str:
     return f"import timm\nmodel = timm.create_model({arguments})\n"
 
 
-FORMAT = ExportFormat("timm", "timm.create_model loads it, any student", check, reload, snippet)
+def finetune(path: Path, _student: Student) -> str:
+    """timm's own way with a folder; `in_chans=1` and the like work too."""
+    name = f"local-dir:{path.parent}"
+    return f"import timm\nmodel = timm.create_model({name!r}, pretrained=True, num_classes=5)\n"
+
+
+FORMAT = ExportFormat("timm", "timm and transformers load it, any student", check, reload, snippet, finetune)

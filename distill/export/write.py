@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,15 @@ from torch import Tensor, nn
 
 from dtpipe.distill.export.base import Reloaded
 from dtpipe.distill.export.registry import EXPORTS
-from dtpipe.distill.student.load import STUDENT_KEY, WEIGHTS, load_student
-from dtpipe.distill.student.student import Student, model_options, spec_to_dict, student_name
+from dtpipe.distill.student.load import NAMES_KEY, STUDENT_KEY, WEIGHTS, load_student
+from dtpipe.distill.student.student import (
+    Student,
+    architecture,
+    model_options,
+    normalisation,
+    spec_to_dict,
+    student_name,
+)
 from dtpipe.manifests.errors import ConfigError, ExportError
 from dtpipe.manifests.store.publish import whole_file, write_whole
 
@@ -41,6 +49,8 @@ class ExportResult:
     """Parameters of the full timm model that the student does not have, at their initial values."""
     snippet: str
     """Python that loads it."""
+    finetune: str
+    """Python that loads it with a new classifier of five classes."""
 
 
 def export_student(checkpoint: str | Path, out: str | Path, layout: str = "timm", ema: bool = True) -> ExportResult:
@@ -54,13 +64,16 @@ def export_student(checkpoint: str | Path, out: str | Path, layout: str = "timm"
     library, student = EXPORTS[layout], load_student(checkpoint, ema)
     library.check(student)
     weights, untrained = full_weights(student)
-    out = Path(out)
-    with whole_file(out / WEIGHTS, f".{os.getpid()}.{WEIGHTS}") as temporary:  # timm and load_file go by the suffix
-        save_file(weights, temporary, metadata=_metadata(student, layout))
+    renamed = {name: library.rename(name, weight, student) for name, weight in weights.items()}
+    names = {theirs: name for name, (theirs, _) in renamed.items() if theirs != name}
+    path = Path(out) / WEIGHTS
+    with whole_file(path, f".{os.getpid()}.{WEIGHTS}") as temporary:  # timm and load_file go by the suffix
+        save_file(dict(renamed.values()), temporary, metadata=_metadata(student, layout, names))
         difference = compare(student, library.reload(temporary, student))
-        write_whole(out / "config.json", json.dumps(_hub_config(student), indent=2) + "\n")
-    count = sum(tensor.numel() for tensor in weights.values())
-    return ExportResult(out / WEIGHTS, layout, count, difference, untrained, library.snippet(out / WEIGHTS, student))
+        config = _input_config(student) if names else _hub_config(student)
+        write_whole(path.parent / "config.json", json.dumps(config, indent=2) + "\n")
+    count, code = sum(tensor.numel() for tensor in weights.values()), library.snippet(path, student)
+    return ExportResult(path, layout, count, difference, untrained, code, library.finetune(path, student))
 
 
 def full_weights(student: Student) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -114,21 +127,30 @@ def _full_model(student: Student) -> nn.Module:
     return model.eval()
 
 
-def _metadata(student: Student, layout: str) -> dict[str, str]:
-    return {"format": "pt", "layout": layout, STUDENT_KEY: json.dumps(spec_to_dict(student.spec))}
+def _metadata(student: Student, layout: str, names: Mapping[str, str]) -> dict[str, str]:
+    own = {STUDENT_KEY: json.dumps(spec_to_dict(student.spec)), NAMES_KEY: json.dumps(names)}
+    return {"format": "pt", "layout": layout, **own}
+
+
+def _input_config(student: Student) -> dict[str, Any]:
+    """Which images the model takes."""
+    mean, std = normalisation(student.spec.name)
+    return {"input_size": (3, *student.spec.image_px), "mean": mean, "std": std}
 
 
 def _hub_config(student: Student) -> dict[str, Any]:
-    """config.json as timm's hub and `local-dir:` loaders read it."""
-    height, width = student.spec.image_px
+    """config.json as `local-dir:`, timm's hub and transformers read it.
+
+    `classifier` and `first_conv` name the layers that they leave out or convert for another number of classes or of
+    channels.
+    """
+    full: Any = _full_model(student)
+    ours = {**_input_config(student), "num_classes": 0, "pool_size": None}
+    kept = ("fixed_input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier")
     return {
-        "architecture": student.spec.name,
+        "architecture": architecture(student.spec.name),
         "num_classes": 0,
+        "num_features": full.num_features,
         "model_args": model_options(student.spec),
-        "pretrained_cfg": {
-            "input_size": [3, height, width],
-            "mean": student.mean.flatten().tolist(),
-            "std": student.std.flatten().tolist(),
-            "num_classes": 0,
-        },
+        "pretrained_cfg": {name: full.pretrained_cfg[name] for name in kept if name in full.pretrained_cfg} | ours,
     }

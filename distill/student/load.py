@@ -18,6 +18,8 @@ WEIGHTS = "model.safetensors"
 """An export's weights inside its folder."""
 STUDENT_KEY = "dtpipe_student"
 """Where an export's metadata has the student's spec, as JSON."""
+NAMES_KEY = "dtpipe_names"
+"""Where it has timm's names of weights that the file names otherwise, as JSON."""
 
 
 def load_student(path: str | Path, ema: bool = True) -> Student:
@@ -60,9 +62,13 @@ def _from_export(path: Path) -> Student:
     if STUDENT_KEY not in metadata:
         raise InputError(f"{path}: holds no student of dtpipe; give a run folder, its last.pt or an export")
     student = build_student(_spec_of(metadata[STUDENT_KEY], path))
-    own = student.net.state_dict()
-    named = {student_name(name, own): tensor for name, tensor in weights.items()}
-    student.net.load_state_dict({alias: tensor for alias, tensor in named.items() if alias is not None})
+    own, names = student.net.state_dict(), _timm_names(metadata.get(NAMES_KEY, "{}"), path)
+    named = {student_name(names.get(name, name), own): tensor for name, tensor in weights.items()}
+    try:
+        state = {alias: tensor.view_as(own[alias]) for alias, tensor in named.items() if alias is not None}
+        student.net.load_state_dict(state)
+    except RuntimeError as err:
+        raise DamagedDataError(f"{path}: its weights are not those of {student.spec.name}; export again") from err
     return student.eval()
 
 
@@ -75,3 +81,13 @@ def _spec_of(text: str, path: Path) -> StudentSpec:
         return spec_from_dict(values)
     except (KeyError, TypeError, ValueError) as err:
         raise refusal.of(where, f"is no description of a student ({err})") from err
+
+
+def _timm_names(text: str, path: Path) -> dict[str, str]:
+    """timm's names by those of the file. Raises: DamagedDataError."""
+    refusal = Refusal(DamagedDataError, "export again")
+    where = f"{path}: its metadata {NAMES_KEY}"
+    names = parse_json(text, where, refusal)
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise refusal.of(where, "is no table of names")
+    return names

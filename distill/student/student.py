@@ -110,8 +110,13 @@ def build_student(spec: StudentSpec, pretrained: bool = False) -> Student:
         )
     net = _features_only(spec, pretrained)
     _check_patches(spec, net)
-    cfg = timm.get_pretrained_cfg(spec.name)
-    return Student(spec, net, cfg.mean if cfg else IMAGENET_DEFAULT_MEAN, cfg.std if cfg else IMAGENET_DEFAULT_STD)
+    return Student(spec, net, *normalisation(spec.name))
+
+
+def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of [0, 1] images that timm lists for a model, or ImageNet's."""
+    cfg = timm.get_pretrained_cfg(name)
+    return (cfg.mean, cfg.std) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def _features_only(spec: StudentSpec, pretrained: bool) -> nn.Module:
@@ -138,6 +143,11 @@ def _check_patches(spec: StudentSpec, net: nn.Module) -> None:
             f"student {spec.name} has patches of {patch} px, which do not divide its images of "
             f"{spec.image_px[0]}x{spec.image_px[1]} px; give -s distill.student_px=[{height},{width}]"
         )
+
+
+def architecture(name: str) -> str:
+    """timm's name without the tag of published weights: `resnet50` of `resnet50.a1_in1k`."""
+    return name.partition(".")[0]
 
 
 def model_options(spec: StudentSpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`dtpipe export`: a student for timm or torchvision."""
+"""`dtpipe export`: a student for timm, transformers or torchvision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ dtpipe export runs/r50 --out r50-tv/ --layout torchvision
 
 @settings_command("export", FLAGS, EXAMPLE, dry_run=False)
 def command(call: Call) -> None:
-    """Write a student as safetensors that timm or torchvision loads without dtpipe.
+    """Write a student as safetensors that timm, transformers or torchvision loads without dtpipe.
 
     The file is loaded again and compared with the student before success is reported.
     """
@@ -42,4 +42,5 @@ def command(call: Call) -> None:
     if result.untrained:
         call.console.result(f"at initial values: {', '.join(result.untrained)}")
     call.console.result(f"to load it:\n\n{result.snippet}")
+    call.console.result(f"to fine-tune it on five classes:\n\n{result.finetune}")
     call.console.document(result)

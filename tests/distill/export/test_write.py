@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
 from dtpipe.distill.export import write as export
@@ -19,42 +23,145 @@ from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, ExportError, InputError
 from parts.memory import write_student
 
+PX = {"test_vit": (48, 64), "convnext_tiny": (32, 32)}
+EXPORTED = [  # one of each kind of torchvision's blocks, a name with a tag, a model that is tied to one image size
+    ("resnet10t.c3_in1k", "timm"),
+    ("test_convnext", "timm"),
+    ("test_vit", "timm"),
+    ("resnet18", "torchvision"),
+    ("resnet50", "torchvision"),
+    ("convnext_tiny", "torchvision"),
+]
+TRANSFORMERS = """
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained({folder!r}, num_labels=5)
+"""
 ALONE = """
-import sys
+import json, sys
 sys.modules["dtpipe"] = None  # importing it would raise
 import torch
-images = torch.load(sys.argv[1], weights_only=True)
-pooled = {}
+from safetensors.torch import load_file
+
+def tune(model, file, px, channels=3, prefix=""):
+    "What the model has of the file, and its losses on ten images of five classes."
+    torch.manual_seed(0)
+    weights = {prefix + name: weight for name, weight in load_file(file).items()}
+    own = model.state_dict()
+    other = [name for name, weight in weights.items() if not torch.equal(own[name], weight)]
+    first = own[other[0]].clone() if other else None
+    images, labels, losses = torch.randn(10, channels, *px), torch.arange(10) % 5, []
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
+    for _ in range(5):
+        logits = model(images)
+        loss = torch.nn.functional.cross_entropy(getattr(logits, "logits", logits), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return {"other": other, "first": first, "new": sorted(set(own) - set(weights)), "losses": losses}
+
+images, pooled, tuned = torch.load(sys.argv[1], weights_only=True), {}, {}
 """
-EACH = """
+POOLED = """
 {snippet}
 with torch.no_grad():
-    pooled[{name!r}] = model.eval()(images)
+    pooled[{name!r}] = model.eval()(images[{name!r}])
+"""
+TUNED = """
+{code}
+tuned[{case!r}] = tune(model, {file!r}, {px!r}, {channels!r}, {prefix!r})
 """
 
 
-def test_snippets_load_exports_in_a_process_without_dtpipe(tmp_path):
-    """Their pooled output is the mean of the student's last level."""
-    names = {
-        "resnet10t": "timm",
-        "resnet18": "torchvision",
-        "resnet50": "torchvision",
-    }  # both kinds of torchvision's blocks
-    code, images = ALONE, torch.rand(2, 3, 64, 64)
-    for name, layout in names.items():
-        result = export_student(write_student(tmp_path / name / "last.pt", name), tmp_path / "export" / name, layout)
-        assert result.untrained == ()
-        code += EACH.format(snippet=result.snippet, name=name)
-    torch.save(images, tmp_path / "in.pt")
-    code += "torch.save(pooled, sys.argv[2])\n"
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")], check=True, cwd=tmp_path
-    )
-    pooled = torch.load(tmp_path / "out.pt", weights_only=True)
-    for name in names:
-        with torch.no_grad():
-            expected = load_student(tmp_path / name).net(images)[-1].mean(dim=(2, 3))
-        torch.testing.assert_close(pooled[name], expected, rtol=1e-4, atol=1e-5)
+@dataclass(frozen=True)
+class Elsewhere:
+    """What a process without dtpipe made of the exports."""
+
+    root: Path
+    images: dict[str, torch.Tensor]
+    pooled: dict[str, torch.Tensor]
+    tuned: dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    """One process for all: imports cost more than training."""
+    root, code, images = tmp_path_factory.mktemp("ex ports"), ALONE, {}
+    for name, layout in EXPORTED:
+        px, folder = PX.get(name, (64, 64)), root / name / "export"
+        result = export_student(write_student(root / name / "last.pt", name, px), folder, layout)
+        assert set(result.untrained) <= {"head.norm.weight", "head.norm.bias", "norm.weight", "norm.bias"}
+        images[name] = torch.rand(2, 3, *px)
+        tuned = {"file": str(result.path), "px": px, "channels": 3, "prefix": ""}
+        code += POOLED.format(snippet=result.snippet, name=name)
+        code += TUNED.format(code=result.finetune, case=name, **tuned)
+        if layout == "timm":
+            grey = result.finetune.replace("num_classes=5", "num_classes=5, in_chans=1")
+            code += TUNED.format(code=grey, case=f"{name} grey", **{**tuned, "channels": 1})
+    folder = root / "test_convnext" / "export"
+    hub = {"file": str(folder / "model.safetensors"), "px": (64, 64), "channels": 3, "prefix": "timm_model."}
+    code += TUNED.format(code=TRANSFORMERS.format(folder=str(folder)), case="transformers", **hub)
+    torch.save(images, root / "in.pt")
+    code += "torch.save((pooled, tuned), sys.argv[2])\n"
+    subprocess.run([sys.executable, "-c", code, str(root / "in.pt"), str(root / "out.pt")], check=True, cwd=root)
+    return Elsewhere(root, images, *torch.load(root / "out.pt", weights_only=True))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, _ in EXPORTED if name not in ("test_vit", "convnext_tiny", "test_convnext")]
+)
+def test_snippets_load_exports_in_a_process_without_dtpipe(name: str, elsewhere: Elsewhere) -> None:
+    """Their pooled output is the mean of the student's last level, where no norm comes after it."""
+    with torch.no_grad():
+        expected = load_student(elsewhere.root / name).net(elsewhere.images[name])[-1].mean(dim=(2, 3))
+    torch.testing.assert_close(elsewhere.pooled[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "first_conv"),
+    [(name, None) for name, _ in EXPORTED]
+    + [("transformers", None), ("resnet10t.c3_in1k grey", "conv1.0"), ("test_convnext grey", "stem.0")]
+    + [("test_vit grey", "patch_embed.proj")],
+)
+def test_exports_are_fine_tuned_elsewhere_on_other_classes_and_channels(
+    case: str, first_conv: str | None, elsewhere: Elsewhere
+) -> None:
+    """All trained weights are there, those of the first convolution summed over colours; only a classifier is new."""
+    tuned = elsewhere.tuned[case]
+    assert {part.split(".")[-2] for part in tuned["new"]} <= {"fc", "head", "2"} and len(tuned["new"]) == 2
+    assert tuned["losses"][-1] < 0.8 * tuned["losses"][0]
+    assert tuned["other"] == ([f"{first_conv}.weight"] if first_conv else [])
+    if first_conv:
+        colour = load_file(elsewhere.root / case.removesuffix(" grey") / "export" / "model.safetensors")
+        torch.testing.assert_close(tuned["first"], colour[f"{first_conv}.weight"].sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", ["resnet10t.c3_in1k", "test_vit"])
+def test_timms_local_dir_loader_gives_the_levels_and_the_normalisation(name: str, elsewhere: Elsewhere) -> None:
+    folder, student = elsewhere.root / name / "export", load_student(elsewhere.root / name)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    with torch.no_grad():
+        levels = zip(model(elsewhere.images[name]), student.net(elsewhere.images[name]), strict=True)
+        assert all(torch.equal(theirs, own) for theirs, own in levels)
+    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    half, imagenet = [0.5, 0.5, 0.5], ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert (config["mean"], config["std"]) == ((half, half) if name == "test_vit" else imagenet)  # to the last digit
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "resnet18", "test_vit"])
+def test_load_student_reads_exports(name: str, elsewhere: Elsewhere) -> None:
+    trained, folder = load_student(elsewhere.root / name), elsewhere.root / name / "export"
+    for path in (folder, folder / "model.safetensors"):
+        again = load_student(path)
+        images = elsewhere.images[name]
+        assert all(torch.equal(a, b) for a, b in zip(trained(images), again(images), strict=True))
+
+
+def test_a_folder_in_torchvisions_names_is_not_taken_for_timms(elsewhere: Elsewhere) -> None:
+    folder = elsewhere.root / "convnext_tiny" / "export"
+    assert set(json.loads((folder / "config.json").read_text())) == {"input_size", "mean", "std"}
+    own = set(torchvision.models.convnext_tiny().state_dict())
+    assert own - set(load_file(folder / "model.safetensors")) == {"classifier.2.weight", "classifier.2.bias"}
 
 
 @pytest.mark.parametrize(
@@ -87,31 +194,6 @@ def test_intermediates_of_the_full_model_are_the_students_levels(tmp_path, name,
         part.startswith(("norm", "head", "conv_head", "fc_norm", "downsamp_modules", "final_layer"))
         for part in result.untrained
     )
-
-
-def test_timms_local_dir_loader_reads_the_folder(tmp_path):
-    export_student(write_student(tmp_path / "last.pt", "resnet10t"), tmp_path / "export")
-    model = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True, num_classes=0)
-    assert torch.equal(model.conv1[0].weight, load_student(tmp_path).net.conv1[0].weight)
-    assert model.pretrained_cfg["mean"] == pytest.approx([0.485, 0.456, 0.406])
-
-
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("resnet18", "torchvision"),
-        ("convnext_atto", "timm"),
-        ("test_vit", "timm"),
-        ("swin_tiny_patch4_window7_224", "timm"),
-    ],
-)
-def test_load_student_reads_exports(tmp_path, name, layout):
-    write_student(tmp_path / "run" / "last.pt", name)
-    result = export_student(tmp_path / "run", tmp_path / "export", layout)
-    trained, images = load_student(tmp_path / "run"), torch.rand(2, 3, 64, 64)
-    for path in (tmp_path / "export", result.path):
-        again = load_student(path)
-        assert all(torch.equal(a, b) for a, b in zip(trained(images), again(images), strict=True))
 
 
 def test_an_unknown_layout_is_refused_with_the_choices(tmp_path):
@@ -172,6 +254,20 @@ def test_the_check_of_an_export_sees_every_tensor(tmp_path, name, layout):
     assert export.compare(student, reloaded) < 1e-3  # all are back
 
 
+def test_blocks_of_one_shape_keep_their_places_in_torchvisions_names(tmp_path):
+    """The last stage of ConvNeXt has three; what its blocks add counts, as it does not right after initialisation."""
+    student, path, saved = perturbed("convnext_tiny"), tmp_path / "model.safetensors", EXPORTS["torchvision"]
+    weights, _ = export.full_weights(student)
+    theirs = dict(saved.rename(name, weight, student) for name, weight in weights.items())
+    save_file(theirs, path)
+    assert export.compare(student, saved.reload(path, student)) < 1e-2
+    first, second = (f"features.7.{block}.block.3.weight" for block in (0, 1))
+    theirs[first], theirs[second] = theirs[second], theirs[first]
+    save_file(theirs, path)
+    with pytest.raises(ExportError, match="at stride 32"):
+        export.compare(student, saved.reload(path, student))
+
+
 def test_an_export_without_a_stage_of_a_levels_shape_is_refused():
     student = perturbed("resnet10t")
     with pytest.raises(ExportError, match="by inf at stride 8"):
@@ -185,10 +281,3 @@ def test_an_unknown_or_damaged_export_is_named(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(DamagedDataError, match=r"broken.safetensors"):
         load_student(tmp_path / "broken.safetensors")
-
-
-def test_the_weights_keep_the_names_of_the_library(tmp_path):
-    result = export_student(write_student(tmp_path / "last.pt", "resnet18"), tmp_path / "export")
-    assert set(load_file(result.path)) == set(timm.create_model("resnet18", num_classes=0).state_dict())
-    config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert config["architecture"] == "resnet18"

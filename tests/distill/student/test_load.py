@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import save_file
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.student.distiller import build_distiller, choose_levels, norms_for
-from dtpipe.distill.student.load import STUDENT_KEY, load_student
+from dtpipe.distill.student.load import NAMES_KEY, STUDENT_KEY, load_student
 from dtpipe.distill.student.student import StudentSpec, build_student, spec_from_dict, spec_to_dict
 from dtpipe.manifests.errors import ConfigError, DamagedDataError
 from parts.memory import level_spec, tiny_config, write_student
@@ -140,4 +142,21 @@ def test_an_export_whose_metadata_is_nonsense_is_damaged(tmp_path, metadata, wor
     with pytest.raises(
         DamagedDataError, match=rf"model.safetensors: its metadata dtpipe_student.* {words}.*export again"
     ):
+        load_student(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("[", "dtpipe_names is not readable as JSON"),
+        ("[1]", "dtpipe_names is no table of names"),
+        ('{"a": 1}', "dtpipe_names is no table of names"),
+        ("{}", "weights are not those of test_resnet"),
+        ('{"a": "conv1.weight"}', "weights are not those of test_resnet"),
+    ],
+)
+def test_an_export_of_other_names_or_weights_than_its_students_is_damaged(tmp_path, names, words):
+    spec = json.dumps(spec_to_dict(StudentSpec("test_resnet", 4, (32, 32))))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {STUDENT_KEY: spec, NAMES_KEY: names})
+    with pytest.raises(DamagedDataError, match=rf"model.safetensors: its .*{words}.*; export again"):
         load_student(tmp_path)
