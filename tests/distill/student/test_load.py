@@ -148,9 +148,9 @@ def test_an_export_whose_metadata_is_nonsense_is_damaged(tmp_path, metadata, wor
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ("[", "dtpipe_names is not readable as JSON"),
-        ("[1]", "dtpipe_names is no table of names"),
-        ('{"a": 1}', "dtpipe_names is no table of names"),
+        ("[", "dtpipe_names: is not readable as JSON"),
+        ("[1]", "dtpipe_names: is no table of names"),
+        ('{"a": 1}', "dtpipe_names: is no table of names"),
         ("{}", "weights are not those of test_resnet"),
         ('{"a": "conv1.weight"}', "weights are not those of test_resnet"),
     ],
