@@ -25,7 +25,7 @@ MAX_MODULES, MAX_LINES = 14, 400
 STILL_IN_CIRCLES: list[set[str]] = []
 BY_PROTOCOL = {
     ("EXAMPLE", "FLAGS", "HELP", "command"): "pipeline/commands/",
-    ("FORMAT", "check", "reload", "snippet"): "distill/export/",
+    ("FORMAT", "check", "finetune", "reload", "snippet"): "distill/export/",
     ("LOSS",): "distill/losses/",
     ("REGRESSOR",): "distill/student/regressors/",
     ("KIND",): "extract/",

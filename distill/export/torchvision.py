@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dtpipe.distill.export.base import ExportFormat, Reloaded
-from dtpipe.distill.student.student import Student, architecture
+from dtpipe.distill.student.student import Student, untagged
 from dtpipe.manifests.errors import ConfigError
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
@@ -24,16 +24,16 @@ _IN_BLOCK = {"conv_dw": "block.0", "norm": "block.2", "mlp.fc1": "block.3", "mlp
 
 def check(student: Student) -> None:
     """Raises: ConfigError for a student that torchvision has no like of."""
-    if architecture(student.spec.name) not in _NAMES:
+    if untagged(student.spec.name) not in _NAMES:
         raise ConfigError(
             f"student {student.spec.name} has no torchvision counterpart with the same layers; those with one are "
             f"{', '.join(_NAMES)}; export it in timm's layout"
         )
 
 
-def rename(name: str, weight: Tensor, student: Student) -> tuple[str, Tensor]:
+def to_torchvision(name: str, weight: Tensor, student: Student) -> tuple[str, Tensor]:
     """torchvision's name and shape of a weight of timm's full model."""
-    if architecture(student.spec.name) not in _CONVNEXTS:
+    if untagged(student.spec.name) not in _CONVNEXTS:
         return name, weight
     if name.endswith(".gamma"):
         return _convnext_name(name), weight.view(-1, 1, 1)
@@ -57,7 +57,7 @@ def _convnext_name(name: str) -> str:
 
 def reload(path: Path, student: Student) -> Reloaded:
     """The stem's modules and the stages, without pooling and classifier."""
-    name = architecture(student.spec.name)
+    name = untagged(student.spec.name)
     model: Any = getattr(torchvision.models, name)()
     if name in _CONVNEXTS:
         model.classifier[2] = nn.Identity()
@@ -78,7 +78,7 @@ def _outputs(modules: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
 
 def snippet(path: Path, student: Student) -> str:
     """torchvision's constructor and a state dict without classifier."""
-    name = architecture(student.spec.name)
+    name = untagged(student.spec.name)
     return (
         "import torch, torchvision\nfrom safetensors.torch import load_file\n"
         f"model = torchvision.models.{name}()\n{_head(name)} = torch.nn.Identity()\n"
@@ -88,7 +88,7 @@ def snippet(path: Path, student: Student) -> str:
 
 def finetune(path: Path, student: Student) -> str:
     """The same with a new classifier."""
-    name = architecture(student.spec.name)
+    name = untagged(student.spec.name)
     return f"{snippet(path, student)}{_head(name)} = torch.nn.Linear({student.channels[-1]}, 5)\n"
 
 
@@ -103,5 +103,5 @@ FORMAT = ExportFormat(
     reload,
     snippet,
     finetune,
-    rename,
+    to_torchvision,
 )

@@ -24,11 +24,11 @@ from dtpipe.distill.export.registry import EXPORTS
 from dtpipe.distill.student.load import NAMES_KEY, STUDENT_KEY, WEIGHTS, load_student
 from dtpipe.distill.student.student import (
     Student,
-    architecture,
     model_options,
     normalisation,
     spec_to_dict,
     student_name,
+    untagged,
 )
 from dtpipe.manifests.errors import ConfigError, ExportError
 from dtpipe.manifests.store.publish import whole_file, write_whole
@@ -148,7 +148,7 @@ def _hub_config(student: Student) -> dict[str, Any]:
     ours = {**_input_config(student), "num_classes": 0, "pool_size": None}
     kept = ("fixed_input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier")
     return {
-        "architecture": architecture(student.spec.name),
+        "architecture": untagged(student.spec.name),
         "num_classes": 0,
         "num_features": full.num_features,
         "model_args": model_options(student.spec),

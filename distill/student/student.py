@@ -145,7 +145,7 @@ def _check_patches(spec: StudentSpec, net: nn.Module) -> None:
         )
 
 
-def architecture(name: str) -> str:
+def untagged(name: str) -> str:
     """timm's name without the tag of published weights: `resnet50` of `resnet50.a1_in1k`."""
     return name.partition(".")[0]
 
