@@ -6,7 +6,6 @@ A check never raises; what it meets becomes a finding.
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import os
 import platform
 import shutil
@@ -121,28 +120,21 @@ def _disk() -> Iterator[Finding]:
 
 
 def _ray_address(address: str | None) -> Iterator[Finding]:
+    from dtpipe.extract.cluster.connection import ENVIRONMENT, connect, disconnect, joined
+    from dtpipe.extract.cluster.obstacles import check_local
+
+    named_by = "--ray-address" if address else ENVIRONMENT
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address:
-        yield Finding("ray cluster", "ok", "no address set: extract starts Ray on this machine")
-        return
-    import ray
-
-    from dtpipe.extract.cluster.connection import check_answers
-
     try:
-        check_answers(address)
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        num_nodes = len(ray.nodes())  # type: ignore[no-untyped-call]
-        yield Finding(
-            "ray cluster",
-            "ok",
-            f"{address}: {have.get('CPU', 0):.0f} CPUs, {have.get('GPU', 0):.0f} GPUs, {num_nodes} nodes",
-        )
-    except Exception as err:
-        yield Finding("ray cluster", "wrong", _line(err), "start it with `ray start --head`, or unset RAY_ADDRESS", 3)
-    finally:
-        ray.shutdown()
+        if not address:
+            check_local(os.environ)
+            yield Finding("ray cluster", "ok", "no address set: extract starts Ray on this machine")
+            return
+        connect(address, tell=False)
+        yield Finding("ray cluster", "ok", joined(address, named_by))
+        disconnect()
+    except DtpipeError as err:
+        yield Finding("ray cluster", "wrong", _line(err), exit_code=err.exit_code)
 
 
 def _store(url: str) -> Iterator[Finding]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import re
 import signal
 import socket
 import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dtpipe.extract.cluster.obstacles import check_answers, check_local, local_token, refusal
 from dtpipe.extract.cluster.placement import live_nodes
-from dtpipe.manifests.errors import IncompleteError
+from dtpipe.manifests.errors import StoppedError
 from dtpipe.manifests.stopping import SIGNALS
 
-CONNECT_S = 10.0  # for a cluster's first answer
-_HOST_AND_PORT = re.compile(r"^(?:ray://)?(?P<host>[^/]+):(?P<port>\d+)$")
+_log = logging.getLogger(__name__)
+_SHOWN_HOSTS = 4
+ENVIRONMENT = "RAY_ADDRESS in your environment"
 OBJECT_STORE_BYTES = 128 * 1024**2  # of a local Ray; results are small and features never go there
 
 
@@ -52,43 +56,72 @@ def ray_module() -> Any:
     return ray
 
 
-def connect(address: str | None) -> bool:
+def connect(address: str | None, tell: bool = True) -> bool:
     """Join the cluster at `address` or RAY_ADDRESS, or start a local one; False if this process was connected already.
 
-    Raises: IncompleteError when Ray does not answer.
+    With `tell`, the log says which cluster was joined. A signal to stop while Ray starts is obeyed at once.
+    Raises: IncompleteError when Ray does not answer; ConfigError for what must be set otherwise; StoppedError.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = ray_module()
     if ray.is_initialized():
         return False
+    named_by = "the setting `ray_address`" if address else ENVIRONMENT
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    local: dict[str, Any] = {}
+    if address == "local":
+        check_local(os.environ)
+        if token := local_token(os.environ):
+            os.environ["RAY_AUTH_TOKEN"] = token
+        local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     check_answers(address)
-    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except SystemExit as err:  # Ray's own handler, which ends the process as if nothing had happened
+        raise _stopped() from err
     except Exception as err:  # Ray raises bare exceptions as well
-        what = "Ray does not start here" if address == "local" else f"the Ray cluster at {address} does not answer"
-        raise IncompleteError(f"{what} ({first_line(err)}); run again, or work without Ray: --inline") from err
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():  # Ray sets one of its own, which would end the run at once
-            signal.signal(number, handler)
+        raise refusal(err, address) from err
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray sets one of its own, which would end the run at once
+                signal.signal(number, handler)
+    if tell and address != "local":
+        alone = "; unset it to use this machine alone" if named_by == ENVIRONMENT else ""
+        _log.warning("%s%s", joined(address, named_by), alone)
     return True
 
 
-def check_answers(address: str) -> None:
-    """See that something listens at host:port, since Ray itself tries for minutes. Raises: IncompleteError."""
-    match = _HOST_AND_PORT.match(address)
-    if not match:  # `local`, `auto`: Ray knows
-        return
-    try:
-        socket.create_connection((match["host"].strip("[]"), int(match["port"])), CONNECT_S).close()
-    except (OSError, OverflowError) as err:
-        raise IncompleteError(
-            f"the Ray cluster at {address} does not answer ({err}); "
-            f"start it with `ray start --head`, or give no address to use this machine alone"
-        ) from err
+def joined(address: str, named_by: str) -> str:
+    """Whose cluster this process has joined, in a sentence."""
+    records = [node for node in ray_module().nodes() if node["Alive"]]
+    nodes = live_nodes(records)
+    hosts = sorted({node.host for node in nodes})
+    shown = ", ".join(hosts[:_SHOWN_HOSTS]) + (", .." if len(hosts) > _SHOWN_HOSTS else "")
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    return (
+        f"joined the Ray cluster at {address}, which {named_by} names{_started_by(records)}: "
+        f"{len(nodes)} node{'s' * (len(nodes) != 1)} ({shown}), {cpus:g} CPUs, {gpus:g} GPUs"
+    )
+
+
+def _started_by(records: Sequence[Mapping[str, Any]]) -> str:
+    """Who started a cluster that has a node on this machine, by the owner of its sockets; else nothing."""
+    for node in records:
+        session = Path(node.get("RayletSocketName", "")).parent.parent
+        with contextlib.suppress(OSError, KeyError):
+            if node.get("NodeManagerHostname") == socket.gethostname():
+                return f" and {session.owner()} started ({session})"
+    return ""
+
+
+def _stopped() -> StoppedError:
+    error = StoppedError(
+        "stopped by SIGTERM while Ray was starting; what was committed is kept, run the same command to go on"
+    )
+    error.exit_code = 128 + signal.SIGTERM
+    return error
 
 
 def disconnect() -> None:
@@ -99,8 +132,3 @@ def disconnect() -> None:
 def has_gpus() -> bool:
     """True if any node of the connected cluster has a GPU."""
     return any(node.gpus > 0 for node in live_nodes(ray_module().nodes()))
-
-
-def first_line(error: Exception) -> str:
-    """Ray's messages run over many lines; the first says it."""
-    return str(error).strip().split("\n", 1)[0][:200]

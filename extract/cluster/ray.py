@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dtpipe.extract.cluster.connection import first_line, ray_module
+from dtpipe.extract.cluster.connection import ray_module
 from dtpipe.extract.cluster.crew import PREPARE_CRASHES, Crew, Member
+from dtpipe.extract.cluster.obstacles import first_line
 from dtpipe.extract.cluster.placement import WorkerShape, live_nodes
 from dtpipe.extract.config import ExtractRun
 from dtpipe.extract.shards.progress import ProgressMeter

@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +209,48 @@ def test_node_without_the_teacher_is_left_out_with_its_reason(
 
     with pytest.raises(TeacherError, match="teacher"):
         run_extraction(config, lose_teacher)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_cluster_that_the_environment_names_is_said_whose_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    """By the commands that join it, and by the doctor."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    named = f"joined the Ray cluster at {address}, which RAY_ADDRESS in your environment names and "
+    code = "from dtpipe.extract.cluster.connection import connect; connect(None)"
+    environ = {**os.environ, "RAY_ADDRESS": address}
+    for command in (("-c", code), ("-m", "dtpipe.pipeline.cli.main", "doctor")):
+        subprocess.run([sys.executable, *command], env=environ, check=True)
+        said = " ".join("".join(capfd.readouterr()).split())
+        assert named in said
+        assert "): 1 node (" in said
+        assert ", 2 CPUs, 0 GPUs" in said
+        assert ("unset it to use this machine alone" in said) == (command[0] == "-c")
+
+
+@pytest.mark.slow
+def test_sigterm_while_ray_starts_ends_the_command_as_asked() -> None:
+    code = (
+        "import sys\nfrom dtpipe.extract.cluster.connection import Connection\n"
+        "from dtpipe.manifests.errors import StoppedError\nfrom dtpipe.manifests.stopping import StopRequest\n"
+        "try:\n    with Connection(None) as connection, StopRequest() as stop:\n"
+        "        print('starting', flush=True); connection.join(); stop.raise_if_requested('joined')\n"
+        "except StoppedError as err:\n    print(err); sys.exit(err.exit_code)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(1.5)  # Ray's own handler is there, its processes are starting
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM" in said
+    sessions = [
+        each for each in psutil.process_iter(["cmdline"]) if f"_{process.pid}/" in " ".join(each.info["cmdline"] or ())
+    ]
+    assert not psutil.wait_procs(sessions, timeout=60)[1]  # nothing of it is left running
 
 
 @pytest.mark.slow
