@@ -23,8 +23,8 @@ $(DEV_STAMP): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(RUN_STAMP)
 
-demo: $(RUN_STAMP)          ## extract, verify, distill, score and report on digit scenes
-	$(BIN)/dtpipe demo --fresh
+demo: $(RUN_STAMP)          ## extract, verify, distill, score and report on digit scenes; goes on where it stopped
+	$(BIN)/dtpipe demo
 
 demo-teacher: $(RUN_STAMP)  ## train the demo's teacher again (about an hour on 2 cores)
 	sh pipeline/demo/teacher/train.sh $(BIN)/dtpipe

@@ -25,13 +25,14 @@ dtpipe demo --images photos/ --out demo-photos
     FLAGS,
     EXAMPLE,
     dry_run=False,
-    switches={"--fresh": "Empty the folder of an earlier demo first; default: go on."},
+    switches={"--fresh": "Empty the folder of an earlier demo first; default: go on with it."},
 )
 def command(call: Call, fresh: bool) -> None:
     """Run everything on digit scenes, or on your own folder.
 
     Runs extract, verify, distill, eval and report as you would, and prints each command line. With --images, trains a
-    small teacher of your images first, and scores with a class probe if they lie in class folders.
+    small teacher of your images first, and scores with a class probe if they lie in class folders. An interrupted demo,
+    run again, goes on where it stopped.
     """
     config = call.settings("demo")
     from dtpipe.pipeline.demo.run import print_result, run_demo

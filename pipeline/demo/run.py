@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from dtpipe.extract.sources.base import SourceItem
 from dtpipe.manifests.errors import ConfigError, DemoStepError, InputError
 from dtpipe.pipeline.cli.console import Console, format_seconds
 from dtpipe.pipeline.config import DemoConfig
+from dtpipe.pipeline.demo.folder import held_folder
 
-MARKER = ".dtpipe-demo"
 FEW = (5, 20, 80)
 
 
@@ -45,24 +44,13 @@ def shipped_teacher() -> Path:
 
 
 def run_demo(config: DemoConfig, console: Console, fresh: bool = False) -> DemoResult:
-    """Run every step.
+    """Run every step; what an interrupted demo finished is kept, and each command goes on where it stopped.
 
     Raises: ConfigError and InputError before the first; DemoStepError with the code of the command that failed.
     """
-    out = Path(config.out)
-    _claim(out, fresh)
-    demo = _Demo(config, console, out)
-    return demo.own_images() if config.images else demo.digit_scenes()
-
-
-def _claim(out: Path, fresh: bool) -> None:
-    """Take the folder: a new one, or one of an earlier demo, which `fresh` empties."""
-    if out.exists() and not (out / MARKER).exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise ConfigError(f"{out} holds something that no demo wrote; give another folder with --out")
-    if fresh and (out / MARKER).exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).touch()
+    with held_folder(config, fresh, console.note) as out:
+        demo = _Demo(config, console, out)
+        return demo.own_images() if config.images else demo.digit_scenes()
 
 
 class _Demo:
@@ -88,7 +76,8 @@ class _Demo:
         teacher = config.teacher or str(shipped_teacher())
         self._extract_and_distill(str(scenes / "images"), teacher, [])
         masks = ["--images", scenes / "images", "--masks", scenes / "semantic", "--test-images", held_out / "images"]
-        masks += ["--test-masks", held_out / "semantic", "--foreground", "--labelled", ",".join(map(str, FEW))]
+        few = ",".join(str(num) for num in FEW if num <= config.num_images)
+        masks += ["--test-masks", held_out / "semantic", "--foreground", "--labelled", few]
         self._step("eval", self.run, "readout", *masks, "--seeds", 1, "--teacher", teacher)
         self._report(teacher)
         return self._finish("readout")
@@ -213,7 +202,8 @@ class _Demo:
         self.result.seconds[args[0]] = time.monotonic() - started
         if code:
             error = DemoStepError(
-                f"the demo stopped at `dtpipe {args[0]}`, which exited with {code}; its message stands above"
+                f"the demo stopped at `dtpipe {args[0]}`, which exited with {code}; its message stands above; "
+                "run the same command again to go on, or with --fresh to start over"
             )
             error.exit_code = code if code > 0 else 128 - code  # a command that a signal ended has its negative number
             raise error
