@@ -34,7 +34,11 @@ class SourceConfig(StrictModel):
         default="auto", description="Rows: permuted (seeded), or container order; auto: container for tars and Parquet."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the permutation.")
-    max_pixels: int = Field(default=128_000_000, ge=1, description="Images with more pixels are bad samples.")
+    max_pixels: int = Field(
+        default=128_000_000,
+        ge=1,
+        description="Images with more pixels are bad samples; a decode thread takes up to 24 bytes a pixel.",
+    )
 
 
 class TransformConfig(StrictModel):

@@ -20,11 +20,13 @@ EXTENSIONS = frozenset(
     | {"tga", "ico", "icns", "sgi", "dds", "pcx"}
 )
 CONTAINERS = (".zip", ".tar", ".parquet", ".mdb")  # endings of files that hold images, each a source of its own
-MAX_FILE_BYTES = 2**31  # of one image, unpacked
+MAX_FILE_BYTES = 2**29  # of one image, unpacked
+MAX_RATIO, RATIO_FROM_BYTES = 200, 2**26  # what unpacks to more than both is no image, but made to fill memory
 HEIF_EXTENSIONS = frozenset({"heic", "heif", "hif"})  # read where the extra `heic` is installed
 HEIF_PACKAGE = "pi_heif"
 WITHOUT = "without extension"
 IMAGES_WITHOUT = f"{WITHOUT} that look like images"
+_MAX_LABEL = 1000  # characters of the name of a class
 _MAX_ENDINGS = 20  # named among what is ignored; the others are added up
 _OTHER = "of other endings"
 _MAGIC = (
@@ -122,9 +124,11 @@ def labels_as_text(values: Sequence[object], of: str, ignored: Counter[str]) -> 
     measured = any(_is_fraction(value) for value in values)
     texts = []
     for value in values:
-        text = None if _is_null(value) or (measured and isinstance(value, float | Decimal)) else _label_text(value)
-        if text is None and not _is_null(value):
-            ignored[f"labels {of} that are {'no whole numbers' if measured else type(value).__name__}"] += 1
+        text = None if measured and isinstance(value, float | Decimal) else _label_text(value)
+        if not _is_null(value) and (text is None or len(text) > _MAX_LABEL):
+            flaw = "no whole numbers" if measured and text is None else type(value).__name__
+            ignored[f"labels {of} that are {flaw if text is None else f'over {_MAX_LABEL} characters'}"] += 1
+            text = None
         texts.append(text)
     return texts
 
@@ -132,6 +136,8 @@ def labels_as_text(values: Sequence[object], of: str, ignored: Counter[str]) -> 
 def _label_text(value: object) -> str | None:
     if isinstance(value, str | int):
         return str(value)
+    if _is_null(value):
+        return None
     return str(int(value)) if isinstance(value, float | Decimal) and not _is_fraction(value) else None
 
 

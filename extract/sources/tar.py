@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, labels_as_text, no_images, takes
@@ -28,6 +28,7 @@ _ENDING = ".tar"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _COMPRESSED_ENDINGS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LABEL_BYTES = 2**20  # a longer .cls or .json is not read for a label
+_MAX_HEADER_BYTES = 2**22  # of one member, with long names and extended fields
 _TAIL_BYTES = 2**20  # of what follows the end mark, looked at
 _TARS_AT_ONCE = 8
 _LOOKED_AT = 1000  # members, where it is only asked whether a tar holds images
@@ -126,17 +127,40 @@ def _members(place: Place, path: str) -> Iterator[tuple[tarfile.TarFile, tarfile
             _refuse_compressed(path, file.read(6))
             num_bytes = file.seek(0, 2)
             file.seek(0)
-            yield from _walk(path, file, num_bytes)
+            yield from _walk(path, _Headers(file), num_bytes)
     except InputError:
         raise
     except Exception as err:  # each file system raises its own
         raise unreadable(path, err) from err
 
 
-def _walk(path: str, file: BinaryIO, num_bytes: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+class _Headers:
+    """A tar's file for `tarfile`, which reads as much as a header claims: a few bytes may claim terabytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, _MAX_HEADER_BYTES
+        self.tell, self.seekable = file.tell, file.seekable
+
+    def seek(self, offset: int) -> int:
+        return self._file.seek(offset)
+
+    def begin(self, offset: int) -> None:
+        """Go to the next member."""
+        self._file.seek(offset)
+        self._left = _MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        """Raises: ValueError when a member's headers are longer than any honest ones."""
+        self._left -= size
+        if self._left < 0:
+            raise ValueError(f"a header of over {_MAX_HEADER_BYTES} bytes")
+        return self._file.read(size)
+
+
+def _walk(path: str, file: _Headers, num_bytes: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     at = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             tar.offset = 0
             # not TarFile.next, which keeps all members and takes damage for the end
             while (member := _next(path, file, tar)) is not None:
@@ -146,21 +170,21 @@ def _walk(path: str, file: BinaryIO, num_bytes: int) -> Iterator[tuple[tarfile.T
                 at = tar.offset
     except _BROKEN as err:
         raise _damaged(path, at, str(err)) from err
-    file.seek(at)
+    file.begin(at)
     if any(file.read(_TAIL_BYTES)):
         raise _damaged(path, at, "more follows behind the end mark; tars are joined with `tar --concatenate`")
 
 
-def _next(path: str, file: BinaryIO, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+def _next(path: str, file: _Headers, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     """The member at `tar.offset`, or None at the end mark, a block of zeros."""
-    file.seek(tar.offset)
+    file.begin(tar.offset)
     header = file.read(tarfile.BLOCKSIZE)
     if not header:
         mend = f"if nothing else is, add it by `head -c 1024 /dev/zero >> {path}`"
         raise _damaged(path, tar.offset, f"the end mark is missing; {mend}")
     if header == bytes(tarfile.BLOCKSIZE):
         return None
-    file.seek(tar.offset)
+    file.begin(tar.offset)
     return tarfile.TarInfo.fromtarfile(tar)
 
 

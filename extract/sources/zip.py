@@ -20,6 +20,8 @@ from typing import NamedTuple
 from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
 from dtpipe.extract.sources.names import (
     MAX_FILE_BYTES,
+    MAX_RATIO,
+    RATIO_FROM_BYTES,
     in_class_folders,
     inner_path,
     key_of,
@@ -87,6 +89,10 @@ class ZipSource:
         largest = max(member.size_bytes, member.stored_bytes)
         if largest > MAX_FILE_BYTES:
             raise BadImage(f"file of {largest} bytes is over the limit of {MAX_FILE_BYTES}")
+        if member.size_bytes > max(RATIO_FROM_BYTES, MAX_RATIO * member.stored_bytes):
+            raise BadImage(
+                f"unpacks to {member.size_bytes} bytes from {member.stored_bytes}, more than {MAX_RATIO} times"
+            )
         return _unpack(_stored_bytes(self._place, archive, member), member)
 
     @cached_property

@@ -20,6 +20,8 @@ class ParquetColumns:
     path: str | None
     label: str | None
     label_names: tuple[str, ...] | None  # of Hugging Face's ClassLabel, by number
+    texts: tuple[str, ...] = ()
+    """Those of paths and labels that hold text."""
     unused_labels: str | None = None
     """Columns that seem to be labels and cannot be used, and why."""
 
@@ -60,10 +62,11 @@ def find_columns(where: str, schema: Any) -> ParquetColumns:
     label, unused = _label(schema, features)
     names = features.get(label, {}).get("names") if label else None
     return ParquetColumns(
-        image=f"{image}.bytes" if pa.types.is_struct(kind) else image,
+        image=image_leaf(schema, image),
         path=path,
         label=label,
         label_names=tuple(map(str, names)) if isinstance(names, list) else None,
+        texts=(*([path] if path else []), *([label] if label and _is_string(schema.field(label).type) else [])),
         unused_labels=unused,
     )
 
@@ -74,6 +77,13 @@ def image_columns(schema: Any) -> list[str]:
 
     structs = [field.name for field in schema if pa.types.is_struct(field.type) and _has_bytes(field.type)]
     return structs or [field.name for field in schema if _is_binary(field.type)]
+
+
+def image_leaf(schema: Any, column: str) -> str:
+    """Where the bytes of a column of images lie."""
+    import pyarrow as pa
+
+    return f"{column}.bytes" if pa.types.is_struct(schema.field(column).type) else column
 
 
 def _choose(where: str, candidates: list[str], schema: Any) -> str:
@@ -109,13 +119,7 @@ def _holds_classes(kind: Any) -> bool:
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
     numbers = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_boolean(kind)
-    return bool(
-        numbers
-        or types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_string_view(kind)
-        or types.is_null(kind)
-    )
+    return bool(numbers or _is_string(kind) or types.is_string_view(kind) or types.is_null(kind))
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
@@ -131,6 +135,12 @@ def _has_bytes(struct: Any) -> bool:
     return any(
         struct.field(idx).name == "bytes" and _is_binary(struct.field(idx).type) for idx in range(struct.num_fields)
     )
+
+
+def _is_string(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _is_binary(kind: Any) -> bool:

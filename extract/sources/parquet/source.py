@@ -11,11 +11,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
 from dtpipe.extract.sources.names import key_of, labels_as_text, looks_like_image
-from dtpipe.extract.sources.parquet.columns import ParquetColumns, find_columns, image_columns
+from dtpipe.extract.sources.parquet.bounded import (
+    check_claims,
+    column_chunk,
+    column_values,
+    image_batches,
+    open_parquet,
+    read_group_images,
+)
+from dtpipe.extract.sources.parquet.columns import ParquetColumns, find_columns, image_columns, image_leaf
 from dtpipe.extract.sources.parquet.groups import GroupCache
 from dtpipe.extract.sources.places import Place, changed, container_files, is_pattern, open_place, unreadable
 from dtpipe.extract.sources.web import plain_path
@@ -26,7 +34,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _ENDING = ".parquet"
-MAX_GROUP_BYTES = 2**30  # of one row group's images, decoded
 CACHE_BYTES = 2**28
 _LOOKED_AT = 16  # rows, where it is only asked whether a file holds images
 
@@ -88,16 +95,17 @@ class ParquetSource:
         return items, ignored
 
     def _rows(self, name: str, path: str, ignored: Counter[str]) -> Iterator[tuple[str, str | None, str, object]]:
-        with self._reading(path) as file:
+        with self._reading(path) as (opened, file):
             columns = find_columns(path, file.schema_arrow)
-            _check_groups(path, file.metadata, columns)
+            check_claims(path, file.metadata, opened.seek(0, 2), columns.image)
+            _check_inside(path, file.metadata, columns)
             if columns.unused_labels:
                 ignored[f"labels {columns.unused_labels}"] += file.metadata.num_rows
-            table = file.read(columns=[column for column in (columns.path, columns.label) if column])
             groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            paths, labels = column_values(
+                open_parquet(opened, file.metadata, columns.texts), (columns.path, columns.label)
+            )
         places = [(group, row) for group, num_rows in enumerate(groups) for row in range(num_rows)]
-        paths = _values(table, columns.path) or [None] * len(places)
-        labels = _values(table, columns.label) or [None] * len(places)
         uri = self._place.uri(path)
         for idx, ((group, row), inner, label) in enumerate(zip(places, paths, labels, strict=True)):
             where = f"{path} row {idx}"
@@ -112,28 +120,26 @@ class ParquetSource:
         """The images of one row group. Raises: BadImage when it is damaged, InputError when the whole file is."""
         uri, group = name
         path = self._place.path_of(uri)
-        with self._reading(path) as file:
+        with self._reading(path) as (_, file):
             columns = find_columns(path, file.schema_arrow)
             if group >= file.metadata.num_row_groups:
                 raise changed(path, f"has {file.metadata.num_row_groups} row groups")
             try:
-                return _column(file.read_row_group(group, columns=[columns.image], use_threads=False), columns.image)
+                return read_group_images(file, group, columns.image)
+            except DtpipeError:
+                raise
             except Exception as err:
                 if _is_damage(err):
                     raise BadImage(f"its row group, {group}, cannot be decoded: {err}") from err
                 raise
 
     @contextmanager
-    def _reading(self, path: str) -> Iterator[pq.ParquetFile]:
-        import pyarrow.parquet as pq
-
+    def _reading(self, path: str) -> Iterator[tuple[BinaryIO, pq.ParquetFile]]:
         with self._place.open(path) as opened:
             try:
-                file = pq.ParquetFile(
-                    opened, metadata=self._metadata.get(path), page_checksum_verification=True, pre_buffer=False
-                )
+                file = open_parquet(opened, self._metadata.get(path))
                 self._metadata[path] = file.metadata
-                yield file
+                yield opened, file
             except DtpipeError:
                 raise
             except Exception as err:
@@ -145,48 +151,25 @@ class ParquetSource:
 def _example(place: Place, path: str) -> str | None:
     """The column that holds the images, as far as the first rows of it tell. Raises: InputError."""
     source = ParquetSource(place.url)
-    with source._reading(path) as file:
-        for column in image_columns(file.schema_arrow):
-            batch = next(file.iter_batches(_LOOKED_AT, columns=[column], use_threads=False), None)
-            for value in batch[column].to_pylist() if batch else ():
-                data = value.get("bytes") if isinstance(value, dict) else value
-                if data and looks_like_image(data[:16]):
-                    return f"column {column}"
+    with source._reading(path) as (_, file):
+        for column in image_columns(file.schema_arrow) if file.metadata.num_row_groups else ():
+            part = next(image_batches(file, 0, image_leaf(file.schema_arrow, column)), ())
+            if any(looks_like_image(value.as_py()[:16]) for value in part[:_LOOKED_AT] if value.is_valid):
+                return f"column {column}"
     return None
 
 
-def _check_groups(path: str, metadata: pq.FileMetaData, columns: ParquetColumns) -> None:
-    """Raises: InputError when images are not inside, or a row group is too large to keep."""
+def _check_inside(path: str, metadata: pq.FileMetaData, columns: ParquetColumns) -> None:
+    """Raises: InputError when images are not inside."""
     nulls = 0
     for group in range(metadata.num_row_groups):
-        parts = [metadata.row_group(group).column(idx) for idx in range(metadata.num_columns)]
-        part = next(part for part in parts if part.path_in_schema == columns.image)
-        nulls += part.statistics.null_count if part.statistics and part.statistics.has_null_count else 0
-        if part.total_uncompressed_size > MAX_GROUP_BYTES:
-            raise InputError(
-                f"{path}: row group {group} holds {part.total_uncompressed_size / 2**30:.1f} GiB of images, and all "
-                f"of it must be decoded to read one; write the file with row groups of at most "
-                f"{MAX_GROUP_BYTES / 2**30:.0f} GiB (row_group_size=100, say)"
-            )
+        statistics = column_chunk(metadata, group, columns.image).statistics
+        nulls += statistics.null_count if statistics and statistics.has_null_count else 0
     if nulls and nulls == metadata.num_rows:
         raise InputError(
             f"{path}: column {columns.image} is empty, so the images lie elsewhere; "
             f"write it with the images embedded (`push_to_hub` does)"
         )
-
-
-def _values(table: pa.Table, column: str | None) -> list[Any] | None:
-    return None if column is None else _column(table, column).to_pylist()
-
-
-def _column(table: pa.Table, column: str) -> pa.ChunkedArray:
-    """A column, or a field of a struct column, with nulls where the struct is null."""
-    import pyarrow.compute as pc
-
-    if column in table.column_names:
-        return table[column]
-    name, _, inner = column.rpartition(".")
-    return pc.struct_field(table[name], inner)
 
 
 def _is_damage(err: Exception) -> bool:

@@ -236,7 +236,7 @@ def test_file_that_is_gone_is_no_fault_of_the_image(tmp_path: Path) -> None:
 
 def test_row_groups_too_large_to_decode_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"1.png": np.random.default_rng(0).bytes(20_000)})
-    monkeypatch.setattr("dtpipe.extract.sources.parquet.source.MAX_GROUP_BYTES", 10_000)
+    monkeypatch.setattr("dtpipe.extract.sources.parquet.bounded.MAX_GROUP_BYTES", 10_000)
     with pytest.raises(InputError, match=r"a\.parquet: row group 0 holds .* write the file with row groups of at most"):
         open_source(str(path)).list()
 
