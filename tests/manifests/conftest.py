@@ -31,8 +31,8 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3_url(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of an empty folder in a new bucket; environment variables lead s3fs, boto3 and subprocesses to the server."""
-    import boto3
+    """URL of an empty folder in a new bucket; environment variables lead clients and subprocesses there."""
+    import botocore.session
     import s3fs
 
     settings = {
@@ -47,7 +47,7 @@ def s3_url(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     s3fs.S3FileSystem.clear_instance_cache()
     bucket = f"dtpipe-{next(_buckets)}"
-    client = boto3.client("s3")
+    client = botocore.session.get_session().create_client("s3")
     client.create_bucket(Bucket=bucket)
     client.close()
     yield f"s3://{bucket}/features"

@@ -67,9 +67,9 @@ def server(s3_endpoint: str) -> Iterator[FaultyServer]:
 @pytest.fixture(scope="module")
 def s3(s3_endpoint: str, server: FaultyServer) -> Iterator[Any]:
     """A client that knows the way past the faulty server."""
-    import boto3
+    import botocore.session
 
-    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    client = botocore.session.get_session().create_client("s3", endpoint_url=s3_endpoint)
     yield client
     client.close()
 
