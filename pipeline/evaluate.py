@@ -18,10 +18,10 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.student.load import load_student
-from dtpipe.manifests.errors import ConfigError, StoreError
+from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Class, Mask
+from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
-from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
@@ -144,8 +144,5 @@ def result_path(config: EvalConfig) -> Path:
 def _write(config: EvalConfig, result: ProbeResult) -> Path:
     path = result_path(config)
     document = {"config": config.model_dump(mode="json"), **result.to_json()}
-    try:
-        write_whole(path, json.dumps(document, indent=2, default=str) + "\n")
-    except OSError as err:
-        raise StoreError(f"{path} cannot be written: {err}; choose another --out") from err
+    write_document(path, json.loads(json.dumps(document, default=str)), "make room or choose another --out")
     return path

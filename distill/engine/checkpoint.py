@@ -1,26 +1,37 @@
 """Checkpoints: one file with everything a run needs to go on, readable with `weights_only=True`.
 
-A file appears whole or not at all. `last.pt` is the newest; `checkpoints/` keeps a few ends of epochs. Nothing in a
-file depends on how many processes trained.
+A file appears whole or not at all, and ends in a seal that is checked before anything of it is used. `last.pt` is the
+newest, `previous.pt` the one before; `checkpoints/` keeps a few ends of epochs. Nothing in a file depends on how many
+processes trained.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
+from dtpipe.manifests.documents import Refusal
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
+from dtpipe.manifests.records.ending import SealingFile, is_sealed
+from dtpipe.manifests.records.pickles import check_pickle
 from dtpipe.manifests.store.publish import whole_file
 
 CHECKPOINT_FORMAT = "dtpipe-run/2"
+_PREVIOUS, _EPOCHS = "previous.pt", "checkpoints"
+_UNREADABLE = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, NotImplementedError, ValueError, KeyError),
+    *(AttributeError, TypeError, IndexError, OverflowError, MemoryError, OSError),
+)
+"""What torch and zipfile raise on nonsense."""
 
 
 class CheckpointIO:
@@ -56,35 +67,48 @@ def _stateful(value: Any) -> bool:
 
 
 def save_checkpoint(path: Path, kind: str, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole.
+    """Write a checkpoint whole; the one that it replaces stays as previous.pt beside it.
 
     Raises: StoreError when the disk is full or unwritable.
     """
+    sealing = None
     try:
-        with whole_file(path) as temporary, temporary.open("wb") as file:
-            torch.save({"format": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
+        with whole_file(path) as temporary:
+            with temporary.open("wb") as file:
+                sealing = SealingFile(file)
+                torch.save({"format": CHECKPOINT_FORMAT, "kind": kind, **state}, cast(IO[bytes], sealing))
+                sealing.seal()
+            if path.exists():
+                link(path, path.with_name(_PREVIOUS))
     except (OSError, RuntimeError) as err:  # torch's writer raises the latter on a full disk
+        cause = (sealing.error if sealing else None) or err
         raise StoreError(
-            f"{path}: the checkpoint cannot be written: {err}; free or change the disk and run again"
-        ) from err
+            f"{path}: the checkpoint cannot be written: {cause}; free or change the disk and run again"
+        ) from cause
+
+
+def disk_is_full(err: StoreError) -> bool:
+    """Whether a checkpoint could not be written for want of room."""
+    return isinstance(err.__cause__, OSError) and err.__cause__.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU; no code from the file is run.
+    """The content of a checkpoint, on the CPU; no code from the file is run, and nothing larger than it is unpacked.
 
-    Raises: InputError when there is none or it is another kind of file; DamagedDataError when it cannot be read whole.
+    Raises: InputError when there is none or it is another kind of file; DamagedDataError when its bytes were changed or
+    it cannot be read whole.
     """
     command = f"dtpipe {kind.replace('_', '-')}"
+    remedy = _remedy(path, command)
     try:
+        _check_bytes(path, remedy)
         state = _in_todays_form(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as err:
         raise InputError(
             f"{path}: no checkpoint here; give the --out folder of {command}, its last.pt or an export"
         ) from err
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as err:
-        raise DamagedDataError(
-            f"{path}: the checkpoint cannot be read: {_reason(err)}; use one of checkpoints/ beside it"
-        ) from err
+    except _UNREADABLE as err:
+        raise DamagedDataError(f"{path}: the checkpoint cannot be read: {_reason(err)}; {remedy}") from err
     if state.get("format") != CHECKPOINT_FORMAT or state.get("kind") != kind:
         raise InputError(
             f"{path}: not a checkpoint of {command} ({CHECKPOINT_FORMAT}); give its --out folder, last.pt or an export"
@@ -92,9 +116,45 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     return state
 
 
+def _check_bytes(path: Path, remedy: str) -> None:
+    """See that a file is what torch.save wrote: by its seal or, without one, by the checksums of the zip archive.
+
+    torch packs nothing, so that what is in an archive is no larger than the file; one that says otherwise is refused
+    before any of it is unpacked.
+    """
+    sealed = is_sealed(path, remedy)
+    with zipfile.ZipFile(path) as archive:
+        members, size = archive.infolist(), path.stat().st_size
+        unpacked = sum(member.file_size for member in members)
+        if unpacked > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise DamagedDataError(
+                f"{path}: is a packed archive of {unpacked} bytes in a file of {size}, and a checkpoint is stored "
+                f"unpacked; {remedy}"
+            )
+        for member in members:
+            if member.filename.endswith("data.pkl"):
+                check_pickle(archive.read(member), path, Refusal(DamagedDataError, remedy))
+        if not sealed and (bad := archive.testzip()) is not None:
+            raise DamagedDataError(f"{path}: its part {bad} does not match its checksum; {remedy}")
+
+
+def _remedy(path: Path, command: str) -> str:
+    """What to do about a damaged checkpoint."""
+    earlier = [other.name for other in earlier_checkpoints(path) if other != path]
+    if path.name == "last.pt" and earlier:
+        return f"run {command} again, which goes on from {earlier[0]}, or give another checkpoint"
+    return "use another checkpoint, or train again"
+
+
+def earlier_checkpoints(last: Path) -> Sequence[Path]:
+    """The other checkpoints of a run, newest first."""
+    others = [last.with_name(_PREVIOUS), *(last.parent / _EPOCHS).glob("epoch-*.pt")]
+    return sorted(filter(Path.is_file, others), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
 def _reason(err: Exception) -> str:
     """Why a file cannot be read, without torch's advice to run what lies in it."""
-    if isinstance(err, pickle.UnpicklingError):
+    if isinstance(err, pickle.UnpicklingError | zipfile.BadZipFile):
         return "it is not a file of tensors and plain values, as torch.save writes it"
     return str(err)
 
@@ -117,12 +177,31 @@ def _in_todays_form(content: Any) -> dict[str, Any]:
 
 def keep_epoch(last: Path, epoch: int, num_kept: int) -> None:
     """Keep `last` as the checkpoint of an epoch's end, and drop the oldest beyond `num_kept`."""
-    folder = last.parent / "checkpoints"
     if num_kept > 0:
-        with whole_file(folder / f"epoch-{epoch:05d}.pt", ".epoch.tmp") as temporary:
-            try:
-                os.link(last, temporary)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(last, temporary)
-    for old in sorted(folder.glob("epoch-*.pt"))[: -num_kept or None]:
-        old.unlink()
+        link(last, last.parent / _EPOCHS / f"epoch-{epoch:05d}.pt", ".epoch.tmp")
+    drop_epochs(last, num_kept)
+
+
+def drop_epochs(last: Path, num_kept: int) -> bool:
+    """Delete the oldest ends of epochs beyond `num_kept`; True if there was one."""
+    old = sorted((last.parent / _EPOCHS).glob("epoch-*.pt"))[: -num_kept or None]
+    for path in old:
+        path.unlink()
+    return bool(old)
+
+
+def drop_previous(last: Path) -> bool:
+    """Delete the checkpoint before the last; True if there was one."""
+    previous = last.with_name(_PREVIOUS)
+    there = previous.exists()
+    previous.unlink(missing_ok=True)
+    return there
+
+
+def link(path: Path, name: Path, temporary: str | None = None) -> None:
+    """Give a checkpoint another name, in place of what has it."""
+    with whole_file(name, temporary) as linked:
+        try:
+            os.link(path, linked)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, linked)

@@ -8,28 +8,33 @@ of ranks.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Generic
 
 import torch
 from torch import Tensor
 
-from dtpipe.distill.engine.checkpoint import CheckpointIO, load_checkpoint
+from dtpipe.distill.engine.checkpoint import CheckpointIO
 from dtpipe.distill.engine.optim import set_learning_rate
 from dtpipe.distill.engine.progress import Meter, OnTrainProgress, RunResult, TrainProgress, losses_of, shares
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from dtpipe.distill.engine.record import refuse_other
-from dtpipe.distill.engine.run_folder import RunFolder, RunSettings, read_metrics
+from dtpipe.distill.engine.recovery import Newest, newest_checkpoint, take_up
+from dtpipe.distill.engine.run_folder import RunFolder, RunSettings, changed_fields, read_metrics
 from dtpipe.distill.engine.seeds import step_seed
 from dtpipe.distill.engine.trainer import P, Trainer
+from dtpipe.manifests.differences import refuse_differences
 from dtpipe.manifests.errors import DivergedError
 from dtpipe.manifests.stopping import StopRequest
 
 _NUM_KEYS_SHOWN = 8
 _TELLING_STEPS = 5  # fewer say nothing of where time goes: the first waits for what later ones find ready
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -51,7 +56,7 @@ def run(
     with ExitStack() as stack, StopRequest() as signals:
         folder = ranks.only_first(lambda: stack.enter_context(RunFolder.open(settings)))
         stop = stop or signals
-        _resume(loop, settings, folder)
+        notes = _resume(loop, settings, folder)
         resumed, started, saved, num_samples = loop.step, time.monotonic(), time.monotonic(), 0
         for part in stack.enter_context(closing(loop.steps())):
             num_samples += part.num_global
@@ -69,7 +74,8 @@ def run(
                 stop.raise_if_requested(f"step {loop.step} of {course.num_steps}", f"{settings.last} is saved")
             if late:
                 break
-        return _result(loop, settings, folder, resumed, time.monotonic() - started, num_samples)
+        result = _result(loop, settings, folder, resumed, time.monotonic() - started, num_samples)
+        return replace(result, notes=notes)
 
 
 def run_in_memory(trainer: Trainer[P]) -> dict[str, float]:
@@ -169,15 +175,36 @@ class Loop(Generic[P]):
         self.meter.count_step(part.num_global)
 
 
-def _resume(loop: Loop[P], settings: RunSettings, folder: RunFolder | None) -> None:
-    """Take up the checkpoint that the first rank finds."""
-    last, kind = settings.last, settings.kind
-    state = loop.ranks.first(lambda: load_checkpoint(last, kind) if last.exists() else None)
-    if state is not None:
-        refuse_other(f"{last} was", {name: state.get(name) for name in settings.identity}, settings.identity)
-        loop.checkpoint(settings).restore(state, str(last))
-        loop.step = state["step"]
-    loop.ranks.first(lambda: folder.take_up(loop.step, loop.trainer.course.tensorboard) if folder else None)
+def _resume(loop: Loop[P], settings: RunSettings, folder: RunFolder | None) -> tuple[str, ...]:
+    """Take up the newest whole checkpoint, which the first rank alone reads and checks, and sends to the others.
+
+    Returns what there is to say of a folder that was damaged, which is logged too.
+    """
+    newest = loop.ranks.first(lambda: newest_checkpoint(settings.last, settings.kind))
+    if newest is not None:
+        _refuse_other_run(newest, settings)
+        loop.checkpoint(settings).restore(newest.state, str(newest.path))
+        loop.step = newest.state["step"]
+    return loop.ranks.first(lambda: _take_up(loop, settings, folder, newest) if folder else ())
+
+
+def _refuse_other_run(newest: Newest, settings: RunSettings) -> None:
+    """See that a checkpoint is of this run, whatever else the folder says."""
+    path, state = newest.path, newest.state
+    refuse_other(f"{path} was", {name: state.get(name) for name in settings.identity}, settings.identity)
+    if "config" in state:
+        changes = changed_fields(state["config"], settings.config, settings.kind)
+        remedy = "restore this run's, or choose another --out"
+        refuse_differences(f"{path} is of a run with other settings", changes, remedy)
+
+
+def _take_up(loop: Loop[P], settings: RunSettings, folder: RunFolder, newest: Newest | None) -> tuple[str, ...]:
+    replaced = take_up(newest, settings.last) if newest is not None else None
+    torn = folder.take_up(loop.step, loop.trainer.course.tensorboard)
+    notes = tuple(note for note in (replaced, torn) if note is not None)
+    for note in notes:
+        _log.warning(note)
+    return notes
 
 
 def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgress | None) -> None:

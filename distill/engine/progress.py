@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -81,6 +81,8 @@ class RunResult:
     rank: int = 0
     """Of the process that says this."""
     num_ranks: int = 1
+    notes: Sequence[str] = ()
+    """What was said of a damaged folder when the run went on in it."""
 
     def record(self) -> dict[str, Any]:
         """The result as plain values."""

@@ -7,6 +7,7 @@ speak: the driver asks for a stop with one file, and a worker leaves the run's e
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -21,12 +22,13 @@ from typing import Any, TypeVar
 from dtpipe.distill.engine.progress import OnTrainProgress, RunResult, TrainProgress
 from dtpipe.distill.engine.ranks import error_of_another
 from dtpipe.distill.engine.run_folder import read_metrics
-from dtpipe.manifests.errors import DtpipeError, IncompleteError, MissingPackageError
+from dtpipe.manifests.errors import DamagedDataError, DtpipeError, IncompleteError, MissingPackageError
 from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.store.publish import unique_temporary, write_whole
 
 STOP, END, STORE = ".stop", ".end.json", ".ray"
 POLL_S = 0.5
+_log = logging.getLogger(__name__)
 R = TypeVar("R", bound=RunResult)
 
 
@@ -55,7 +57,10 @@ def train_on_ray(
         _watch(folder, stop, fitted.done, on_progress)
     error = fitted.exception()
     shutil.rmtree(folder / STORE, ignore_errors=True)
-    return result.from_record(_read_end(folder, error))
+    answer = result.from_record(_read_end(folder, error))
+    for note in answer.notes:  # the worker's log is elsewhere
+        _log.warning(note)
+    return answer
 
 
 def _make_trainer(
@@ -120,16 +125,23 @@ def _await_stop(folder: Path, stop: StopRequest) -> None:
 
 def _watch(folder: Path, stop: StopRequest, done: Callable[[], bool], on_progress: OnTrainProgress | None) -> None:
     """Until the run ends, pass a stop on to the workers, and their lines of metrics.jsonl to who asked."""
-    asked, shown = False, len(read_metrics(folder))
+    asked, shown = False, len(_lines(folder))
     while not done():
         time.sleep(POLL_S)
         if stop.signal is not None and not asked:
             asked = True
             (folder / STOP).write_text(str(stop.signal))
-        lines = read_metrics(folder)
+        lines = _lines(folder)
         if len(lines) > shown and on_progress:
             on_progress(TrainProgress.from_record(lines[-1]))
         shown = len(lines)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """What can be shown; the worker that takes the folder up says what is wrong with it."""
+    with suppress(DamagedDataError):
+        return read_metrics(folder)
+    return []
 
 
 def _write_end(folder: Path, end: dict[str, Any]) -> None:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dtpipe.manifests.differences import differences, refuse_differences
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.records.document import read_document, write_document
 
 DATA_FILE = "data.json"
+
+
+def write_record(run: Path, record: Mapping[str, Any]) -> None:
+    """Keep what a run trains on. Raises: StoreError when it cannot be written."""
+    write_document(run / DATA_FILE, record, "free or change the disk and run again")
 
 
 def read_record(run: Path) -> dict[str, Any] | None:
     """The record of a run folder; None where there is none yet.
 
-    Raises: InputError when it cannot be read.
+    Raises: DamagedDataError when its bytes were changed; InputError when it may not be read.
     """
-    file = run / DATA_FILE
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        return read_document(run / DATA_FILE, "restore the file, or choose another --out")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as err:
-        raise InputError(
-            f"{file}: what the run trains on cannot be read: {err}; restore the file, or choose another --out"
-        ) from err
-    if not isinstance(record, dict):
-        raise InputError(f"{file}: not a record of what a run trains on; restore the file, or choose another --out")
-    return record
 
 
 def refuse_other_data(run: Path, record: Mapping[str, Any], partly: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The output folder of a run: config.yaml, data.json, metrics.jsonl, last.pt, checkpoints/; it has one writer.
+"""The output folder of a run: config.yaml, data.json, metrics.jsonl, last.pt, previous.pt, checkpoints/; one writer.
 
 A folder belongs to one config: resuming with another is refused, except for fields that only say how a run is carried
 out.
@@ -7,7 +7,6 @@ out.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,15 +17,27 @@ from typing import Any, TextIO
 
 import yaml
 
-from dtpipe.distill.engine.checkpoint import CheckpointIO, keep_epoch, load_checkpoint
-from dtpipe.distill.engine.record import DATA_FILE, refuse_other_data
+from dtpipe.distill.engine.checkpoint import (
+    CheckpointIO,
+    disk_is_full,
+    drop_epochs,
+    drop_previous,
+    keep_epoch,
+    load_checkpoint,
+)
+from dtpipe.distill.engine.record import refuse_other_data, write_record
+from dtpipe.distill.engine.recovery import newest_checkpoint
 from dtpipe.distill.engine.tensorboard import ScalarWriter
 from dtpipe.manifests.differences import Difference, differences, refuse_differences
-from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError, StoreError
+from dtpipe.manifests.documents import Refusal, parse_yaml
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, InputError, LockHeldError, StoreError
+from dtpipe.manifests.records.ending import read_text, seal_text
+from dtpipe.manifests.records.lines import Line, append_line, keep_lines, read_lines
 from dtpipe.manifests.schema import Settings
 from dtpipe.manifests.store.publish import write_whole
 
 _LAST, _CONFIG, _METRICS, _LOCK = "last.pt", "config.yaml", "metrics.jsonl", ".lock"
+_REMEDY, _ROOM = "restore the file, or choose another --out", "free or change the disk and run again"
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ class RunSettings:
         """Those of the run in the folder, if there is one; old runs of train-teacher have them in the checkpoint."""
         if (self.out / _CONFIG).exists():
             return read_config(self.out, kind=self.kind)
-        return load_checkpoint(self.last, self.kind).get("config", {}) if self.last.exists() else None
+        newest = newest_checkpoint(self.last, self.kind)
+        return None if newest is None else newest.state.get("config", {})
 
 
 class RunFolder:
@@ -122,32 +134,53 @@ class RunFolder:
             self._scalars.close()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl, and to TensorBoard's events where they are kept."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        """Append one line to metrics.jsonl, and to TensorBoard's events where they are kept.
+
+        Raises: StoreError when it cannot be written.
+        """
+        append_line(self.metrics, record)
         if self._scalars is not None:
             self._scalars.add(record)
 
     def save(self, checkpoint: CheckpointIO, epoch: int | None = None, num_kept: int = 0) -> None:
         """Write last.pt; at the end of an epoch it is kept, with those of the epochs before.
 
+        On a full disk, checkpoints that would be deleted afterwards are deleted first.
         Raises: StoreError when it cannot be written; LockHeldError when the folder is no longer this process's.
         """
         self._check()
-        checkpoint.save(self.last)
+        try:
+            checkpoint.save(self.last)
+        except StoreError as err:
+            if not disk_is_full(err) or not self._make_room(None if epoch is None else max(num_kept - 1, 0)):
+                raise
+            checkpoint.save(self.last)
         if epoch is not None:
-            keep_epoch(self.last, epoch, num_kept)
+            try:
+                keep_epoch(self.last, epoch, num_kept)
+            except OSError as err:
+                raise StoreError(f"{self.path}/checkpoints cannot be written: {err}; {_ROOM}") from err
 
-    def take_up(self, step: int, tensorboard: bool) -> None:
+    def _make_room(self, num_epochs: int | None) -> bool:
+        """Delete the checkpoint before the last, if the last is whole, and ends of epochs beyond a number, where one is
+        given; True if there was any."""
+        try:
+            load_checkpoint(self.last, self.settings.kind)
+        except DtpipeError:
+            return False
+        return any([drop_previous(self.last), num_epochs is not None and drop_epochs(self.last, num_epochs)])
+
+    def take_up(self, step: int, tensorboard: bool) -> str | None:
         """Go on after a step: forget lines of steps that are taken again, and what is left of a line cut short.
 
-        Raises: MissingPackageError when TensorBoard's events are wanted and cannot be written.
+        Returns a sentence on the latter, if there was one.
+        Raises: DamagedDataError as `read_metrics`; MissingPackageError when TensorBoard's events are wanted and cannot
+        be written.
         """
-        if self.metrics.exists():
-            kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step]
-            _write(self.metrics, "".join(kept))
+        torn = keep_lines(self.metrics, [line for line in _metrics(self.path) if line.record["step"] <= step])
         if tensorboard:
             self._scalars = ScalarWriter(self.path, step + 1)
+        return f"{self.metrics}: its last {torn} bytes were no whole line and are cut off" if torn else None
 
     def _check(self) -> None:
         """A lock file that was removed keeps nobody out."""
@@ -161,21 +194,22 @@ class RunFolder:
     def _write_settings(self) -> None:
         settings = self.settings
         if settings.data is not None:
-            _write(self.path / DATA_FILE, json.dumps(settings.data, indent=1) + "\n")
+            write_record(self.path, settings.data)
         sections = {settings.kind: settings.config.model_dump(mode="json"), **settings.sections}
-        _write(self.path / _CONFIG, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+        _write(self.path / _CONFIG, seal_text(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)))
 
 
 def read_config(path: Path, section: str | None = None, kind: str = "distill") -> dict[str, Any]:
     """A resolved section of a run folder's config.yaml, by default the run's own; empty for another that is not there.
 
-    Raises: InputError when there is none or it is not the config of a run of that kind.
+    Raises: InputError when there is none or it is not the config of a run of that kind; DamagedDataError when its bytes
+    were changed.
     """
     file = path / _CONFIG
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as err:
-        raise InputError(f"{file}: the run's config cannot be read: {err}; choose another --out") from err
+        values = parse_yaml(read_text(file, _REMEDY), file, Refusal(DamagedDataError, _REMEDY))
+    except FileNotFoundError as err:
+        raise InputError(f"{file}: there is no such file, so no run here; choose another --out") from err
     if not isinstance(values, dict) or not isinstance(values.get(kind), dict):
         raise InputError(f"{file}: not the config of a run, which has a section `{kind}:`; choose another --out")
     settings: dict[str, Any] = values.get(section or kind) or {}
@@ -183,19 +217,20 @@ def read_config(path: Path, section: str | None = None, kind: str = "distill") -
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order; what a kill left of one, or of two run into one, is left out."""
+    """The lines of a run's metrics.jsonl, in order; what a kill left of the last is left out.
+
+    Raises: DamagedDataError naming file and line for one that is none, or was changed.
+    """
+    return [line.record for line in _metrics(path)]
+
+
+def _metrics(path: Path) -> list[Line]:
     file = path / _METRICS
-    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
-    records = (_record(line) for line in lines[:-1])  # what follows the last newline was not written whole
-    return [record for record in records if record is not None]
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    lines = read_lines(file)
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line.record.get("step"), int):
+            raise DamagedDataError(f"{file}, line {number} names no step; delete this line to go on without it")
+    return lines
 
 
 def changed_fields(old: Mapping[str, Any], config: Settings, section: str) -> list[Difference]:
@@ -231,8 +266,8 @@ def _hold(path: Path) -> TextIO:
     return lock
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     try:
-        write_whole(path, text)
+        write_whole(path, content)
     except OSError as err:
-        raise StoreError(f"{path} cannot be written: {err}; free or change the disk and run again") from err
+        raise StoreError(f"{path} cannot be written: {err}; {_ROOM}") from err

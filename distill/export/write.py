@@ -16,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,7 +31,8 @@ from dtpipe.distill.student.student import (
     student_name,
     untagged,
 )
-from dtpipe.manifests.errors import ConfigError, ExportError
+from dtpipe.manifests.errors import ConfigError, ExportError, StoreError
+from dtpipe.manifests.records.tensors import DIGEST_KEY, UNSEALED, seal_tensors
 from dtpipe.manifests.store.publish import whole_file, write_whole
 
 TOLERANCE = 1e-5  # of a level's largest value: the same operations in float32, perhaps by another kernel
@@ -57,7 +59,7 @@ def export_student(checkpoint: str | Path, out: str | Path, layout: str = "timm"
     """Write the student of a run or checkpoint into folder `out` as model.safetensors and config.json.
 
     Raises: InputError on a checkpoint that cannot be used; ConfigError when there is no such layout or it has no place
-    for the student; ExportError when the reloaded export differs.
+    for the student; ExportError when the reloaded export differs; StoreError when the folder cannot be written.
     """
     if layout not in EXPORTS:
         raise ConfigError(f"export.layout is {layout!r}; choose one of {', '.join(EXPORTS)}")
@@ -67,11 +69,15 @@ def export_student(checkpoint: str | Path, out: str | Path, layout: str = "timm"
     renamed = {name: library.rename(name, weight, student) for name, weight in weights.items()}
     names = {theirs: name for name, (theirs, _) in renamed.items() if theirs != name}
     path = Path(out) / WEIGHTS
-    with whole_file(path, f".{os.getpid()}.{WEIGHTS}") as temporary:  # timm and load_file go by the suffix
-        save_file(dict(renamed.values()), temporary, metadata=_metadata(student, layout, names))
-        difference = compare(student, library.reload(temporary, student))
-        config = _input_config(student) if names else _hub_config(student)
-        write_whole(path.parent / "config.json", json.dumps(config, indent=2) + "\n")
+    try:
+        with whole_file(path, f".{os.getpid()}.{WEIGHTS}") as temporary:  # timm and load_file go by the suffix
+            save_file(dict(renamed.values()), temporary, metadata=_metadata(student, layout, names))
+            seal_tensors(temporary)
+            difference = compare(student, library.reload(temporary, student))
+            config = _input_config(student) if names else _hub_config(student)
+            write_whole(path.parent / "config.json", json.dumps(config, indent=2) + "\n")
+    except (OSError, SafetensorError) as err:  # safetensors raises the latter on a full disk
+        raise StoreError(f"{out} cannot be written: {err}; make room or choose another --out") from err
     count, code = sum(tensor.numel() for tensor in weights.values()), library.snippet(path, student)
     return ExportResult(path, layout, count, difference, untrained, code, library.finetune(path, student))
 
@@ -129,7 +135,7 @@ def _full_model(student: Student) -> nn.Module:
 
 def _metadata(student: Student, layout: str, names: Mapping[str, str]) -> dict[str, str]:
     own = {STUDENT_KEY: json.dumps(spec_to_dict(student.spec)), NAMES_KEY: json.dumps(names)}
-    return {"format": "pt", "layout": layout, **own}
+    return {"format": "pt", "layout": layout, **own, DIGEST_KEY: UNSEALED}
 
 
 def _input_config(student: Student) -> dict[str, Any]:

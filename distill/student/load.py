@@ -13,6 +13,7 @@ from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.student.student import Student, StudentSpec, build_student, spec_from_dict, student_name
 from dtpipe.manifests.documents import Refusal, parse_json, why_not_read
 from dtpipe.manifests.errors import DamagedDataError, InputError
+from dtpipe.manifests.records.tensors import check_tensors
 
 WEIGHTS = "model.safetensors"
 """An export's weights inside its folder."""
@@ -52,6 +53,7 @@ def _from_checkpoint(path: Path, ema: bool) -> Student:
 
 def _from_export(path: Path) -> Student:
     try:
+        check_tensors(path, "export again")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         weights = load_file(path)

@@ -14,16 +14,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.teacher.network import BETA_RANGE, build_unet, null_class
 from dtpipe.manifests.errors import DamagedDataError, StoreError
+from dtpipe.manifests.records.document import write_document
+from dtpipe.manifests.records.files import FILES, TEACHER_RECORD, file_digests
+from dtpipe.manifests.store.publish import whole_files
 
 TRAIN_TEACHER = "train_teacher"
 SAMPLES = "samples.png"
-_RECORD, _CLASSES = "train.json", "classes.json"
+_CLASSES, _TEMPORARY = "classes.json", ".teacher.tmp"
+_REMEDY = "make room or name another folder"
 _OF_THIS_MACHINE: Mapping[str, bool | set[str]] = {
     "images": True,
     "init_from": True,
@@ -44,9 +49,9 @@ def export_teacher(
 ) -> Path:
     """Write the moving average of the checkpoint in `run` as a teacher into `out`; returns the sample grid's path.
 
-    Holds unet/ (safetensors), scheduler/, model_index.json, train.json (settings, step, loss, versions), samples.png
-    and, where the network was told classes, classes.json. Samples are drawn with the weights as written, so they show
-    what a reader of the folder gets.
+    Holds unet/ (safetensors), scheduler/, model_index.json, train.json (settings, step, loss, versions, digests of the
+    others), samples.png and, where the network was told classes, classes.json. Samples are drawn with the weights as
+    written, so they show what a reader of the folder gets.
     Raises: InputError or DamagedDataError without a whole checkpoint; StoreError when `out` cannot be written.
     """
     saved = load_checkpoint(run / "last.pt", TRAIN_TEACHER)
@@ -56,14 +61,19 @@ def export_teacher(
     unet.load_state_dict(saved["ema"])
     torch.nn.Module.to(unet, dtype=getattr(torch, dtype or config.run.dtype))
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write_pipeline(unet, config, out)
-        _write_json(out / _RECORD, _record(config, saved, run))
-        if classes:
-            _write_json(out / _CLASSES, {"classes": classes, "null_class": null_class(config, len(classes))})
-        Image.fromarray(tile(draw_images(config, out, len(classes), torch.device(device)))).save(out / SAMPLES)
-    except OSError as err:
-        raise StoreError(f"{out}: cannot write the teacher ({err}); make room or name another folder") from err
+        with whole_files(out, _TEMPORARY) as written:
+            _write_pipeline(unet, config, written)
+            if classes:
+                named = {"classes": classes, "null_class": null_class(config, len(classes))}
+                (written / _CLASSES).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+            Image.fromarray(tile(draw_images(config, written, len(classes), torch.device(device)))).save(
+                written / SAMPLES
+            )
+            digests = file_digests(written)
+            (out / TEACHER_RECORD).unlink(missing_ok=True)
+        write_document(out / TEACHER_RECORD, _record(config, saved, run) | {FILES: digests}, _REMEDY)
+    except (OSError, SafetensorError) as err:  # safetensors raises the latter on a full disk
+        raise StoreError(f"{out}: cannot write the teacher ({err}); {_REMEDY}") from err
     return out / SAMPLES
 
 
@@ -87,10 +97,6 @@ def _write_pipeline(unet: Any, config: TrainTeacherConfig, out: Path) -> None:
     DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(out, safe_serialization=True)
     for path in (out / "unet").iterdir():
         path.chmod(0o644)  # safetensors writes for the owner alone
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _record(config: TrainTeacherConfig, saved: Mapping[str, Any], run: Path) -> dict[str, Any]:

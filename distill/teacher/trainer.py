@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.device import autocast, pick_precision, seeded, training_device
 from dtpipe.distill.engine.loop import run
 from dtpipe.distill.engine.optim import warmup_hold_decay
 from dtpipe.distill.engine.progress import OnTrainProgress
 from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks, ranks_of_this_machine
+from dtpipe.distill.engine.recovery import newest_checkpoint
 from dtpipe.distill.engine.run_folder import RunSettings
 from dtpipe.distill.engine.timing import Stopwatch
 from dtpipe.distill.engine.trainer import Course
@@ -84,7 +84,7 @@ def train_ddpm(
         images = open_images(config, ranks_of_this_machine())
         _refuse_different(ranks, images)
         with seeded(config.seed, device):
-            trainer = TeacherTraining(config, images, device, ranks, partial(_begin, config, start_from))
+            trainer = TeacherTraining(config, images, device, ranks, partial(_begin, config, ranks, start_from))
             result = run(trainer, teacher_run(config, images), ranks, on_progress)
         out = Path(config.run.out)
         ranks.first(lambda: export_teacher(out, out, draw_images, device=device))
@@ -108,12 +108,16 @@ def teacher_run(config: TrainTeacherConfig, images: TrainImages | None = None) -
     return RunSettings(Path(config.run.out), TRAIN_TEACHER, config, identity)
 
 
-def _begin(config: TrainTeacherConfig, start_from: StartFrom, unet: nn.Module) -> str | None:
+def _begin(config: TrainTeacherConfig, ranks: Ranks, start_from: StartFrom, unet: nn.Module) -> str | None:
     """The digest of the weights that training began with, where these were another teacher's; read only to begin."""
-    last = teacher_run(config).last
-    if last.exists():
-        return str(digest) if (digest := load_checkpoint(last, TRAIN_TEACHER)["started_from"]) else None
-    return start_from(config, unet) if config.init_from else None
+    begun, digest = ranks.first(lambda: _begun(config)) if config.init_from else (True, None)
+    return digest if begun else start_from(config, unet)
+
+
+def _begun(config: TrainTeacherConfig) -> tuple[bool, str | None]:
+    """Whether there is a checkpoint to go on from, and the digest that it names."""
+    newest = newest_checkpoint(teacher_run(config).last, TRAIN_TEACHER)
+    return newest is not None, newest.state["started_from"] if newest is not None else None
 
 
 def _refuse_different(ranks: Ranks, images: TrainImages) -> None:

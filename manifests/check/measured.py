@@ -6,7 +6,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from dtpipe.manifests.canonical import dump_record, load_record
-from dtpipe.manifests.errors import ManifestError, MissingObjectError
+from dtpipe.manifests.errors import MissingObjectError
 from dtpipe.manifests.schema import StrictModel
 from dtpipe.manifests.store.store import Store
 
@@ -24,10 +24,10 @@ class Measured(StrictModel):
 
 
 def read_measured(store: Store) -> Measured | None:
-    """What was measured; None where nothing was, or where the file cannot be read."""
+    """What was measured; None where nothing was. Raises: ManifestError when the file was changed."""
     try:
         return load_record(Measured, store.read(MEASURED_FILE), store.where(MEASURED_FILE))
-    except (MissingObjectError, ManifestError):
+    except MissingObjectError:
         return None
 
 

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,27 @@ def whole_file(path: Path, temporary: str | None = None) -> Iterator[Path]:
         fault_point("store.temporary")
         written.replace(path)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def whole_files(folder: Path, temporary: str) -> Iterator[Path]:
+    """A folder inside `folder` that a block writes to: its files take their places when the block ends, one by one.
+
+    `temporary` is its name until then; after an error nothing of it is left.
+    """
+    written = folder / temporary
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
+    try:
+        yield written
+        for path in sorted(filter(Path.is_file, written.rglob("*"))):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            place = folder / path.relative_to(written)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            rename(path, place)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def write_whole(path: Path, content: bytes | str, temporary: str | None = None) -> os.stat_result:

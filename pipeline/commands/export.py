@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dtpipe.manifests.errors import StoreError
+from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.cli.settings import dump
 
@@ -28,7 +29,7 @@ def command(call: Call) -> None:
 
     try:
         result = export_student(config.checkpoint, config.out, config.layout)
-        (result.path.parent / "export.yaml").write_text(dump(config, "export"), encoding="utf-8")
+        write_whole(result.path.parent / "export.yaml", dump(config, "export"))
     except OSError as err:
         raise StoreError(f"{config.out} cannot be written: {err}; choose another --out") from err
     call.console.pairs(

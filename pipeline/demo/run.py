@@ -5,7 +5,6 @@ Every step is a command line that is printed and run as it stands; nothing here 
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.manifests.errors import ConfigError, DemoStepError, InputError
+from dtpipe.manifests.records.document import read_document
 from dtpipe.pipeline.cli.console import Console, format_seconds
 from dtpipe.pipeline.config import DemoConfig
 from dtpipe.pipeline.demo.folder import held_folder
@@ -211,7 +211,7 @@ class _Demo:
     def _finish(self, task: str) -> DemoResult:
         path = self.run / "eval" / f"{task}.json"
         if path.is_file():
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_document(path, "run the demo again with --fresh")
             self.result.metric = document["metric"]
             self.result.scores = best_scores(document)
         return self.result

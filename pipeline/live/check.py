@@ -6,13 +6,11 @@ What was found is kept in the run folder: a run that goes on keeps to it, and do
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -22,7 +20,7 @@ from dtpipe.extract.shards.reader import ImageReader
 from dtpipe.extract.shards.task import BadSample, budget_message
 from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, StoreError
-from dtpipe.manifests.store.publish import write_whole
+from dtpipe.manifests.records.document import read_document, write_document
 
 CHECKED_FILE = "checked_images.json"
 _AT_ONCE = 1024  # rows handed to the threads at a time
@@ -54,8 +52,7 @@ def check_images(
         if len(bad) > max_bad(len(rows)):
             raise ErrorBudgetError(budget_message("the source", len(bad), max_bad(len(rows)), _samples(bad)))
         document = {"of": _name(reader, rows), "num": len(rows), "bad": bad}
-        with _writing(run):
-            write_whole(run / CHECKED_FILE, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        write_document(run / CHECKED_FILE, document, "make room or choose another --out")
     return bad
 
 
@@ -65,12 +62,11 @@ def known_bad(reader: ImageReader, rows: NDArray[np.int64], run: Path) -> dict[s
 
 
 def _kept(reader: ImageReader, rows: NDArray[np.int64], run: Path) -> dict[str, str] | None:
-    """What the run folder says of these images, if it does."""
-    name = _name(reader, rows)
+    """What the run folder says of these images, if it does. Raises: DamagedDataError when what it says was changed."""
     try:
-        document: dict[str, Any] = json.loads((run / CHECKED_FILE).read_text(encoding="utf-8"))
-        return dict(document["bad"]) if document["of"] == name else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        document = read_document(run / CHECKED_FILE, "delete it, and run again: all images are then looked at anew")
+        return dict(document["bad"]) if document["of"] == _name(reader, rows) else None
+    except (FileNotFoundError, KeyError, TypeError):
         return None
 
 

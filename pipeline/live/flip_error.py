@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dtpipe.extract.encode import Rows, encode, recipe_rows
 from dtpipe.extract.teachers.base import TeacherSpec
 from dtpipe.manifests.check.measured import Measured, read_measured, write_measured
-from dtpipe.manifests.errors import DtpipeError, StoreError
+from dtpipe.manifests.errors import DtpipeError, ManifestError, StoreError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.store.store import Store
 from dtpipe.pipeline.live.recorded import RecipeTeacher
@@ -73,16 +73,19 @@ def equivariant_warnings(urls: Sequence[str]) -> Iterator[str]:
             dataset = FeatureDataset.open(url, allow_incomplete=True)
             if any(view.flip for view in dataset.views):
                 continue
-            measured = read_measured(Store(url))
+            error = _error_sentence(url, dataset)
         except DtpipeError:  # whoever opens it to train says why
             continue
-        error = _error_sentence(url, dataset, measured)
         yield f"warning: {url} stores no flipped views, and --equivariant mirrors its features instead: {error}"
 
 
-def _error_sentence(url: str, dataset: FeatureDataset, measured: Measured | None) -> str:
+def _error_sentence(url: str, dataset: FeatureDataset) -> str:
     if dataset.recipe.synthesized:
         return "how far that is from true cannot be measured, since its teacher encodes no images"
+    try:
+        measured = read_measured(Store(url))
+    except ManifestError:
+        return f"its measured.json was changed; `dtpipe verify {url} --level recompute` measures anew"
     if measured is None or not measured.flip_error:
         return f"how far that is from true is not measured yet; `dtpipe verify {url} --level recompute` does"
     return f"relative error {format_errors(measured.flip_error)}, measured on {measured.num_samples} samples"

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import os
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dtpipe.manifests.documents import Refusal, read_utf8
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.records.lines import append_line, keep_lines, read_lines
 from dtpipe.pipeline.cli.options import command_line
 
 _FILE = "commands.jsonl"
 
 
 def record_command(run: Path) -> None:
-    """Append the running command line to the run's history."""
+    """Append the running command line to the run's history.
+
+    Raises: DamagedDataError as `read_commands`; StoreError when it cannot be written.
+    """
+    path = run / _FILE
+    if path.exists():
+        keep_lines(path, read_lines(path))  # without what a power cut left of the last
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
         "dtpipe": version("dtpipe"),
     }
-    with (run / _FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append_line(path, record)
 
 
 def read_commands(run: Path) -> list[dict[str, Any]]:
-    """The recorded commands, oldest first; none for a run made without the command line."""
-    path = run / _FILE
-    if not os.path.lexists(path):
-        return []
-    lines = read_utf8(path, Refusal(InputError, "move it away: it says which commands wrote here")).splitlines()
-    return [record for line in lines if (record := _record(line))]
+    """The recorded commands, oldest first; none for a run made without the command line.
 
-
-def _record(line: str) -> dict[str, Any] | None:
-    """None for what a kill left of a line."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("command"), str) else None
+    Raises: DamagedDataError naming file and line for one that was changed.
+    """
+    return [line.record for line in read_lines(run / _FILE)]

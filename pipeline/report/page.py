@@ -22,9 +22,10 @@ from dtpipe.distill.engine.run_folder import read_config, read_metrics
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.teachers.registry import load_teacher
-from dtpipe.manifests.documents import Refusal, read_object
+from dtpipe.manifests.documents import Refusal
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, InputError, StoreError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.records.document import read_document
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note, format_bytes
@@ -171,7 +172,7 @@ def scores_of(run: Path, leave_out: LeaveOut) -> list[dict[str, Any]]:
 def _score(path: Path) -> dict[str, Any]:
     """What a file of `dtpipe eval` says. Raises: DamagedDataError for another kind of file."""
     refusal = Refusal(DamagedDataError, "run `dtpipe eval` again")
-    document = read_object(path, refusal)
+    document = read_document(path, refusal.advice)
     try:
         return _table(document, path.stem)
     except (KeyError, TypeError, ValueError) as err:

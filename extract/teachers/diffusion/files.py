@@ -13,6 +13,7 @@ from dtpipe.extract.teachers.files.hub import HUB_ID, download
 from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, find_weights, hub_patterns
 from dtpipe.extract.teachers.files.weights import read_json
 from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.records.files import TEACHER_RECORD, check_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,12 +75,14 @@ def is_unet_path(path: str) -> bool:
 def find_unet(path: str, revision: str | None = None, variant: str | None = None) -> UNetFiles:
     """The files of a checkpoint, its settings read and checked; `variant` chooses among several files of weights.
 
-    Raises: TeacherError when a part is missing, or the network or its scheduler is of another kind.
+    Raises: TeacherError when a part is missing, or the network or its scheduler is of another kind; DamagedDataError
+    when a file is not the one that `dtpipe train-teacher` wrote there.
     """
     wanted = [f"{folder}{name}" for folder in ("", "unet/") for name in hub_patterns(variant)]
     root = Path(path) if Path(path).exists() else download(path, revision, ["*.json", *wanted])
     if not root.is_dir():
         raise TeacherError(f"{path}: is a file; give the folder of a diffusers UNet2DModel or DDPMPipeline")
+    check_files(root, TEACHER_RECORD, "run the same `dtpipe train-teacher` again, which writes the teacher anew")
     folder = _network_folder(root)
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "UNet2DModel":

@@ -8,7 +8,6 @@ size and blake3. Offline mode (`HF_HUB_OFFLINE=1`) fetches nothing. A path alway
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
-from blake3 import blake3
 from pydantic import Field
 
 from dtpipe.extract.teachers.files.refusals import disguise_of
 from dtpipe.extract.teachers.files.remote import fetch_remote
-from dtpipe.manifests.documents import Refusal, read_object
-from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.errors import DamagedDataError, StoreError, TeacherError
+from dtpipe.manifests.records.document import read_document, write_document
+from dtpipe.manifests.records.files import file_digest
 from dtpipe.manifests.schema import StrictModel
 from dtpipe.manifests.store.paths import is_url, path_on_disk
 from dtpipe.manifests.store.publish import unique_temporary, whole_file
@@ -146,34 +145,28 @@ def _download(published: PublishedTeacher, path: Path) -> None:
                 raise OSError(f"the connection ended after {size} of {expected} bytes")
             if (disguise := disguise_of(partial)) is not None:
                 raise OSError(f"what came {disguise}")
-            record = {
-                "url": published.url,
-                "licence": published.licence,
-                "size_bytes": size,
-                "blake3": _digest(partial),
-            }
-            _record_path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    except (OSError, ValueError, HTTPException) as err:  # urllib's network errors are OSErrors
+            record = {"url": published.url, "licence": published.licence, "size_bytes": size}
+            write_document(_record_path(path), record | {"blake3": file_digest(partial)}, "make room")
+    except (OSError, StoreError, ValueError, HTTPException) as err:  # urllib's network errors are OSErrors
         raise TeacherError(
             f"{published.name}: {published.url} cannot be fetched ({err}); download it and put it at {path}"
         ) from err
 
 
 def _check_unchanged(path: Path) -> None:
-    """Size by the record, where there is one; content is checked by the weights' digest of each dataset."""
-    record, refusal = _record_path(path), Refusal(TeacherError, "delete the folder to fetch the teacher again")
-    if not os.path.lexists(record):
+    """Size and content by the record, where there is one."""
+    remedy = "delete the folder to fetch the teacher again"
+    try:
+        record = read_document(_record_path(path), remedy)
+    except FileNotFoundError:
         return  # put there by hand
-    expected = read_object(record, refusal).get("size_bytes")
-    if path.stat().st_size != expected:
+    if path.stat().st_size != record.get("size_bytes"):
         raise TeacherError(
-            f"{path}: has {path.stat().st_size} bytes, {expected} were fetched; delete the folder to fetch it again"
+            f"{path}: has {path.stat().st_size} bytes, {record.get('size_bytes')} were fetched; {remedy}"
         )
+    if file_digest(path) != record.get("blake3"):
+        raise DamagedDataError(f"{path}: is not the file that was fetched: bytes were changed; {remedy}")
 
 
 def _record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
-
-
-def _digest(path: Path) -> str:
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()

@@ -14,17 +14,21 @@ from typing import Any
 
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import DtpipeError, MissingPackageError, TeacherError
+from dtpipe.manifests.records.document import write_document
+from dtpipe.manifests.records.files import FILES, check_files, file_digests
 from dtpipe.manifests.store.publish import rename
 from dtpipe.manifests.store.reading import PatientFiles
 from dtpipe.manifests.store.reasons import reason_of
 
+_RECORD = ".copied.json"
 _IDENTITY = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
 
 
 def fetch_remote(url: str, cache: Path) -> Path:
     """The local copy of a file or folder.
 
-    Raises: TeacherError when there is nothing or it cannot be read; MissingPackageError for a protocol's package.
+    Raises: TeacherError when there is nothing or it cannot be read; DamagedDataError when a copy was changed since;
+    MissingPackageError for a protocol's package.
     """
     try:
         fs = PatientFiles(url)
@@ -43,6 +47,8 @@ def fetch_remote(url: str, cache: Path) -> Path:
     name = str(posixpath.basename(root.rstrip("/")))
     if not copy.is_dir():
         _copy(fs, root, name, files, copy, url)
+    else:
+        check_files(copy, _RECORD, f"delete {copy} to copy it from {url} again")
     return copy / name
 
 
@@ -69,6 +75,7 @@ def _copy(fs: PatientFiles, root: str, name: str, files: dict[str, list[Any]], c
             fs.get_file(f"{root}/{path}" if path else root, str(target), size or 0)
             if size is not None and target.stat().st_size != size:
                 raise OSError(f"{path or name} came with {target.stat().st_size} of {size} bytes")
+        write_document(partial / _RECORD, {"url": url, FILES: file_digests(partial)}, "make room")
         if not copy.is_dir():
             rename(partial, copy)
     except Exception as err:  # each file system raises its own

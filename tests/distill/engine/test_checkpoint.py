@@ -36,7 +36,8 @@ def test_a_checkpoint_is_on_disk_before_it_replaces_the_last(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", look)
     save_checkpoint(tmp_path / "last.pt", KIND, {"step": 2})
-    assert synced == [[2, 1]]
+    assert synced == [[1, 1], [2, 1]]  # the one before under its other name, then the new one
+    assert load_checkpoint(tmp_path / "previous.pt", KIND)["step"] == 1
 
 
 def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(tmp_path):

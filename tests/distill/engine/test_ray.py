@@ -71,6 +71,7 @@ def test_ray_workers_take_the_steps_of_one_process_although_one_is_killed(ray, c
         "data.json",
         "metrics.jsonl",
         "last.pt",
+        "previous.pt",
         "checkpoints",
         ".lock",
     }

@@ -16,6 +16,7 @@ from dtpipe.distill.engine.run_folder import RunFolder, changed_fields, read_con
 from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import (
     ConfigError,
+    DamagedDataError,
     InputError,
     LockHeldError,
     MissingPackageError,
@@ -119,9 +120,26 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path):
             RunFolder.open(run_settings(config(tmp_path)))
 
 
-def test_what_a_kill_left_in_the_metrics_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n[7]\n{"step": 3}\n{"step": 2')
+@pytest.mark.parametrize("torn", ['{"step": 2', "\0" * 4096, '{"ste' + "\0" * 100, '{"step": 2, "loss": 1.0}'])
+def test_what_a_kill_or_a_power_cut_left_at_the_end_of_the_metrics_is_cut_off_and_said(tmp_path, torn):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 3}\n' + torn)  # as an older version wrote it, without seals
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+    with RunFolder.open(run_settings(config(tmp_path))) as folder:
+        assert (
+            folder.take_up(3, tensorboard=False)
+            == f"{file}: its last {len(torn)} bytes were no whole line and are cut off"
+        )
+        assert folder.take_up(3, tensorboard=False) is None
+        folder.log({"step": 4})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("garbage", ["\0\0", "[7]", '{"step": 2, "lo{"step": 3}', '{"loss": 1.0}', '{"step": "2"}', ""])
+def test_garbage_between_the_lines_of_metrics_names_file_and_line(tmp_path, garbage):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{garbage}\n{{"step": 3}}\n')
+    with pytest.raises(DamagedDataError, match=r"metrics\.jsonl, line 2 .*delete this line to go on"):
+        read_metrics(tmp_path)
 
 
 def test_the_settings_of_a_run_without_a_config_file_are_those_of_its_checkpoint(tmp_path):

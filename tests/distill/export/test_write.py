@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dtpipe.distill.export import write as export
 from dtpipe.distill.export.registry import EXPORTS
 from dtpipe.distill.export.write import export_student
-from dtpipe.distill.student.load import load_student
+from dtpipe.distill.student.load import NAMES_KEY, STUDENT_KEY, load_student
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, ExportError, InputError
+from parts.damage import flip
 from parts.memory import write_student
 
 PX = {"test_vit": (48, 64), "convnext_tiny": (32, 32)}
@@ -71,6 +74,13 @@ TUNED = """
 {code}
 tuned[{case!r}] = tune(model, {file!r}, {px!r}, {channels!r}, {prefix!r})
 """
+
+
+@pytest.fixture(scope="module")
+def small_export(tmp_path_factory):
+    """The weights of an exported student."""
+    folder = tmp_path_factory.mktemp("export")
+    return export_student(write_student(folder / "last.pt", "test_resnet"), folder / "export").path
 
 
 @dataclass(frozen=True)
@@ -281,3 +291,23 @@ def test_an_unknown_or_damaged_export_is_named(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(DamagedDataError, match=r"broken.safetensors"):
         load_student(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize("place", [3, 40, 200, 700, 0.4, 0.9, -1])
+def test_a_changed_byte_of_an_export_is_found_when_a_student_is_loaded(tmp_path, small_export, place):
+    """In its header's size, the metadata, the tensors' names, and the tensors."""
+    path = tmp_path / "model.safetensors"
+    shutil.copyfile(small_export, path)
+    flip(path, int(place * path.stat().st_size) if isinstance(place, float) else place)
+    with pytest.raises(DamagedDataError, match=r"model\.safetensors: .*; export again$") as error:
+        load_student(path)
+    assert error.value.exit_code == 4
+
+
+def test_an_export_from_before_seals_loads(tmp_path, small_export):
+    with safe_open(small_export, framework="pt") as file:
+        metadata = {name: value for name, value in file.metadata().items() if name != "dtpipe_blake3"}
+    assert metadata.keys() == {"format", "layout", STUDENT_KEY, NAMES_KEY}
+    save_file(load_file(small_export), tmp_path / "model.safetensors", metadata=metadata)
+    old, new, images = load_student(tmp_path), load_student(small_export), torch.rand(1, 3, 64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(old(images), new(images), strict=True))

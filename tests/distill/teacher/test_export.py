@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,20 @@ from safetensors.torch import load_file
 from dtpipe.distill.engine.checkpoint import load_checkpoint, save_checkpoint
 from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.teacher.export import TRAIN_TEACHER, export_teacher, tile
+from dtpipe.extract.teachers.diffusion.files import find_unet
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
+from parts.damage import flip
 from parts.ddpm_training import draw_grey, tiny_teacher, train
+from parts.disks import files_on, fill, small_disk
 from parts.settings import build, changed
+
+
+@pytest.fixture(scope="module")
+def finished_teacher(tmp_path_factory):
+    """A run folder with the teacher in it."""
+    out = tmp_path_factory.mktemp("teacher")
+    train(tiny_teacher(out, steps=1))
+    return out
 
 
 def test_a_folder_holds_the_moving_average_its_record_and_a_grid(tmp_path):
@@ -83,6 +96,54 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         export_teacher(tmp_path, tmp_path / "file" / "teacher", draw_grey)
     with pytest.raises(StoreError, match="the run folder cannot be written"):
         train(tiny_teacher(tmp_path / "file" / "teacher"))
+
+
+NETWORK = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [(NETWORK, -1), (NETWORK, 40), ("unet/config.json", -5), ("scheduler/scheduler_config.json", -5)]
+)
+def test_a_changed_byte_of_a_written_teacher_is_found_when_it_is_loaded(tmp_path, finished_teacher, name, place):
+    out = shutil.copytree(finished_teacher, tmp_path / "teacher")
+    assert find_unet(str(out)).image_px == (16, 16)
+    flip(out / name, place)
+    with pytest.raises(
+        DamagedDataError, match=rf"{name}: is not the file that train\.json names; run the same"
+    ) as error:
+        find_unet(str(out))
+    assert error.value.exit_code == 4
+    (out / "train.json").unlink()  # one who changed it on purpose, and teachers of others
+    flip(out / name, place)
+    assert find_unet(str(out)).image_px == (16, 16)
+
+
+def test_a_changed_record_of_a_teacher_is_found(tmp_path, finished_teacher):
+    out = shutil.copytree(finished_teacher, tmp_path / "teacher")
+    flip(out / "train.json")
+    with pytest.raises(DamagedDataError, match=r"train\.json: "):
+        find_unet(str(out))
+
+
+def test_a_teacher_that_cannot_be_written_whole_leaves_the_one_before(tmp_path, finished_teacher):
+    out = Path(shutil.copytree(finished_teacher, tmp_path / "teacher"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def full(*_: object) -> np.ndarray:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreError, match=r"cannot write the teacher \(.*No space left.*make room"):
+        export_teacher(out, out, full)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_teacher_on_a_full_disk_is_a_store_error(tmp_path, finished_teacher):
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        fill(disk, 40_000)
+        with pytest.raises(StoreError, match="cannot write the teacher") as error:
+            export_teacher(finished_teacher, disk / "teacher", draw_grey)
+        assert error.value.exit_code == 8
+        assert files_on(disk) == set()
 
 
 def test_tiles_fill_rows():

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.teachers.base import TapSpec, TeacherSpec
 from dtpipe.manifests.check.measured import Measured, read_measured, write_measured
+from dtpipe.manifests.errors import ManifestError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_images
 from dtpipe.manifests.schema import LevelSpec, ViewSpec
@@ -103,10 +104,11 @@ def test_a_synthesized_dataset_cannot_be_measured(extract: Extract, gan: dict[st
     assert "cannot be measured, since its teacher encodes no images" in line
 
 
-def test_a_damaged_measurement_counts_as_none(tmp_path: Path) -> None:
+def test_a_changed_measurement_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path)
     write_measured(store, Measured(flip_error={"l2": 0.5}, num_samples=3))
     assert read_measured(store) == Measured(flip_error={"l2": 0.5}, num_samples=3)
     file = tmp_path / "measured.json"
     file.write_text(file.read_text().replace("0.5", "0.1"))
-    assert read_measured(store) is None
+    with pytest.raises(ManifestError, match=r"measured\.json does not match its own checksum"):
+        read_measured(store)

@@ -117,8 +117,8 @@ def test_an_image_that_breaks_after_it_was_looked_at_stops_the_run_naming_it(
 ) -> None:
     command = ["--images", image_folder, "--teacher", ddpm, "--out", tmp_path / "run"]
     assert distill(*command).exit_code == 0
-    for name in ("last.pt", "metrics.jsonl"):
-        (tmp_path / "run" / name).unlink()
+    for file in (*(tmp_path / "run").rglob("*.pt"), tmp_path / "run" / "metrics.jsonl"):
+        file.unlink()
     victim = next(image_folder.rglob("*.png"))
     victim.write_bytes(b"junk")
     assert (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,9 @@ from dtpipe.extract.config import ExtractConfig, TeacherConfig
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.teachers.files.published import PublishedTeacher, fetch, locate
 from dtpipe.extract.teachers.registry import load_teacher
-from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.errors import DamagedDataError, TeacherError
+from dtpipe.manifests.records.document import read_document
+from parts.damage import flip
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -76,8 +77,7 @@ def test_a_name_or_path_that_there_is_not_is_told_from_a_file_that_nobody_reads(
 
 def test_fetched_once_and_recorded(server: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fetch(entry(f"{server}/model.pt"))
-    record = json.loads((cache / "tiny" / "model.pt.json").read_text())
-    assert record == {
+    assert read_document(cache / "tiny" / "model.pt.json", "") == {
         "url": f"{server}/model.pt",
         "licence": "MIT",
         "size_bytes": len(WEIGHTS),
@@ -126,6 +126,23 @@ def test_a_file_of_another_size_than_was_fetched_is_refused(server: str) -> None
         fetch(entry(f"{server}/model.pt"))
 
 
+def test_a_cached_file_that_was_changed_since_is_refused(server: str, cache: Path) -> None:
+    """Of equal size; also one that an older version fetched, whose record has no seal."""
+    path = fetch(entry(f"{server}/model.pt"))
+    flip(path)
+    with pytest.raises(DamagedDataError, match=r"model\.pt: is not the file that was fetched.*delete the folder"):
+        fetch(entry(f"{server}/model.pt"))
+    record = cache / "tiny" / "model.pt.json"
+    flip(record)
+    with pytest.raises(DamagedDataError, match=r"model\.pt\.json: "):
+        fetch(entry(f"{server}/model.pt"))
+    record.write_text(f'{{"size_bytes": {len(WEIGHTS)}, "blake3": "{blake3(WEIGHTS).hexdigest()}"}}\n')
+    with pytest.raises(DamagedDataError, match="is not the file that was fetched"):
+        fetch(entry(f"{server}/model.pt"))
+    flip(path)
+    assert fetch(entry(f"{server}/model.pt")) == path
+
+
 def test_a_page_without_a_direct_link_asks_for_the_path() -> None:
     with pytest.raises(
         TeacherError, match=r"put it at .*view, or give .*kind=adm -s .*\{learn_sigma: True, heads: 4\}"
@@ -158,6 +175,9 @@ def test_a_teacher_behind_a_url_is_copied_once_and_again_when_it_changes(as_file
     again = Path(locate(TeacherConfig(path=url), []).path)
     assert (again if as_file else again / "unet" / "model.safetensors").read_bytes() == WEIGHTS[:-5]
     assert not list((cache / "remote").glob(".*"))
+    flip(again if as_file else again / "unet" / "model.safetensors")
+    with pytest.raises(DamagedDataError, match=rf"model\.safetensors: is not the file .*to copy it from {url} again"):
+        locate(TeacherConfig(path=url), [])
     memory.rm("/bucket", recursive=True)
 
 
