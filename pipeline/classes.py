@@ -68,9 +68,9 @@ def coverage_notes(train: LabelledSet, test: LabelledSet) -> list[str]:
     what, learned, scored = "image" if train.kind is not Mask else "mask", train.find_classes(), test.find_classes()
     notes = []
     if unknown := _names((train, test), scored - learned):
-        notes.append(f"no labelled {what} holds {unknown}: nobody can find them, and they count as missed")
+        notes.append(f"no labelled {what} holds {unknown}: nobody can find that, and it counts as missed")
     if unseen := _names((train, test), learned - scored):
-        notes.append(f"no held-out {what} holds {unseen}: the scores say nothing of them")
+        notes.append(f"no held-out {what} holds {unseen}: the scores say nothing of that")
     return notes
 
 

@@ -107,9 +107,8 @@ class ProbeResult:
         num_seeds = max(summary.num_seeds for summary in summaries)
         spread = f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
         title = f"{self.task}: {self.metric} on {self.num_test} held-out images, {spread}"
-        chosen = "best level of each, chosen on the labelled images only"
-        counts = "numbers of labelled images are of all classes together"
-        return "\n".join([f"{title}; {chosen}; {counts}", *_aligned([head, *body]), *self.notes])
+        how = "best level of each, chosen on the labelled images only; these are counted over all classes together"
+        return "\n".join([title, how, *_aligned([head, *body]), *self.notes])
 
     @staticmethod
     def merge(results: Sequence[ProbeResult]) -> ProbeResult:

@@ -102,7 +102,7 @@ class _Demo:
             settings = ["-c", "demo_teacher", "--steps", config.teacher_steps, "--seed", config.seed]
             self._step("train-teacher", *settings, "--images", config.images, "--out", teacher, *limit)
         self._extract_and_distill(config.images, teacher, limit)
-        if self._has_classes(config.images, source.list()):
+        if has_classes(config.images, source.list(), self.console):
             self.console.result("your images have labels: a linear probe of them, which distillation did not see")
             self._step(
                 "eval",
@@ -119,19 +119,6 @@ class _Demo:
             )
         self._report(teacher)
         return self._finish("probe")
-
-    def _has_classes(self, images: str, items: Sequence[SourceItem]) -> bool:
-        """True when a class probe of the images says something; what is missing is said where there are labels."""
-        from dtpipe.pipeline.classes import class_folders
-
-        if all(item.label is None for item in items):
-            return False
-        try:
-            class_folders(images, items, self.console.note)
-        except ConfigError as err:
-            self.console.result(f"\nno class probe: {err}")
-            return False
-        return True
 
     def _extract_and_distill(self, images: str, teacher: str, limit: Sequence[object]) -> None:
         config = self.config
@@ -215,6 +202,20 @@ class _Demo:
             self.result.metric = document["metric"]
             self.result.scores = best_scores(document)
         return self.result
+
+
+def has_classes(images: str, items: Sequence[SourceItem], console: Console) -> bool:
+    """True when a class probe of the images says something; where there are labels that do not, why is printed."""
+    from dtpipe.pipeline.classes import class_folders
+
+    if all(item.label is None for item in items):
+        return False
+    try:
+        class_folders(images, items, console.note)
+    except ConfigError as err:
+        console.result(f"\nno class probe: {err}")
+        return False
+    return True
 
 
 def best_scores(document: dict[str, Any]) -> dict[str, dict[str, float]]:

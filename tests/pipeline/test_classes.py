@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dtpipe.distill.downstream.labelled import LabelledSet
-from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.classes import check_scorable, class_folders, coverage_notes
 from parts.images import png, write_files
 from parts.labelled import with_classes, with_masks
+from parts.packing import write_parquet
 
 PIXELS = png(np.zeros((4, 4, 3), np.uint8))
 
@@ -57,16 +57,16 @@ def test_folders_without_an_image_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("numbers", "said"),
     [
-        (["red", "red"], "all 2 images are of one class, 'red'"),
-        (["red", None], "1 of 2 images have no label, 1 for one"),
+        ([1, 1, 1], "all 3 images are of one class, 'red'"),
+        ([0, -1, 1], "1 of 3 images have no label, b for one"),
     ],
 )
-def test_a_column_of_labels_that_says_nothing_is_refused(labels: list[str | None], said: str) -> None:
-    items = [SourceItem(str(idx), "", label) for idx, label in enumerate(labels)]
-    with pytest.raises(ConfigError, match=said):
-        class_folders("memory://table.parquet", items, print)
+def test_a_column_of_labels_that_says_nothing_is_refused(numbers: list[int], said: str, tmp_path: Path) -> None:
+    url = str(write_parquet(tmp_path / "table.parquet", dict.fromkeys("abc", PIXELS), numbers, ("blue", "red")))
+    with pytest.raises(ConfigError, match=f"table.parquet: {said}"):
+        class_folders(url, open_source(url).list(), print)
 
 
 def classes(*numbers: int, of: int = 4) -> LabelledSet:
@@ -110,9 +110,9 @@ def test_masks_of_0_and_255_are_two_classes_when_none_is_ignored() -> None:
 def test_classes_on_one_side_only_are_said() -> None:
     assert coverage_notes(classes(0, 1, 2), classes(0, 1, 2)) == []
     assert coverage_notes(classes(0, 1, 3), classes(0, 2, 1)) == [
-        "no labelled image holds 2: nobody can find them, and they count as missed",
-        "no held-out image holds 3: the scores say nothing of them",
+        "no labelled image holds 2: nobody can find that, and it counts as missed",
+        "no held-out image holds 3: the scores say nothing of that",
     ]
     assert coverage_notes(masks(0, 1), masks(0, 1, *range(2, 9))) == [
-        "no labelled mask holds 2, 3, 4, 5, 6 and 2 more: nobody can find them, and they count as missed"
+        "no labelled mask holds 2, 3, 4, 5, 6 and 2 more: nobody can find that, and it counts as missed"
     ]

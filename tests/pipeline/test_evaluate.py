@@ -121,6 +121,14 @@ def test_masks_of_0_and_255_are_refused_until_255_is_a_class(tmp_path: Path) -> 
     assert train.find_classes() == {0, 1} and train.classes.names == ("background", "foreground")
 
 
+def test_a_class_of_one_image_is_learned_and_named_as_not_scored(tmp_path: Path) -> None:
+    keys = ["bird/0.png", *(f"{name}/{idx}.png" for name in ("cat", "dog") for idx in range(4))]
+    write_files(tmp_path, dict.fromkeys(keys, png(np.zeros((8, 8, 3), np.uint8))))
+    train, test = load_sets(EvalConfig(checkpoint="", task="probe", images=str(tmp_path)), (8, 8), print)
+    assert len(train) == 5 and "bird/0.png" in train.keys
+    assert coverage_notes(train, test) == ["no held-out image holds bird: the scores say nothing of that"]
+
+
 def test_one_image_cannot_be_split_and_is_refused(tmp_path: Path) -> None:
     config = write_sides(tmp_path, {"t0": np.eye(8, dtype=np.uint8)})
     with pytest.raises(ConfigError, match=r"t-images: too few images to hold some out"):

@@ -85,7 +85,8 @@ def test_comparison_scores_every_extractor_size_and_seed_and_is_json() -> None:
     document = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert document["summaries"][0]["level"] == "best"
     table = result.to_table().splitlines()
-    assert "4 labelled" in table[1] and "20 labelled" in table[1]
+    assert "counted over all classes together" in table[1]
+    assert "4 labelled" in table[2] and "20 labelled" in table[2]
     assert [line.split("  ")[0] for line in table[3:5]] == ["per seed", "raw pixels"]
 
 

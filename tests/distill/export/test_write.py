@@ -54,7 +54,7 @@ def tune(model, file, px, channels=3, prefix=""):
     first = own[other[0]].clone() if other else None
     images, labels, losses = torch.randn(10, channels, *px), torch.arange(10) % 5, []
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
-    for _ in range(5):
+    for _ in range(3):
         logits = model(images)
         loss = torch.nn.functional.cross_entropy(getattr(logits, "logits", logits), labels)
         optimizer.zero_grad()
