@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the families that presets name, and settings with which a preset runs in a second."""
+"""Tiny random checkpoints of every family, and settings with which a preset runs in a second."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from dtpipe.extract.config import TeacherConfig
 from parts import biggan_cases, sd_pipelines, stylegan2_snapshots
+from parts.images import PX
 from parts.paths import FIXTURES
+from parts.teachers import write_ddpm
 from parts.tensors import random_weights
 
 SMALL = {"student": {"name": "resnet10t"}, "regressor": {"width": 8}, "micro_batch": 2, "run": {"device": "cpu"}}
@@ -25,6 +30,19 @@ class TinyTeacher:
     px: int | tuple[int, int]
     synthesizes: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    taps: dict[str, str] | None = None
+    kind: str = "auto"
+
+    def config(self, dtype: str = "float32", **options: Any) -> TeacherConfig:
+        """The teacher as settings name it; `options` beside its own."""
+        named = {
+            "path": str(self.path),
+            "kind": self.kind,
+            "taps": self.taps,
+            "dtype": dtype,
+            "options": self.options | options,
+        }
+        return TeacherConfig.model_validate(named)
 
     def settings(self, dtype: str = "float32") -> dict[str, Any]:
         """Laid over a preset, last: size, student, place, and arithmetic, since CPUs are slow in half precision."""
@@ -73,4 +91,43 @@ def stylegan2(folder: Path) -> TinyTeacher:
     return TinyTeacher(path, (64, 128), True)
 
 
-MAKERS = {"adm": adm, "stable_diffusion": stable_diffusion, "biggan": biggan, "icgan": icgan, "stylegan2": stylegan2}
+def ddpm(folder: Path) -> TinyTeacher:
+    """A pipeline folder."""
+    return TinyTeacher(write_ddpm(folder / "ddpm"), PX)
+
+
+def vae(folder: Path) -> TinyTeacher:
+    """The autoencoder of the Stable Diffusion."""
+    sd_pipelines.save_vae(folder / "vae")
+    return TinyTeacher(folder / "vae", 64)
+
+
+class TinyDecoder(nn.Module):
+    """z (B, 6, 1, 1) -> (B, 3, 16, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse, self.fine = nn.ConvTranspose2d(6, 8, 4), nn.ConvTranspose2d(8, 3, 4, 4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.tanh(self.fine(torch.relu(self.coarse(z))))
+
+
+def module(folder: Path, network: type[nn.Module] = TinyDecoder) -> TinyTeacher:
+    """A generator of this file's, as if it were a package's."""
+    save_file(network().state_dict(), folder / "weights.safetensors")
+    options = {"module": f"{network.__module__}:{network.__name__}", "image_px": [16, 16], "z_shape": [6, 1, 1]}
+    return TinyTeacher(folder / "weights.safetensors", 16, True, options, {"l2": "coarse"}, "module")
+
+
+MAKERS = {
+    "adm": adm,
+    "stable_diffusion": stable_diffusion,
+    "biggan": biggan,
+    "icgan": icgan,
+    "stylegan2": stylegan2,
+} | {
+    "ddpm": ddpm,
+    "vae": vae,
+    "module": module,
+}
