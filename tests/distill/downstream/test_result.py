@@ -87,7 +87,7 @@ def test_comparison_scores_every_extractor_size_and_seed_and_is_json() -> None:
     table = result.to_table().splitlines()
     assert "counted over all classes together" in table[1]
     assert "4 labelled" in table[2] and "20 labelled" in table[2]
-    assert [line.split("  ")[0] for line in table[3:5]] == ["per seed", "raw pixels"]
+    assert [line.split("  ")[0] for line in table[4:6]] == ["per seed", "raw pixels"]
 
 
 def test_impossible_comparisons_are_refused() -> None:
