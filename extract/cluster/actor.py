@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+from dataclasses import dataclass
+
 from dtpipe.extract.cluster.preflight import NodeReport, check_node, check_versions
 from dtpipe.extract.shards.task import ShardSummary, WorkerContext, summarize
 from dtpipe.extract.shards.worker import ShardWorker
@@ -10,6 +14,26 @@ from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import load_plan
 
 CONCURRENT_CALLS = 4  # two shards, a look at progress, a stop
+_KEPT_NOTICES = 100
+
+
+@dataclass(frozen=True)
+class News:
+    """What a worker did and said since it was last asked."""
+
+    num_encoded: int
+    """Rows through the teacher since it began."""
+    notices: tuple[str, ...]
+    """Lines of its log, which would lie unseen in Ray's folders: a store that fails and is tried again, mostly."""
+
+
+class _Keeper(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: deque[str] = deque(maxlen=_KEPT_NOTICES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 class ExtractActor:
@@ -18,6 +42,8 @@ class ExtractActor:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._worker: ShardWorker | None = None
+        self._keeper = _Keeper()
+        logging.getLogger("dtpipe").addHandler(self._keeper)
 
     def prepare(self) -> NodeReport:
         """Check the node, then load the teacher and open source and dataset.
@@ -37,9 +63,10 @@ class ExtractActor:
         assert self._worker is not None, "prepare comes first"
         return summarize(self._worker.extract_shard(shard_idx))
 
-    def num_encoded(self) -> int:
-        """Rows through the teacher so far."""
-        return self._worker.num_encoded if self._worker else 0
+    def news(self) -> News:
+        """Progress and log since the last call; also while `prepare` runs."""
+        lines = [self._keeper.lines.popleft() for _ in range(len(self._keeper.lines))]
+        return News(self._worker.num_encoded if self._worker else 0, tuple(lines))
 
     def stop(self) -> None:
         """Finish what is nearly done, drop the rest."""

@@ -25,12 +25,12 @@ class Member:
     preparing: Any  # the reference of `prepare`, None once it has answered
     in_hand: dict[Any, ShardTask] = field(default_factory=dict)
     since_s: float = 0.0  # when the oldest shard in hand could begin; what the deadline counts from
-    counting: Any = None  # the reference of `num_encoded`, None when not asked
+    asked: Any = None  # the reference of `news`, None when not asked
     num_encoded: int = 0
 
     def references(self) -> list[Any]:
         """All calls that have not come back."""
-        return [ref for ref in (self.preparing, self.counting, *self.in_hand) if ref is not None]
+        return [ref for ref in (self.preparing, self.asked, *self.in_hand) if ref is not None]
 
 
 class Crew:

@@ -116,14 +116,14 @@ class Cluster:
     def _collect(self) -> None:
         """Wait a little for answers and act on those that came."""
         ray = ray_module()
-        for member in self._crew.ready:
-            if member.counting is None:
-                member.counting = member.handle.num_encoded.remote()
+        for member in self._crew.members:
+            if member.asked is None:
+                member.asked = member.handle.news.remote()
         owners = {ref: member for member in self._crew.members for ref in member.references()}
         if not owners:
             time.sleep(_TICK_S)
             return
-        urgent = [ref for ref, member in owners.items() if ref != member.counting] or list(owners)
+        urgent = [ref for ref, member in owners.items() if ref != member.asked] or list(owners)
         ray.wait(urgent, num_returns=1, timeout=_TICK_S)
         done, _ = ray.wait(list(owners), num_returns=len(owners), timeout=0)
         for ref in done:
@@ -149,8 +149,10 @@ class Cluster:
             member.preparing = None
             self._meter.worker_ready()
             self._meter.report(f"worker {value.pid} on {value.host} ({value.device}) is ready")
-        elif ref == member.counting:
-            member.counting, member.num_encoded = None, value
+        elif ref == member.asked:
+            member.asked, member.num_encoded = None, value.num_encoded
+            for notice in value.notices:
+                self._meter.report(f"worker on {member.node.host}: {notice}")
         else:
             del member.in_hand[ref]
             member.since_s = self._last_worked_s = time.monotonic()
@@ -174,7 +176,7 @@ class Cluster:
                 why = f"worker on {member.node.host} is replaced after {type(error).__name__}"
                 self._lose(member, why, blame=False)
         else:
-            member.counting = None
+            member.asked = None
 
     def _fail(self, task: ShardTask, error: BaseException | str, *, alone: bool = False) -> None:
         again = self._queue.fail(task, error, alone=alone)

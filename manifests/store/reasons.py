@@ -73,6 +73,7 @@ _ERRNO_ADVICE = {
     errno.EACCES: "check the permissions and credentials",
     errno.ENOENT: "check that it is there; another writer may have cleared what this one had half-written: run again",
     errno.EPERM: "check the permissions and the file system",
+    errno.ENOTSUP: "choose another place",
     errno.ESTALE: "the server of this mount replaced the file or restarted: check the mount and run again",
     errno.ENOTCONN: "the mount is gone: mount it and run again",
     errno.EIO: "the disk or its mount fails: look at `dmesg` and the mount, then run again",

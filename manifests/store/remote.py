@@ -30,7 +30,7 @@ _IDENTITY_FIELDS = (
 _BEYOND = ("InvalidRange", "416")  # a range of an empty object, or past the end
 _CREATE_ROUNDS = 2  # a name that is taken and then is not there, as a lock may be, is tried again
 
-_REFUSED = "put-if-absent is refused as if the object were there (412), and nothing is: use another store"
+_REFUSED = "put-if-absent is refused as if the object were there (412), and nothing is"
 
 
 class RemoteFiles:

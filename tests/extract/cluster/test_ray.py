@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from dtpipe.extract.cluster.actor import ExtractActor, News
 from dtpipe.extract.cluster.placement import Node, WorkerShape, live_nodes, most_workers, place_workers, slots
 from dtpipe.extract.cluster.preflight import check_space, check_versions, package_versions
 from dtpipe.extract.run import run_extraction
@@ -79,6 +81,16 @@ def test_cluster_that_does_not_answer_is_said_at_once(make_config: MakeConfig) -
     with pytest.raises(IncompleteError, match=f"127.0.0.1:{port} does not answer"):
         run_extraction(make_config(inline=False, ray_address=f"127.0.0.1:{port}"))
     assert time.monotonic() - started < 30  # Ray alone tries for more than a minute
+
+
+def test_what_a_worker_logs_reaches_the_driver_once() -> None:
+    """Ray keeps a worker's log in its own folder, where nobody who waits looks."""
+    context: Any = None  # of no use before `prepare`
+    actor = ExtractActor(context)
+    logging.getLogger("dtpipe.manifests.store.patience").warning("write s3://%s: 503", "bucket/a")
+    logging.getLogger("another.library").warning("not ours")
+    assert actor.news() == News(0, ("write s3://bucket/a: 503",))
+    assert actor.news() == News(0, ())
 
 
 def test_full_disk_is_said_before_work(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
