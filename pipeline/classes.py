@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from dtpipe.distill.downstream.labelled import LabelledSet, check_several_classes
 from dtpipe.extract.sources.base import SourceItem
@@ -108,13 +108,11 @@ def _parts(names: Collection[str]) -> list[str]:
 
 
 def _folders(url: str, items: Sequence[SourceItem]) -> set[str]:
-    """Names of the folders right below a URL whose samples lie in class folders; none of other sources."""
+    """Names of the folders right below a local folder whose samples lie in class folders; a store has no empty ones."""
     place = open_place(url)
-    if not place.is_folder or any(item.key.split("/")[0] != item.label for item in items):
+    if not (place.is_local and place.is_folder) or any(item.key.split("/")[0] != item.label for item in items):
         return set()
-    entries = place.fs.ls(place.path, detail=True)
-    names = {posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory"}
-    return {key_of(name) for name in names if not is_hidden(name)}
+    return {key_of(path.name) for path in Path(place.path).iterdir() if path.is_dir() and not is_hidden(path.name)}
 
 
 def _inside(url: str, name: str) -> str:

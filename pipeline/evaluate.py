@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.frozen import probe, readout
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
@@ -46,6 +47,9 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
 
     Raises: ConfigError, InputError, TeacherError in a sentence before features are computed.
     """
+    if config.masks and config.task == probe.TASK.name:
+        note(f"a probe of masks is task {readout.TASK.name}")
+        config = config.model_copy(update={"task": readout.TASK.name})
     check_task(config)
     student = load_student(config.checkpoint)
     train, test = load_sets(config, student.spec.image_px, note)

@@ -155,7 +155,7 @@ def test_a_plain_transformer_is_scored_on_its_one_level(name: str, px: int, tmp_
     for masks in (None, str(tmp_path / "masks")):
         config = EvalConfig(
             checkpoint=str(tmp_path),
-            task="readout" if masks else "probe",
+            task="probe",
             images=str(tmp_path / "images"),
             masks=masks,
             labelled=("all",),
@@ -163,8 +163,11 @@ def test_a_plain_transformer_is_scored_on_its_one_level(name: str, px: int, tmp_
             probe=probe,
             px=32,
         )
-        scores = [
-            score for score in evaluate(config, lambda _text: None).result.scores if score.extractor == "distilled"
-        ]
+        notes: list[str] = []
+        result = evaluate(config, notes.append).result
+        assert (result.task, "a probe of masks is task readout" in notes) == (
+            ("readout", True) if masks else ("probe", False)
+        )
+        scores = [score for score in result.scores if score.extractor == "distilled"]
         assert {score.level for score in scores} == {"l4"}
         assert scores[0].value > 0.9
