@@ -24,6 +24,7 @@ from dtpipe.extract.sources.names import (
     in_class_folders,
     key_of,
     labelled_by_folder,
+    labels_lost,
     looks_like_image,
     no_images,
     takes,
@@ -53,6 +54,7 @@ class FolderSource:
         """Raises: InputError when `url` is not a folder."""
         self.url = url
         self.labelled = labelled
+        self.chosen = False  # True where its images, not the user, said whether they are labelled
         self.place = _open_folder(url)
 
     @property
@@ -78,8 +80,9 @@ class FolderSource:
         return labelled_by_folder(files)
 
     def ignored(self) -> Mapping[str, int]:
-        """What lies in the folder and is no sample: extension, `hidden` or `special`, to count."""
-        return dict(self.content.ignored)
+        """What lies in the folder and is no sample: extension, `hidden` or `special`, to count; and labels not used."""
+        lost = labels_lost([key for key, _ in self.content.images]) if self.chosen and not self.labelled else {}
+        return dict(self.content.ignored) | lost
 
     def read(self, uri: str) -> bytes:
         """Bytes of one sample.
@@ -168,7 +171,7 @@ def _holds_anything(folder: str) -> bool:
 def _recognise(url: str) -> FolderSource:
     """Class folders when every image lies in a sub-folder, else a plain folder. Raises: InputError for neither."""
     source = FolderSource(url, labelled=False)
-    source.labelled = source.has_only_class_folders()
+    source.labelled, source.chosen = source.has_only_class_folders(), True
     return source
 
 

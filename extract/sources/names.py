@@ -110,6 +110,15 @@ def in_class_folders(keys: Sequence[str]) -> bool:
     return all("/" in key for key in keys)
 
 
+def labels_lost(keys: Sequence[str]) -> dict[str, int]:
+    """Labels that class folders would have given to images, had not another one lain in none."""
+    num_inside = sum("/" in key for key in keys)
+    if num_inside in (0, len(keys)):
+        return {}
+    outside = next(key for key in keys if "/" not in key)
+    return {f"labels by class folder, as {outside} lies in none": num_inside}
+
+
 def labelled_by_folder(files: Sequence[tuple[str, str]]) -> list[SourceItem]:
     """Samples from (key, URI), each with its first folder's name as label."""
     return [SourceItem(key, uri, key.split("/", 1)[0]) for key, uri in files]

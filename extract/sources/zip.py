@@ -26,6 +26,7 @@ from dtpipe.extract.sources.names import (
     inner_path,
     key_of,
     labelled_by_folder,
+    labels_lost,
     no_images,
     takes,
 )
@@ -76,8 +77,8 @@ class ZipSource:
         return [SourceItem(key, uri) for key, uri in files]
 
     def ignored(self) -> Mapping[str, int]:
-        """What lies in the archive and is no sample: extension, `hidden` or `special`, to count."""
-        return dict(self._listed[1])
+        """What lies in the archive and is no sample, to count: extension, `hidden`, `special`; and labels not used."""
+        return dict(self._listed[1]) | labels_lost([key for key, _ in self._listed[0]])
 
     def read(self, uri: str) -> bytes:
         """Bytes of one sample.

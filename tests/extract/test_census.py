@@ -11,6 +11,7 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.progress import Progress
 from dtpipe.extract.sources.registry import open_source
+from dtpipe.manifests.errors import InputError
 from dtpipe.pipeline.cli.console import Console
 from dtpipe.pipeline.commands import extract as extract_command
 from dtpipe.pipeline.commands import inspect as inspect_command
@@ -116,6 +117,18 @@ def test_source_that_no_longer_is_what_it_was_is_mentioned(image_folder: Path, m
     assert "cannot be listed now" in note
     assert "new.png lies in no class folder" in note
     assert "keeps the 8 images" in note
+
+
+def test_dataset_that_is_gone_on_with_keeps_its_kind_of_source(tmp_path: Path, make_config: MakeConfig) -> None:
+    """As a new one, images in two kinds of files would be refused."""
+    write_tar(tmp_path / "mixed" / "a.tar", {"0.png": IMAGE, "1.png": IMAGE})
+    config = make_config(images=str(tmp_path / "mixed"))
+    first = run_extraction(config)
+    write_files(tmp_path / "mixed", {"cat/0.png": IMAGE})
+    again = run_extraction(config)
+    assert (again.digest, again.source_change) == (first.digest, None)
+    with pytest.raises(InputError, match="images lie in files of 2 kinds"):
+        run_extraction(make_config(images=config.images, out=str(tmp_path / "new")))
 
 
 def test_tar_that_was_packed_anew_is_mentioned(tmp_path: Path, make_config: MakeConfig) -> None:

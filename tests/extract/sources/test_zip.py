@@ -40,8 +40,12 @@ def test_archive_equals_its_folder(tmp_path: Path, method: int) -> None:
 
 
 def test_image_outside_of_class_folders_takes_all_labels_away(tmp_path: Path) -> None:
-    source = open_source(str(write_zip(tmp_path / "a.zip", FILES | {"0.png": b"zero"})))
-    assert set(labels(source).values()) == {None}
+    files = FILES | {"0.png": b"zero"}
+    folder = str(write_files(tmp_path / "folder", files))
+    for source in (open_source(str(write_zip(tmp_path / "a.zip", files))), open_source(folder)):
+        assert set(labels(source).values()) == {None}
+        assert source.ignored() == {"labels by class folder, as 0.png lies in none": 3}
+    assert open_source(folder, "folder").ignored() == {}  # as it was asked for
 
 
 def test_one_folder_of_an_archive_is_a_source(tmp_path: Path) -> None:
@@ -72,7 +76,7 @@ def test_archive_of_info_zip_equals_its_folder(tmp_path: Path) -> None:
     subprocess.run(["zip", "-qry", "../a.zip", "."], cwd=root, check=True)
     source = open_source(str(tmp_path / "a.zip"))
     assert contents(source) == FILES | {"empty.png": b""}
-    assert source.ignored() == {"special": 1}
+    assert source.ignored()["special"] == 1
 
 
 def raw_zip(path: Path, name: bytes, flags: int = 0, extra: bytes = b"", system: int = 3) -> Path:
