@@ -70,6 +70,7 @@ def train(
     """
     with join_ranks(config.run.device) as ranks:
         device = training_device(config.run.device)
+        ranks.first(run_settings(config, fresh=fresh).refuse_other)  # before a look at images leaves its result there
         opened = ranks.in_turn(lambda: data.open_checked(config))
         teacher = data.teacher(opened.source, device)
         with seeded(config.seed, device):

@@ -23,6 +23,7 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Class, Mask
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
+from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
@@ -51,6 +52,7 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
         note(f"a probe of masks is task {readout.TASK.name}")
         config = config.model_copy(update={"task": readout.TASK.name})
     check_task(config)
+    refuse_other_file(result_path(config), b'"test_share"', "dtpipe eval")
     student = load_student(config.checkpoint)
     train, test = load_sets(config, student.spec.image_px, note)
     note(f"{len(train)} images to draw labels from, {len(test)} held out")

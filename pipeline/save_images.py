@@ -6,9 +6,11 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from dtpipe.manifests.errors import InputError, StoreError
+from dtpipe.manifests.errors import ConfigError, InputError, StoreError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image
+from dtpipe.manifests.store.outputs import content_of, refuse_no_folder
+from dtpipe.manifests.store.paths import path_on_disk
 
 
 def save_images(url: str, folder: str | Path) -> int:
@@ -28,6 +30,20 @@ def save_images(url: str, folder: str | Path) -> int:
         except OSError as err:
             raise StoreError(f"{path}: cannot be written ({err}); make room or name another --save-png") from err
     return len(rows)
+
+
+def refuse_other_place(folder: str, images: str | None, out: str) -> None:
+    """See that PNG files may be written into a folder: not among the images that they are made of, nor in a dataset.
+
+    Raises: ConfigError.
+    """
+    path = Path(folder).absolute()
+    refuse_no_folder(path)
+    source, store = path_on_disk(images) if images else None, path_on_disk(out)
+    if source is not None and path.is_relative_to(source):
+        raise ConfigError(f"--save-png {folder} lies among the images of {source}; name another folder")
+    if path == store or content_of(path):
+        raise ConfigError(f"--save-png {folder} holds {content_of(path) or 'the dataset'}; name another folder")
 
 
 def _path_below(folder: Path, key: str) -> Path:

@@ -25,7 +25,7 @@ from dtpipe.distill.engine.checkpoint import (
     keep_epoch,
     load_checkpoint,
 )
-from dtpipe.distill.engine.record import refuse_other_data, write_record
+from dtpipe.distill.engine.record import DATA_FILE, refuse_other_data, write_record
 from dtpipe.distill.engine.recovery import newest_checkpoint
 from dtpipe.distill.engine.tensorboard import ScalarWriter
 from dtpipe.manifests.differences import Difference, differences, refuse_differences
@@ -34,10 +34,12 @@ from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, 
 from dtpipe.manifests.records.ending import read_text, seal_text
 from dtpipe.manifests.records.lines import Line, append_line, keep_lines, read_lines
 from dtpipe.manifests.schema import Settings
+from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import write_whole
 
 _LAST, _CONFIG, _METRICS, _LOCK = "last.pt", "config.yaml", "metrics.jsonl", ".lock"
 _REMEDY, _ROOM = "restore the file, or choose another --out", "free or change the disk and run again"
+_LEFTOVERS = (DATA_FILE, _METRICS, "checked_images.json")  # of a run that has no config yet, or none any more
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,22 @@ class RunSettings:
 
         Raises: as `RunFolder.open`.
         """
+        self.refuse_other_place()
         if self.out.is_dir():
             with _hold(self.out):
                 self._refuse_other()
+
+    def refuse_other_place(self) -> None:
+        """See that the folder holds a run of this kind, or is one to begin a run in; writes nothing.
+
+        Raises: ConfigError.
+        """
+        try:
+            begun = self._settings_there() is not None
+        except InputError as err:
+            raise ConfigError(str(err)) from err
+        if not begun:
+            refuse_other_folder(self.out, f"dtpipe {self.kind.replace('_', '-')}", _LEFTOVERS)
 
     def _refuse_other(self) -> None:
         settings = self._settings_there()
@@ -102,9 +117,10 @@ class RunFolder:
     def open(cls, settings: RunSettings) -> RunFolder:
         """Create the folder, or take up the run that lies in it, and write the resolved config, and what the data is.
 
-        Raises: ConfigError when `fresh` and a run exists; PlanChangedError naming fields or data that differ;
-        LockHeldError while another process trains here; StoreError when the folder cannot be written.
+        Raises: ConfigError when `fresh` and a run exists, or something else does; PlanChangedError naming fields or
+        data that differ; LockHeldError while another process trains here; StoreError when the folder cannot be written.
         """
+        settings.refuse_other_place()
         try:
             settings.out.mkdir(parents=True, exist_ok=True)
         except OSError as err:

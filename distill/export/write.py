@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dtpipe.distill.export.base import Reloaded
 from dtpipe.distill.export.registry import EXPORTS
-from dtpipe.distill.student.load import NAMES_KEY, STUDENT_KEY, WEIGHTS, load_student
+from dtpipe.distill.student.load import NAMES_KEY, STUDENT_KEY, WEIGHTS, is_export, load_student
 from dtpipe.distill.student.student import (
     Student,
     model_options,
@@ -33,8 +33,10 @@ from dtpipe.distill.student.student import (
 )
 from dtpipe.manifests.errors import ConfigError, ExportError, StoreError
 from dtpipe.manifests.records.tensors import DIGEST_KEY, UNSEALED, seal_tensors
+from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import whole_file, write_whole
 
+CONFIG = "config.json"
 TOLERANCE = 1e-5  # of a level's largest value: the same operations in float32, perhaps by another kernel
 
 
@@ -59,8 +61,12 @@ def export_student(checkpoint: str | Path, out: str | Path, layout: str = "timm"
     """Write the student of a run or checkpoint into folder `out` as model.safetensors and config.json.
 
     Raises: InputError on a checkpoint that cannot be used; ConfigError when there is no such layout or it has no place
-    for the student; ExportError when the reloaded export differs; StoreError when the folder cannot be written.
+    for the student, or `out` holds something else; ExportError when the reloaded export differs; StoreError when the
+    folder cannot be written.
     """
+    out = Path(out)
+    if not is_export(out):
+        refuse_other_folder(out, "dtpipe export", (CONFIG,))
     if layout not in EXPORTS:
         raise ConfigError(f"export.layout is {layout!r}; choose one of {', '.join(EXPORTS)}")
     library, student = EXPORTS[layout], load_student(checkpoint, ema)
@@ -68,14 +74,14 @@ def export_student(checkpoint: str | Path, out: str | Path, layout: str = "timm"
     weights, untrained = full_weights(student)
     renamed = {name: library.rename(name, weight, student) for name, weight in weights.items()}
     names = {theirs: name for name, (theirs, _) in renamed.items() if theirs != name}
-    path = Path(out) / WEIGHTS
+    path = out / WEIGHTS
     try:
         with whole_file(path, f".{os.getpid()}.{WEIGHTS}") as temporary:  # timm and load_file go by the suffix
             save_file(dict(renamed.values()), temporary, metadata=_metadata(student, layout, names))
             seal_tensors(temporary)
             difference = compare(student, library.reload(temporary, student))
             config = _input_config(student) if names else _hub_config(student)
-            write_whole(path.parent / "config.json", json.dumps(config, indent=2) + "\n")
+            write_whole(path.parent / CONFIG, json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as err:  # safetensors raises the latter on a full disk
         raise StoreError(f"{out} cannot be written: {err}; make room or choose another --out") from err
     count, code = sum(tensor.numel() for tensor in weights.values()), library.snippet(path, student)

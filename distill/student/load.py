@@ -38,6 +38,15 @@ def load_student(path: str | Path, ema: bool = True) -> Student:
     return _from_checkpoint(path / "last.pt" if path.is_dir() else path, ema)
 
 
+def is_export(folder: Path) -> bool:
+    """True for a folder with an export of a student, whatever else is in it."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return STUDENT_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def student_state(state: Mapping[str, Any], ema: bool) -> Mapping[str, Any]:
     """Weights of the student in a checkpoint: the average where there is one and `ema` asks for it."""
     average = state["ema"] if ema else None

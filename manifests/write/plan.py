@@ -16,6 +16,7 @@ from dtpipe.manifests.errors import ConfigError, ManifestError, MissingObjectErr
 from dtpipe.manifests.layout.tables import LISTING_FILE
 from dtpipe.manifests.schema import LevelSpec, Plan, Recipe
 from dtpipe.manifests.store.faults import fault_point
+from dtpipe.manifests.store.outputs import refuse_no_folder
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.listing import Listing, encode_listing, read_listing, write_listing
 
@@ -61,6 +62,8 @@ def find_plan(store: Store, fresh: bool = False) -> Plan | None:
     Raises: ConfigError for `fresh` where a dataset is, or other files are; ManifestError for a damaged plan.
     """
     if not store.exists(PLAN_FILE):
+        if store.local is not None:
+            refuse_no_folder(store.local)
         _refuse_foreign(store)
         return None
     if fresh:

@@ -74,9 +74,11 @@ def command(call: Call, fresh: bool) -> None:
     --teacher: every sample is encoded live, with new noise in each epoch, as the `extract` settings say. Several GPUs
     share each batch under torchrun, or as Ray workers, which need --out on a disk that all nodes share.
     """
+    from dtpipe.distill.trainer import run_settings
     from dtpipe.pipeline.live.data import training_data, warnings
 
     config, data = training_data(call)
+    run_settings(config).refuse_other_place()
     if call.dry_run:
         from dtpipe.pipeline.plan.training import plan_training, print_training
 

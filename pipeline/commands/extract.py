@@ -55,6 +55,10 @@ def command(call: Call, fresh: bool) -> None:
     Runs on the GPUs there are, or on a Ray cluster. Run it again after a crash: committed shards are kept.
     """
     config = call.settings("extract")
+    if config.run.save_png is not None:
+        from dtpipe.pipeline.save_images import refuse_other_place
+
+        refuse_other_place(config.run.save_png, config.images, config.run.out)
     if call.dry_run:
         from dtpipe.pipeline.plan.extraction import plan_extraction, print_extraction
 

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from dtpipe.manifests.differences import differences, refuse_differences
 from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import ConfigError, LockHeldError, StoreError
+from dtpipe.manifests.store.outputs import refuse_no_folder
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import DemoConfig
@@ -58,7 +59,8 @@ def _identity(config: DemoConfig) -> dict[str, Any]:
 
 
 def _refuse_foreign(out: Path) -> None:
-    names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    refuse_no_folder(out)
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names - {_LOCK} and _MARKER not in names:
         raise ConfigError(f"{out} holds something that no demo wrote; give another folder with --out")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from dtpipe.manifests.errors import InputError, StoreError
 from dtpipe.manifests.layout.arrays import stored_arrays
@@ -21,6 +22,7 @@ from dtpipe.manifests.layout.tables import SHARDS_FILE, SHARDS_SCHEMA, decode_ta
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
+from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.store.paths import local_place
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entries
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BAD = "bad: "
+_MARK = "dtpipe inspect"
 _TILE_PX, _GAP_PX, _TEXT_PX = 192, 12, 14
 _LINE_PX = _TEXT_PX + 6
 _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
@@ -84,6 +87,8 @@ def render_sample(url: str, key: str, png_path: str | Path) -> Path:
     Levels are shown by `pca_to_rgb` with one basis per level over all views, so that views can be compared.
     Raises: InputError for an unknown key or a bad sample; DamagedDataError when a stored byte changed.
     """
+    path = Path(local_place(os.fspath(png_path)))
+    refuse_other_file(path, _MARK.encode(), "dtpipe inspect", "--png")
     dataset = FeatureDataset.open(url, allow_incomplete=True)
     row = dataset.columns.row_of(key)
     status = dataset.columns.status[row]
@@ -101,8 +106,15 @@ def render_sample(url: str, key: str, png_path: str | Path) -> Path:
     label = dataset.columns.labels[row]
     title = key if label is None else f"{key}   label {label}"
     buffer = io.BytesIO()
-    draw_sample(title, image, views, dataset.recipe.levels, levels).save(buffer, "PNG")
-    return _write(Path(local_place(os.fspath(png_path))), buffer.getvalue())
+    draw_sample(title, image, views, dataset.recipe.levels, levels).save(buffer, "PNG", pnginfo=_made_by())
+    return _write(path, buffer.getvalue())
+
+
+def _made_by() -> PngInfo:
+    """What tells a picture of ours from others, before its pixels."""
+    info = PngInfo()
+    info.add_text("Software", _MARK)
+    return info
 
 
 def draw_sample(

@@ -27,6 +27,7 @@ from dtpipe.manifests.errors import DamagedDataError, DtpipeError, InputError, S
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.records.document import read_document
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
+from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note, format_bytes
 from dtpipe.pipeline.config import ReportConfig
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 
 SAMPLE_COLUMNS = 8
+_MARK = b"Written by dtpipe"  # at the foot of the page
 LeaveOut = Callable[[str, DtpipeError], None]
 """Takes a part that the page goes without, and why."""
 
@@ -51,8 +53,9 @@ def write_report(config: ReportConfig, note: Note) -> Path:
     written.
     """
     run = Path(config.run)
-    context = build_context(run, config, note)
     out = Path(config.out) if config.out else run / "report.html"
+    refuse_other_file(out, _MARK, "dtpipe report")
+    context = build_context(run, config, note)
     try:
         write_whole(out, render(context))
     except OSError as err:

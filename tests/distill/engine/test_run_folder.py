@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,11 +13,12 @@ import yaml
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder, changed_fields, read_config, read_metrics
+from dtpipe.distill.teacher.config import TrainTeacherConfig
+from dtpipe.distill.teacher.trainer import teacher_run
 from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import (
     ConfigError,
     DamagedDataError,
-    InputError,
     LockHeldError,
     MissingPackageError,
     PlanChangedError,
@@ -116,7 +117,7 @@ def test_metrics_of_steps_taken_again_are_dropped_with_a_line_cut_short(tmp_path
 def test_a_config_that_cannot_be_read_is_named(tmp_path):
     for text in ("- not a mapping\n", "epochs: 3\n", "distill: 3\n"):
         (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(InputError, match=r"config\.yaml: not the config of a run"):
+        with pytest.raises(ConfigError, match=r"config\.yaml: not the config of a run"):
             RunFolder.open(run_settings(config(tmp_path)))
 
 
@@ -159,11 +160,25 @@ def test_looking_for_another_run_makes_no_folder(tmp_path):
         run_settings(config(tmp_path / "run", lr=1)).refuse_other()
 
 
-def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path):
+def test_a_place_that_can_be_no_run_folder_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("")
+    for out, words in [("file", "is a file"), ("file/run", "lies below"), ("photos", r"holds what .* \(cat.png\)")]:
+        with pytest.raises(ConfigError, match=words):
+            RunFolder.open(run_settings(config(tmp_path / out)))
+        with pytest.raises(ConfigError, match=words):
+            run_settings(config(tmp_path / out)).refuse_other()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cat.png", "file", "photos"]
     with pytest.raises(StoreError, match="cannot be written"):
-        RunFolder.open(run_settings(config(tmp_path / "file" / "run")))
-    assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
+        RunFolder.open(run_settings(config(Path("/proc/run"))))
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
+    RunFolder.open(run_settings(config(tmp_path))).close()
+    teacher = TrainTeacherConfig.model_validate({"images": "photos", "run": {"out": str(tmp_path)}})
+    with pytest.raises(ConfigError, match="has a section `train_teacher:`"):
+        RunFolder.open(teacher_run(teacher))
 
 
 def test_tensorboard_gets_the_scalars_of_each_line_and_a_resumed_run_purges_what_it_takes_again(tmp_path):
