@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.diffusion.encoding import PREDICTIONS
 from dtpipe.extract.teachers.files.hub import HUB_ID, download
-from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, find_weights, hub_patterns
+from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, find_weights, small_hub_patterns
 from dtpipe.extract.teachers.files.weights import read_json
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.records.files import TEACHER_RECORD, check_files
@@ -78,7 +78,7 @@ def find_unet(path: str, revision: str | None = None, variant: str | None = None
     Raises: TeacherError when a part is missing, or the network or its scheduler is of another kind; DamagedDataError
     when a file is not the one that `dtpipe train-teacher` wrote there.
     """
-    wanted = [f"{folder}{name}" for folder in ("", "unet/") for name in hub_patterns(variant)]
+    wanted = small_hub_patterns(variant, ("", "unet/"))
     root = Path(path) if Path(path).exists() else download(path, revision, ["*.json", *wanted])
     if not root.is_dir():
         raise TeacherError(f"{path}: is a file; give the folder of a diffusers UNet2DModel or DDPMPipeline")

@@ -76,8 +76,7 @@ def stored_tensors(content: object, path: Path) -> dict[str, Tensor]:
             kind = "values on no device" if tensor.layout == torch.strided else f"a {tensor.layout} layout"
             raise TeacherError(f"{path}: {name} has {kind}; save the weights as dense tensors with their values")
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in content.values())
-    if size_bytes > most_bytes(path):
-        raise _too_large(path, size_bytes, "its tensors repeat their values")
+    check_size(size_bytes, path, "its tensors repeat their values")
     return dict(content)
 
 
@@ -104,14 +103,15 @@ def _check_archive(path: Path) -> bool:
     except (OSError, ValueError, zipfile.BadZipFile):  # torch says what is wrong
         return False
     size_bytes = sum(member.file_size for member in members)
-    if size_bytes > most_bytes(path):
-        raise _too_large(path, size_bytes, "it was packed")
+    check_size(size_bytes, path, "it was packed")
     return all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
 
-def _too_large(path: Path, size_bytes: int, why: str) -> TeacherError:
-    return TeacherError(
-        f"{path}: has {path.stat().st_size:,} bytes and claims {size_bytes:,} in memory ({why}); "
-        f"at most {most_bytes(path):,} are read from it, {MOST_TIMES} times its size or {SPARE_BYTES >> 20} MiB; "
-        f"get it from its authors, or save it again where you trust it"
-    )
+def check_size(size_bytes: int, path: Path, why: str) -> None:
+    """Raises: TeacherError when what a file holds, or claims to hold, takes more memory than `most_bytes`."""
+    if size_bytes > most_bytes(path):
+        raise TeacherError(
+            f"{path}: has {path.stat().st_size:,} bytes and claims {size_bytes:,} in memory ({why}); "
+            f"at most {most_bytes(path):,} are read from it, {MOST_TIMES} times its size or {SPARE_BYTES >> 20} MiB; "
+            f"get it from its authors, or save it again where you trust it"
+        )

@@ -66,6 +66,12 @@ def hub_patterns(variant: str | None, stems: dict[str, str] = NETWORK_STEMS) -> 
     )
 
 
+def small_hub_patterns(variant: str | None, folders: tuple[str, ...]) -> list[str]:
+    """As `hub_patterns`, in some folders, for networks so small that half-precision weights are fetched on chance."""
+    names = dict.fromkeys((*hub_patterns(variant), *hub_patterns(variant or "fp16")))
+    return [f"{folder}{name}" for folder in folders for name in names]
+
+
 def _weights_by_variant(folder: Path, stems: dict[str, str]) -> dict[str, Path]:
     """The best file of each variant: safetensors before torch's, one file before shards."""
     files = sorted(path.name for path in folder.glob("*") if path.is_file() or path.is_symlink())

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_ANSWER = {"error", "errors", "message", "detail", "status", "code", "documentation_url"}  # and no settings
+
+
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """blake3 over the tensors in the order of their names: name, dtype, shape, bytes (little-endian, row-major)."""
     import torch
@@ -89,7 +92,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if (disguise := disguise_of(path, text=True)) is not None:
         raise TeacherError(f"{path}: {disguise}")
-    return read_object(path, Refusal(TeacherError, "download or export the teacher again"))
+    content = read_object(path, Refusal(TeacherError, "download or export the teacher again"))
+    if content and content.keys() <= _ANSWER:
+        said = " ".join(str(content).split())[:80]
+        raise TeacherError(f"{path}: is an answer of a server ({said}), not the file itself; download the file itself")
+    return content
 
 
 def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.files.pickle import Record, is_size, numpy_array, shown
+from dtpipe.extract.teachers.files.torch_files import check_size
 from dtpipe.manifests.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {  # the values, besides None, under which 
 _OTHERS = frozenset(
     {"latent_size", "label_size", "dlatent_size", "resolution", "mapping_layers", "label_fmaps", "mapping_fmaps"}
     | {"mapping_lrmul", "w_avg_beta", "fmap_base", "fmap_max", "num_fp16_res", "conv_clamp"}
-    | {"truncation_psi", "truncation_cutoff", "style_mixing_prob", "structure"}
+    | {"truncation_psi", "truncation_cutoff", "style_mixing_prob", "structure", "fused_modconv"}
 )
 _LAYERS = {"Conv": "conv1", "Conv0_up": "conv0", "Conv1": "conv1", "ToRGB": "torgb"}
 _PARTS = {
@@ -52,7 +54,12 @@ def tensorflow_generator(network: Record, where: str) -> tuple[dict[str, Tensor]
     import torch
 
     settings = _settings(network, where)
-    arrays = dict(_arrays(network, "", where))
+    arrays: dict[str, NDArray[np.generic]] = {}
+    size_bytes = 0
+    for name, array in _arrays(network, "", where):
+        size_bytes += array.nbytes
+        check_size(size_bytes, Path(where), "its arrays repeat their values")
+        arrays[name] = array
     if settings.get("label_size") and "mapping/LabelEmbed/weight" not in arrays:
         raise _other(where, "labels that are not embedded")
     tensors = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.diffusion.files import image_px_of, modern_names
 from dtpipe.extract.teachers.files.hub import download
-from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, find_weights, hub_patterns
+from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, find_weights, small_hub_patterns
 from dtpipe.extract.teachers.files.weights import load_strictly, read_json, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
 from dtpipe.manifests.errors import TeacherError
@@ -52,8 +52,7 @@ def read_autoencoder(path: str, revision: str | None, variant: str | None = None
 
     Raises: TeacherError when a part is missing or damaged, or the network is another.
     """
-    folders = ("", *(f"{part}/" for part in PIPELINE_PARTS))
-    wanted = [f"{folder}{name}" for folder in folders for name in hub_patterns(variant)]
+    wanted = small_hub_patterns(variant, ("", *(f"{part}/" for part in PIPELINE_PARTS)))
     root = Path(path) if Path(path).exists() else download(path, revision, ["*.json", *wanted])
     encoders = _taesd_encoders(root)
     if len(encoders) > 1:

@@ -143,6 +143,24 @@ def test_a_cached_file_that_was_changed_since_is_refused(server: str, cache: Pat
     assert fetch(entry(f"{server}/model.pt")) == path
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("<!DOCTYPE html><title>Sign in</title>", "web page .'Sign in'"),
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    ],
+)
+def test_a_page_or_pointer_in_place_of_the_file_is_not_kept(
+    content: str, said: str, server: str, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "www" / "model.pt").write_text(content)
+    with pytest.raises(TeacherError, match=f"what came is a .*{said}"):
+        fetch(entry(f"{server}/model.pt"))
+    assert not list(cache.rglob("*.pt"))
+    (tmp_path / "www" / "model.pt").write_bytes(WEIGHTS)
+    assert fetch(entry(f"{server}/model.pt")).read_bytes() == WEIGHTS
+
+
 def test_a_page_without_a_direct_link_asks_for_the_path() -> None:
     with pytest.raises(
         TeacherError, match=r"put it at .*view, or give .*kind=adm -s .*\{learn_sigma: True, heads: 4\}"

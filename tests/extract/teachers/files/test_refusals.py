@@ -61,6 +61,12 @@ def test_a_pointer_in_any_file_of_a_folder_is_named(tmp_path: Path) -> None:
             load_teacher(TeacherConfig(path=str(folder)))
 
 
+def test_an_error_in_place_of_settings_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"error": "Repository not found"}))
+    with pytest.raises(TeacherError, match=r"config\.json: is an answer of a server .*Repository not found"):
+        load_teacher(TeacherConfig(path=str(tmp_path)))
+
+
 def test_an_archive_of_a_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")
     with tarfile.open(tmp_path / "plain.tar", "w") as archive:

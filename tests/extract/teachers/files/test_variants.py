@@ -11,7 +11,14 @@ from diffusers import AutoencoderKL, UNet2DModel
 from safetensors.torch import load_file
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, TEXT_STEMS, find_part, find_weights, hub_patterns
+from dtpipe.extract.teachers.files.variants import (
+    NETWORK_STEMS,
+    TEXT_STEMS,
+    find_part,
+    find_weights,
+    hub_patterns,
+    small_hub_patterns,
+)
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from parts import sd_pipelines
@@ -107,6 +114,8 @@ def test_patterns_for_the_hub_match_one_variant(tmp_path: Path) -> None:
 
     assert matched(None) == [names[0], *names[2:]]
     assert matched("fp16") == [names[1]]
+    small = small_hub_patterns(None, ("", "unet/"))
+    assert all(any(Path("unet", name).match(pattern) for pattern in small) for name in names)
 
 
 def test_parts_of_a_stable_diffusion_may_differ_in_their_variants(tmp_path: Path) -> None:

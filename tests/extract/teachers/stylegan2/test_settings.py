@@ -139,6 +139,22 @@ def test_a_network_without_noise_maps_is_recognised_and_named(tmp_path: Path) ->
         load_teacher(TeacherConfig(path=str(path)))
 
 
+def test_arrays_that_repeat_their_values_are_refused(tmp_path: Path) -> None:
+    """A TensorFlow pickle whose many variables are one array, which its pickle holds once."""
+    repeated = np.zeros(1 << 20, np.float32)
+    networks = files.tensorflow({name: tensor for name, tensor in TENSORS.items() if "embed" not in name})
+    synthesis = networks[2].__dict__["components"]["synthesis"].__dict__
+    synthesis["variables"] = [(f"noise{idx}", repeated) for idx in range(20)]
+    with pytest.raises(TeacherError, match=r"claims 67,.* in memory \(its arrays repeat their values\)"):
+        load(write(tmp_path, networks))
+
+
+def test_how_tensorflow_computes_is_no_setting_of_the_network(tmp_path: Path) -> None:
+    tensors = files.random_weights(replace(LAYOUT, num_classes=0, embed_dim=0))
+    plain, fused = (files.tensorflow(tensors, **settings) for settings in ({}, {"fused_modconv": False}))
+    assert load(write(tmp_path, plain)).spec == load(write(tmp_path, fused)).spec
+
+
 # rosinality's
 
 
