@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -32,6 +32,22 @@ _SPELLINGS = (
 )
 
 
+RELATIVES = {
+    "blocks.0.0.conv3.weight": "a BigGAN-deep generator, whose blocks are others; give a BigGAN or IC-GAN checkpoint",
+    "generator.gen_z.weight_orig": "a BigGAN-deep generator of pytorch-pretrained-biggan, whose blocks are others; "
+    "give a BigGAN or IC-GAN checkpoint",
+    "GBlock.0.conv0.module.weight_bar": "a conversion of DeepMind's under the names of an older converter; convert it "
+    "by TFHub/converter.py of BigGAN-PyTorch as it is today",
+}
+"""A tensor of generators that are no BigGAN in BigGAN-PyTorch's names, and what each is."""
+
+
+def refuse_relatives(tensors: Iterable[str], where: str) -> None:
+    """Raises: TeacherError for generators that are near a BigGAN and cannot be read, saying what they are."""
+    for name in RELATIVES.keys() & set(tensors):
+        raise TeacherError(f"{where}: is {RELATIVES[name]}")
+
+
 def infer_biggan_layout(
     tensors: Mapping[str, Tensor], conditions: Mapping[str, int], where: str
 ) -> tuple[str, BigGanLayout]:
@@ -41,10 +57,6 @@ def infer_biggan_layout(
     """
     from dtpipe.extract.teachers.biggan.network import BigGanLayout
 
-    if "blocks.0.0.conv3.weight" in tensors:
-        raise TeacherError(
-            f"{where}: is a BigGAN-deep generator, whose blocks are others; give a BigGAN or IC-GAN checkpoint"
-        )
     convolutions = _first_convolutions(tensors, where)
     outputs, z_chunk = _shape(tensors, "linear.weight", 2, where)
     first = convolutions[0][1]

@@ -23,8 +23,10 @@ from dtpipe.extract.teachers.base import (
     parse_options,
 )
 from dtpipe.extract.teachers.biggan.keys import (
+    RELATIVES,
     generator_weights,
     infer_biggan_layout,
+    refuse_relatives,
     with_shared_embedding,
 )
 from dtpipe.extract.teachers.biggan.origin import check_origin, default_epsilons, say_what_is_assumed
@@ -127,8 +129,10 @@ class BigGanTeacher:
 
 
 def is_biggan_path(path: str) -> bool:
-    """True for a generator with BigGAN's tensor names, IC-GAN's apart."""
+    """True for a generator with BigGAN's tensor names, IC-GAN's apart, and for relatives, which loading names."""
     file = Path(path)
+    if any(names_tensors(file, (name,)) for name in RELATIVES):
+        return True
     return names_tensors(file, MARKS) and not names_tensors(file, (INSTANCE_MARK,))
 
 
@@ -162,7 +166,9 @@ def read_generator(path: str) -> dict[str, Tensor]:
             f"{path}: is a pickle, as of IC-GAN's StyleGAN2 backbone, which no kind reads; "
             f"give a G or G_ema file (.pth) of a BigGAN backbone"
         )
-    return read_weights(Path(path))
+    tensors = read_weights(Path(path))
+    refuse_relatives(tensors, path)
+    return tensors
 
 
 _Sampling = TypeVar("_Sampling", bound=SamplingOptions)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from dtpipe.extract.teachers.files.names import plain_names
 from dtpipe.extract.teachers.files.refusals import disguise_of, unreadable_file
 from dtpipe.extract.teachers.files.torch_files import load_torch, stored_tensors, unwrapped
 from dtpipe.manifests.documents import Refusal, read_object
@@ -107,7 +108,9 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path
     import torch
 
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    fitting = {name: _as_scalar(tensor, shapes.get(name)) for name, tensor in tensors.items()}
+    own = {plain: name for name, plain in plain_names(shapes).items()}  # a network may have words of wrappers itself
+    names = {name: name if name in shapes else own.get(name, name) for name in tensors}
+    fitting = {names[name]: _as_scalar(tensor, shapes.get(names[name])) for name, tensor in tensors.items()}
     check_fit(fitting, shapes, where)
     empty = any(parameter.is_meta for parameter in network.parameters())
     values = {name: tensor.to(torch.float32, copy=empty).contiguous() for name, tensor in fitting.items()}

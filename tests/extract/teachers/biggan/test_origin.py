@@ -170,6 +170,20 @@ def test_the_kind_that_reads_a_file_is_named(tmp_path: Path) -> None:
     assert load_biggan_teacher(TeacherConfig(path=path)).spec.noise_shapes["label"] == (7,)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("blocks.0.0.conv3.weight", "is a BigGAN-deep generator, whose blocks"),
+        ("generator.gen_z.weight_orig", "is a BigGAN-deep generator of pytorch-pretrained-biggan"),
+        ("GBlock.0.conv0.module.weight_bar", "under the names of an older converter"),
+    ],
+)
+def test_a_relative_of_biggan_is_recognised_and_named(name: str, said: str, tmp_path: Path) -> None:
+    path = cases.save({name: torch.ones(1), "linear.weight": torch.ones(4, 2)}, tmp_path, "biggan-128.pth")
+    with pytest.raises(TeacherError, match=said):
+        load_teacher(TeacherConfig(path=str(path)))
+
+
 def test_a_pickle_is_no_biggan(tmp_path: Path) -> None:
     (tmp_path / "best.pkl").write_bytes(b"\x80\x04.")
     with pytest.raises(TeacherError, match=r"is a pickle, as of IC-GAN's StyleGAN2 backbone"):

@@ -206,6 +206,17 @@ def test_a_network_without_memory_gets_it_with_its_weights() -> None:
     assert network.weight.any()  # a copy
 
 
+def test_a_network_with_a_wrappers_word_of_its_own_gets_its_weights(tmp_path: Path) -> None:
+    network = nn.Sequential()
+    network.add_module("model", nn.Linear(3, 2))
+    stored = {"module.model.weight": TENSORS["linear.weight"], "module.model.bias": torch.ones(2)}
+    torch.save(stored, tmp_path / "x.pt")
+    load_strictly(network, read_weights(tmp_path / "x.pt"), tmp_path / "x.pt")
+    assert torch.equal(network.state_dict()["model.weight"], TENSORS["linear.weight"])
+    with pytest.raises(TeacherError, match=r"model\.bias is missing"):
+        load_strictly(network, {"weight": TENSORS["linear.weight"]}, Path("x"))
+
+
 def test_a_vector_of_one_number_is_a_scalar_and_no_other_is() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
