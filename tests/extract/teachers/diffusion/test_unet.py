@@ -297,7 +297,7 @@ def edit_weights(edit):
 
 DAMAGES = {
     "no config": (delete("config.json"), "config.json"),
-    "config is no JSON": (write("config.json", b"\xff{"), "not readable as JSON"),
+    "config is no JSON": (write("config.json", b"\xff{"), "is no UTF-8 text"),
     "config is a list": (write("config.json", b"[]"), "not an object"),
     "another class": (
         change("config.json", _class_name="UNet2DConditionModel"),

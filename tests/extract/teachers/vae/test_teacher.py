@@ -325,7 +325,7 @@ def edit_config(folder: Path, **changes: object) -> None:
             "not readable as weights",
         ),
         (lambda folder: (folder / WEIGHTS).unlink(), "holds none of"),
-        (lambda folder: (folder / "config.json").unlink(), "not readable as JSON"),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json: there is no such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "not readable as JSON"),
     ],
 )
