@@ -26,8 +26,7 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.shards.reader import ImageReader
-from dtpipe.manifests.check.verify import relative_error
-from dtpipe.manifests.codecs.base import decode_level
+from dtpipe.manifests.check.recompute import relative_error
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import Recipe
@@ -62,7 +61,7 @@ def errors(recipe: Recipe, reference: Features, other: Features) -> dict[str, di
         codec = open_codec(level)
         pairs = list(zip(reference[level.name], other[level.name], strict=True))
         plain = max(float(np.abs(one - two).max() / np.abs(one).max()) for one, two in pairs)
-        stored = max(relative_error(codec, decode_level(codec, codec.encode(one)), two) for one, two in pairs)
+        stored = max(relative_error(codec, codec.encode(one), two) for one, two in pairs)
         found[level.name] = {"float32": plain, level.dtype: stored}
     return found
 

@@ -25,6 +25,8 @@ from dtpipe.manifests.write.shard import SHARD_FORMATS
 _MERGE_GAP_BYTES = 64 * 2**10  # ranges nearer than this are read as one
 _MAX_SPAN_BYTES = 8 * 2**20
 _THREADS = 4
+Keys = Sequence[str] | Mapping[int, str]
+"""By row, for messages."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class _Located:
 class ChunkReader:
     """Reads and decodes chunks with a few threads; picklable, and usable after a fork."""
 
-    def __init__(self, store: Store, plan: Plan, tables: Mapping[str, ChunkTable], keys: Sequence[str]) -> None:
+    def __init__(self, store: Store, plan: Plan, tables: Mapping[str, ChunkTable], keys: Keys) -> None:
         self.store, self.tables, self._plan, self._keys = store, tables, plan, keys
         self.arrays: dict[str, ArraySpec] = stored_arrays(plan.recipe)
         self._kind = SHARD_FORMATS[plan.recipe.shard.format]

@@ -72,10 +72,10 @@ def compare_bad_rows(reader: ChunkReader, columns: Columns) -> Iterator[Contradi
     rows = np.flatnonzero(~rows_with(columns.status, "ok") & ~rows_with(columns.status, MISSING))
     for name, spec in reader.arrays.items():
         for row, view in _kinds(reader, name, rows):
-            chunk = np.empty(spec.chunk_shape, spec.dtype)
             try:
+                chunk = np.empty(spec.chunk_shape, spec.dtype)
                 reader.read([ChunkRequest(name, row, view, chunk[...])])
-            except (DamagedDataError, StoreError, MemoryError):
+            except (DamagedDataError, StoreError, MemoryError, ValueError):
                 continue
             if chunk.any():
                 what = f"sample {columns.keys[row]!r} (row {row}) is {columns.status[row]}, but its {name} is not zero"

@@ -166,9 +166,7 @@ def _open_complete(store: Store, manifest: Manifest) -> FeatureDataset:
     listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
     for wrong in compare_merged(plan, manifest, listing, index, shards):
         raise ManifestError(f"{store.where(wrong.name)}: {wrong.what}; {_REPAIR}")
-    tables = chunk_tables(plan, shards, store.where(SHARDS_FILE))
-    if missing := sorted(set(range(plan.num_shards)) - set(shards["shard"].to_pylist())):
-        raise ManifestError(f"{store.where(SHARDS_FILE)} does not list shard {missing[0]}; {_REPAIR}")
+    tables = chunk_tables(plan, shards, store.where(SHARDS_FILE), np.arange(plan.num_shards))
     return _assemble(store, plan, manifest, listing, index["status"], tables)
 
 
@@ -177,16 +175,19 @@ def _open_partial(store: Store, manifest: Manifest | None) -> FeatureDataset:
     plan = load_plan(store)
     listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
     if listing.num_rows != plan.num_rows:
-        raise ManifestError(f"{store.where(PLAN_FILE)} has {plan.num_rows} rows, the listing {listing.num_rows}")
+        raise ManifestError(
+            f"{store.where(PLAN_FILE)} has {plan.num_rows} rows, the listing {listing.num_rows}; {_REPAIR}"
+        )
     status = np.full(plan.num_rows, MISSING, object)
-    shards = [SHARDS_SCHEMA.empty_table()]
+    shards, committed = [SHARDS_SCHEMA.empty_table()], list[int]()
     for entries in in_batches(load_entries(store, plan, plan_digest(store), partial=True)):
         index = index_table(entries)
         refuse_misplaced(store, entries, index, listing)
         shards.append(shards_table(entries))
+        committed += [entry.shard for entry in entries]
         status[index["row"].to_numpy()] = index["status"].to_numpy()
     column = pa.chunked_array([pa.array(status, pa.string())])
-    tables = chunk_tables(plan, pa.concat_tables(shards), store.where(COMMIT_FOLDER))
+    tables = chunk_tables(plan, pa.concat_tables(shards), store.where(COMMIT_FOLDER), committed)
     return _assemble(store, plan, manifest, listing, column, tables)
 
 

@@ -25,6 +25,7 @@ from dtpipe.manifests.write.shard import SHARD_FORMATS
 
 _REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
 _CHUNKS_AT_ONCE = 1 << 22  # compared together
+Integers = Sequence[int] | NDArray[np.integer]
 _FIELDS = ("offset", "size", "crc32c")
 
 
@@ -38,44 +39,48 @@ class ChunkColumns:
 
 
 class ChunkTable:
-    """Object, offset, size and crc32c of all chunks of one array."""
+    """Object, offset, size and crc32c of all chunks of one array, of the shards that are written."""
 
-    def __init__(self, plan: Plan, width: int, objects: pa.Array, columns: ChunkColumns) -> None:
-        self._samples, self.width = plan.recipe.shard.samples, width
-        """Chunks per row."""
-        self._objects, self.columns = objects, columns
-        self._object_of = np.full(plan.num_shards, -1, np.int64)
-        self._first = np.zeros(plan.num_shards, np.int64)
-
-    def fill(self, shards: NDArray[np.integer], objects: NDArray[np.integer], first: NDArray[np.integer]) -> None:
-        """Which object holds the array of each of some shards, and where in the columns its chunks begin."""
-        self._object_of[shards], self._first[shards] = objects, first
-
-    @property
-    def shards(self) -> NDArray[np.int64]:
-        """Shards that are written, in order."""
-        return np.flatnonzero(self._object_of >= 0)
+    def __init__(
+        self,
+        samples: int,
+        width: int,
+        shards: NDArray[np.int64],
+        object_names: pa.Array,
+        first: NDArray[np.int64],
+        columns: ChunkColumns,
+    ) -> None:
+        """`samples` rows a shard, `width` chunks a row. By shard, in order: its object, and where its chunks begin."""
+        self.shards, self.width, self.columns = shards, width, columns
+        self._samples, self._object_names, self._first = samples, object_names, first
 
     def object_name(self, shard_idx: int) -> str | None:
         """Object of a shard; None where it is not written."""
-        at = int(self._object_of[shard_idx])
-        return None if at < 0 else str(self._objects[at])
+        at = self._at(shard_idx)
+        return None if at is None else str(self._object_names[at])
 
     def chunk_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where in the columns the chunks of some rows begin."""
-        return self._first[rows // self._samples] + rows % self._samples * self.width
+        """Where in the columns the chunks of some rows begin, whose shards are written. Shapes: [n] -> [n]."""
+        first = self._first[np.searchsorted(self.shards, rows // self._samples)]
+        return np.asarray(first + rows % self._samples * self.width, np.int64)
 
     def place(self, row: int, view: int) -> tuple[str | None, int, int, int]:
         """Object (None: not written), offset, size and crc32c of one chunk."""
         shard_idx, within = divmod(row, self._samples)
-        chunk = int(self._first[shard_idx]) + within * self.width + view
-        columns = self.columns
+        at = self._at(shard_idx)
+        if at is None:
+            return None, 0, 0, 0
+        chunk, columns = int(self._first[at]) + within * self.width + view, self.columns
         return (
-            self.object_name(shard_idx),
+            str(self._object_names[at]),
             int(columns.offset[chunk]),
             int(columns.size[chunk]),
             int(columns.crc32c[chunk]),
         )
+
+    def _at(self, shard_idx: int) -> int | None:
+        at = int(np.searchsorted(self.shards, shard_idx))
+        return at if at < len(self.shards) and self.shards[at] == shard_idx else None
 
 
 @dataclass(frozen=True)
@@ -96,26 +101,25 @@ class _Listed:
     columns: ChunkColumns
 
 
-def chunk_tables(plan: Plan, shards: pa.Table, where: str) -> dict[str, ChunkTable]:
-    """Tables of all arrays from shards.parquet, or from a table like it of the shards there are.
+def chunk_tables(plan: Plan, shards: pa.Table, where: str, expected: Integers) -> dict[str, ChunkTable]:
+    """Tables of all arrays from shards.parquet, or from a table like it of the shards that are `expected`.
 
     Raises: ManifestError naming `where` and the shard whose objects, arrays or chunks are not as the plan has them.
     """
     listed = _listed(plan, shards, where)
-    _check_layout(plan, listed, where)
-    tables = {
-        name: ChunkTable(plan, int(width), listed.objects, listed.columns)
-        for name, width in zip(listed.names, listed.widths, strict=True)
-    }
-    for code, table in enumerate(tables.values()):
-        chosen = listed.code == code
-        table.fill(listed.shard[chosen], listed.object_of[chosen], listed.first[chosen])
+    _check_layout(plan, listed, where, expected)
+    samples, order = plan.recipe.shard.samples, np.argsort(listed.shard, kind="stable")
+    tables = {}
+    for code, (name, width) in enumerate(zip(listed.names, listed.widths.tolist(), strict=True)):
+        items = order[listed.code[order] == code]
+        names = listed.objects.take(pa.array(listed.object_of[items]))
+        tables[name] = ChunkTable(samples, width, listed.shard[items], names, listed.first[items], listed.columns)
     return tables
 
 
-def check_objects(plan: Plan, shards: pa.Table, where: str) -> None:
+def check_objects(plan: Plan, shards: pa.Table, where: str, expected: Integers) -> None:
     """See that the objects of some shards are as the plan has them. Raises: as `chunk_tables`."""
-    _check_layout(plan, _listed(plan, shards, where), where)
+    _check_layout(plan, _listed(plan, shards, where), where, expected)
 
 
 def _listed(plan: Plan, shards: pa.Table, where: str) -> _Listed:
@@ -166,7 +170,7 @@ def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return filled[0] if len(filled) == 1 else np.concatenate(filled)
 
 
-def _check_layout(plan: Plan, listed: _Listed, where: str) -> None:
+def _check_layout(plan: Plan, listed: _Listed, where: str, expected: Integers) -> None:
     """Each shard lists each array once, in the object of that name, with its chunks one after the other."""
 
     def refuse(wrong: NDArray[np.bool_], why: Callable[[int, str], str]) -> None:
@@ -185,12 +189,13 @@ def _check_layout(plan: Plan, listed: _Listed, where: str) -> None:
         twice | (listed.count != counts),
         lambda item, name: f"does not list {counts[item]} chunks of {name}, once",
     )
-    arrays_of = dict(zip(*np.unique(listed.shard, return_counts=True), strict=True))
-    for shard_idx, num_arrays in arrays_of.items():
-        if num_arrays != len(listed.names):
-            raise ManifestError(
-                f"{where}: shard {shard_idx} lacks one of the arrays {', '.join(sorted(listed.names))}; {_REPAIR}"
-            )
+    shards, num_arrays = np.unique(listed.shard, return_counts=True)
+    if len(absent := np.setdiff1d(expected, shards)):
+        raise ManifestError(f"{where} does not list objects of shard {absent[0]}; {_REPAIR}")
+    if (lacking := num_arrays != len(listed.names)).any():
+        raise ManifestError(
+            f"{where}: shard {shards[lacking][0]} lacks one of the arrays {', '.join(sorted(listed.names))}; {_REPAIR}"
+        )
     _check_names(plan, listed, where, refuse)
     _check_order(plan, listed, refuse)
 

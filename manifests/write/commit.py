@@ -96,13 +96,20 @@ def load_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: int) -> Sh
 
     Raises: MissingObjectError; ManifestError naming the entry and what contradicts.
     """
-    return parse_entry(store, plan, plan_blake3, shard_idx, store.read(commit_name(shard_idx)))
+    return _parse_entry(store, plan, plan_blake3, shard_idx, store.read(commit_name(shard_idx)))
 
 
-def parse_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: int, data: bytes) -> ShardEntry:
-    """As `load_entry`, from the entry's bytes. Raises: ManifestError."""
-    where = store.where(commit_name(shard_idx))
-    entry = load_record(ShardEntry, data, where)
+def _parse_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: int, data: bytes) -> ShardEntry:
+    entry = load_record(ShardEntry, data, store.where(commit_name(shard_idx)))
+    refuse_other_entry(store, plan, plan_blake3, shard_idx, entry)
+    return entry
+
+
+def refuse_other_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: int, entry: ShardEntry) -> None:
+    """See that an entry is of this plan and shard, and has its rows.
+
+    Raises: ManifestError naming the entry and what contradicts.
+    """
     rows = plan.shard_rows(shard_idx)
     if entry.shard != shard_idx:
         problem = f"is the entry of shard {entry.shard}"
@@ -113,7 +120,8 @@ def parse_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: int, data
     elif len({stored.name for stored in entry.objects}) != len(entry.objects):
         problem = "names an object twice"
     else:
-        return entry
+        return
+    where = store.where(commit_name(shard_idx))
     raise ManifestError(f"{where} {problem}; run `dtpipe verify --repair {store.url}` and extract again")
 
 
@@ -138,16 +146,20 @@ def _read_entries(store: Store, plan: Plan, plan_blake3: str, shards: Sequence[i
         for first in range(0, len(shards), _READ_AHEAD):
             some = shards[first : first + _READ_AHEAD]
             for shard_idx, data in zip(some, pool.map(store.read, map(commit_name, some)), strict=True):
-                yield parse_entry(store, plan, plan_blake3, shard_idx, data)
+                yield _parse_entry(store, plan, plan_blake3, shard_idx, data)
 
 
 def reject_entry(store: Store, shard_idx: int) -> str:
     """Send a shard back to work: its entry gets a name that counts no more, which is returned. Nothing is deleted."""
-    old = commit_name(shard_idx)
-    present = set(store.list(old))
-    names = (f"{old}{REJECTED}" + (f".{count}" if count else "") for count in range(len(present) + 1))
-    new = next(name for name in names if name not in present)
-    store.rename(old, new)
+    return put_aside(store, commit_name(shard_idx))
+
+
+def put_aside(store: Store, name: str) -> str:
+    """Give a file a free name beside its own, ending in `.rejected`, which is returned. Nothing is deleted."""
+    present = set(store.list(name))
+    names = (f"{name}{REJECTED}" + (f".{count}" if count else "") for count in range(len(present) + 1))
+    new = next(free for free in names if free not in present)
+    store.rename(name, new)
     return new
 
 

@@ -78,11 +78,15 @@ def load_plan(store: Store) -> Plan:
 
     Raises: MissingObjectError, or ManifestError when it was changed or contradicts itself.
     """
-    plan = load_record(Plan, store.read(PLAN_FILE), store.where(PLAN_FILE))
+    return parse_plan(store.read(PLAN_FILE), store.where(PLAN_FILE))
+
+
+def parse_plan(data: bytes, where: str) -> Plan:
+    """As `load_plan`, from the bytes of plan.json. Raises: ManifestError naming `where`."""
+    plan = load_record(Plan, data, where)
     if plan.num_shards != math.ceil(plan.num_rows / plan.recipe.shard.samples):
         raise ManifestError(
-            f"{store.where(PLAN_FILE)}: {plan.num_rows} rows are not {plan.num_shards} shards; "
-            "the dataset cannot be read"
+            f"{where}: {plan.num_rows} rows are not {plan.num_shards} shards; the dataset cannot be read"
         )
     return plan
 

@@ -21,7 +21,8 @@ HELP = """Check a feature dataset against its manifest.
 
 Levels, each with those before it: listing (metadata, names and sizes), digest (every object's bytes), decode (every
 chunk), recompute (run the teacher again on a few samples). --repair sends damaged shards back to work; the next extract
-writes just those.
+writes just those. What it replaces is kept beside it, and where the files do not agree of which extraction they are, it
+changes nothing.
 
 \b
 Example:
@@ -51,7 +52,7 @@ Example:
     show_default=True,
     type=float,
     metavar="X",
-    help="Relative error allowed when recomputing.",
+    help="Relative error allowed when recomputing, beyond what the codec states.",
 )
 @click.option("--teacher", metavar="PATH|NAME", help="Teacher to recompute with, if it has moved since the extraction.")
 @click.option(
@@ -122,9 +123,11 @@ def _document(report: VerifyReport) -> dict[str, Any]:
 
 def _outcome(report: VerifyReport) -> DtpipeError | None:
     if report.problems:
+        hopeless = all(problem.mend == "nobody" for problem in report.problems)
+        remedy = f"run `dtpipe verify --repair {report.url}`, then extract again"
         return ProblemsFoundError(
             f"{report.url} has {len(report.problems)} problems; "
-            f"run `dtpipe verify --repair {report.url}`, then extract again"
+            f"{'repair can mend none of them: put back a copy, or what is missing' if hopeless else remedy}"
         )
     if not report.complete:
         return IncompleteError(f"{report.url} is unfinished; run the same `dtpipe extract` again")
@@ -132,13 +135,15 @@ def _outcome(report: VerifyReport) -> DtpipeError | None:
 
 
 def _repair(console: Console, url: str, level: VerifyLevel) -> None:
-    from dtpipe.manifests.check.verify import repair
+    from dtpipe.manifests.check.repair import repair
 
     result = repair(url, level)
     shards = ", ".join(map(str, result.shards)) or "none"
     console.pairs(
         {"dataset": result.url, "sent back": f"shards {shards}", "rewritten": ", ".join(result.rewritten) or "nothing"}
     )
+    for name, kept in result.kept.items():
+        console.result(f"put aside: {name}, now {kept}")
     for problem in result.left:
         console.result(f"left: {problem}")
     if result.shards or result.left:

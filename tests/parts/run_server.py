@@ -33,7 +33,7 @@ PRELOADED = (
         "dtpipe.extract.cluster.actor",
         "dtpipe.extract.teachers.diffusion.unet",
     ),
-    "dtpipe.manifests.check.verify",
+    "dtpipe.manifests.check.repair",
 )
 
 
@@ -72,7 +72,7 @@ def _run(request: dict[str, Any]) -> None:
     """In the child: do what was asked and write down how it ended."""
     from dtpipe.extract.config import ExtractConfig
     from dtpipe.extract.run import run_extraction
-    from dtpipe.manifests.check.verify import repair
+    from dtpipe.manifests.check.repair import repair
     from dtpipe.manifests.errors import DtpipeError
     from dtpipe.manifests.store.faults import arm_spec
 

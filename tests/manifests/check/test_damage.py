@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtpipe.manifests.check.verify import repair, verify
+from dtpipe.manifests.check.repair import repair
+from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import DamagedDataError, IncompleteError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level

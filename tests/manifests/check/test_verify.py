@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtpipe.manifests.check.verify import repair, verify
+from dtpipe.manifests.check.repair import repair
+from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError, InputError, LockHeldError
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import Plan

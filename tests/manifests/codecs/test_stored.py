@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dtpipe.manifests.check.verify import repair, verify
+from dtpipe.manifests.check.repair import repair
+from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.codecs.base import decode_level, encode_level
 from dtpipe.manifests.codecs.registry import CODECS
 from dtpipe.manifests.errors import DamagedDataError

@@ -1,0 +1,88 @@
+"""The teacher run again on some samples: are its features what is stored?
+
+One rule: a codec says itself how far stored features may be from those it was given; only what goes beyond that is an
+error, and is held against the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.check.problems import Problem, reason
+from dtpipe.manifests.codecs.base import Arrays, LevelCodec, decode_level
+from dtpipe.manifests.errors import DtpipeError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_images
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.commit import MANIFEST_FILE
+
+Recompute = Callable[[NDArray[np.uint8], Sequence[str]], Mapping[str, NDArray[np.generic]]]
+"""The teacher run again: stored images [B, H, W, 3] and their keys -> {level: [B, V, C, h, w] float}."""
+
+_TINY = 1e-30  # keeps an all-zero level from dividing by zero
+
+
+def check_recompute(
+    store: Store, recompute: Recompute, rows: int, tolerance: float, problems: list[Problem]
+) -> tuple[int, dict[str, float]]:
+    """Rows compared, and the largest relative error by level."""
+    try:
+        dataset = FeatureDataset.open(store.url, allow_incomplete=True)
+    except DtpipeError as err:
+        problems.append(Problem(MANIFEST_FILE, f"nothing was recomputed: {reason(err)}", "nobody"))
+        return 0, {}
+    damaged = [problem.shard for problem in problems if problem.shard is not None]
+    ok_rows = dataset.columns.ok_rows
+    good = ok_rows[~np.isin(ok_rows // dataset.recipe.shard.samples, damaged)]
+    if not len(good):
+        return 0, {}
+    chosen = good[np.unique(np.linspace(0, len(good) - 1, min(rows, len(good))).astype(int))].tolist()
+    again = recompute(read_images(dataset, chosen), [dataset.columns.keys[row] for row in chosen])
+    errors = {
+        level.name: _compare(dataset, level.name, chosen, again[level.name], tolerance, problems)
+        for level in dataset.levels
+    }
+    return len(chosen), errors
+
+
+def _compare(
+    dataset: FeatureDataset,
+    name: str,
+    rows: Sequence[int],
+    again: NDArray[np.generic],
+    tolerance: float,
+    problems: list[Problem],
+) -> float:
+    worst, num_views = 0.0, len(dataset.views)
+    for idx, row in enumerate(rows):
+        _, coded = dataset.read([row] * num_views, (name,), range(num_views), images=False)
+        (piece,) = coded.pieces[name]
+        error = relative_error(piece.codec, piece.parts, again[idx])
+        worst = max(worst, error)
+        if not error <= tolerance:
+            what = (
+                f"sample {dataset.columns.keys[row]!r} (row {row}) differs by {error:.3g} from the teacher's features"
+            )
+            what += f", allowed is {tolerance:g}"
+            problems.append(Problem(f"level {name}", what, "nobody", row // dataset.recipe.shard.samples))
+    return worst
+
+
+def relative_error(codec: LevelCodec, parts: Arrays, again: NDArray[np.generic]) -> float:
+    """How far a sample's stored features are from the teacher's, beyond the error that its codec states.
+
+    Root mean squares over C, H and W, over that of the stored features; the largest of all views. 0 when the teacher
+    gives what was stored, however coarse the codec.
+    Shapes: parts of [V, C, H, W]; `again` [V, C, H, W] as the teacher gave it.
+    """
+    stored = decode_level(codec, parts).astype(np.float64)
+    beyond = _rms(stored - again.astype(np.float64)) - codec.error(parts)
+    return float(np.maximum(beyond, 0).max() / max(float(_rms(stored).max()), _TINY))
+
+
+def _rms(features: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shapes: [V, C, H, W] -> [V]."""
+    return np.asarray(np.sqrt(np.square(features).mean(axis=(-3, -2, -1))))
