@@ -61,7 +61,11 @@ def errors(recipe: Recipe, reference: Features, other: Features) -> dict[str, di
         codec = open_codec(level)
         pairs = list(zip(reference[level.name], other[level.name], strict=True))
         plain = max(float(np.abs(one - two).max() / np.abs(one).max()) for one, two in pairs)
-        stored = max(relative_error(codec, codec.encode(one), two) for one, two in pairs)
+        parts = [codec.encode(one) for one, _ in pairs]
+        stored = max(
+            relative_error(codec.decode(coded), codec.error(coded), two)
+            for coded, (_, two) in zip(parts, pairs, strict=True)
+        )
         found[level.name] = {"float32": plain, level.dtype: stored}
     return found
 

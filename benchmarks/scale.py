@@ -11,10 +11,8 @@ figure is measured in a process of its own, whose peak memory is that figure's.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -28,9 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from common import REPO, RESULTS, publish
 
-from dtpipe.extract.cluster.preflight import package_versions
 from dtpipe.manifests.canonical import blake3_hex, dump_record, seal
 from dtpipe.manifests.layout.digest import dataset_digest
 from dtpipe.manifests.layout.tables import (
@@ -297,23 +293,6 @@ def run_step(step: str, root: Path) -> None:
     sys.stdout.write(json.dumps({**figures, **outcome}))
 
 
-def origin() -> dict[str, Any]:
-    """Where a result comes from: code, command, machine and time."""
-    git = ["git", "-C", str(REPO)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=False, capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], check=False, capture_output=True, text=True)
-    return {
-        "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "num_cpus": os.cpu_count(),
-            "versions": package_versions(),
-        },
-    }
-
-
 def main() -> int:
     """Parse, write what is measured, measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -321,11 +300,13 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=10_000_000, help="rows of the dataset to open; 0 leaves this out")
     parser.add_argument("--folder", type=Path, help="where the datasets are written, and removed again")
     parser.add_argument("--step", choices=sorted(STEPS), help="only this, on the dataset that lies in --folder")
-    parser.add_argument("--out-json", type=Path, default=RESULTS / "scale.json")
+    parser.add_argument("--out-json", type=Path, help="default: benchmarks/results/scale.json")
     args = parser.parse_args()
     if args.step:
         run_step(args.step, args.folder)
         return 0
+    from common import RESULTS, publish  # torch's memory is none of a step's
+
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.commits:
@@ -338,7 +319,7 @@ def main() -> int:
             root = Path(folder) / "rows"
             write_rows(root, args.rows)
             results["rows"] = {"num_rows": args.rows, "rows_per_shard": OPEN_ROWS, "open": measure("open", root)}
-    publish({**results, **origin()}, args.out_json)
+    publish("scale", results, args.out_json or RESULTS / "scale.json", {})
     return 0
 
 

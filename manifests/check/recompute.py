@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.check.problems import Problem, reason
-from dtpipe.manifests.codecs.base import Arrays, LevelCodec, decode_level
+from dtpipe.manifests.codecs.base import Array
 from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_images
@@ -59,8 +59,7 @@ def _compare(
     worst, num_views = 0.0, len(dataset.views)
     for idx, row in enumerate(rows):
         _, coded = dataset.read([row] * num_views, (name,), range(num_views), images=False)
-        (piece,) = coded.pieces[name]
-        error = relative_error(piece.codec, piece.parts, again[idx])
+        error = relative_error(coded.decode()[name], coded.error()[name], again[idx])
         worst = max(worst, error)
         if not error <= tolerance:
             what = (
@@ -71,16 +70,16 @@ def _compare(
     return worst
 
 
-def relative_error(codec: LevelCodec, parts: Arrays, again: NDArray[np.generic]) -> float:
-    """How far a sample's stored features are from the teacher's, beyond the error that its codec states.
+def relative_error(stored: Array, stated: NDArray[np.float64], again: Array) -> float:
+    """How far a sample's stored features are from the teacher's, beyond the error that their codec states.
 
     Root mean squares over C, H and W, over that of the stored features; the largest of all views. 0 when the teacher
     gives what was stored, however coarse the codec.
-    Shapes: parts of [V, C, H, W]; `again` [V, C, H, W] as the teacher gave it.
+    Shapes: `stored` as decoded and `again` as the teacher gave it [V, C, H, W], `stated` by the codec [V].
     """
-    stored = decode_level(codec, parts).astype(np.float64)
-    beyond = _rms(stored - again.astype(np.float64)) - codec.error(parts)
-    return float(np.maximum(beyond, 0).max() / max(float(_rms(stored).max()), _TINY))
+    features = stored.astype(np.float64)
+    beyond = _rms(features - again.astype(np.float64)) - stated
+    return float(np.maximum(beyond, 0).max() / max(float(_rms(features).max()), _TINY))
 
 
 def _rms(features: NDArray[np.float64]) -> NDArray[np.float64]:

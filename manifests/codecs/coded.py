@@ -52,6 +52,14 @@ class CodedLevels:
         """
         return {name: self._decode_level(pieces) for name, pieces in self.pieces.items()}
 
+    def error(self) -> dict[str, NDArray[np.float64]]:
+        """What the codecs state: how far decoded features may be from true ones. Shapes: -> {level: [B]}."""
+        errors = {name: np.empty(self.num_rows, np.float64) for name in self.pieces}
+        for name, pieces in self.pieces.items():
+            for piece in pieces:
+                errors[name][slice(None) if piece.rows is None else piece.rows] = piece.codec.error(piece.parts)
+        return errors
+
     def _decode_level(self, pieces: Sequence[CodedPiece]) -> Array:
         decoded = [decode_level(piece.codec, piece.parts) for piece in pieces]
         if pieces[0].rows is None:

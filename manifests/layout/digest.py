@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from blake3 import blake3
@@ -16,7 +17,7 @@ from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.schema import Recipe
 
 _PIECE = 1 << 16  # items put together at a time
-_ESCAPED = r'["\\\x00-\x1f]'  # what JSON cannot hold as it is
+_QUOTE, _BACKSLASH, _SPACE = b'"\\ '  # JSON escapes the first two, and all that comes before a space
 
 
 def dataset_digest(recipe: Recipe, keys: pa.ChunkedArray | Sequence[str], objects: pa.Table) -> str:
@@ -55,7 +56,7 @@ def _joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 def _quoted(texts: pa.Array) -> bytes:
     """Texts as JSON, with commas between them."""
-    if pc.any(pc.match_substring_regex(texts, _ESCAPED)).as_py():
+    if _needs_escapes(texts):
         return canonical_json(texts.to_pylist())[1:-1]
     return b'"' + _concatenated(texts, '","') + b'"' if len(texts) else b""
 
@@ -63,11 +64,21 @@ def _quoted(texts: pa.Array) -> bytes:
 def _listed(objects: pa.RecordBatch) -> bytes:
     """Objects as JSON, with commas between them."""
     names, sizes, digests = (objects[name] for name in ("name", "size_bytes", "blake3"))
-    if pc.any(pc.match_substring_regex(names, _ESCAPED)).as_py():
+    if _needs_escapes(names):
         rows = zip(names.to_pylist(), sizes.to_pylist(), digests.to_pylist(), strict=True)
         return canonical_json([{"name": name, "size": size, "blake3": digest} for name, size, digest in rows])[1:-1]
     fields = ['{"blake3":"', digests, '","name":"', names, '","size":', sizes.cast(pa.string()), "}"]
     return _concatenated(pc.binary_join_element_wise(*fields, ""), ",") if len(names) else b""
+
+
+def _needs_escapes(texts: pa.Array) -> bool:
+    """True if JSON cannot hold these texts as they are."""
+    _, offsets, data = texts.buffers()
+    if not len(texts) or data is None:
+        return False
+    bounds = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    letters = np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]]
+    return bool((letters < _SPACE).any() or (letters == _QUOTE).any() or (letters == _BACKSLASH).any())
 
 
 def _concatenated(texts: pa.Array, between: str) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -160,20 +161,32 @@ def _find_manifest(store: Store) -> Manifest | None:
 def _open_complete(store: Store, manifest: Manifest) -> FeatureDataset:
     _checked_file(store, manifest, PLAN_FILE)
     plan = load_plan(store)
-    data = _checked_file(store, manifest, INDEX_FILE)
-    index = decode_rows(data, INDEX_SCHEMA, store.where(INDEX_FILE), ("key", "label", "status"))
-    shards = decode_table(_checked_file(store, manifest, SHARDS_FILE), SHARDS_SCHEMA, store.where(SHARDS_FILE))
-    listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
+    with ThreadPoolExecutor(3) as pool:  # each takes its time, to fetch and to decode
+        tables = [pool.submit(read, store, plan, manifest) for read in (_read_index, _read_shards, _read_listing)]
+        index, shards, listing = (table.result() for table in tables)
     for wrong in compare_merged(plan, manifest, listing, index, shards):
         raise ManifestError(f"{store.where(wrong.name)}: {wrong.what}; {_REPAIR}")
-    tables = chunk_tables(plan, shards, store.where(SHARDS_FILE), np.arange(plan.num_shards))
-    return _assemble(store, plan, manifest, listing, index["status"], tables)
+    places = chunk_tables(plan, shards, store.where(SHARDS_FILE), np.arange(plan.num_shards))
+    return _assemble(store, plan, manifest, listing, index["status"], places)
+
+
+def _read_index(store: Store, _: Plan, manifest: Manifest) -> pa.Table:
+    data = _checked_file(store, manifest, INDEX_FILE)
+    return decode_rows(data, INDEX_SCHEMA, store.where(INDEX_FILE), ("key", "label", "status"))
+
+
+def _read_shards(store: Store, _: Plan, manifest: Manifest) -> pa.Table:
+    return decode_table(_checked_file(store, manifest, SHARDS_FILE), SHARDS_SCHEMA, store.where(SHARDS_FILE))
+
+
+def _read_listing(store: Store, plan: Plan, _: Manifest | None = None) -> pa.Table:
+    return read_listing_table(store, plan.listing_blake3, ("key", "label"))
 
 
 def _open_partial(store: Store, manifest: Manifest | None) -> FeatureDataset:
     """From plan, listing and the entries there are; the merged tables of a repaired dataset are not used."""
     plan = load_plan(store)
-    listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
+    listing = _read_listing(store, plan)
     if listing.num_rows != plan.num_rows:
         raise ManifestError(
             f"{store.where(PLAN_FILE)} has {plan.num_rows} rows, the listing {listing.num_rows}; {_REPAIR}"

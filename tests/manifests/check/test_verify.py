@@ -157,3 +157,15 @@ def test_wrong_urls_and_levels_are_refused(tmp_path: Path, root: Path) -> None:
         verify(root, "all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="stored bytes"):
         repair(root, "recompute")
+
+
+def test_a_coarse_codec_is_allowed_what_it_states_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symbols are whole numbers: a teacher that differs by a thousandth moves some of them by one."""
+    cast = "dtpipe.manifests.codecs.cast.CastLevel"
+    monkeypatch.setattr(f"{cast}.encode", lambda codec, features: {"": np.rint(features).astype(codec.level.dtype)})
+    monkeypatch.setattr(f"{cast}.error", lambda _, parts: np.full(parts[""].shape[:-3], 0.5))
+    golden.write_shards(tmp_path, golden.Settings())
+    report = verify(tmp_path, "recompute", teacher(0.001), rows=9, tolerance=0)
+    assert report.ok
+    assert set(report.max_relative_error.values()) == {0.0}
+    assert not verify(tmp_path, "recompute", teacher(0.5), rows=9, tolerance=0.01).ok
