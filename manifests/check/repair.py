@@ -14,7 +14,7 @@ from dtpipe.manifests.canonical import dump_record
 from dtpipe.manifests.check.metadata import Metadata
 from dtpipe.manifests.check.objects import check_chunks
 from dtpipe.manifests.check.problems import Mend, Problem
-from dtpipe.manifests.check.verify import VerifyLevel, examine
+from dtpipe.manifests.check.verify import VerifyLevel, check_stored
 from dtpipe.manifests.errors import ConfigError, ManifestError
 from dtpipe.manifests.layout.tables import LISTING_FILE
 from dtpipe.manifests.layout.zarr import zarr_metadata
@@ -51,10 +51,10 @@ def repair(url: str | os.PathLike[str], level: VerifyLevel = "digest", stale_s: 
     store = Store(url)
     problems: list[Problem] = []
     # before the lock: a wrong URL is left as it is, and taking a lock removes damaged ones
-    _refuse_disagreement(store, examine(store, "listing", problems))
+    _refuse_disagreement(store, check_stored(store, "listing", problems))
     with Lock.acquire(store, stale_s) as lock:
         problems = [problem for problem in problems if problem.name.startswith(LOCK_FOLDER)]
-        metadata = examine(store, level, problems)
+        metadata = check_stored(store, level, problems)
         _refuse_disagreement(store, metadata)
         if level == "decode" and metadata.plan is not None:
             check_chunks(store, metadata.plan, metadata.shards, metadata.index, problems)

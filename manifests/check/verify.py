@@ -79,7 +79,7 @@ def verify(
     if level == "recompute" and recompute is None:
         raise ConfigError("verify level recompute needs the teacher; name it with --teacher")
     problems: list[Problem] = []
-    metadata = examine(store, level, problems)
+    metadata = check_stored(store, level, problems)
     depth = LEVELS.index(level)
     num_chunks = num_recomputed = 0
     errors: dict[str, float] = {}
@@ -90,7 +90,7 @@ def verify(
     return _report(store, level, metadata, problems, num_chunks, num_recomputed, errors)
 
 
-def examine(store: Store, level: VerifyLevel, problems: list[Problem]) -> Metadata:
+def check_stored(store: Store, level: VerifyLevel, problems: list[Problem]) -> Metadata:
     """The levels listing and digest, as far as `level` goes.
 
     Raises: InputError when there is no dataset; ConfigError for `recompute` without stored images.

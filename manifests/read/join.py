@@ -17,6 +17,7 @@ from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import Columns, Integers, read_images
+from dtpipe.manifests.read.texts import one_after_another
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, ViewSpec
 
 _SUFFIXES = "bcdefghijklmnopqrstuvwxyz"
@@ -114,9 +115,9 @@ class ConcatDataset:
         self.levels, self.views, self.image_px = first.levels, first.views, first.image_px
         self.columns = Columns(
             _urls(parts),
-            tuple(key for part in parts for key in part.columns.keys),
-            tuple(label for part in parts for label in part.columns.labels),
-            tuple(status for part in parts for status in part.columns.status),
+            one_after_another([part.columns.keys for part in parts]),
+            one_after_another([part.columns.labels for part in parts]),
+            one_after_another([part.columns.status for part in parts]),
         )
 
     def part_of(self, rows: Integers) -> NDArray[np.int64]:

@@ -20,12 +20,12 @@ from dtpipe.manifests.layout.arrays import KEY, stored_arrays
 from dtpipe.manifests.layout.tables import SHARDS_SCHEMA
 from dtpipe.manifests.layout.tar import tar_object_name
 from dtpipe.manifests.layout.zarr import shard_object_name
+from dtpipe.manifests.read.source import Integers
 from dtpipe.manifests.schema import MAX_INTEGER, Plan
 from dtpipe.manifests.write.shard import SHARD_FORMATS
 
 _REPAIR = "run `dtpipe verify --repair` on the dataset and extract again"
 _CHUNKS_AT_ONCE = 1 << 22  # compared together
-Integers = Sequence[int] | NDArray[np.integer]
 _FIELDS = ("offset", "size", "crc32c")
 
 

@@ -53,6 +53,14 @@ class Texts(Sequence[_Text]):
         return f"Texts({len(self)} rows)"
 
 
+def one_after_another(columns: Sequence[Sequence[_Text]]) -> Sequence[_Text]:
+    """Several columns as one."""
+    texts = [column for column in columns if isinstance(column, Texts)]
+    if len(texts) < len(columns):
+        return tuple(text for column in columns for text in column)
+    return Texts(pa.chunked_array([chunk for column in texts for chunk in column.column.iterchunks()], pa.string()))
+
+
 def _same(one: object, other: object) -> bool:
     return one == other
 

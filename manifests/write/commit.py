@@ -242,7 +242,8 @@ def _gather(store: Store, plan: Plan, listing: pa.Table, lock: Lock) -> tuple[pa
         refuse_misplaced(store, entries, tables[1][-1], listing)
         misfits += _misfits(store, entries, stats)
     _send_back(store, misfits, lock)
-    return pa.concat_tables(tables[0]), pa.concat_tables(tables[1])
+    # whole here, so that encoding copies nothing while the parts are still held
+    return pa.concat_tables(tables[0]).combine_chunks(), pa.concat_tables(tables[1]).combine_chunks()
 
 
 def refuse_misplaced(store: Store, entries: Sequence[ShardEntry], index: pa.Table, listing: pa.Table) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtpipe.manifests.read.texts import Texts, rows_with
+from dtpipe.manifests.read.texts import Texts, one_after_another, rows_with
 
 VALUES = st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=9)
 
@@ -27,6 +27,8 @@ def test_texts_are_their_tuple(values: list[str | None], cut: int) -> None:
     assert texts == pickle.loads(pickle.dumps(texts))
     assert [texts[np.int64(row)] for row in range(len(values))] == list(expected)
     assert (texts[1:3], texts[::-2]) == (expected[1:3], expected[::-2])
+    for columns in ([texts, texts], [texts, expected], [texts]):
+        assert tuple(one_after_another(columns)) == expected * len(columns)
     for value in (*values[:2], "ok"):
         if value is not None:
             assert rows_with(texts, value).tolist() == rows_with(expected, value).tolist()
