@@ -70,7 +70,7 @@ class Client:
         """As `patience.patiently`, for an attempt that asks this file system."""
         fs, patience = self.fs, self.patience
         full = str(fs.unstrip_protocol(path))
-        request = Request(_root_of(full), verb, full)
+        request = Request(server_of(full), verb, full)
 
         def within(limit_s: float) -> _T:
             end_s = time.monotonic() + limit_s
@@ -198,7 +198,7 @@ def _options(protocol: str, url: str, patience: Patience) -> dict[str, Any]:
     return {}
 
 
-def _root_of(url: str) -> str:
+def server_of(url: str) -> str:
     """Bucket or server of a URL, which fails or answers as one."""
     protocol, _, rest = url.partition("://")
     return f"{protocol}://{rest.partition('/')[0]}"

@@ -126,7 +126,8 @@ def reason_of(error: BaseException) -> Reason:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__
+        hidden = getattr(error, "reason", None)  # urllib keeps the cause there
+        error = error.__cause__ or (hidden if isinstance(hidden, BaseException) else None)
 
 
 def _answer_of(error: BaseException) -> tuple[int, str, str]:

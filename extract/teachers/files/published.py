@@ -26,8 +26,11 @@ from dtpipe.manifests.errors import DamagedDataError, StoreError, TeacherError
 from dtpipe.manifests.records.document import read_document, write_document
 from dtpipe.manifests.records.files import file_digest
 from dtpipe.manifests.schema import StrictModel
+from dtpipe.manifests.store.client import server_of
 from dtpipe.manifests.store.paths import is_url, path_on_disk
+from dtpipe.manifests.store.patience import STORE_PATIENCE, Request, patiently
 from dtpipe.manifests.store.publish import unique_temporary, whole_file
+from dtpipe.manifests.store.reasons import reason_of
 
 if TYPE_CHECKING:
     from dtpipe.extract.config import TeacherConfig
@@ -137,20 +140,27 @@ def _download(published: PublishedTeacher, path: Path) -> None:
     """Fetch beside its place, record, then move there: a file without its record is never taken for whole."""
     try:
         with whole_file(path, unique_temporary(path)) as partial:
-            with urlopen(published.url, timeout=TIMEOUT_S) as response, partial.open("wb") as file:
-                shutil.copyfileobj(response, file, 1 << 20)
-                expected = response.headers.get("Content-Length")
-            size = partial.stat().st_size
-            if expected is not None and size != int(expected):  # urllib takes a cut connection for the end
-                raise OSError(f"the connection ended after {size} of {expected} bytes")
+            request = Request(server_of(published.url), "read", published.url)
+            size = patiently(lambda _limit_s: _copy(published.url, partial), request, STORE_PATIENCE)
             if (disguise := disguise_of(partial)) is not None:
                 raise OSError(f"what came {disguise}")
             record = {"url": published.url, "licence": published.licence, "size_bytes": size}
             write_document(_record_path(path), record | {"blake3": file_digest(partial)}, "make room")
     except (OSError, StoreError, ValueError, HTTPException) as err:  # urllib's network errors are OSErrors
         raise TeacherError(
-            f"{published.name}: {published.url} cannot be fetched ({err}); download it and put it at {path}"
+            f"{published.name}: {published.url} cannot be fetched ({reason_of(err)}); download it and put it at {path}"
         ) from err
+
+
+def _copy(url: str, path: Path) -> int:
+    """Bytes of what came from a URL and was written to `path`. Raises: OSError, also when the connection was cut."""
+    with urlopen(url, timeout=TIMEOUT_S) as response, path.open("wb") as file:
+        shutil.copyfileobj(response, file, 1 << 20)
+        expected = response.headers.get("Content-Length")
+        size = file.tell()
+    if expected is not None and size != int(expected):  # urllib takes a cut connection for the end
+        raise ConnectionError(f"the connection ended after {size} of {expected} bytes")
+    return size
 
 
 def _check_unchanged(path: Path) -> None:

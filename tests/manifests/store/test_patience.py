@@ -359,6 +359,20 @@ def test_a_mount_that_fails_for_a_moment_is_waited_for(tmp_path, monkeypatch, no
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
+def test_by_default_a_mount_is_waited_for_briefly(tmp_path, monkeypatch):
+    store, real, left = Store(tmp_path), Path.read_bytes, [1]
+    store.write("a", b"one")
+
+    def fail_once(path):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail_once)
+    assert store.read("a") == b"one"
+
+
 def test_a_create_on_a_mount_that_failed_after_the_link_is_our_own(tmp_path, monkeypatch):
     store, failing = Store(tmp_path, FAST), [True]
 

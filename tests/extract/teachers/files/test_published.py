@@ -19,7 +19,9 @@ from dtpipe.extract.teachers.files.published import PublishedTeacher, fetch, loc
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import DamagedDataError, TeacherError
 from dtpipe.manifests.records.document import read_document
+from dtpipe.manifests.store.patience import Patience
 from parts.damage import flip
+from parts.faulty_server import Fault, cut_answer, faulty_server, reset_midway, status
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -104,7 +106,19 @@ def test_a_failed_download_leaves_nothing(server: str, cache: Path) -> None:
     assert list((cache / "tiny").iterdir()) == []
 
 
-def test_a_cut_connection_is_no_whole_file(cache: Path) -> None:
+def test_a_server_that_fails_is_asked_again(
+    server: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with faulty_server(tmp_path / "www") as faulty:
+        faulty.faults += [Fault(status(503), times=1), Fault(reset_midway, times=1), Fault(cut_answer, times=1)]
+        assert fetch(entry(f"{faulty.url}/model.pt")).read_bytes() == WEIGHTS
+        assert len(faulty.seen) == 4
+    assert "503: Service Unavailable; fails since" in caplog.text
+    assert len(list((cache / "tiny").iterdir())) == 2  # and its record
+
+
+def test_a_cut_connection_is_no_whole_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtpipe.extract.teachers.files.published.STORE_PATIENCE", Patience(total_s=0, first_s=0))
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=_answer_half, args=(server,), daemon=True).start()
         with pytest.raises(TeacherError, match="ended after 10 of 100 bytes"):
