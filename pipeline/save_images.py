@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -11,6 +12,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image
 from dtpipe.manifests.store.outputs import content_of, refuse_no_folder
 from dtpipe.manifests.store.paths import path_on_disk
+from dtpipe.manifests.store.publish import write_whole
 
 
 def save_images(url: str, folder: str | Path) -> int:
@@ -24,9 +26,10 @@ def save_images(url: str, folder: str | Path) -> int:
     for row in rows:
         path = _path_below(Path(folder), dataset.columns.keys[row])
         image = Image.fromarray(read_image(dataset, int(row)))
+        png = io.BytesIO()
+        image.save(png, "PNG")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
+            write_whole(path, png.getvalue())
         except OSError as err:
             raise StoreError(f"{path}: cannot be written ({err}); make room or name another --save-png") from err
     return len(rows)

@@ -133,7 +133,8 @@ def _check_bytes(path: Path, remedy: str) -> None:
             )
         for member in members:
             if member.filename.endswith("data.pkl"):
-                check_pickle(archive.read(member), path, Refusal(DamagedDataError, remedy))
+                with archive.open(member) as pickled:
+                    check_pickle(pickled, path, Refusal(DamagedDataError, remedy))
         if not sealed and (bad := archive.testzip()) is not None:
             raise DamagedDataError(f"{path}: its part {bad} does not match its checksum; {remedy}")
 

@@ -6,9 +6,9 @@ is full, and make a byte array of any size that is asked for.
 
 from __future__ import annotations
 
-import io
 import pickletools
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any
 
 from dtpipe.manifests.documents import Refusal
 
@@ -17,23 +17,24 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _BYTE_ARRAYS = ("bytearray", "builtins bytearray", "__builtin__ bytearray")
 
 
-def check_pickle(data: bytes, where: object, refusal: Refusal) -> None:
-    """See that a pickle nests no tuples without end and makes no byte array. Raises: the refusal; of one that is no
-    pickle too."""
-    try:
-        problem = _problem(data)
-    except (ValueError, IndexError, KeyError, OverflowError) as err:
-        raise refusal.of(where, f"holds a damaged pickle ({str(err)[:80]})") from err
-    if problem is not None:
-        raise refusal.of(where, f"holds a pickle that {problem}, which no tensors need; nothing in it was run")
+def check_pickle(file: IO[bytes], where: object, refusal: Refusal, count: int = 1) -> None:
+    """See that `count` pickles in a row nest no tuples without end and make no byte array; their readers find other
+    damage.
+
+    Raises: the refusal.
+    """
+    with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError):
+        for _ in range(count):
+            if problem := _problem(file):
+                raise refusal.of(where, f"holds a pickle that {problem}, which no tensors need; nothing in it was run")
 
 
-def _problem(data: bytes) -> str | None:
+def _problem(file: IO[bytes]) -> str | None:
     """The machine's stack, with the depth of tuples in place of each value; marks are None."""
     stack: list[int | None] = []
     memo: dict[int, int] = {}
     argument: Any
-    for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+    for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
         if name == "BYTEARRAY8" or argument in _BYTE_ARRAYS:
             return "asks for a byte array"

@@ -24,6 +24,7 @@ from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.store.paths import local_place
+from dtpipe.manifests.store.publish import write_whole
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entries
 from dtpipe.manifests.write.plan import SOURCE_SEEN, plan_digest
@@ -266,8 +267,7 @@ def _text_width(font: ImageFont.FreeTypeFont, text: str) -> int:
 
 def _write(path: Path, data: bytes) -> Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write_whole(path, data)
     except OSError as err:
         raise StoreError(f"{path}: cannot be written ({err.strerror}); choose another file") from err
     return path

@@ -9,12 +9,15 @@ from __future__ import annotations
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.files.names import plain_names
 from dtpipe.extract.teachers.files.refusals import unreadable_file
+from dtpipe.manifests.documents import Refusal
 from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.records.pickles import check_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +35,7 @@ def load_torch(path: Path, classes: Sequence[type] = (), mapped: bool = False) -
     import torch
 
     stored_plainly = _check_archive(path)
+    _check_pickles(path)
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", mmap=mapped and stored_plainly, weights_only=True)
@@ -105,6 +109,21 @@ def _check_archive(path: Path) -> bool:
     size_bytes = sum(member.file_size for member in members)
     check_size(size_bytes, path, "it was packed")
     return all(member.compress_type == zipfile.ZIP_STORED for member in members)
+
+
+def _check_pickles(path: Path) -> None:
+    """Look for what would end or fill the process. Raises: TeacherError."""
+    refusal = Refusal(TeacherError, "get the file from its authors, or save it again where you trust it")
+    with suppress(OSError, ValueError, zipfile.BadZipFile, RuntimeError):  # torch says what is wrong
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:  # of torch's old format: version, protocol, machine, content, keys
+                check_pickle(file, path, refusal, 5)
+            return
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.filename.endswith("data.pkl"):
+                    with archive.open(member) as pickled:
+                        check_pickle(pickled, path, refusal)
 
 
 def check_size(size_bytes: int, path: Path, why: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from dtpipe.distill.engine.checkpoint import load_checkpoint, save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder, read_metrics
+from dtpipe.distill.engine.tensorboard import ScalarWriter
 from dtpipe.distill.export.write import export_student
 from dtpipe.manifests.errors import StoreError
 from parts.disks import BLOCK, files_on, fill, small_disk
@@ -112,6 +113,16 @@ def test_a_line_that_finds_no_room_is_taken_back(disk: Path, folder: RunFolder) 
     assert error.value.exit_code == 8
     assert [line["step"] for line in read_metrics(folder.path)] == list(range(lines))
     assert (folder.path / "metrics.jsonl").read_bytes().endswith(b"}\n") or not lines
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the package's own thread
+def test_tensorboards_events_that_find_no_room_are_a_store_error(disk: Path) -> None:
+    writer = ScalarWriter(disk, 1)
+    fill(disk)
+    with pytest.raises(StoreError, match=r"tensorboard cannot be written: .*No space left.*leave `tensorboard` out"):
+        for step in range(1000):
+            writer.add({"step": step, "loss": 0.5, "lr": 1.0})
+    writer.close()
 
 
 def test_a_run_cannot_begin_on_a_full_disk(disk: Path) -> None:

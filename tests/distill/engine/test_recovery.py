@@ -198,9 +198,9 @@ def test_a_packed_checkpoint_is_refused_before_it_is_unpacked(
         (b"\x80\x02}()q\x00" + b"0h\x00\x85q\x00" * 20 + b"K\x01u.", "nests more than 16 tuples"),  # from the memo
         (b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "asks for a byte array"),
         (b"\x80\x04\x8c\x08builtins\x8c\tbytearray\x93J\xff\xff\xff\x7f\x85R.", "asks for a byte array"),
-        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".", "a damaged pickle"),
-        (b"\x80\x02}(u0000.", "a damaged pickle"),
-        (b"", "a damaged pickle"),
+        (b"\x80\x02\x96" + (2**40).to_bytes(8, "little") + b".", "cannot be read"),
+        (b"\x80\x02}(u0000.", "cannot be read"),
+        (b"", "cannot be read"),
     ],
 )
 def test_a_checkpoint_that_would_end_or_fill_the_process_is_refused(tmp_path: Path, pickle: bytes, said: str) -> None:

@@ -229,3 +229,32 @@ def test_a_vector_of_one_number_is_a_scalar_and_no_other_is() -> None:
     for gamma in (torch.ones(2), torch.ones(1, 1)):
         with pytest.raises(TeacherError, match=r"gamma has shape .*, the network asks for \(\)"):
             load_strictly(network, {"gamma": gamma}, Path("x"))
+
+
+# Pickles that would end or fill the process
+
+
+ENDLESS = b"\x80\x02}(" + b")" + b"\x85" * 10**6 + b"K\x01u."  # tuples within tuples, as a key
+LARGE = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+
+
+@pytest.mark.parametrize("form", ["zip", "torch's old format"])
+@pytest.mark.parametrize(
+    ("pickle", "said"), [(ENDLESS, "nests more than 16 tuples"), (LARGE, "asks for a byte array")], ids=["key", "array"]
+)
+def test_a_pickle_that_would_end_or_fill_the_process_is_refused(
+    form: str, pickle: bytes, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(TENSORS, tmp_path / "whole.pt", _use_new_zipfile_serialization=form == "zip")
+    if form == "zip":
+        with zipfile.ZipFile(tmp_path / "whole.pt") as archive, zipfile.ZipFile(path, "w") as other:
+            for member in archive.infolist():
+                other.writestr(member, pickle if member.filename.endswith("data.pkl") else archive.read(member))
+    else:
+        whole = (tmp_path / "whole.pt").read_bytes()
+        heads = [whole.index(b".\x80", start) + 1 for start in (0, 20)]  # of the version and the protocol
+        head = whole[: whole.index(b".\x80", heads[1] + 10) + 1]  # .. and what was said of the machine
+        path.write_bytes(head + pickle + b"\x80\x02].")
+    with pytest.raises(TeacherError, match=rf"x\.pt: holds a pickle that {said}.*nothing in it was run"):
+        read_weights(path)
