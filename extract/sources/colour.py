@@ -36,6 +36,9 @@ def to_rgb(image: ImageFile.ImageFile) -> _Pixels:
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """Each strip with its first row."""
     num_rows = max(1, _STRIP_PIXELS // image.width)
+    if num_rows >= image.height:
+        yield 0, image
+        return
     for top in range(0, image.height, num_rows):
         yield top, image.crop((0, top, image.width, min(top + num_rows, image.height)))
 
@@ -48,7 +51,7 @@ def _conversion(image: ImageFile.ImageFile) -> Callable[[Image.Image], Any]:
         return lambda strip: _grey8(np.asarray(strip), low, high, inverted)[:, :, None]
     if image.mode == "LAB":
         return lambda strip: np.asarray(ImageCms.applyTransform(strip, _lab_to_srgb()))
-    return lambda strip: np.asarray(strip.convert("RGB"))
+    return lambda strip: np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
 
 
 def _grey8(values: NDArray[Any], low: float, high: float, inverted: bool) -> _Pixels:
