@@ -17,6 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from dtpipe.distill.config import LossConfig, RegressorConfig
+from dtpipe.distill.downstream.extractors import student_extractor
+from dtpipe.distill.downstream.frozen.knn import knn_votes
+from dtpipe.distill.downstream.frozen.linear import LinearClassifier
+from dtpipe.distill.downstream.frozen.readout import Readout, masks_at_stride
+from dtpipe.distill.downstream.labelled import IGNORE
+from dtpipe.distill.downstream.tuned.supervised import SupervisedNet, flip_both
 from dtpipe.distill.engine.optim import build_optimizer
 from dtpipe.distill.losses.base import LossKind
 from dtpipe.distill.losses.features import feature_loss
@@ -29,6 +35,7 @@ from dtpipe.distill.student.distiller import Distiller, build_distiller, freeze_
 from dtpipe.distill.student.regressor import FeatureRegressor, TargetLevel
 from dtpipe.distill.student.regressors.base import RegressorKind, lateral
 from dtpipe.distill.student.regressors.registry import REGRESSORS
+from dtpipe.distill.student.student import StudentSpec, build_student
 from dtpipe.distill.teacher.data import NoiseBatch
 from dtpipe.distill.teacher.trainer import TeacherTraining
 from dtpipe.extract.encode import Rows, Sample, encode, stack_rows
@@ -286,6 +293,33 @@ def test_a_student_is_trained_where_it_is(tmp_path: Path) -> None:
         for optimizer in optimizers:
             optimizer.step()
     assert on(META, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+
+
+@pytest.mark.parametrize("stride", [None, 4], ids=["classes", "cells"])
+def test_labels_are_learnt_where_the_student_is(stride: int | None) -> None:
+    with moved_to(CUDA):
+        frozen, tuned = (build_student(StudentSpec("test_resnet", 4, (32, 32))) for _ in range(2))
+        network, extractor = SupervisedNet(tuned, 3, stride).to(CUDA), student_extractor(frozen, CUDA)
+    with running_on(CUDA):
+        cells = masks_at_stride(blank(CUDA, 4, 64, 64, dtype=torch.int64), 4, 3)
+        targets = blank(CUDA, 4, dtype=torch.int64) if stride is None else cells
+        images = blank(CUDA, 4, 64, 64, 3, dtype=torch.uint8)
+        images, targets = flip_both(images, targets, blank(CUDA, 4, dtype=torch.bool))
+        loss = nn.functional.cross_entropy(network(images), targets, ignore_index=IGNORE)
+        levels = extractor(images)
+    assert on(CUDA, {"loss": loss, **levels})
+
+
+def test_frozen_features_are_classified_where_they_are() -> None:
+    with running_on(CUDA):
+        features, labels = blank(CUDA, 6, 7), blank(CUDA, 6, dtype=torch.int64)
+        readout = Readout({"l2": blank(CUDA, 3, 7), "l3": blank(CUDA, 3, 5)}, blank(CUDA, 3))
+        predicted = {
+            "votes": knn_votes(features, features, labels, 3, 2, 0.1, leave_one_out=True),
+            "cells": readout.predict({"l2": blank(CUDA, 2, 7, 8, 8), "l3": blank(CUDA, 2, 5, 4, 4)}, (8, 8)),
+            "classes": LinearClassifier(blank(CUDA, 3, 7), blank(CUDA, 3)).predict(features),
+        }
+    assert on(CUDA, predicted)
 
 
 @pytest.mark.parametrize("classes", [False, True])
