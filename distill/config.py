@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dtpipe.manifests.schema import Settings, Size, StrictModel
 from dtpipe.manifests.store.paths import local_place, whole_place
+from dtpipe.manifests.words import count_of
 
 PAPER_BATCH_SIZE = 256
 PAPER_WARMUP_SHARE = 0.2  # 20 of 100 epochs
@@ -217,8 +218,8 @@ class DistillRecipeConfig(Settings):
         for name in ("sample_weights", "loss_weights"):
             weights = getattr(self, name)
             if weights is not None and len(weights) != num:
-                datasets = "dataset" if num == 1 else "datasets"
-                raise ValueError(f"distill.{name} has {len(weights)} values for {num} {datasets}; give one each")
+                values, datasets = count_of(len(weights), "value"), count_of(num, "dataset")
+                raise ValueError(f"distill.{name} has {values} for {datasets}; give one each")
         if self.equivariant and self.flip is False:
             raise ValueError(
                 "distill.equivariant mirrors features for flips, and distill.flip is off; leave one of them out"

@@ -14,6 +14,7 @@ from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.names import bounded
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import DtpipeError
+from dtpipe.manifests.words import count_of
 
 LISTED_AGAIN_S = 5.0  # a source whose listing took longer is not listed again to look for changes
 
@@ -66,4 +67,4 @@ def change_since(record: Mapping[str, Any], source: Source, out: str) -> str | N
 
 
 def _images(count: int) -> str:
-    return f"{count} image{'' if count == 1 else 's'}"
+    return f"{count_of(count, 'image')}"

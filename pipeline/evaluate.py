@@ -24,6 +24,7 @@ from dtpipe.manifests.labels import Class, Mask
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
@@ -55,7 +56,7 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     refuse_other_file(result_path(config), b'"test_share"', "dtpipe eval")
     student = load_student(config.checkpoint)
     train, test = load_sets(config, student.spec.image_px, note)
-    note(f"{len(train)} images to draw labels from, {len(test)} held out")
+    note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
     trained_on = TrainedOn.of(config.checkpoint)
     arms = extractors_of(config, student, trained_on.teacher(), train, note)
     numbers, seeds = label_counts(config, train), range(config.seed, config.seed + config.seeds)

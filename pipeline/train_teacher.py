@@ -28,6 +28,7 @@ from dtpipe.extract.teachers.diffusion.process import alphas_cumprod, ddim_sampl
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.manifests.errors import BadImage, ConfigError, ErrorBudgetError, InputError, TeacherError
 from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
     import torch
@@ -84,8 +85,8 @@ def _classes(config: TrainTeacherConfig, items: Sequence[SourceItem]) -> tuple[s
         return ()
     if nameless := [item.key for item in items if item.label is None]:
         raise InputError(
-            f"{config.images}: {len(nameless)} of {len(items)} images have no class, the first is {nameless[0]}; "
-            "put every image into a folder of its class, or leave out train_teacher.class_conditional"
+            f"{config.images}: {len(nameless)} of {count_of(len(items), 'image')} without a class, the first is "
+            f"{nameless[0]}; put every image into a folder of its class, or leave out train_teacher.class_conditional"
         )
     return tuple(sorted({str(item.label) for item in items}))
 
@@ -99,12 +100,13 @@ def _in_threads(decode: Callable[[int], str | None], num: int, threads: int) -> 
 def _refuse_too_many_bad(config: TrainTeacherConfig, bad: Sequence[str], num: int) -> None:
     if len(bad) == num:
         raise InputError(
-            f"{config.images}: none of {num} images can be read; the first: {bad[0] if bad else 'none listed'}"
+            f"{config.images}: none of {count_of(num, 'image')} can be read; "
+            f"the first: {bad[0] if bad else 'none listed'}"
         )
     if len(bad) > config.run.max_bad_samples(num):
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ErrorBudgetError(
-            f"{config.images} has {len(bad)} bad images, train_teacher.run.max_bad allows "
+            f"{config.images} has {count_of(len(bad), 'bad image')}, train_teacher.run.max_bad allows "
             f"{config.run.max_bad_samples(num)} ({'; '.join(bad[:5])}{more}); mend the images, or run again with a "
             "larger train_teacher.run.max_bad"
         )
@@ -116,8 +118,9 @@ def _refuse_too_large(config: TrainTeacherConfig, num: int, copies: int) -> None
     if needed > free:
         held = f" in each of {copies} processes" if copies > 1 else ""
         raise ConfigError(
-            f"{config.images}: {num} images of {height}x{width} px{held} need {needed / _GIB:.1f} GiB of memory, "
-            f"{free / _GIB:.1f} GiB are free; use fewer (train_teacher.limit) or smaller ones (train_teacher.px)"
+            f"{config.images}: {count_of(num, 'image')} of {height}x{width} px{held} would take "
+            f"{needed / _GIB:.1f} GiB of memory, {free / _GIB:.1f} GiB are free; use fewer (train_teacher.limit) or "
+            "smaller ones (train_teacher.px)"
         )
 
 

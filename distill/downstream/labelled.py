@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.labels import Class, ClassTable, Mask, Target
+from dtpipe.manifests.words import are, count_of
 
 IGNORE = -1
 """Value in tensors of pixels and cells that no classifier learns from and no score counts."""
@@ -146,7 +147,8 @@ def check_apart(train: LabelledSet, test: LabelledSet) -> None:
     shared = sorted(set(train.keys) & set(test.keys))
     if shared:
         raise ConfigError(
-            f"{len(shared)} images are both labelled for training and held out, {shared[0]!r} for one; split by key"
+            f"{count_of(len(shared), 'image')} {are(len(shared))} both labelled for training and held out, "
+            f"{shared[0]!r} for one; split by key"
         )
 
 
@@ -171,7 +173,8 @@ def draw_labelled(labelled: LabelledSet, num: int | None, seed: int) -> npt.NDAr
         return by_key
     if not 1 <= num <= len(labelled):
         raise ConfigError(
-            f"{num} labelled images are asked for and there are {len(labelled)}; ask for 1 to {len(labelled)}"
+            f"{count_of(num, 'labelled image')} {are(num)} asked for and there {are(len(labelled))} {len(labelled)}; "
+            f"ask for 1 to {len(labelled)}"
         )
     generator = np.random.Generator(np.random.Philox(seed))
     order = by_key[generator.permutation(len(by_key))]
@@ -181,7 +184,8 @@ def draw_labelled(labelled: LabelledSet, num: int | None, seed: int) -> npt.NDAr
     num_classes = len(np.unique(classes))
     if num < num_classes:
         raise ConfigError(
-            f"{num} labelled images cannot cover {num_classes} classes; ask for {num_classes} or more: "
+            f"{count_of(num, 'labelled image')} cannot cover {count_of(num_classes, 'class', 'classes')}; "
+            f"ask for {num_classes} or more: "
             "the number counts the images of all classes together"
         )
     turn = _turn_within_class(classes[order])

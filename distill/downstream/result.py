@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.words import count_of
 
 ALL_LEVELS = "all"
 """Name of the candidate that concatenates every level."""
@@ -84,7 +85,9 @@ class ProbeResult:
             if (summary.extractor, summary.level, summary.num_labelled) == (extractor, BEST, num_labelled):
                 return summary
         known = sorted({(score.extractor, score.num_labelled) for score in self.scores})
-        raise ConfigError(f"{extractor!r} with {num_labelled} labelled images was not scored; there are {known}")
+        raise ConfigError(
+            f"{extractor!r} with {count_of(num_labelled, 'labelled image')} was not scored; there are {known}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values that `json.dumps` takes."""
@@ -106,7 +109,7 @@ class ProbeResult:
         ]
         num_seeds = max(summary.num_seeds for summary in summaries)
         spread = f"mean ± standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
-        title = f"{self.task}: {self.metric} on {self.num_test} held-out images, {spread}"
+        title = f"{self.task}: {self.metric} on {count_of(self.num_test, 'held-out image')}, {spread}"
         how = "best level of each, chosen on the labelled images only; these are counted over all classes together"
         return "\n".join([title, how, *_aligned([head, *body]), *self.notes])
 

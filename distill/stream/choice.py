@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dtpipe.distill.config import DistillRecipeConfig
 from dtpipe.distill.stream.order import key_hashes
 from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.words import count_of
 from dtpipe.manifests.write.listing import missing_keys, normal_keys, read_key_file
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _nothing_left(num_ok: int, num_chosen: int) -> str:
         )
     if num_chosen == 0:
         return "--keys, --include and --exclude together leave no sample to train on; widen one of them"
-    chosen = f"each of the {num_chosen} samples chosen is bad or not written yet"
+    chosen = f"each of {count_of(num_chosen, 'chosen sample')} is bad or not written yet"
     return f"{chosen}; `dtpipe inspect` says why, or choose others"
 
 

@@ -23,6 +23,7 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource
+from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +158,8 @@ def _row_weights(source: FeatureSource, rows: np.ndarray, config: DistillConfig)
     weights = np.array(config.sample_weights)[part]
     if Sampling(rows, len(source.columns), weights).epoch_size == 0:
         raise ConfigError(
-            f"distill.sample_weights {list(config.sample_weights)} of {len(rows)} samples leave none; raise them"
+            f"distill.sample_weights {list(config.sample_weights)} of {count_of(len(rows), 'sample')} leave none; "
+            "raise them"
         )
     return weights
 

@@ -17,6 +17,7 @@ from dtpipe.extract.cluster.obstacles import check_answers, check_local, local_t
 from dtpipe.extract.cluster.placement import live_nodes
 from dtpipe.manifests.errors import StoppedError
 from dtpipe.manifests.stopping import SIGNALS
+from dtpipe.manifests.words import count_of
 
 _log = logging.getLogger(__name__)
 _SHOWN_HOSTS = 4
@@ -102,7 +103,7 @@ def joined(address: str, named_by: str) -> str:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     return (
         f"joined the Ray cluster at {address}, which {named_by} names{_started_by(records)}: "
-        f"{len(nodes)} node{'s' * (len(nodes) != 1)} ({shown}), {cpus:g} CPUs, {gpus:g} GPUs"
+        f"{count_of(len(nodes), 'node')} ({shown}), {cpus:g} CPUs, {gpus:g} GPUs"
     )
 
 

@@ -18,6 +18,7 @@ from dtpipe.manifests.errors import (
     MissingPackageError,
     StoreError,
 )
+from dtpipe.manifests.words import count_of
 
 FATAL = (ConfigError, ErrorBudgetError, MissingPackageError)  # no other shard would fare better
 LONGEST_PAUSE_S = 60.0
@@ -93,6 +94,6 @@ class ShardQueue:
         named = "; ".join(f"shard {task.shard_idx}: {task.error}" for task in self.failed[:3])
         more = f"; and {len(self.failed) - 3} more" if len(self.failed) > 3 else ""
         raise ErrorBudgetError(
-            f"{len(self.failed)} shards failed {self._retries + 1} times each ({named}{more}); all others are "
-            f"committed: mend the cause and run the same command again"
+            f"{count_of(len(self.failed), 'shard')} failed {count_of(self._retries + 1, 'time')} each "
+            f"({named}{more}); all others are committed: mend the cause and run the same command again"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dtpipe.manifests.schema import IndexRow, ShardEntry
+from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
     from dtpipe.extract.shards.producer import Job
@@ -75,6 +76,6 @@ def budget_message(where: str, num_bad: int, max_bad: int, bad: Sequence[BadSamp
     named = "; ".join(f"{sample.key}: {sample.reason}" for sample in bad[:5])
     more = f"; and {num_bad - 5} more" if num_bad > 5 else ""
     return (
-        f"{where} has {num_bad} bad {'sample' if num_bad == 1 else 'samples'}, extract.run.max_bad allows {max_bad} "
+        f"{where} has {count_of(num_bad, 'bad sample')}, extract.run.max_bad allows {max_bad} "
         f"({named}{more}); mend the images, or run again with a larger --max-bad"
     )

@@ -14,6 +14,7 @@ from dtpipe.extract.sources.folder import FolderSource
 from dtpipe.extract.sources.names import extension, no_images
 from dtpipe.extract.sources.places import spread
 from dtpipe.manifests.errors import DtpipeError, InputError
+from dtpipe.manifests.words import count_of
 
 _LOOKED_INTO = 3  # files of one kind
 
@@ -125,7 +126,7 @@ def _name(files: _Files) -> str:
 
 def _mixed(folder: FolderSource, holding: Sequence[_Files]) -> InputError:
     images = folder.content.images
-    parts = [f"{len(images)} image file{'' if len(images) == 1 else 's'} ({images[0][0]})"] if images else []
+    parts = [f"{count_of(len(images), 'image file')} ({images[0][0]})"] if images else []
     parts += [f"{files.counted} ({files.example})" for files in holding]
     return InputError(
         f"{folder.url}: images lie in files of {len(parts)} kinds, {' and '.join(parts)}, and a source has one; "

@@ -19,6 +19,7 @@ from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, key_of, looks_like_image
 from dtpipe.extract.sources.places import Place, local_path, local_uri, open_place
 from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
+from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
     import lmdb
@@ -89,7 +90,8 @@ class LmdbSource:
         ]
         if not items:
             raise InputError(
-                f"{self.url}: the database has no image in it ({len(keys)} entries); check the path of your images"
+                f"{self.url}: the database has no image in it ({count_of(len(keys), 'entry', 'entries')}); "
+                "check the path of your images"
             )
         return sorted(items, key=lambda item: item.key), len(keys) - len(items)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.words import count_of
 
 Array = NDArray[np.generic]
 Arrays = Mapping[str, Array]
@@ -107,7 +108,9 @@ def encode_level(codec: LevelCodec, features: Array, sample: str = "") -> dict[s
         raise ShapeError(f"{of} is {list(features.shape)}, the recipe says [.., {', '.join(map(str, shape))}]")
     if not np.isfinite(features).all():
         count = int(features.size - np.isfinite(features).sum())
-        raise TeacherError(f"{of}: {count} of {features.size} features are not finite; use float32 in the teacher")
+        raise TeacherError(
+            f"{of}: {count} of {count_of(features.size, 'feature')} not finite; use float32 in the teacher"
+        )
     parts = codec.encode(features)
     if not are_finite(parts):
         largest = float(np.abs(features).max())

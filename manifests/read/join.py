@@ -19,6 +19,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import Columns, Integers, read_images
 from dtpipe.manifests.read.texts import one_after_another
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, ViewSpec
+from dtpipe.manifests.words import count_of
 
 _SUFFIXES = "bcdefghijklmnopqrstuvwxyz"
 _SHOWN = 3  # keys listed in a message
@@ -229,7 +230,7 @@ def _refuse_other_keys(parts: Sequence[FeatureDataset]) -> None:
                 *(f"{key!r} only in {part.url}" for key in sorted(keys - first)),
             ]
             raise ConfigError(
-                f"{parts[0].url} and {part.url} are not over the same keys: {len(only)} differ "
+                f"{parts[0].url} and {part.url} are not over the same keys: {count_of(len(only), 'key')} of one alone "
                 f"({'; '.join(only[:_SHOWN])}); extract the same samples (--keys), or leave --join out to "
                 "read one after the other"
             )
@@ -241,7 +242,7 @@ def _refuse_shared_keys(parts: Sequence[FeatureDataset]) -> None:
         shared = [key for key in part.columns.keys if key in owner]
         if shared:
             raise ConfigError(
-                f"{owner[shared[0]].url} and {part.url} share {len(shared)} keys "
+                f"{owner[shared[0]].url} and {part.url} share {count_of(len(shared), 'key')} "
                 f"({', '.join(map(repr, shared[:_SHOWN]))}); join them by key with --join, or extract other samples"
             )
         owner.update(dict.fromkeys(part.columns.keys, part))

@@ -34,6 +34,7 @@ from dtpipe.manifests.schema import FileEntry, Manifest, ObjectEntry, Plan, Shar
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.local import ObjectStat
 from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.words import count_of
 from dtpipe.manifests.write.listing import read_listing_table
 from dtpipe.manifests.write.lock import Lock, check_epoch
 from dtpipe.manifests.write.plan import PLAN_FILE, plan_digest
@@ -135,7 +136,7 @@ def load_entries(store: Store, plan: Plan, plan_blake3: str, partial: bool = Fal
     if not partial and len(done) < plan.num_shards:
         missing = sorted(set(range(plan.num_shards)) - set(done))
         raise IncompleteError(
-            f"{store.url}: {len(missing)} of {plan.num_shards} shards are not written ({_some(missing)}); "
+            f"{store.url}: {len(missing)} of {count_of(plan.num_shards, 'shard')} not written yet ({_some(missing)}); "
             "run the same `dtpipe extract` again"
         )
     return _read_entries(store, plan, plan_blake3, done)
@@ -290,7 +291,7 @@ def _send_back(store: Store, misfits: list[int], lock: Lock) -> None:
         fault_point("merge.rejected")
     if misfits:
         raise IncompleteError(
-            f"{store.url}: objects of {len(misfits)} shards are missing or were changed after their commit "
+            f"{store.url}: objects of {count_of(len(misfits), 'shard')} are missing or were changed after their commit "
             f"({_some(misfits)}); they were sent back to work: run the same `dtpipe extract` again"
         )
 

@@ -20,6 +20,7 @@ from dtpipe.manifests.errors import InputError, ManifestError
 from dtpipe.manifests.layout.tables import LISTING_FILE, LISTING_SCHEMA, decode_rows, encode_table
 from dtpipe.manifests.schema import Order
 from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.words import count_of
 
 _SHOWN = 5  # names listed in a message
 
@@ -157,7 +158,7 @@ def missing_keys(chosen: set[str], keys: Iterable[str]) -> str:
         return ""
     shown = ", ".join(repr(key) for key in lost[:_SHOWN])
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-    return f"{len(lost)} of {len(chosen)} wanted keys ({shown}{more})"
+    return f"{len(lost)} of {count_of(len(chosen), 'wanted key')} ({shown}{more})"
 
 
 def _normal_key(key: str, uri: str) -> str:

@@ -18,6 +18,7 @@ from dtpipe.manifests.schema import LevelSpec, Plan, Recipe
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.outputs import refuse_no_folder
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
+from dtpipe.manifests.words import are, count_of
 from dtpipe.manifests.write.listing import Listing, encode_listing, read_listing, write_listing
 
 PLAN_FILE = "plan.json"
@@ -86,7 +87,8 @@ def parse_plan(data: bytes, where: str) -> Plan:
     plan = load_record(Plan, data, where)
     if plan.num_shards != math.ceil(plan.num_rows / plan.recipe.shard.samples):
         raise ManifestError(
-            f"{where}: {plan.num_rows} rows are not {plan.num_shards} shards; the dataset cannot be read"
+            f"{where}: {count_of(plan.num_rows, 'row')} {are(plan.num_rows)} not {count_of(plan.num_shards, 'shard')}; "
+            "the dataset cannot be read"
         )
     return plan
 
@@ -128,7 +130,7 @@ def _refuse_foreign(store: Store) -> None:
     if foreign:
         shown = ", ".join(foreign[:3])
         raise ConfigError(
-            f"{store.url} is not empty and holds no {PLAN_FILE} ({len(foreign)} objects: {shown}); "
+            f"{store.url} is not empty and holds no {PLAN_FILE} ({count_of(len(foreign), 'object')}: {shown}); "
             "choose an empty place for --out, or restore plan.json if this is a feature dataset"
         )
 

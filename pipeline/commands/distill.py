@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, ProgressLine, format_seconds
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
@@ -130,7 +131,8 @@ def _shares(shares: Mapping[str, float]) -> str:
 
 
 def _print_result(console: Console, result: DistillResult) -> None:
-    course = f"{result.num_steps} steps, {result.num_epochs} epochs of {result.num_samples} samples"
+    course = f"{count_of(result.num_steps, 'step')}, {count_of(result.num_epochs, 'epoch')} of "
+    course += count_of(result.num_samples, "sample")
     course += f", peak learning rate {result.peak_lr:g}"
     course += f", on {result.num_ranks} devices" if result.num_ranks > 1 else ""
     course += f", from step {result.resumed_step}" if result.resumed_step else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dtpipe.extract.sources.names import ignored_text
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes, format_seconds
 from dtpipe.pipeline.cli.options import Call, Flag, command_line, settings_command
 
@@ -74,7 +75,7 @@ def command(call: Call, fresh: bool) -> None:
         from dtpipe.pipeline.save_images import save_images
 
         num = save_images(result.url, config.run.save_png)
-        call.console.note(f"wrote {num} images to {config.run.save_png}")
+        call.console.note(f"wrote {count_of(num, 'image')} to {config.run.save_png}")
     _print_result(call.console, result, config.shard.images == "joined")
 
 
@@ -91,7 +92,7 @@ class ProgressText:
         eta = format_seconds(progress.eta_s) if progress.eta_s is not None else "?"
         text = (
             f"{progress.throughput_img_s:.1f} img/s  {progress.throughput_mb_s:.1f} MB/s  ETA {eta}  "
-            f"{progress.num_bad} bad  {progress.workers} worker{'' if progress.workers == 1 else 's'}"
+            f"{progress.num_bad} bad  {count_of(progress.workers, 'worker')}"
         )
         self._line.update(progress.samples_done, progress.samples_total, text)
 

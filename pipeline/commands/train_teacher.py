@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import ProgressLine, format_seconds
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
@@ -56,7 +57,7 @@ def command(call: Call) -> None:
     call.console.pairs(
         {
             "wrote": result.out,
-            "trained": f"{result.step} of {result.steps} steps on {result.num_images} images",
+            "trained": f"{result.step} of {count_of(result.steps, 'step')} on {count_of(result.num_images, 'image')}",
             "loss": "not reported yet" if result.loss is None else f"{result.loss:.4f}",
             "samples": result.samples,
             "took": format_seconds(result.seconds),

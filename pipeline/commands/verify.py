@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dtpipe.manifests.errors import ConfigError, DtpipeError, IncompleteError, ProblemsFoundError
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, format_bytes
 
 if TYPE_CHECKING:
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from dtpipe.manifests.check.verify import VerifyLevel, VerifyReport
 
 _LEVELS = ("listing", "digest", "decode", "recompute")  # those of `manifests.check.verify`, which help does not import
+_MENDS = {
+    "extract": "repair sends its shard back to work",
+    "merge": "the next extract merges again",
+    "rewrite": "repair writes it again",
+    "source": "the next extract lists the source again",
+    "nobody": "put back a copy",
+}
 DEVICES = ("auto", "cpu", "cuda")
 SHOWN_PROBLEMS = 20
 HELP = """Check a feature dataset against its manifest.
@@ -95,26 +103,34 @@ def command(
 
 
 def _print(console: Console, report: VerifyReport, measured: Measured | None = None) -> None:
-    state = "complete" if report.complete else f"unfinished, {report.num_shards_missing} shards missing"
-    checked = f"{report.num_shards} shards, {report.num_objects} objects, {format_bytes(report.size_bytes)}"
+    state = "complete" if report.complete else f"unfinished, {count_of(report.num_shards_missing, 'shard')} missing"
+    checked = ", ".join(
+        (count_of(report.num_shards, "shard"), count_of(report.num_objects, "object"), format_bytes(report.size_bytes))
+    )
     if report.num_chunks:
-        checked += f", {report.num_chunks} chunks decoded"
+        checked += f", {count_of(report.num_chunks, 'chunk')} decoded"
     console.pairs({"dataset": report.url, "state": state, "checked": f"{checked} (level {report.level})"})
     if report.max_relative_error:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in report.max_relative_error.items())
-        console.result(f"recomputed {report.num_recomputed} samples; largest relative error: {errors}")
+        console.result(f"recomputed {count_of(report.num_recomputed, 'sample')}; largest relative error: {errors}")
     if measured is not None:
         from dtpipe.pipeline.live.flip_error import format_errors
 
         errors = format_errors(measured.flip_error)
         console.result(f"mirrored features instead of encoded flips would have relative error: {errors}")
     if report.strays:
-        console.result(f"{len(report.strays)} objects belong to nothing and do no harm, e.g. {report.strays[0]}")
+        num = count_of(len(report.strays), "object")
+        console.result(f"{num} that belong to nothing and do no harm, e.g. {report.strays[0]}")
     for problem in report.problems[:SHOWN_PROBLEMS]:
-        console.result(f"problem: {problem}")
+        console.result(f"problem: {_words(problem.name, problem.what, problem.mend)}")
     if len(report.problems) > SHOWN_PROBLEMS:
         console.result(f"and {len(report.problems) - SHOWN_PROBLEMS} more; --json lists them all")
-    console.result("nothing is wrong" if report.ok else f"{len(report.problems)} problems")
+    console.result("nothing is wrong" if report.ok else count_of(len(report.problems), "problem"))
+
+
+def _words(name: str, what: str, mend: str) -> str:
+    """A problem: where, what, and who puts it right."""
+    return f"{name}: {what} ({_MENDS[mend]})"
 
 
 def _document(report: VerifyReport) -> dict[str, Any]:
@@ -126,7 +142,7 @@ def _outcome(report: VerifyReport) -> DtpipeError | None:
         hopeless = all(problem.mend == "nobody" for problem in report.problems)
         remedy = f"run `dtpipe verify --repair {report.url}`, then extract again"
         return ProblemsFoundError(
-            f"{report.url} has {len(report.problems)} problems; "
+            f"{report.url} has {count_of(len(report.problems), 'problem')}; "
             f"{'repair can mend none of them: put back a copy, or what is missing' if hopeless else remedy}"
         )
     if not report.complete:
@@ -145,7 +161,7 @@ def _repair(console: Console, url: str, level: VerifyLevel) -> None:
     for name, kept in result.kept.items():
         console.result(f"put aside: {name}, now {kept}")
     for problem in result.left:
-        console.result(f"left: {problem}")
+        console.result(f"left: {_words(problem.name, problem.what, problem.mend)}")
     if result.shards or result.left:
         console.result("next: run the same `dtpipe extract` again; it writes what is missing and merges")
     console.document(result)

@@ -19,6 +19,7 @@ from typing import Any
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.manifests.errors import ConfigError, DemoStepError, InputError
 from dtpipe.manifests.records.document import read_document
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, format_seconds
 from dtpipe.pipeline.config import DemoConfig
 from dtpipe.pipeline.demo.folder import held_folder
@@ -91,7 +92,7 @@ class _Demo:
         source = open_source(config.images)
         num_images = min(len(source.list()), config.num_images)
         if num_images < 16:
-            raise InputError(f"{config.images} has {num_images} images; the demo needs 16 or more")
+            raise InputError(f"{config.images} has {count_of(num_images, 'image')}; the demo needs 16 or more")
         self.console.result(f"{num_images} images of {config.images}, as {source.kind}")
         limit = ["--limit", config.num_images]
         teacher = config.teacher or str(self.out / "teacher")

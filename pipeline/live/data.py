@@ -17,6 +17,7 @@ from dtpipe.distill.stream.data import STORED, StoredData, TrainingData, recorde
 from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.shards.task import BadSample
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import ProgressLine
 from dtpipe.pipeline.cli.options import Call
 from dtpipe.pipeline.cli.settings import validate
@@ -90,7 +91,7 @@ def _kept_shards(config: DistillConfig) -> Iterator[str]:
     record = read_record(Path(config.run.out))
     for idx, url in enumerate(config.datasets):
         if shards := recorded_shards(record, idx):
-            num = f"{len(shards)} shard{'s'[: len(shards) > 1]}"
+            num = count_of(len(shards), "shard")
             yield f"{config.run.out} began when {url} was unfinished, and keeps to its {num} of then"
 
 

@@ -18,6 +18,7 @@ from dtpipe.manifests.check.measured import Measured, read_measured, write_measu
 from dtpipe.manifests.errors import DtpipeError, ManifestError, StoreError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.live.recorded import RecipeTeacher
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def _error_sentence(url: str, dataset: FeatureDataset) -> str:
         return f"its measured.json was changed; `dtpipe verify {url} --level recompute` measures anew"
     if measured is None or not measured.flip_error:
         return f"how far that is from true is not measured yet; `dtpipe verify {url} --level recompute` does"
-    return f"relative error {format_errors(measured.flip_error)}, measured on {measured.num_samples} samples"
+    return (
+        f"relative error {format_errors(measured.flip_error)}, measured on {count_of(measured.num_samples, 'sample')}"
+    )
 
 
 def format_errors(errors: Mapping[str, float]) -> str:

@@ -25,6 +25,7 @@ from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.words import count_of
 from dtpipe.manifests.write.plan import bytes_per_sample
 from dtpipe.manifests.write.shard import encode_shard
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
@@ -207,7 +208,7 @@ def print_extraction(console: Console, plan: ExtractionPlan) -> None:
     workers = f"{plan.workers} worker{'s' if plan.workers > 1 else ''} ({plan.device})"
     console.pairs(
         {
-            "samples": f"{plan.num_samples} in {plan.num_shards} shards of {plan.samples_per_shard}",
+            "samples": f"{plan.num_samples} in {count_of(plan.num_shards, 'shard')} of {plan.samples_per_shard}",
             "per sample": f"{', '.join(f'{name} {size}' for name, size in raw_each.items())}; {plan.views} view(s)",
             "bytes": f"about {format_bytes(plan.stored_bytes)} ({raw}){free}",
             "time": f"about {format_seconds(plan.seconds)} on {workers}",

@@ -19,6 +19,7 @@ from dtpipe.distill.trainer import stream_settings
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import FeatureSource
 from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 from dtpipe.pipeline.plan.extraction import peak_memory
 
@@ -166,7 +167,7 @@ def print_training(console: Console, plan: TrainingPlan) -> None:
     console.pairs(
         {
             "student": f"{plan.student}, {parameters} parameters; regressor {regressor}",
-            "training": f"{duration}, {plan.num_steps} steps ({plan.device})",
+            "training": f"{duration}, {count_of(plan.num_steps, 'step')} ({plan.device})",
             "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
             **live,
             "reads": f"{format_bytes(plan.read_bytes)} per epoch",

@@ -29,6 +29,7 @@ from dtpipe.manifests.records.document import read_document
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.store.publish import write_whole
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Note, format_bytes
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report import figures
@@ -199,7 +200,10 @@ def _table(document: Mapping[str, Any], name: str) -> dict[str, Any]:
         "numbers": [f"{num} labelled" for num in numbers],
         "rows": {arm: [_cell(cell, seeds) for cell in row] for arm, row in rows.items()},
         "caption": " ".join(
-            [f"{document['num_test']} held-out images; {spread}.", *(f"{note}." for note in document["notes"])]
+            [
+                f"{count_of(document['num_test'], 'held-out image')}; {spread}.",
+                *(f"{note}." for note in document["notes"]),
+            ]
         ),
         "figure": Markup(figures.scores(name, numbers, rows, document["metric"])),
     }
@@ -237,8 +241,8 @@ def _samples(config: ReportConfig) -> Any:
         return None
     images = np.asarray(teacher.sample(config.num_samples, config.seed, config.sample_steps))
     grid = image_grid(images, min(SAMPLE_COLUMNS, len(images)))
-    chosen = f"{len(images)} samples, {config.sample_steps} denoising steps, seed {config.seed}, not selected"
-    caption = f"{chosen}. What the teacher cannot draw it can hardly teach."
+    drawn = f"{count_of(len(images), 'sample')}, {count_of(config.sample_steps, 'denoising step')}"
+    caption = f"{drawn}, seed {config.seed}, not selected. What the teacher cannot draw it can hardly teach."
     return {"image": data_uri(grid), "width": max(grid.shape[1], min(1000, 2 * grid.shape[1])), "caption": caption}
 
 
@@ -310,7 +314,7 @@ def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:
     }
     if manifest is not None:
         totals = manifest.totals
-        shards = "1 shard" if totals.num_shards == 1 else f"{totals.num_shards} shards"
+        shards = count_of(totals.num_shards, "shard")
         facts["samples"] = f"{totals.num_ok} ok, {totals.num_bad} bad, in {shards}, {format_bytes(totals.size_bytes)}"
         facts["digest"] = manifest.digest
     return facts

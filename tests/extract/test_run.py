@@ -260,7 +260,7 @@ def test_queue_retries_then_sets_aside_and_reports(monkeypatch: pytest.MonkeyPat
     assert not queue.fail(task, RuntimeError("boom"))
     queue.put_back(other)
     assert queue.take() is other
-    with pytest.raises(ErrorBudgetError, match=r"1 shards failed 2 times each \(shard 4: RuntimeError: boom"):
+    with pytest.raises(ErrorBudgetError, match=r"1 shard failed 2 times each \(shard 4: RuntimeError: boom"):
         queue.raise_if_failed()
 
 

@@ -94,7 +94,7 @@ def test_labels_are_the_class_folders(image_folder):
 def test_images_without_a_class_are_refused_by_name(image_folder):
     (image_folder / "stray.png").write_bytes((image_folder / "cat" / "001.png").read_bytes())
     with pytest.raises(
-        InputError, match=r"9 of 9 images have no class, the first is cat/001\.png; put every image into a folder"
+        InputError, match=r"9 of 9 images without a class, the first is cat/001\.png; put every image into a folder"
     ):
         load_images(tiny_config(image_folder, class_conditional=True))
 
@@ -130,7 +130,7 @@ def test_more_bad_images_than_allowed_are_refused(image_folder):
 
 def test_a_source_without_a_readable_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"none of 1 images can be read; the first: a\.png"):
+    with pytest.raises(InputError, match=r"none of 1 image can be read; the first: a\.png"):
         load_images(tiny_config(tmp_path))
 
 
@@ -141,10 +141,11 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_any_is_read(image
     monkeypatch.setattr(folder_source.FolderSource, "read", read)
     config = tiny_config(image_folder, px=1 << 20)
     with pytest.raises(
-        ConfigError, match=r"8 images of 1048576x1048576 px need 24576\.0 GiB of memory, .* GiB are free; use fewer"
+        ConfigError,
+        match=r"8 images of 1048576x1048576 px would take 24576\.0 GiB of memory, .* GiB are free; use fewer",
     ):
         load_images(config)
-    with pytest.raises(ConfigError, match="in each of 4 processes need 98304"):
+    with pytest.raises(ConfigError, match="in each of 4 processes would take 98304"):
         load_images(config, copies=4)
 
 
@@ -155,7 +156,7 @@ def test_a_containers_memory_limit_counts(image_folder, tmp_path, monkeypatch, l
     monkeypatch.setattr(module, "_CGROUP_LIMIT", file)
     config = tiny_config(image_folder)  # 8 x 16 x 16 x 3 = 6144 bytes
     if refused:
-        with pytest.raises(ConfigError, match="need"):
+        with pytest.raises(ConfigError, match="would take"):
             load_images(config)
     else:
         assert len(load_images(config).pixels) == 8

@@ -28,6 +28,7 @@ from dtpipe.extract.sources.parquet.groups import GroupCache
 from dtpipe.extract.sources.places import Place, changed, container_files, is_pattern, open_place, unreadable
 from dtpipe.extract.sources.web import plain_path
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError
+from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,7 +71,7 @@ class ParquetSource:
         group, row = map(int, numbers.split(","))
         images = self._groups.get((path, group))
         if row >= len(images):
-            raise changed(path, f"has {len(images)} rows in row group {group}")
+            raise changed(path, f"has {count_of(len(images), 'row')} in row group {group}")
         data: bytes | None = images[row].as_py()
         if data is None:
             raise BadImage("unreadable: the row has no bytes")
@@ -123,7 +124,7 @@ class ParquetSource:
         with self._reading(path) as (_, file):
             columns = find_columns(path, file.schema_arrow)
             if group >= file.metadata.num_row_groups:
-                raise changed(path, f"has {file.metadata.num_row_groups} row groups")
+                raise changed(path, f"has {count_of(file.metadata.num_row_groups, 'row group')}")
             try:
                 return read_group_images(file, group, columns.image)
             except DtpipeError:

@@ -65,7 +65,7 @@ def test_a_limit_takes_the_same_samples_whatever_the_order_of_rows_and_nested_on
     ("changes", "error", "said"),
     [
         ({"keys": "KEYS"}, InputError, r"1 of 2 wanted keys \('images/nothing.png'\) are not in the data"),
-        ({"keys": "nowhere.txt"}, InputError, r"distill.keys: nowhere.txt: there is no such file"),
+        ({"keys": "nowhere.txt"}, InputError, r"distill.keys: .*nowhere.txt: there is no such file"),
         (
             {"include": ("cat/*",)},
             ConfigError,
@@ -73,7 +73,7 @@ def test_a_limit_takes_the_same_samples_whatever_the_order_of_rows_and_nested_on
         ),
         ({"exclude": ("cat/*",)}, ConfigError, r"distill.exclude: pattern 'cat/\*' matches no key"),
         ({"exclude": ("*",)}, InputError, r"leave no sample to train on"),
-        ({"include": ("*/003.png",)}, InputError, r"each of the 1 samples chosen is bad"),
+        ({"include": ("*/003.png",)}, InputError, r"each of 1 chosen sample is bad"),
     ],
 )
 def test_a_selection_that_names_nothing_is_refused(tmp_path, source, changes, error, said):

@@ -124,7 +124,7 @@ def test_pending_is_plan_minus_commits(begun):
 
 def test_an_unfinished_dataset_does_not_merge(begun):
     store, lock, plan, _ = begun
-    with pytest.raises(IncompleteError, match=r"2 of 4 shards are not written \(2, 3\)"):
+    with pytest.raises(IncompleteError, match=r"2 of 4 shards not written yet \(2, 3\)"):
         merge(store, plan, lock, {})
     assert not store.exists("manifest.json")
     assert [entry.shard for entry in load_entries(store, plan, plan_digest(store), partial=True)] == [0, 1]
@@ -210,7 +210,7 @@ def test_objects_changed_after_their_commit_are_sent_back_and_mended(tmp_path, u
     toy.extract(tmp_path)
     store = Store(tmp_path)
     damage(store, "data/00001-0.bin")
-    with pytest.raises(IncompleteError, match=r"objects of 1 shards .* \(1\)"):
+    with pytest.raises(IncompleteError, match=r"objects of 1 shard .* \(1\)"):
         toy.extract(tmp_path)
     assert store.exists("commits/00001.json.rejected")
     manifest, written = toy.extract(tmp_path)

@@ -224,7 +224,10 @@ def test_verify_finds_a_flipped_byte_and_repair_mends_it(features: Path, extract
     flip(damaged, 10)
     found = run("verify", features)
     assert found.exit_code == 4
-    assert re.search(r"problem: .*l2", found.stdout)
+    problem = re.escape(damaged.relative_to(features).as_posix())
+    assert re.search(rf"^problem: {problem}: .*\(repair sends its shard back to work\)$", found.stdout, re.MULTILINE)
+    assert found.stdout.endswith("\n1 problem\n")
+    assert "has 1 problem; run" in found.stderr
     assert run("verify", features, "--repair").exit_code == 0
     assert run("verify", features).exit_code == 5
     assert run(*extraction).exit_code == 0
