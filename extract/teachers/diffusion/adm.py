@@ -19,9 +19,10 @@ from dtpipe.extract.teachers.diffusion.adm_layout import (
 )
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, make_diffusion_teacher
 from dtpipe.extract.teachers.files.names import names_tensors
+from dtpipe.extract.teachers.files.refusals import no_file
 from dtpipe.extract.teachers.files.torch_files import load_torch, stored_tensors, unwrapped
 from dtpipe.extract.teachers.files.weights import check_fit, weights_digest
-from dtpipe.manifests.errors import ConfigError, TeacherError
+from dtpipe.manifests.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
 def _read_mapped(path: Path) -> dict[str, Tensor]:
     """All tensors of the file, mapped where its format allows (torch 1.6 and later). Raises: TeacherError."""
     if not path.is_file():
-        raise TeacherError(f"{path}: no such file; `dtpipe list teachers` says where ADM checkpoints can be had")
+        raise no_file(path, "ADM")
     return unwrapped(stored_tensors(load_torch(path, mapped=True), path), path)
 
 

@@ -28,6 +28,15 @@ def unreadable_file(
     return TeacherError(f"{path}: not readable as {kind} ({why_unreadable(err)}); {advice}")
 
 
+def no_file(path: Path, origin: str) -> TeacherError:
+    """The error to raise where a file should be; `origin` is whose checkpoints it should be one of."""
+    if path.is_dir():
+        return TeacherError(f"{path}: is a folder; give the path of the {origin} checkpoint's file in it")
+    if (disguise := disguise_of(path)) is not None:
+        return TeacherError(f"{path}: {disguise}")
+    return TeacherError(f"{path}: no such file; `dtpipe list teachers` says where {origin} checkpoints can be had")
+
+
 def why_unreadable(err: Exception) -> str:
     """What a library says of a file that it could not read, in a few words."""
     text = str(err).strip() or type(err).__name__
@@ -35,6 +44,8 @@ def why_unreadable(err: Exception) -> str:
         return "there is no such file"
     if text.startswith("Weights only load failed"):  # torch goes on about how to run what is in the file
         return "it holds other things than tensors, none of which was run"
+    if "TorchScript" in text:
+        return "it is a TorchScript program, not its weights; save the state_dict() of its module"
     if isinstance(err, EOFError) or text.startswith("PytorchStreamReader failed"):  # torch's zip archive
         return "it is cut off or damaged"
     return text.splitlines()[0][:160]

@@ -76,12 +76,22 @@ def stored_tensors(content: object, path: Path) -> dict[str, Tensor]:
             f"give a plain state_dict or safetensors file"
         )
     for name, tensor in content.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            kind = "values on no device" if tensor.layout == torch.strided else f"a {tensor.layout} layout"
-            raise TeacherError(f"{path}: {name} has {kind}; save the weights as dense tensors with their values")
+        if (odd := _not_dense(tensor)) is not None:
+            raise TeacherError(f"{path}: {name} has {odd}; save the weights as dense tensors with their values")
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in content.values())
     check_size(size_bytes, path, "its tensors repeat their values")
     return dict(content)
+
+
+def _not_dense(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being an array of plain numbers."""
+    import torch
+
+    if tensor.layout != torch.strided:
+        return f"a {tensor.layout} layout"
+    if tensor.device.type != "cpu":
+        return "values on no device"
+    return "quantised values" if tensor.is_quantized else None
 
 
 def _nested(content: object) -> str:

@@ -21,6 +21,7 @@ from dtpipe.extract.teachers.files.pickle import (
     read_pickles,
     shown,
 )
+from dtpipe.extract.teachers.files.refusals import no_file
 from dtpipe.extract.teachers.files.torch_files import load_torch, stored_tensors, unwrapped
 from dtpipe.extract.teachers.stylegan2.keys import find_layout, from_rosinality, used_tensors
 from dtpipe.extract.teachers.stylegan2.settings import NvidiaModule, read_settings
@@ -63,7 +64,7 @@ def read_checkpoint(
     beside the file's own.
     """
     if not path.is_file():
-        raise TeacherError(f"{path}: no such file; `dtpipe list teachers` says where StyleGAN2 checkpoints can be had")
+        raise no_file(path, "StyleGAN2")
     if path.suffix != ".pkl":
         return _read_torch(path, ema, 0.01 if lr_mlp is None else lr_mlp)
     if lr_mlp is not None:

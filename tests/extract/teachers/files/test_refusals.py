@@ -77,6 +77,19 @@ def test_an_archive_of_a_checkpoint_is_named(tmp_path: Path) -> None:
             load_teacher(TeacherConfig(path=str(tmp_path / name)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_program_in_place_of_weights_is_named(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Identity(), torch.ones(1)), tmp_path / "x.pt")
+    with pytest.raises(TeacherError, match=r"is a TorchScript program, not its weights; save the state_dict"):
+        read_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("kind", ["adm", "stylegan2", "biggan"])
+def test_a_folder_in_place_of_a_file_is_named(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="is a folder; give the path of"):
+        load_teacher(TeacherConfig(path=str(tmp_path), kind=kind))
+
+
 def test_real_files_are_no_disguises(tmp_path: Path) -> None:
     """Otherwise a good checkpoint would be refused."""
     torch.save({"a": torch.ones(1)}, tmp_path / "zip.pt")

@@ -172,13 +172,19 @@ def test_tensors_that_repeat_a_number_are_refused(tmp_path: Path) -> None:
         read_weights(tmp_path / "x.pt")
 
 
-@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+@pytest.mark.filterwarnings("ignore:.*([Ss]parse|quantize)")
 @pytest.mark.parametrize(
-    ("tensor", "problem"),
-    [(torch.ones(3, device="meta"), "values on no device"), (torch.eye(3).to_sparse(), "a torch.sparse_coo layout")],
+    ("make", "problem"),
+    [
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised values"),
+        (lambda: torch.ones(3, device="meta"), "values on no device"),
+        (lambda: torch.eye(3).to_sparse(), "a torch.sparse_coo layout"),
+    ],
 )
-def test_tensors_without_values_are_refused(tensor: Tensor, problem: str, tmp_path: Path) -> None:
-    torch.save({"a": tensor}, tmp_path / "x.pt")
+def test_tensors_that_are_no_arrays_of_numbers_are_refused(
+    make: Callable[[], Tensor], problem: str, tmp_path: Path
+) -> None:
+    torch.save({"a": make()}, tmp_path / "x.pt")
     with pytest.raises(TeacherError, match=f"a has {problem}; save the weights as dense"):
         read_weights(tmp_path / "x.pt")
 
