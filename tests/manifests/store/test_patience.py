@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import socket
@@ -24,6 +25,7 @@ from dtpipe.manifests.store.client import Client
 from dtpipe.manifests.store.patience import Patience, Request, patiently
 from dtpipe.manifests.store.reasons import reason_of
 from dtpipe.manifests.store.store import Store
+from parts import toy
 from parts.faulty_server import (
     Fault,
     FaultyServer,
@@ -40,6 +42,7 @@ FAST = Patience(
     connect_s=1.0, silence_s=0.5, attempt_s=5.0, total_s=6.0, first_s=6.0, first_pause_s=0.02, longest_pause_s=0.1
 )
 IMPATIENT = replace(FAST, silence_s=0.15, attempt_s=0.3, total_s=0.8, first_s=0.8)  # for what fails anyway
+SHORT = replace(FAST, total_s=1.0, first_s=1.0)
 BUSY = status(503, "SlowDown", "Please reduce your request rate")
 CLOCK = r"\d\d:\d\d:\d\d"
 
@@ -178,9 +181,10 @@ def test_a_thousand_failing_requests_are_one_line_and_a_count(notices):
 def test_an_outage_has_one_deadline_for_all_that_is_asked_meanwhile(faulty, store):
     """The second operation does not wait as long again: a run whose store is gone ends."""
     faulty.faults[:] = [Fault(BUSY)]
-    store = Store(store.url, IMPATIENT)
+    store = Store(store.url, SHORT)
     with pytest.raises(StoreError):
         store.list()
+    time.sleep(SHORT.silence_s)
     num_requests = len(faulty.seen)
     for use in (store.list, lambda: store.write("a", b""), lambda: store.stat("a")):
         with pytest.raises(StoreError, match="503"):
@@ -268,6 +272,40 @@ def test_a_large_upload_in_parts_leaves_nothing_when_a_part_is_dropped(faulty, s
     faulty.faults[:] = [Fault(lose_answer, "POST", "uploadId=", times=1)]  # of the request that completes it
     assert store.create("data/00001.tar", data)
     assert stored(s3, store) == {"data/00001.tar": data}
+
+
+def test_a_dataset_written_over_a_bad_line_is_the_same_dataset(faulty, store, s3, unbroken, monkeypatch):
+    """Every third request fails in one way or another: no commit is lost, doubled or taken for somebody else's."""
+    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", FAST)
+    count, acts = itertools.count(), itertools.cycle([BUSY, lose_answer, cut_answer, reset_midway])
+
+    def sometimes(handler: Any) -> None:
+        act = next(acts) if next(count) % 3 == 2 else lambda handler: handler.answer(*handler.server.ask(handler))
+        act(handler)
+
+    faulty.faults[:] = [Fault(sometimes)]
+    manifest, written = toy.extract(store.url)
+    assert (manifest.digest, written) == (unbroken[0], [0, 1, 2, 3])
+    objects = stored(s3, store)
+    assert {name: data for name, data in objects.items() if name in unbroken[1]} == unbroken[1]
+    assert not [name for name in objects if "rejected" in name or "probe" in name]
+
+
+def test_a_run_whose_store_is_gone_ends_once_its_deadline_has_passed(faulty, store, monkeypatch):
+    """Not once more for the lock, and once more for each thing it still tries on its way out."""
+    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", SHORT)
+    gone = Fault(BUSY, "PUT", "data/00001")
+
+    def everything(handler: Any) -> None:
+        gone.method = gone.path = ""
+        BUSY(handler)
+
+    gone.act = everything
+    faulty.faults[:] = [gone]
+    started_s = time.monotonic()
+    with pytest.raises(StoreError, match="503 SlowDown"):
+        toy.extract(store.url)
+    assert time.monotonic() - started_s < 10  # 1 s after some requests of a busy machine
 
 
 # --- what waiting does not mend --------------------------------------------------------------------------------------
