@@ -76,11 +76,14 @@ def shard_files(index: Path) -> dict[Path, list[str]]:
     shards: dict[Path, list[str]] = {}
     for name, file in places.items():
         if file != Path(file).name or file in ("", ".."):
-            raise TeacherError(f"{index}: puts {name} into {file!r}, which is no file beside it; use another copy")
+            raise TeacherError(
+                f"{index}: puts {name[:80]} into {file[:80]!r}, which is no file beside it; use another copy"
+            )
         shards.setdefault(index.with_name(file), []).append(name)
-    if missing := [file.name for file in shards if not file.exists() and not file.is_symlink()]:
+    there = {file.name for file in index.parent.iterdir()}
+    if missing := [file.name for file in shards if file.name not in there]:
         raise TeacherError(
-            f"{index}: {len(missing)} of {len(shards)} files that it names are not there ({missing[0]}); "
+            f"{index}: {len(missing)} of {len(shards)} files that it names are not there ({missing[0][:80]!r}); "
             f"download the teacher again"
         )
     return shards

@@ -121,13 +121,17 @@ def test_shards_are_read_through_their_index(ending: str, tmp_path: Path) -> Non
 def test_an_index_and_its_shards_must_fit(tmp_path: Path) -> None:
     index = write_shards(tmp_path)
     (tmp_path / "w-1.safetensors").unlink()
-    with pytest.raises(TeacherError, match=r"1 of 2 files that it names are not there \(w-1\.safetensors\)"):
+    with pytest.raises(TeacherError, match=r"1 of 2 files that it names are not there \('w-1\.safetensors'\)"):
         read_weights(index)
     save_file({"module.other": torch.ones(1)}, tmp_path / "w-1.safetensors")
     with pytest.raises(
         TeacherError, match=r"w-1\.safetensors: .*module\.blocks\.0\.bias is missing; module\.other is un"
     ):
         read_weights(index)
+    for name in ("x" * 300, "x\0"):  # no file can be called so
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(TeacherError, match="1 of 1 files that it names are not there"):
+            read_weights(index)
     index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     with pytest.raises(TeacherError, match="which is no file beside it"):
         read_weights(index)
