@@ -66,10 +66,9 @@ def export_teacher(
             if classes:
                 named = {"classes": classes, "null_class": null_class(config, len(classes))}
                 (written / _CLASSES).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
-            Image.fromarray(tile(draw_images(config, written, len(classes), torch.device(device)))).save(
-                written / SAMPLES
-            )
-            digests = file_digests(written)
+            digests = file_digests(written)  # without the picture, which nobody reads
+            grid = tile(draw_images(config, written, len(classes), torch.device(device)))
+            Image.fromarray(grid).save(written / SAMPLES)
             (out / TEACHER_RECORD).unlink(missing_ok=True)
         write_document(out / TEACHER_RECORD, _record(config, saved, run) | {FILES: digests}, _REMEDY)
     except (OSError, SafetensorError) as err:  # safetensors raises the latter on a full disk

@@ -18,6 +18,7 @@ from dtpipe.manifests.records.files import TEACHER_RECORD, check_files
 if TYPE_CHECKING:
     from torch import Tensor
 
+_REWRITE = "run the same `dtpipe train-teacher` again, or delete train.json if you changed the teacher yourself"
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention before diffusers 0.14
 VP_SCHEDULERS = frozenset(
     {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"}
@@ -82,7 +83,7 @@ def find_unet(path: str, revision: str | None = None, variant: str | None = None
     root = Path(path) if Path(path).exists() else download(path, revision, ["*.json", *wanted])
     if not root.is_dir():
         raise TeacherError(f"{path}: is a file; give the folder of a diffusers UNet2DModel or DDPMPipeline")
-    check_files(root, TEACHER_RECORD, "run the same `dtpipe train-teacher` again, which writes the teacher anew")
+    check_files(root, TEACHER_RECORD, _REWRITE)
     folder = _network_folder(root)
     config = read_json(folder / "config.json")
     if config.get("_class_name") != "UNet2DModel":
