@@ -23,6 +23,7 @@ from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.shards.progress import OnExtractProgress
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.shards.task import WorkerContext
+from dtpipe.extract.sources.names import ignored_text
 from dtpipe.extract.tally import ExtractResult, Tally
 from dtpipe.manifests.errors import IncompleteError
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
@@ -80,11 +81,15 @@ def run_extraction(
         resolved = resolve_recipe(config, fresh=fresh, cluster_has_gpus=has_gpus)
         stop.raise_if_requested(config.run.out)
         with Lock.acquire(store, config.run.lock_stale_s) as lock:
-            record = describe() | ({} if resolved.census is None else {SOURCE_SEEN: resolved.census.record()})
+            census = resolved.census
+            record = describe() | ({} if census is None else {SOURCE_SEEN: census.record()})
             plan, _ = start_plan(store, resolved.recipe, lambda: resolved.listing, record, fresh, resolved.selection)
-            if resolved.census is None:
+            if census is None:
                 seen = plan.provenance.get(SOURCE_SEEN, {})
                 tally.source_change = change_since(seen, resolved.source, store.url)
+                tally.remarks += [tally.source_change] if tally.source_change else []
+            elif census.ignored:
+                tally.remarks.append(f"ignored: {ignored_text(census.ignored)}")
             tally.stage_seconds["prepare"] = tally.elapsed_s
             run = _Run(config, store, plan, resolved, lock, connection, stop, tally, describe)
             manifest = _finished(run) or _write(run)

@@ -51,7 +51,8 @@ class Tally:
         self._bad: list[BadSample] = []
         self._shards_written = self._rows_written = 0
         self._working_s = 0.0
-        self._told_change = False
+        self.remarks: list[str] = []
+        """What to say as soon as the counts are known."""
         self.source_change: str | None = None
         self.meter = ProgressMeter(0, 0)
 
@@ -91,9 +92,9 @@ class Tally:
             num_bad=len(self._bad),
             on_progress=self._on_progress,
         )
-        if self.source_change and not self._told_change:
-            self.meter.report(self.source_change)
-            self._told_change = True
+        for remark in self.remarks:
+            self.meter.report(remark)
+        self.remarks.clear()
         return self.meter
 
     def count(self, summary: ShardSummary, max_bad: int) -> None:

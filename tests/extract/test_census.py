@@ -33,7 +33,10 @@ def test_what_is_ignored_is_told_by_plan_extract_and_inspect_and_changes_no_dige
     write_files(image_folder, {f"{idx:064x}": IMAGE for idx in range(3)})
     config = make_config()
     print_extraction(Console(), plan_extraction(config))
-    results = [run_extraction(config), run_extraction(config)]
+    said: list[str] = []
+    first = run_extraction(config, on_progress=lambda progress: said.append(progress.message or ""))
+    assert said.index(LINE) < said.index("")  # before any work
+    results = [first, run_extraction(config)]
     for result in results:
         extract_command._print_result(Console(), result, joined=False)
     inspect_command._print(Console(), describe_dataset(results[0].url))
