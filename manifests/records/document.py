@@ -17,7 +17,7 @@ from dtpipe.manifests.records.bounded import read_bounded
 from dtpipe.manifests.store.publish import write_whole
 
 _MOST_BYTES = 64 * 2**20
-_SEALED_END = re.compile(rb'": "[0-9a-f]{64}"\n\}\s*$')
+_SEALED_END = re.compile(rb'(?<!"blake3)": "[0-9a-f]{64}"\n\}\s*$')  # `blake3` ended records before they had seals
 
 
 def write_document(path: Path, value: Mapping[str, Any], remedy: str) -> None:

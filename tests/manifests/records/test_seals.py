@@ -129,6 +129,8 @@ def test_a_file_without_a_seal_is_read_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text(json.dumps(RECORD, indent=1) + "\n")
     assert read_document(path, REMEDY) == RECORD
+    path.write_text(json.dumps({"blake3": "0" * 64}, indent=1) + "\n")
+    assert read_document(path, REMEDY) == {"blake3": "0" * 64}
     path.write_text(yaml.safe_dump(RECORD))
     assert yaml.safe_load(read_text(path, REMEDY)) == RECORD
     path.write_text('{"step": 1}\n{"step": 2, "advice": "read"}\n')

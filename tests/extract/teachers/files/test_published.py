@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -150,7 +151,8 @@ def test_a_cached_file_that_was_changed_since_is_refused(server: str, cache: Pat
     flip(record)
     with pytest.raises(DamagedDataError, match=r"model\.pt\.json: "):
         fetch(entry(f"{server}/model.pt"))
-    record.write_text(f'{{"size_bytes": {len(WEIGHTS)}, "blake3": "{blake3(WEIGHTS).hexdigest()}"}}\n')
+    old = {"url": server, "licence": "MIT", "size_bytes": len(WEIGHTS), "blake3": blake3(WEIGHTS).hexdigest()}
+    record.write_text(json.dumps(old, indent=1) + "\n")
     with pytest.raises(DamagedDataError, match="is not the file that was fetched"):
         fetch(entry(f"{server}/model.pt"))
     flip(path)
