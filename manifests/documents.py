@@ -89,6 +89,16 @@ def why_not_read(path: Path, err: Exception) -> str:
     return f"cannot be read ({getattr(err, 'strerror', None) or err})"
 
 
+def what_lies_at(path: Path) -> str | None:
+    """What lies in a file's place that is none: a clause to stand after its name; None for a file, or nothing."""
+    if path.is_symlink():
+        try:
+            path.stat()
+        except OSError as err:
+            return why_not_read(path, err)
+    return "is a folder, not a file" if path.is_dir() else None
+
+
 def _problem(value: object) -> str | None:
     """What keeps a value from being worked on: depth, numbers beyond 64 bits, text that is no Unicode."""
     left = [(value, 0)]

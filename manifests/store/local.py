@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import re
 import stat
@@ -89,8 +89,13 @@ class LocalFiles:
         """All files whose name starts with prefix, temporary ones too."""
         stats = {}
         for name in self.names(prefix):
-            with contextlib.suppress(FileNotFoundError):  # temporary files come and go
+            try:
                 stats[name] = self.stat(name)
+            except FileNotFoundError:  # temporary files come and go
+                continue
+            except OSError as err:
+                if err.errno != errno.ELOOP:  # a link to itself is no file
+                    raise
         return stats
 
     def names(self, prefix: str) -> list[str]:

@@ -7,11 +7,13 @@ inside the dataset.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from dtpipe.manifests.documents import what_lies_at
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, MissingObjectError, StoreError
 from dtpipe.manifests.store.local import LocalFiles, ObjectStat, is_temporary
 from dtpipe.manifests.store.paths import path_on_disk
@@ -207,15 +209,14 @@ class Store:
             reason = reason_of(err)
             if reason.code in NO_STORE or reason.passes:
                 raise self._cannot("read", ", ".join(names), reason) from err
-            lost = ", ".join(self.where(name) for name in names)
-            raise MissingObjectError(
-                f"{lost} is missing; run `dtpipe verify --repair {self.url}`, or check the path"
-            ) from err
+            raise self._missing(names) from err
         except DtpipeError:
             raise
         except Exception as err:
             if self.local and not isinstance(err, OSError):
                 raise
+            if getattr(err, "errno", None) == errno.ELOOP:
+                raise self._missing(names) from err
             raise self._cannot("read", ", ".join(names), reason_of(err)) from err
 
     @contextlib.contextmanager
@@ -229,6 +230,15 @@ class Store:
             if self.local and not isinstance(err, OSError):
                 raise
             raise self._cannot("written", name, reason_of(err)) from err
+
+    def _missing(self, names: Sequence[str]) -> MissingObjectError:
+        """What to say of objects that are not there, or in whose place something else lies."""
+        odd = [(name, what) for name in names if self.local and (what := what_lies_at(self.local / name))]
+        if odd:
+            lies = ", ".join(f"{self.where(name)} {what}" for name, what in odd)
+            return MissingObjectError(f"{lies}; move it away, then run `dtpipe verify --repair {self.url}`")
+        lost = ", ".join(map(self.where, names))
+        return MissingObjectError(f"{lost} is missing; run `dtpipe verify --repair {self.url}`, or check the path")
 
     def _cannot(self, done: str, name: str, reason: Reason) -> StoreError:
         return StoreError(f"{self.where(name)} cannot be {done}: {reason}; {reason.advice}")

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -333,3 +334,30 @@ def test_memory_and_s3_agree_with_fsspec(store_url):
     fs, path = fsspec.core.url_to_fs(store_url)
     fs.invalidate_cache()
     assert fs.cat_file(f"{path}/x/y") == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("put", "words"),
+    [
+        (Path.mkdir, "plan.json is a folder, not a file; move it away, then run `dtpipe verify --repair"),
+        (lambda path: path.symlink_to("away"), "plan.json is a link to away, which is not there; move it away"),
+        (lambda path: path.symlink_to(path.name), "plan.json is a link that leads back to itself; move it away"),
+        (lambda path: None, "plan.json is missing; run `dtpipe verify --repair"),
+    ],
+)
+def test_what_lies_in_an_objects_place_is_named_and_hides_no_other(put, words: str, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("data/0", b"x")
+    put(tmp_path / "plan.json")
+    put(tmp_path / "data" / "1")
+    for read in (store.read, store.stat, lambda name: store.read_range(name, 0, 1)):
+        with pytest.raises(MissingObjectError, match=re.escape(words)):
+            read("plan.json")
+    assert not store.exists("plan.json")
+    assert list(store.stats("data")) == ["data/0"]
+
+
+def test_a_folder_where_a_file_belongs_is_said_when_writing(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(StoreError, match=r"cannot be written: .*a folder lies where this file belongs: move it away"):
+        Store(tmp_path).write("manifest.json", b"x")
