@@ -58,9 +58,9 @@ def write_adm(root: Path) -> tuple[Path, int]:
     """guided-diffusion's file of the unconditional 256 px network; its path and bytes of weights."""
     import torch
 
-    from dtpipe.extract.teachers.diffusion.adm_keys import published_shapes
-    from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmSettings
-    from dtpipe.extract.teachers.diffusion.adm_network import AdmNetwork
+    from dtpipe.extract.teachers.diffusion.adm.keys import published_shapes
+    from dtpipe.extract.teachers.diffusion.adm.layout import AdmLayout, AdmSettings
+    from dtpipe.extract.teachers.diffusion.adm.network import AdmNetwork
 
     layout = AdmLayout(**ADM_IMAGENET)  # type: ignore[arg-type]
     with torch.device("meta"):

@@ -86,8 +86,8 @@ def unet_cost(
 
 def adm(widths: Sequence[int], attention: Sequence[bool], head_channels: int, px: Px) -> TeacherCost:
     """A guided-diffusion network in the options of the published 256 px ones."""
-    from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmSettings
-    from dtpipe.extract.teachers.diffusion.adm_network import AdmNetwork
+    from dtpipe.extract.teachers.diffusion.adm.layout import AdmLayout, AdmSettings
+    from dtpipe.extract.teachers.diffusion.adm.network import AdmNetwork
 
     layout = AdmLayout(**{**ADM_IMAGENET, "widths": tuple(widths), "attention": tuple(attention)})  # type: ignore[arg-type]
     with torch.device("meta"):

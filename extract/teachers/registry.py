@@ -13,7 +13,8 @@ from dtpipe.extract.teachers import module
 from dtpipe.extract.teachers.base import Teacher, TeacherKind, parse_options
 from dtpipe.extract.teachers.biggan import icgan
 from dtpipe.extract.teachers.biggan import teacher as biggan
-from dtpipe.extract.teachers.diffusion import adm, ddpm
+from dtpipe.extract.teachers.diffusion import ddpm
+from dtpipe.extract.teachers.diffusion.adm import teacher as adm
 from dtpipe.extract.teachers.files.published import FILE_ENDINGS, locate, published_teachers
 from dtpipe.extract.teachers.files.refusals import disguise_of
 from dtpipe.extract.teachers.plugins import installed_kinds

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.diffusion.adm import is_adm_file, load_adm_teacher
-from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmOptions, complete, infer_adm_layout
+from dtpipe.extract.teachers.diffusion.adm.layout import AdmLayout, AdmOptions, complete, infer_adm_layout
+from dtpipe.extract.teachers.diffusion.adm.teacher import is_adm_file, load_adm_teacher
 from dtpipe.extract.teachers.files.published import published_teachers
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.registry import load_teacher

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtpipe.extract.teachers.base import Encoder, TeacherKind, parse_options
-from dtpipe.extract.teachers.diffusion.adm_keys import published_shapes, unet_tensors
-from dtpipe.extract.teachers.diffusion.adm_layout import (
+from dtpipe.extract.teachers.diffusion.adm.keys import published_shapes, unet_tensors
+from dtpipe.extract.teachers.diffusion.adm.layout import (
     AdmLayout,
     AdmOptions,
     complete,
@@ -45,7 +45,7 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
     """
     import torch
 
-    from dtpipe.extract.teachers.diffusion.adm_network import AdmNetwork
+    from dtpipe.extract.teachers.diffusion.adm.network import AdmNetwork
 
     options = parse_options(config, AdmOptions)
     tensors = _read_mapped(Path(config.path))

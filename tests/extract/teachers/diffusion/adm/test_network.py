@@ -13,8 +13,8 @@ import torch
 from diffusers import UNet2DModel
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.diffusion.adm_keys import published_shapes, unet_tensors
-from dtpipe.extract.teachers.diffusion.adm_layout import (
+from dtpipe.extract.teachers.diffusion.adm.keys import published_shapes, unet_tensors
+from dtpipe.extract.teachers.diffusion.adm.layout import (
     AdmLayout,
     AdmOptions,
     AdmSettings,
@@ -22,7 +22,7 @@ from dtpipe.extract.teachers.diffusion.adm_layout import (
     complete,
     infer_adm_layout,
 )
-from dtpipe.extract.teachers.diffusion.adm_network import AdmNetwork, HeadedAttention
+from dtpipe.extract.teachers.diffusion.adm.network import AdmNetwork, HeadedAttention
 from dtpipe.extract.teachers.diffusion.precision import compute_in
 from dtpipe.extract.teachers.diffusion.unet import LoadedUNet, make_diffusion_teacher
 from dtpipe.extract.teachers.files.published import PublishedTeacher, published_teachers

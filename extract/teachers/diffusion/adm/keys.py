@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from dtpipe.extract.teachers.diffusion.adm_layout import AdmLayout, AdmSettings, Shapes
+from dtpipe.extract.teachers.diffusion.adm.layout import AdmLayout, AdmSettings, Shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ import torch
 from blake3 import blake3
 
 from dtpipe.extract.config import TeacherConfig
-from dtpipe.extract.teachers.diffusion.adm import load_adm_teacher
+from dtpipe.extract.teachers.diffusion.adm.teacher import load_adm_teacher
 from dtpipe.extract.teachers.diffusion.process import ddim_invert, predict_clean, q_sample
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher
 from dtpipe.manifests.schema import ViewSpec

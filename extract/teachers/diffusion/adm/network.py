@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtpipe.extract.teachers.diffusion.adm_layout import NORM_GROUPS, AdmLayout, AdmSettings
+from dtpipe.extract.teachers.diffusion.adm.layout import NORM_GROUPS, AdmLayout, AdmSettings
 
 NORM_EPS = 1e-5
 MAX_PERIOD = 10_000  # the slowest sinusoid's, in timesteps per radian
 
 
 class AdmNetwork(nn.Module):
-    """One denoising call. It has no dropout, which is off in a teacher, and no classes: see `adm_keys`."""
+    """One denoising call. It has no dropout, which is off in a teacher, and no classes: see `adm.keys`."""
 
     def __init__(self, layout: AdmLayout, settings: AdmSettings) -> None:
         super().__init__()
