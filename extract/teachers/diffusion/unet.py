@@ -170,7 +170,13 @@ def make_diffusion_teacher(
 
     unet: Any = loaded.unet.requires_grad_(False).eval()
     total_stride = 2 ** sum(block.downsamplers is not None for block in unet.down_blocks)
-    levels = _levels_of(unet, total_stride, config.taps)
+    try:
+        levels = _levels_of(unet, total_stride, config.taps)
+    except (RuntimeError, TypeError, ValueError, IndexError) as err:  # of layers whose settings do not go together
+        reason = str(err).strip().splitlines()[0][:160]
+        raise TeacherError(
+            f"{loaded.where}: the network cannot be run ({reason}); check its settings, or export the teacher again"
+        ) from err
     if not levels:
         raise TeacherError(
             f"{loaded.where}: the decoder has none of the strides 4, 8, 16, 32; name taps in extract.teacher.taps"

@@ -416,3 +416,23 @@ def test_a_gpu_gives_the_cpus_features(unet_folder, teacher):
     found = load_ddpm_teacher(config, "cuda").encode(images.cuda(), {"forward": noise.cuda()}, views(50))
     for name, wanted in teacher.encode(images, {"forward": noise}, views(50)).items():
         assert relative(found[name].cpu(), wanted) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"attn_norm_num_groups": True}),
+        ("unet/config.json", {"num_class_embeds": {}}),
+        ("unet/config.json", {"sample_size": ["x", "x"]}),
+        ("scheduler/scheduler_config.json", {"_class_name": {}}),
+        ("scheduler/scheduler_config.json", {"beta_end": None}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": -1}),
+        ("scheduler/scheduler_config.json", {"trained_betas": "x"}),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused_in_a_sentence(ddpm, tmp_path, file, changes):
+    folder = tmp_path / "teacher"
+    shutil.copytree(ddpm, folder)
+    edit_json(folder / file, **changes)
+    with pytest.raises(TeacherError):
+        load_teacher(TeacherConfig(path=str(folder)))
