@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError, StoreError
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ShardRecipe, ViewSpec
 from dtpipe.pipeline.report.inspect import describe_dataset, draw_sample, render_sample, view_name
 from dtpipe.pipeline.report.pca import pca_to_rgb
 from parts.damage import flip
+from parts.disks import BLOCK, files_on, fill, small_disk
 from parts.memory import MemorySource, level_spec, write_dataset
 
 PX = (32, 48)
@@ -138,8 +139,16 @@ def test_damaged_level_is_not_drawn(tmp_path: Path) -> None:
 
 def test_unwritable_picture_names_the_file(url: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"x\.png: cannot be written"):
+    with pytest.raises(ConfigError, match=r"x\.png lies below .*/file, which is a file"):
         render_sample(url, "images/004.png", tmp_path / "file" / "x.png")
+
+
+def test_a_picture_that_finds_no_room_leaves_nothing(url: str, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        fill(disk, BLOCK)
+        with pytest.raises(StoreError, match=r"x\.png: cannot be written \(No space left"):
+            render_sample(url, "images/004.png", disk / "x.png")
+        assert files_on(disk) == set()
 
 
 def test_sample_without_image_shows_levels_alone() -> None:
