@@ -228,7 +228,7 @@ def mutate(document: dict[str, Any], data: st.DataObject) -> None:
         holder[path[-1] if action == "replace" else data.draw(st.text("ab", max_size=2))] = data.draw(VALUES)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_whatever_a_document_says_verification_ends_with_problems(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
