@@ -43,7 +43,7 @@ def test_float32_is_exact(values: np.ndarray) -> None:
 def test_values_that_are_not_finite_are_refused_with_level_and_sample(value: float) -> None:
     values = np.zeros((1, 2, 3, 4), np.float32)
     values[0, 1, 2, 3] = value
-    with pytest.raises(TeacherError, match=r"level l3 of sample 'a/b\.png': 1 of 24 features are not finite"):
+    with pytest.raises(TeacherError, match=r"level l3 of sample 'a/b\.png': 1 of 24 features not finite"):
         encode_level(codec(), values, "a/b.png")
 
 

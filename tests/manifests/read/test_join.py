@@ -78,7 +78,7 @@ def test_join_refuses_what_does_not_fit(make: Make) -> None:
     one = make("one")
     with pytest.raises(ConfigError, match=r"both hold view .*'timestep': 50"):
         JoinedDataset([one, make("again")])
-    with pytest.raises(ConfigError, match=r"not over the same keys: 2 differ \('cat/6\.png' only in .*more"):
+    with pytest.raises(ConfigError, match=r"not over the same keys: 2 keys of one alone \('cat/6\.png' only in .*more"):
         JoinedDataset([one, make("more", num_rows=7)])
     with pytest.raises(ConfigError, match=r"views do not pair up \(flips \[False, True\] and \[False\]\)"):
         JoinedDataset([one, make("flips", weights="cd" * 32, views=(ViewSpec(draw=0),))])

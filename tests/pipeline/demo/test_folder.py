@@ -114,5 +114,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_make_demo_throws_nothing_away() -> None:
-    lines = subprocess.run(["make", "-n", "demo"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run(
+        ["make", "-n", "--no-print-directory", "demo"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout
     assert lines.rstrip().endswith("dtpipe demo")
