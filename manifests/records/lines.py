@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.documents import Refusal, parse_json
 from dtpipe.manifests.errors import DamagedDataError, StoreError
 from dtpipe.manifests.records.bounded import read_bounded
 from dtpipe.manifests.store.publish import write_whole
 
 _MOST_BYTES = 256 * 2**20
+_REFUSAL = Refusal(DamagedDataError, "restore the file, or delete this line to go on without it")
 _SEALED = re.compile(rb'(\{.+), "seal": "([0-9a-f]{16})"\}', re.DOTALL)
 _LOOKS_SEALED = re.compile(rb', "seal": ".{16}"\}?$|[0-9a-f]{16}"\}$', re.DOTALL)
 
@@ -99,13 +101,13 @@ def _read(text: bytes, where: str) -> dict[str, Any]:
     match = _SEALED.fullmatch(text)
     body = match[1] + b"}" if match else text
     try:
-        record = json.loads(body)
-    except (ValueError, RecursionError):
+        record = parse_json(body.decode(), where, _REFUSAL)
+    except (UnicodeDecodeError, DamagedDataError):
         record = None
     changed = _digest(body) != match[2].decode() if match else _LOOKS_SEALED.search(text[-40:])
     if changed or not isinstance(record, dict):
         what = "was changed since it was written" if changed else "is no JSON object"
-        raise DamagedDataError(f"{where} {what}; restore the file, or delete this line to go on without it")
+        raise DamagedDataError(f"{where} {what}; {_REFUSAL.advice}")
     return record
 
 
