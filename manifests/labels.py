@@ -5,8 +5,8 @@ A target is a record, and a task says which kind it learns from. Another kind is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.errors import ConfigError, InputError
 
+Pixels = NDArray[np.uint8]
 IGNORE_VALUE = 255  # what most published masks hold where nothing is known
 
 
@@ -22,6 +23,10 @@ class ClassTable:
     """What class numbers mean: number i is `names[i]`. Raises: ConfigError when a name occurs twice."""
 
     names: tuple[str, ...]
+    things: frozenset[int] = frozenset()
+    """Numbers of countable classes, where targets are `Panoptic`; the others are stuff."""
+    numbers: Mapping[int, int] = field(default_factory=dict)
+    """The data set's own number of each class, where it has others, as in its result files: COCO's 90 for 79."""
 
     def __post_init__(self) -> None:
         if len(set(self.names)) != len(self.names):
@@ -81,7 +86,71 @@ class Mask:
         return Mask(np.where(self.known, self.numbers > 0, IGNORE_VALUE).astype(np.uint8))
 
 
-Target = Class | Mask
+@dataclass(frozen=True, eq=False)
+class Instances:
+    """The objects of an image; n may be 0. Classes count from 0, there is no background among them."""
+
+    size_px: tuple[int, int]
+    """Height and width of the image."""
+    boxes: NDArray[np.float64]
+    """(n, 4) left, top, right, bottom in px; the right and bottom edges are outside."""
+    classes: NDArray[np.int64]
+    """(n,) class numbers."""
+    masks: NDArray[np.bool_] | None = None
+    """(n, H, W); None where only boxes are known."""
+    crowd: NDArray[np.bool_] | None = None
+    """(n,) True for groups and regions that are neither learned from nor scored; None: none is."""
+    areas: NDArray[np.float64] | None = None
+    """(n,) px as the data set states them, by which scores by size go; None: those of masks, else of boxes."""
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def counts(self) -> NDArray[np.bool_]:
+        """Which objects are learned from and scored. Shapes: (n,)."""
+        return np.ones(len(self), dtype=bool) if self.crowd is None else ~self.crowd
+
+    @property
+    def occurring(self) -> frozenset[int]:
+        """Class numbers of the objects that count."""
+        return frozenset(np.unique(self.classes[self.counts]).tolist())
+
+    def as_mask(self) -> Mask:
+        """The same in semantic classes: 0 background, 1 + class number elsewhere; smaller objects lie on top.
+
+        Where nothing but a crowd is, pixels are ignored. Raises: ConfigError for objects without masks.
+        """
+        if self.masks is None:
+            raise ConfigError("these labels are boxes without masks, and a mask is to be learned from; use task detect")
+        numbers = np.zeros(self.size_px, dtype=np.int64)
+        if self.crowd is not None:
+            numbers[self.masks[self.crowd].any(axis=0)] = IGNORE_VALUE
+        counted = np.flatnonzero(self.counts)
+        sizes = self.masks.reshape(len(self), -1).sum(axis=1)
+        for idx in counted[np.argsort(-sizes[counted], kind="stable")]:
+            numbers[self.masks[idx]] = 1 + self.classes[idx]
+        return Mask(numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class Panoptic:
+    """Every pixel's segment, and every segment's class."""
+
+    segments: NDArray[np.int32]
+    """(H, W) ids of segments; 0 where nothing is known."""
+    classes: Mapping[int, int]
+    """Segment id to class number; of stuff, one segment per class."""
+    crowd: frozenset[int] = frozenset()
+    """Ids of segments that are neither learned from nor scored."""
+
+    @property
+    def occurring(self) -> frozenset[int]:
+        """Class numbers of the segments that count."""
+        return frozenset(number for segment, number in self.classes.items() if segment not in self.crowd)
+
+
+Target = Class | Mask | Instances | Panoptic
 
 
 def class_table(labels: Iterable[str | None]) -> ClassTable | None:

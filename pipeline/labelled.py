@@ -13,11 +13,11 @@ from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.images import decode_image, resize_image
 from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, InputError
-from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Target
+from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Pixels, Target
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.classes import class_folders
 from dtpipe.pipeline.cli.console import Note
-from dtpipe.pipeline.masks import Pixels, check_shape, decode_mask, resize_mask
+from dtpipe.pipeline.masks import check_shape, decode_mask, resize_mask
 
 KEPT_BYTES = 1 << 30  # of decoded images and masks that a reader keeps in memory; what is beyond is read again
 

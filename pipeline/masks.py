@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.labels import Pixels
 from dtpipe.manifests.schema import TransformRecipe
 
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF", "PPM", "TGA")  # Pillow's names of formats
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # compressions inside a TIFF
 _PAINTED = "masks are PNG files with one class number 0..255 per pixel"
-
-Pixels = NDArray[np.uint8]
 
 
 def decode_mask(data: bytes, where: str) -> Pixels:

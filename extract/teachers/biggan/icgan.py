@@ -63,7 +63,7 @@ class IcGanOptions(SamplingOptions):
 
 
 @dataclass(frozen=True)
-class Instances:
+class InstanceFeatures:
     """Real images as the generator sees them."""
 
     features: Tensor  # (n, 2048) float32, rows of unit length
@@ -113,7 +113,7 @@ def load_icgan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTeac
     )
 
 
-def read_instances(path: Path) -> Instances:
+def read_instances(path: Path) -> InstanceFeatures:
     """The features of a file, scaled to unit length as the generator was trained with, and classes where it has them.
 
     Raises: TeacherError when it is missing, damaged, or holds no features.
@@ -137,7 +137,9 @@ def read_instances(path: Path) -> Instances:
             f"{path}: {LABELS} are {labels.dtype} {labels.shape}, not one class for each of {len(features)} instances"
         )
     unit = (features / lengths).astype(np.float32)
-    return Instances(torch.from_numpy(unit), None if labels is None else torch.from_numpy(labels.astype(np.int64)))
+    return InstanceFeatures(
+        torch.from_numpy(unit), None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    )
 
 
 def embed_instances(tensors: Mapping[str, Tensor], features: Tensor, sn_eps: float, where: str) -> Tensor:
@@ -163,7 +165,7 @@ def embed_instances(tensors: Mapping[str, Tensor], features: Tensor, sn_eps: flo
 
 def make_tables(
     tensors: Mapping[str, Tensor],
-    instances: Instances,
+    instances: InstanceFeatures,
     embedded: Tensor,
     options: IcGanOptions,
     with_class: bool,
@@ -197,7 +199,7 @@ def make_tables(
     return (Table(torch.cat([classes[labels], embedded], dim=1), instance),)
 
 
-def _recorded(options: IcGanOptions, instances: Instances, with_class: bool) -> dict[str, Any]:
+def _recorded(options: IcGanOptions, instances: InstanceFeatures, with_class: bool) -> dict[str, Any]:
     """What the dataset's recipe says of the condition: the instances by their content, not by their file's name."""
     used = {FEATURES: instances.features}
     if with_class and options.class_label == "of_instance" and instances.labels is not None:

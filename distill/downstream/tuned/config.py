@@ -1,0 +1,118 @@
+"""Settings of tuned tasks: how backbone and head are trained on labels, and how they are scored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dtpipe.distill.downstream.config import Positive
+from dtpipe.manifests.schema import Settings, StrictModel
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AugmentConfig(StrictModel):
+    """How training images are varied. Each task uses those that its kind of target has a meaning for."""
+
+    crop_px: tuple[int, int] | None = Field(
+        default=None, description="Height and width of the random crop; default: the student's size."
+    )
+    scale: tuple[Positive, Positive] = Field(
+        default=(1.0, 1.0), description="Range of the random scale; of the area for classes, else of the sides."
+    )
+    short_px: tuple[int, ...] = Field(
+        default=(), description="Short sides that images are resized to, one drawn each time; default: as they are."
+    )
+    long_px: int | None = Field(default=None, ge=1, description="Longest long side after that; default: no limit.")
+    flip: float = Field(default=0.5, ge=0, le=1, description="Chance of a mirrored image; 0 for digits and letters.")
+    photometric: bool = Field(default=False, description="Vary brightness, contrast, saturation and hue (SSD's rule).")
+    max_class_share: float = Field(
+        default=1.0, gt=0, le=1, description="Draw a crop again where one class has more of it (mmseg: 0.75)."
+    )
+    policy: str | None = Field(
+        default=None, description="Of classes: timm's rand-.. or augmix.., or trivial for TrivialAugmentWide."
+    )
+    erasing: float = Field(default=0.0, ge=0, le=1, description="Of classes: chance of random erasing.")
+    mixup: float = Field(default=0.0, ge=0, description="Of classes: mixup's alpha; 0 is off.")
+    cutmix: float = Field(default=0.0, ge=0, description="Of classes: CutMix' alpha; 0 is off.")
+    smoothing: Share = Field(default=0.0, description="Of classes: label smoothing.")
+    repeats: int = Field(default=1, ge=1, description="Of classes: repeated augmentation, times per image and batch.")
+
+
+class HeadConfig(StrictModel):
+    """What stands on the backbone; each task reads its own."""
+
+    width: int = Field(default=256, ge=8, description="Channels inside the head (UPerNet of mmseg: 512).")
+    norm: Literal["batch", "group"] = Field(default="batch", description="Norms inside the head.")
+    dropout: Share = Field(default=0.1, description="Before the last convolution of segmentation.")
+    aux_weight: float = Field(default=0.4, ge=0, description="Of the auxiliary FCN head's loss; 0 leaves it out.")
+    loss: Literal["cross_entropy", "binary"] = Field(
+        default="cross_entropy", description="Of classes: binary is cross-entropy per class, as with LAMB recipes."
+    )
+    cascade: bool = Field(default=False, description="Of detection: three box heads one after another.")
+    convs: int = Field(default=0, ge=0, description="Of detection: convolutions in the box head (4 is 4conv1fc).")
+    max_detections: int = Field(default=100, ge=1, description="Of detection: per image.")
+
+
+class InferenceConfig(StrictModel):
+    """How whole images are looked at."""
+
+    short_px: int | None = Field(
+        default=None, ge=1, description="Short side they are brought to; default: as they are."
+    )
+    long_px: int | None = Field(default=None, ge=1, description="Longest long side after that.")
+    window_px: tuple[int, int] | None = Field(
+        default=None, description="Of segmentation: sliding window of this height and width; default: whole images."
+    )
+    stride_px: tuple[int, int] | None = Field(default=None, description="Its step; default: two thirds of the window.")
+    flips: bool = Field(default=False, description="Average with the mirrored image.")
+    scales: tuple[Positive, ...] = Field(default=(1.0,), min_length=1, description="Average over these sizes.")
+
+
+class TuneConfig(Settings):
+    """How a backbone and a head are trained on labels."""
+
+    steps: int | None = Field(default=None, ge=1, description="Optimiser steps; give these or epochs.")
+    epochs: int | None = Field(default=None, ge=1, description="Passes over the labelled images.")
+    batch_size: int = Field(default=16, ge=1, description="Images per step over all devices; fewer where fewer are.")
+    micro_batch: int | None = Field(default=None, ge=1, description="Images per pass and device; default: all.")
+    opt: Literal["adamw", "lamb", "sgd", "lars"] = Field(default="adamw", description="Optimiser, timm's name.")
+    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate, not multiplied by the batch size.")
+    lr_grid: tuple[Positive, ...] = Field(
+        default=(), description="Rates to choose from, for each arm on folds of its labelled images; default: lr alone."
+    )
+    folds: int = Field(default=3, ge=2, description="Folds that choose a rate.")
+    backbone_lr: float = Field(
+        default=1.0, ge=0, description="Times lr for the backbone of pre-trained and random arms alike; 0 freezes it."
+    )
+    layer_decay: float = Field(default=1.0, gt=0, le=1, description="Rate of each layer over that of the next.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled for AdamW and LAMB.")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="Of AdamW and LAMB.")
+    momentum: Share = Field(default=0.9, description="Of SGD and LARS.")
+    schedule: Literal["cosine", "poly", "steps", "constant"] = Field(default="cosine", description="After the warm-up.")
+    power: float = Field(default=0.9, gt=0, description="Of poly.")
+    min_lr: float = Field(default=0.0, ge=0, description="Where cosine and poly end, as a share of lr.")
+    milestones: tuple[Share, ...] = Field(
+        default=(), description="Of steps: shares of the run at which the rate falls."
+    )
+    gamma: float = Field(default=0.1, gt=0, le=1, description="Of steps: what it is multiplied by there.")
+    warmup: Share = Field(default=0.1, description="Share of the steps with a rising rate.")
+    warmup_start: Share = Field(default=0.0, description="Where it rises from, as a share of lr.")
+    clip_grad: float | None = Field(default=None, gt=0, description="Largest norm of the gradient.")
+    drop_path: Share = Field(default=0.0, description="Stochastic depth of the backbone.")
+    sync_bn: bool = Field(default=False, description="Batch norm over all devices.")
+    frozen_norms: bool = Field(default=False, description="The backbone's batch norms keep their statistics.")
+    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Average of the weights, which is scored.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Of the forward pass; auto is bfloat16 on a GPU that has it."
+    )
+    augment: AugmentConfig = AugmentConfig()
+    head: HeadConfig = HeadConfig()
+    inference: InferenceConfig = InferenceConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TuneConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give eval.tune.steps or eval.tune.epochs, one of them")
+        return self
