@@ -26,7 +26,9 @@ def conv_norm_relu(channels_in: int, channels_out: int, kernel: int, norm: str, 
 
 
 def build_norm(norm: str, channels: int) -> nn.Module:
-    """Batch norm, or group norm with as many groups as fit."""
+    """Batch norm, group norm with as many groups as fit, or nothing for `none`."""
+    if norm == "none":
+        return nn.Identity()
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     fitting = [count for count in range(1, GROUPS + 1) if channels % count == 0 and channels // count >= MIN_GROUP]

@@ -44,7 +44,7 @@ class HeadConfig(StrictModel):
     """What stands on the backbone; each task reads its own."""
 
     width: int = Field(default=256, ge=8, description="Channels inside the head (UPerNet of mmseg: 512).")
-    norm: Literal["batch", "group"] = Field(default="batch", description="Norms inside the head.")
+    norm: Literal["batch", "group", "none"] = Field(default="batch", description="Norms inside the head.")
     dropout: Share = Field(default=0.1, description="Before the last convolution of segmentation.")
     aux_weight: float = Field(default=0.4, ge=0, description="Of the auxiliary FCN head's loss; 0 leaves it out.")
     loss: Literal["cross_entropy", "binary"] = Field(
@@ -52,7 +52,15 @@ class HeadConfig(StrictModel):
     )
     cascade: bool = Field(default=False, description="Of detection: three box heads one after another.")
     convs: int = Field(default=0, ge=0, description="Of detection: convolutions in the box head (4 is 4conv1fc).")
+    masks: bool = Field(default=True, description="Of detection: a mask head; false where labels are boxes alone.")
+    anchor_scale: float = Field(
+        default=8.0, gt=0, description="Of detection: side of an anchor over its level's stride; 2 to 4 at 64 px."
+    )
     max_detections: int = Field(default=100, ge=1, description="Of detection: per image.")
+    semantic_weight: float = Field(default=0.5, gt=0, description="Of panoptic: weight of the semantic branch's loss.")
+    min_stuff_px: int = Field(
+        default=4096, ge=0, description="Of panoptic: stuff of a smaller area is left out of a prediction, px."
+    )
 
 
 class InferenceConfig(StrictModel):

@@ -39,8 +39,8 @@ class Detections:
     """(n,) numbers in the class table, from 0."""
     scores: NDArray[np.float32]
     """(n,)"""
-    masks: NDArray[np.bool_]
-    """(n, H, W)"""
+    masks: NDArray[np.bool_] | None = None
+    """(n, H, W); None from a head that was trained on boxes alone."""
 
 
 @dataclass(frozen=True, eq=False)
