@@ -38,3 +38,19 @@ def test_classes_are_numbered_by_name() -> None:
         table.number("cow", "a.png")
     with pytest.raises(ConfigError, match="occurs twice"):
         ClassTable(("cat", "cat"))
+
+
+def test_specks_are_ignored_as_the_label_efficient_benchmark_does() -> None:
+    """Against its rule as a loop over classes, with 19, 20 and 21 pixels and the ignored value below and above."""
+    numbers = np.repeat([0, 1, 2, 3, 9], [30, 19, 20, 21, 3]).astype(np.uint8).reshape(1, -1)
+    for ignore in (0, 9, 255):
+        expected = numbers.copy()
+        for number in range(10):
+            if number != ignore and 0 < (expected == number).sum() < 20:
+                expected[expected == number] = ignore
+        cleaned = Mask(numbers, ignore).without_specks()
+        np.testing.assert_array_equal(cleaned.numbers, expected)
+        assert cleaned.ignore == ignore and cleaned.numbers.dtype == np.uint8
+    assert 1 in Mask(numbers).without_specks(below_px=19).occurring
+    with pytest.raises(ConfigError, match="no value"):
+        Mask(numbers, None).without_specks()
