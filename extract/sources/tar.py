@@ -19,7 +19,15 @@ from itertools import islice
 from typing import BinaryIO, cast
 
 from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
-from dtpipe.extract.sources.names import MAX_FILE_BYTES, inner_path, key_of, labels_as_text, no_images, takes
+from dtpipe.extract.sources.names import (
+    MAX_FILE_BYTES,
+    inner_path,
+    is_hidden,
+    key_of,
+    labels_as_text,
+    no_images,
+    takes,
+)
 from dtpipe.extract.sources.places import Place, container_files, is_pattern, open_place, read_at, unreadable
 from dtpipe.extract.sources.web import plain_path
 from dtpipe.manifests.errors import BadImage, InputError
@@ -68,6 +76,24 @@ class TarSource:
     def ignored(self) -> Mapping[str, int]:
         """What lies in the tars and is no sample: extension, `hidden` or `special`, to count."""
         return dict(self._listed[1])
+
+    def members(self) -> Sequence[tuple[str, str]]:
+        """(name, URI) of all files of one tar but hidden ones, images or not, sorted; `read` takes their URIs too.
+
+        A hard link is the file that it names; of two members of one name the last counts, as when it is unpacked.
+        """
+        places: dict[str, tuple[int, int]] = {}
+        for _, member in _members(self._place, self._place.path):
+            place = places.get(member.linkname) if member.islnk() else (member.offset_data, member.size)
+            if place is not None and (member.isreg() or member.islnk()) and not member.issparse():
+                places[member.name] = place
+        uri = self._place.uri(self._place.path)
+        names = ((inner_path(name), place) for name, place in places.items())
+        return sorted(
+            (key_of(name), f"{uri}#{offset},{size}")
+            for name, (offset, size) in names
+            if not any(map(is_hidden, name.split("/")))
+        )
 
     def read(self, uri: str) -> bytes:
         """Bytes of one sample. Raises: BadImage for an oversized one, InputError when its tar cannot be read."""

@@ -24,6 +24,7 @@ from dtpipe.extract.sources.names import (
     RATIO_FROM_BYTES,
     in_class_folders,
     inner_path,
+    is_hidden,
     key_of,
     labelled_by_folder,
     labels_lost,
@@ -80,6 +81,14 @@ class ZipSource:
         """What lies in the archive and is no sample, to count: extension, `hidden`, `special`; and labels not used."""
         return dict(self._listed[1]) | labels_lost([key for key, _ in self._listed[0]])
 
+    def members(self) -> Sequence[tuple[str, str]]:
+        """(name, URI) of all files but hidden ones, images or not, sorted; `read` takes their URIs too."""
+        return sorted(
+            (key_of(name), self._uri(name, info, size))
+            for name, info, size in _files(self._place, self._inside, Counter())
+            if not any(map(is_hidden, name.split("/")))
+        )
+
     def read(self, uri: str) -> bytes:
         """Bytes of one sample.
 
@@ -100,14 +109,17 @@ class ZipSource:
     def _listed(self) -> tuple[Sequence[tuple[str, str]], Counter[str]]:
         """(key, URI) of all samples, and what is ignored."""
         ignored: Counter[str] = Counter()
-        uri = self._place.uri(self._place.path)
         files = [
-            (key_of(name), f"{uri}#{','.join(map(str, _member(self.url, name, info, size)))}")
+            (key_of(name), self._uri(name, info, size))
             for name, info, size in _images(self._place, self._inside, ignored)
         ]
         if not files:
             raise no_images(self.url, ignored)
         return sorted(files), ignored
+
+    def _uri(self, name: str, info: zipfile.ZipInfo, archive_bytes: int) -> str:
+        numbers = _member(self.url, name, info, archive_bytes)
+        return f"{self._place.uri(self._place.path)}#{','.join(map(str, numbers))}"
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------
@@ -121,7 +133,14 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _images(place: Place, inside: str, ignored: Counter[str]) -> Iterator[tuple[str, zipfile.ZipInfo, int]]:
-    """Name inside, entry and size of the archive, for each image."""
+    """As `_files`, of images alone."""
+    for name, info, size in _files(place, inside, ignored):
+        if takes(name, ignored):
+            yield name, info, size
+
+
+def _files(place: Place, inside: str, ignored: Counter[str]) -> Iterator[tuple[str, zipfile.ZipInfo, int]]:
+    """Name inside, entry and size of the archive, for each file."""
     entries, size = _entries(place)
     folder = inside + "/" if inside else ""
     for info in entries:
@@ -130,7 +149,7 @@ def _images(place: Place, inside: str, ignored: Counter[str]) -> Iterator[tuple[
             continue
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):  # links, mostly
             ignored["special"] += 1
-        elif takes(name[len(folder) :], ignored):
+        else:
             yield name[len(folder) :], info, size
 
 

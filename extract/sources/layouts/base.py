@@ -63,3 +63,5 @@ class Layout:
     """
     splits: tuple[str, ...] = ()
     """As published, to be named in messages; empty where any folder or file may be one."""
+    split_is_file: bool = False
+    """True where the split is a file below the root, or an absolute path or URL; it may have slashes."""

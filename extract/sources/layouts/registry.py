@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dtpipe.extract.sources.layouts.base import LabelledSource, Layout
+from dtpipe.extract.sources.layouts.generic import coco
 
-_DECLARED: tuple[Layout, ...] = ()
+_DECLARED: tuple[Layout, ...] = (coco.LAYOUT,)
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _DECLARED}
 
 
 def parse_layout(place: str) -> tuple[Layout, str, str | None] | None:
     """Layout, root and split of `NAME:ROOT@SPLIT`; None for a path or URL without the name of a layout.
 
-    The split is what follows the last `@`, where no slash comes after it.
+    The split is what follows the last `@`; where a slash comes after it, that is part of a root, unless the layout's
+    split is a file.
     """
     name, colon, rest = place.partition(":")
-    if not colon or name not in LAYOUTS:
+    layout = LAYOUTS.get(name)
+    if not colon or layout is None:
         return None
     root, at, split = rest.rpartition("@")
-    return (LAYOUTS[name], root, split) if at and "/" not in split else (LAYOUTS[name], rest, None)
+    return (layout, root, split) if at and (layout.split_is_file or "/" not in split) else (layout, rest, None)
 
 
 def open_layout(place: str) -> LabelledSource | None:

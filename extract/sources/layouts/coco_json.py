@@ -1,0 +1,284 @@
+"""Objects from a file in COCO's JSON format: polygons, run-length masks, crowds, categories with gaps in their ids.
+
+The file is read once; of each image its objects are kept as text, and become arrays when its target is asked for.
+Masks are rasterised by faster-coco-eval, whose functions are pycocotools'. Format: cocodataset.org, "Data format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dtpipe.extract.sources.base import SourceItem
+from dtpipe.extract.sources.layouts.files import Tree, few
+from dtpipe.extract.sources.layouts.listed import ListedSource
+from dtpipe.extract.sources.layouts.objects import StatedObjects, other_size, read_objects
+from dtpipe.extract.sources.names import key_of
+from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.labels import ClassTable, Instances
+from dtpipe.manifests.words import count_of
+
+_POINTS = 3  # that a polygon has at least
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """One image that a file lists."""
+
+    file_name: str
+    size_px: tuple[int, int] | None
+    """Height and width, where the file says them."""
+    objects: bytes
+    """`StatedObjects` as JSON."""
+
+
+@dataclass(frozen=True, eq=False)
+class CocoFile:
+    """What a file says, with classes numbered from 0 in the order of their ids."""
+
+    where: str
+    images: Mapping[str, CocoImage]
+    """By file name."""
+    classes: ClassTable
+    has_masks: bool
+    """False where objects have boxes alone."""
+    notes: tuple[str, ...]
+
+
+def parse_coco(data: bytes, where: str) -> CocoFile:
+    """Read a file's bytes and check what can be checked without its images.
+
+    Raises: InputError naming an entry that is repeated, unknown, or without what it needs.
+    """
+    document = _document(data, where)
+    table, numbers = _classes(document["categories"], where)
+    images = _by_id(document["images"], "images", where)
+    objects: dict[Any, StatedObjects] = {image_id: [] for image_id in images}
+    ids: set[Any] = set()
+    left_out: dict[str, list[str]] = {}
+    for annotation in document["annotations"]:
+        name = _name(annotation, ids, where)
+        image_id = _field(annotation, "image_id", name)
+        if image_id not in objects:
+            left_out.setdefault("of images that the file does not list", []).append(f"image_id {image_id!r}")
+        elif (read := _read_object(annotation, numbers, name)) is None:
+            left_out.setdefault("whose box has no area", []).append(name.removeprefix(f"{where}: "))
+        else:
+            objects[image_id].append(read)
+    has_masks = _has_masks(objects, where)
+    by_name: dict[str, CocoImage] = {}
+    for image_id, image in images.items():
+        file_name = str(_field(image, "file_name", f"{where}: image {image_id!r}"))
+        if file_name in by_name:
+            raise InputError(f"{where}: the image {file_name} is listed twice; join its entries and their annotations")
+        stated = json.dumps(objects.pop(image_id), separators=(",", ":")).encode()
+        by_name[file_name] = CocoImage(file_name, _size(image, f"{where}: image {file_name}"), stated)
+    return CocoFile(where, by_name, table, has_masks, _sentences(left_out, where))
+
+
+def open_coco(tree: Tree, images: Mapping[str, SourceItem], file: CocoFile) -> ListedSource:
+    """The images of a tree that a file lists, with their objects.
+
+    `images` are those of the tree that may be meant, by name. A file names an image by its path there, or by the end
+    of it where no other image ends so. Raises: InputError when none is there, or one name may mean several.
+    """
+    places = _find_images(images, file)
+    missing = sorted(file.images.keys() - places.keys())
+    if not places:
+        raise InputError(
+            f"{tree.root}: none of the {count_of(len(file.images), 'image')} that {file.where} lists is there, "
+            f"{few(missing[:1])} for one, but {few(sorted(images)) or 'no image at all'}; check the root"
+        )
+    notes = list(file.notes)
+    if missing:
+        num = count_of(len(missing), "image")
+        notes.append(f"left out {num} that {file.where} lists and {tree.root} does not hold: {few(missing)}")
+    if unlisted := sorted(images.keys() - set(places.values())):
+        notes.append(f"left out {count_of(len(unlisted), 'image')} that {file.where} does not list: {few(unlisted)}")
+    rows = sorted(((images[place], file.images[name]) for name, place in places.items()), key=lambda row: row[0].key)
+    targets = CocoTargets(file.where, tuple(image for _, image in rows), file.has_masks)
+    return ListedSource(Instances, file.classes, [item for item, _ in rows], tree, targets, tuple(notes))
+
+
+@dataclass(frozen=True, eq=False)
+class CocoTargets:
+    """Reads the objects of an image that a file lists, by row."""
+
+    where: str
+    images: Sequence[CocoImage]
+    has_masks: bool
+
+    def __call__(self, row: int, image_px: tuple[int, int]) -> Instances:
+        """Raises: InputError naming the image whose objects are for another size or cannot be read."""
+        image = self.images[row]
+        where = f"{self.where}: image {image.file_name}"
+        if image.size_px not in (None, image_px):
+            raise other_size(where, image.size_px, image_px)
+        return read_objects(json.loads(image.objects), image_px, self.has_masks, where)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def _document(data: bytes, where: str) -> dict[str, list[Any]]:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"{where}: is no JSON ({err}); give the file of annotations in COCO's format") from err
+    if not isinstance(document, dict):
+        raise InputError(f"{where}: holds a list, as files of results do; give the file of annotations")
+    for part in ("images", "annotations", "categories"):
+        entries = document.get(part)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(
+                f"{where}: has no list of {part}, but {few(sorted(document)) or 'nothing'}; "
+                "give the file of annotations of objects in COCO's format"
+            )
+    if not document["images"]:
+        raise InputError(f"{where}: lists no image; give the file of annotations of another split")
+    return document
+
+
+def _classes(categories: Sequence[Mapping[str, Any]], where: str) -> tuple[ClassTable, Mapping[int, int]]:
+    """The table, and the class number of each id."""
+    by_id = _by_id(categories, "categories", where)
+    if odd := [own for own in by_id if not isinstance(own, int)]:
+        raise InputError(f"{where}: category id {odd[0]!r} is no whole number; number the categories")
+    names = [str(_field(by_id[own], "name", f"{where}: category {own}")) for own in sorted(by_id)]
+    if twice := [name for name, num in Counter(names).items() if num > 1]:
+        raise InputError(f"{where}: {few(twice)} is the name of two categories; give each its own")
+    return ClassTable(tuple(names), numbers=dict(enumerate(sorted(by_id)))), {
+        own: number for number, own in enumerate(sorted(by_id))
+    }
+
+
+def _by_id(entries: Sequence[Mapping[str, Any]], part: str, where: str) -> dict[Any, Mapping[str, Any]]:
+    by_id: dict[Any, Mapping[str, Any]] = {}
+    for entry in entries:
+        own = _field(entry, "id", f"{where}: an entry of {part}")
+        if not isinstance(own, int | str):
+            raise InputError(f"{where}: an entry of {part} has the id {own!r}, which is neither number nor text")
+        if own in by_id:
+            raise InputError(f"{where}: id {own!r} occurs twice among {part}; number them anew, each once")
+        by_id[own] = entry
+    return by_id
+
+
+def _field(entry: Mapping[str, Any], name: str, where: str) -> Any:
+    if entry.get(name) is None:
+        raise InputError(f"{where} has no {name}; write it, or leave the entry out")
+    return entry[name]
+
+
+def _size(image: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+    size = image.get("height"), image.get("width")
+    if size == (None, None):
+        return None
+    if not all(isinstance(side, int) and side > 0 for side in size):
+        raise InputError(f"{where} has height and width {size}; write whole numbers of px, or neither")
+    return size  # type: ignore[return-value]
+
+
+def _sentences(left_out: Mapping[str, Sequence[str]], where: str) -> tuple[str, ...]:
+    return tuple(
+        f"{where}: left out {count_of(len(which), 'annotation')} {why}, {which[0]} for one"
+        for why, which in left_out.items()
+    )
+
+
+# --- its annotations -------------------------------------------------------------------------------------------------
+
+
+def _name(annotation: Mapping[str, Any], ids: set[Any], where: str) -> str:
+    """What to call an annotation; its id must be its own."""
+    own = annotation.get("id")
+    name = f"{where}: annotation {own!r}" if own is not None else f"{where}: an annotation without an id"
+    if isinstance(own, int | str) and own in ids:
+        raise InputError(f"{name} occurs twice; number the annotations anew, each once")
+    if isinstance(own, int | str):
+        ids.add(own)
+    return name
+
+
+def _read_object(
+    annotation: Mapping[str, Any], numbers: Mapping[int, int], name: str
+) -> tuple[int, list[float] | None, float | None, bool, Any] | None:
+    """One of `StatedObjects`; None where its box has no area. Raises: InputError naming what is wrong."""
+    if "segments_info" in annotation:
+        raise InputError(f"{name} has segments_info: these are panoptic labels; give the file of instances")
+    category = _field(annotation, "category_id", name)
+    if not isinstance(category, int) or category not in numbers:
+        raise InputError(f"{name} is of category {category!r}, which the file does not list; list it, or mend the id")
+    box, area, segmentation = annotation.get("bbox") or None, annotation.get("area"), _segmentation(annotation, name)
+    if box is None and segmentation is None:
+        raise InputError(f"{name} has neither bbox nor segmentation; write one, or leave it out")
+    is_box = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+    if not (box is None or is_box) or not (area is None or _is_number(area)):
+        raise InputError(f"{name} has bbox {box} and area {area}; write x, y, width, height and an area in px")
+    if box is not None and min(box[2:]) <= 0:
+        return None
+    return numbers[category], box, area, bool(annotation.get("iscrowd")), segmentation
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _segmentation(annotation: Mapping[str, Any], name: str) -> Any:
+    """Polygons or run lengths; None where there is none.
+
+    pycocotools takes polygons of two points for boxes and passes over half a point, so both are refused.
+    """
+    segmentation = annotation.get("segmentation") or None
+    if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
+        return segmentation
+    if segmentation is not None and not isinstance(segmentation, list):
+        raise InputError(f"{name} has a segmentation that is neither polygons nor run lengths; write one of them")
+    for polygon in segmentation or ():
+        if not isinstance(polygon, list) or len(polygon) < 2 * _POINTS or len(polygon) % 2:
+            num = len(polygon) if isinstance(polygon, list) else "no list of"
+            raise InputError(
+                f"{name} has a polygon of {num} numbers; write x and y of {_POINTS} points or more, or leave it out"
+            )
+    return segmentation
+
+
+def _has_masks(objects: Mapping[Any, StatedObjects], where: str) -> bool:
+    with_mask = {image_id for image_id, entries in objects.items() for entry in entries if entry[-1] is not None}
+    without = next((image_id for image_id, entries in objects.items() for entry in entries if entry[-1] is None), None)
+    if with_mask and without is not None:
+        raise InputError(
+            f"{where}: image_id {without!r} has an object with a box and no segmentation, and others have one; "
+            "segment it, or leave all segmentations out to learn boxes alone"
+        )
+    return bool(with_mask)
+
+
+# --- its images ------------------------------------------------------------------------------------------------------
+
+
+def _find_images(images: Mapping[str, SourceItem], file: CocoFile) -> dict[str, str]:
+    """Name in the file to name in the tree, of those that are there."""
+    by_last: dict[str, list[str]] = {}
+    for name in images:
+        by_last.setdefault(name.rpartition("/")[2], []).append(name)
+    places: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for file_name in file.images:
+        name = key_of(file_name.replace("\\", "/").removeprefix("./"))
+        ends = (
+            [name]
+            if name in images
+            else [place for place in by_last.get(name.rpartition("/")[2], ()) if place.endswith(f"/{name}")]
+        )
+        if len(ends) > 1:
+            raise InputError(f"{file.where}: image {file_name} may be {few(ends)}; name a root that holds one of them")
+        if ends and ends[0] in taken:
+            raise InputError(f"{file.where}: lists {ends[0]} twice, as {taken[ends[0]]} and {file_name}; join them")
+        if ends:
+            places[file_name] = taken.setdefault(ends[0], file_name) and ends[0]
+    return places
