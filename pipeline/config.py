@@ -14,7 +14,9 @@ from dtpipe.manifests.store.paths import local_place, whole_if_there, whole_plac
 class EvalConfig(StrictModel):
     """What to score, on which labels, beside what."""
 
-    checkpoint: str = Field(description="Run folder, checkpoint or export of the student to score.")
+    checkpoint: str = Field(
+        description="Run folder, checkpoint or export of the student to score; several, one for each seed, are one arm."
+    )
     task: str = Field(description="Downstream task on frozen features; `dtpipe list tasks` names them.")
     images: str = Field(description="URL of labelled images: class folders, or any folder with --masks.")
     masks: str | None = Field(
@@ -48,8 +50,17 @@ class EvalConfig(StrictModel):
         description="Numbers of labelled images, of all classes together (of 5 classes, 10 is two of each); "
         "default: 5, 20, 80 and all for masks; 1, 5 and 20 times the number of classes and all for classes.",
     )
-    seeds: int = Field(default=3, ge=1, description="Draws of the labelled images and of random initialisations.")
-    against: tuple[str, ...] = Field(default=(), description="Another checkpoint to score beside it. Repeatable.")
+    seeds: int | None = Field(
+        default=None,
+        ge=1,
+        description="Draws of the labelled images, initialisations and runs, that pair across arms; "
+        "default: as many as an arm has runs, else 3.",
+    )
+    compare: tuple[str, ...] = Field(
+        default=(),
+        description="Another arm: [NAME=]RUN, RUN,RUN for seeds of one arm, or weights of other projects as "
+        "MODEL@FILE (a timm model) or timm:MODEL. Repeatable.",
+    )
     teacher: str | None = Field(
         default=None,
         description="Teacher whose own features are scored too; default: the one that made the run's dataset.",
@@ -65,7 +76,13 @@ class EvalConfig(StrictModel):
 
     _whole = field_validator("images", "masks", "test_images", "test_masks")(whole_place)
     _whole_teacher = field_validator("teacher")(whole_if_there)
-    _local = field_validator("checkpoint", "against", "out")(local_place)
+    _local = field_validator("checkpoint", "compare", "out")(local_place)
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _one_arm(cls, value: object) -> object:
+        """Runs that were given one by one are one arm."""
+        return ",".join(value) if isinstance(value, list) and all(isinstance(run, str) for run in value) else value
 
     @model_validator(mode="after")
     def _masks_go_together(self) -> EvalConfig:

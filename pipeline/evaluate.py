@@ -18,13 +18,13 @@ from dtpipe.distill.downstream.frozen import probe, readout
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
-from dtpipe.distill.student.load import load_student
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Class, Mask
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.words import count_of
+from dtpipe.pipeline.arms import open_comparison, runs_of
 from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
@@ -54,13 +54,13 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
         config = config.model_copy(update={"task": readout.TASK.name})
     check_task(config)
     refuse_other_file(result_path(config), b'"test_share"', "dtpipe eval")
-    student = load_student(config.checkpoint)
-    train, test = load_sets(config, student.spec.image_px, note)
+    comparison = open_comparison(config, note)
+    train, test = load_sets(config, comparison.spec.image_px, note)
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
-    trained_on = TrainedOn.of(config.checkpoint)
-    arms = extractors_of(config, student, trained_on.teacher(), train, note)
-    numbers, seeds = label_counts(config, train), range(config.seed, config.seed + config.seeds)
-    result = run_probe(config.task, arms, train, test, numbers, seeds, config.probe, note)
+    trained_on = TrainedOn.of(runs_of(config)[0])
+    arms = extractors_of(config, comparison, trained_on.teacher(), train, note)
+    numbers = label_counts(config, train)
+    result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note)
     said = [*coverage_notes(train, test), *overlap_notes(trained_on, train, test, config.test_images is None)]
     result = replace(result, notes=(*result.notes, *said))
     return Evaluation(result, _write(config, result))
@@ -143,7 +143,7 @@ def result_path(config: EvalConfig) -> Path:
     """Where the result goes. Raises: ConfigError for a checkpoint outside a run folder when no --out says."""
     if config.out:
         return Path(config.out)
-    run = Path(config.checkpoint)
+    run = Path(runs_of(config)[0])
     run = run if run.is_dir() else run.parent
     return run / "eval" / f"{config.task}.json"
 

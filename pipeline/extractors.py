@@ -16,8 +16,6 @@ from dtpipe.distill.downstream.extractors import (
 )
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.stream.batch import student_images
-from dtpipe.distill.student.load import load_student
-from dtpipe.distill.student.student import Student
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.encode import Sample, encode, stack_rows
@@ -26,6 +24,7 @@ from dtpipe.extract.teachers.base import Generator
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import DtpipeError, TeacherError
 from dtpipe.manifests.schema import ViewSpec
+from dtpipe.pipeline.arms import Arm, Comparison
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.trained_on import RunTeacher
@@ -33,11 +32,11 @@ from dtpipe.pipeline.trained_on import RunTeacher
 if TYPE_CHECKING:
     from torch import Tensor
 
-DISTILLED, TEACHER = "distilled", "teacher"
+TEACHER = "teacher"
 
 
 def extractors_of(
-    config: EvalConfig, student: Student, teacher: RunTeacher, train: LabelledSet, note: Note
+    config: EvalConfig, comparison: Comparison, teacher: RunTeacher, train: LabelledSet, note: Note
 ) -> list[FeatureExtractor | PerSeed]:
     """All arms, in the order of the table; the teacher where it can be had, else `note` says why not.
 
@@ -46,13 +45,19 @@ def extractors_of(
     device = pick_device(config.device)
     arms: list[FeatureExtractor | PerSeed] = [
         raw_pixels(),
-        random_initialisation(student.spec, train, config.probe.batch_size, device),
+        random_initialisation(comparison.spec, train, config.probe.batch_size, device),
     ]
     own = _own_features(config, teacher, device, note)
     if own is not None:
         arms.append(own)
-    arms.append(student_extractor(student, device, DISTILLED))
-    return arms + [student_extractor(load_student(other), device, other) for other in config.against]
+    return arms + [arm_extractor(arm, comparison.seeds, device) for arm in comparison.arms]
+
+
+def arm_extractor(arm: Arm, seeds: range, device: str) -> FeatureExtractor | PerSeed:
+    """The frozen students of an arm: one for all seeds, or one for each."""
+    if arm.num == 1:
+        return student_extractor(arm.student_for(seeds[0]), device, arm.name)
+    return PerSeed(arm.name, lambda seed: student_extractor(arm.student_for(seed), device, arm.name))
 
 
 def _own_features(config: EvalConfig, teacher: RunTeacher, device: str, note: Note) -> FeatureExtractor | None:

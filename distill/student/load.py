@@ -38,10 +38,10 @@ def load_student(path: str | Path, ema: bool = True) -> Student:
     return _from_checkpoint(path / "last.pt" if path.is_dir() else path, ema)
 
 
-def is_export(folder: Path) -> bool:
-    """True for a folder with an export of a student, whatever else is in it."""
+def is_export(path: Path) -> bool:
+    """True for the file of a student's export, or a folder with one, whatever else is in it."""
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(path / WEIGHTS if path.is_dir() else path, framework="pt") as file:
             return STUDENT_KEY in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False

@@ -30,6 +30,8 @@ class Flag:
     key: str
     metavar: str | None = None
     repeatable: bool = False
+    aliases: tuple[str, ...] = ()
+    """Other names of the flag."""
 
     @property
     def parameter(self) -> str:
@@ -90,14 +92,15 @@ def _help(field: FieldInfo, key: str, section: str) -> str:
 def _add_flag(function: Callable[..., Any], flag: Flag, section: str) -> Callable[..., Any]:
     field = check_key(flag.key, flag.name)
     if flag.positional:
-        many = _is_many(field)
+        many = _is_many(field) or flag.repeatable
         return click.argument(flag.parameter, metavar=flag.metavar, nargs=-1 if many else 1, required=False)(function)
     text = _help(field, flag.key, section)
     if _is_bool(field):
         names = f"{flag.name}/--no-{flag.name[2:]}" if field.default else flag.name
         return click.option(names, flag.parameter, is_flag=True, default=None, help=text)(function)
     metavar = flag.metavar or DEFAULT_METAVAR
-    return click.option(flag.name, flag.parameter, metavar=metavar, multiple=flag.repeatable, help=text)(function)
+    spelled = (flag.name, *flag.aliases, flag.parameter)
+    return click.option(*spelled, metavar=metavar, multiple=flag.repeatable, help=text)(function)
 
 
 def _flag_values(flags: Sequence[Flag], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
 
 FLAGS = (
-    Flag("checkpoint", "eval.checkpoint", "CKPT"),
+    Flag("checkpoint", "eval.checkpoint", "RUN...", repeatable=True),
     Flag("task", "eval.task", "TASK"),
     Flag("--images", "eval.images", "URL"),
     Flag("--masks", "eval.masks", "URL"),
@@ -19,7 +19,7 @@ FLAGS = (
     Flag("--test-share", "eval.test_share", "SHARE"),
     Flag("--labelled", "eval.labelled", "N,N,all"),
     Flag("--seeds", "eval.seeds", "N"),
-    Flag("--against", "eval.against", "CKPT", repeatable=True),
+    Flag("--compare", "eval.compare", "ARM", repeatable=True, aliases=("--against",)),
     Flag("--teacher", "eval.teacher", "PATH|NAME"),
     Flag("--timestep", "eval.timestep", "T"),
     Flag("--px", "eval.px", "PX"),
@@ -31,7 +31,8 @@ FLAGS = (
 EXAMPLE = """
 dtpipe eval runs/r50 probe --images labelled/
 dtpipe eval runs/r50 readout --images scenes/images --masks scenes/semantic --foreground --labelled 5,20,80
-dtpipe eval runs/r50 knn --images labelled/ --against runs/other --seeds 5
+dtpipe eval runs/s0 runs/s1 runs/s2 knn --images labelled/ --compare untrained=runs/u0,runs/u1,runs/u2
+dtpipe eval runs/r50 probe --images labelled/ --compare dino=resnet50@dino_resnet50_pretrain.pth
 """
 
 
@@ -44,12 +45,13 @@ def command(call: Call, levels: bool) -> None:
     Always beside raw pixels, the random initialisation of the same student and, when it can be had, the teacher.
     """
     config = call.settings("eval")
+    from dtpipe.pipeline.arms import runs_of
     from dtpipe.pipeline.evaluate import evaluate
 
     evaluation = evaluate(config, call.console.note)
-    run = Path(config.checkpoint)
-    if run.is_dir():
-        record_command(run)
+    for run in map(Path, runs_of(config)):
+        if run.is_dir():
+            record_command(run)
     call.console.result(evaluation.result.to_table(levels))
     call.console.result(f"wrote {evaluation.path}")
     call.console.document(evaluation.result.to_json())

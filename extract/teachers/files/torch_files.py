@@ -26,10 +26,12 @@ MOST_TIMES = 4  # weights are close to noise: packing saves a tenth of them
 SPARE_BYTES = 1 << 26  # of small files, which may hold many zeros
 
 
-def load_torch(path: Path, classes: Sequence[type] = (), mapped: bool = False) -> Any:
+def load_torch(
+    path: Path, classes: Sequence[Any] = (), mapped: bool = False, advice: str = "download or export the teacher again"
+) -> Any:
     """The content of a torch file on the CPU; `mapped`: its tensors stay in the file where its format allows.
 
-    `classes` are those that may be made beside tensors and plain values.
+    `classes` are those that may be made beside tensors and plain values; `advice` ends the message of damage.
     Raises: TeacherError when it is missing, damaged, holds other things, or unpacks to more than `most_bytes`.
     """
     import torch
@@ -40,7 +42,7 @@ def load_torch(path: Path, classes: Sequence[type] = (), mapped: bool = False) -
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", mmap=mapped and stored_plainly, weights_only=True)
     except Exception as err:  # torch raises many types for a damaged file
-        raise unreadable_file(path, err, "weights") from err
+        raise unreadable_file(path, err, "weights", advice) from err
 
 
 def most_bytes(path: Path) -> int:
