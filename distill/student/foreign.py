@@ -198,6 +198,6 @@ def _unfit(where: str, model: str, reading: _Reading, missing: Sequence[str], ow
     inside = f" under {reading.place.strip(': ').rstrip('.')!r}" if reading.place else ""
     return (
         f"{where}: weights{inside} in names of {reading.layout} fit {len(reading.fitting)} of the {len(own)} tensors "
-        f"of {model} ({'; '.join(filter(None, problems))}); nothing was loaded; give the timm model that they are of, as "
-        "NAME@FILE"
+        f"of {model} ({'; '.join(filter(None, problems))}); nothing was loaded; give the timm model that they are of, "
+        "as NAME@FILE"
     )
