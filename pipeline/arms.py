@@ -31,7 +31,7 @@ _TIMM = "timm:"
 
 
 @dataclass(frozen=True)
-class Member:
+class ArmMember:
     """One backbone: a run of dtpipe or a file of weights, of a timm model where that is named."""
 
     path: str | None
@@ -55,7 +55,7 @@ class ArmSpec:
     """An arm as it was written."""
 
     name: str
-    members: tuple[Member, ...]
+    members: tuple[ArmMember, ...]
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,20 @@ def parse_arm(text: str, name: str | None = None) -> ArmSpec:
     return ArmSpec(before if named else name or text, members)
 
 
-def _members(text: str) -> list[Member]:
+def _members(text: str) -> list[ArmMember]:
     path = os.path.expanduser(text)  # noqa: PTH111  as settings do
     if os.path.lexists(path):
-        return [Member(path)]
+        return [ArmMember(path)]
     model, at, file = text.removeprefix(_TIMM).partition("@")
     if at:
-        return [Member(os.path.expanduser(file), model)]  # noqa: PTH111
+        return [ArmMember(os.path.expanduser(file), model)]  # noqa: PTH111
     if text.startswith(_TIMM):
-        return [Member(None, model)]
+        return [ArmMember(None, model)]
     if "*" not in text:
-        return [Member(path)]
+        return [ArmMember(path)]
     if not (runs := sorted(glob.glob(path))):  # noqa: PTH207  patterns with a root
         raise InputError(f"{text}: nothing matches; give run folders")
-    return [Member(run) for run in runs]
+    return [ArmMember(run) for run in runs]
 
 
 def runs_of(config: EvalConfig) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ def _check(arm: ArmSpec, spec: StudentSpec | None, note: Note) -> StudentSpec:
     return specs[0]
 
 
-def load_member(member: Member, like: StudentSpec | None, note: Note = lambda _: None) -> Student:
+def load_member(member: ArmMember, like: StudentSpec | None, note: Note = lambda _: None) -> Student:
     """The student of a member, of the size and the levels of `like` where the member does not say.
 
     Raises: InputError, DamagedDataError, ConfigError in a sentence; ConfigError for weights with nothing to be like.

@@ -14,7 +14,7 @@ from dtpipe.distill.downstream.extractors import random_student
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.student.student import Student, StudentSpec, spec_to_dict
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.pipeline.arms import Arm, ArmSpec, Member, open_comparison, parse_arm, random_arm, runs_of, seeds_of
+from dtpipe.pipeline.arms import Arm, ArmSpec, ArmMember, open_comparison, parse_arm, random_arm, runs_of, seeds_of
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.rivals.weights import read_weights_file
 
@@ -46,13 +46,13 @@ def is_of(student: Student, seed: int) -> bool:
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("runs/a", ArmSpec("runs/a", (Member("runs/a"),))),
-        ("old=runs/a", ArmSpec("old", (Member("runs/a"),))),
-        ("old=runs/a,runs/b", ArmSpec("old", (Member("runs/a"), Member("runs/b")))),
-        ("runs/lr=1e-3", ArmSpec("runs/lr=1e-3", (Member("runs/lr=1e-3"),))),
-        ("resnet50@w/r50.pth", ArmSpec("resnet50@w/r50.pth", (Member("w/r50.pth", "resnet50"),))),
-        ("dino=timm:resnet50@r50.pth", ArmSpec("dino", (Member("r50.pth", "resnet50"),))),
-        ("timm:resnet50.a1_in1k", ArmSpec("timm:resnet50.a1_in1k", (Member(None, "resnet50.a1_in1k"),))),
+        ("runs/a", ArmSpec("runs/a", (ArmMember("runs/a"),))),
+        ("old=runs/a", ArmSpec("old", (ArmMember("runs/a"),))),
+        ("old=runs/a,runs/b", ArmSpec("old", (ArmMember("runs/a"), ArmMember("runs/b")))),
+        ("runs/lr=1e-3", ArmSpec("runs/lr=1e-3", (ArmMember("runs/lr=1e-3"),))),
+        ("resnet50@w/r50.pth", ArmSpec("resnet50@w/r50.pth", (ArmMember("w/r50.pth", "resnet50"),))),
+        ("dino=timm:resnet50@r50.pth", ArmSpec("dino", (ArmMember("r50.pth", "resnet50"),))),
+        ("timm:resnet50.a1_in1k", ArmSpec("timm:resnet50.a1_in1k", (ArmMember(None, "resnet50.a1_in1k"),))),
     ],
 )
 def test_an_arm_is_read_as_it_is_documented(text: str, spec: ArmSpec) -> None:
@@ -62,7 +62,7 @@ def test_an_arm_is_read_as_it_is_documented(text: str, spec: ArmSpec) -> None:
 def test_a_path_that_is_there_is_one_member_whatever_is_in_its_name(tmp_path: Path) -> None:
     for name in ("a,b", "x=y@z"):
         run = write_run(tmp_path / name, 0)
-        assert parse_arm(run).members == (Member(run),)
+        assert parse_arm(run).members == (ArmMember(run),)
 
 
 def test_a_pattern_stands_for_the_runs_that_match_in_order(tmp_path: Path) -> None:
