@@ -14,7 +14,7 @@ from dtpipe.distill.downstream.extractors import random_student
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.student.student import Student, StudentSpec, spec_to_dict
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.pipeline.arms import Arm, ArmSpec, ArmMember, open_comparison, parse_arm, random_arm, runs_of, seeds_of
+from dtpipe.pipeline.arms import Arm, ArmMember, ArmSpec, open_comparison, parse_arm, random_arm, runs_of, seeds_of
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.rivals.weights import read_weights_file
 
