@@ -1,7 +1,8 @@
 """Labelled images that are read when a task asks for them, and the draw of a few of them.
 
 Nothing here holds pixels: a set says how many images there are, their keys and what their classes mean; `image` and
-`target` read one of them. What a task needs at once it asks for by rows.
+`target` read one of them, from many threads. What a task needs at once it asks for by rows. A set pickles when what
+reads it does, so that workers read too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtpipe.manifests.errors import ConfigError, ShapeError
-from dtpipe.manifests.labels import Class, ClassTable, Mask, Target
+from dtpipe.manifests.labels import Class, ClassTable, Instances, Mask, Panoptic, Target
 from dtpipe.manifests.words import are, count_of
 
 IGNORE = -1
@@ -27,6 +28,8 @@ SampleRows = Sequence[int] | npt.NDArray[np.int64]
 _MISSING: dict[type[Target], str] = {
     Class: "this task needs class labels and the labelled images have none; give a source with class folders",
     Mask: "this task needs masks and the labelled images have none; give a folder of masks beside the images",
+    Instances: "this task needs objects and the labelled images have none; give a layout of objects, such as coco-json",
+    Panoptic: "this task needs segments and the labelled images have none; give a panoptic layout",
 }
 
 
@@ -60,8 +63,8 @@ class LabelledSet:
         return replace(
             self,
             keys=tuple(self.keys[row] for row in places),
-            image=lambda row: self.image(places[row]),
-            target=lambda row: self.target(places[row]),
+            image=_AtRows(self.image, tuple(places)),
+            target=_AtRows(self.target, tuple(places)),
             digests=tuple(self.digests[row] for row in places) if self.digests else (),
             occurring=None,
         )
@@ -72,7 +75,7 @@ class LabelledSet:
         return replace(
             self,
             classes=ClassTable(("background", "foreground")),
-            target=lambda row: cast(Mask, self.target(row)).foreground(),
+            target=_Changed(self.target, Mask.foreground),
             occurring=None if self.occurring is None else frozenset(min(number, 1) for number in self.occurring),
         )
 
@@ -81,6 +84,17 @@ class LabelledSet:
         if self.occurring is not None:
             return self.occurring
         return frozenset(number for row in range(len(self)) for number in self.target(row).occurring)
+
+    def find_some_classes(self, num: int) -> frozenset[int]:
+        """Class numbers that occur; where nobody has looked, no further than until there are `num` of them."""
+        if self.occurring is not None:
+            return self.occurring
+        numbers: set[int] = set()
+        for row in range(len(self)):
+            if len(numbers) >= num:
+                break
+            numbers |= self.target(row).occurring
+        return frozenset(numbers)
 
     def need(self, kind: type[Target]) -> None:
         """Raises: ConfigError saying what is missing when the targets are of another kind."""
@@ -121,6 +135,28 @@ class LabelledSet:
         return np.stack(arrays)
 
 
+@dataclass(frozen=True)
+class _AtRows:
+    """Reads the rows of a larger set by their numbers in a smaller one."""
+
+    read: Callable[[int], Any]
+    rows: tuple[int, ...]
+
+    def __call__(self, row: int) -> Any:
+        return self.read(self.rows[row])
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """Reads what another reads, and changes it."""
+
+    read: Callable[[int], Any]
+    change: Callable[[Any], Target]
+
+    def __call__(self, row: int) -> Target:
+        return self.change(self.read(row))
+
+
 def _is_image(array: npt.NDArray[Any]) -> bool:
     return array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8
 
@@ -133,11 +169,14 @@ def count_classes(*sets: LabelledSet) -> int:
 
 
 def check_several_classes(train: LabelledSet, test: LabelledSet) -> None:
-    """Refuse sets of a single class, which a constant answer scores 1.0 on. Raises: ConfigError naming the class."""
+    """Refuse classes or masks of a single class, which a constant answer scores 1.0 on. Raises: ConfigError."""
     for part, labelled in (("labelled", train), ("held-out", test)):
-        names = [labelled.classes.names[number] for number in labelled.find_classes()]
-        if len(names) < 2:
+        if labelled.kind not in (Class, Mask):
+            continue
+        numbers = labelled.find_some_classes(2)
+        if len(numbers) < 2:
             what = "images are" if labelled.kind is Class else "masks hold pixels"
+            names = [labelled.classes.names[number] for number in numbers]
             found = f"all {part} {what} of one class, {names[0]!r}" if names else f"no pixel of the {part} masks counts"
             raise ConfigError(f"{found}: a constant answer would score 1.0; give a second class")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import pickle
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,17 @@ from hypothesis import strategies as st
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import raw_pixels
 from dtpipe.distill.downstream.frozen.probe import linear_probe
-from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet, check_apart, count_classes, draw_labelled
+from dtpipe.distill.downstream.labelled import (
+    IGNORE,
+    Draw,
+    LabelledSet,
+    check_apart,
+    check_several_classes,
+    count_classes,
+    draw_labelled,
+)
 from dtpipe.manifests.errors import ConfigError, ShapeError
-from dtpipe.manifests.labels import Class, ClassTable
+from dtpipe.manifests.labels import Class, ClassTable, Instances, Mask, Panoptic
 from parts.labelled import all_images, all_masks, with_classes, with_masks
 
 
@@ -64,6 +73,47 @@ def test_a_subset_keeps_images_targets_and_digests_together() -> None:
     assert part.keys == ("0001.png", "0004.png") and part.digests == ("b", "e")
     np.testing.assert_array_equal(all_images(part), all_images(labelled)[[1, 4]])
     assert part.read_classes().tolist() == [1, 1] and len(part.classes) == 3
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Reads arrays of its own."""
+
+    masks: np.ndarray
+
+    def image(self, row: int) -> np.ndarray:
+        return np.repeat(self.masks[row][..., None], 3, axis=2)
+
+    def target(self, row: int) -> Mask:
+        return Mask(self.masks[row])
+
+
+def test_a_set_pickles_with_all_that_was_done_to_it() -> None:
+    stored = Stored(np.random.default_rng(0).integers(0, 4, (6, 3, 5), dtype=np.uint8))
+    table = ClassTable.numbered(4)
+    labelled = LabelledSet(tuple("abcdef"), Mask, table, stored.image, stored.target).subset([5, 2, 3]).foreground()
+    copy = pickle.loads(pickle.dumps(labelled.subset([2, 0])))
+    assert copy.keys == ("d", "f") and copy.classes.names == ("background", "foreground")
+    np.testing.assert_array_equal(all_masks(copy), stored.masks[[3, 5]] > 0)
+    np.testing.assert_array_equal(all_images(copy)[..., 0], stored.masks[[3, 5]])
+
+
+def test_no_more_targets_are_read_than_it_takes_to_see_two_classes() -> None:
+    labelled, read = make_set(40), []
+    watched = replace(labelled, target=lambda row: (read.append(row), labelled.target(row))[1])
+    check_several_classes(watched, watched.subset(range(1, 40)))
+    assert read == [0, 1, 1, 2]
+    with pytest.raises(ConfigError, match="all held-out images are of one class, '1'"):
+        check_several_classes(labelled, labelled.subset([1, 4, 7]))
+
+
+def test_a_task_is_told_which_targets_it_lacks() -> None:
+    labelled = make_set(4)
+    for kind, lacks in ((Mask, "masks"), (Instances, "objects"), (Panoptic, "segments")):
+        with pytest.raises(ConfigError, match=f"this task needs {lacks} and the labelled images have none"):
+            labelled.need(kind)
+    with pytest.raises(ConfigError, match="needs class labels"):
+        make_set(4, masks=True).need(Class)
 
 
 def test_a_task_reads_the_images_that_it_needs_one_batch_at_a_time() -> None:
