@@ -47,6 +47,9 @@ class HeadConfig(StrictModel):
     norm: Literal["batch", "group", "none"] = Field(default="batch", description="Norms inside the head.")
     dropout: Share = Field(default=0.1, description="Before the last convolution of segmentation.")
     aux_weight: float = Field(default=0.4, ge=0, description="Of the auxiliary FCN head's loss; 0 leaves it out.")
+    stride: int | None = Field(
+        default=None, ge=1, description="Of fcn: stride of the one level it reads; default: all, joined at the finest."
+    )
     loss: Literal["cross_entropy", "binary"] = Field(
         default="cross_entropy", description="Of classes: binary is cross-entropy per class, as with LAMB recipes."
     )

@@ -1,0 +1,41 @@
+"""A student's levels as heads take them: several strides also of a plain transformer, normed ones of a ConvNeXt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from timm.layers.norm import LayerNorm2d
+from torch import Tensor, nn
+
+from dtpipe.distill.student.pyramid import PYRAMID_STRIDES, SimplePyramid
+from dtpipe.distill.student.student import Student
+
+
+class HeadLevels(nn.Module):
+    """What stands between a student and a head; of most students, nothing. `strides` and `channels` are what it gives.
+
+    A student of a single stride goes through a simple pyramid, as before the regressor: `pyramid.*` has the names and
+    shapes that it has there. A ConvNeXt's levels get layer norms over channels, norm0 to norm3 of its own detection
+    and segmentation (facebookresearch/ConvNeXt), since no norm ends its stages.
+    """
+
+    def __init__(self, student: Student, norm: str) -> None:
+        """norm: batch or group, inside the pyramid."""
+        super().__init__()
+        self.strides, self.channels = student.strides, student.channels
+        self.pyramid: SimplePyramid | None = None
+        if student.single_scale:
+            self.pyramid = SimplePyramid(student.strides[0], student.channels[0], PYRAMID_STRIDES, norm)
+            self.strides, self.channels = PYRAMID_STRIDES, self.pyramid.channels
+        self.norms: nn.ModuleList | None = None
+        if "convnext" in student.spec.name:
+            self.norms = nn.ModuleList(LayerNorm2d(channels, eps=1e-6) for channels in self.channels)
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Shapes: the student's levels, finest first -> [(B, channels[i], H/strides[i], W/strides[i])]."""
+        if self.pyramid is not None:
+            finer: list[Tensor] = self.pyramid(levels[0])
+            return finer
+        if self.norms is not None:
+            return [norm(level) for norm, level in zip(self.norms, levels, strict=True)]
+        return list(levels)
