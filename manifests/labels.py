@@ -139,12 +139,12 @@ class Instances:
             raise ConfigError("these labels are boxes without masks, and a mask is to be learned from; use task detect")
         numbers = np.zeros(self.size_px, dtype=np.int64)
         if self.crowd is not None:
-            numbers[self.masks[self.crowd].any(axis=0)] = IGNORE_VALUE
+            numbers[self.masks[self.crowd].any(axis=0)] = -1
         counted = np.flatnonzero(self.counts)
         sizes = self.masks.reshape(len(self), -1).sum(axis=1)
         for idx in counted[np.argsort(-sizes[counted], kind="stable")]:
             numbers[self.masks[idx]] = 1 + self.classes[idx]
-        return Mask(numbers)
+        return Mask(numbers, ignore=-1)  # there may be more classes than 255
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,6 +79,22 @@ class LabelledSet:
             occurring=None if self.occurring is None else frozenset(min(number, 1) for number in self.occurring),
         )
 
+    def as_masks(self) -> LabelledSet:
+        """The same samples with masks; of objects, those of `Instances.as_mask`, whose class 0 is background.
+
+        Raises: ConfigError when they have neither.
+        """
+        if self.kind is not Instances:
+            self.need(Mask)
+            return self
+        return replace(
+            self,
+            kind=Mask,
+            classes=ClassTable((_background(self.classes), *self.classes.names)),
+            target=_Changed(self.target, Instances.as_mask),
+            occurring=None,
+        )
+
     def find_classes(self) -> frozenset[int]:
         """Class numbers that occur among the targets; reads them all where nobody has looked."""
         if self.occurring is not None:
@@ -155,6 +171,14 @@ class _Changed:
 
     def __call__(self, row: int) -> Target:
         return self.change(self.read(row))
+
+
+def _background(classes: ClassTable) -> str:
+    """A name for what no object covers that no class of objects has."""
+    name = "background"
+    while name in classes.names:
+        name = f"other {name}"
+    return name
 
 
 def _is_image(array: npt.NDArray[Any]) -> bool:

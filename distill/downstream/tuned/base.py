@@ -85,7 +85,7 @@ class TunedTask(Generic[Prediction]):
     summary: str
     """One sentence for people who choose a task."""
     kind: type[Target]
-    """What it learns from. Where masks are learned from, `Instances` with masks will do: see `Instances.as_mask`."""
+    """What it learns from. Where masks are learned from, `Instances` with masks will do: see `LabelledSet.as_masks`."""
     metric_name: str
     build: Callable[[Student, ClassTable, TuneConfig], nn.Module]
     """A `TaskNetwork` on a student; the head's weights are drawn from torch's global generator.

@@ -151,3 +151,20 @@ def test_classes_are_counted_over_all_sets() -> None:
     table = ClassTable.numbered(9)
     sets = [LabelledSet(("a",), Class, table, make_set(1).image, lambda _row, k=k: Class(k)) for k in (2, 4)]
     assert count_classes(*sets) == 5
+
+
+def test_objects_become_masks_whose_background_has_a_name_of_its_own() -> None:
+    """The smaller object lies on top, what only a crowd covers is ignored, and 300 classes have room."""
+    masks = np.zeros((3, 4, 4), bool)
+    masks[0, 1, 1], masks[1, :2, :3], masks[2, :3, 1:] = True, True, True
+    boxes = np.zeros((3, 4))
+    objects = Instances((4, 4), boxes, np.array([254, 7, 0]), masks, crowd=np.array([False, False, True]))
+    table = ClassTable(("background", *map(str, range(1, 300))))
+    image = np.zeros((4, 4, 3), np.uint8)
+    labelled = LabelledSet(("a",), Instances, table, lambda _row: image, lambda _row: objects).as_masks()
+    assert labelled.classes.names[:3] == ("other background", "background", "1")
+    assert labelled.read_masks([0])[0].tolist() == [[8, 8, 8, -1], [8, 255, 8, -1], [0, -1, -1, -1], [0, 0, 0, 0]]
+    assert labelled.find_classes() == {0, 8, 255}
+    assert labelled.as_masks() is labelled
+    with pytest.raises(ConfigError, match="needs masks"):
+        make_set(3).as_masks()

@@ -25,7 +25,7 @@ from dtpipe.manifests.labels import ClassTable, Mask, Target
 MIOU = "mIoU"
 DDPM_MIOU = "mIoU as ddpm-segmentation"
 FOREGROUND_AP = "foreground AP"
-_THRESHOLDS = torch.cat([torch.zeros(1), torch.linspace(-16, 16, 1025, dtype=torch.float64).sigmoid().float()])
+_THRESHOLDS = torch.cat([torch.zeros(1), torch.linspace(-16, 16, 8193, dtype=torch.float64).sigmoid().float()])
 """Probabilities at which foreground is cut, evenly spaced in the logit: trained networks are sure of most pixels."""
 
 

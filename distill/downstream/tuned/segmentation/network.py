@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +114,8 @@ def to_prediction(probabilities: Tensor) -> MaskPrediction:
 def build_upernet(student: Student, classes: ClassTable, config: TuneConfig) -> Segmenter:
     """UPerNet with its auxiliary head of half the width. Raises: ConfigError where that has no level to read."""
     head_config = config.head
-    levels = HeadLevels(student, head_config.norm)
-    decoder = RegressorConfig(width=head_config.width, norm=head_config.norm)
+    levels = HeadLevels(student, _norm_of(head_config))
+    decoder = RegressorConfig(width=head_config.width, norm=_norm_of(head_config))
     head = UPerNet(levels.channels, len(classes), decoder, head_config.dropout)
     return Segmenter(student, levels, head, _aux_head(student, levels, len(classes), head_config), config)
 
@@ -122,7 +123,7 @@ def build_upernet(student: Student, classes: ClassTable, config: TuneConfig) -> 
 def build_fcn(student: Student, classes: ClassTable, config: TuneConfig) -> Segmenter:
     """Two convolutions on all levels, or on the one of `head.stride`. Raises: ConfigError where there is none."""
     head_config = config.head
-    levels = HeadLevels(student, head_config.norm)
+    levels = HeadLevels(student, _norm_of(head_config))
     used = tuple(range(len(levels.strides)))
     if head_config.stride is not None:
         used = (_level_of(student, levels, head_config.stride, "eval.tune.head.stride asks for"),)
@@ -136,6 +137,14 @@ def build_fcn(student: Student, classes: ClassTable, config: TuneConfig) -> Segm
         dropout=head_config.dropout,
     )
     return Segmenter(student, levels, head, None, config, used)
+
+
+def _norm_of(config: HeadConfig) -> Literal["batch", "group"]:
+    if config.norm == "none":
+        raise ConfigError(
+            "eval.tune.head.norm is none, and convolutions of segmentation have norms; give batch or group"
+        )
+    return config.norm
 
 
 def _aux_head(student: Student, levels: HeadLevels, num_classes: int, config: HeadConfig) -> nn.Module | None:

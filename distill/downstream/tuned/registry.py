@@ -1,0 +1,10 @@
+"""All tasks that train backbone and head on labels, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtpipe.distill.downstream.tuned.base import TunedTask
+from dtpipe.distill.downstream.tuned.tasks import fcn, few_labels, segment
+
+TUNED_TASKS: dict[str, TunedTask[Any]] = {task.name: task for task in (segment.TASK, fcn.TASK, few_labels.TASK)}
