@@ -17,7 +17,7 @@ from dtpipe.distill.downstream.tuned.config import InferenceConfig
 from dtpipe.distill.student.blocks import resize
 from dtpipe.manifests.errors import ConfigError
 
-LEAST_PX = 32
+ROOM_PX = 32
 """Smaller images are filled up to this height and width: a coarsest level has stride 32."""
 
 Logits = Callable[[Tensor], Tensor]
@@ -98,7 +98,7 @@ def seen_through(logits: Logits, images: Tensor, views: Views) -> Tensor:
     Shapes: (B, 3, H, W) -> (B, K, h, w), with windows (B, K, H, W).
     """
     if views.window_px is None:
-        return _with_room(logits, images, (LEAST_PX, LEAST_PX))
+        return _with_room(logits, images, (ROOM_PX, ROOM_PX))
     window = views.window_px
     step = views.stride_px or (max(1, round(2 * window[0] / 3)), max(1, round(2 * window[1] / 3)))
     height, width = images.shape[-2:]

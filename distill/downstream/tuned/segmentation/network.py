@@ -28,7 +28,7 @@ from dtpipe.distill.student.student import Student, model_options
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import ClassTable
 
-MASK = "mask"
+MASK_TARGET = "mask"
 """Name of what is learned: (H, W) int64 class numbers, `IGNORE` where none is known."""
 AUX_STRIDE = 16
 """Of the level that the auxiliary head reads, mmsegmentation's third."""
@@ -61,7 +61,7 @@ class Segmenter(nn.Module):
         Shapes: images (3, H, W) in [-1, 1], targets {mask: (H, W) int64}.
         Raises: ConfigError when batch norms would see one value per channel.
         """
-        masks = _stack([target[MASK] for target in targets], IGNORE)
+        masks = _stack([target[MASK_TARGET] for target in targets], IGNORE)
         with _enough_for_norms():
             levels = self.levels(self.student(_stack(images, 0.0)))
             main = pixel_loss(self.head(self._read(levels)), masks)

@@ -15,18 +15,18 @@ from dtpipe.distill.downstream.tuned.segmentation.metrics import DDPM_MIOU, Mask
 from dtpipe.distill.downstream.tuned.segmentation.network import build_upernet
 from dtpipe.manifests.labels import IGNORE_VALUE, ClassTable, Mask, Pixels, Target
 
-LEAST_PX = 20
+SPECK_PX = 20
 """A class with fewer pixels in a training image is ignored there."""
 
 
 def without_specks(mask: Mask) -> Mask:
-    """The mask with classes of fewer than `LEAST_PX` pixels ignored; what is scored is never cleaned.
+    """The mask with classes of fewer than `SPECK_PX` pixels ignored; what is scored is never cleaned.
 
     Source: yandex-research/ddpm-segmentation, train_interpreter.py.
     """
     ignore = IGNORE_VALUE if mask.ignore is None else mask.ignore
     numbers, counts = np.unique(mask.numbers, return_counts=True)
-    specks = np.isin(mask.numbers, numbers[counts < LEAST_PX])
+    specks = np.isin(mask.numbers, numbers[counts < SPECK_PX])
     return Mask(np.where(specks, ignore, mask.numbers), ignore)
 
 
