@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.extractors import RANDOM_INIT
 from dtpipe.distill.downstream.frozen import probe, readout
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.registry import TASKS, find_task
@@ -62,7 +63,8 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     numbers = label_counts(config, train)
     result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note)
     said = [*coverage_notes(train, test), *overlap_notes(trained_on, train, test, config.test_images is None)]
-    result = replace(result, notes=(*result.notes, *said))
+    subject = comparison.arms[0].name
+    result = replace(result, notes=(*result.notes, *said), subject=subject, reference=RANDOM_INIT)
     return Evaluation(result, _write(config, result))
 
 

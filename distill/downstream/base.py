@@ -27,3 +27,5 @@ class Task:
     """Name of its score, by the number of classes."""
     score: ScoreDraws
     """Held-out scores of one extractor, from labelled images, held-out images and the draws among the labelled."""
+    headline: Callable[[ProbeConfig], str]
+    """What the candidate is that nothing is chosen for, whose scores have the level `FIXED`: a clause."""

@@ -16,7 +16,7 @@ from dtpipe.distill.downstream.labelled import (
     draw_labelled,
 )
 from dtpipe.distill.downstream.registry import find_task
-from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
+from dtpipe.distill.downstream.result import FIXED, HEAD, ProbeResult, Score
 from dtpipe.manifests.errors import ConfigError
 
 
@@ -52,7 +52,7 @@ def run_probe(
         if on_progress is not None:
             on_progress(f"{task}: {extractor.name}")
         scores += _score_extractor(entry, extractor, train, test, draws, config)
-    return ProbeResult(task, metric, len(test), tuple(scores), _notes(scores))
+    return ProbeResult(task, metric, len(test), tuple(scores), _notes(scores), entry.headline(config))
 
 
 def make_draws(train: LabelledSet, num_labelled: Sequence[int | None], seeds: Sequence[int]) -> list[Draw]:
@@ -98,8 +98,9 @@ def metric_of(task: Task, train: LabelledSet, test: LabelledSet) -> str:
 
 
 def _notes(scores: Sequence[Score]) -> tuple[str, ...]:
-    few = sorted({score.num_labelled for score in scores if score.selection is None and score.level != HEAD})
+    chosen = [score for score in scores if score.level not in (HEAD, FIXED)]
+    few = sorted({score.num_labelled for score in chosen if score.selection is None})
     if not few:
         return ()
     counts = ", ".join(str(num) for num in few)
-    return (f"{counts} labelled images are too few to choose a level from; there the last candidate was taken",)
+    return (f"{counts} labelled images are too few to choose a best level from; there the last one was taken",)

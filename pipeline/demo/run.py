@@ -201,7 +201,7 @@ class _Demo:
         if path.is_file():
             document = read_document(path, "run the demo again with --fresh")
             self.result.metric = document["metric"]
-            self.result.scores = best_scores(document)
+            self.result.scores = headline_scores(document)
         return self.result
 
 
@@ -219,12 +219,13 @@ def has_classes(images: str, items: Sequence[SourceItem], console: Console) -> b
     return True
 
 
-def best_scores(document: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Mean of the best level by features and number of labelled images, from an evaluation's JSON."""
+def headline_scores(document: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Mean of the headline by features and number of labelled images, from an evaluation's JSON."""
+    from dtpipe.distill.downstream.result import headline_of
+
     scores: dict[str, dict[str, float]] = {}
-    for summary in document["summaries"]:
-        if summary["level"] == "best":
-            scores.setdefault(summary["extractor"], {})[str(summary["num_labelled"])] = summary["mean"]
+    for summary in headline_of(document):
+        scores.setdefault(summary.extractor, {})[str(summary.num_labelled)] = summary.mean
     return scores
 
 
@@ -235,7 +236,7 @@ def print_result(console: Console, result: DemoResult) -> None:
     if result.scores:
         numbers = sorted({num for row in result.scores.values() for num in row}, key=int)
         console.result(
-            f"{result.metric} on held-out images, from few labelled ones; features frozen, best level, one seed"
+            f"{result.metric} on held-out images, from few labelled ones; features frozen, all levels, one seed"
         )
         rows = [
             (name, *(f"{row[num]:.3f}" if num in row else "-" for num in numbers))

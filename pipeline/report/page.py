@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.downstream.result import headline_of
 from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.engine.run_folder import read_config, read_metrics
 from dtpipe.extract.config import ExtractConfig, TeacherConfig
@@ -187,13 +188,13 @@ def _table(document: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The scores of one evaluation, as the template shows them."""
     from markupsafe import Markup
 
-    best = [summary for summary in document["summaries"] if summary["level"] == "best"]
-    numbers = sorted({summary["num_labelled"] for summary in best})
+    top = headline_of(document)
+    numbers = sorted({summary.num_labelled for summary in top})
     cells: dict[str, dict[int, tuple[float, float]]] = {}
-    for summary in best:
-        cells.setdefault(summary["extractor"], {})[summary["num_labelled"]] = (summary["mean"], summary["std"] or 0.0)
+    for summary in top:
+        cells.setdefault(summary.extractor, {})[summary.num_labelled] = (summary.mean, summary.std or 0.0)
     rows = {arm: [by_num.get(num) for num in numbers] for arm, by_num in cells.items()}
-    seeds = max(summary["num_seeds"] for summary in best)
+    seeds = max(summary.num_seeds for summary in top)
     spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     return {
         "title": f"{document['task']}: {document['metric']}",
@@ -202,6 +203,7 @@ def _table(document: Mapping[str, Any], name: str) -> dict[str, Any]:
         "caption": " ".join(
             [
                 f"{count_of(document['num_test'], 'held-out image')}; {spread}.",
+                *(f"{said}." for said in (document.get("headline"), document.get("verdict")) if said),
                 *(f"{note}." for note in document["notes"]),
             ]
         ),

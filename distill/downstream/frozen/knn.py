@@ -7,6 +7,7 @@ Nothing is fitted, so few labels are enough; the level is chosen by leaving each
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor
 from dtpipe.distill.downstream.frozen.probe import pooled_levels, pooled_rows
 from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes
-from dtpipe.distill.downstream.result import ACCURACY, Score, mark_best
+from dtpipe.distill.downstream.result import ACCURACY, FIXED, Score, mark_best
 from dtpipe.manifests.labels import Class
 
 QUERY_ROWS = 4096  # queries whose similarities to all labelled images are held at once
@@ -59,7 +60,7 @@ def neighbours(num_labelled: int, num_classes: int, k: int) -> int:
 def knn_probe(
     extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
 ) -> list[Score]:
-    """Held-out accuracy of every level in every draw, the best level of each draw marked."""
+    """Held-out accuracy of every level in every draw, the best of each draw marked, and of the fixed candidate."""
     num_classes, classes = count_classes(train, test), train.read_classes()
     held_out = pooled_levels(extractor, test, config.batch_size, concatenated=False)
     truth = torch.from_numpy(test.read_classes())
@@ -77,7 +78,7 @@ def knn_probe(
             candidates.append(
                 Score(extractor.name, level, len(draw.rows), draw.seed, value, selection, settings={"k": k})
             )
-        scores += mark_best(candidates)
+        scores += [*mark_best(candidates), replace(candidates[-1], level=FIXED, selection=None)]
     return scores
 
 
@@ -96,4 +97,5 @@ TASK = Task(
     Class,
     metric=lambda _num_classes: ACCURACY,
     score=knn_probe,
+    headline=lambda config: f"the last level, up to {config.k} neighbours: nothing is chosen",
 )

@@ -20,7 +20,7 @@ from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, row_batches
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
 from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes
-from dtpipe.distill.downstream.result import ACCURACY, ALL_LEVELS, Score, mark_best
+from dtpipe.distill.downstream.result import ACCURACY, ALL_LEVELS, FIXED, Score, mark_best
 from dtpipe.manifests.labels import Class
 
 
@@ -89,7 +89,7 @@ def choose_linear(
 def linear_probe(
     extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
 ) -> list[Score]:
-    """Held-out accuracy of every level in every draw, the best level of each draw marked.
+    """Held-out accuracy of every level in every draw, the best level of each draw marked, and of the fixed candidate.
 
     Chance is the share of the largest class.
     """
@@ -110,7 +110,32 @@ def linear_probe(
                 Score(extractor.name, level, len(draw.rows), draw.seed, value, choice.selection, settings=settings)
             )
         scores += mark_best(candidates)
+        scores.append(_fixed(extractor.name, draw, own, labels, (held_out[level], truth), num_classes, config))
     return scores
+
+
+def _fixed(
+    name: str,
+    draw: Draw,
+    features: Tensor,
+    labels: npt.NDArray[np.int64],
+    held_out: tuple[Tensor, Tensor],
+    num_classes: int,
+    config: ProbeConfig,
+) -> Score:
+    """The score of the last candidate, all levels, with the regularisation that nothing chose.
+
+    Shapes: features (n, D), labels (n,), held-out features and classes (m, D) and (m,).
+    """
+    targets = torch.from_numpy(labels).to(features.device)
+    classifier = fit_path(features, targets, num_classes, [config.l2_fallback], config.max_iter)[config.l2_fallback]
+    value = float((classifier.predict(held_out[0]).cpu() == held_out[1]).double().mean())
+    return Score(name, FIXED, len(draw.rows), draw.seed, value, settings={"l2": config.l2_fallback})
+
+
+def all_levels(config: ProbeConfig) -> str:
+    """What the headline of linear read-outs is."""
+    return f"all levels together, l2 {config.l2_fallback:g} for all: nothing is chosen"
 
 
 def pooled_rows(
@@ -130,4 +155,5 @@ TASK = Task(
     Class,
     metric=lambda _num_classes: ACCURACY,
     score=linear_probe,
+    headline=all_levels,
 )

@@ -7,7 +7,7 @@ held-out images pass once, batch by batch, through all classifiers, so memory do
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -19,8 +19,10 @@ from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, row_batches
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
+from dtpipe.distill.downstream.frozen.probe import all_levels
+from dtpipe.distill.downstream.frozen.ranking import FOREGROUND_AP, ForegroundRanking
 from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet, count_classes
-from dtpipe.distill.downstream.result import ALL_LEVELS, Score, mark_best
+from dtpipe.distill.downstream.result import ALL_LEVELS, FIXED, Score, mark_best
 from dtpipe.manifests.errors import ShapeError
 from dtpipe.manifests.labels import Mask
 
@@ -144,15 +146,15 @@ class Readout:
     weights: Mapping[str, Tensor]
     bias: Tensor
 
-    def predict(self, levels: Mapping[str, Tensor], grid: Sequence[int]) -> Tensor:
-        """Most likely class of each cell; logits are formed at each level's own size.
+    def logits(self, levels: Mapping[str, Tensor], grid: Sequence[int]) -> Tensor:
+        """How likely each class of each cell is; logits are formed at each level's own size.
 
-        Shapes: {level: (B, C, h, w)} -> (B, *grid).
+        Shapes: {level: (B, C, h, w)} -> (B, K, *grid).
         """
         parts = [
             at_grid(torch.einsum("kc,bchw->bkhw", weight, levels[name]), grid) for name, weight in self.weights.items()
         ]
-        return (torch.stack(parts).sum(dim=0) + self.bias[:, None, None]).argmax(dim=1)
+        return torch.stack(parts).sum(dim=0) + self.bias[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,13 @@ class Fitted:
     level: str
     readout: Readout
     l2: float
-    selection: float | None
+    selection: float | None = None
 
 
 def fit_readouts(cells: Cells, draw: Draw, num_classes: int, config: ProbeConfig) -> list[Fitted]:
-    """A read-out of each level and one of all, each with the regularisation that whole images left out prefer."""
+    """A read-out of each level and one of all, each with the regularisation that whole images left out prefer; last the
+    fixed one, of all with a regularisation that nothing chose.
+    """
     candidates = {name: [name] for name in cells.features}
     if len(candidates) > 1:
         candidates[ALL_LEVELS] = list(cells.features)
@@ -178,7 +182,11 @@ def fit_readouts(cells: Cells, draw: Draw, num_classes: int, config: ProbeConfig
         classifier = fit_path(features, cells.targets, num_classes, [l2], config.max_iter)[l2]
         readout = _split(classifier, {name: cells.features[name].shape[1] for name in names})
         fitted.append(Fitted(draw, candidate, readout, l2, selection))
-    return fitted
+    last, l2 = fitted[-1], config.l2_fallback
+    if last.l2 != l2:
+        classifier = fit_path(features, cells.targets, num_classes, [l2], config.max_iter)[l2]
+        last = Fitted(draw, last.level, _split(classifier, {name: cells.features[name].shape[1] for name in names}), l2)
+    return [*fitted, replace(last, level=FIXED, selection=None)]
 
 
 def _split(classifier: LinearClassifier, widths: Mapping[str, int]) -> Readout:
@@ -210,38 +218,69 @@ def _choose_l2(
 def dense_readout(
     extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
 ) -> list[Score]:
-    """Held-out IoU of every level in every draw, the best level of each draw marked."""
+    """Held-out IoU of every level in every draw, the best level of each draw marked, and of the fixed candidate.
+
+    Of two classes, the fixed candidate's foreground AP stands beside it.
+    """
     num_classes = count_classes(train, test)
     fitted = []
     for draw in draws:
         cells = draw_cells(extractor, train.subset(draw.rows), num_classes, draw.seed, config)
         fitted.append(fit_readouts(cells, draw, num_classes, config))
-    confusions = iter(_held_out(extractor, test, list(chain(*fitted)), num_classes, config))
+    seen = iter(_held_out(extractor, test, list(chain(*fitted)), num_classes, config))
     scores = []
     for candidates in fitted:
-        scores += mark_best([_score(extractor.name, candidate, next(confusions)) for candidate in candidates])
+        *chosen, fixed = [_score(extractor.name, candidate, next(seen)) for candidate in candidates]
+        scores += [*mark_best(chosen), fixed]
     return scores
 
 
-def _score(extractor: str, fitted: Fitted, confusion: Tensor) -> Score:
+@dataclass(frozen=True)
+class Seen:
+    """What one read-out said of all held-out cells."""
+
+    confusion: Tensor
+    """(K, K)"""
+    ranking: ForegroundRanking | None
+    """Of the fixed candidate of two classes."""
+
+
+def _score(extractor: str, fitted: Fitted, seen: Seen) -> Score:
+    confusion = seen.confusion
     ious = [None if iou != iou else iou for iou in iou_by_class(confusion).tolist()]  # NaN is not JSON
     settings: dict[str, Any] = {"l2": fitted.l2, "iou_by_class": ious}
-    draw = fitted.draw
+    draw, precision = fitted.draw, seen.ranking.average_precision() if seen.ranking else None
     return Score(
-        extractor, fitted.level, len(draw.rows), draw.seed, iou_score(confusion), fitted.selection, settings=settings
+        extractor,
+        fitted.level,
+        len(draw.rows),
+        draw.seed,
+        iou_score(confusion),
+        fitted.selection,
+        settings=settings,
+        others={} if precision is None else {FOREGROUND_AP: precision},
     )
 
 
 def _held_out(
     extractor: FeatureExtractor, test: LabelledSet, fitted: Sequence[Fitted], num_classes: int, config: ProbeConfig
-) -> list[Tensor]:
-    """The confusion matrix of each read-out over all held-out images, in one pass."""
-    confusions = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in fitted]
+) -> list[Seen]:
+    """What each read-out says of all held-out images, in one pass."""
+    results = [
+        Seen(
+            torch.zeros(num_classes, num_classes, dtype=torch.int64),
+            ForegroundRanking() if candidate.level == FIXED and num_classes == 2 else None,
+        )
+        for candidate in fitted
+    ]
     for _, levels, truth in _with_cells(extractor, test, num_classes, config):
         truth = truth.to(next(iter(levels.values())).device)
-        for confusion, candidate in zip(confusions, fitted, strict=True):
-            confusion += confusion_matrix(truth, candidate.readout.predict(levels, truth.shape[1:]), num_classes)
-    return confusions
+        for seen, candidate in zip(results, fitted, strict=True):
+            logits = candidate.readout.logits(levels, truth.shape[1:])
+            seen.confusion.add_(confusion_matrix(truth, logits.argmax(dim=1), num_classes))
+            if seen.ranking is not None:
+                seen.ranking.add(truth, logits[:, 1] - logits[:, 0])
+    return results
 
 
 TASK = Task(
@@ -250,4 +289,5 @@ TASK = Task(
     Mask,
     metric=lambda num_classes: FOREGROUND_IOU if num_classes == 2 else MEAN_IOU,
     score=dense_readout,
+    headline=all_levels,
 )
