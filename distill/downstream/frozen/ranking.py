@@ -33,7 +33,7 @@ class ForegroundRanking:
 
     def average_precision(self) -> float | None:
         """Area under precision over recall, scikit-learn's; None where one of the classes does not occur."""
-        from sklearn.metrics import average_precision_score  # type: ignore[import-untyped]  # slow to import
+        from sklearn.metrics import average_precision_score  # slow to import
 
         background, foreground = self.counts.view(2, _NUM_BINS)
         if not background.any() or not foreground.any():
