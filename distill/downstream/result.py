@@ -22,6 +22,8 @@ BEST = "best"
 FIXED = "fixed"
 """Name of the candidate that nothing was chosen for: the headline of frozen features."""
 ACCURACY = "accuracy"
+FOREGROUND_AP = "foreground AP"
+"""Average precision of the second of two classes, pixel by pixel or cell by cell."""
 HEAD = "head"
 """Level name of a network scored by its own output rather than by a classifier on a level."""
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dtpipe.distill.downstream.labelled import IGNORE
 
-FOREGROUND_AP = "foreground AP"
 LARGEST_LOGIT = 16.0
 """Surer answers count as this sure."""
 BIN = 1 / 256

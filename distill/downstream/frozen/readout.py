@@ -20,9 +20,9 @@ from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, row_batches
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
 from dtpipe.distill.downstream.frozen.probe import all_levels
-from dtpipe.distill.downstream.frozen.ranking import FOREGROUND_AP, ForegroundRanking
+from dtpipe.distill.downstream.frozen.ranking import ForegroundRanking
 from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet, count_classes
-from dtpipe.distill.downstream.result import ALL_LEVELS, FIXED, Score, mark_best
+from dtpipe.distill.downstream.result import ALL_LEVELS, FIXED, FOREGROUND_AP, Score, mark_best
 from dtpipe.manifests.errors import ShapeError
 from dtpipe.manifests.labels import Mask
 

@@ -16,6 +16,7 @@ from torchmetrics.classification import BinaryAveragePrecision, MulticlassJaccar
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from dtpipe.distill.downstream.labelled import IGNORE
+from dtpipe.distill.downstream.result import FOREGROUND_AP
 from dtpipe.distill.downstream.tuned.base import Metric, TaskScores
 from dtpipe.distill.downstream.tuned.predictions import MaskPrediction
 from dtpipe.distill.downstream.tuned.segmentation.augment import mask_tensor
@@ -24,7 +25,6 @@ from dtpipe.manifests.labels import ClassTable, Mask, Target
 
 MIOU = "mIoU"
 DDPM_MIOU = "mIoU as ddpm-segmentation"
-FOREGROUND_AP = "foreground AP"
 _THRESHOLDS = torch.cat([torch.zeros(1), torch.linspace(-16, 16, 8193, dtype=torch.float64).sigmoid().float()])
 """Probabilities at which foreground is cut, evenly spaced in the logit: trained networks are sure of most pixels."""
 
