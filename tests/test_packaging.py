@@ -172,6 +172,7 @@ def test_wheel_holds_the_data_that_commands_read(wheel_names: set[str]) -> None:
     assert any(name.endswith(".html") for name in data)
     assert any(name.endswith(".safetensors") for name in data)
     data |= {"dtpipe/distill/student/timm_students.json", "dtpipe/extract/teachers/published.yaml"}
+    data |= {f"dtpipe/extract/sources/layouts/published/{name}" for name in ("classes.yaml", "imagenet.tsv")}
     data |= {f"dtpipe/{folder}/py.typed" for folder in FOLDERS}  # annotations are for users' type checkers too
     assert data - wheel_names == set()
 

@@ -29,7 +29,7 @@ BY_PROTOCOL = {
     ("LOSS",): "distill/losses/",
     ("REGRESSOR",): "distill/student/regressors/",
     ("KIND",): "extract/",
-    ("LAYOUT",): "extract/sources/layouts/",
+    ("LAYOUT", "LAYOUTS"): "extract/sources/layouts/",
     ("TASK",): "distill/downstream/",
 }
 """What many files of a folder define, since one reader or caller takes any of them."""

@@ -88,7 +88,7 @@ class Tree:
         above = name.strip("/")
         while above:
             above = above.rpartition("/")[0]
-            if seen := self._names(above):
+            if seen := self.names(above):
                 lies = f"{few(seen)} in {above}" if above else few(seen)
                 raise InputError(f"{self.root}: there is no {name}; it holds {lies}; check root and split")
         raise InputError(f"{self.root}: there is no {name}; it is empty; check root and split")
@@ -102,7 +102,7 @@ class Tree:
     def _path(self, name: str) -> str:
         return f"{self.root}/{name.strip('/')}".rstrip("/")
 
-    def _names(self, under: str) -> Sequence[str]:
+    def names(self, under: str = "") -> Sequence[str]:
         """Names of what lies right in a folder; none where there is no such folder."""
         if self._archive is not None:
             start = len(_inside(under))

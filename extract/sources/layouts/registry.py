@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from dtpipe.extract.sources.layouts.base import LabelledSource, Layout
 from dtpipe.extract.sources.layouts.generic import coco
+from dtpipe.extract.sources.layouts.published import ade20k, bdd100k, cityscapes, ddpm_seg, imagenet, voc
+from dtpipe.extract.sources.layouts.published import coco as published_coco
 
-_DECLARED: tuple[Layout, ...] = (coco.LAYOUT,)
+_DECLARED: tuple[Layout, ...] = (
+    coco.LAYOUT,
+    imagenet.LAYOUT,
+    ade20k.LAYOUT,
+    *published_coco.LAYOUTS,
+    *bdd100k.LAYOUTS,
+    *cityscapes.LAYOUTS,
+    *voc.LAYOUTS,
+    ddpm_seg.LAYOUT,
+)
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _DECLARED}
 
 
