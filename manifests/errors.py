@@ -18,7 +18,7 @@
     ├── ErrorBudgetError         7  more failed than the error budget allows
     ├── StoreError               8  the store is full, unwritable or breaks its promises
     ├── DivergedError            9  a loss or its gradient is not finite
-    ├── ExportError              1  an export does not compute what the student computes
+    ├── ExportError             10  an export does not compute what the student computes
     ├── DemoStepError            *  that of the demo's command that failed
     └── StoppedError             *  130 or 143: a signal asked for a stop, and the run stopped cleanly
 
@@ -127,6 +127,8 @@ class DivergedError(DtpipeError):
 
 class ExportError(DtpipeError):
     """An export, loaded again, does not compute what the student computes; nothing was left behind."""
+
+    exit_code = 10
 
 
 class DemoStepError(DtpipeError):

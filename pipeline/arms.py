@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dtpipe.distill.downstream.extractors import RANDOM_INIT, random_student
 from dtpipe.distill.student.foreign import load_foreign
-from dtpipe.distill.student.load import is_export, load_student
+from dtpipe.distill.student.load import export_layout, load_student
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.words import count_of
@@ -46,7 +46,7 @@ class ArmMember:
             return False
         path = Path(self.path)
         if path.suffix == ".safetensors":
-            return not path.is_file() or is_export(path)
+            return not path.is_file() or export_layout(path) is not None
         return path.suffix not in (".pth", ".bin", ".ckpt", ".tar", ".pkl") and not _is_foreign(path)
 
 

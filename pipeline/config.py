@@ -95,7 +95,9 @@ class ExportConfig(StrictModel):
     """Which student to write, for whom."""
 
     checkpoint: str = Field(description="Run folder or checkpoint.")
-    out: str = Field(description="Folder to write: model.safetensors, config.json and export.yaml, these settings.")
+    out: str = Field(
+        description="Folder to write: the weights, config.json, student.json and export.yaml, these settings."
+    )
     layout: str = Field(default="timm", description="Which library loads it; `dtpipe list exports` names them.")
 
     _local = field_validator("checkpoint", "out")(local_place)

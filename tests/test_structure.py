@@ -25,7 +25,7 @@ MAX_MODULES, MAX_LINES = 14, 400
 STILL_IN_CIRCLES: list[set[str]] = []
 BY_PROTOCOL = {
     ("EXAMPLE", "FLAGS", "HELP", "command"): "pipeline/commands/",
-    ("FORMAT", "check", "finetune", "reload", "snippet"): "distill/export/",
+    ("FORMAT", "check", "documents", "finetune", "reload", "sizes", "snippet", "write"): "distill/export/",
     ("LOSS",): "distill/losses/",
     ("REGRESSOR",): "distill/student/regressors/",
     ("KIND",): "extract/",
@@ -156,7 +156,7 @@ def test_the_docstring_of_errors_is_their_tree() -> None:
     listed, parents = [], ["Exception"]
     for line in (inspect.getdoc(errors) or "").splitlines():
         if match := re.fullmatch(
-            r"((?:│   |    |├── |└── )*)(\w+Error|BadImage) +(\d|\*)?.*", line.removeprefix("    ")
+            r"((?:│   |    |├── |└── )*)(\w+Error|BadImage) +(\d+|\*)?.*", line.removeprefix("    ")
         ):
             prefix, name, code = match.groups()
             depth = len(prefix) // 4

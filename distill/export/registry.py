@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from dtpipe.distill.export import timm, torchvision
+from dtpipe.distill.export import (
+    convnext,
+    detectron2,
+    onnx,
+    openmmlab,
+    timm,
+    torchvision,
+    torchvision_detection,
+    torchvision_segmentation,
+    transformers,
+)
+from dtpipe.distill.export.base import ExportFormat
 
-EXPORTS = {entry.name: entry for entry in (timm.FORMAT, torchvision.FORMAT)}
+_DECLARED = (timm, torchvision, torchvision_detection, torchvision_segmentation, detectron2, openmmlab, convnext)
+EXPORTS: dict[str, ExportFormat] = {entry.FORMAT.name: entry.FORMAT for entry in (*_DECLARED, transformers, onnx)}

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+from torch import nn
 
-from dtpipe.distill.export.base import ExportFormat, Reloaded
-from dtpipe.distill.student.student import Student, model_options
+from dtpipe.distill.export.base import CONFIG, ExportFormat, Reloaded, input_config
+from dtpipe.distill.student.student import Student, model_options, untagged
 from dtpipe.manifests.errors import ExportError
 
 
 def check(_student: Student) -> None:
     """Every student is a timm model."""
+
+
+def full_model(student: Student) -> nn.Module:
+    """timm's model of a student without classifier, with random weights."""
+    model: nn.Module = timm.create_model(student.spec.name, num_classes=0, **model_options(student.spec))
+    return model.eval()
 
 
 def reload(path: Path, student: Student) -> Reloaded:
@@ -39,4 +47,25 @@ def finetune(path: Path, _student: Student) -> str:
     return f"import timm\nmodel = timm.create_model({name!r}, pretrained=True, num_classes=5)\n"
 
 
-FORMAT = ExportFormat("timm", "timm and transformers load it, any student", check, reload, snippet, finetune)
+def hub_config(student: Student) -> dict[str, Mapping[str, Any] | str]:
+    """config.json as `local-dir:`, timm's hub and transformers read it.
+
+    `classifier` and `first_conv` name the layers that they leave out or convert for another number of classes or of
+    channels.
+    """
+    full: Any = full_model(student)
+    ours = {**input_config(student), "num_classes": 0, "pool_size": None}
+    kept = ("fixed_input_size", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier")
+    config = {
+        "architecture": untagged(student.spec.name),
+        "num_classes": 0,
+        "num_features": full.num_features,
+        "model_args": model_options(student.spec),
+        "pretrained_cfg": {name: full.pretrained_cfg[name] for name in kept if name in full.pretrained_cfg} | ours,
+    }
+    return {CONFIG: config}
+
+
+FORMAT = ExportFormat(
+    "timm", "timm and transformers load it, any student", check, reload, snippet, finetune, documents=hub_config
+)

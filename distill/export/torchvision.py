@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,29 +10,25 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dtpipe.distill.export.base import ExportFormat, Reloaded
+from dtpipe.distill.export.base import ExportFormat, Reloaded, check_counterpart, stage_outputs
 from dtpipe.distill.student.student import Student, untagged
-from dtpipe.manifests.errors import ConfigError
 
-_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
-_RESNEXTS = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
-_CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
-_NAMES = (*_RESNETS, *_RESNEXTS, *_CONVNEXTS)
+RESNETS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+)
+CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
 _IN_BLOCK = {"conv_dw": "block.0", "norm": "block.2", "mlp.fc1": "block.3", "mlp.fc2": "block.5"}
 
 
 def check(student: Student) -> None:
     """Raises: ConfigError for a student that torchvision has no like of."""
-    if untagged(student.spec.name) not in _NAMES:
-        raise ConfigError(
-            f"student {student.spec.name} has no torchvision counterpart with the same layers; those with one are "
-            f"{', '.join(_NAMES)}; export it in timm's layout"
-        )
+    check_counterpart(student, (*RESNETS, *CONVNEXTS), "torchvision")
 
 
 def to_torchvision(name: str, weight: Tensor, student: Student) -> tuple[str, Tensor]:
     """torchvision's name and shape of a weight of timm's full model."""
-    if untagged(student.spec.name) not in _CONVNEXTS:
+    if untagged(student.spec.name) not in CONVNEXTS:
         return name, weight
     if name.endswith(".gamma"):
         return _convnext_name(name), weight.view(-1, 1, 1)
@@ -59,21 +54,13 @@ def reload(path: Path, student: Student) -> Reloaded:
     """The stem's modules and the stages, without pooling and classifier."""
     name = untagged(student.spec.name)
     model: Any = getattr(torchvision.models, name)()
-    if name in _CONVNEXTS:
+    if name in CONVNEXTS:
         model.classifier[2] = nn.Identity()
     else:
         model.fc = nn.Identity()
     model.load_state_dict(load_file(path))
-    stages = model.eval().features if name in _CONVNEXTS else list(model.eval().children())[:-2]
-    return partial(_outputs, list(stages))
-
-
-def _outputs(modules: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
-    """What each module gives when they run one after the other."""
-    outputs = [images]
-    for module in modules:
-        outputs.append(module(outputs[-1].clone()))  # a ReLU may work in place
-    return outputs[1:]
+    stages = model.eval().features if name in CONVNEXTS else list(model.eval().children())[:-2]
+    return partial(stage_outputs, list(stages))
 
 
 def snippet(path: Path, student: Student) -> str:
@@ -93,7 +80,7 @@ def finetune(path: Path, student: Student) -> str:
 
 
 def _head(name: str) -> str:
-    return "model.classifier[2]" if name in _CONVNEXTS else "model.fc"
+    return "model.classifier[2]" if name in CONVNEXTS else "model.fc"
 
 
 FORMAT = ExportFormat(

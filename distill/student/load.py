@@ -13,12 +13,15 @@ from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.student.student import Student, StudentSpec, build_student, spec_from_dict, student_name
 from dtpipe.manifests.documents import Refusal, parse_json, why_not_read
 from dtpipe.manifests.errors import DamagedDataError, InputError
+from dtpipe.manifests.records.document import read_document
 from dtpipe.manifests.records.tensors import check_tensors
 
 WEIGHTS = "model.safetensors"
 """An export's weights inside its folder."""
 STUDENT_KEY = "dtpipe_student"
 """Where an export's metadata has the student's spec, as JSON."""
+EXPORT_RECORD = "student.json"
+"""An export's record inside its folder: its layout, student, and the digests of its files."""
 NAMES_KEY = "dtpipe_names"
 """Where it has timm's names of weights that the file names otherwise, as JSON."""
 
@@ -35,16 +38,27 @@ def load_student(path: str | Path, ema: bool = True) -> Student:
         return _from_export(path)
     if (path / WEIGHTS).is_file():
         return _from_export(path / WEIGHTS)
+    if (layout := export_layout(path)) is not None:
+        raise InputError(
+            f"{path}: holds an export in layout {layout}, which dtpipe does not read back; "
+            "give the run folder, its last.pt, or an export in layout timm"
+        )
     return _from_checkpoint(path / "last.pt" if path.is_dir() else path, ema)
 
 
-def is_export(path: Path) -> bool:
-    """True for the file of a student's export, or a folder with one, whatever else is in it."""
+def export_layout(path: Path) -> str | None:
+    """The layout of an export's file, or of the export in a folder, whatever else is in it; None where there is none.
+
+    Raises: DamagedDataError for a record that was changed.
+    """
+    if (path / EXPORT_RECORD).is_file():
+        return str(read_document(path / EXPORT_RECORD, "export again into another --out").get("layout"))
     try:
         with safe_open(path / WEIGHTS if path.is_dir() else path, framework="pt") as file:
-            return STUDENT_KEY in (file.metadata() or {})
+            metadata = file.metadata() or {}
+            return metadata.get("layout", "timm") if STUDENT_KEY in metadata else None
     except (SafetensorError, OSError):
-        return False
+        return None
 
 
 def student_state(state: Mapping[str, Any], ema: bool) -> Mapping[str, Any]:

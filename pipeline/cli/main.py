@@ -30,7 +30,7 @@ COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe 
     "verify": ("verify", "Check a feature dataset against its manifest."),
     "distill": ("distill", "Pre-train a student on feature datasets."),
     "eval": ("evaluate", "Score frozen features with few labels."),
-    "export": ("export", "Write a student for timm or torchvision."),
+    "export": ("export", "Write a student for timm, torchvision, detectron2 and others."),
     "report": ("report", "Write one HTML page about a run."),
     "demo": ("demo", "Run everything on digit scenes, or on your own folder."),
 }

@@ -1,4 +1,4 @@
-"""`dtpipe export`: a student for timm, transformers or torchvision."""
+"""`dtpipe export`: a student in the names of the library that trains it on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ FLAGS = (
 )
 EXAMPLE = """
 dtpipe export runs/r50 --out r50/
-dtpipe export runs/r50 --out r50-tv/ --layout torchvision
+dtpipe export runs/r50 --out r50-det/ --layout torchvision-detection
 """
 
 
 @settings_command("export", FLAGS, EXAMPLE, dry_run=False)
 def command(call: Call) -> None:
-    """Write a student as safetensors that timm, transformers or torchvision loads without dtpipe.
+    """Write a student as timm, torchvision, detectron2, OpenMMLab, transformers or ONNX load it, without dtpipe.
 
-    The file is loaded again and compared with the student before success is reported.
+    The file is loaded again and compared with the student before it takes its place.
     """
     config = call.settings("export")
     from dtpipe.distill.export.write import export_student
@@ -42,6 +42,8 @@ def command(call: Call) -> None:
     )
     if result.untrained:
         call.console.result(f"at initial values: {', '.join(result.untrained)}")
-    call.console.result(f"to load it:\n\n{result.snippet}")
-    call.console.result(f"to fine-tune it on five classes:\n\n{result.finetune}")
+    purpose = "fine-tune it on five classes" if result.snippet == result.finetune else "load it"
+    call.console.result(f"to {purpose}:\n\n{result.snippet}")
+    if result.finetune not in ("", result.snippet):
+        call.console.result(f"to fine-tune it on five classes:\n\n{result.finetune}")
     call.console.document(result)

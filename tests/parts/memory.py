@@ -92,13 +92,22 @@ def tiny_config(out: Path, **changes: object) -> DistillConfig:
     return build(DistillConfig, base, **changes)
 
 
-def write_student(path: Path, name: str, px: tuple[int, int] = (64, 64), ema: bool = False) -> Path:
-    """A checkpoint as a run leaves it, of a student with random weights and moved batch norms."""
+def write_student(
+    path: Path, name: str, px: tuple[int, int] = (64, 64), ema: bool = False, stirred: bool = False
+) -> Path:
+    """A checkpoint as a run leaves it, of a student with random weights and moved batch norms.
+
+    `stirred`: every weight matters, as after training; none is left at zero, one or 1e-6 as initialisation leaves it.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(1)
         student = build_student(StudentSpec(name, 4, px)).train()
         student(torch.rand(2, 3, *px))
         state = student.state_dict()
+        if stirred:
+            for tensor in state.values():
+                if tensor.is_floating_point() and tensor.ndim == 1:  # kernels are random already
+                    tensor.add_(torch.rand(tensor.shape) + 0.25)
         average = (
             {key: value * 0.5 if value.is_floating_point() else value for key, value in state.items()} if ema else None
         )
