@@ -50,7 +50,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.demo.scenes import ScenePart, write_scenes
 from dtpipe.pipeline.extractors import teacher_extractor
-from dtpipe.pipeline.labelled import LabelledReader, split_by_key
+from dtpipe.pipeline.labelled import LabelledReader, open_labelled, split_by_key
 from dtpipe.pipeline.train_teacher import train_teacher
 
 PX = 64
@@ -183,7 +183,7 @@ def read_scenes(root: Path, part: ScenePart, num: int, masks: str | None = None)
 def read_labelled(images: Path, masks: Path | None, prefix: str) -> LabelledSet:
     """All images of class folders at 64 px, or with masks."""
     recipe = TransformRecipe(resize="center_crop", height=PX, width=PX)
-    reader = LabelledReader(str(images), str(masks) if masks else None, recipe)
+    reader = LabelledReader(open_labelled(str(images), str(masks) if masks else None), recipe, str(images))
     return reader.select(range(len(reader.items)), say, prefix=prefix)
 
 

@@ -141,7 +141,7 @@ class Instances:
         if self.crowd is not None:
             numbers[self.masks[self.crowd].any(axis=0)] = -1
         counted = np.flatnonzero(self.counts)
-        sizes = self.masks.reshape(len(self), -1).sum(axis=1)
+        sizes = self.masks.sum(axis=(1, 2))
         for idx in counted[np.argsort(-sizes[counted], kind="stable")]:
             numbers[self.masks[idx]] = 1 + self.classes[idx]
         return Mask(numbers, ignore=-1)  # there may be more classes than 255
@@ -165,6 +165,14 @@ class Panoptic:
 
 
 Target = Class | Mask | Instances | Panoptic
+
+
+def mask_classes(objects: ClassTable) -> ClassTable:
+    """The classes of masks that are made of objects: background, then those of the objects."""
+    background = "background"
+    while background in objects.names:
+        background = f"other {background}"
+    return ClassTable((background, *objects.names))
 
 
 def class_table(labels: Iterable[str | None]) -> ClassTable | None:

@@ -7,8 +7,22 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.manifests.labels import IGNORE_VALUE
 from dtpipe.manifests.schema import Resize, Size, StrictModel
 from dtpipe.manifests.store.paths import local_place, whole_if_there, whole_place
+
+
+def _whole_labelled(place: str | None) -> str | None:
+    """A URL, or a layout's word with its root, as `whole_place` gives it."""
+    from dtpipe.extract.sources.layouts.registry import parse_layout
+
+    if place is None:
+        return None
+    parsed = parse_layout(place)
+    if parsed is None:
+        return whole_place(place)
+    layout, root, split = parsed
+    return f"{layout.name}:{whole_place(root)}" + (f"@{split}" if split else "")
 
 
 class EvalConfig(StrictModel):
@@ -18,13 +32,20 @@ class EvalConfig(StrictModel):
         description="Run folder, checkpoint or export of the student to score; several, one for each seed, are one arm."
     )
     task: str = Field(description="Downstream task on frozen features; `dtpipe list tasks` names them.")
-    images: str = Field(description="URL of labelled images: class folders, or any folder with --masks.")
+    images: str = Field(
+        description="Labelled images: NAME:ROOT@SPLIT of a layout (`dtpipe list layouts`), class folders, or any URL "
+        "with --masks."
+    )
     masks: str | None = Field(
         default=None,
         description="URL of masks: PNG files with the images' paths and a class number per pixel, 0 background.",
     )
+    class_names: str | None = Field(
+        default=None,
+        description="File with the names of the classes of --masks: a line each, 0 first, or JSON; default: numbers.",
+    )
     test_images: str | None = Field(
-        default=None, description="URL of the images to score on; default: a share of --images."
+        default=None, description="Labelled images to score on, named in the same way; default: a share of --images."
     )
     test_masks: str | None = Field(default=None, description="URL of the masks of --test-images.")
     test_share: float = Field(
@@ -74,7 +95,8 @@ class EvalConfig(StrictModel):
     out: str | None = Field(default=None, description="JSON file to write; default: eval/TASK.json in the run folder.")
     probe: ProbeConfig = ProbeConfig()
 
-    _whole = field_validator("images", "masks", "test_images", "test_masks")(whole_place)
+    _whole = field_validator("masks", "test_masks", "class_names")(whole_place)
+    _whole_labelled = field_validator("images", "test_images")(_whole_labelled)
     _whole_teacher = field_validator("teacher")(whole_if_there)
     _local = field_validator("checkpoint", "compare", "out")(local_place)
 
@@ -88,6 +110,20 @@ class EvalConfig(StrictModel):
     def _masks_go_together(self) -> EvalConfig:
         if self.test_images and (self.masks is None) != (self.test_masks is None):
             raise ValueError("eval.masks and eval.test_masks go together; give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _layouts_say_where_labels_lie(self) -> EvalConfig:
+        from dtpipe.extract.sources.layouts.registry import parse_layout
+
+        layouts = [name for name in (self.images, self.test_images) if name is not None and parse_layout(name)]
+        others = {"masks": self.masks, "test_masks": self.test_masks, "class_names": self.class_names}
+        ignored = [] if self.ignore_value == IGNORE_VALUE else ["ignore_value"]
+        given = [name for name, value in others.items() if value is not None] + ignored
+        if layouts and given:
+            raise ValueError(f"{layouts[0]} says where its labels are; eval.{given[0]} is for a URL of images")
+        if self.class_names and not self.masks:
+            raise ValueError("eval.class_names names the classes of eval.masks, and there are none; give --masks")
         return self
 
 

@@ -7,11 +7,8 @@ can be had.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.extractors import RANDOM_INIT
@@ -20,7 +17,7 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.labels import Class, Mask
+from dtpipe.manifests.labels import Class, Instances, Mask
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
@@ -30,7 +27,7 @@ from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.extractors import extractors_of
-from dtpipe.pipeline.labelled import LabelledReader, split_by_key
+from dtpipe.pipeline.sets import label_kind, open_sets
 from dtpipe.pipeline.trained_on import TrainedOn
 
 FEW_MASKS = (5, 20, 80)
@@ -70,54 +67,24 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
 
 def check_task(config: EvalConfig) -> None:
     """Refuse a task that does not learn from what is given. Raises: ConfigError naming those that do."""
-    kind = Mask if config.masks else Class
-    if find_task(config.task).target is not kind:
-        fitting = ", ".join(name for name, task in TASKS.items() if task.target is kind)
-        raise ConfigError(
-            f"task {config.task} learns from classes; with --masks use {fitting}"
-            if config.masks
-            else f"task {config.task} learns from masks; give --masks, or with class folders use {fitting}"
-        )
+    kind = label_kind(config)
+    usable = {kind, Mask} if kind is Instances else {kind}
+    target = find_task(config.task).target
+    if target not in usable:
+        fitting = ", ".join(name for name, task in TASKS.items() if task.target in usable) or "another layout"
+        given = "with --masks" if config.masks else f"with {config.images.partition(':')[0]}"
+        if kind is Class:
+            given = "give --masks, or with class folders"
+        learns = {Class: "classes", Mask: "masks"}[target]
+        raise ConfigError(f"task {config.task} learns from {learns}; {given} use {fitting}")
 
 
 def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:
-    """Images to draw labels from, and images held out. Raises: InputError, ConfigError."""
+    """Images to draw labels from, and images held out, at one size. Raises: InputError, ConfigError."""
     height, width = height_width(config.px or student_px)
-    recipe = TransformRecipe(resize=config.resize, height=height, width=width)
-    reader = LabelledReader(config.images, config.masks, recipe, config.ignore_value)
-    classes = None if config.masks else reader.class_folders(note)
-    if config.test_images:
-        if config.test_images == config.images:
-            raise ConfigError(
-                f"{config.images} is both --images and --test-images; leave out --test-images to split it"
-            )
-        held_out = LabelledReader(config.test_images, config.test_masks, recipe, config.ignore_value)
-        train = reader.select(_limited(range(len(reader.items)), config.limit), note, classes)
-        test = held_out.select(_limited(range(len(held_out.items)), config.limit), note, classes, prefix="held out/")
-    else:
-        parts = _split(config, reader)
-        train, test = (reader.select(_limited(part, config.limit), note, classes) for part in parts)
-    if config.masks and config.foreground:
-        train, test = train.foreground(), test.foreground()
+    train, test = open_sets(config, TransformRecipe(resize=config.resize, height=height, width=width), note)
     check_scorable(train, test, config.ignore_value)
     return train, test
-
-
-def _split(config: EvalConfig, reader: LabelledReader) -> tuple[list[int], list[int]]:
-    keys, labels = [item.key for item in reader.items], [item.label for item in reader.items]
-    train, test = split_by_key(keys, labels, config.test_share, config.seed)
-    if not test:
-        raise ConfigError(
-            f"{config.images}: too few images to hold some out ({len(keys)}); give more, or others as --test-images"
-        )
-    return train, test
-
-
-def _limited(rows: Sequence[int], limit: int | None) -> Sequence[int]:
-    """At most half of `limit` rows, spread evenly over the listing so that every class keeps its share."""
-    if limit is None or len(rows) <= limit // 2:
-        return rows
-    return [rows[idx] for idx in np.linspace(0, len(rows) - 1, limit // 2).astype(int)]
 
 
 def label_counts(config: EvalConfig, train: LabelledSet) -> list[int | None]:

@@ -1,25 +1,195 @@
-"""Labelled images for evaluation: a source's images, its class folders or masks beside it, and a split by key."""
+"""From any labelled source to a `LabelledSet`: resized for frozen tasks, whole for tuned ones.
+
+Whole images and targets are read when a worker asks for them. Everything is looked at once before any work, as long as
+there are no more than `LOOKED_AT` images, so that what is wrong with one is said at the beginning.
+"""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from blake3 import blake3
 
 from dtpipe.distill.downstream.labelled import LabelledSet
-from dtpipe.extract.config import SourceConfig
-from dtpipe.extract.sources.base import SourceItem
-from dtpipe.extract.sources.images import decode_image, resize_image
-from dtpipe.extract.sources.registry import open_source
-from dtpipe.manifests.errors import BadImage, InputError
-from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Mask, Pixels, Target
+from dtpipe.extract.sources.images import MAX_PIXELS, decode_image, resize_image
+from dtpipe.extract.sources.layouts.base import LabelledSource
+from dtpipe.extract.sources.layouts.generic.folders import open_folders
+from dtpipe.extract.sources.layouts.generic.masks import open_masks_beside
+from dtpipe.extract.sources.layouts.mask_files import resize_mask
+from dtpipe.extract.sources.layouts.registry import open_layout
+from dtpipe.extract.sources.places import spread
+from dtpipe.manifests.errors import BadImage, ConfigError, InputError
+from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Instances, Mask, Pixels, Target, mask_classes
 from dtpipe.manifests.schema import TransformRecipe
-from dtpipe.pipeline.classes import class_folders
 from dtpipe.pipeline.cli.console import Note
-from dtpipe.pipeline.masks import check_shape, decode_mask, resize_mask
 
 KEPT_BYTES = 1 << 30  # of decoded images and masks that a reader keeps in memory; what is beyond is read again
+LOOKED_AT = 20_000  # images that are all read before any work; of more, `_FEW`
+_FEW = 200
+_AT_ONCE = 8  # threads that look
+_Kept = TypeVar("_Kept", Pixels, Mask)
+
+
+def open_labelled(
+    images: str, masks: str | None = None, ignore_value: int | None = IGNORE_VALUE, class_names: str | None = None
+) -> LabelledSource:
+    """The labelled images that `NAME:ROOT@SPLIT` names, or a URL of class folders, or one with masks beside it.
+
+    Raises: as `Layout.open`.
+    """
+    if masks is not None:
+        return open_masks_beside(images, masks, ignore_value, class_names)
+    return open_layout(images) or open_folders(images)
+
+
+class LabelledReader:
+    """The samples of one labelled source as a task takes them. Safe to use from many threads; pickles."""
+
+    def __init__(
+        self, source: LabelledSource, recipe: TransformRecipe | None, where: str = "", kept_bytes: int | None = None
+    ) -> None:
+        """With a recipe, images and masks come at its size, and objects as masks; without one, all is whole."""
+        self.source, self.recipe, self.where = source, recipe, where
+        self.items = source.items
+        self.kind: type[Target] = Mask if recipe is not None and source.kind is Instances else source.kind
+        self._image_px: dict[int, tuple[int, int]] = {}
+        self._kept = _Memory(KEPT_BYTES if kept_bytes is None else kept_bytes)
+
+    def __reduce__(self) -> tuple[type[LabelledReader], tuple[LabelledSource, TransformRecipe | None, str, int]]:
+        return LabelledReader, (self.source, self.recipe, self.where, 0)
+
+    def select(self, rows: Sequence[int], note: Note, prefix: str = "") -> LabelledSet:
+        """The samples at `rows` of the source, `prefix` before their keys; bad images are named and left out.
+
+        Raises: InputError when a target cannot be used, or no image is good.
+        """
+        seen = self._look(rows, note)
+        good = [row for row in rows if seen.get(row, _UNSEEN) is not None]
+        if not good:
+            raise InputError(f"{self.where}: no image can be used; see the notes above")
+        entries = [entry for row in good if (entry := seen.get(row)) is not None]
+        all_seen = len(entries) == len(good)
+        occurring = frozenset(number for entry in entries for number in entry.occurring)
+        keys = tuple(prefix + item.key for item in self.items)
+        labelled = LabelledSet(keys, self.kind, self._classes(occurring, all_seen), self.image, self.target)
+        return replace(
+            labelled.subset(good),
+            digests=tuple(entry.digest for entry in entries) if all_seen else (),
+            occurring=occurring if all_seen else None,
+        )
+
+    def image(self, row: int) -> Pixels:
+        """An image of the source, whole or at its size. Shapes: -> (H, W, 3) uint8. Raises: InputError naming it."""
+        try:
+            return self._image(row)
+        except BadImage as err:
+            raise InputError(
+                f"{self.items[row].key}: {err.reason}; put it there again, or take it away and run again"
+            ) from err
+
+    def target(self, row: int) -> Target:
+        """Its target, which lies on the image as `image` gives it. Raises: InputError when there is none that fits."""
+        if self.source.kind is Class:
+            return self.source.target(row, (0, 0))
+        if self.kind is not Mask:
+            return self.source.target(row, self._size(row))
+        return self._kept.get(("mask", row), lambda: self._mask(row))
+
+    def _image(self, row: int) -> Pixels:
+        def read() -> Pixels:
+            whole = decode_image(self.source.read(row), MAX_PIXELS)
+            self._image_px[row] = (whole.shape[0], whole.shape[1])
+            return whole if self.recipe is None else resize_image(whole, self.recipe)
+
+        return self._kept.get(("image", row), read)
+
+    def _size(self, row: int) -> tuple[int, int]:
+        """Height and width of the whole image."""
+        if row not in self._image_px:
+            self.image(row)
+        return self._image_px[row]
+
+    def _mask(self, row: int) -> Mask:
+        size = self._size(row)
+        target = self.source.target(row, size)
+        mask = target.as_mask() if isinstance(target, Instances) else target
+        assert isinstance(mask, Mask)
+        if self.recipe is None and mask.numbers.shape == size:
+            return mask
+        recipe = self.recipe or TransformRecipe(resize="stretch", height=size[0], width=size[1])
+        return replace(mask, numbers=resize_mask(mask.numbers, recipe))
+
+    def _classes(self, occurring: frozenset[int], all_seen: bool) -> ClassTable:
+        """The source's, counted where nobody has named them. Raises: ConfigError where they cannot be counted."""
+        table = self.source.classes
+        if not len(table):
+            if not all_seen:
+                raise ConfigError(
+                    f"{self.where}: the classes of over {LOOKED_AT} masks must be named; give --class-names"
+                )
+            return ClassTable.numbered(1 + max(occurring, default=0))
+        return table if self.kind is self.source.kind else mask_classes(table)
+
+    def _look(self, rows: Sequence[int], note: Note) -> dict[int, _Seen | None]:
+        """What is seen of rows, None for a bad image; of all of them, or of a few where there are many."""
+        if len(rows) > LOOKED_AT:
+            note(
+                f"{self.where}: of {len(rows)} images {_FEW} are looked at first; the others are read when they are "
+                "needed, and are not compared by content"
+            )
+            rows = spread(rows, _FEW)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            seen = dict(zip(rows, pool.map(self._see, rows), strict=True))
+        for row, entry in seen.items():
+            if isinstance(entry, BadImage):
+                note(f"left out {self.items[row].key}: {entry.reason}")
+        return {row: None if isinstance(entry, BadImage) else entry for row, entry in seen.items()}
+
+    def _see(self, row: int) -> _Seen | BadImage:
+        try:
+            digest = blake3(self._image(row).tobytes()).hexdigest()
+        except BadImage as err:
+            return err
+        return _Seen(digest, self.target(row).occurring)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of a sample that was looked at."""
+
+    digest: str
+    """blake3 of the image's pixels."""
+    occurring: frozenset[int]
+
+
+_UNSEEN = _Seen("", frozenset())
+
+
+class _Memory:
+    """What was read, up to a number of bytes; in the process that began it alone, so that workers add nothing."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._kept: dict[tuple[str, int], Any] = {}
+        self._free_bytes, self._process, self._lock = size_bytes, os.getpid(), threading.Lock()
+
+    def get(self, name: tuple[str, int], read: Callable[[], _Kept]) -> _Kept:
+        """What was kept under a name, or what `read` gives."""
+        if name in self._kept:
+            kept: _Kept = self._kept[name]
+            return kept
+        fresh = read()
+        num_bytes = fresh.numbers.nbytes if isinstance(fresh, Mask) else fresh.nbytes
+        if os.getpid() == self._process:  # after a fork the lock may be held for ever
+            with self._lock:
+                if name not in self._kept and num_bytes <= self._free_bytes:
+                    self._kept[name] = fresh
+                    self._free_bytes -= num_bytes
+        return fresh
 
 
 def split_by_key(
@@ -39,127 +209,3 @@ def split_by_key(
         test += rows[:cut]
         train += rows[cut:]
     return sorted(train), sorted(test)
-
-
-class LabelledReader:
-    """The samples of one source, with masks where there is a folder of them; each is read when it is asked for."""
-
-    def __init__(
-        self, images: str, masks: str | None, recipe: TransformRecipe, ignore_value: int | None = IGNORE_VALUE
-    ) -> None:
-        self.images, self.masks, self.recipe, self.ignore_value = images, masks, recipe, ignore_value
-        self._source = open_source(images)
-        self.items = self._source.list()
-        self._mask_source = open_source(masks) if masks else None
-        self._mask_items = _by_stem(self._mask_source.list()) if self._mask_source else {}
-        self._image_px: dict[int, tuple[int, int]] = {}
-        self._kept: dict[tuple[str, int], Pixels] = {}
-        self._free_bytes = KEPT_BYTES
-
-    def select(
-        self, rows: Sequence[int], note: Note, classes: ClassTable | None = None, prefix: str = ""
-    ) -> LabelledSet:
-        """The samples at `rows` of the listing, `prefix` before their keys; bad images are named and left out.
-
-        Each is read once here, so that what is wrong is said before any work. `classes` are those to learn from, by
-        default the class folders'; with masks they are counted.
-
-        Raises: InputError when a mask is missing or a class is unknown, or no image is good; ConfigError when there is
-        nothing to learn from.
-        """
-        if self._mask_source is None:
-            classes = classes or self.class_folders(note)
-        digests = self._digests(rows, note)
-        good = list(digests)
-        keys = [self.items[row].key for row in good]
-        kind: type[Target]
-        target: Callable[[int], Target]
-        if self._mask_source is not None:
-            occurring = frozenset(number for row in good for number in self.mask(row).occurring)
-            table = ClassTable.numbered(1 + max(occurring, default=0))
-            kind, target = Mask, lambda idx: self.mask(good[idx])
-        else:
-            assert classes is not None
-            table = classes
-            numbers = [table.number(self.items[row].label, key) for row, key in zip(good, keys, strict=True)]
-            occurring = frozenset(numbers)
-            kind, target = Class, lambda idx: Class(numbers[idx])
-        own_keys = tuple(prefix + key for key in keys)
-        pixels = tuple(digests.values())
-        return LabelledSet(own_keys, kind, table, lambda idx: self.image(good[idx]), target, pixels, occurring)
-
-    def class_folders(self, note: Note) -> ClassTable:
-        """The classes of all samples of the listing. Raises: ConfigError where there are none, or they say nothing."""
-        return class_folders(self.images, self.items, note)
-
-    def _digests(self, rows: Sequence[int], note: Note) -> dict[int, str]:
-        """The rows of good images with the digests of their pixels."""
-        digests = {}
-        for row in rows:
-            try:
-                digests[row] = blake3(self.image(row).tobytes()).hexdigest()
-            except BadImage as err:
-                note(f"left out {self.items[row].key}: {err.reason}")
-        if not digests:
-            raise InputError(f"{self.images}: no image can be used; see the notes above")
-        return digests
-
-    def image(self, row: int) -> Pixels:
-        """An image of the listing, at its size. Shapes: -> (recipe.height, recipe.width, 3). Raises: BadImage."""
-
-        def read() -> Pixels:
-            whole = decode_image(self._source.read(self.items[row].uri), SourceConfig().max_pixels)
-            self._image_px[row] = (whole.shape[0], whole.shape[1])
-            return resize_image(whole, self.recipe)
-
-        return self._keep(("image", row), read)
-
-    def mask(self, row: int) -> Mask:
-        """Its mask, resized as the image is. Raises: InputError when there is none that fits."""
-        source, item = self._mask_source, self._mask_item(self.items[row].key)
-        assert source is not None
-        if row not in self._image_px:
-            self.image(row)
-
-        def read() -> Pixels:
-            try:
-                whole = decode_mask(source.read(item.uri), item.key)
-            except BadImage as err:
-                raise InputError(f"{self.masks}: mask {item.key} cannot be read: {err.reason}; put it there") from err
-            check_shape(whole, self._image_px[row], item.key)
-            return resize_mask(whole, self.recipe)
-
-        return Mask(self._keep(("mask", row), read), self.ignore_value)
-
-    def _mask_item(self, key: str) -> SourceItem:
-        items = self._mask_items.get(_stem(key), [])
-        if not items:
-            seen = next(iter(self._mask_items.values()))[0].key
-            raise InputError(
-                f"{self.masks}: no mask for image {key}; masks have the images' paths, here {_stem(key)}.png; "
-                f"{seen} is one that is there"
-            )
-        if len(items) > 1:
-            names = " and ".join(item.key for item in items)
-            raise InputError(f"{self.masks}: image {key} has the masks {names}; leave one of them")
-        return items[0]
-
-    def _keep(self, name: tuple[str, int], read: Callable[[], Pixels]) -> Pixels:
-        if name in self._kept:
-            return self._kept[name]
-        pixels = read()
-        if pixels.nbytes <= self._free_bytes:
-            self._kept[name] = pixels
-            self._free_bytes -= pixels.nbytes
-        return pixels
-
-
-def _by_stem(items: Sequence[SourceItem]) -> dict[str, list[SourceItem]]:
-    by_stem: dict[str, list[SourceItem]] = {}
-    for item in items:
-        by_stem.setdefault(_stem(item.key), []).append(item)
-    return by_stem
-
-
-def _stem(key: str) -> str:
-    return str(PurePosixPath(key).with_suffix(""))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dtpipe.manifests.errors import ConfigError, ShapeError
-from dtpipe.manifests.labels import Class, ClassTable, Instances, Mask, Panoptic, Target
+from dtpipe.manifests.labels import Class, ClassTable, Instances, Mask, Panoptic, Target, mask_classes
 from dtpipe.manifests.words import are, count_of
 
 IGNORE = -1
@@ -90,7 +90,7 @@ class LabelledSet:
         return replace(
             self,
             kind=Mask,
-            classes=ClassTable((_background(self.classes), *self.classes.names)),
+            classes=mask_classes(self.classes),
             target=_Changed(self.target, Instances.as_mask),
             occurring=None,
         )
@@ -171,14 +171,6 @@ class _Changed:
 
     def __call__(self, row: int) -> Target:
         return self.change(self.read(row))
-
-
-def _background(classes: ClassTable) -> str:
-    """A name for what no object covers that no class of objects has."""
-    name = "background"
-    while name in classes.names:
-        name = f"other {name}"
-    return name
 
 
 def _is_image(array: npt.NDArray[Any]) -> bool:

@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import import_module
 
@@ -52,6 +52,7 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+MAX_PIXELS = 128_000_000  # of an image or a mask, unless settings say otherwise
 PEAK_BYTES_PER_PIXEL = 24  # of memory to decode and resize an image, whatever its format; beside the file's own bytes
 _SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # filter radius in px
 _MAX_OVERHANG = 16  # center_crop: resized area over the target's above which only the crop is computed
@@ -73,6 +74,19 @@ def decode_image(data: bytes, max_pixels: int) -> _Pixels:
     Shapes: -> (H, W, 3) uint8.
     Raises: BadImage for any failure, among them more than `max_pixels` pixels; they are counted before decoding.
     """
+    with open_image(data, max_pixels) as image:
+        pixels = to_rgb(image)
+        orientation = _orientation(image)
+    del image  # large
+    return _turn(pixels, orientation)
+
+
+@contextlib.contextmanager
+def open_image(data: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """A file in one of our formats as Pillow loads it, neither turned nor converted.
+
+    Raises: BadImage for any failure, also of what is done with it: see `decode_image`.
+    """
     _ignore_pillow_warnings()
     _let_pillow_open(max_pixels)
     try:
@@ -82,8 +96,7 @@ def decode_image(data: bytes, max_pixels: int) -> _Pixels:
             _check_tiles(image, max_pixels)
             image.load()
             _check_pixels(image.size, max_pixels)  # an icon's directory may announce another size than it holds
-            pixels = to_rgb(image)
-            orientation = _orientation(image)
+            yield image
     except BadImage:
         raise
     except Image.DecompressionBombError as err:
@@ -92,8 +105,6 @@ def decode_image(data: bytes, max_pixels: int) -> _Pixels:
         raise BadImage(_unrecognised(data)) from err
     except Exception as err:  # decoders raise what they like: struct.error, MemoryError, RecursionError, ...
         raise BadImage(f"{type(err).__name__}: {err}") from err
-    del image  # large
-    return _turn(pixels, orientation)
 
 
 def resize_image(image: _Pixels, recipe: TransformRecipe) -> _Pixels:

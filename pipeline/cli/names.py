@@ -107,6 +107,12 @@ def _sources() -> Sentences:
     return {name: kind.reads for name, kind in sorted(SOURCES.items())}
 
 
+def _layouts() -> Sentences:
+    from dtpipe.extract.sources.layouts.registry import LAYOUTS
+
+    return {name: layout.reads for name, layout in sorted(LAYOUTS.items())}
+
+
 def _summaries(registry: str) -> Callable[[], Sentences]:
     """The sentences of a registry, `module:NAME`, which is imported when they are asked for."""
 
@@ -121,6 +127,7 @@ def _summaries(registry: str) -> Callable[[], Sentences]:
 _CATALOGUES: dict[str, Callable[[], Sentences]] = {
     "teachers": _teachers,
     "sources": _sources,
+    "layouts": _layouts,
     "codecs": _summaries("manifests.codecs.registry:CODECS"),
     "tasks": _summaries("distill.downstream.registry:TASKS"),
     "presets": _presets,

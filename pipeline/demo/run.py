@@ -207,12 +207,12 @@ class _Demo:
 
 def has_classes(images: str, items: Sequence[SourceItem], console: Console) -> bool:
     """True when a class probe of the images says something; where there are labels that do not, why is printed."""
-    from dtpipe.pipeline.classes import class_folders
+    from dtpipe.extract.sources.layouts.generic.folders import class_folders
 
     if all(item.label is None for item in items):
         return False
     try:
-        class_folders(images, items, console.note)
+        class_folders(images, items)
     except ConfigError as err:
         console.result(f"\nno class probe: {err}")
         return False

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.manifests.labels import ClassTable, Mask, class_table
+from dtpipe.manifests.labels import ClassTable, Instances, Mask, class_table, mask_classes
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,29 @@ def test_specks_are_ignored_as_the_label_efficient_benchmark_does() -> None:
     assert 1 in Mask(numbers).without_specks(below_px=19).occurring
     with pytest.raises(ConfigError, match="no value"):
         Mask(numbers, None).without_specks()
+
+
+def objects(*masks: list[list[int]], classes: list[int], crowd: list[bool]) -> Instances:
+    """Objects of 2 x 3 px."""
+    pixels = np.array(masks, dtype=bool).reshape(-1, 2, 3)
+    return Instances(
+        (2, 3), np.zeros((len(classes), 4)), np.array(classes, dtype=np.int64), pixels, np.array(crowd, bool)
+    )
+
+
+def test_an_image_without_objects_is_all_background() -> None:
+    mask = objects(classes=[], crowd=[]).as_mask()
+    assert mask.numbers.tolist() == [[0, 0, 0], [0, 0, 0]] and mask.occurring == {0}
+
+
+def test_smaller_objects_lie_on_larger_ones_and_on_crowds_of_which_the_rest_is_ignored() -> None:
+    """Class 254 is number 255 of the mask, and is none the less learned."""
+    small, large, crowd = [[0, 1, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]], [[0, 0, 0], [1, 1, 1]]
+    mask = objects(small, large, crowd, classes=[254, 7, 7], crowd=[False, False, True]).as_mask()
+    assert np.where(mask.known, mask.numbers, -9).tolist() == [[8, 255, 0], [8, 8, -9]]
+    assert mask.occurring == {0, 8, 255}
+
+
+def test_masks_of_objects_have_a_background_beside_the_classes() -> None:
+    assert mask_classes(ClassTable(("cat", "dog"))).names == ("background", "cat", "dog")
+    assert mask_classes(ClassTable(("background",))).names == ("other background", "background")

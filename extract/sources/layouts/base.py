@@ -24,7 +24,9 @@ class LabelledSource(Protocol):
     def kind(self) -> type[Target]: ...
 
     @property
-    def classes(self) -> ClassTable: ...
+    def classes(self) -> ClassTable:
+        """Empty for masks whose classes nobody has named: they are counted by who reads them."""
+        ...
 
     @property
     def items(self) -> Sequence[SourceItem]:
@@ -37,6 +39,8 @@ class LabelledSource(Protocol):
 
     def target(self, row: int, image_px: tuple[int, int]) -> Target:
         """What is known of an image of this height and width, which is turned as its orientation tag says.
+
+        A mask may have another scale of the same aspect; a class needs no size.
 
         Raises: InputError naming the label that is missing, unreadable, of another size or of an unknown class.
         """

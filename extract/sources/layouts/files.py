@@ -72,7 +72,7 @@ class Tree:
         lies there.
         """
         if is_elsewhere(name):
-            return _read_whole(name) if open_place(name).is_file else _refuse(name)
+            return read_file(name)
         if self._archive is not None:
             uri = dict(self._listed()).get(name)
             try:
@@ -81,7 +81,7 @@ class Tree:
                 raise InputError(f"{self.root}: {name} cannot be read: {err.reason}; unpack or pack it again") from err
         if not open_place(self._path(name)).is_file:
             self.refuse_missing(name)
-        return _read_whole(self._path(name))
+        return read_file(self._path(name))
 
     def refuse_missing(self, name: str) -> NoReturn:
         """Raises: InputError for a file or folder that is not there, naming what lies there."""
@@ -118,8 +118,11 @@ def is_elsewhere(name: str) -> bool:
     return name.startswith(("/", "~")) or is_url(name)
 
 
-def _read_whole(url: str) -> bytes:
+def read_file(url: str) -> bytes:
+    """A file on a disk or any URL, whatever its size. Raises: InputError."""
     place = open_place(url)
+    if not place.is_file:
+        raise InputError(f"{url}: no such file; check its path")
     try:
         with place.open(place.path) as file:
             return file.read()
@@ -127,10 +130,6 @@ def _read_whole(url: str) -> bytes:
         raise
     except Exception as err:  # each file system raises its own
         raise unreadable(url, err) from err
-
-
-def _refuse(url: str) -> NoReturn:
-    raise InputError(f"{url}: no such file; check its path")
 
 
 def few(names: Sequence[str]) -> str:

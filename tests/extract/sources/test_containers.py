@@ -134,13 +134,13 @@ def test_labels_follow_images_into_containers(packed: tuple[str, Path], files: d
 
 def test_eval_reads_labelled_images_from_a_zip(image_folder: Path, tmp_path: Path) -> None:
     from dtpipe.manifests.schema import TransformRecipe
-    from dtpipe.pipeline.labelled import LabelledReader
+    from dtpipe.pipeline.labelled import LabelledReader, open_labelled
 
     path = write_zip(tmp_path / "a.zip", folder_files(image_folder))
     recipe = TransformRecipe(resize="stretch", height=16, width=16)
     sets = []
     for images in (image_folder, path):
-        reader = LabelledReader(str(images), None, recipe)
+        reader = LabelledReader(open_labelled(str(images)), recipe)
         sets.append(reader.select(range(len(reader.items)), print))
         assert sets[-1].classes.names == ("cat", "dog")
     assert sets[0].keys == sets[1].keys

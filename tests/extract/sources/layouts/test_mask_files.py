@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from dtpipe.extract.sources.images import resize_image
+from dtpipe.extract.sources.layouts.mask_files import check_shape, decode_mask, resize_mask
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.schema import TransformRecipe
-from dtpipe.pipeline.masks import check_shape, decode_mask, resize_mask
 from parts.images import png
 
 VALUES = np.array([[0, 1], [2, 255]], np.uint8)
@@ -90,6 +91,20 @@ def test_a_mask_of_one_bit_has_classes_0_and_1() -> None:
 def test_what_is_no_mask_is_refused_by_name(data: bytes, said: str) -> None:
     with pytest.raises(InputError, match=rf"mask cat/1\.png .*{said}.*masks are PNG files"):
         decode_mask(data, "cat/1.png")
+
+
+def test_pixels_of_a_mask_are_counted_before_they_are_decoded() -> None:
+    data = png(np.zeros((300, 400), np.uint8))
+    assert decode_mask(data, "a", max_pixels=120_000).shape == (300, 400)
+    with pytest.raises(
+        InputError, match=r"mask a cannot be read: 120000 pixels \(400x300\) are more than the limit of 9"
+    ):
+        decode_mask(data, "a", max_pixels=9)
+    bomb = bytearray(data)  # the header alone says so: 60,000 x 60,000 px
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    with pytest.raises(InputError, match=r"3600000000 pixels .*are more than the limit of 128000000"):
+        decode_mask(bytes(bomb), "a")
 
 
 @pytest.mark.parametrize("mask_px", [(427, 640), (214, 320), (213, 320), (854, 1280), (27, 40)])

@@ -6,35 +6,38 @@ the palette, is a class; 0 is background. What could be read as other classes th
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from dtpipe.manifests.errors import InputError
-from dtpipe.manifests.labels import Pixels
+from dtpipe.extract.sources.images import MAX_PIXELS, open_image
+from dtpipe.extract.sources.layouts.files import few
+from dtpipe.manifests.errors import BadImage, InputError
+from dtpipe.manifests.labels import ClassTable, Mask, Pixels
 from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.manifests.words import count_of
 
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF", "PPM", "TGA")  # Pillow's names of formats
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # compressions inside a TIFF
+_Number = TypeVar("_Number", bound=np.integer[Any])
 _PAINTED = "masks are PNG files with one class number 0..255 per pixel"
 
 
-def decode_mask(data: bytes, where: str) -> Pixels:
+def decode_mask(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Class of each pixel. Shapes: -> (H, W) uint8.
 
-    Raises: InputError for a format that need not keep numbers, for colours, and for values that are no numbers 0..255.
+    Raises: InputError for a format that need not keep numbers, for colours, for values that are no numbers 0..255, and
+    for more than `max_pixels`, which are counted before decoding.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data, max_pixels) as image:
             kind = image.format or "?"
             if image.info.get("compression") in _LOSSY_TIFF:
                 kind = f"{kind} with {image.info['compression']}"
             values = np.asarray(image)
-    except Exception as err:  # decoders raise what they like
-        raise InputError(f"mask {where} cannot be read: {type(err).__name__}: {err}; {_PAINTED}") from err
+    except BadImage as err:
+        raise InputError(f"mask {where} cannot be read: {err.reason}; {_PAINTED}") from err
     if kind not in LOSSLESS:
         raise InputError(
             f"mask {where} is {kind}, and such files need not keep class numbers: JPEG blurs them, GIF renumbers them; "
@@ -61,7 +64,7 @@ def _class_numbers(values: NDArray[Any], where: str) -> Pixels:
     return numbers
 
 
-def check_shape(mask: Pixels, image_px: tuple[int, int], where: str) -> None:
+def check_shape(mask: NDArray[Any], image_px: tuple[int, int], where: str) -> None:
     """Refuse a mask whose aspect is not its image's, to a pixel: it would lie beside what it marks.
 
     Shapes: mask (H, W), of any scale; `image_px` is the height and width of the image.
@@ -76,7 +79,20 @@ def check_shape(mask: Pixels, image_px: tuple[int, int], where: str) -> None:
         )
 
 
-def resize_mask(mask: Pixels, recipe: TransformRecipe) -> Pixels:
+def check_classes(mask: Mask, table: ClassTable, where: str) -> None:
+    """Refuse a mask with numbers that the table has no class for. Raises: InputError naming them."""
+    if not len(table) or mask.numbers.max(initial=0) < len(table):
+        return
+    unknown = sorted(number for number in mask.occurring if number >= len(table))
+    if unknown:
+        num = int(np.isin(mask.numbers, unknown).sum())
+        raise InputError(
+            f"mask {where} has {count_of(num, 'pixel')} of class {few(list(map(str, unknown)))}, and the classes are "
+            f"0 to {len(table) - 1} ({few(table.names)}); name them all, or say which value means 'no label'"
+        )
+
+
+def resize_mask(mask: NDArray[_Number], recipe: TransformRecipe) -> NDArray[_Number]:
     """The mask as its image is resized, by nearest neighbour. Shapes: (H, W) -> (recipe.height, recipe.width)."""
     height, width = recipe.height, recipe.width
     if recipe.resize == "center_crop":
@@ -87,9 +103,9 @@ def resize_mask(mask: Pixels, recipe: TransformRecipe) -> Pixels:
     return _nearest(mask, (height, width))
 
 
-def _nearest(mask: Pixels, size: tuple[int, int]) -> Pixels:
+def _nearest(mask: NDArray[_Number], size: tuple[int, int]) -> NDArray[_Number]:
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(size, mask.shape, strict=True)
     )
-    picked: Pixels = mask[rows[:, None], columns[None, :]]
+    picked: NDArray[_Number] = mask[rows[:, None], columns[None, :]]
     return picked

@@ -1,0 +1,161 @@
+"""Masks beside images: each image's mask has its path, below another root or in another source, and any ending.
+
+Names of the classes come from a text or JSON file. Without one the classes are counted, by whoever reads the masks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+from dtpipe.extract.sources.base import SourceItem
+from dtpipe.extract.sources.layouts.base import Layout
+from dtpipe.extract.sources.layouts.files import Tree, few, read_file
+from dtpipe.extract.sources.layouts.listed import ListedSource, ReadsUris, Reopened
+from dtpipe.extract.sources.layouts.mask_files import check_classes, check_shape, decode_mask
+from dtpipe.extract.sources.registry import open_source
+from dtpipe.manifests.errors import BadImage, ConfigError, InputError
+from dtpipe.manifests.labels import IGNORE_VALUE, ClassTable, Mask
+from dtpipe.manifests.words import count_of
+
+_NAMES = ("classes.txt", "classes.json")
+UNNAMED = ClassTable(())
+"""Of masks whose classes nobody has named; they are known by their numbers once they are counted."""
+
+
+def open_masks_beside(
+    images: str, masks: str, ignore_value: int | None = IGNORE_VALUE, class_names: str | None = None
+) -> ListedSource:
+    """The images of one source with the masks of another, by path without ending; `class_names` names a file.
+
+    Raises: InputError for an image without a mask or with two, and for names that cannot be read.
+    """
+    table = parse_class_names(read_file(class_names), class_names) if class_names else UNNAMED
+    source, mask_source = open_source(images), open_source(masks)
+    readers = [Reopened(partial(open_source, url, own.kind)) for url, own in ((images, source), (masks, mask_source))]
+    return _join(source.list(), readers[0], mask_source.list(), readers[1], masks, table, ignore_value)
+
+
+def open_masks(root: str, split: str | None = None) -> ListedSource:
+    """`images/` and `masks/` below a root, or a split's folder in each. Raises: as `open_masks_beside`."""
+    tree = Tree(root)
+    images, masks = (_in_split(tree, part, split) for part in ("images", "masks"))
+    names = next((name for name in _NAMES if tree.has(name)), None)
+    table = parse_class_names(tree.read_named(names), f"{root}/{names}") if names else UNNAMED
+    where = f"{tree.root}/masks{f'/{split}' if split else ''}"
+    return _join(images, tree, masks, tree, where, table, IGNORE_VALUE)
+
+
+def _in_split(tree: Tree, part: str, split: str | None) -> list[SourceItem]:
+    under = f"{part}/{split}" if split else part
+    items = sorted(tree.images(under).values(), key=lambda item: item.key)
+    if not items:
+        raise InputError(f"{tree.root}: no image in {under}; check root and split")
+    return items
+
+
+def _join(
+    items: Sequence[SourceItem],
+    images: ReadsUris,
+    masks: Sequence[SourceItem],
+    mask_images: ReadsUris,
+    where: str,
+    table: ClassTable,
+    ignore_value: int | None,
+) -> ListedSource:
+    by_stem: dict[str, list[SourceItem]] = {}
+    for mask in masks:
+        by_stem.setdefault(_stem(mask.key), []).append(mask)
+    own = tuple(_mask_of(item.key, by_stem, where) for item in items)
+    notes = []
+    if spare := sorted(by_stem.keys() - {_stem(item.key) for item in items}):
+        names = few([by_stem[stem][0].key for stem in spare])
+        notes.append(f"left out {count_of(len(spare), 'mask')} without an image: {names}")
+    return ListedSource(Mask, table, items, images, MaskTargets(mask_images, own, where, table, ignore_value), notes)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskTargets:
+    """Reads the mask of each row."""
+
+    masks: ReadsUris
+    items: tuple[SourceItem, ...]
+    where: str
+    table: ClassTable
+    ignore_value: int | None
+
+    def __call__(self, row: int, image_px: tuple[int, int]) -> Mask:
+        """Raises: InputError for a mask that cannot be read, of another aspect, or of an unknown class."""
+        item = self.items[row]
+        try:
+            mask = Mask(decode_mask(self.masks.read(item.uri), item.key), self.ignore_value)
+        except BadImage as err:
+            raise InputError(f"{self.where}: mask {item.key} cannot be read: {err.reason}; put it there") from err
+        check_shape(mask.numbers, image_px, item.key)
+        check_classes(mask, self.table, item.key)
+        return mask
+
+
+def _mask_of(key: str, by_stem: Mapping[str, Sequence[SourceItem]], where: str) -> SourceItem:
+    items = by_stem.get(_stem(key), [])
+    if not items:
+        seen = next(iter(by_stem.values()))[0].key
+        raise InputError(
+            f"{where}: no mask for image {key}; masks have the images' paths, here {_stem(key)}.png; "
+            f"{seen} is one that is there"
+        )
+    if len(items) > 1:
+        names = " and ".join(item.key for item in items)
+        raise InputError(f"{where}: image {key} has the masks {names}; leave one of them")
+    return items[0]
+
+
+def _stem(key: str) -> str:
+    return str(PurePosixPath(key).with_suffix(""))
+
+
+def parse_class_names(data: bytes, where: str) -> ClassTable:
+    """Names of classes by number: lines of text, the first for 0; or JSON, as a list, number to name or name to number.
+
+    Raises: InputError for what is none of these, a number without a name, or a name of two numbers.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        names = _names_of(json.loads(text)) if where.endswith(".json") else text.splitlines()
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"{where}: class names cannot be read ({err}); write a line for each class, 0 first") from err
+    names = [name.strip() for name in names]
+    while names and not names[-1]:
+        names.pop()
+    if not names or not all(names):
+        lacking = f"number {names.index('')} has none" if names else "it is empty"
+        raise InputError(f"{where}: must name every class, and {lacking}; write a line for each class, 0 first")
+    try:
+        return ClassTable(tuple(names))
+    except ConfigError as err:
+        raise InputError(f"{where}: {err}") from err
+
+
+def _names_of(document: Any) -> list[str]:
+    if isinstance(document, list) and all(isinstance(name, str) for name in document):
+        return document
+    if not isinstance(document, dict):
+        raise ValueError("it is neither a list of names nor an object")
+    if all(isinstance(value, int) for value in document.values()):
+        document = {str(number): name for name, number in document.items()}
+    by_number = {int(number): str(name) for number, name in document.items()}
+    if len(by_number) < len(document) or min(by_number, default=0) < 0:
+        raise ValueError("its numbers are not 0, 1, 2 .., each once")
+    return [by_number.get(number, "") for number in range(1 + max(by_number, default=-1))]
+
+
+LAYOUT = Layout(
+    "masks",
+    "masks:ROOT@SPLIT: ROOT/images/SPLIT and masks of the same paths in ROOT/masks/SPLIT; names in ROOT/classes.txt.",
+    Mask,
+    open_masks,
+)

@@ -1,0 +1,175 @@
+"""What `eval` draws labels from and scores on, from layouts, archives and object storage."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from pydantic import ValidationError
+
+from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.labels import Class, Instances, Mask
+from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.pipeline.config import EvalConfig
+from dtpipe.pipeline.evaluate import check_task
+from dtpipe.pipeline.sets import label_kind, open_sets
+from parts.coco import coco_document, image_entry, write_coco
+from parts.images import draw_image, png, write_files
+from parts.labelled import all_images, all_masks
+from parts.packing import folder_files, write_zip
+
+RECIPE = TransformRecipe(height=16, width=16)
+
+
+def settings(images: str, **changes: Any) -> EvalConfig:
+    return EvalConfig(checkpoint="", task="probe", images=images, **changes)
+
+
+def masks_tree(root: Path) -> Path:
+    """`images/` and `masks/` of two splits, six images in all."""
+    for idx in range(6):
+        name = f"{'train' if idx < 4 else 'val'}/{idx}.png"
+        mask = np.full((20, 30), idx % 3, np.uint8)
+        mask[:5] = 255
+        write_files(root, {f"images/{name}": png(draw_image(idx, 30)[:20]), f"masks/{name}": png(mask)})
+    return root
+
+
+def test_a_layout_gives_the_same_sets_from_a_folder_a_zip_and_s3(tmp_path: Path, s3_url: str) -> None:
+    root = masks_tree(tmp_path / "data")
+    fs = fsspec.filesystem("s3")
+    for name, data in folder_files(root).items():
+        fs.pipe(f"{s3_url}/{name}", data)
+    archive = write_zip(tmp_path / "data.zip", folder_files(root))
+    for whole in (RECIPE, None):
+        sets = []
+        for place in (root, archive, s3_url):
+            config = settings(f"masks:{place}@train", test_images=f"masks:{place}@val")
+            sets.append(open_sets(config, whole, print))
+        for train, test in sets:
+            assert train.keys == ("0.png", "1.png", "2.png", "3.png")
+            assert test.keys == ("held out/4.png", "held out/5.png")
+            assert_array_equal(all_images(train), all_images(sets[0][0]))
+            assert_array_equal(all_masks(test), all_masks(sets[0][1]))
+            assert (train.digests, len(train.classes)) == (sets[0][0].digests, 3)
+    assert_array_equal(np.unique(all_masks(sets[0][1])), [-1, 1, 2])
+
+
+def test_class_folders_in_s3_are_read_by_a_copy(tmp_path: Path, image_folder: Path, s3_url: str) -> None:
+    fs = fsspec.filesystem("s3")
+    for name, data in folder_files(image_folder).items():
+        fs.pipe(f"{s3_url}/{name}", data)
+    train, _ = open_sets(settings(s3_url), None, print)
+    local, _ = open_sets(settings(str(image_folder)), None, print)
+    copy = pickle.loads(pickle.dumps(train))
+    assert copy.keys == local.keys
+    assert_array_equal(all_images(copy), all_images(local))
+    assert copy.read_classes().tolist() == local.read_classes().tolist()
+
+
+def test_held_out_classes_have_the_numbers_of_the_labelled_ones(tmp_path: Path) -> None:
+    """The held-out file lists its categories by other ids, and one fewer: names count."""
+    document = coco_document()
+    train = write_coco(tmp_path / "train", document)
+    ids = {3: 2, 90: 1}
+    other = coco_document(
+        categories=[{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
+        annotations=[{**entry, "category_id": ids[entry["category_id"]]} for entry in document["annotations"]],
+    )
+    config = settings(f"coco-json:{train}@labels.json")
+    config = config.model_copy(update={"test_images": f"coco-json:{write_coco(tmp_path / 'val', other)}@labels.json"})
+    for recipe in (None, RECIPE):
+        sets = open_sets(config, recipe, print)
+        assert sets[0].classes.names == sets[1].classes.names
+        assert sets[0].find_classes() == sets[1].find_classes()
+    _, whole = open_sets(config, None, print)
+    assert whole.kind is Instances and whole.target(1).classes.tolist() == [2, 0, 0]
+    assert sets[0].kind is Mask
+    other["categories"][0]["name"] = "cow"
+    write_coco(tmp_path / "val", other)
+    with pytest.raises(InputError, match=r"b.png: class 'cow' is not among the classes to learn from, cat, bird, dog"):
+        open_sets(config, None, print)
+
+
+def test_what_a_layout_leaves_out_is_said_once(tmp_path: Path) -> None:
+    document = coco_document(images=[image_entry(10, "b.png"), image_entry(9, "a.png"), image_entry(8, "gone.png")])
+    notes: list[str] = []
+    root = write_coco(tmp_path, document)
+    open_sets(settings(f"coco-json:{root}@labels.json"), None, notes.append)
+    assert notes == [f"left out 1 image that {root}/labels.json lists and {root} does not hold: gone.png"]
+
+
+def test_masks_have_the_names_of_a_file_and_foreground_merges_them(tmp_path: Path) -> None:
+    root = masks_tree(tmp_path / "data")
+    config = settings(str(root / "images/train"), masks=str(root / "masks/train"))
+    train, test = open_sets(config, RECIPE, print)
+    assert train.classes == test.classes and train.classes.names == ("0", "1", "2")
+    names = write_files(tmp_path, {"names.txt": b"floor\nwall\ndoor\n"}) / "names.txt"
+    named = config.model_copy(update={"class_names": str(names)})
+    assert open_sets(named, RECIPE, print)[0].classes.names == ("floor", "wall", "door")
+    merged = open_sets(named.model_copy(update={"foreground": True}), RECIPE, print)[0]
+    assert merged.classes.names == ("background", "foreground") and merged.find_classes() <= {0, 1}
+    names.write_text("floor\nwall\n")
+    with pytest.raises(
+        InputError, match=r"mask 2.png has 450 pixels of class 2, and the classes are 0 to 1 \(floor, w"
+    ):
+        open_sets(named, RECIPE, print)
+
+
+def test_objects_can_be_told_from_background_alone(tmp_path: Path) -> None:
+    root = write_coco(tmp_path, coco_document())
+    for recipe in (None, RECIPE):
+        train, test = open_sets(settings(f"coco-json:{root}@labels.json", foreground=True), recipe, print)
+        assert {train.kind, test.kind} == {Mask} and train.classes.names == ("background", "foreground")
+
+
+def test_settings_name_layouts_by_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings("coco-json:data@ann/a.json").images == f"coco-json:{tmp_path}/data@ann/a.json"
+    assert settings("folders:s3://bucket/data@train").images == "folders:s3://bucket/data@train"
+    assert settings("folders:~/data").images == f"folders:{Path.home()}/data"
+    assert settings("data@2:x").images == f"{tmp_path}/data@2:x"
+    kinds = {
+        name: label_kind(settings(name)) for name in ("data", "folders:data", "masks:data@a", "coco-json:d@a.json")
+    }
+    assert list(kinds.values()) == [Class, Class, Mask, Instances]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"masks": "m"}, "says where its labels are; eval.masks is for a URL of images"),
+        ({"ignore_value": 0}, "says where its labels are; eval.ignore_value is for a URL of images"),
+        ({"class_names": "c.txt"}, "says where its labels are; eval.class_names is"),
+    ],
+)
+def test_a_layout_says_itself_where_its_labels_are(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        settings("masks:data@train", **changes)
+    with pytest.raises(ValidationError, match=r"class_names names the classes of eval.masks, and there"):
+        settings("data", class_names="c.txt")
+
+
+def test_held_out_images_need_labels_of_the_same_kind(tmp_path: Path, image_folder: Path) -> None:
+    root = write_coco(tmp_path, coco_document())
+    config = settings(f"coco-json:{root}@labels.json", test_images=str(image_folder))
+    with pytest.raises(ConfigError, match=r"labels.json has objects for labels and .*images classes; give held-out"):
+        open_sets(config, None, print)
+
+
+@pytest.mark.parametrize(
+    ("images", "task", "said"),
+    [
+        ("coco-json:d@a.json", "probe", "task probe learns from classes; with coco-json use readout"),
+        ("folders:d@train", "readout", "task readout learns from masks; give --masks, or with class folders use probe"),
+    ],
+)
+def test_a_task_that_does_not_learn_from_a_layout_is_refused(images: str, task: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_task(settings(images).model_copy(update={"task": task}))
+    check_task(settings("coco-json:d@a.json").model_copy(update={"task": "readout"}))
