@@ -1,0 +1,76 @@
+"""Targets with objects and segments: of digit scenes, and of rectangles by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.manifests.labels import ClassTable, Instances, Panoptic
+from dtpipe.pipeline.demo.scenes import Scene
+
+DIGITS = ClassTable(tuple("0123456789"))
+DIGITS_ON_GROUND = ClassTable((*DIGITS.names, "ground"), frozenset(range(10)))
+SMALL_HEAD = {"width": 32, "anchor_scale": 4.0, "samples": 64, "min_stuff_px": 16}
+
+Rectangle = tuple[int, int, int, int]
+
+
+def small_config(head: dict[str, Any] | None = None, **settings: Any) -> TuneConfig:
+    """Settings of a head for 64 px."""
+    return TuneConfig(steps=1, head={**SMALL_HEAD, **(head or {})}, **settings)
+
+
+def rectangle_mask(size_px: tuple[int, int], box: Rectangle) -> np.ndarray:
+    left, top, right, bottom = box
+    mask = np.zeros(size_px, bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def rectangles(
+    size_px: tuple[int, int],
+    boxes: Sequence[Rectangle],
+    classes: Sequence[int],
+    crowd: Sequence[bool] | None = None,
+    masks: bool = True,
+) -> Instances:
+    """Objects that fill their boxes; left, top, right, bottom."""
+    filled = np.zeros((len(boxes), *size_px), bool)
+    for mask, box in zip(filled, boxes, strict=True):
+        mask |= rectangle_mask(size_px, box)
+    return Instances(
+        size_px,
+        np.array(boxes, np.float64).reshape(-1, 4),
+        np.array(classes, np.int64),
+        filled if masks else None,
+        None if crowd is None else np.array(crowd, bool),
+    )
+
+
+def scene_objects(scene: Scene) -> Instances:
+    """The digits of a scene."""
+    masks = [scene.instance == number for number in np.unique(scene.instance) if number > 0]
+    boxes = [(np.argwhere(mask).min(axis=0)[::-1], np.argwhere(mask).max(axis=0)[::-1] + 1) for mask in masks]
+    classes = [int(scene.semantic[mask].min()) - 1 for mask in masks]
+    return Instances(scene.instance.shape, np.array(boxes, float).reshape(-1, 4), np.array(classes), np.stack(masks))
+
+
+def scene_segments(scene: Scene) -> Panoptic:
+    """The digits of a scene as things, and the photograph under them as stuff."""
+    classes = {1: len(DIGITS)}
+    for number in np.unique(scene.instance[scene.instance > 0]).tolist():
+        classes[number + 1] = int(scene.semantic[scene.instance == number].min()) - 1
+    return Panoptic(scene.instance.astype(np.int32) + 1, classes)
+
+
+def learned(target: Instances) -> dict[str, torch.Tensor]:
+    """Objects as a detector takes them."""
+    return {
+        "boxes": torch.from_numpy(target.boxes).float(),
+        "labels": torch.from_numpy(target.classes + 1),
+        "masks": torch.from_numpy(target.masks.astype(np.uint8)),
+    }
