@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from dtpipe.distill.downstream.tuned.config import InferenceConfig
+from dtpipe.distill.downstream.tuned.segmentation.inference import scaled_size
 from dtpipe.distill.student.blocks import resize
 from dtpipe.distill.student.student import Student, model_options
 from dtpipe.manifests.errors import ShapeError
@@ -58,13 +59,12 @@ class Canvas:
 
         Without `short_px`, images are shrunk where they must be, never enlarged. Shapes: (3, H, W) -> (3, H', W').
         """
-        height, width = image.shape[-2:]
-        scale = self.short_px / min(height, width) if self.short_px else 1.0
-        if self.long_px:
-            scale = min(scale, self.long_px / max(height, width))
+        own = (image.shape[-2], image.shape[-1])
+        size = scaled_size(own, self.short_px, self.long_px, 1.0)
         if self.fixed_px:
-            scale = min(scale, self.fixed_px[0] / height, self.fixed_px[1] / width)
-        return resize(image[None], [max(1, round(side * scale)) for side in (height, width)])[0]
+            fitting = [fixed / px for fixed, px in zip(self.fixed_px, size, strict=True)]
+            size = scaled_size(size, None, None, min(1.0, *fitting))
+        return resize(image[None], size)[0]
 
 
 def _rounded_up(sizes: Sequence[tuple[int, int]], divisor: int) -> tuple[int, int]:

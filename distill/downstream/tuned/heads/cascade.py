@@ -20,8 +20,8 @@ REGRESSION_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 3
 LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 _TINY_PX = 1e-2
 
-Features = Mapping[str, Tensor]
-Sizes = Sequence[tuple[int, int]]
+_Features = Mapping[str, Tensor]
+_Sizes = Sequence[tuple[int, int]]
 
 
 class CascadeHeads(nn.Module):
@@ -40,9 +40,9 @@ class CascadeHeads(nn.Module):
 
     def forward(
         self,
-        features: Features,
+        features: _Features,
         proposals: list[Tensor],
-        image_shapes: Sizes,
+        image_shapes: _Sizes,
         targets: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections in eval mode, losses in training mode; the other is empty. Shapes: proposals (n, 4) px each."""
@@ -51,7 +51,7 @@ class CascadeHeads(nn.Module):
         return self._detect(features, proposals, image_shapes), {}
 
     def _losses(
-        self, features: Features, proposals: list[Tensor], sizes: Sizes, targets: Sequence[Mapping[str, Tensor]]
+        self, features: _Features, proposals: list[Tensor], sizes: _Sizes, targets: Sequence[Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         for idx, (stage, weight) in enumerate(zip(self.stages, LOSS_WEIGHTS, strict=True)):
@@ -67,11 +67,11 @@ class CascadeHeads(nn.Module):
 
     def _mask_loss(
         self,
-        features: Features,
+        features: _Features,
         proposals: list[Tensor],
         matched: list[Tensor],
         labels: list[Tensor],
-        sizes: Sizes,
+        sizes: _Sizes,
         targets: Sequence[Mapping[str, Tensor]],
     ) -> Tensor:
         positive = [torch.where(numbers > 0)[0] for numbers in labels]
@@ -81,12 +81,12 @@ class CascadeHeads(nn.Module):
         loss: Tensor = maskrcnn_loss(self._mask_logits(features, boxes, sizes), boxes, masks, classes, objects)
         return loss
 
-    def _mask_logits(self, features: Features, boxes: list[Tensor], sizes: Sizes) -> Tensor:
+    def _mask_logits(self, features: _Features, boxes: list[Tensor], sizes: _Sizes) -> Tensor:
         assert self.mask_roi_pool is not None and self.mask_head is not None and self.mask_predictor is not None
         logits: Tensor = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, sizes)))
         return logits
 
-    def _detect(self, features: Features, proposals: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
+    def _detect(self, features: _Features, proposals: list[Tensor], sizes: _Sizes) -> list[dict[str, Tensor]]:
         """Boxes of the last stage; the scores of a box are the mean of all stages'."""
         scores, refined = [], proposals
         for stage in self.stages:
@@ -105,14 +105,14 @@ class CascadeHeads(nn.Module):
         return results
 
 
-def _look(stage: nn.Module, features: Features, boxes: list[Tensor], sizes: Sizes) -> tuple[Tensor, Tensor]:
+def _look(stage: nn.Module, features: _Features, boxes: list[Tensor], sizes: _Sizes) -> tuple[Tensor, Tensor]:
     """Logits and deltas of a stage. Shapes: -> (n, K), (n, 4 * K) for the boxes of all images together."""
     assert isinstance(stage, RoIHeads)
     logits, deltas = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, boxes, sizes)))
     return logits, deltas
 
 
-def _refine(stage: nn.Module, deltas: Tensor, boxes: list[Tensor], sizes: Sizes) -> list[Tensor]:
+def _refine(stage: nn.Module, deltas: Tensor, boxes: list[Tensor], sizes: _Sizes) -> list[Tensor]:
     """The boxes that a stage makes of its proposals, inside the images."""
     assert isinstance(stage, RoIHeads)
     moved = stage.box_coder.decode(deltas[:, :4], boxes)[:, 0]  # (n, 4): one box for all classes

@@ -18,6 +18,7 @@ from dtpipe.distill.downstream.tuned.base import LearnTarget
 from dtpipe.distill.downstream.tuned.config import HeadConfig, TuneConfig
 from dtpipe.distill.downstream.tuned.heads.canvas import Canvas
 from dtpipe.distill.downstream.tuned.heads.fpn import DetectionPyramid
+from dtpipe.distill.downstream.tuned.heads.levels import enough_for_norms
 from dtpipe.distill.downstream.tuned.heads.regions import build_regions, build_rpn, total
 from dtpipe.distill.downstream.tuned.predictions import Detections
 from dtpipe.distill.student.student import Student
@@ -62,7 +63,8 @@ class Detector(nn.Module):
         Shapes: images (3, H, W); targets `boxes` (n, 4) px, `labels` (n,) from 1, `masks` (n, H, W) uint8.
         """
         batch = self.canvas.lay(images)
-        features = self.branch.pyramid(self.student(batch.tensors), batch.tensors.shape[-2:])
+        with enough_for_norms():
+            features = self.branch.pyramid(self.student(batch.tensors), batch.tensors.shape[-2:])
         return total(self.branch(features, batch, targets)[1])
 
     @torch.no_grad()

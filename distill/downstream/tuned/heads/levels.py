@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from dtpipe.distill.student.pyramid import PYRAMID_STRIDES, SimplePyramid
 from dtpipe.distill.student.student import Student
+from dtpipe.manifests.errors import ConfigError
 
 
 class HeadLevels(nn.Module):
@@ -39,3 +41,20 @@ class HeadLevels(nn.Module):
         if self.norms is not None:
             return [norm(level) for norm, level in zip(self.norms, levels, strict=True)]
         return list(levels)
+
+
+@contextmanager
+def enough_for_norms() -> Iterator[None]:
+    """Of one value per channel, as a whole image's mean or its coarsest level may be, a batch norm makes nothing.
+
+    Raises: ConfigError in place of torch's ValueError.
+    """
+    try:
+        yield
+    except ValueError as err:
+        if "more than 1 value per channel" not in str(err):
+            raise
+        raise ConfigError(
+            "batch norms cannot be trained on one image at a time; give eval.tune.batch_size and micro_batch of 2 or "
+            "more, or -s eval.tune.head.norm=group and larger images"
+        ) from err

@@ -19,6 +19,7 @@ from dtpipe.distill.downstream.tuned.base import LearnTarget
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.heads.canvas import Canvas
 from dtpipe.distill.downstream.tuned.heads.detector import InstanceBranch, check_one_look, read_detections
+from dtpipe.distill.downstream.tuned.heads.levels import enough_for_norms
 from dtpipe.distill.downstream.tuned.heads.regions import total
 from dtpipe.distill.downstream.tuned.predictions import Detections, PanopticPrediction
 from dtpipe.distill.student.blocks import conv_norm_relu, resize
@@ -88,7 +89,8 @@ class PanopticFPN(nn.Module):
         It holds 0 for any thing, 1 + place in the list of stuff, 255 where nothing is known.
         """
         batch = self.canvas.lay(images)
-        features = self.branch.pyramid(self.student(batch.tensors), batch.tensors.shape[-2:])
+        with enough_for_norms():
+            features = self.branch.pyramid(self.student(batch.tensors), batch.tensors.shape[-2:])
         losses = self.branch(features, batch, targets)[1]
         semantic = self._semantic_loss(features, batch.tensors.shape[-2:], [target["semantic"] for target in targets])
         return total({**losses, "loss_semantic": self.config.head.semantic_weight * semantic})

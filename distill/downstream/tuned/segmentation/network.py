@@ -5,8 +5,7 @@ Logits are brought to the target's size before the loss, and to the image's own 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -19,7 +18,7 @@ from dtpipe.distill.downstream.labelled import IGNORE
 from dtpipe.distill.downstream.tuned.base import LearnTarget
 from dtpipe.distill.downstream.tuned.config import HeadConfig, TuneConfig
 from dtpipe.distill.downstream.tuned.heads.fcn import FullyConvolutional
-from dtpipe.distill.downstream.tuned.heads.levels import HeadLevels
+from dtpipe.distill.downstream.tuned.heads.levels import HeadLevels, enough_for_norms
 from dtpipe.distill.downstream.tuned.heads.upernet import UPerNet
 from dtpipe.distill.downstream.tuned.predictions import MaskPrediction
 from dtpipe.distill.downstream.tuned.segmentation.inference import Views, class_probabilities
@@ -62,7 +61,7 @@ class Segmenter(nn.Module):
         Raises: ConfigError when batch norms would see one value per channel.
         """
         masks = _stack([target[MASK_TARGET] for target in targets], IGNORE)
-        with _enough_for_norms():
+        with enough_for_norms():
             levels = self.levels(self.student(_stack(images, 0.0)))
             main = pixel_loss(self.head(self._read(levels)), masks)
             if self.aux is None:
@@ -174,20 +173,6 @@ def _check_crop(student: Student, config: TuneConfig) -> None:
             f"student {student.spec.name} takes images of {only[0]}x{only[1]} px alone, and crops are "
             f"{crop[0]}x{crop[1]} px; give -s eval.tune.augment.crop_px=[{only[0]},{only[1]}]"
         )
-
-
-@contextmanager
-def _enough_for_norms() -> Iterator[None]:
-    """Pyramid pooling's mean of a whole image is one value per channel, of which a batch norm makes nothing."""
-    try:
-        yield
-    except ValueError as err:
-        if "more than 1 value per channel" not in str(err):
-            raise
-        raise ConfigError(
-            "batch norms cannot be trained on one image at a time; give eval.tune.batch_size and micro_batch of 2 or "
-            "more, or -s eval.tune.head.norm=group and larger images"
-        ) from err
 
 
 def _stack(tensors: Sequence[Tensor], fill: float) -> Tensor:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from dtpipe.distill.downstream.tuned.augment.objects import InstanceViews
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.detection.coco_ap import BOX_AP, CocoScores
+from dtpipe.distill.downstream.tuned.detection.rle import coco_boxes, encode_masks
+from dtpipe.distill.downstream.tuned.detection.views import InstanceViews
 from dtpipe.distill.downstream.tuned.heads.detector import Detector
-from dtpipe.distill.downstream.tuned.metrics.coco_ap import BOX_AP, CocoScores
-from dtpipe.distill.downstream.tuned.metrics.runs import coco_boxes, encode_masks
 from dtpipe.distill.downstream.tuned.predictions import Detections
 from dtpipe.distill.student.student import Student
 from dtpipe.manifests.errors import ConfigError

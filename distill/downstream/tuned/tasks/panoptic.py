@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dtpipe.distill.downstream.tuned.augment.objects import PanopticViews
 from dtpipe.distill.downstream.tuned.base import TunedTask
+from dtpipe.distill.downstream.tuned.detection.panoptic_quality import PanopticScores
+from dtpipe.distill.downstream.tuned.detection.views import PanopticViews
 from dtpipe.distill.downstream.tuned.heads.panoptic import PanopticFPN, split_classes
-from dtpipe.distill.downstream.tuned.metrics.panoptic_quality import PanopticScores
 from dtpipe.distill.downstream.tuned.predictions import PanopticPrediction
 from dtpipe.manifests.labels import ClassTable, Panoptic
 

@@ -190,6 +190,11 @@ def test_a_student_of_one_size_gets_its_own_canvas_and_a_pyramid() -> None:
         network.train()([torch.rand(3, 90, 320)], [learned(rectangles((90, 320), [], []))])
 
 
+def test_one_small_image_at_a_time_is_too_little_for_batch_norms() -> None:
+    with pytest.raises(ConfigError, match="batch norms cannot be trained on one image at a time"):
+        make_detector().train()([torch.rand(3, 32, 32)], [learned(rectangles((32, 32), [], []))])
+
+
 @pytest.mark.parametrize("setting", [{"flips": True}, {"scales": (1.0, 2.0)}, {"window_px": (32, 32)}])
 def test_several_looks_at_an_image_are_refused(setting) -> None:
     with pytest.raises(ConfigError, match=rf"inference\.{next(iter(setting))} asks for more; leave it out"):

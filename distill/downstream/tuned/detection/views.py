@@ -15,9 +15,9 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from dtpipe.distill.downstream.tuned.augment.geometry import to_student, vary_whole
 from dtpipe.distill.downstream.tuned.base import Example
 from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.detection.geometry import to_student, vary_whole
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import IGNORE_VALUE, Instances, Panoptic, Pixels, Target
 

@@ -12,7 +12,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
 from dtpipe.distill.downstream.tuned.base import Metric, TaskScores
-from dtpipe.distill.downstream.tuned.metrics.runs import coco_boxes, encode_masks
+from dtpipe.distill.downstream.tuned.detection.rle import coco_boxes, encode_masks
 from dtpipe.distill.downstream.tuned.predictions import Detections
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.labels import ClassTable, Instances, Target

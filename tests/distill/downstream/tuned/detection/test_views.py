@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.distill.downstream.tuned.augment.objects import InstanceViews, PanopticViews, outer_boxes
+from dtpipe.distill.downstream.tuned.detection.views import InstanceViews, PanopticViews, outer_boxes
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Panoptic
 from dtpipe.pipeline.demo.scenes import make_scene

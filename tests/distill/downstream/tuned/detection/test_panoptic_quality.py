@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchmetrics.functional.detection import panoptic_quality
 
-from dtpipe.distill.downstream.tuned.metrics.panoptic_quality import PanopticScores, match_segments
+from dtpipe.distill.downstream.tuned.detection.panoptic_quality import PanopticScores, match_segments
 from dtpipe.distill.downstream.tuned.predictions import PanopticPrediction
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.labels import ClassTable, Panoptic

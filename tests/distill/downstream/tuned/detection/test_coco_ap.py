@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dtpipe.distill.downstream.tuned.metrics.coco_ap import CocoScores
+from dtpipe.distill.downstream.tuned.detection.coco_ap import CocoScores
 from dtpipe.distill.downstream.tuned.predictions import Detections
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.labels import ClassTable, Instances
