@@ -9,17 +9,6 @@ from torch import Tensor, nn
 
 from dtpipe.distill.student.blocks import conv_norm_relu, resize
 
-CLASSIFIER_STD = 0.01
-"""Of the weights that a classifier of pixels starts from, as in mmsegmentation."""
-
-
-def pixel_classifier(width: int, num_classes: int) -> nn.Conv2d:
-    """The last 1x1 convolution to logits. Shapes: (B, width, H, W) -> (B, K, H, W)."""
-    classifier = nn.Conv2d(width, num_classes, 1)
-    nn.init.normal_(classifier.weight, std=CLASSIFIER_STD)
-    nn.init.zeros_(classifier.bias)  # type: ignore[arg-type]
-    return classifier
-
 
 class FullyConvolutional(nn.Module):
     """Some of the levels, joined at the finest one's size, through convolutions to logits.
@@ -46,7 +35,7 @@ class FullyConvolutional(nn.Module):
         )
         self.skip = conv_norm_relu(joined + width, width, 3, norm) if skip else None
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = pixel_classifier(width, num_classes)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """Shapes: [(B, channels[i], H_i, W_i)], finest first -> (B, K, H_0, W_0)."""

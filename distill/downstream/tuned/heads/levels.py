@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from timm.layers.norm import LayerNorm2d
@@ -32,6 +32,13 @@ class HeadLevels(nn.Module):
         self.norms: nn.ModuleList | None = None
         if "convnext" in student.spec.name:
             self.norms = nn.ModuleList(LayerNorm2d(channels, eps=1e-6) for channels in self.channels)
+
+    def keep_only(self, used: Collection[int]) -> None:
+        """Drop the weights of levels at other places than these: what is never used would never get a gradient."""
+        for parts in (self.norms, self.pyramid.levels if self.pyramid is not None else None):
+            for idx in range(len(parts or ())):
+                if parts is not None and idx not in used:
+                    parts[idx] = nn.Identity()
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Shapes: the student's levels, finest first -> [(B, channels[i], H/strides[i], W/strides[i])]."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dtpipe.distill.config import RegressorConfig
-from dtpipe.distill.downstream.tuned.heads.fcn import pixel_classifier
 from dtpipe.distill.student.blocks import conv_norm_relu, resize
 from dtpipe.distill.student.regressors.base import lateral
 from dtpipe.distill.student.regressors.fpn_ppm import pooling_lateral
@@ -41,7 +40,7 @@ class UPerNet(nn.Module):
         self.outputs = nn.ModuleDict({str(idx): conv_norm_relu(width, width, 3, norm) for idx in range(last)})
         self.fuse = conv_norm_relu(len(channels) * width, width, 3, norm)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = pixel_classifier(width, num_classes)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """Shapes: [(B, channels[i], H_i, W_i)], finest first -> (B, K, H_0, W_0)."""

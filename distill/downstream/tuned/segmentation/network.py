@@ -126,6 +126,7 @@ def build_fcn(student: Student, classes: ClassTable, config: TuneConfig) -> Segm
     used = tuple(range(len(levels.strides)))
     if head_config.stride is not None:
         used = (_level_of(student, levels, head_config.stride, "eval.tune.head.stride asks for"),)
+    levels.keep_only(used)
     head = FullyConvolutional(
         [levels.channels[idx] for idx in used],
         len(classes),

@@ -44,6 +44,14 @@ def test_any_student_learns_and_predicts_images_of_several_sizes(name, build) ->
     assert all(one.numbers.dtype == np.uint8 and one.foreground is None for one in predictions)
 
 
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+def test_a_head_on_one_level_leaves_no_weight_without_a_gradient(name) -> None:
+    segmenter = network(name, build_fcn, head={"stride": 16})
+    segmenter(*examples())["loss"].backward()
+    own = {key: value for key, value in segmenter.named_parameters() if not key.startswith("student.")}
+    assert [key for key, value in own.items() if value.grad is None] == []
+
+
 def test_the_auxiliary_loss_is_weighted_and_its_head_has_half_the_width() -> None:
     segmenter = network(head={"width": 32, "aux_weight": 0.25})
     losses = segmenter(*examples())
