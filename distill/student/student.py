@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,8 +98,8 @@ def student_name(name: str, names: Collection[str]) -> str | None:
     return next((alias for alias in (name, f"model.{name}", name.replace(".", "_", 1)) if alias in names), None)
 
 
-def build_student(spec: StudentSpec, pretrained: bool = False) -> Student:
-    """The student of a spec, with timm's random initial weights or its published ones.
+def build_student(spec: StudentSpec, pretrained: bool = False, drop_path: float = 0.0) -> Student:
+    """The student of a spec, with timm's random initial weights or its published ones, and stochastic depth.
 
     Raises: ConfigError when timm has no such model or it cannot give levels; InputError when weights cannot be had.
     """
@@ -108,9 +108,18 @@ def build_student(spec: StudentSpec, pretrained: bool = False) -> Student:
         raise ConfigError(
             f"student {spec.name!r} is not a timm model; close names: {close}; `timm.list_models()` lists all"
         )
-    net = _features_only(spec, pretrained)
+    net = _features_only(spec, pretrained, {"drop_path_rate": drop_path} if drop_path else {})
     _check_patches(spec, net)
     return Student(spec, net, *normalisation(spec.name))
+
+
+def with_drop_path(student: Student, rate: float) -> Student:
+    """The same weights in a student with stochastic depth. Raises: ConfigError when timm's model has none."""
+    if not rate:
+        return student
+    other = build_student(student.spec, drop_path=rate)
+    other.load_state_dict(student.state_dict())
+    return other
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -119,9 +128,10 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (cfg.mean, cfg.std) if cfg else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def _features_only(spec: StudentSpec, pretrained: bool) -> nn.Module:
+def _features_only(spec: StudentSpec, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+    options = {**model_options(spec), **options}
     try:
-        net: nn.Module = timm.create_model(spec.name, pretrained=pretrained, features_only=True, **model_options(spec))
+        net: nn.Module = timm.create_model(spec.name, pretrained=pretrained, features_only=True, **options)
     except OSError as err:
         raise InputError(
             f"weights of {spec.name} cannot be fetched: {err}; check the network or leave out student.pretrained"

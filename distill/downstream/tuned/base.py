@@ -50,6 +50,10 @@ class TaskNetwork(Protocol):
         ...
 
 
+MixExamples = Callable[[Tensor, Sequence[LearnTarget]], tuple[Tensor, Sequence[LearnTarget]]]
+"""Mixes the images (B, 3, H, W) and targets of one pass with each other."""
+
+
 @dataclass(frozen=True)
 class TaskScores:
     """Held-out scores of one network."""
@@ -93,8 +97,13 @@ class TunedTask(Generic[Prediction]):
     Raises: ConfigError for a student or classes that the head has no place for.
     """
     augment: Callable[[ClassTable, TuneConfig], Callable[[Pixels, Target], Example]]
-    """The training view of an image (H, W, 3) and its target. Random numbers come from torch's, numpy's and Python's
-    global generators, which are seeded for each sample and pass."""
+    """The training view of an image (H, W, 3) and its target; `augment.crop_px` is set. Random numbers come from
+    torch's, numpy's and Python's global generators, which are seeded for each sample and pass."""
     metric: Callable[[ClassTable, TuneConfig], Metric[Prediction]]
+    frozen: bool = False
+    """The backbone is never trained, whatever the settings say: `backbone_lr` is 0."""
+    mix: Callable[[ClassTable, TuneConfig], MixExamples | None] = lambda _classes, _config: None
+    """What is done to images of one size together, such as mixup, on the device; random numbers come from numpy's
+    global generator, which is seeded for each step, rank and pass."""
     save: Callable[[Prediction, ClassTable], Iterator[tuple[str, bytes]]] = lambda _prediction, _classes: iter(())
     """A prediction as files: ending (such as `.png`) and content; `predict` and the report read them."""

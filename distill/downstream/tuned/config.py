@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,7 +46,12 @@ class HeadConfig(StrictModel):
 
     width: int = Field(default=256, ge=8, description="Channels inside the head (UPerNet of mmseg: 512).")
     norm: Literal["batch", "group", "none"] = Field(default="batch", description="Norms inside the head.")
-    dropout: Share = Field(default=0.1, description="Before the last convolution of segmentation.")
+    dropout: Share = Field(default=0.1, description="Before the last layer of classes and segmentation.")
+    pooled_norm: Literal["auto", "none", "layer", "batch"] = Field(
+        default="auto",
+        description="Of classes: norm of the pooled features, batch without weights; auto is that of timm's classifier "
+        "of the model: layer for ConvNeXts, none for ResNets.",
+    )
     aux_weight: float = Field(default=0.4, ge=0, description="Of the auxiliary FCN head's loss; 0 leaves it out.")
     stride: int | None = Field(
         default=None, ge=1, description="Of fcn: stride of the one level it reads; default: all, joined at the finest."
@@ -84,6 +90,30 @@ class InferenceConfig(StrictModel):
     scales: tuple[Positive, ...] = Field(default=(1.0,), min_length=1, description="Average over these sizes.")
 
 
+class TuneRun(StrictModel):
+    """How a training is carried out; none of it changes what is learned."""
+
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that read and augment images ahead; default: one for each CPU but one, 8 at most, "
+        "none where there are fewer than 4.",
+    )
+    prefetch: int = Field(default=4, ge=1, description="Passes that each of them is ahead.")
+    score_batch: int = Field(default=16, ge=1, description="Held-out images per pass.")
+    keep_predictions: bool = Field(default=True, description="Keep what is predicted of each held-out image.")
+    log_every: int = Field(default=20, ge=1, description="Steps per line of metrics.jsonl.")
+    save_every: int = Field(default=1000, ge=1, description="Steps between two writes of last.pt.")
+    save_every_s: float = Field(default=300.0, gt=0, description="Longest time between two.")
+    tensorboard: bool = Field(default=False, description="Write the lines of metrics.jsonl to tensorboard/ too.")
+    channels_last: bool = Field(default=True, description="Channels-last memory layout, which GPUs prefer.")
+    train_workers: int | None = Field(
+        default=None, ge=1, description="Train on so many Ray workers, one GPU each where there are any."
+    )
+    ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
+    max_restarts: int = Field(default=3, ge=0, description="How often Ray Train starts workers again after one died.")
+
+
 class TuneConfig(Settings):
     """How a backbone and a head are trained on labels."""
 
@@ -91,7 +121,9 @@ class TuneConfig(Settings):
     epochs: int | None = Field(default=None, ge=1, description="Passes over the labelled images.")
     batch_size: int = Field(default=16, ge=1, description="Images per step over all devices; fewer where fewer are.")
     micro_batch: int | None = Field(default=None, ge=1, description="Images per pass and device; default: all.")
-    opt: Literal["adamw", "lamb", "sgd", "lars"] = Field(default="adamw", description="Optimiser, timm's name.")
+    opt: Literal["adamw", "lamb", "sgd", "lars"] = Field(
+        default="adamw", description="Optimiser: timm's; sgd has no Nesterov momentum, lamb SparK's options."
+    )
     lr: float = Field(default=1e-3, gt=0, description="Peak learning rate, not multiplied by the batch size.")
     lr_grid: tuple[Positive, ...] = Field(
         default=(), description="Rates to choose from, for each arm on folds of its labelled images; default: lr alone."
@@ -101,6 +133,9 @@ class TuneConfig(Settings):
         default=1.0, ge=0, description="Times lr for the backbone of pre-trained and random arms alike; 0 freezes it."
     )
     layer_decay: float = Field(default=1.0, gt=0, le=1, description="Rate of each layer over that of the next.")
+    layer_groups: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="Blocks that make one layer of the decay, for each stage; default: each block is one."
+    )
     weight_decay: float = Field(default=0.05, ge=0, description="Decoupled for AdamW and LAMB.")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="Of AdamW and LAMB.")
     momentum: Share = Field(default=0.9, description="Of SGD and LARS.")
@@ -124,9 +159,25 @@ class TuneConfig(Settings):
     augment: AugmentConfig = AugmentConfig()
     head: HeadConfig = HeadConfig()
     inference: InferenceConfig = InferenceConfig()
+    run: TuneRun = TuneRun()
 
     @model_validator(mode="after")
     def _one_length(self) -> TuneConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give eval.tune.steps or eval.tune.epochs, one of them")
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise ValueError(
+                f"eval.tune.micro_batch {self.micro_batch} is larger than eval.tune.batch_size {self.batch_size}"
+            )
         return self
+
+
+class TunedRecipe(Settings):
+    """One training as its folder knows it; `-c FOLDER/config.yaml` reads it back."""
+
+    tune: TuneConfig = Field(default_factory=lambda: TuneConfig.model_construct())
+
+    @classmethod
+    def identity_of(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """All but how the training is carried out."""
+        return {"tune": TuneConfig.identity_of(record.get("tune") or {})}

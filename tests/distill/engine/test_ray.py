@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.downstream.tuned.run import tune, tune_with_workers
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.progress import TrainProgress
 from dtpipe.distill.engine.run_folder import read_metrics
@@ -24,6 +25,7 @@ from dtpipe.manifests.errors import DtpipeError, PlanChangedError
 from parts.memory import MemorySource, tiny_config, write_dataset
 from parts.runs import WITHOUT_BATCH_NORM, losses
 from parts.settings import changed
+from parts.tuning import bright_halves, tune_config, tune_job, tune_losses
 
 # Ray Data, which Ray Train imports, warns of its own settings.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -75,6 +77,14 @@ def test_ray_workers_take_the_steps_of_one_process_although_one_is_killed(ray, c
         "checkpoints",
         ".lock",
     }
+
+
+def test_a_tuned_task_takes_the_steps_of_one_process(ray, tmp_path):
+    job, test = tune_job(tune_config(steps=3, frozen_norms=True, head={"dropout": 0})), bright_halves(4, 1)
+    one = tune(job, test, tmp_path / "one", "cpu")
+    two = tune_with_workers(job, test, tmp_path / "two", 2, False, "cpu")
+    assert (two.num_ranks, two.scores) == (2, one.scores)
+    np.testing.assert_allclose(tune_losses(tmp_path / "two"), tune_losses(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
 def test_what_a_worker_finds_wrong_is_said_once_and_not_tried_again(ray, config, tmp_path):

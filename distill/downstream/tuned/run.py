@@ -1,0 +1,106 @@
+"""One training of a tuned task from start to scores, in its own folder, by one process, torchrun's or Ray Train's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.tuned.base import TaskScores
+from dtpipe.distill.downstream.tuned.scoring import score_network
+from dtpipe.distill.downstream.tuned.trainer import TuneJob, Tuning
+from dtpipe.distill.engine.device import seeded, training_device
+from dtpipe.distill.engine.loop import run
+from dtpipe.distill.engine.progress import OnTrainProgress, RunResult
+from dtpipe.distill.engine.ranks import join_ranks
+from dtpipe.distill.engine.ray import train_on_ray
+from dtpipe.manifests.records.document import read_document, write_document
+from dtpipe.manifests.stopping import StopRequest
+
+SCORE_FILE = "score.json"
+"""What a finished training scored, in its folder."""
+_REMEDY = "restore the file, or delete it to score the training again"
+
+
+@dataclass(frozen=True)
+class TuneResult(RunResult):
+    """What a training left behind, and its held-out scores."""
+
+    value: float = 0.0
+    others: Mapping[str, float] = field(default_factory=dict)
+    by_class: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> TaskScores:
+        """As the metric gave them."""
+        return TaskScores(self.value, self.others, self.by_class)
+
+
+def tune(
+    job: TuneJob,
+    test: LabelledSet,
+    folder: Path,
+    device: str = "auto",
+    on_progress: OnTrainProgress | None = None,
+    stop: StopRequest | None = None,
+) -> TuneResult:
+    """Train, or go on training, in a folder, then score on held-out images; a finished training is only read.
+
+    Raises: ConfigError, PlanChangedError and LockHeldError before any step; else as the engine's `run`.
+    """
+    with join_ranks(device) as ranks:
+        where = training_device(device)
+        record = {"of": job.record(), "settings": job.config.identity(), "scored_on": _content(test)}
+        done = ranks.first(lambda: finished(folder, record))
+        if done is not None:
+            return TuneResult.from_record(done)
+        with seeded(job.seed, where):
+            trainer = Tuning(job, where, ranks)
+            result = run(trainer, job.settings(folder), ranks, on_progress, stop)
+        keep = folder if trainer.config.run.keep_predictions else None
+        scores = score_network(job.task, trainer.scored, test, trainer.config, ranks, keep)
+        own = {each.name: getattr(result, each.name) for each in fields(result)}
+        tuned = TuneResult(**own, value=scores.value, others=scores.others, by_class=scores.by_class)
+        ranks.first(lambda: write_document(folder / SCORE_FILE, record | {"result": tuned.record()}, "make room"))
+    return tuned
+
+
+def finished(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a folder whose training of this record is finished and scored; None where there is more to do.
+
+    Raises: DamagedDataError when it cannot be read.
+    """
+    try:
+        stored = read_document(folder / SCORE_FILE, _REMEDY)
+    except FileNotFoundError:
+        return None
+    return stored["result"] if all(stored.get(name) == value for name, value in record.items()) else None
+
+
+def _content(test: LabelledSet) -> str:
+    return blake3("\n".join([*test.keys, *test.digests]).encode()).hexdigest()
+
+
+def tune_with_workers(
+    job: TuneJob,
+    test: LabelledSet,
+    folder: Path,
+    num_workers: int,
+    gpus: bool,
+    device: str = "auto",
+    on_progress: OnTrainProgress | None = None,
+) -> TuneResult:
+    """`tune` on workers of the Ray cluster that this process is connected to, in a folder that all nodes share."""
+    folder = folder.absolute()
+    work = partial(_work, job, test, folder, device)
+    restarts = job.config.run.max_restarts
+    return train_on_ray(work, TuneResult, folder, num_workers, gpus, restarts, on_progress)
+
+
+def _work(job: TuneJob, test: LabelledSet, folder: Path, device: str, stop: StopRequest) -> TuneResult:
+    return tune(job, test, folder, device, stop=stop)

@@ -1,0 +1,94 @@
+"""Held-out images through a tuned network: the metric over all ranks, and what was predicted of each image."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.tuned.base import Metric, TaskNetwork, TaskScores, TunedTask
+from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.examples import fit_targets, in_order
+from dtpipe.distill.engine.ranks import ALONE, Ranks
+from dtpipe.distill.stream.batch import scaled
+from dtpipe.manifests.errors import ConfigError, StoreError
+from dtpipe.manifests.labels import Pixels, Target
+from dtpipe.manifests.records.document import write_document
+
+PREDICTIONS = "predictions"
+"""Folder of what was predicted: `00042.png` is of the image that `keys.json` has at 42."""
+KEYS_FILE = "keys.json"
+_ROOM = "make room, or use eval.tune.run.keep_predictions=false"
+
+
+def score_network(
+    task: TunedTask[Any],
+    network: nn.Module,
+    test: LabelledSet,
+    config: TuneConfig,
+    ranks: Ranks = ALONE,
+    folder: Path | None = None,
+) -> TaskScores:
+    """Scores on held-out images, each rank's share predicted there; the same on all ranks. `config` is resolved.
+
+    In a folder the predictions are kept. Raises: ConfigError for targets of another kind; StoreError.
+    """
+    test = fit_targets(task, test)
+    if not len(test):
+        raise ConfigError("there is no held-out image to score on; give more images")
+    metric: Metric[Any] = task.metric(test.classes, config)
+    share = ranks.share(len(test))
+    if folder is not None:
+        ranks.first(lambda: _begin(folder, test))
+    for row, prediction, target in _predicted(network, test, share, config.run.score_batch):
+        metric.add(test.keys[row], prediction, target)
+        if folder is not None:
+            _keep(folder, row, task.save(prediction, test.classes))
+    whole, *others = ranks.gather(metric)
+    for other in others:
+        whole.merge(other)
+    return whole.scores()
+
+
+def _predicted(
+    network: nn.Module, test: LabelledSet, rows: Sequence[int], batch_size: int
+) -> Iterator[tuple[int, Any, Target]]:
+    """Row, prediction and target of images."""
+    network.eval()
+    device = next(network.parameters()).device
+    reading = in_order(test, rows)
+    while batch := list(islice(reading, batch_size)):
+        images = [image_tensor(image).to(device) for _, image, _ in batch]
+        with torch.inference_mode():
+            predictions = cast(TaskNetwork, network).predict(images)
+        for (row, _, target), prediction in zip(batch, predictions, strict=True):
+            yield row, prediction, target
+
+
+def image_tensor(image: Pixels) -> Tensor:
+    """Shapes: (H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1]."""
+    return scaled(torch.tensor(image)[None])[0]
+
+
+def _begin(folder: Path, test: LabelledSet) -> None:
+    try:
+        shutil.rmtree(folder / PREDICTIONS, ignore_errors=True)
+        (folder / PREDICTIONS).mkdir(parents=True)
+    except OSError as err:
+        raise StoreError(f"{folder / PREDICTIONS} cannot be written: {err}; {_ROOM}") from err
+    write_document(folder / PREDICTIONS / KEYS_FILE, {"keys": list(test.keys)}, _ROOM)
+
+
+def _keep(folder: Path, row: int, files: Iterator[tuple[str, bytes]]) -> None:
+    for ending, content in files:
+        path = folder / PREDICTIONS / f"{row:05d}{ending}"
+        try:
+            path.write_bytes(content)
+        except OSError as err:
+            raise StoreError(f"{path} cannot be written: {err}; {_ROOM}") from err

@@ -1,0 +1,173 @@
+"""One training of a backbone with a head on labels, as the engine takes it.
+
+Where it starts (a distilled student, random weights, another checkpoint), what its task is and on which images is given
+by the job; the engine resumes, logs, saves and stops it. Two processes take the steps of one, but for what each draws
+or measures on its own images: batch norms (`sync_bn` makes them one), dropout, stochastic depth and mixup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from blake3 import blake3
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.tuned.base import TaskNetwork, TunedTask
+from dtpipe.distill.downstream.tuned.batches import BatchOrder, TuneBatch, ViewPart
+from dtpipe.distill.downstream.tuned.config import TuneConfig, TunedRecipe
+from dtpipe.distill.downstream.tuned.examples import View, Views, fit_targets, read_ahead, seeded_generators
+from dtpipe.distill.downstream.tuned.groups import task_optimizer
+from dtpipe.distill.downstream.tuned.network import (
+    build_network,
+    check_parts,
+    classes_to_dict,
+    freeze_idle,
+    resolve,
+    to_device,
+    weights_fingerprint,
+)
+from dtpipe.distill.downstream.tuned.schedule import rate_share
+from dtpipe.distill.engine.device import autocast, pick_precision
+from dtpipe.distill.engine.ranks import ALONE, Ranks
+from dtpipe.distill.engine.run_folder import RunSettings
+from dtpipe.distill.engine.timing import Stopwatch
+from dtpipe.distill.engine.trainer import Course
+from dtpipe.distill.student.student import Student, spec_to_dict
+
+TUNED_KIND = "eval"
+"""Of the checkpoints and folders of tuned tasks: they follow from this section of the settings."""
+_REMEDY = "train anew in another --out with a lower eval.tune.lr, a longer eval.tune.warmup or eval.tune.clip_grad"
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """What to train, from where, on which images."""
+
+    task: TunedTask[Any]
+    student: Student
+    """Its weights are where the training starts; it is copied."""
+    labelled: LabelledSet
+    config: TuneConfig
+    seed: int = 0
+    """Of the head's weights, order, augmentation and dropout."""
+
+    @property
+    def resolved(self) -> TuneConfig:
+        """The settings as task and student take them."""
+        return resolve(self.task, self.student, self.config)
+
+    def record(self) -> dict[str, Any]:
+        """What the training is of, by content, as plain values."""
+        content = blake3("\n".join([*self.labelled.keys, *self.labelled.digests]).encode())
+        return {
+            "task": self.task.name,
+            "student": spec_to_dict(self.student.spec),
+            "start": weights_fingerprint(self.student),
+            "images": content.hexdigest(),
+            "num_images": len(self.labelled),
+            "seed": self.seed,
+        }
+
+    def settings(self, folder: Path) -> RunSettings:
+        """The training as its folder knows it."""
+        record = self.record()
+        return RunSettings(folder, TUNED_KIND, TunedRecipe(tune=self.config), identity={"of": record}, data=record)
+
+
+class Tuning:
+    """Network, optimiser and batches of one job, and the losses of a batch."""
+
+    def __init__(self, job: TuneJob, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.job, self.device, self.ranks = job, device, ranks
+        self.config = job.resolved
+        self.labelled = fit_targets(job.task, job.labelled)
+        self.classes = self.labelled.classes
+        self.order = BatchOrder.of(self.config, len(self.labelled), job.seed)
+        self.views = Views(self.labelled, job.task.augment(self.classes, self.config), job.seed)
+        self.mix = job.task.mix(self.classes, self.config)
+        self.model = build_network(job.task, job.student, self.classes, self.config, ranks, device)
+        check_parts(self.model, self.order, ranks)
+        if ranks.size > 1:
+            views = self.order.parts(0, ALONE)[0].views[:2]
+            freeze_idle(self.model, [self.views[view] for view in views], device)
+        self.network = ranks.wrap(self.model, device)
+        decay = self.config.ema_decay
+        self.ema = ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
+        self.optimizer = task_optimizer(cast(TaskNetwork, self.model), self.config, device)
+        self.watch = Stopwatch(device)
+        self.course = _course(self.config, self.order, len(self.labelled), device)
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network to score: the average of the weights, where one is kept."""
+        module: nn.Module = self.model if self.ema is None else self.ema.module
+        return module
+
+    def batches(self, step: int) -> Iterator[TuneBatch]:
+        """This rank's parts of the batches from a step on."""
+
+        def views() -> Iterator[tuple[View, ...]]:
+            return (part.views for part in self._parts(step))
+
+        read = read_ahead(self.views, views, self.config.run)
+        for part, examples in zip(self._parts(step), read, strict=True):
+            images = [example.image.to(self.device) for example in examples]
+            targets = [to_device(example.target, self.device) for example in examples]
+            keys = tuple(self.labelled.keys[view.row] for view in part.views)
+            yield TuneBatch(images, targets, keys, self.order.batch_size, part)
+
+    def _parts(self, step: int) -> Iterator[ViewPart]:
+        for at in range(step, self.order.num_steps):
+            yield from self.order.parts(at, self.ranks)
+
+    def losses(self, batch: TuneBatch) -> Mapping[str, Tensor]:
+        """The task's own."""
+        images, targets = batch.images, batch.targets
+        if self.mix is not None:
+            with seeded_generators(self.job.seed, "mix", batch.part.step, batch.part.idx, self.ranks.rank):
+                mixed, targets = self.mix(torch.stack(list(images)), targets)
+                images = list(mixed)
+        with autocast(self.course.precision, self.device):
+            losses: Mapping[str, Tensor] = self.network(images, targets)
+        return losses
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up, then the schedule."""
+        return self.config.lr * rate_share(step, self.course.num_steps, self.config)
+
+    def updated(self, step: int) -> None:
+        """Move the average."""
+        if self.ema is not None:
+            self.ema.update(self.model, step)
+
+    def named(self) -> Mapping[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "task": self.job.task.name,
+            "student_spec": spec_to_dict(self.job.student.spec),
+            "classes": classes_to_dict(self.classes),
+            "network": self.model,
+            "ema": self.ema.module if self.ema is not None else None,
+        }
+
+
+def _course(config: TuneConfig, order: BatchOrder, num_images: int, device: torch.device) -> Course:
+    return Course(
+        num_steps=order.num_steps,
+        steps_per_epoch=num_images / order.batch_size,
+        epoch_size=num_images,
+        seed=order.seed,
+        precision=pick_precision(config.precision, device),
+        clip_grad=config.clip_grad,
+        log_every=config.run.log_every,
+        save_every=config.run.save_every,
+        save_every_s=config.run.save_every_s,
+        tensorboard=config.run.tensorboard,
+        remedy=_REMEDY,
+    )
