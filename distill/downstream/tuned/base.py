@@ -100,10 +100,10 @@ class TunedTask(Generic[Prediction]):
     """The training view of an image (H, W, 3) and its target; `augment.crop_px` is set. Random numbers come from
     torch's, numpy's and Python's global generators, which are seeded for each sample and pass."""
     metric: Callable[[ClassTable, TuneConfig], Metric[Prediction]]
+    save: Callable[[Prediction, ClassTable], Iterator[tuple[str, bytes]]] = lambda _prediction, _classes: iter(())
+    """A prediction as files: ending (such as `.png`) and content; `predict` and the report read them."""
     frozen: bool = False
     """The backbone is never trained, whatever the settings say: `backbone_lr` is 0."""
     mix: Callable[[ClassTable, TuneConfig], MixExamples | None] = lambda _classes, _config: None
     """What is done to images of one size together, such as mixup, on the device; random numbers come from numpy's
     global generator, which is seeded for each step, rank and pass."""
-    save: Callable[[Prediction, ClassTable], Iterator[tuple[str, bytes]]] = lambda _prediction, _classes: iter(())
-    """A prediction as files: ending (such as `.png`) and content; `predict` and the report read them."""
