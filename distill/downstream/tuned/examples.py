@@ -56,7 +56,7 @@ def seeded_generators(*what: object) -> Iterator[None]:
             random.setstate(python_state)
 
 
-class Views(Dataset[Example]):
+class TrainingViews(Dataset[Example]):
     """The training views of a labelled set. A copy in another process reads for itself."""
 
     def __init__(self, labelled: LabelledSet, augment: Callable[[Pixels, Target], Example], seed: int) -> None:
@@ -89,7 +89,9 @@ class _Parts:
         return map(list, self.views())
 
 
-def read_ahead(views: Views, parts: Callable[[], Iterator[Sequence[View]]], run: TuneRun) -> Iterator[list[Example]]:
+def read_ahead(
+    views: TrainingViews, parts: Callable[[], Iterator[Sequence[View]]], run: TuneRun
+) -> Iterator[list[Example]]:
     """The examples of each part in order, read by as many processes as the settings say."""
     workers = num_workers(run)
     if not workers:

@@ -29,7 +29,7 @@ def resolve(task: TunedTask[Any], student: Student, config: TuneConfig) -> TuneC
     return config.model_copy(update={"augment": augment.model_copy(update={"crop_px": crop}), **frozen})
 
 
-def build_network(
+def build_tuned(
     task: TunedTask[Any],
     student: Student,
     classes: ClassTable,

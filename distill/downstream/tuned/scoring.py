@@ -21,7 +21,7 @@ from dtpipe.manifests.errors import ConfigError, StoreError
 from dtpipe.manifests.labels import Pixels, Target
 from dtpipe.manifests.records.document import write_document
 
-PREDICTIONS = "predictions"
+PREDICTED = "predictions"
 """Folder of what was predicted: `00042.png` is of the image that `keys.json` has at 42."""
 KEYS_FILE = "keys.json"
 _ROOM = "make room, or use eval.tune.run.keep_predictions=false"
@@ -78,16 +78,16 @@ def image_tensor(image: Pixels) -> Tensor:
 
 def _begin(folder: Path, test: LabelledSet) -> None:
     try:
-        shutil.rmtree(folder / PREDICTIONS, ignore_errors=True)
-        (folder / PREDICTIONS).mkdir(parents=True)
+        shutil.rmtree(folder / PREDICTED, ignore_errors=True)
+        (folder / PREDICTED).mkdir(parents=True)
     except OSError as err:
-        raise StoreError(f"{folder / PREDICTIONS} cannot be written: {err}; {_ROOM}") from err
-    write_document(folder / PREDICTIONS / KEYS_FILE, {"keys": list(test.keys)}, _ROOM)
+        raise StoreError(f"{folder / PREDICTED} cannot be written: {err}; {_ROOM}") from err
+    write_document(folder / PREDICTED / KEYS_FILE, {"keys": list(test.keys)}, _ROOM)
 
 
 def _keep(folder: Path, row: int, files: Iterator[tuple[str, bytes]]) -> None:
     for ending, content in files:
-        path = folder / PREDICTIONS / f"{row:05d}{ending}"
+        path = folder / PREDICTED / f"{row:05d}{ending}"
         try:
             path.write_bytes(content)
         except OSError as err:

@@ -21,10 +21,10 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.base import TaskNetwork, TunedTask
 from dtpipe.distill.downstream.tuned.batches import BatchOrder, TuneBatch, ViewPart
 from dtpipe.distill.downstream.tuned.config import TuneConfig, TunedRecipe
-from dtpipe.distill.downstream.tuned.examples import View, Views, fit_targets, read_ahead, seeded_generators
+from dtpipe.distill.downstream.tuned.examples import View, TrainingViews, fit_targets, read_ahead, seeded_generators
 from dtpipe.distill.downstream.tuned.groups import task_optimizer
 from dtpipe.distill.downstream.tuned.network import (
-    build_network,
+    build_tuned,
     check_parts,
     classes_to_dict,
     freeze_idle,
@@ -89,9 +89,9 @@ class Tuning:
         self.labelled = fit_targets(job.task, job.labelled)
         self.classes = self.labelled.classes
         self.order = BatchOrder.of(self.config, len(self.labelled), job.seed)
-        self.views = Views(self.labelled, job.task.augment(self.classes, self.config), job.seed)
+        self.views = TrainingViews(self.labelled, job.task.augment(self.classes, self.config), job.seed)
         self.mix = job.task.mix(self.classes, self.config)
-        self.model = build_network(job.task, job.student, self.classes, self.config, ranks, device)
+        self.model = build_tuned(job.task, job.student, self.classes, self.config, ranks, device)
         check_parts(self.model, self.order, ranks)
         if ranks.size > 1:
             views = self.order.parts(0, ALONE)[0].views[:2]

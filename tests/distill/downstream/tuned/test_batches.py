@@ -10,7 +10,7 @@ import torch
 
 from dtpipe.distill.downstream.tuned.base import Example
 from dtpipe.distill.downstream.tuned.batches import BatchOrder
-from dtpipe.distill.downstream.tuned.examples import View, Views
+from dtpipe.distill.downstream.tuned.examples import View, TrainingViews
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from parts.tuning import bright_halves, tune_config
 
@@ -62,7 +62,7 @@ def test_a_view_follows_from_seed_key_and_pass_and_leaves_the_generators_alone()
         return Example(torch.tensor([torch.rand(()).item(), np.random.rand(), float(image.mean())]), {})
 
     labelled = bright_halves(4, 0)
-    views = Views(labelled, augment, seed=3)
+    views = TrainingViews(labelled, augment, seed=3)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -70,6 +70,6 @@ def test_a_view_follows_from_seed_key_and_pass_and_leaves_the_generators_alone()
     assert torch.equal(torch.rand(3), expected)
     others = [View(1, 1), View(1, 0, 1), View(2, 0)]
     assert not any(torch.equal(views[view].image, first) for view in others)
-    shuffled = Views(labelled.subset([3, 1]), augment, seed=3)
+    shuffled = TrainingViews(labelled.subset([3, 1]), augment, seed=3)
     assert torch.equal(shuffled[View(1, 0)].image, first)
-    assert not torch.equal(Views(labelled, augment, seed=4)[View(1, 0)].image, first)
+    assert not torch.equal(TrainingViews(labelled, augment, seed=4)[View(1, 0)].image, first)
