@@ -21,7 +21,7 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.base import TaskNetwork, TunedTask
 from dtpipe.distill.downstream.tuned.batches import BatchOrder, TuneBatch, ViewPart
 from dtpipe.distill.downstream.tuned.config import TuneConfig, TunedRecipe
-from dtpipe.distill.downstream.tuned.examples import View, TrainingViews, fit_targets, read_ahead, seeded_generators
+from dtpipe.distill.downstream.tuned.examples import TrainingViews, View, fit_targets, read_ahead, seeded_generators
 from dtpipe.distill.downstream.tuned.groups import task_optimizer
 from dtpipe.distill.downstream.tuned.network import (
     build_tuned,

@@ -10,7 +10,7 @@ import torch
 
 from dtpipe.distill.downstream.tuned.base import Example
 from dtpipe.distill.downstream.tuned.batches import BatchOrder
-from dtpipe.distill.downstream.tuned.examples import View, TrainingViews
+from dtpipe.distill.downstream.tuned.examples import TrainingViews, View
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from parts.tuning import bright_halves, tune_config
 
