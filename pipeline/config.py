@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -144,7 +144,13 @@ class ReportConfig(StrictModel):
 
     run: str = Field(description="Run folder of `dtpipe distill`.")
     out: str | None = Field(default=None, description="HTML file to write; default: report.html in the run folder.")
-    num_images: int = Field(default=4, ge=1, le=64, description="Images shown with their feature maps.")
+    num_images: int = Field(default=4, ge=1, le=64, description="Images shown with their maps and predictions.")
+    clusters: int = Field(default=10, ge=2, le=64, description="Clusters of the segmentation maps.")
+    cluster_images: int = Field(default=32, ge=1, description="Images whose cells are clustered together.")
+    timesteps: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(50, 150, 250, 350),
+        description="Timesteps of the activation maps of a diffusion teacher; []: no such maps.",
+    )
     teacher: str | None = Field(default=None, description="Teacher to draw samples from.")
     num_samples: int = Field(default=16, ge=1, le=256, description="Samples drawn from the teacher.")
     sample_steps: int = Field(default=50, ge=1, description="Denoising steps per sample.")

@@ -8,6 +8,8 @@ FLAGS = (
     Flag("run", "report.run", "RUN"),
     Flag("--out", "report.out", "FILE"),
     Flag("--num-images", "report.num_images", "N"),
+    Flag("--clusters", "report.clusters", "K"),
+    Flag("--timesteps", "report.timesteps", "T,T"),
     Flag("--teacher", "report.teacher", "PATH|NAME"),
     Flag("--num-samples", "report.num_samples", "N"),
     Flag("--sample-steps", "report.sample_steps", "N"),

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -15,11 +17,15 @@ INK = "#010203"  # replaced by currentColor; no other element has it
 COLOURS = ("#3b82c4", "#d9822b", "#4d9e5a", "#b5485d", "#8b6cc1", "#8a7d5c", "#c76fa8", "#5fa8a8")
 GREY = "#8a8f98"
 WIDTH_IN, HEIGHT_IN = 4.6, 2.9
+_BARS_WIDTH_IN, _BAR_IN = 7.0, 0.1
+_ASIDE = 0.035  # of the distance of two numbers of labels
 
 Series = tuple[Sequence[float], Sequence[float]]
+Point = tuple[float, float, float]
+"""Mean, and the ends of its interval."""
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+def _figure(columns: int, size_in: tuple[float, float] = (WIDTH_IN, HEIGHT_IN)) -> tuple[Figure, list[Axes]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -27,7 +33,7 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
         ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK
     )
     with rc_context({**settings, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(WIDTH_IN * columns, HEIGHT_IN), layout="constrained")
+        figure = Figure(figsize=(size_in[0] * columns, size_in[1]), layout="constrained")
         panels = figure.subplots(1, columns, squeeze=False)
     axes: list[Axes] = list(panels[0])
     for axis in axes:
@@ -37,7 +43,7 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def _svg(figure: Figure, name: str) -> Markup:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -45,7 +51,9 @@ def _svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r'(<svg[^>]*?) width="[^"]*pt" height="[^"]*pt"|(<svg[^>]*?) height="[^"]*pt"', r"\1\2", svg, count=1)
+    return Markup(
+        re.sub(r'(<svg[^>]*?) width="[^"]*pt" height="[^"]*pt"|(<svg[^>]*?) height="[^"]*pt"', r"\1\2", svg, count=1)
+    )
 
 
 def _legend(axis: Axes, **place: Any) -> None:
@@ -54,7 +62,7 @@ def _legend(axis: Axes, **place: Any) -> None:
         text.set_color(INK)
 
 
-def curves(panels: Mapping[str, Mapping[str, Series]], log: Sequence[str] = ()) -> str:
+def curves(panels: Mapping[str, Mapping[str, Series]], log: Sequence[str] = ()) -> Markup:
     """Panels side by side, each with lines by name over steps; panels named in `log` get a logarithmic y axis."""
     figure, axes = _figure(len(panels))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
@@ -72,22 +80,38 @@ def curves(panels: Mapping[str, Mapping[str, Series]], log: Sequence[str] = ()) 
     return _svg(figure, "curves")
 
 
-def scores(
-    title: str, numbers: Sequence[int], rows: Mapping[str, Sequence[tuple[float, float] | None]], metric: str
-) -> str:
-    """Mean and spread of each extractor over the number of labelled images, which are evenly spaced."""
+def scores(title: str, numbers: Sequence[int], rows: Mapping[str, Sequence[Point | None]], metric: str) -> Markup:
+    """Mean and interval of each arm over the number of labelled images, which are evenly spaced."""
     figure, (axis,) = _figure(1)
-    places = range(len(numbers))
     for idx, (name, cells) in enumerate(rows.items()):
-        known = [(place, cell) for place, cell in zip(places, cells, strict=True) if cell is not None]
+        aside = _ASIDE * (idx - (len(rows) - 1) / 2)  # so that intervals do not hide each other
+        known = [(place + aside, cell) for place, cell in enumerate(cells) if cell is not None]
+        xs, means = [x for x, _ in known], [mean for _, (mean, _, _) in known]
+        ends = [[mean - low for _, (mean, low, _) in known], [high - mean for _, (mean, _, high) in known]]
         colour = COLOURS[idx % len(COLOURS)]
-        xs, means, spreads = [x for x, _ in known], [cell[0] for _, cell in known], [cell[1] for _, cell in known]
         axis.errorbar(
-            xs, means, yerr=spreads, color=colour, linewidth=1.6, marker="o", markersize=4, capsize=2, label=name
+            xs, means, yerr=ends, color=colour, linewidth=1.6, marker="o", markersize=4, capsize=2, label=name
         )
-    axis.set_xticks(list(places), [str(num) for num in numbers])
+    axis.set_xticks(range(len(numbers)), [str(num) for num in numbers])
     axis.set_xlabel("labelled images", color=INK)
     axis.set_ylabel(metric, color=INK)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
     _legend(axis, loc="lower left", bbox_to_anchor=(-0.05, 1.0), ncols=2)
+    return _svg(figure, title)
+
+
+def bars(title: str, groups: Sequence[str], rows: Mapping[str, Sequence[float | None]], metric: str) -> Markup:
+    """Values by group, a bar per arm in each; groups go down."""
+    height = 0.7 + len(groups) * (_BAR_IN * len(rows) + 0.1)
+    figure, (axis,) = _figure(1, (_BARS_WIDTH_IN, height))
+    share = 0.8 / len(rows)
+    for idx, (name, values) in enumerate(rows.items()):
+        places = [place + share * (idx - (len(rows) - 1) / 2) for place in range(len(groups))]
+        widths = [0.0 if value is None else value for value in values]
+        axis.barh(places, widths, height=share, color=COLOURS[idx % len(COLOURS)], label=name)
+    axis.set_yticks(range(len(groups)), list(groups))
+    axis.set_ylim(len(groups) - 0.5, -0.5)
+    axis.set_xlabel(metric, color=INK)
+    axis.grid(False, axis="y")
+    _legend(axis, loc="lower left", bbox_to_anchor=(-0.05, 1.0), ncols=min(3, len(rows)))
     return _svg(figure, title)

@@ -28,7 +28,7 @@ from dtpipe.manifests.store.publish import write_whole
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entries
 from dtpipe.manifests.write.plan import SOURCE_SEEN, plan_digest
-from dtpipe.pipeline.report.pca import pca_to_rgb
+from dtpipe.pipeline.report.maps.pca import pca_to_rgb
 
 if TYPE_CHECKING:
     import pyarrow as pa

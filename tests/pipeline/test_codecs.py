@@ -30,7 +30,7 @@ from dtpipe.pipeline.cli.main import main
 from dtpipe.pipeline.live.teacher import open_live
 from dtpipe.pipeline.plan.extraction import plan_extraction
 from dtpipe.pipeline.report.inspect import describe_dataset, render_sample
-from dtpipe.pipeline.report.maps import draw_maps
+from dtpipe.pipeline.report.maps.features import RunFeatures, pca_pairs
 from parts.codecs import register_turned
 from parts.extractions import Extract, MakeConfig
 from parts.images import write_images
@@ -185,10 +185,12 @@ def test_report_and_evaluation_of_a_run_are_those_of_plain_features(
         run = tmp_path / f"run-{Path(dataset.url).name}"
         losses(run, dataset)
         config = DistillConfig.model_validate(tiny_config(run, datasets=(dataset.url,)).model_dump())
-        shown.append(draw_maps(run, config, num_images=4, seed=0))
+        features = RunFeatures.open(run, config)
+        shown.append(features.see(features.choose(4, seed=0)))
         scores.append(command("eval", run, "knn", "--images", image_folder, "--device", "cpu"))
-    assert shown[1].errors == pytest.approx(shown[0].errors, rel=1e-4)
-    for plain, coded in zip(shown[0].images, shown[1].images, strict=True):
-        for name in plain.maps:
-            assert np.abs(plain.maps[name][0].astype(int) - coded.maps[name][0]).max() <= 1  # the teacher's picture
+    assert shown[1].errors() == pytest.approx(shown[0].errors(), rel=1e-4)
+    pictures = [pca_pairs(seen) for seen in shown]
+    for name, pairs in pictures[0].items():
+        for (plain, _), (coded, _) in zip(pairs, pictures[1][name], strict=True):
+            assert np.abs(plain.astype(int) - coded).max() <= 1  # the teacher's picture
     assert scores[0]["scores"] == scores[1]["scores"]

@@ -13,7 +13,7 @@ from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError, S
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import ShardRecipe, ViewSpec
 from dtpipe.pipeline.report.inspect import describe_dataset, draw_sample, render_sample, view_name
-from dtpipe.pipeline.report.pca import pca_to_rgb
+from dtpipe.pipeline.report.maps.pca import pca_to_rgb
 from parts.damage import flip
 from parts.disks import BLOCK, files_on, fill, small_disk
 from parts.memory import MemorySource, level_spec, write_dataset

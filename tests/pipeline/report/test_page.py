@@ -5,49 +5,79 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import SYNTHESIZED
+from dtpipe.pipeline.config import ReportConfig
+from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.history import read_commands, record_command
-from dtpipe.pipeline.report.maps import image_grid
-from dtpipe.pipeline.report.page import data_uri, figures, images_fact, render, scores_of
+from dtpipe.pipeline.report.maps.sections import image_grid
+from dtpipe.pipeline.report.page import whole_page, write_report
+from dtpipe.pipeline.report.provenance import images_fact
+from dtpipe.pipeline.report.section import Section, data_uri, render
 from parts.paths import GOLDEN
 
 
-def page(**changes: object) -> str:
-    context: dict[str, object] = {
-        "title": "a",
-        "subtitle": "b",
-        "facts": {},
-        "scores": [],
-        "curves": None,
-        "curves_caption": "",
-        "maps": None,
-    }
-    context |= {"samples": None, "commands": [], "datasets": [], "config": "", "notes": [], "version": "0"}
-    return render(context | changes)
-
-
 def test_values_are_escaped() -> None:
-    html = page(title="<script>alert(1)</script>", commands=["dtpipe distill '<b>'"], notes=["a & b"])
-    assert "<script>" not in html
-    assert "&lt;script&gt;" in html
+    facts = Section("<h>", render("provenance.html", commands=["dtpipe distill '<em>'"], datasets=[], config=""))
+    html = whole_page("<script>alert(1)</script>", "b", {"<i>": "<u>"}, [facts], ["a & b"])
+    assert not re.search("<(script|h|em|i|u)>", html)
+    assert "&lt;script&gt;" in html and "&#39;&lt;em&gt;&#39;" in html
     assert "a &amp; b" in html
 
 
-def test_page_asks_for_no_other_file() -> None:
-    html = page(samples={"image": data_uri(np.zeros((4, 4, 3), np.uint8)), "caption": "c", "width": 8})
-    assert "http:" not in html
-    assert "https:" not in html
-    assert "url(" not in html
-    assert "<link" not in html
+def test_page_asks_for_no_other_file_and_has_every_part(small_run: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    config = ReportConfig(run=str(small_run), out=str(tmp_path / "page.html"), num_images=2, cluster_images=3)
+    html = write_report(config, notes.append).read_text()
+    assert re.findall("<h2>(.*?)</h2>", html) == [
+        *("Training", "Feature maps", "Segmentation maps", "Activation maps", "How it was made"),
+    ]
+    assert notes == []
+    outside = re.sub("<svg.*?</svg>", "", html, flags=re.DOTALL)
+    assert not re.search("https?:|url\\(|<link|<script", outside)
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
+    levels, timesteps = 2, 4
+    assert html.count("data:image/png;base64,") == 2 * ((1 + 2 * levels) + (1 + 3 * levels) + (1 + timesteps * levels))
+
+
+def test_damaged_records_are_left_out_with_a_note(small_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    (run / "last.pt").write_bytes(b"nothing")
+    (run / "metrics.jsonl").write_text("{}\n{}\n")
+    (run / "commands.jsonl").write_text("x\nx\n")
+    notes: list[str] = []
+    html = write_report(ReportConfig(run=str(run)), notes.append).read_text()
+    assert sorted({note.partition(" left out: ")[0] for note in notes}) == [
+        *("commands", "feature maps", "training curves"),
+    ]
+    assert all(re.search(re.escape(str(escape(note))), html) for note in notes)
+    assert "How it was made" in html and "Training</h2>" not in html
+
+
+def test_maps_of_a_gone_teacher_are_left_out_with_a_note(small_run: Path, ddpm: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    aside = ddpm.rename(tmp_path / "aside")
+    try:
+        config = ReportConfig(run=str(small_run), out=str(tmp_path / "page.html"), num_images=1)
+        html = write_report(config, notes.append).read_text()
+        silent = config.model_copy(update={"timesteps": ()})
+        write_report(silent, lambda note: pytest.fail(note))
+    finally:
+        aside.rename(ddpm)
+    (note,) = notes
+    assert note.startswith(f"activation maps of the teacher left out: {ddpm}")
+    assert "Activation maps</h2>" not in html and "Segmentation maps</h2>" in html
 
 
 def test_data_uri_holds_the_image() -> None:
@@ -59,14 +89,14 @@ def test_data_uri_holds_the_image() -> None:
 
 def test_figures_are_svg_in_the_pages_colour() -> None:
     curve = figures.curves({"loss": {"loss": ([1, 2, 3], [3.0, 2.0, 1.0])}, "rate": {"lr": ([1], [0.1])}}, log=["loss"])
-    score = figures.scores(
-        "x", [5, 20], {"raw pixels": [(0.1, 0.0), None], "distilled": [(0.2, 0.1), (0.4, 0.1)]}, "IoU"
-    )
-    for svg in (curve, score):
+    rows = {"raw pixels": [(0.1, 0.1, 0.1), None], "distilled": [(0.2, 0.1, 0.3), (0.4, 0.3, 0.5)]}
+    score = figures.scores("x", [5, 20], rows, "IoU")
+    bars = figures.bars("x", ["cat", "dog"], {"raw pixels": [0.1, None], "distilled": [0.2, 0.3]}, "IoU")
+    for svg in (curve, score, bars):
         assert ET.fromstring(svg).tag.endswith("svg")
         assert "currentColor" in svg
         assert figures.INK not in svg
-    assert "distilled" in score
+    assert "distilled" in score and "dog" in bars
 
 
 def test_a_synthesized_datasets_images_are_the_teachers() -> None:
@@ -92,17 +122,6 @@ def test_tile_places_images_by_row() -> None:
     assert grid.shape == (3 * 2 + 2, 2 * 3 + 1, 3)
     assert [int(grid[0, 0, 0]), int(grid[0, 4, 0]), int(grid[3, 0, 0]), int(grid[6, 0, 0])] == [0, 1, 2, 4]
     assert grid[6, 4, 0] == 255
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"summaries": [{"level": "best"}]}'])
-def test_scores_that_cannot_be_read_are_left_out_with_a_note(content: str, tmp_path: Path) -> None:
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "probe.json").write_text(content)
-    (tmp_path / "eval" / "knn.json").mkdir()
-    notes: list[str] = []
-    assert scores_of(tmp_path, lambda what, err: notes.append(f"{what} left out: {err}")) == []
-    assert [note.partition(": ")[0] for note in notes] == ["scores left out"] * 2
-    assert f"{tmp_path}/eval/knn.json: is a folder, not a file; run `dtpipe eval` again" in notes[0]
 
 
 def test_commands_that_a_kill_cut_short_are_left_out(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from sklearn.decomposition import PCA
 
 from dtpipe.manifests.errors import ShapeError
-from dtpipe.pipeline.report.pca import pca_to_rgb
+from dtpipe.pipeline.report.maps.pca import pca_to_rgb
 
 
 def level(channels: int = 16, height: int = 8, width: int = 12, idx: int = 0) -> np.ndarray:

@@ -1,0 +1,125 @@
+"""How a run was made: commands, datasets and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.record import read_record
+from dtpipe.distill.engine.run_folder import read_config
+from dtpipe.extract.config import ExtractConfig
+from dtpipe.manifests.errors import DtpipeError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
+from dtpipe.manifests.words import count_of
+from dtpipe.pipeline.cli.console import format_bytes
+from dtpipe.pipeline.report.history import read_commands
+from dtpipe.pipeline.report.inspect import view_name
+from dtpipe.pipeline.report.section import LeaveOut, Section, render
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a run was trained on, in words."""
+
+    title: str
+    facts: dict[str, str]
+    settings: str
+    """What the settings below are of."""
+    config: str
+    command: str | None = None
+
+
+def provenance_section(run: Path, settings: DistillConfig, leave_out: LeaveOut) -> Section:
+    """Commands, datasets and settings behind a run."""
+    datasets = _datasets(settings.datasets, leave_out) if settings.datasets else _live_data(run)
+    commands = [dataset.command for dataset in datasets if dataset.command]
+    try:
+        commands += [record["command"] for record in read_commands(run)]
+    except DtpipeError as err:
+        leave_out("commands", err)
+    config = yaml.safe_dump({"distill": settings.model_dump(mode="json")}, sort_keys=False)
+    return Section("How it was made", render("provenance.html", commands=commands, datasets=datasets, config=config))
+
+
+def origin(run: Path, settings: DistillConfig) -> str:
+    """Where the features came from, in a few words."""
+    if settings.datasets:
+        return f"features from {', '.join(settings.datasets)}"
+    extract = read_config(run, "extract")
+    images = extract.get("images") or f"{extract.get('num_samples')} images of its own in each epoch"
+    return f"features of {extract.get('teacher', {}).get('path')}, encoded live over {images}; no dataset was stored"
+
+
+def _datasets(urls: Sequence[str], leave_out: LeaveOut) -> list[DataFacts]:
+    shown = []
+    for url in urls:
+        try:
+            dataset = FeatureDataset.open(url, allow_incomplete=True)
+        except DtpipeError as err:
+            leave_out(f"dataset {url}", err)
+            continue
+        provenance = dataset.plan.provenance
+        extract = {"extract": ExtractConfig.in_halves(provenance.get("config") or {})}
+        shown.append(
+            DataFacts(
+                f"Dataset {url}",
+                _dataset_facts(dataset.plan, dataset.manifest),
+                "settings of the extraction",
+                yaml.safe_dump(extract, sort_keys=False),
+                provenance.get("command"),
+            )
+        )
+    return shown
+
+
+def _live_data(run: Path) -> list[DataFacts]:
+    """What a run without a dataset was trained on, from its own records."""
+    extract, record = read_config(run, "extract"), read_record(run) or {}
+    live = record.get("live")
+    if not live:
+        return []
+    transform, views = live["transform"], [ViewSpec.model_validate({**view, "draw": 0}) for view in live["views"]]
+    facts = {
+        "teacher": f"{live['teacher']['kind']}, weights {live['teacher']['weights_blake3'][:16]}",
+        "images": f"{transform['width']}x{transform['height']} px, {transform['resize']}",
+        "levels": ", ".join(
+            f"{level['name']} ({level['channels']}x{level['height']}x{level['width']})" for level in live["levels"]
+        ),
+        "views": "; ".join(view_name(view).replace("draw 0", "a new draw in each epoch") for view in views),
+        "samples": f"{record['samples']['num']} in use, of {record['listing']['num']} listed",
+    }
+    title = (
+        f"Images {extract['images']}, encoded live"
+        if extract.get("images")
+        else "Images that the teacher made while training"
+    )
+    config = yaml.safe_dump({"extract": extract}, sort_keys=False)
+    return [DataFacts(title, facts, "settings of images and teacher", config)]
+
+
+def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:
+    recipe = plan.recipe
+    views = [view_name(view) for view in recipe.views]
+    facts = {
+        "teacher": f"{recipe.teacher.kind}, weights {recipe.teacher.weights_blake3[:16]}",
+        "images": images_fact(recipe),
+        "levels": ", ".join(f"{level.name} ({level.channels}x{level.height}x{level.width})" for level in recipe.levels),
+        "views": "; ".join(views),
+    }
+    if manifest is not None:
+        totals = manifest.totals
+        shards = count_of(totals.num_shards, "shard")
+        facts["samples"] = f"{totals.num_ok} ok, {totals.num_bad} bad, in {shards}, {format_bytes(totals.size_bytes)}"
+        facts["digest"] = manifest.digest
+    return facts
+
+
+def images_fact(recipe: Recipe) -> str:
+    """Size of a dataset's images, and how they came to it."""
+    how = "made by the teacher" if recipe.synthesized else recipe.transform.resize
+    return f"{recipe.transform.width}x{recipe.transform.height} px, {how}"
