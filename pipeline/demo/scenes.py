@@ -7,6 +7,7 @@ make any scene. Parts share no digit image and no photograph area: `held_out` di
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,19 +79,60 @@ def iterate_scenes(num: int, seed: int, px: int = 64, part: ScenePart = "train")
 def write_scenes(out: str | Path, num: int, seed: int, px: int = 64, part: ScenePart = "train") -> Path:
     """Write `num` scenes as class folders, with masks beside: {images,semantic,instance}/<digit>/00000.png.
 
-    The file's number is the scene's index; its folder, the main digit. Returns the folder of the images.
+    The file's number is the scene's index; its folder, the main digit. instances.json has the objects in COCO's format,
+    with paths from `out`. Returns the folder of the images.
     Raises: StoreError when the folder cannot be written.
     """
-    root = Path(out)
+    root, coco = Path(out), _CocoDocument(px)
     try:
         for index, scene in enumerate(iterate_scenes(num, seed, px, part)):
+            coco.add(index, f"images/{scene.digit}/{index:05d}.png", scene)
             for name, array in (("images", scene.image), ("semantic", scene.semantic), ("instance", scene.instance)):
                 path = root / name / str(scene.digit) / f"{index:05d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(path)
+        (root / "instances.json").write_text(json.dumps(coco.document), encoding="utf-8")
     except OSError as err:
         raise StoreError(f"{root}: cannot write scenes ({err}); name another folder or make room") from err
     return root / "images"
+
+
+class _CocoDocument:
+    """The objects of scenes in COCO's format, masks as uncompressed run lengths; category ids are digits."""
+
+    def __init__(self, px: int) -> None:
+        self.px = px
+        categories = [{"id": digit, "name": str(digit)} for digit in range(10)]
+        self.document: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+
+    def add(self, index: int, file_name: str, scene: Scene) -> None:
+        """List a scene and its digits."""
+        size = {"height": self.px, "width": self.px}
+        self.document["images"].append({"id": index, "file_name": file_name, **size})
+        for number in range(1, int(scene.instance.max()) + 1):
+            mask = scene.instance == number
+            if mask.any():  # a small digit may be too faint
+                self.document["annotations"].append(self._annotation(index, mask, int(scene.semantic[mask][0]) - 1))
+
+    def _annotation(self, index: int, mask: NDArray[np.bool_], digit: int) -> dict[str, Any]:
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        left, top = int(columns[0]), int(rows[0])
+        return {
+            "id": len(self.document["annotations"]) + 1,
+            "image_id": index,
+            "category_id": digit,
+            "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+            "area": int(mask.sum()),
+            "iscrowd": 0,
+            "segmentation": {"size": [self.px, self.px], "counts": _run_lengths(mask)},
+        }
+
+
+def _run_lengths(mask: NDArray[np.bool_]) -> list[int]:
+    """Lengths of runs in columns, from the top left, beginning with one outside. Shapes: (H, W)."""
+    flat = np.concatenate([[False], mask.ravel(order="F")])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff([0, *edges, mask.size]).tolist()  # type: ignore[no-any-return]
 
 
 def _generator(seed: int, index: int, part: ScenePart) -> np.random.Generator:

@@ -110,6 +110,24 @@ def test_files_hold_the_scenes(tmp_path: Path):
                 np.testing.assert_array_equal(np.asarray(file), getattr(scene, kind))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
+def test_pycocotools_reads_the_objects(tmp_path: Path):
+    from pycocotools.coco import COCO
+
+    write_scenes(tmp_path, 12, seed=2, px=48)
+    coco = COCO(tmp_path / "instances.json")
+    assert len(coco.imgs) == 12
+    for index in coco.imgs:
+        scene, objects = make_scene(2, index, 48), coco.imgToAnns[index]
+        assert len(objects) == len(np.unique(scene.instance)) - 1
+        for number, one in enumerate(objects, 1):
+            mask = coco.annToMask(one).astype(bool)
+            np.testing.assert_array_equal(mask, scene.instance == number)
+            assert set(scene.semantic[mask]) == {1 + one["category_id"]}
+            left, top, width, height = one["bbox"]
+            assert mask[top : top + height, left : left + width].sum() == mask.sum() == one["area"]
+
+
 def test_an_unwritable_folder_is_named(tmp_path: Path):
     (tmp_path / "images").write_text("in the way")
     with pytest.raises(StoreError, match=r"cannot write scenes"):
