@@ -16,8 +16,8 @@ from typing import Any
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.layouts.files import Tree, few
 from dtpipe.extract.sources.layouts.listed import ListedSource
+from dtpipe.extract.sources.layouts.named import match_names
 from dtpipe.extract.sources.layouts.objects import StatedObjects, other_size, read_objects
-from dtpipe.extract.sources.names import key_of
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.labels import ClassTable, Instances
 from dtpipe.manifests.words import count_of
@@ -86,7 +86,7 @@ def open_coco(tree: Tree, images: Mapping[str, SourceItem], file: CocoFile) -> L
     `images` are those of the tree that may be meant, by name. A file names an image by its path there, or by the end
     of it where no other image ends so. Raises: InputError when none is there, or one name may mean several.
     """
-    places = _find_images(images, file)
+    places = match_names(file.images, images, file.where)
     missing = sorted(file.images.keys() - places.keys())
     if not places:
         raise InputError(
@@ -256,29 +256,3 @@ def _has_masks(objects: Mapping[Any, StatedObjects], where: str) -> bool:
             "segment it, or leave all segmentations out to learn boxes alone"
         )
     return bool(with_mask)
-
-
-# --- its images ------------------------------------------------------------------------------------------------------
-
-
-def _find_images(images: Mapping[str, SourceItem], file: CocoFile) -> dict[str, str]:
-    """Name in the file to name in the tree, of those that are there."""
-    by_last: dict[str, list[str]] = {}
-    for name in images:
-        by_last.setdefault(name.rpartition("/")[2], []).append(name)
-    places: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for file_name in file.images:
-        name = key_of(file_name.replace("\\", "/").removeprefix("./"))
-        ends = (
-            [name]
-            if name in images
-            else [place for place in by_last.get(name.rpartition("/")[2], ()) if place.endswith(f"/{name}")]
-        )
-        if len(ends) > 1:
-            raise InputError(f"{file.where}: image {file_name} may be {few(ends)}; name a root that holds one of them")
-        if ends and ends[0] in taken:
-            raise InputError(f"{file.where}: lists {ends[0]} twice, as {taken[ends[0]]} and {file_name}; join them")
-        if ends:
-            places[file_name] = taken.setdefault(ends[0], file_name) and ends[0]
-    return places

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dtpipe.extract.sources.layouts.base import LabelledSource, Layout
-from dtpipe.extract.sources.layouts.generic import coco, folders, masks
+from dtpipe.extract.sources.layouts.generic import coco, csv_table, folders, masks, yolo
 from dtpipe.extract.sources.layouts.published import ade20k, bdd100k, cityscapes, ddpm_seg, imagenet, voc
 from dtpipe.extract.sources.layouts.published import coco as published_coco
 
 _DECLARED: tuple[Layout, ...] = (
     folders.LAYOUT,
+    csv_table.LAYOUT,
     masks.LAYOUT,
     coco.LAYOUT,
+    yolo.LAYOUT,
     imagenet.LAYOUT,
     ade20k.LAYOUT,
     *published_coco.LAYOUTS,

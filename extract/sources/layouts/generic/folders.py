@@ -110,9 +110,14 @@ def _deeper(url: str, items: Sequence[SourceItem]) -> str:
 def _parts(names: Collection[str]) -> list[str]:
     """The names that are parts of a data set, where all are, or where labelled and held-out ones stand side by side."""
     parts = [name for name in names if name.lower() in _PARTS]
-    lower = {part.lower() for part in parts}
-    both = lower & set(_LABELLED_PARTS) and lower & set(_HELD_OUT_PARTS)
-    return parts if both or len(parts) == len(names) else []
+    return parts if both_parts(names) or len(parts) == len(names) else []
+
+
+def both_parts(names: Collection[str]) -> list[str]:
+    """Names of labelled and of held-out parts of a data set, where there are both, labelled ones first."""
+    labelled = [name for name in names if name.lower() in _LABELLED_PARTS]
+    held_out = [name for name in names if name.lower() in _HELD_OUT_PARTS]
+    return labelled + held_out if labelled and held_out else []
 
 
 def _below(url: str, name: str) -> str:

@@ -5,16 +5,16 @@ Names of the classes come from a text or JSON file. Without one the classes are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
 
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.layouts.base import Layout
+from dtpipe.extract.sources.layouts.class_names import parse_class_names
 from dtpipe.extract.sources.layouts.files import Tree, few, read_file
+from dtpipe.extract.sources.layouts.generic.folders import both_parts
 from dtpipe.extract.sources.layouts.listed import ListedSource, ReadsUris, Reopened
 from dtpipe.extract.sources.layouts.mask_files import check_classes, check_shape, decode_mask
 from dtpipe.extract.sources.registry import open_source
@@ -41,8 +41,13 @@ def open_masks_beside(
 
 
 def open_masks(root: str, split: str | None = None) -> ListedSource:
-    """`images/` and `masks/` below a root, or a split's folder in each. Raises: as `open_masks_beside`."""
+    """`images/` and `masks/` below a root, or a split's folder in each.
+
+    Raises: as `open_masks_beside`; ConfigError when a split must be named.
+    """
     tree = Tree(root)
+    if split is None and (parts := both_parts(tree.names("images"))):
+        raise ConfigError(f"masks:{root}: images/ is divided into {' and '.join(parts)}; write masks:{root}@{parts[0]}")
     images, masks = (_in_split(tree, part, split) for part in ("images", "masks"))
     names = next((name for name in _NAMES if tree.has(name)), None)
     table = parse_class_names(tree.read_named(names), f"{root}/{names}") if names else UNNAMED
@@ -116,41 +121,6 @@ def _mask_of(key: str, by_stem: Mapping[str, Sequence[SourceItem]], where: str) 
 
 def _stem(key: str) -> str:
     return str(PurePosixPath(key).with_suffix(""))
-
-
-def parse_class_names(data: bytes, where: str) -> ClassTable:
-    """Names of classes by number: lines of text, the first for 0; or JSON, as a list, number to name or name to number.
-
-    Raises: InputError for what is none of these, a number without a name, or a name of two numbers.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-        names = _names_of(json.loads(text)) if where.endswith(".json") else text.splitlines()
-    except (ValueError, RecursionError) as err:
-        raise InputError(f"{where}: class names cannot be read ({err}); write a line for each class, 0 first") from err
-    names = [name.strip() for name in names]
-    while names and not names[-1]:
-        names.pop()
-    if not names or not all(names):
-        lacking = f"number {names.index('')} has none" if names else "it is empty"
-        raise InputError(f"{where}: must name every class, and {lacking}; write a line for each class, 0 first")
-    try:
-        return ClassTable(tuple(names))
-    except ConfigError as err:
-        raise InputError(f"{where}: {err}") from err
-
-
-def _names_of(document: Any) -> list[str]:
-    if isinstance(document, list) and all(isinstance(name, str) for name in document):
-        return document
-    if not isinstance(document, dict):
-        raise ValueError("it is neither a list of names nor an object")
-    if all(isinstance(value, int) for value in document.values()):
-        document = {str(number): name for name, number in document.items()}
-    by_number = {int(number): str(name) for number, name in document.items()}
-    if len(by_number) < len(document) or min(by_number, default=0) < 0:
-        raise ValueError("its numbers are not 0, 1, 2 .., each once")
-    return [by_number.get(number, "") for number in range(1 + max(by_number, default=-1))]
 
 
 LAYOUT = Layout(
