@@ -25,7 +25,7 @@ from dtpipe.manifests.words import count_of
 _NAMES = ("name", "file", "filename", "file_name", "image", "image_name", "image_id", "path", "image_path", "id", "key")
 _LABELS = ("label", "class", "class_name", "category", "target", "breed", "species")
 _PARTED_BY = ",;\t"
-Line = tuple[int, str, str]
+LabelLine = tuple[int, str, str]
 """Number of a line, from 1, and the name and label in it."""
 
 
@@ -50,7 +50,7 @@ def open_csv(root: str, split: str | None) -> ListedSource:
     return ListedSource(Class, table, items, tree, classes_of(items, table), notes)
 
 
-def parse_table(data: bytes, where: str) -> list[Line]:
+def parse_table(data: bytes, where: str) -> list[LabelLine]:
     """The lines of a table. Raises: InputError for columns that do not say what they are, and for empty cells."""
     try:
         text = data.decode("utf-8-sig")
@@ -100,9 +100,9 @@ def _columns(first: Sequence[Sequence[str]], where: str) -> tuple[tuple[int, int
     )
 
 
-def _once(lines: Sequence[Line], where: str) -> tuple[list[Line], list[str]]:
+def _once(lines: Sequence[LabelLine], where: str) -> tuple[list[LabelLine], list[str]]:
     """Each name's first line, and what to say of others. Raises: InputError for a name with two labels."""
-    first: dict[str, Line] = {}
+    first: dict[str, LabelLine] = {}
     repeated = []
     for line in lines:
         number, name, label = line
@@ -132,7 +132,7 @@ def _classes(labels: Sequence[str], where: str) -> ClassTable:
 
 
 def _left_over(
-    lines: Sequence[Line], images: Mapping[str, SourceItem], places: Mapping[str, str], where: str, root: str
+    lines: Sequence[LabelLine], images: Mapping[str, SourceItem], places: Mapping[str, str], where: str, root: str
 ) -> Iterator[str]:
     if missing := [name for _, name, _ in lines if name not in places]:
         yield f"left out {count_of(len(missing), 'image')} that {where} names and {root} does not hold: {few(missing)}"
