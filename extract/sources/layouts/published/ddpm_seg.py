@@ -5,6 +5,7 @@
 A mask is an array of class numbers in the .npy beside its image, of any square size. Of bedrooms nobody learns or
 scores the background, 0; elsewhere background is a class and 255 is ignored. `Mask.without_specks` is the
 benchmark's cleaning of training masks. Source: yandex-research/ddpm-segmentation, src/datasets.py and experiments/.
+Differs: whoever resizes masks here takes the nearest pixel to a centre, and OpenCV there the one up and left of it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _open(root: str, split: str | None) -> LabelledSource:
 
 @dataclass(frozen=True, eq=False)
 class _ArrayLabels:
-    """Masks from arrays, enlarged or shrunk to their image by nearest neighbour."""
+    """Masks from arrays, at their own size."""
 
     tree: Tree
     where: str
@@ -63,8 +64,7 @@ class _ArrayLabels:
         values = _read_array(read_label(self.tree, uri, where), where)
         known = np.isin(np.arange(256), [*range(self.num_classes), self.ignore])
         numbers = renumbered(values, np.arange(256, dtype=np.uint8), known, where)
-        places = ((np.arange(image_px[0]) + 0.5) * (len(numbers) / image_px[0])).astype(np.int64)
-        return Mask(numbers[places[:, None], places], self.ignore)
+        return Mask(numbers, self.ignore)
 
 
 def _read_array(data: bytes, where: str) -> Values:
