@@ -67,6 +67,8 @@ class Arm:
     """The student of a seed, new at each call, on the CPU and in eval mode. Raises: ConfigError, InputError."""
     num: int | None = 1
     """How many students there are: 1 is the same for all seeds; None: another for each."""
+    members: tuple[ArmMember, ...] = ()
+    """Where they come from."""
 
 
 def parse_arm(text: str, name: str | None = None) -> ArmSpec:
@@ -162,7 +164,7 @@ def _opened(arm: ArmSpec, spec: StudentSpec, seeds: range) -> Arm:
     def student_for(seed: int) -> Student:
         return load_member(arm.members[seeds.index(seed) if len(arm.members) > 1 else 0], spec)
 
-    return Arm(arm.name, student_for, len(arm.members))
+    return Arm(arm.name, student_for, len(arm.members), arm.members)
 
 
 def _check(arm: ArmSpec, spec: StudentSpec | None, note: Note) -> StudentSpec:

@@ -27,6 +27,7 @@ from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.extractors import extractors_of
+from dtpipe.pipeline.rivals.seen import check_apart_by_content, overlap_notes
 from dtpipe.pipeline.sets import label_kind, open_sets
 from dtpipe.pipeline.trained_on import TrainedOn
 
@@ -55,11 +56,13 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     comparison = open_comparison(config, note)
     train, test = load_sets(config, comparison.spec.image_px, note)
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
+    test = check_apart_by_content(train, test, config.test_images is None, note)
     trained_on = TrainedOn.of(runs_of(config)[0])
     arms = extractors_of(config, comparison, trained_on.teacher(), train, note)
     numbers = label_counts(config, train)
     result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note)
-    said = [*coverage_notes(train, test), *overlap_notes(trained_on, train, test, config.test_images is None)]
+    at = task_transform(config, comparison.spec.image_px)
+    said = [*coverage_notes(train, test), *overlap_notes(config, comparison, test, at, note)]
     subject = comparison.arms[0].name
     result = replace(result, notes=(*result.notes, *said), subject=subject, reference=RANDOM_INIT)
     return Evaluation(result, _write(config, result))
@@ -80,11 +83,16 @@ def check_task(config: EvalConfig) -> None:
 
 
 def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:
-    """Images to draw labels from, and images held out, at one size. Raises: InputError, ConfigError."""
-    height, width = height_width(config.px or student_px)
-    train, test = open_sets(config, TransformRecipe(resize=config.resize, height=height, width=width), note)
+    """Images to draw labels from, and images held out, at the task's size. Raises: InputError, ConfigError."""
+    train, test = open_sets(config, task_transform(config, student_px), note)
     check_scorable(train, test, config.ignore_value)
     return train, test
+
+
+def task_transform(config: EvalConfig, student_px: tuple[int, int]) -> TransformRecipe:
+    """How images come to the size at which a task takes them."""
+    height, width = height_width(config.px or student_px)
+    return TransformRecipe(resize=config.resize, height=height, width=width)
 
 
 def label_counts(config: EvalConfig, train: LabelledSet) -> list[int | None]:
@@ -93,19 +101,6 @@ def label_counts(config: EvalConfig, train: LabelledSet) -> list[int | None]:
         return [None if num == "all" else int(num) for num in config.labelled]
     few = FEW_MASKS if train.kind is Mask else tuple(num * len(train.classes) for num in FEW_PER_CLASS)
     return [*(num for num in few if num < len(train)), None]
-
-
-def overlap_notes(trained_on: TrainedOn, train: LabelledSet, test: LabelledSet, one_source: bool) -> list[str]:
-    """What to say when held-out images are not new: labelled ones under other keys, or part of distillation.
-
-    Keys are compared with those of distillation where labelled and held-out images come from `one_source`.
-    """
-    notes = []
-    if same := len(set(train.digests) & set(test.digests)):
-        notes.append(f"{same} of the held-out images are also among those that labels are drawn from")
-    if one_source and (seen := len(trained_on.keys() & set(test.keys))):
-        notes.append(f"{seen} of the held-out images have keys of the distillation dataset: seen there, without labels")
-    return notes
 
 
 def result_path(config: EvalConfig) -> Path:

@@ -1,21 +1,22 @@
-"""What a run was trained on, as far as its folder says and is still there: keys of images, and the teacher."""
+"""What a run was trained on, as far as its folder says and is still there: images, and the teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.engine.run_folder import read_config
-from dtpipe.extract.config import LiveConfig, NoiseConfig
+from dtpipe.extract.config import LiveConfig, NoiseConfig, TransformConfig
 from dtpipe.extract.recipe import list_source
 from dtpipe.extract.sources.registry import open_images
-from dtpipe.manifests.errors import DtpipeError
-from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.schema import Plan, height_width
+from dtpipe.manifests.errors import ConfigError, DtpipeError
+from dtpipe.manifests.schema import Plan, TransformRecipe, height_width
 from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import load_plan
 from dtpipe.pipeline.live.recorded import recorded_teacher
 
@@ -37,28 +38,45 @@ class TrainedOn:
 
     urls: tuple[str, ...]
     live: Mapping[str, Any]
+    live_content: Mapping[str, Any] = field(default_factory=dict)
+    """What a run without a dataset recorded of what training sees."""
 
     @staticmethod
     def of(checkpoint: str) -> TrainedOn:
-        """What the run of a checkpoint says."""
+        """What the run of a checkpoint says; the folder may be named, or a file in it."""
+        folder = Path(checkpoint).parent if Path(checkpoint).is_file() else Path(checkpoint)
         distill: dict[str, Any] = {}
         live: dict[str, Any] = {}
         with suppress(DtpipeError):
-            distill = read_config(Path(checkpoint))
-            live = read_config(Path(checkpoint), "extract")
-        return TrainedOn(tuple(map(str, distill.get("datasets") or ())), live)
+            distill = read_config(folder)
+            live = read_config(folder, "extract")
+        content: dict[str, Any] = {}
+        with suppress(DtpipeError):
+            content = (read_record(folder) or {}).get("live") or {}
+        return TrainedOn(tuple(map(str, distill.get("datasets") or ())), live, content)
 
-    def keys(self) -> set[str]:
-        """Keys of the images, of those datasets and sources that can still be read."""
-        keys: set[str] = set()
-        for url in self.urls:
-            with suppress(DtpipeError):
-                keys.update(FeatureDataset.open(url, allow_incomplete=True).columns.keys)
-        if self.live.get("images"):
-            with suppress(DtpipeError, ValueError):
-                extract = LiveConfig.model_validate(LiveConfig.in_halves(self.live))
-                keys.update(list_source(extract, open_images(extract.images, None, extract.source.kind)).keys)
-        return keys
+    def live_listing(self) -> tuple[LiveConfig, Listing]:
+        """Settings and samples of a run on images without a dataset.
+
+        Raises: ConfigError for settings of another version; InputError where the images are gone.
+        """
+        try:
+            extract = LiveConfig.model_validate(LiveConfig.in_halves(self.live))
+        except ValueError as err:
+            raise ConfigError("its settings are not of this version; distil again") from err
+        return extract, list_source(extract, open_images(extract.images, None, extract.source.kind))
+
+    def live_transform(self) -> TransformRecipe | None:
+        """How images came to the teacher's size in a run without a dataset; None where it does not say."""
+        if "transform" in self.live_content:
+            return TransformRecipe.model_validate(self.live_content["transform"])
+        settings = TransformConfig.model_validate(self.live.get("transform") or {})
+        if settings.px is None:
+            return None
+        height, width = height_width(settings.px)
+        return TransformRecipe(
+            resize=settings.resize, height=height, width=width, filter=settings.filter, antialias=settings.antialias
+        )
 
     def teacher(self) -> RunTeacher:
         """The teacher of the first dataset, or the live one."""

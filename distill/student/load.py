@@ -15,6 +15,7 @@ from dtpipe.manifests.documents import Refusal, parse_json, why_not_read
 from dtpipe.manifests.errors import DamagedDataError, InputError
 from dtpipe.manifests.records.document import read_document
 from dtpipe.manifests.records.tensors import check_tensors
+from dtpipe.manifests.write.plan import PLAN_FILE
 
 WEIGHTS = "model.safetensors"
 """An export's weights inside its folder."""
@@ -43,6 +44,8 @@ def load_student(path: str | Path, ema: bool = True) -> Student:
             f"{path}: holds an export in layout {layout}, which dtpipe does not read back; "
             "give the run folder, its last.pt, or an export in layout timm"
         )
+    if (path / PLAN_FILE).is_file():
+        raise InputError(f"{path}: is a feature dataset, not a student; `dtpipe distill {path} --out RUN` makes one")
     return _from_checkpoint(path / "last.pt" if path.is_dir() else path, ema)
 
 

@@ -34,6 +34,8 @@ from dtpipe.distill.teacher.data import NoiseBatch, OpenImages, TrainImages, bat
 from dtpipe.distill.teacher.export import SAMPLES, TRAIN_TEACHER, DrawImages, export_teacher
 from dtpipe.distill.teacher.network import build_unet, noise_schedule
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.records.image_digests import TRAIN_IMAGES, as_digests, image_digest, pack_digests
+from dtpipe.manifests.store.publish import write_whole
 
 _SNR_LIMIT = 5.0  # gamma of Hang et al.
 _REMEDY = "train anew in another --out with a lower train_teacher.lr or a longer train_teacher.warmup_steps"
@@ -87,6 +89,7 @@ def train_ddpm(
             trainer = TeacherTraining(config, images, device, ranks, partial(_begin, config, ranks, start_from))
             result = run(trainer, teacher_run(config, images), ranks, on_progress)
         out = Path(config.run.out)
+        ranks.first(lambda: write_whole(out / TRAIN_IMAGES, pack_digests(as_digests(map(image_digest, images.pixels)))))
         ranks.first(lambda: export_teacher(out, out, draw_images, device=device))
     return TrainTeacherResult(
         out=out,

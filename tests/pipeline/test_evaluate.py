@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dtpipe.distill.config import DistillConfig, DistillRun
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.engine.checkpoint import save_checkpoint
-from dtpipe.distill.engine.run_folder import RunFolder
 from dtpipe.distill.student.student import StudentSpec, build_student, spec_to_dict
-from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.classes import coverage_notes
 from dtpipe.pipeline.config import EvalConfig
-from dtpipe.pipeline.evaluate import evaluate, load_sets, overlap_notes
-from dtpipe.pipeline.trained_on import TrainedOn
+from dtpipe.pipeline.evaluate import evaluate, load_sets
 from parts import paths
 from parts.images import png, write_files
 from parts.labelled import with_classes
@@ -32,25 +26,6 @@ GOLDEN = paths.GOLDEN / "v1_zarr"
 
 def labelled(*keys: str) -> LabelledSet:
     return with_classes(np.zeros((len(keys), 8, 8, 3), np.uint8), keys, [0] * len(keys))
-
-
-def test_held_out_images_that_any_dataset_of_the_run_held_are_counted(tmp_path: Path) -> None:
-    keys = FeatureDataset.open(GOLDEN).columns.keys
-    run = DistillConfig(datasets=(str(tmp_path / "gone"), str(GOLDEN)), run=DistillRun(out=str(tmp_path)))
-    RunFolder.open(run_settings(run)).close()
-    trained_on, train = TrainedOn.of(str(tmp_path)), labelled("labelled.png")
-    notes = overlap_notes(trained_on, train, labelled(*keys[:2], "unseen.png"), one_source=True)
-    assert len(notes) == 1
-    assert notes[0].startswith("2 of the held-out images")
-    assert overlap_notes(trained_on, train, labelled("unseen.png"), one_source=True) == []
-    assert overlap_notes(trained_on, train, labelled(*keys[:2]), one_source=False) == []
-
-
-def test_held_out_images_that_are_labelled_ones_under_another_key_are_counted() -> None:
-    train = replace(labelled("a.png", "b.png", "c.png"), digests=("1", "2", "3"))
-    test = replace(labelled("x.png", "y.png"), digests=("3", "4"))
-    notes = overlap_notes(TrainedOn.of("nowhere"), train, test, one_source=False)
-    assert notes == ["1 of the held-out images are also among those that labels are drawn from"]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
+from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.trained_on import TrainedOn
 from parts import paths
 
@@ -23,7 +26,6 @@ def test_a_run_on_datasets_knows_their_keys_and_their_teacher(tmp_path: Path) ->
     run = write_run(tmp_path / "run", distill={"datasets": [str(GOLDEN), str(tmp_path / "gone")]})
     dataset = FeatureDataset.open(GOLDEN)
     recipe, teacher = dataset.manifest.recipe, run.teacher()
-    assert run.keys() == set(dataset.columns.keys)
     assert teacher.timestep == recipe.views[0].timestep
     assert teacher.image_px == (recipe.transform.height, recipe.transform.width)
     assert not teacher.synthesizes
@@ -38,12 +40,16 @@ def test_a_run_on_images_knows_them_and_its_live_teacher(tmp_path: Path, image_f
         "max_bad": 0.5,  # as recorded before settings had halves
     }
     run = write_run(tmp_path / "run", extract=extract)
-    assert run.keys() == {str(path.relative_to(image_folder)) for path in image_folder.rglob("*.png")}
+    keys = set(run.live_listing()[1].keys)
+    assert keys == {str(path.relative_to(image_folder)) for path in image_folder.rglob("*.png")}
+    assert run.live_transform() == TransformRecipe(height=32, width=32)
     teacher = run.teacher()
     assert (dict(teacher.settings), teacher.timestep, teacher.image_px) == ({"path": "teacher"}, 7, (32, 32))
-    assert write_run(tmp_path / "gone", extract={**extract, "images": str(tmp_path / "moved")}).keys() == set()
+    gone = write_run(tmp_path / "gone", extract={**extract, "images": str(tmp_path / "moved")})
+    with pytest.raises(InputError):
+        gone.live_listing()
 
 
 def test_a_checkpoint_outside_a_run_folder_says_nothing(tmp_path: Path) -> None:
     alone = TrainedOn.of(str(tmp_path / "last.pt"))
-    assert alone.keys() == set() and "path" not in alone.teacher().settings
+    assert not alone.urls and not alone.live and "path" not in alone.teacher().settings

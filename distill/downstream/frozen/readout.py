@@ -236,7 +236,7 @@ def dense_readout(
 
 
 @dataclass(frozen=True)
-class Seen:
+class HeldOutCells:
     """What one read-out said of all held-out cells."""
 
     confusion: Tensor
@@ -245,7 +245,7 @@ class Seen:
     """Of the fixed candidate of two classes."""
 
 
-def _score(extractor: str, fitted: Fitted, seen: Seen) -> Score:
+def _score(extractor: str, fitted: Fitted, seen: HeldOutCells) -> Score:
     confusion = seen.confusion
     ious = [None if iou != iou else iou for iou in iou_by_class(confusion).tolist()]  # NaN is not JSON
     settings: dict[str, Any] = {"l2": fitted.l2, "iou_by_class": ious}
@@ -264,10 +264,10 @@ def _score(extractor: str, fitted: Fitted, seen: Seen) -> Score:
 
 def _held_out(
     extractor: FeatureExtractor, test: LabelledSet, fitted: Sequence[Fitted], num_classes: int, config: ProbeConfig
-) -> list[Seen]:
+) -> list[HeldOutCells]:
     """What each read-out says of all held-out images, in one pass."""
     results = [
-        Seen(
+        HeldOutCells(
             torch.zeros(num_classes, num_classes, dtype=torch.int64),
             ForegroundRanking() if candidate.level == FIXED and num_classes == 2 else None,
         )

@@ -1,0 +1,194 @@
+"""Held-out images that something was trained on are found by their pixels, whatever they are called."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from blake3 import blake3
+from PIL import Image
+
+from dtpipe.distill.config import DistillConfig, DistillRun
+from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.engine.run_folder import RunFolder
+from dtpipe.distill.trainer import run_settings
+from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.records.image_digests import TRAIN_IMAGES, as_digests, image_digest, pack_digests
+from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.pipeline.config import EvalConfig
+from dtpipe.pipeline.evaluate import evaluate
+from dtpipe.pipeline.rivals import seen as seen_module
+from dtpipe.pipeline.rivals.seen import Seen, SeenImages, check_apart_by_content, find_seen, seen_notes
+from parts.extractions import Extract
+from parts.images import draw_image, png, write_files
+from parts.labelled import with_classes
+from parts.memory import write_student
+
+UNKNOWN = "the images that the teacher was trained on are not known"
+TASK = TransformRecipe(height=16, width=16)
+
+
+def bmp(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="BMP")
+    return buffer.getvalue()
+
+
+def labelled(root: Path, start: int, num: int = 6) -> Path:
+    """New images in two class folders."""
+    return write_files(root, {f"{'ab'[idx % 2]}/{idx}.png": png(draw_image(start + idx)) for idx in range(num)})
+
+
+def write_run(folder: Path, *datasets: str) -> Path:
+    run = DistillConfig(datasets=datasets, run=DistillRun(out=str(folder)))
+    RunFolder.open(run_settings(run)).close()
+    write_student(folder / "last.pt", "test_resnet", (16, 16))
+    return folder
+
+
+def settings(run: Path, images: Path, test_images: Path | None = None, **more: Any) -> EvalConfig:
+    return EvalConfig(
+        checkpoint=str(run),
+        task="probe",
+        images=str(images),
+        test_images=None if test_images is None else str(test_images),
+        labelled=("all",),
+        seeds=1,
+        probe=ProbeConfig(max_iter=5, l2_grid=(0.1,), folds=2),
+        **more,
+    )
+
+
+def test_held_out_copies_of_images_of_distillation_are_counted_whatever_they_are_called(
+    extract: Extract, image_folder: Path, tmp_path: Path
+) -> None:
+    """The dataset has them at 32 px, the task at 16; the copies are BMP files under other names."""
+    run = write_run(tmp_path / "run", extract(transform={"px": 32}))
+    held = labelled(tmp_path / "held", 200, 4)
+    for idx, path in enumerate(sorted(image_folder.rglob("*.png"))[:3]):
+        with Image.open(path) as image:
+            write_files(held, {f"{'ab'[idx % 2]}/new{idx}.bmp": bmp(np.asarray(image.convert("RGB")))})
+    notes = evaluate(settings(run, labelled(tmp_path / "own", 100), held), print).result.notes
+    assert [note for note in notes if "seen there, without labels" in note] == [
+        f"3 of 7 held-out images are in the distillation dataset {tmp_path / 'features'}: seen there, without labels"
+    ]
+    assert UNKNOWN in notes
+
+
+def test_labelled_images_given_as_held_out_ones_are_refused(tmp_path: Path) -> None:
+    run, own = write_run(tmp_path / "run", str(tmp_path / "gone")), labelled(tmp_path / "own", 0)
+    held = labelled(tmp_path / "held", 50)
+    write_files(held, {"a/twin.bmp": bmp(draw_image(2))})
+    with pytest.raises(
+        ConfigError, match=r"1 of 7 held-out images is among the labelled ones: held out/a/twin\.bmp is"
+    ):
+        evaluate(settings(run, own, held), print)
+    with pytest.raises(ConfigError, match=r"6 of 6 held-out images are among the labelled ones"):
+        evaluate(settings(run, own, labelled(tmp_path / "same", 0)), print)
+
+
+def with_digests(prefix: str, *pixels: int) -> LabelledSet:
+    images = np.stack([np.full((4, 4, 3), value, np.uint8) for value in pixels])
+    digests = tuple(blake3(image.tobytes()).hexdigest() for image in images)
+    return replace(
+        with_classes(images, [f"{prefix}{idx}" for idx in range(len(images))], [0] * len(images)), digests=digests
+    )
+
+
+def test_copies_within_one_source_are_left_out_of_the_held_out_ones_with_a_note() -> None:
+    said: list[str] = []
+    test = check_apart_by_content(with_digests("a", 1, 2, 3), with_digests("b", 3, 4, 1, 5), True, said.append)
+    assert test.keys == ("b1", "b3")
+    assert said == ["left out 2 held-out images that labelled ones are copies of: b0 is a2"]
+    with pytest.raises(ConfigError, match="2 of 2 held-out images are among the labelled ones"):
+        check_apart_by_content(with_digests("a", 1, 2), with_digests("b", 1, 2), True, said.append)
+    apart = with_digests("b", 7, 8)
+    assert check_apart_by_content(with_digests("a", 1), apart, False, said.append) is apart
+
+
+def test_a_run_without_a_dataset_is_compared_with_its_source(tmp_path: Path, image_folder: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    extract = {"images": str(image_folder), "teacher": {"path": "gone"}, "transform": {"px": 32}}
+    (run / "config.yaml").write_text(yaml.safe_dump({"distill": {}, "extract": extract}))
+    seen = find_seen([str(run)], print)
+    (images,) = seen.images
+    assert images.where == f"the images of distillation, {image_folder}" and len(images.digests) == 8
+    assert images.transform == TransformRecipe(height=32, width=32) and seen.unknown == (UNKNOWN,)
+
+
+def write_teacher(folder: Path, *pixels: np.ndarray) -> Path:
+    record = {"train_teacher": {"px": 16, "resize": "stretch", "filter": "bilinear"}}
+    digests = pack_digests(as_digests(map(image_digest, pixels)))
+    return write_files(folder, {"train.json": json.dumps(record).encode(), TRAIN_IMAGES: digests})
+
+
+def live_run(folder: Path, teacher: Path, images: Path, **settings: object) -> str:
+    folder.mkdir()
+    extract = {"images": str(images), "teacher": {"path": str(teacher), **settings}, "transform": {"px": 32}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"distill": {}, "extract": extract}))
+    return str(folder)
+
+
+def test_the_training_images_of_a_teacher_of_ones_own_are_known(tmp_path: Path, image_folder: Path) -> None:
+    pixels = draw_image(3, 16)
+    teacher = write_teacher(tmp_path / "teacher", pixels, draw_image(4, 16))
+    seen = find_seen([live_run(tmp_path / "run", teacher, image_folder)], print)
+    own = seen.images[-1]
+    assert own.transform == TransformRecipe(resize="stretch", height=16, width=16, filter="bilinear")
+    test = replace(with_classes(np.stack([pixels, draw_image(9, 16)]), ["x", "y"], [0, 1]))
+    notes = seen_notes(Seen((own,)), test, own.transform, lambda _: test)
+    assert notes == [
+        f"1 of 2 held-out images is in the training images of the teacher {teacher}: seen there, without labels"
+    ]
+    assert seen.unknown == ()
+
+
+def test_an_untrained_teacher_has_seen_nothing(tmp_path: Path, image_folder: Path) -> None:
+    assert find_seen([live_run(tmp_path / "run", tmp_path, image_folder, untrained=0)], print).unknown == ()
+
+
+def test_what_is_not_known_is_said(tmp_path: Path, image_folder: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", draw_image(3, 16))
+    (teacher / TRAIN_IMAGES).write_bytes(b"x" * 40)
+    unknown = find_seen([live_run(tmp_path / "run", teacher, image_folder)], print).unknown
+    assert len(unknown) == 1 and unknown[0].startswith(f"{UNKNOWN}: ") and "bytes were changed" in unknown[0]
+    gone = find_seen([str(write_run(tmp_path / "of", str(tmp_path / "gone")))], print).unknown
+    assert gone[0].startswith(f"which images the distillation dataset {tmp_path / 'gone'} holds is not known: ")
+    alone = str(tmp_path / "last.pt")
+    assert find_seen([alone], print).unknown[0] == f"{alone} does not say which images it was trained on"
+
+
+def test_digests_of_large_datasets_are_made_once_and_kept_beside_the_run(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seen_module, "KEPT_FROM", 8)
+    monkeypatch.setattr(seen_module, "_BATCH", 3)
+    run = write_run(tmp_path / "run", extract(transform={"px": 32}))
+    said: list[str] = []
+    first = find_seen([str(run)], said.append).images[0]
+    (kept,) = (run / "eval" / "seen").iterdir()
+    assert said[-1].endswith("8 of 8 read")
+    monkeypatch.setattr(seen_module, "read_images", None)
+    again = find_seen([str(run)], print).images[0]
+    assert np.array_equal(again.digests, first.digests) and len(first.digests) == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(seen_module, "KEPT_FROM", 8)
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert np.array_equal(find_seen([str(run)], print).images[0].digests, first.digests)
+
+
+def test_a_size_that_held_out_images_cannot_come_to_is_none_they_were_seen_at() -> None:
+    images = SeenImages("somewhere", TransformRecipe(resize="none", height=5, width=5), as_digests([1]))
+
+    def test_at(_recipe: TransformRecipe) -> LabelledSet:
+        raise InputError("no image can be used")
+
+    assert seen_notes(Seen((images,)), with_digests("b", 1), TASK, test_at) == []
