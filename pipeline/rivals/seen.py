@@ -131,7 +131,7 @@ def seen_notes(
 ) -> list[str]:
     """How many held-out images were seen, by whom, and what is not known.
 
-    `test` has its images at `at`, or whole for None; `test_at` opens the same ones at another size, at which they are compared.
+    `test` has its images at `at`, or whole for None; `test_at` opens the same ones at another size.
     """
     notes = []
     own: dict[TransformRecipe | None, LabelledSet] = {at: test}

@@ -13,7 +13,8 @@ from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.student.distiller import build_distiller, choose_levels, norms_for
 from dtpipe.distill.student.load import NAMES_KEY, STUDENT_KEY, load_student
 from dtpipe.distill.student.student import StudentSpec, build_student, spec_from_dict, spec_to_dict
-from dtpipe.manifests.errors import ConfigError, DamagedDataError
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, InputError
+from parts import paths
 from parts.memory import level_spec, tiny_config, write_student
 
 
@@ -117,6 +118,11 @@ def test_initial_weights_follow_the_seed(tmp_path):
             states.append(build_distiller(config, [level_spec("l2", 4, 4)], (32, 32)).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["student.net.conv1.0.weight"], states[2]["student.net.conv1.0.weight"])
+
+
+def test_a_dataset_in_place_of_a_student_is_called_so():
+    with pytest.raises(InputError, match=r"v1_zarr: is a feature dataset, not a student; `dtpipe distill .* makes one"):
+        load_student(paths.GOLDEN / "v1_zarr")
 
 
 def test_load_student_reads_folder_and_file_and_prefers_the_average(tmp_path):

@@ -21,6 +21,7 @@ from dtpipe.distill.teacher.data import TrainImages, draw_batch
 from dtpipe.distill.teacher.export import TRAIN_TEACHER
 from dtpipe.distill.teacher.trainer import TeacherTraining, loss_weight, train_ddpm
 from dtpipe.manifests.errors import ConfigError, DivergedError, LockHeldError, PlanChangedError, StoppedError
+from dtpipe.manifests.records.image_digests import TRAIN_IMAGES, image_digest, read_digests
 from parts.ddpm_training import FIXTURES, draw_grey, in_memory, noise_images, tiny_teacher, train
 from parts.ranks import fork_ranks
 from parts.runs import assert_equal_checkpoints
@@ -256,3 +257,8 @@ def test_a_checkpoint_of_the_first_version_trains_on(tmp_path):
     later = load_checkpoint(last, TRAIN_TEACHER)["optimizer"]["state"]
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
     assert {int(state["step"]) for state in later.values()} == {5}  # the optimiser went on, it did not begin anew
+
+
+def test_the_teacher_says_by_content_which_images_it_was_trained_on(written):
+    pixels = noise_images(tiny_teacher(written)).pixels
+    assert set(read_digests(written / TRAIN_IMAGES)) == {image_digest(image) for image in pixels}
