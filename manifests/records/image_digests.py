@@ -25,7 +25,7 @@ _SEAL_BYTES = 32
 
 def image_digest(pixels: Pixels) -> int:
     """Of an image (H, W, 3) uint8. Range [0, 2**64)."""
-    return short_digest(blake3(np.ascontiguousarray(pixels)).hexdigest())
+    return short_digest(blake3(pixels.tobytes()).hexdigest())
 
 
 def short_digest(digest: str) -> int:

@@ -259,6 +259,7 @@ def test_a_checkpoint_of_the_first_version_trains_on(tmp_path):
     assert {int(state["step"]) for state in later.values()} == {5}  # the optimiser went on, it did not begin anew
 
 
-def test_the_teacher_says_by_content_which_images_it_was_trained_on(written):
-    pixels = noise_images(tiny_teacher(written)).pixels
-    assert set(read_digests(written / TRAIN_IMAGES)) == {image_digest(image) for image in pixels}
+def test_the_teacher_says_by_content_which_images_it_was_trained_on(config):
+    train(config)
+    pixels = noise_images(config).pixels
+    assert set(read_digests(last(config).with_name(TRAIN_IMAGES))) == {image_digest(image) for image in pixels}
