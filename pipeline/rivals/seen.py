@@ -51,7 +51,7 @@ _Name = TypeVar("_Name")
 
 
 @dataclass(frozen=True)
-class SeenImages:
+class UnlabelledImages:
     """Images that something was trained on without labels."""
 
     where: str
@@ -64,7 +64,7 @@ class SeenImages:
 class Seen:
     """What is known of all that a run was trained on, and sentences on what is not."""
 
-    images: tuple[SeenImages, ...]
+    images: tuple[UnlabelledImages, ...]
     unknown: tuple[str, ...] = ()
 
 
@@ -108,7 +108,7 @@ def find_seen(runs: Sequence[str], note: Note) -> Seen:
 
     Digests of large datasets are kept in the first run's folder.
     """
-    images: dict[str, SeenImages] = {}
+    images: dict[str, UnlabelledImages] = {}
     unknown: dict[str, None] = {}
     folder = Path(runs[0]) / "eval" / "seen" if Path(runs[0]).is_dir() else None
     for run in runs:
@@ -159,7 +159,7 @@ def _digests_of(labelled: LabelledSet, keys: Collection[str]) -> Digests:
     return np.fromiter((digest for digest in computed if digest is not None), dtype=np.uint64)
 
 
-_Part = tuple[str, Callable[[], SeenImages | None]]
+_Part = tuple[str, Callable[[], UnlabelledImages | None]]
 
 
 def _parts(trained_on: TrainedOn, note: Note, folder: Path | None) -> Iterator[_Part]:
@@ -169,7 +169,7 @@ def _parts(trained_on: TrainedOn, note: Note, folder: Path | None) -> Iterator[_
         yield f"the images of distillation, {images}", partial(_live, trained_on, note, folder)
 
 
-def _stored(url: str, urls: Sequence[str], note: Note, folder: Path | None) -> SeenImages | None:
+def _stored(url: str, urls: Sequence[str], note: Note, folder: Path | None) -> UnlabelledImages | None:
     """The images of a dataset; None where the teacher made them, or another dataset of the run has them."""
     dataset = FeatureDataset.open(url, allow_incomplete=True)
     recipe, where = dataset.recipe, f"the distillation dataset {url}"
@@ -187,10 +187,10 @@ def _stored(url: str, urls: Sequence[str], note: Note, folder: Path | None) -> S
             for image in read_images(dataset, rows[start : start + _BATCH]):
                 yield image_digest(image)
 
-    return SeenImages(where, recipe.transform, _kept(digests(), len(rows), name, where, note, folder))
+    return UnlabelledImages(where, recipe.transform, _kept(digests(), len(rows), name, where, note, folder))
 
 
-def _live(trained_on: TrainedOn, note: Note, folder: Path | None) -> SeenImages | None:
+def _live(trained_on: TrainedOn, note: Note, folder: Path | None) -> UnlabelledImages | None:
     """The images that a run without a dataset was trained on, read from their source again."""
     where, transform = f"the images of distillation, {trained_on.live['images']}", trained_on.live_transform()
     if transform is None:
@@ -205,10 +205,10 @@ def _live(trained_on: TrainedOn, note: Note, folder: Path | None) -> SeenImages 
 
     name = blake3_hex(f"{transform.model_dump_json()}/{config.images}".encode() + "\n".join(listing.keys).encode())
     found = (one for one in _in_threads(digest, listing.uris) if one is not None)
-    return SeenImages(where, transform, _kept(found, len(listing.keys), name, where, note, folder))
+    return UnlabelledImages(where, transform, _kept(found, len(listing.keys), name, where, note, folder))
 
 
-def _teacher(trained_on: TrainedOn, images: dict[str, SeenImages]) -> dict[str, None]:
+def _teacher(trained_on: TrainedOn, images: dict[str, UnlabelledImages]) -> dict[str, None]:
     """Adds what the teacher says of its training images; returns sentences where it says nothing."""
     settings = trained_on.teacher().settings
     path = settings.get("path")
@@ -220,7 +220,7 @@ def _teacher(trained_on: TrainedOn, images: dict[str, SeenImages]) -> dict[str, 
     where = f"the training images of the teacher {path}"
     try:
         digests = read_digests(Path(path) / TRAIN_IMAGES)
-        images[where] = SeenImages(where, _teacher_transform(Path(path) / TEACHER_RECORD), digests)
+        images[where] = UnlabelledImages(where, _teacher_transform(Path(path) / TEACHER_RECORD), digests)
     except DtpipeError as err:
         return {f"{next(iter(unknown))}: {err}": None}
     return {}

@@ -25,7 +25,7 @@ from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate
 from dtpipe.pipeline.rivals import seen as seen_module
-from dtpipe.pipeline.rivals.seen import Seen, SeenImages, check_apart_by_content, find_seen, seen_notes
+from dtpipe.pipeline.rivals.seen import Seen, UnlabelledImages, check_apart_by_content, find_seen, seen_notes
 from parts.extractions import Extract
 from parts.images import draw_image, png, write_files
 from parts.labelled import with_classes
@@ -182,7 +182,7 @@ def test_digests_of_large_datasets_are_made_once_and_kept_beside_the_run(
 
 
 def test_a_size_that_held_out_images_cannot_come_to_is_none_they_were_seen_at() -> None:
-    images = SeenImages("somewhere", TransformRecipe(resize="none", height=5, width=5), as_digests([1]))
+    images = UnlabelledImages("somewhere", TransformRecipe(resize="none", height=5, width=5), as_digests([1]))
 
     def test_at(_recipe: TransformRecipe) -> LabelledSet:
         raise InputError("no image can be used")
