@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from dtpipe.distill.downstream.extractors import random_student
+from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.student.student import Student, StudentSpec
 from dtpipe.manifests.labels import ClassTable, Instances, Panoptic
-from dtpipe.pipeline.demo.scenes import Scene
+from dtpipe.pipeline.demo.scenes import Scene, iterate_scenes
 
 DIGITS = ClassTable(tuple("0123456789"))
 DIGITS_ON_GROUND = ClassTable((*DIGITS.names, "ground"), frozenset(range(10)))
-SMALL_HEAD = {"width": 32, "anchor_scale": 4.0, "samples": 64, "min_stuff_px": 16}
+SMALL_HEAD = {"width": 32, "anchor_scale": 4.0, "samples": 32, "min_stuff_px": 16}
 
 Rectangle = tuple[int, int, int, int]
 
@@ -74,3 +77,22 @@ def learned(target: Instances) -> dict[str, torch.Tensor]:
         "labels": torch.from_numpy(target.classes + 1),
         "masks": torch.from_numpy(target.masks.astype(np.uint8)),
     }
+
+
+OVERFIT = {"steps": 60, "batch_size": 3, "lr": 5e-3, "weight_decay": 0.01, "clip_grad": 5.0, "augment": {"flip": 0}}
+"""Settings with which a head learns three scenes by heart."""
+
+
+def with_targets(images: np.ndarray, targets: Sequence[Instances | Panoptic], classes: ClassTable) -> LabelledSet:
+    keys = tuple(f"{idx}.png" for idx in range(len(images)))
+    return LabelledSet(keys, type(targets[0]), classes, lambda row: images[row], lambda row: targets[row])
+
+
+def scene_set(classes: ClassTable, read: Callable[[Scene], Instances | Panoptic], num: int = 3) -> LabelledSet:
+    """Digit scenes of 64 px with what is read of them."""
+    scenes = list(iterate_scenes(num, 3))
+    return with_targets(np.stack([scene.image for scene in scenes]), [read(scene) for scene in scenes], classes)
+
+
+def scene_student() -> Student:
+    return random_student(StudentSpec("resnet10t", 4, (64, 64)), 0)

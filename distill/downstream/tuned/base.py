@@ -97,11 +97,13 @@ class TunedTask(Generic[Prediction]):
     Raises: ConfigError for a student or classes that the head has no place for.
     """
     augment: Callable[[ClassTable, TuneConfig], Callable[[Pixels, Target], Example]]
-    """The training view of an image (H, W, 3) and its target; `augment.crop_px` is set. Random numbers come from
-    torch's, numpy's and Python's global generators, which are seeded for each sample and pass."""
+    """The training view of an image (H, W, 3) and its target; `augment.crop_px` is set where the task `crops`. Random
+    numbers come from torch's, numpy's and Python's global generators, which are seeded for each sample and pass."""
     metric: Callable[[ClassTable, TuneConfig], Metric[Prediction]]
     save: Callable[[Prediction, ClassTable], Iterator[tuple[str, bytes]]] = lambda _prediction, _classes: iter(())
     """A prediction as files: ending (such as `.png`) and content; `predict` and the report read them."""
+    crops: bool = True
+    """Training views have the student's size unless the settings name another; else they are whole images."""
     frozen: bool = False
     """The backbone is never trained, whatever the settings say: `backbone_lr` is 0."""
     mix: Callable[[ClassTable, TuneConfig], MixExamples | None] = lambda _classes, _config: None

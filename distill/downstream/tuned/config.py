@@ -17,7 +17,8 @@ class AugmentConfig(StrictModel):
     """How training images are varied. Each task uses those that its kind of target has a meaning for."""
 
     crop_px: tuple[int, int] | None = Field(
-        default=None, description="Height and width of the random crop; default: the student's size."
+        default=None,
+        description="Height and width of the random crop; default: the student's size, none for detection.",
     )
     scale: tuple[Positive, Positive] = Field(
         default=(1.0, 1.0), description="Range of the random scale; of the area for classes, else of the sides."

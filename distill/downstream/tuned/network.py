@@ -24,7 +24,7 @@ from dtpipe.manifests.labels import ClassTable
 def resolve(task: TunedTask[Any], student: Student, config: TuneConfig) -> TuneConfig:
     """The settings with what follows from task and student: the size of crops, and whether the backbone is trained."""
     augment = config.augment
-    crop = augment.crop_px or student.spec.image_px
+    crop = augment.crop_px or (student.spec.image_px if task.crops else None)
     frozen = {"backbone_lr": 0.0} if task.frozen else {}
     return config.model_copy(update={"augment": augment.model_copy(update={"crop_px": crop}), **frozen})
 

@@ -50,4 +50,5 @@ TASK: TunedTask[Detections] = TunedTask(
     augment=lambda _classes, config: InstanceViews(config),
     metric=lambda classes, _config: CocoScores(classes),
     save=_save,
+    crops=False,
 )

@@ -53,4 +53,5 @@ TASK: TunedTask[PanopticPrediction] = TunedTask(
     augment=lambda classes, config: PanopticViews(*split_classes(classes), config),
     metric=lambda classes, _config: PanopticScores(classes),
     save=_save,
+    crops=False,
 )

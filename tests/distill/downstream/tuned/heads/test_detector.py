@@ -101,7 +101,7 @@ def as_torchvision(detector: Detector) -> MaskRCNN:
         mask_roi_pool=heads.mask_roi_pool.align,
         mask_head=heads.mask_head,
         mask_predictor=heads.mask_predictor,
-        box_batch_size_per_image=64,
+        box_batch_size_per_image=32,
         _skip_resize=True,  # which would draw a size, and other samples after it
     )
 
