@@ -142,8 +142,14 @@ class ExportConfig(StrictModel):
 class ReportConfig(StrictModel):
     """What the page about a run shows."""
 
-    run: str = Field(description="Run folder of `dtpipe distill`.")
-    out: str | None = Field(default=None, description="HTML file to write; default: report.html in the run folder.")
+    run: tuple[str, ...] = Field(
+        min_length=1, description="Run folder of `dtpipe distill`; several stand beside each other on one page."
+    )
+    out: str | None = Field(
+        default=None,
+        description="HTML file to write; default: report.html in the run folder, of several comparison.html in the "
+        "first one.",
+    )
     num_images: int = Field(default=4, ge=1, le=64, description="Images shown with their maps and predictions.")
     clusters: int = Field(default=10, ge=2, le=64, description="Clusters of the segmentation maps.")
     cluster_images: int = Field(default=32, ge=1, description="Images whose cells are clustered together.")
@@ -158,6 +164,11 @@ class ReportConfig(StrictModel):
 
     _whole_teacher = field_validator("teacher")(whole_if_there)
     _local = field_validator("run", "out")(local_place)
+
+    @field_validator("run", mode="before")
+    @classmethod
+    def _one_run(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
 
 class DemoConfig(StrictModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 FLAGS = (
-    Flag("run", "report.run", "RUN"),
+    Flag("run", "report.run", "RUN..."),
     Flag("--out", "report.out", "FILE"),
     Flag("--num-images", "report.num_images", "N"),
     Flag("--clusters", "report.clusters", "K"),
@@ -17,15 +17,17 @@ FLAGS = (
 EXAMPLE = """
 dtpipe report runs/r50
 dtpipe report runs/r50 --teacher teacher/ --out r50.html
+dtpipe report runs/r50 runs/r50-untrained --out both.html
 """
 
 
 @settings_command("report", FLAGS, EXAMPLE, dry_run=False)
 def command(call: Call) -> None:
-    """Write one HTML page about a run.
+    """Write one HTML page about a run, or about several beside each other.
 
-    Scores, training curves, feature maps of teacher and student, samples of the teacher, and the commands and settings
-    behind them.
+    Verdicts and scores of tasks, training curves, maps of what teacher and student see, samples of the teacher, and the
+    commands and settings behind them. Of several runs: settings that differ, curves and scores together, maps of the
+    same images.
     """
     config = call.settings("report")
     from dtpipe.pipeline.report.page import write_report

@@ -62,10 +62,17 @@ def _legend(axis: Axes, **place: Any) -> None:
         text.set_color(INK)
 
 
-def curves(panels: Mapping[str, Mapping[str, Series]], log: Sequence[str] = ()) -> Markup:
-    """Panels side by side, each with lines by name over steps; panels named in `log` get a logarithmic y axis."""
-    figure, axes = _figure(len(panels))
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+def curves(
+    panels: Mapping[str, Mapping[str, Series]], log: Sequence[str] = (), num_columns: int | None = None
+) -> Markup:
+    """Panels side by side, each with lines by name over steps; panels named in `log` get a logarithmic y axis.
+
+    `num_columns` leaves room for more panels than there are.
+    """
+    figure, axes = _figure(num_columns or len(panels))
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for idx, (name, (steps, values)) in enumerate(lines.items()):
             style: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) < 12 else {}
             axis.plot(steps, values, color=COLOURS[idx % len(COLOURS)], linewidth=1.6, label=name, **style)

@@ -1,4 +1,4 @@
-"""`dtpipe report`: one self-contained HTML page about a run.
+"""`dtpipe report`: one self-contained HTML page about a run, or about several.
 
 Everything on it is read from the run folder and the dataset; what cannot be had is left out, with a note that says why.
 """
@@ -14,6 +14,7 @@ from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import ReportConfig
+from dtpipe.pipeline.report.comparison import compared_sections
 from dtpipe.pipeline.report.maps.sections import map_sections
 from dtpipe.pipeline.report.provenance import origin, provenance_section
 from dtpipe.pipeline.report.section import Notes, Section, render
@@ -24,20 +25,28 @@ _MARK = b"Written by dtpipe"  # at the foot of the page
 
 
 def write_report(config: ReportConfig, note: Note) -> Path:
-    """Write the page and return where it is.
+    """Write the page about a run, or about several beside each other, and return where it is.
 
-    Raises: InputError when `run` holds no run, TeacherError when `teacher` is none; StoreError when it cannot be
-    written.
+    Raises: InputError when `run` holds no run, TeacherError when `teacher` is none; ConfigError for a run that is given
+    twice; StoreError when it cannot be written.
     """
-    run = Path(config.run)
-    out = Path(config.out) if config.out else run / "report.html"
+    first = Path(config.run[0])
+    out = Path(config.out) if config.out else first / ("report.html" if len(config.run) == 1 else "comparison.html")
     refuse_other_file(out, _MARK, "dtpipe report")
-    html = run_page(run, config, note)
+    html = run_page(first, config, note) if len(config.run) == 1 else comparison_page(config, note)
     try:
         write_whole(out, html)
     except OSError as err:
         raise StoreError(f"{out} cannot be written: {err}; choose another --out") from err
     return out
+
+
+def comparison_page(config: ReportConfig, note: Note) -> str:
+    """The page about several runs."""
+    notes = Notes(note)
+    title, sections = compared_sections(config.run, config, notes)
+    subtitle = " · ".join(config.run)
+    return whole_page(title, subtitle, {}, sections, notes.sentences)
 
 
 def run_page(run: Path, config: ReportConfig, note: Note) -> str:

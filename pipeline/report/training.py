@@ -13,8 +13,8 @@ from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.section import LeaveOut, Section, render
 
 Metrics = Sequence[Mapping[str, Any]]
-R2 = "r2/"
-"""Names of shares of variance explained, by level."""
+MSE, R2 = "mse/", "r2/"
+"""Names by level: squared error, and share of the variance explained."""
 
 
 def read_run_config(run: Path) -> DistillConfig:
@@ -59,12 +59,12 @@ def training_section(metrics: Metrics) -> Iterator[Section]:
         return
     panels = {
         "loss": _panel(metrics, loss_names(metrics)),
-        "squared error by level": _panel(metrics, _starting(metrics, "mse/"), "mse/"),
+        "squared error by level": _panel(metrics, _starting(metrics, MSE), MSE),
         "variance explained, R² by level": _panel(metrics, _starting(metrics, R2), R2),
         "learning rate": _panel(metrics, ["lr"]),
     }
     curves = figures.curves({title: lines for title, lines in panels.items() if lines})
-    yield Section("Training", render("training.html", curves=curves, caption=_spent(metrics)))
+    yield Section("Training", render("training.html", figures=[curves], caption=_spent(metrics)))
 
 
 def loss_names(metrics: Metrics) -> list[str]:
@@ -73,6 +73,11 @@ def loss_names(metrics: Metrics) -> list[str]:
         name.partition("/")[0] for name in metrics[0] if "/" in name and not name.startswith(("share/", R2))
     )
     return [name for name in ["loss", *parts] if name in metrics[0]]
+
+
+def names_of_levels(metrics: Metrics) -> list[str]:
+    """Names of what is known by level."""
+    return [*_starting(metrics, MSE), *_starting(metrics, R2)]
 
 
 def line_of(metrics: Metrics, name: str) -> figures.Series:

@@ -19,7 +19,7 @@ from dtpipe.distill.config import DistillConfig, DistillRecipeConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.losses.base import Whitening, whiten
 from dtpipe.distill.stream.batch import student_images
-from dtpipe.distill.stream.data import OpenedData
+from dtpipe.distill.stream.data import OpenedData, TrainingData
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.student.distiller import Distiller, build_distiller, choose_levels, student_size
 from dtpipe.distill.student.load import student_state
@@ -78,17 +78,21 @@ class RunFeatures:
     @classmethod
     def open(cls, run: Path, config: DistillConfig) -> RunFeatures:
         """Raises: what the dataset's readers raise, or what loading the live teacher or the checkpoint raises."""
-        data, read, live = _open(run, config)
+        data, read, live = _open_to_read(run, config)
         levels = choose_levels(data.source.levels, config.levels)
         image_px = student_size(config, data.student_px)
         model = load_distiller(run, config, levels, image_px)
-        rows = np.asarray(data.sampling.rows if data.sampling else data.source.columns.ok_rows)
-        return cls(data.source, levels, rows, live, read, model, config.loss.whiten, image_px)
+        return cls(data.source, levels, _rows(data), live, read, model, config.loss.whiten, image_px)
 
     def choose(self, num: int, seed: int) -> RowIdxs:
         """Some rows drawn by the seed, ascending."""
         generator = np.random.Generator(np.random.Philox(seed))
         return np.sort(generator.choice(self.rows, size=min(num, len(self.rows)), replace=False))
+
+    def rows_of(self, keys: Sequence[str]) -> RowIdxs:
+        """Rows of images by their keys, which must be among `run_keys`."""
+        by_key = {self.source.columns.keys[row]: row for row in self.rows}
+        return np.asarray([by_key[key] for key in keys], np.int64)
 
     def see(self, rows: RowIdxs) -> SeenImages:
         """Images and maps of rows: the first unflipped view, or of live training the first draw.
@@ -123,6 +127,12 @@ class RunFeatures:
         return SeenImages(tuple(self.source.columns.keys[row] for row in rows), images, *maps)
 
 
+def run_keys(run: Path, config: DistillConfig) -> list[str]:
+    """Keys of the images that a run trains on. Raises: what the dataset's readers raise."""
+    _, opened = _open(run, config)
+    return [opened.source.columns.keys[row] for row in _rows(opened)]
+
+
 def load_distiller(
     run: Path, config: DistillRecipeConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int]
 ) -> Distiller:
@@ -144,14 +154,22 @@ def pca_pairs(seen: SeenImages) -> dict[str, list[tuple[Picture, Picture]]]:
     return pairs
 
 
-def _open(run: Path, config: DistillConfig) -> tuple[OpenedData, Read, bool]:
-    """The run's data, and how to read images and features of some of its rows: stored, or encoded now on the CPU."""
-    import torch
-
+def _open(run: Path, config: DistillConfig) -> tuple[TrainingData, OpenedData]:
     here = config.run.model_copy(update={"out": str(run), "device": "cpu"})  # a run folder may have been moved
     config = config.model_copy(update={"run": here})
     data = recorded_data(run, config)
-    opened = data.open(config)
+    return data, data.open(config)
+
+
+def _rows(opened: OpenedData) -> RowIdxs:
+    return np.asarray(opened.sampling.rows if opened.sampling else opened.source.columns.ok_rows)
+
+
+def _open_to_read(run: Path, config: DistillConfig) -> tuple[OpenedData, Read, bool]:
+    """The run's data, and how to read images and features of some of its rows: stored, or encoded now on the CPU."""
+    import torch
+
+    data, opened = _open(run, config)
     teacher = data.teacher(opened.source, torch.device("cpu"))
     if teacher is None:
         return opened, partial(_read_stored, opened.source), False

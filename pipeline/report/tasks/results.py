@@ -30,9 +30,14 @@ ByClass = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Cell:
-    """Scores of one arm from one number of labelled images, by seed."""
+    """Scores of one arm from one number of labelled images."""
 
-    values: tuple[float, ...]
+    by_seed: Mapping[int, float]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """In the order of the seeds."""
+        return tuple(self.by_seed.values())
 
     @property
     def mean(self) -> float:
@@ -71,8 +76,8 @@ class TaskResult:
     notes: tuple[str, ...] = ()
     headline: str = ""
     """What was scored of each arm: a clause."""
-    subject: str = OURS
-    """The arm that is asked about."""
+    subjects: tuple[str, ...] = (OURS,)
+    """The arm that is asked about first; on a page of several runs, that of each."""
     others: Mapping[str, Arms] = field(default_factory=dict)
     """Other scores of the same predictions, by name."""
     chosen: Arms = field(default_factory=dict)
@@ -133,7 +138,7 @@ def _parsed(path: Path, document: Mapping[str, Any]) -> TaskResult:
         tuple(_differences(document.get("differences") or ())),
         _sentences(document.get("notes")),
         str(document.get("headline") or ""),
-        str(document.get("subject") or OURS),
+        (str(document.get("subject") or OURS),),
         {name: _arms(top, name) for name in others},
         _arms([score for score in scores if score["best"]], "value") if fixed else {},
         _by_class(top, document),
@@ -157,8 +162,8 @@ def _arms(scores: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[int,
     """One value of each score that has it. Raises: ValueError for one that is no number."""
     arms: dict[str, dict[int, Cell]] = {}
     for arm, num, members in _grouped(scores):
-        values = tuple(float(value) for member in members if (value := _value(member, name)) is not None)
-        if not all(map(math.isfinite, values)):
+        values = {int(one["seed"]): float(value) for one in members if (value := _value(one, name)) is not None}
+        if not all(map(math.isfinite, values.values())):
             raise ValueError(f"a score of {arm} is {values}")
         if values:
             arms.setdefault(arm, {})[num] = Cell(values)

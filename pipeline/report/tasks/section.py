@@ -34,7 +34,7 @@ def task_section(result: TaskResult, pictures: Markup) -> Section:
         table=_grid(result, result.arms),
         differences=_difference_rows(result),
         more=dict(_more_tables(result)),
-        ours=result.subject,
+        ours=result.subjects,
         how=_how(result),
         caption=_caption(result),
         figure=score_figure(result),
@@ -93,7 +93,7 @@ def _point(cell: Cell | None) -> figures.Point | None:
 def _caption(result: TaskResult) -> str:
     seeds = result.num_seeds
     spread = (
-        f"mean ± standard deviation of {seeds} seeds; bars are 95 % intervals of the mean (Student's t)"
+        f"mean ± standard deviation of {seeds} seeds; bars are 95% intervals of the mean (Student's t)"
         if seeds > 1
         else "one seed"
     )
@@ -119,9 +119,9 @@ def _class_figures(result: TaskResult) -> Iterator[tuple[str, Markup]]:
 
 
 def _few_arms(result: TaskResult, tables: Mapping[str, ByClass], num: int) -> list[str]:
-    """At most `_MOST_ARMS`: ours, and the best of the others; in the order of the table."""
-    others = sorted((arm for arm in tables if arm != result.subject), key=lambda arm: -result.arms[arm][num].mean)
-    kept = {result.subject, *others[: _MOST_ARMS - 1]}
+    """At most `_MOST_ARMS`: those asked about, and the best of the others; in the order of the table."""
+    others = sorted((arm for arm in tables if arm not in result.subjects), key=lambda arm: -result.arms[arm][num].mean)
+    kept = {*result.subjects, *others[: max(0, _MOST_ARMS - len(result.subjects))]}
     return [arm for arm in tables if arm in kept]
 
 

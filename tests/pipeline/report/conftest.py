@@ -21,3 +21,15 @@ def small_run(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     url = run_extraction(extract_config(write_images(folder / "images"), ddpm, folder / "features")).url
     train(tiny_config(folder / "run", datasets=(url,), epochs=1, log_every=1))
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def other_run(small_run: Path) -> Path:
+    """Another run on the same dataset, with another rate."""
+    from dtpipe.distill.trainer import train
+    from dtpipe.pipeline.report.training import read_run_config
+
+    datasets = read_run_config(small_run).datasets
+    out = small_run.with_name("other")
+    train(tiny_config(out, datasets=datasets, epochs=1, log_every=1, lr=2e-3))
+    return out
