@@ -26,7 +26,7 @@ from dtpipe.extract.sources.layouts.published.pairs import left_over
 from dtpipe.extract.sources.layouts.published.pixels import read_label, read_png
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.labels import ClassTable, Instances, Panoptic
-from dtpipe.manifests.words import are, count_of
+from dtpipe.manifests.words import count_of
 
 _SPLITS = ("train2017", "val2017")
 
@@ -129,7 +129,7 @@ def _classes(categories: Sequence[Mapping[str, Any]], where: str) -> tuple[Class
         names = tuple(str(by_id[own]["name"]) for own in ids)
         things = frozenset(number for number, own in enumerate(ids) if by_id[own]["isthing"])
     except (KeyError, TypeError, ValueError) as err:
-        raise InputError(f"{where}: a category has no {err}; those of panoptic files have id, name, isthing") from err
+        raise InputError(f"{where}: a category is not as published: {_flaw(err)}; fetch it again") from err
     if len(set(names)) < len(categories):
         raise InputError(f"{where}: {len(categories)} categories share names or ids; fetch it again")
     return ClassTable(names, things, dict(enumerate(ids))), {own: number for number, own in enumerate(ids)}
@@ -150,12 +150,12 @@ def _segments(
                 raise InputError(f"{where}: annotates {name} twice; leave one of them")
             rows = [_segment(segment, numbers, f"{where}: {name}") for segment in annotation["segments_info"]]
             stated[name] = _Segments(str(annotation["file_name"]), json.dumps(rows).encode())
-    except (KeyError, TypeError) as err:
+    except (KeyError, TypeError, ValueError) as err:
         raise InputError(
-            f"{where}: an entry lacks {err}, or an image is annotated and not listed; fetch it again"
+            f"{where}: an entry is not as published, or of an image that is not listed: {_flaw(err)}; fetch it again"
         ) from err
     if not stated:
-        raise InputError(f"{where}: there {are(0)} no annotations in it; fetch it again")
+        raise InputError(f"{where}: there are no annotations in it; fetch it again")
     return stated
 
 
@@ -165,6 +165,10 @@ def _segment(segment: Mapping[str, Any], numbers: Mapping[int, int], where: str)
             f"{where}: segment {segment['id']} is of category {segment['category_id']}, which the file does not list"
         )
     return int(segment["id"]), numbers[segment["category_id"]], bool(segment.get("iscrowd", 0))
+
+
+def _flaw(err: Exception) -> str:
+    return f"{err} is not there" if isinstance(err, KeyError) else str(err)
 
 
 LAYOUTS = (

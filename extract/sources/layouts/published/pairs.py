@@ -9,7 +9,7 @@ from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.layouts.files import Tree, few
 from dtpipe.extract.sources.names import is_image
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.manifests.words import are, count_of
+from dtpipe.manifests.words import count_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def pair_up(tree: Tree, images: str, labels: str, label_ending: str, image_endin
     if not paired:
         seen = f"image {items[0].key}, which would have {names[items[0].key]}" if items else "no image"
         raise InputError(
-            f"{tree.root}: no image in {images} has its label in {labels}: there {are(1)} {seen}, "
+            f"{tree.root}: no image in {images} has its label in {labels}: there is {seen}, "
             f"and {few(sorted(found)) or f'no file that ends in {label_ending}'}; check the root"
         )
     alone = [item.key for item in items if names[item.key] not in found]

@@ -37,14 +37,16 @@ def open_scalabel(tree: Tree, folder: str, file: str, classes: ClassTable) -> Li
     """The images of a folder that a file lists, with their objects. Raises: InputError."""
     where = f"{tree.root}: {file}"
     notes: Counter[str] = Counter()
-    frames = _frames(tree.read_named(file), where)
     stated: dict[str, bytes] = {}
-    for frame in frames:
-        name = str(frame.get("name", "")).rpartition("/")[2]
-        if not name or name in stated:
-            raise InputError(f"{where}: a frame has no name of its own, {name!r}; fetch it again")
-        labels = [_label(label, classes, f"{where}: {name}", notes) for label in frame.get("labels") or ()]
-        stated[name] = json.dumps([label for label in labels if label is not None]).encode()
+    try:
+        for frame in _frames(tree.read_named(file), where):
+            name = str(frame.get("name", "")).rpartition("/")[2]
+            if not name or name in stated:
+                raise InputError(f"{where}: a frame has no name of its own, {name!r}; fetch it again")
+            labels = [_label(label, classes, f"{where}: {name}", notes) for label in frame.get("labels") or ()]
+            stated[name] = json.dumps([label for label in labels if label is not None]).encode()
+    except (TypeError, AttributeError) as err:
+        raise InputError(f"{where}: a frame is not of Scalabel's form ({err}); fetch it again") from err
     images = {item.key: item for item in tree.images(folder).values()}
     there = sorted(images.keys() & stated.keys())
     if not there:

@@ -66,6 +66,33 @@ def test_outlines_are_those_that_matplotlib_draws(vertices: list[list[float]], t
     assert len(ours) == len(vertices) or "CC" in types
 
 
+def filled_by_matplotlib(vertices: Any, types: str, height: int, width: int) -> np.ndarray:
+    """The pixels inside an outline as the tools that draw bitmasks fill it. Shapes: -> (height, width) bool."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Polygon
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="black")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    axes.add_patch(Polygon(drawn_by_matplotlib(vertices, types), facecolor="white", lw=0, antialiased=False))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., 0] > 127
+
+
+def test_filled_outlines_are_those_of_bitmasks_but_for_their_border(tmp_path: Path) -> None:
+    """Two fillings of one shape may differ in pixels that its outline cuts."""
+    vertices, px = (np.asarray(CURVED) * 12).tolist(), (HEIGHT * 12, WIDTH * 12)
+    labels = [scalabel_label("car", [{"vertices": vertices, "types": "LLCCLL", "closed": True}])]
+    target = opened(write_files(tmp_path, trees.bdd100k_json(labels))).target(0, px)
+    assert isinstance(target, Instances) and target.masks is not None
+    theirs = filled_by_matplotlib(vertices, "LLCCLL", *px)
+    different = np.argwhere(target.masks[0] != theirs)[:, ::-1] + 0.5
+    assert theirs.sum() > 5000
+    assert to_outline(different, drawn_by_matplotlib(vertices, "LLCCLL")).max() < 1
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_polygons_are_objects_and_later_ones_lie_on_top(tmp_path: Path, wrapped: bool) -> None:
     labels = [
@@ -148,6 +175,13 @@ def test_a_shape_that_cannot_be_drawn_is_refused(tmp_path: Path, shape: Any, mes
         (b'[{"name": "a.jpg"}, {"name": "x/a.jpg"}]', "a frame has no name of its own, 'a.jpg'"),
         (b'[{"labels": []}]', "a frame has no name of its own, ''"),
         (b'[{"name": "a.jpg", "labels": [{}]}]', "a.jpg has a label without a category"),
+        (b'[{"name": "a.jpg", "labels": 5}]', "a frame is not of Scalabel's form"),
+        (b'[{"name": "a.jpg", "labels": [{"category": []}]}]', "a frame is not of Scalabel's form"),
+        (
+            b'[{"name": "a.jpg", "labels": [{"category": "car", "attributes": 1, "rle": 1}]}]',
+            "is not of Scalabel's form",
+        ),
+        (b'[{"name": "a.jpg", "labels": ["car"]}]', "a.jpg has a label without a category"),
         (b'[{"name": "z.jpg"}]', "lists z.jpg, and images/10k/train holds a.jpg, b.jpg, lonely.jpg"),
     ],
 )
