@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,16 +14,23 @@ from dtpipe.manifests.labels import IGNORE_VALUE
 from dtpipe.manifests.schema import Resize, Size, StrictModel
 from dtpipe.manifests.store.paths import local_place, whole_if_there, whole_place
 
+_LAYOUT_NAME = re.compile(r"[a-z][a-z0-9-]+")
+
 
 def _whole_labelled(place: str | None) -> str | None:
     """A URL, or a layout's word with its root, as `whole_place` gives it."""
-    from dtpipe.extract.sources.layouts.registry import parse_layout
+    from dtpipe.extract.sources.layouts.registry import LAYOUTS, parse_layout
 
     if place is None:
         return None
     parsed = parse_layout(place)
     if parsed is None:
-        return whole_place(place)
+        whole = whole_place(place)
+        name = place.partition(":")[0]
+        if whole != place and name != place and _LAYOUT_NAME.fullmatch(name) and not Path(whole).exists():
+            near = "".join(f"; {near} is one" for near in difflib.get_close_matches(name, LAYOUTS, 1))
+            raise ValueError(f" is {place}, and no layout is called {name}{near}; `dtpipe list layouts` names them")
+        return whole
     layout, root, split = parsed
     return f"{layout.name}:{whole_place(root)}" + (f"@{split}" if split else "")
 

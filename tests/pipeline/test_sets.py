@@ -140,6 +140,17 @@ def test_settings_name_layouts_by_whole_paths(tmp_path: Path, monkeypatch: pytes
     assert list(kinds.values()) == [Class, Class, Mask, Instances]
 
 
+def test_a_word_that_is_no_layout_is_refused_and_a_folder_of_that_name_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValidationError, match=r"no layout is called coco-jsn; coco-json is one; `dtpipe list layouts`"):
+        settings("coco-jsn:data@a.json")
+    (tmp_path / "photos:2020").mkdir()
+    assert settings("photos:2020").images == f"{tmp_path}/photos:2020"
+    assert settings("./photos:2021").images == f"{tmp_path}/photos:2021"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
