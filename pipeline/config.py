@@ -11,13 +11,13 @@ from pydantic import Field, field_validator, model_validator
 
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.manifests.labels import IGNORE_VALUE
-from dtpipe.manifests.schema import Resize, Size, StrictModel
+from dtpipe.manifests.schema import ErrorBudget, Resize, Size, StrictModel
 from dtpipe.manifests.store.paths import local_place, whole_if_there, whole_place
 
 _LAYOUT_NAME = re.compile(r"[a-z][a-z0-9-]+")
 
 
-def _whole_labelled(place: str | None) -> str | None:
+def whole_labelled(place: str | None) -> str | None:
     """A URL, or a layout's word with its root, as `whole_place` gives it."""
     from dtpipe.extract.sources.layouts.registry import LAYOUTS, parse_layout
 
@@ -106,7 +106,7 @@ class EvalConfig(StrictModel):
     probe: ProbeConfig = ProbeConfig()
 
     _whole = field_validator("masks", "test_masks", "class_names")(whole_place)
-    _whole_labelled = field_validator("images", "test_images")(_whole_labelled)
+    _whole_labelled = field_validator("images", "test_images")(whole_labelled)
     _whole_teacher = field_validator("teacher")(whole_if_there)
     _local = field_validator("checkpoint", "compare", "out")(local_place)
 
@@ -140,13 +140,36 @@ class EvalConfig(StrictModel):
 class ExportConfig(StrictModel):
     """Which student to write, for whom."""
 
-    checkpoint: str = Field(description="Run folder or checkpoint.")
+    checkpoint: str = Field(description="Run folder or checkpoint; with --head, that of a tuned training.")
     out: str = Field(
         description="Folder to write: the weights, config.json, student.json and export.yaml, these settings."
     )
     layout: str = Field(default="timm", description="Which library loads it; `dtpipe list exports` names them.")
+    head: bool = Field(
+        default=False, description="Write backbone and head of a tuned training as a predictor for `dtpipe predict`."
+    )
 
     _local = field_validator("checkpoint", "out")(local_place)
+
+
+class PredictConfig(ErrorBudget):
+    """Which predictor, on which images."""
+
+    predictor: str = Field(description="Folder that `dtpipe export --head` wrote.")
+    images: str = Field(description="Images: NAME:ROOT@SPLIT of a layout, or the URL of any source.")
+    out: str = Field(description="Folder to write.")
+    overlay: bool = Field(default=False, description="Draw the predictions on the images too.")
+    min_score: float = Field(default=0.5, ge=0, le=1, description="Lowest score of objects drawn on overlays.")
+    px: Size | None = Field(
+        default=None,
+        description="Side, or height and width, in px that images are brought to first; default: as they are.",
+    )
+    resize: Resize = Field(default="center_crop", description="How images come to that size.")
+    batch_size: int = Field(default=8, ge=1, description="Images at once.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where predictions are made.")
+
+    _whole = field_validator("images")(whole_labelled)
+    _local = field_validator("predictor", "out")(local_place)
 
 
 class ReportConfig(StrictModel):

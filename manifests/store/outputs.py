@@ -16,6 +16,8 @@ _MARKS = (  # what a folder is by the names in it, the first that fits
     ("a feature dataset", ({"plan.json", "manifest.json"}, {"listing.parquet", "commits", "shards.parquet"})),
     ("a run", ({"config.yaml"}, {"last.pt", ".lock"})),
     ("an export", ({"export.yaml"}, {"model.safetensors"})),
+    ("a predictor", ({"predictor.json"},)),
+    ("predictions", ({"predict.json"},)),
     ("a teacher", ({"model_index.json"},)),
 )
 _END_BYTES = 1 << 16

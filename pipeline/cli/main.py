@@ -31,6 +31,7 @@ COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe 
     "distill": ("distill", "Pre-train a student on feature datasets."),
     "eval": ("evaluate", "Score frozen features with few labels."),
     "export": ("export", "Write a student for timm, torchvision, detectron2 and others."),
+    "predict": ("predict", "Predict with a tuned network on new images."),
     "report": ("report", "Write one HTML page about a run, or several."),
     "demo": ("demo", "Run everything on digit scenes, or on your own folder."),
 }

@@ -32,6 +32,7 @@ SECTIONS = {
     "train_teacher": "dtpipe.distill.teacher.config:TrainTeacherConfig",
     "eval": "dtpipe.pipeline.config:EvalConfig",
     "export": "dtpipe.pipeline.config:ExportConfig",
+    "predict": "dtpipe.pipeline.config:PredictConfig",
     "report": "dtpipe.pipeline.config:ReportConfig",
     "demo": "dtpipe.pipeline.config:DemoConfig",
 }

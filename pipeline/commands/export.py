@@ -6,15 +6,18 @@ from dtpipe.manifests.errors import StoreError
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.cli.settings import dump
+from dtpipe.pipeline.config import ExportConfig
 
 FLAGS = (
     Flag("checkpoint", "export.checkpoint", "CKPT"),
     Flag("--out", "export.out", "DIR"),
     Flag("--layout", "export.layout", "NAME"),
+    Flag("--head", "export.head"),
 )
 EXAMPLE = """
 dtpipe export runs/r50 --out r50/
 dtpipe export runs/r50 --out r50-det/ --layout torchvision-detection
+dtpipe export runs/r50/eval/segment/distilled --head --out predictor/
 """
 
 
@@ -22,9 +25,13 @@ dtpipe export runs/r50 --out r50-det/ --layout torchvision-detection
 def command(call: Call) -> None:
     """Write a student as timm, torchvision, detectron2, OpenMMLab, transformers or ONNX load it, without dtpipe.
 
-    The file is loaded again and compared with the student before it takes its place.
+    The file is loaded again and compared with the student before it takes its place. With --head it is a tuned training
+    with its head, for `dtpipe predict`.
     """
     config = call.settings("export")
+    if config.head:
+        _export_head(call, config)
+        return
     from dtpipe.distill.export.write import export_student
 
     try:
@@ -47,3 +54,25 @@ def command(call: Call) -> None:
     if result.finetune not in ("", result.snippet):
         call.console.result(f"to fine-tune it on five classes:\n\n{result.finetune}")
     call.console.document(result)
+
+
+def _export_head(call: Call, config: ExportConfig) -> None:
+    from dtpipe.distill.export.predictor import export_predictor
+
+    predictor = export_predictor(config.checkpoint, config.out)
+    call.console.pairs(
+        {
+            "wrote": config.out,
+            "task": predictor.task.name,
+            "classes": len(predictor.classes),
+            "parameters": f"{sum(part.numel() for part in predictor.network.parameters()):,}",
+            "checked": "loaded again; weights and predictions are the same",
+        }
+    )
+    call.console.result(f"to use it:\n\n  dtpipe predict {config.out} --images URL --out predicted/ --overlay\n")
+    call.console.result(
+        "from dtpipe.distill.export.predictor import load_predictor\n"
+        f'predictor = load_predictor("{config.out}")\n'
+        "(prediction,) = predictor.predict([image])  # (H, W, 3) uint8"
+    )
+    call.console.document({"path": config.out, "task": predictor.task.name, "weights": predictor.digest})
