@@ -17,7 +17,7 @@ _MARKS = (  # what a folder is by the names in it, the first that fits
     ("a run", ({"config.yaml"}, {"last.pt", ".lock"})),
     ("an export", ({"export.yaml"}, {"model.safetensors"})),
     ("a predictor", ({"predictor.json"},)),
-    ("predictions", ({"predict.json"},)),
+    ("predictions", ({"predictions.json"},)),
     ("a teacher", ({"model_index.json"},)),
 )
 _END_BYTES = 1 << 16

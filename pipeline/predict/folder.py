@@ -20,7 +20,7 @@ from dtpipe.manifests.records.lines import append_line, keep_lines, read_lines
 from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import write_whole
 
-RECORD = "predict.json"
+RECORD = "predictions.json"
 """What the folder holds predictions of, and by which predictor."""
 _LINES = "done"
 _PER_FILE = 20_000  # lines of one file, which is read whole

@@ -77,8 +77,9 @@ def _mask(
     for number in occurring[np.argsort(-counts)].tolist():
         if classes.names[number] == "background":
             continue
-        _tinted(image, numbers == number, _colour(number))
-        legend.append((classes.names[number], _colour(number)))
+        colour = _colour(number - 1)  # as in the mask's own file
+        _tinted(image, numbers == number, colour)
+        legend.append((classes.names[number], colour))
     image[_borders(numbers)] = 255
     return Image.fromarray(image), legend
 
