@@ -31,6 +31,7 @@ from dtpipe.manifests.records.files import FILES, file_digest
 from dtpipe.manifests.records.tensors import DIGEST_KEY, UNSEALED, check_tensors, seal_tensors
 from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import whole_files
+from dtpipe.manifests.words import count_of
 
 PREDICTOR_RECORD = "predictor.json"
 """Beside the weights: task, student, classes, settings, and the digest of the weights."""
@@ -55,11 +56,18 @@ class Predictor:
         """One prediction of the task's kind per image, at its size: a record of `tuned/predictions.py`.
 
         Shapes: images (H, W, 3) uint8 each, RGB, of any sizes.
+        Raises: ConfigError when the GPU has no room for them.
         """
         device = next(self.network.parameters()).device
-        tensors = [image_tensor(image).to(device) for image in images]
-        with torch.inference_mode():
-            return list(cast(TaskNetwork, self.network).predict(tensors))
+        try:
+            tensors = [image_tensor(image).to(device) for image in images]
+            with torch.inference_mode():
+                return list(cast(TaskNetwork, self.network).predict(tensors))
+        except torch.OutOfMemoryError as err:
+            raise ConfigError(
+                f"{device} has no memory for {count_of(len(images), 'image')} at once; lower --batch-size, or use "
+                "--device cpu"
+            ) from err
 
 
 def export_predictor(cell: str | Path, out: str | Path, ema: bool = True) -> Predictor:

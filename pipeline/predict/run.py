@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dtpipe.distill.downstream.tuned.network import classes_to_dict
 from dtpipe.distill.engine.device import training_device
 from dtpipe.distill.export.predictor import Predictor, load_predictor
@@ -133,13 +131,7 @@ def _predict_batch(
 ) -> None:
     if not images:
         return
-    try:
-        predictions = predictor.predict(list(images.values()))
-    except torch.OutOfMemoryError as err:
-        raise ConfigError(
-            f"the device has no memory for {count_of(len(images), 'image')} at once; lower --batch-size, or use "
-            "--device cpu"
-        ) from err
+    predictions = predictor.predict(list(images.values()))
     for (key, pixels), prediction in zip(images.items(), predictions, strict=True):
         files, said = _files_of(key, prediction, predictor)
         if config.overlay:
