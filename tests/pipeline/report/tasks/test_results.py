@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,17 @@ def test_the_headline_differences_and_verdict_are_those_that_eval_prints(tmp_pat
     assert "all levels, one l2" in html and '<tr class="ours"><td>mine</td>' in html
 
 
+def cell_of(values: Sequence[float]) -> Cell:
+    return Cell(dict(enumerate(values)))
+
+
 def test_intervals_are_those_of_students_t() -> None:
     values = (0.41, 0.48, 0.44, 0.52, 0.47)
     expected = ttest_1samp(values, 0).confidence_interval(0.95)
-    assert Cell(values).interval() == pytest.approx((expected.low, expected.high), rel=1e-12)
-    assert Cell((0.4,)).interval() is None
+    assert cell_of(values).interval() == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert cell_of([0.4]).interval() is None
     rough = bootstrap((np.array(values),), np.mean, rng=0).confidence_interval
-    low, high = Cell(values).interval() or (0, 0)
+    low, high = cell_of(values).interval() or (0, 0)
     assert low < rough.low < rough.high < high  # five values: the bootstrap is too narrow
 
 
