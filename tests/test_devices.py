@@ -22,6 +22,9 @@ from dtpipe.distill.downstream.frozen.knn import knn_votes
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier
 from dtpipe.distill.downstream.frozen.readout import Readout, masks_at_stride
 from dtpipe.distill.downstream.labelled import IGNORE
+from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.segmentation.inference import Views, class_probabilities
+from dtpipe.distill.downstream.tuned.segmentation.network import MASK_TARGET, build_upernet
 from dtpipe.distill.downstream.tuned.supervised import SupervisedNet, flip_both
 from dtpipe.distill.engine.optim import build_optimizer
 from dtpipe.distill.losses.base import LossKind
@@ -46,6 +49,7 @@ from dtpipe.extract.teachers.registry import KINDS, load_teacher
 from dtpipe.manifests.codecs.base import encode_level
 from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
 from dtpipe.manifests.codecs.registry import CODECS, open_codec
+from dtpipe.manifests.labels import ClassTable
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import LATENT_SUFFIX, CodecSpec, ComputeRecipe, ViewSpec
 from dtpipe.pipeline.live import recorded
@@ -308,6 +312,21 @@ def test_labels_are_learnt_where_the_student_is(stride: int | None) -> None:
         loss = nn.functional.cross_entropy(network(images), targets, ignore_index=IGNORE)
         levels = extractor(images)
     assert on(CUDA, {"loss": loss, **levels})
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+def test_masks_are_learnt_and_seen_where_the_student_is(name: str) -> None:
+    """Through windows, mirrored and at two sizes."""
+    config = TuneConfig.model_validate({"steps": 1, "head": {"width": 8}})
+    views = Views(scales=(1.0, 1.5), flips=True, window_px=(64, 64))
+    with moved_to(CUDA):
+        student = build_student(StudentSpec(name, 4, (64, 64)))
+        network = build_upernet(student, ClassTable.numbered(3), config).to(CUDA).train()
+    with running_on(CUDA):
+        losses = network([blank(CUDA, 3, 64, 64)] * 2, [{MASK_TARGET: blank(CUDA, 64, 64, dtype=torch.int64)}] * 2)
+        seen = list(class_probabilities(network.eval().logits, blank(CUDA, 2, 3, 40, 100), views))
+    assert on(CUDA, {**losses, **{str(idx): image for idx, image in enumerate(seen)}})
+    assert [tuple(image.shape) for image in seen] == [(3, 40, 100)] * 2
 
 
 def test_frozen_features_are_classified_where_they_are() -> None:
