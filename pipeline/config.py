@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dtpipe.distill.downstream.config import ProbeConfig
+from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.manifests.labels import IGNORE_VALUE
 from dtpipe.manifests.schema import ErrorBudget, Resize, Size, StrictModel
 from dtpipe.manifests.store.paths import local_place, whole_if_there, whole_place
@@ -41,7 +42,7 @@ class EvalConfig(StrictModel):
     checkpoint: str = Field(
         description="Run folder, checkpoint or export of the student to score; several, one for each seed, are one arm."
     )
-    task: str = Field(description="Downstream task on frozen features; `dtpipe list tasks` names them.")
+    task: str = Field(description="Downstream task, on frozen features or trained; `dtpipe list tasks` names them.")
     images: str = Field(
         description="Labelled images: NAME:ROOT@SPLIT of a layout (`dtpipe list layouts`), class folders, or any URL "
         "with --masks."
@@ -104,6 +105,7 @@ class EvalConfig(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where features are computed.")
     out: str | None = Field(default=None, description="JSON file to write; default: eval/TASK.json in the run folder.")
     probe: ProbeConfig = ProbeConfig()
+    tune: TuneConfig | None = None
 
     _whole = field_validator("masks", "test_masks", "class_names")(whole_place)
     _whole_labelled = field_validator("images", "test_images")(whole_labelled)

@@ -1,7 +1,7 @@
-"""`dtpipe eval`: labelled images and frozen networks into the functions of `distill.downstream`.
+"""`dtpipe eval`: labelled images and networks into the functions of `distill.downstream`.
 
-The table always holds raw pixels and the random initialisation of the same student; the teacher's own features when it
-can be had.
+The table always holds the random initialisation of the same student; of frozen features also raw pixels, and the
+teacher's own when it can be had.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.extractors import RANDOM_INIT
 from dtpipe.distill.downstream.frozen import probe, readout
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
+from dtpipe.distill.downstream.tuned.base import TunedTask
+from dtpipe.distill.engine.ranks import join_ranks
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.labels import Class, Instances, Mask
+from dtpipe.manifests.labels import Class, Instances, Mask, Panoptic
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
@@ -30,6 +34,8 @@ from dtpipe.pipeline.extractors import extractors_of
 from dtpipe.pipeline.rivals.seen import check_apart_by_content, overlap_notes
 from dtpipe.pipeline.sets import label_kind, open_sets
 from dtpipe.pipeline.trained_on import TrainedOn
+from dtpipe.pipeline.tune.cells import TunedTable
+from dtpipe.pipeline.tune.evaluate import tune_settings, tuned_result, tuned_table
 
 FEW_MASKS = (5, 20, 80)
 FEW_PER_CLASS = (1, 5, 20)
@@ -41,6 +47,8 @@ class Evaluation:
 
     result: ProbeResult
     path: Path
+    rank: int = 0
+    """Of several processes that trained together, which one this is; the first says it all."""
 
 
 def evaluate(config: EvalConfig, note: Note) -> Evaluation:
@@ -51,8 +59,10 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     if config.masks and config.task == probe.TASK.name:
         note(f"a probe of masks is task {readout.TASK.name}")
         config = config.model_copy(update={"task": readout.TASK.name})
-    check_task(config)
+    task = check_task(config)
     refuse_other_file(result_path(config), b'"test_share"', "dtpipe eval")
+    if isinstance(task, TunedTask):
+        return _evaluate_tuned(config, task, note)
     comparison = open_comparison(config, note)
     train, test = load_sets(config, comparison.spec.image_px, note)
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
@@ -68,18 +78,49 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     return Evaluation(result, _write(config, result))
 
 
-def check_task(config: EvalConfig) -> None:
-    """Refuse a task that does not learn from what is given. Raises: ConfigError naming those that do."""
+def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Evaluation:
+    """Train every arm on the labels. Under torchrun each process does its part, and the first notes and writes."""
+    with join_ranks(config.device) as ranks:
+        say = note if ranks.rank == 0 else _say_nothing
+        table, trained_on = open_table(config, task, say)
+        train, test = table.train, table.test
+        result = tuned_result(config, table, result_path(config).with_suffix(""), say)
+        said = [*coverage_notes(train, test), *overlap_notes(trained_on, train, test, config.test_images is None)]
+        result = replace(result, notes=(*result.notes, *said))
+        path = ranks.first(lambda: _write(config, result))
+    return Evaluation(result, path, ranks.rank)
+
+
+def open_table(config: EvalConfig, task: TunedTask[Any], note: Note) -> tuple[TunedTable, TrainedOn]:
+    """The arms and labels of a tuned task, and what its run was trained on. Raises: InputError, ConfigError."""
+    tune_settings(config)
+    comparison = open_comparison(config, note)
+    size = height_width(config.px) if config.px else None
+    recipe = TransformRecipe(resize=config.resize, height=size[0], width=size[1]) if size else None
+    sets = open_sets(config, recipe, note)
+    note(f"{count_of(len(sets[0]), 'image')} to draw labels from, {len(sets[1])} held out")
+    table = tuned_table(config, task, comparison, sets, label_counts(config, sets[0]))
+    return table, TrainedOn.of(runs_of(config)[0])
+
+
+def _say_nothing(_sentence: str) -> None:
+    """The note of a process that is not the first."""
+
+
+def check_task(config: EvalConfig) -> Task | TunedTask[Any]:
+    """The task of the settings, if it learns from what is given. Raises: ConfigError naming those that do."""
     kind = label_kind(config)
     usable = {kind, Mask} if kind is Instances else {kind}
-    target = find_task(config.task).target
+    entry = find_task(config.task)
+    target = entry.target
     if target not in usable:
         fitting = ", ".join(name for name, task in TASKS.items() if task.target in usable) or "another layout"
         given = "with --masks" if config.masks else f"with {config.images.partition(':')[0]}"
         if kind is Class:
             given = "give --masks, or with class folders"
-        learns = {Class: "classes", Mask: "masks"}[target]
+        learns = {Class: "classes", Mask: "masks", Instances: "objects", Panoptic: "segments"}[target]
         raise ConfigError(f"task {config.task} learns from {learns}; {given} use {fitting}")
+    return entry
 
 
 def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:
@@ -99,7 +140,7 @@ def label_counts(config: EvalConfig, train: LabelledSet) -> list[int | None]:
     """Numbers of labelled images to score from; None is all of them."""
     if config.labelled is not None:
         return [None if num == "all" else int(num) for num in config.labelled]
-    few = FEW_MASKS if train.kind is Mask else tuple(num * len(train.classes) for num in FEW_PER_CLASS)
+    few = tuple(num * len(train.classes) for num in FEW_PER_CLASS) if train.kind is Class else FEW_MASKS
     return [*(num for num in few if num < len(train)), None]
 
 

@@ -15,7 +15,7 @@ from dtpipe.distill.downstream.labelled import (
     count_classes,
     draw_labelled,
 )
-from dtpipe.distill.downstream.registry import find_task
+from dtpipe.distill.downstream.registry import find_frozen
 from dtpipe.distill.downstream.result import FIXED, HEAD, ProbeResult, Score
 from dtpipe.manifests.errors import ConfigError
 
@@ -37,7 +37,7 @@ def run_probe(
 
     Raises: ConfigError when sets overlap, lack what the task needs, or are too small; when names repeat.
     """
-    entry, config = find_task(task), config or ProbeConfig()
+    entry, config = find_frozen(task), config or ProbeConfig()
     names = [extractor.name for extractor in extractors]
     if len(set(names)) != len(names) or not names or not seeds or not num_labelled:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""`dtpipe eval`: scores of frozen features with few labels."""
+"""`dtpipe eval`: scores of a student with few labels, its features frozen or the whole trained."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ FLAGS = (
     Flag("--px", "eval.px", "PX"),
     Flag("--resize", "eval.resize", "center_crop|stretch|none"),
     Flag("--limit", "eval.limit", "N"),
+    Flag("--steps", "eval.tune.steps", "N"),
+    Flag("--epochs", "eval.tune.epochs", "N"),
+    Flag("--batch-size", "eval.tune.batch_size", "N"),
+    Flag("--lr", "eval.tune.lr", "LR"),
+    Flag("--lr-grid", "eval.tune.lr_grid", "LR,LR"),
+    Flag("--backbone-lr", "eval.tune.backbone_lr", "SHARE"),
+    Flag("--train-workers", "eval.tune.run.train_workers", "N"),
     Flag("--device", "eval.device", "auto|cpu|cuda"),
     Flag("--out", "eval.out", "FILE"),
 )
@@ -34,22 +41,34 @@ dtpipe eval runs/r50 probe --images labelled/
 dtpipe eval runs/r50 readout --images scenes/images --masks scenes/semantic --foreground --labelled 5,20,80
 dtpipe eval runs/s0 runs/s1 runs/s2 knn --images labelled/ --compare untrained=runs/u0,runs/u1,runs/u2
 dtpipe eval runs/r50 probe --images labelled/ --compare dino=resnet50@dino_resnet50_pretrain.pth
+dtpipe eval runs/r50 finetune -c finetune_small --images labelled/ --labelled 50,all --lr-grid 3e-4,1e-3,3e-3
+dtpipe eval runs/r50 finetune -c finetune_resnet50 --images imagenet:data@train --test-images imagenet:data@val -n
 """
 
 
-@settings_command(
-    "eval", FLAGS, EXAMPLE, dry_run=False, switches={"--levels": "Show every level, not only the best of each."}
-)
+@settings_command("eval", FLAGS, EXAMPLE, switches={"--levels": "Show every level, not only the best of each."})
 def command(call: Call, levels: bool) -> None:
-    """Score frozen features with few labels.
+    """Score a student with few labels: its features frozen, or backbone and head trained.
 
-    Always beside raw pixels, the random initialisation of the same student and, when it can be had, the teacher.
+    Always beside the random initialisation of the same student; of frozen features also beside raw pixels and, when it
+    can be had, the teacher. Run it again after a crash: trainings that are finished are read, and the others go on.
+    Tasks that train do so on several GPUs under torchrun, or with --train-workers as Ray workers, which need the output
+    on a disk that all nodes share.
     """
     config = call.settings("eval")
     from dtpipe.pipeline.arms import runs_of
     from dtpipe.pipeline.evaluate import evaluate
 
+    if call.dry_run:
+        from dtpipe.pipeline.plan.tuning import plan_tuning, print_tuning
+
+        plan = plan_tuning(config, call.console.note)
+        print_tuning(call.console, plan)
+        call.console.document(plan)
+        return
     evaluation = evaluate(config, call.console.note)
+    if evaluation.rank:
+        return
     for run in map(Path, runs_of(config)):
         if run.is_dir():
             record_command(run)

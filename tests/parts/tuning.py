@@ -13,8 +13,10 @@ from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.distill.downstream.tuned.trainer import TuneJob
+from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.engine.run_folder import read_metrics
-from dtpipe.distill.student.student import Student, StudentSpec
+from dtpipe.distill.student.student import Student, StudentSpec, spec_to_dict
+from parts.images import png, write_files
 from parts.labelled import with_classes, with_masks
 
 STUDENT = StudentSpec("test_resnet", 4, (32, 32))
@@ -52,3 +54,20 @@ def tune_job(
 
 def tune_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder)]
+
+
+def write_run(folder: Path, seed: int = 0, spec: StudentSpec = STUDENT) -> Path:
+    """A run of `dtpipe distill`, as far as loading its student goes."""
+    student = random_student(spec, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"student_spec": spec_to_dict(spec), "student": student.state_dict(), "ema": None}
+    save_checkpoint(folder / "last.pt", "distill", state)
+    return folder
+
+
+def write_halves(root: Path, num: int, seed: int = 0) -> Path:
+    """Bright halves in class folders `down` (class 0 here, the upper half) and `up`."""
+    labelled = bright_halves(num, seed)
+    names = ("down", "up")
+    files = {f"{names[idx % 2]}/{idx}.png": png(labelled.image(idx)) for idx in range(num)}
+    return write_files(root, files)

@@ -91,6 +91,7 @@ class TunedTask(Generic[Prediction]):
     kind: type[Target]
     """What it learns from. Where masks are learned from, `Instances` with masks will do: see `LabelledSet.as_masks`."""
     metric_name: str
+    """What its score is."""
     build: Callable[[Student, ClassTable, TuneConfig], nn.Module]
     """A `TaskNetwork` on a student; the head's weights are drawn from torch's global generator.
 
@@ -109,3 +110,8 @@ class TunedTask(Generic[Prediction]):
     mix: Callable[[ClassTable, TuneConfig], MixExamples | None] = lambda _classes, _config: None
     """What is done to images of one size together, such as mixup, on the device; random numbers come from numpy's
     global generator, which is seeded for each step, rank and pass."""
+
+    @property
+    def target(self) -> type[Target]:
+        """What it learns from, under the name that tasks on frozen features have for it."""
+        return self.kind

@@ -130,6 +130,10 @@ class TuneConfig(Settings):
         default=(), description="Rates to choose from, for each arm on folds of its labelled images; default: lr alone."
     )
     folds: int = Field(default=3, ge=2, description="Folds that choose a rate.")
+    lr_choice: Literal["each_seed", "first_seed"] = Field(
+        default="each_seed",
+        description="first_seed: the rate that the first seed's labelled images choose serves the other seeds too.",
+    )
     backbone_lr: float = Field(
         default=1.0, ge=0, description="Times lr for the backbone of pre-trained and random arms alike; 0 freezes it."
     )
@@ -165,7 +169,7 @@ class TuneConfig(Settings):
     @model_validator(mode="after")
     def _one_length(self) -> TuneConfig:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give eval.tune.steps or eval.tune.epochs, one of them")
+            raise ValueError("give eval.tune.steps or eval.tune.epochs, one of them (null takes one away)")
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
             raise ValueError(
                 f"eval.tune.micro_batch {self.micro_batch} is larger than eval.tune.batch_size {self.batch_size}"

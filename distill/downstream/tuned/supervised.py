@@ -24,7 +24,7 @@ from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, random_student, row_batches, student_extractor
 from dtpipe.distill.downstream.frozen.readout import at_grid, confusion_matrix, iou_score, masks_at_stride
 from dtpipe.distill.downstream.labelled import IGNORE, LabelledSet, SampleRows, check_apart, count_classes
-from dtpipe.distill.downstream.registry import find_task
+from dtpipe.distill.downstream.registry import find_frozen
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.distill.engine.device import seeded
 from dtpipe.distill.engine.loop import run, run_in_memory
@@ -230,7 +230,7 @@ def run_supervised(
     Each seed and number of labels is a training of its own, in a folder of its own inside `folder` where that is given.
     Raises: ConfigError as `run_probe` does.
     """
-    entry, probe = find_task(task), probe or ProbeConfig()
+    entry, probe = find_frozen(task), probe or ProbeConfig()
     check_apart(train, test)
     metric, num_classes = metric_of(entry, train, test), count_classes(train, test)
     stride = probe.stride if entry.target is Mask else None

@@ -20,6 +20,7 @@ from dtpipe.pipeline.cli.names import published
 from dtpipe.pipeline.cli.settings import gather, load_document, preset_names, validate
 from parts.images import write_images
 from parts.paper_runs import OTHERS, ROWS, RUNS, configs, header
+from parts.paper_tasks import SMALL_TASKS, TASK_ROWS
 from parts.tiny_teachers import MAKERS, TinyTeacher
 
 MakeTeacher = Callable[[str], TinyTeacher]
@@ -34,7 +35,7 @@ def resolved(name: str) -> tuple[ExtractConfig, DistillConfig]:
 
 
 def test_every_preset_is_in_a_table_of_this_test() -> None:
-    assert sorted(preset_names()) == sorted([*RUNS, *OTHERS])
+    assert sorted(preset_names()) == sorted([*RUNS, *TASK_ROWS, *SMALL_TASKS, *OTHERS])
 
 
 # What they say

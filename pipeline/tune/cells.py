@@ -1,0 +1,122 @@
+"""The cells of a table of tuned arms: one training for each arm, number of labelled images and seed.
+
+Each has a folder of its own, named `ARM-NUMBER-SEED`, with the run and its score; finished ones are read, so that the
+same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtpipe.distill.downstream.compare import make_draws
+from dtpipe.distill.downstream.labelled import Draw, LabelledSet
+from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
+from dtpipe.distill.downstream.tuned.base import TunedTask
+from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.run import TuneResult
+from dtpipe.distill.downstream.tuned.trainer import TuneJob
+from dtpipe.pipeline.arms import Arm
+from dtpipe.pipeline.tune.rates import RateChoice, Train, choose_rate, with_rate
+
+RATES = "rates"
+"""Folder of the trainings that chose rates, each in a folder of its cell's name."""
+
+
+@dataclass(frozen=True)
+class TunedTable:
+    """What a table of tuned arms is of."""
+
+    task: TunedTask[Any]
+    arms: Sequence[Arm]
+    train: LabelledSet
+    test: LabelledSet
+    num_labelled: Sequence[int | None]
+    seeds: Sequence[int]
+    config: TuneConfig
+
+    def cells(self) -> Iterator[tuple[int, Arm, Draw]]:
+        """Place of the arm, arm and draw of each cell, all arms of a draw before the next draw."""
+        for draw in make_draws(self.train, self.num_labelled, self.seeds):
+            for place, arm in enumerate(self.arms):
+                yield place, arm, draw
+
+
+def run_cells(table: TunedTable, out: Path, train: Train, note: Callable[[str], None]) -> ProbeResult:
+    """Train and score every cell. Each seed draws other labelled images, the same ones for every arm.
+
+    Raises: as `distill.downstream.tuned.run.tune`.
+    """
+    chosen: dict[tuple[str, int], RateChoice] = {}
+    scores, said = [], []
+    folders = folder_names([arm.name for arm in table.arms])
+    for place, arm, draw in table.cells():
+        num = len(draw.rows)
+        job = TuneJob(table.task, arm.student_for(draw.seed), table.train.subset(draw.rows), table.config, draw.seed)
+        folder = out / f"{folders[place]}-{num}-{draw.seed}"
+        named = f"{table.task.name}: {arm.name}, {num} labelled, seed {draw.seed}"
+        choice = chosen.get((arm.name, num)) if table.config.lr_choice == "first_seed" else None
+        if choice is None:
+            choice = choose_rate(job, out / RATES / folder.name, _named(train, named))
+            chosen[arm.name, num] = choice
+        result = train(with_rate(job, choice.lr), table.test, folder, named)
+        scores.append(_score(arm.name, draw, choice, result, folder))
+        note(f"{named}: {table.task.metric_name} {result.value:.3f} at lr {choice.lr:g}")
+        said += rate_notes(arm.name, num, table.config, choice)
+    notes = tuple(dict.fromkeys(said))
+    return ProbeResult(table.task.name, table.task.metric_name, len(table.test), tuple(scores), notes, headline(table))
+
+
+def _named(train: Train, named: str) -> Train:
+    return lambda job, test, folder, what: train(job, test, folder, f"{named}, {what}")
+
+
+def _score(arm: str, draw: Draw, choice: RateChoice, result: TuneResult, folder: Path) -> Score:
+    settings = {"lr": choice.lr, "steps": result.num_steps, "folder": folder.name}
+    if choice.tried:
+        settings["rates"] = {f"{lr:g}": value for lr, value in choice.tried}
+    return Score(
+        arm,
+        HEAD,
+        len(draw.rows),
+        draw.seed,
+        result.value,
+        choice.selection,
+        best=True,
+        settings=settings,
+        others=dict(result.others),
+        by_class={name: dict(values) for name, values in result.by_class.items()},
+    )
+
+
+def rate_notes(arm: str, num: int, config: TuneConfig, choice: RateChoice) -> list[str]:
+    """What to say of a choice that says little: too few images, or an end of the grid."""
+    if len(config.lr_grid) < 2:
+        return []
+    if not choice.tried:
+        return [f"{num} labelled images are too few to choose a rate from; there it is {config.lr:g}"]
+    values = [value for _, value in choice.tried]
+    if values.count(values[0]) == len(values):
+        return [f"{arm}, {num} labelled: all rates score the same on the folds; the first was taken"]
+    if choice.lr in (min(config.lr_grid), max(config.lr_grid)):
+        return [f"{arm}, {num} labelled: the best rate, {choice.lr:g}, is at an end of the grid; a wider one is fairer"]
+    return []
+
+
+def headline(table: TunedTable) -> str:
+    """How the arms were trained, in a clause."""
+    grid = ", ".join(f"{lr:g}" for lr in table.config.lr_grid)
+    rate = (
+        f"each at its best rate of {grid} on folds of its labelled images" if grid else f"at rate {table.config.lr:g}"
+    )
+    length = f"{table.config.steps} steps" if table.config.steps else f"{table.config.epochs} epochs"
+    return f"every arm is trained on the same labels for {length}, {rate}"
+
+
+def folder_names(names: Sequence[str]) -> list[str]:
+    """A folder's name for each arm: what disks take, and no two alike."""
+    plain = [re.sub(r"[^\w.+]+", "-", name).strip("-.") or "arm" for name in names]
+    return [name if plain.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(plain)]

@@ -1,0 +1,95 @@
+"""The table of a task that trains backbone and head: arms, labels and trainings, in one process or many.
+
+Every table holds the random initialisation of the same student, trained on the same labels by the same recipe, at a
+learning rate of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtpipe.distill.downstream.extractors import RANDOM_INIT
+from dtpipe.distill.downstream.labelled import LabelledSet, check_apart, check_several_classes
+from dtpipe.distill.downstream.result import ProbeResult
+from dtpipe.distill.downstream.tuned.base import TunedTask
+from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.examples import fit_targets
+from dtpipe.distill.downstream.tuned.run import TuneResult, tune, tune_with_workers
+from dtpipe.distill.downstream.tuned.trainer import TuneJob
+from dtpipe.distill.engine.progress import TrainProgress
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.pipeline.arms import Comparison, random_arm
+from dtpipe.pipeline.cli.console import Note, ProgressLine, format_seconds
+from dtpipe.pipeline.config import EvalConfig
+from dtpipe.pipeline.tune.cells import TunedTable, run_cells
+from dtpipe.pipeline.tune.rates import Train
+
+
+def tune_settings(config: EvalConfig) -> TuneConfig:
+    """How to train. Raises: ConfigError when nothing says how long."""
+    if config.tune is None:
+        raise ConfigError(
+            f"task {config.task} trains, and nothing says how long: give --steps or --epochs, or a preset such as "
+            "-c finetune_small; `dtpipe list presets` names them"
+        )
+    return config.tune
+
+
+def tuned_table(
+    config: EvalConfig,
+    task: TunedTask[Any],
+    comparison: Comparison,
+    sets: tuple[LabelledSet, LabelledSet],
+    num_labelled: Sequence[int | None],
+) -> TunedTable:
+    """What is to be trained and scored, the arm in question first. Raises: ConfigError for sets that overlap."""
+    train, test = (fit_targets(task, labelled) for labelled in sets)
+    check_apart(train, test)
+    check_several_classes(train, test)
+    arms = [comparison.arms[0], random_arm(comparison.spec), *comparison.arms[1:]]
+    return TunedTable(task, arms, train, test, num_labelled, comparison.seeds, tune_settings(config))
+
+
+def tuned_result(config: EvalConfig, table: TunedTable, out: Path, note: Note) -> ProbeResult:
+    """Train and score every cell in a folder of `out`. Raises: as `tune` of `distill.downstream.tuned.run`."""
+    with ProgressLine("eval") as line, _training(config, table.config, line) as train:
+        result = run_cells(table, out, train, note)
+    return replace(result, subject=table.arms[0].name, reference=RANDOM_INIT)
+
+
+@contextmanager
+def _training(config: EvalConfig, settings: TuneConfig, line: ProgressLine) -> Iterator[Train]:
+    """How one training is done: in this process, which may be one of torchrun's, or on Ray's workers."""
+    num_workers = settings.run.train_workers
+
+    def here(job: TuneJob, test: LabelledSet, folder: Path, what: str) -> TuneResult:
+        return tune(job, test, folder, config.device, lambda progress: _show(line, progress, what))
+
+    if num_workers is None:
+        yield here
+        return
+    from dtpipe.extract.cluster.connection import connect, disconnect, has_gpus
+
+    connect(settings.run.ray_address)
+    gpus = has_gpus() and config.device != "cpu"
+
+    def there(job: TuneJob, test: LabelledSet, folder: Path, what: str) -> TuneResult:
+        return tune_with_workers(
+            job, test, folder, num_workers, gpus, config.device, lambda progress: _show(line, progress, what)
+        )
+
+    try:
+        yield there
+    finally:
+        disconnect()
+
+
+def _show(line: ProgressLine, progress: TrainProgress, what: str) -> None:
+    text = f"{what}  loss {progress.losses['loss']:.4f}  {progress.throughput_img_s:.1f} img/s"
+    line.update(
+        progress.step, progress.num_steps, f"{text}  ETA {format_seconds(progress.remaining_s)} of this training"
+    )

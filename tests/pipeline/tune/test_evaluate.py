@@ -1,0 +1,136 @@
+"""`dtpipe eval` of a task that trains: a table of arms, cells that are not trained twice, what is refused, its plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dtpipe.distill.downstream.result import ProbeResult
+from dtpipe.distill.downstream.tuned.load import load_tuned
+from dtpipe.distill.downstream.tuned.trainer import Tuning
+from dtpipe.distill.engine.run_folder import read_metrics
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.pipeline.cli.main import main
+from dtpipe.pipeline.config import EvalConfig
+from dtpipe.pipeline.evaluate import evaluate
+from parts.ranks import fork_ranks
+from parts.tuning import write_halves, write_run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EvalConfig:
+    """Two arms of four images, two seeds; two rates on two folds."""
+    tune = {"steps": 2, "batch_size": 4, "lr_grid": [1e-3, 1e-2], "folds": 2, "lr_choice": "first_seed"}
+    return EvalConfig.model_validate(
+        {
+            "checkpoint": str(write_run(tmp_path / "run")),
+            "task": "finetune",
+            "images": str(write_halves(tmp_path / "images", 16)),
+            "labelled": [4],
+            "seeds": 2,
+            "device": "cpu",
+            "tune": {**tune, "run": {"workers": 0, "save_every": 1, "log_every": 1}},
+        }
+    )
+
+
+def say_nothing(_sentence: str) -> None: ...
+
+
+def values(result: ProbeResult) -> dict[tuple[str, int, int], tuple[float, dict[str, Any]]]:
+    return {(s.extractor, s.num_labelled, s.seed): (s.value, s.settings) for s in result.scores}
+
+
+def test_a_table_that_was_killed_goes_on_and_is_not_trained_twice(
+    config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the first step of the last cell, of which no checkpoint is written yet."""
+    steps: list[int] = []
+    updated = Tuning.updated
+
+    def counted(trainer: Tuning, step: int) -> None:
+        updated(trainer, step)
+        steps.append(step)
+
+    monkeypatch.setattr(Tuning, "updated", counted)
+    whole = config.model_copy(update={"out": str(Path(config.checkpoint).with_name("whole.json"))})
+    unbroken = evaluate(whole, say_nothing).result
+    num_trainings = 2 * (2 + 2 * 2)  # arms; seeds, and rates on folds for the first of them
+    assert len(steps) == 2 * num_trainings
+
+    def killed(_rank: int) -> None:
+        def die(trainer: Tuning, step: int) -> None:
+            counted(trainer, step)
+            if len(steps) == 2 * 2 * num_trainings - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(Tuning, "updated", die)
+        evaluate(config, say_nothing)
+
+    assert fork_ranks(killed, Path(config.checkpoint), 1) == [None]
+    steps.clear()
+    evaluation = evaluate(config, say_nothing)
+    assert steps == [1, 2]
+    assert values(evaluation.result) == values(unbroken)
+    steps.clear()
+    again = evaluate(config, say_nothing)
+    assert (steps, again.result) == ([], evaluation.result)
+    assert json.loads(evaluation.path.read_text())["task"] == "finetune"
+    cell = Path(config.checkpoint) / "eval" / "finetune" / "distilled-4-1"
+    assert load_tuned(cell).classes.names == ("down", "up")
+    assert [line["step"] for line in read_metrics(cell)] == [1, 2]
+
+
+def test_arms_are_the_run_its_random_initialisation_and_those_compared(config: EvalConfig, tmp_path: Path) -> None:
+    tune = config.tune.model_copy(update={"lr_grid": ()}) if config.tune else None
+    other = write_run(tmp_path / "other", seed=5)
+    changes = {"tune": tune, "compare": (f"other={other}",), "labelled": (4,), "seeds": 1}
+    evaluation = evaluate(config.model_copy(update=changes), say_nothing)
+    assert evaluation.result.arms() == ["distilled", "random initialisation", "other"]
+    assert evaluation.result.differences()[0].arm == "distilled"
+    table = evaluation.result.to_table()
+    assert "every arm is trained on the same labels for 2 steps, at rate 0.001" in table
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, words)])
+
+
+def test_the_command_plans_what_it_would_train(config: EvalConfig) -> None:
+    words = (config.checkpoint, "finetune", "--images", config.images, "--labelled", "4,all", "--seeds", 2)
+    planned = run(*words, "--steps", 2, "--lr-grid", "1e-3,1e-2", "-s", "eval.tune.folds=2", "-n", "--json")
+    assert planned.exit_code == 0, planned.output
+    plan = json.loads(planned.stdout)
+    assert (plan["num_trainings"], plan["num_steps"]) == (2 * 2 * 2 * (1 + 4), 2 * 2 * 2 * 2 * (1 + 4))
+    assert plan["arms"] == ["distilled", "random initialisation"] and plan["seconds"] > 0
+    assert plan["head_parameters"] == 96 * 2 + 2
+    assert not (Path(config.checkpoint) / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "task finetune trains, and nothing says how long: give --steps or --epochs, or a preset"),
+        (("--steps", 2, "--epochs", 2), "give eval.tune.steps or eval.tune.epochs, one of them"),
+        (("--steps", 2, "--lr", 0), "eval.tune.lr is 0: input should be greater than 0"),
+    ],
+)
+def test_settings_that_say_too_little_or_too_much_are_refused(config: EvalConfig, words, sentence: str) -> None:
+    done = run(config.checkpoint, "finetune", "--images", config.images, *words)
+    assert (done.exit_code, sentence in done.output) == (2, True), done.output
+
+
+def test_a_task_on_frozen_features_has_no_plan(config: EvalConfig) -> None:
+    done = run(config.checkpoint, "probe", "--images", config.images, "-n")
+    assert done.exit_code == 2 and "task probe trains no network" in done.output
+
+
+def test_masks_are_not_for_a_task_of_classes(config: EvalConfig) -> None:
+    with pytest.raises(ConfigError, match="task finetune learns from classes; with --masks use readout, segment"):
+        evaluate(config.model_copy(update={"masks": config.images}), say_nothing)
