@@ -26,7 +26,7 @@ from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.arms import open_comparison, runs_of
+from dtpipe.pipeline.arms import Comparison, open_comparison, runs_of
 from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
@@ -82,25 +82,28 @@ def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Eva
     """Train every arm on the labels. Under torchrun each process does its part, and the first notes and writes."""
     with join_ranks(config.device) as ranks:
         say = note if ranks.rank == 0 else _say_nothing
-        table, trained_on = open_table(config, task, say)
-        train, test = table.train, table.test
+        comparison, table = open_table(config, task, say)
         result = tuned_result(config, table, result_path(config).with_suffix(""), say)
-        said = [*coverage_notes(train, test), *overlap_notes(trained_on, train, test, config.test_images is None)]
+        overlap = ranks.first(lambda: overlap_notes(config, comparison, table.test, tuned_transform(config), note))
+        said = [*coverage_notes(table.train, table.test), *overlap]
         result = replace(result, notes=(*result.notes, *said))
         path = ranks.first(lambda: _write(config, result))
     return Evaluation(result, path, ranks.rank)
 
 
-def open_table(config: EvalConfig, task: TunedTask[Any], note: Note) -> tuple[TunedTable, TrainedOn]:
-    """The arms and labels of a tuned task, and what its run was trained on. Raises: InputError, ConfigError."""
+def open_table(config: EvalConfig, task: TunedTask[Any], note: Note) -> tuple[Comparison, TunedTable]:
+    """The arms and labels of a tuned task. Raises: InputError, ConfigError."""
     tune_settings(config)
     comparison = open_comparison(config, note)
-    size = height_width(config.px) if config.px else None
-    recipe = TransformRecipe(resize=config.resize, height=size[0], width=size[1]) if size else None
-    sets = open_sets(config, recipe, note)
-    note(f"{count_of(len(sets[0]), 'image')} to draw labels from, {len(sets[1])} held out")
-    table = tuned_table(config, task, comparison, sets, label_counts(config, sets[0]))
-    return table, TrainedOn.of(runs_of(config)[0])
+    train, test = open_sets(config, tuned_transform(config), note)
+    note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
+    test = check_apart_by_content(train, test, config.test_images is None, note)
+    return comparison, tuned_table(config, task, comparison, (train, test), label_counts(config, train))
+
+
+def tuned_transform(config: EvalConfig) -> TransformRecipe | None:
+    """How images come to the size at which a tuned task takes them; None: whole."""
+    return None if config.px is None else task_transform(config, height_width(config.px))
 
 
 def _say_nothing(_sentence: str) -> None:

@@ -56,7 +56,7 @@ def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
     task = check_task(config)
     if not isinstance(task, TunedTask):
         raise ConfigError(f"task {task.name} trains no network, so there is nothing to plan; leave out -n")
-    table, _ = open_table(config, task, note)
+    _, table = open_table(config, task, note)
     counts = [count for *_, count in trainings(table)]
     job = TuneJob(task, table.arms[0].student_for(table.seeds[0]), table.train, table.config, config.seed)
     device = training_device(config.device)

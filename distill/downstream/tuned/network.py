@@ -82,6 +82,43 @@ def check_parts(network: nn.Module, order: BatchOrder, ranks: Ranks) -> None:
         )
 
 
+def measure_untouched(network: nn.Module, examples: Iterator[Example], device: torch.device) -> None:
+    """Give the backbone's norms that stay as they are, and never saw an image, the statistics of some training views.
+
+    Those of random weights would pass images on at a wild scale, which would make the features look worse than they
+    are. Running statistics become plain averages over batches of views of one size.
+    """
+    student = cast(TaskNetwork, network).student
+    kept = [norm for norm in _batch_norms(student) if not norm.training and _is_untouched(norm)]
+    momenta = [norm.momentum for norm in kept]
+    for norm in kept:
+        norm.reset_running_stats()  # type: ignore[operator]
+        norm.momentum = None  # type: ignore[assignment]  # cumulative average
+        norm.train()
+    with torch.no_grad():
+        for images in _of_one_size(examples) if kept else ():
+            student(images.to(device))
+    for norm, momentum in zip(kept, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _of_one_size(examples: Iterator[Example]) -> Iterator[torch.Tensor]:
+    """The views in batches; one that is alone of its size with its mirror image, since one has no statistics."""
+    by_size: dict[torch.Size, list[torch.Tensor]] = {}
+    for example in examples:
+        by_size.setdefault(example.image.shape, []).append(example.image)
+    for images in by_size.values():
+        yield torch.stack(images if len(images) > 1 else [images[0], images[0].flip(-1)])
+
+
+def _is_untouched(norm: nn.Module) -> bool:
+    mean, var = norm.running_mean, norm.running_var
+    return (
+        isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor) and not mean.any() and bool((var == 1).all())
+    )
+
+
 def freeze_idle(network: nn.Module, examples: Sequence[Example], device: torch.device) -> None:
     """Exclude weights of the backbone that take no part in a loss: processes would wait for the gradients of these."""
     probe = copy.deepcopy(network)

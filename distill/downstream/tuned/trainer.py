@@ -28,6 +28,7 @@ from dtpipe.distill.downstream.tuned.network import (
     check_parts,
     classes_to_dict,
     freeze_idle,
+    measure_untouched,
     resolve,
     to_device,
     weights_fingerprint,
@@ -42,6 +43,8 @@ from dtpipe.distill.student.student import Student, spec_to_dict
 
 TUNED_KIND = "eval"
 """Of the checkpoints and folders of tuned tasks: they follow from this section of the settings."""
+MEASURED_VIEWS = 64
+"""From which norms that stay as they are get their statistics, where they have none."""
 _REMEDY = "train anew in another --out with a lower eval.tune.lr, a longer eval.tune.warmup or eval.tune.clip_grad"
 
 
@@ -93,6 +96,8 @@ class Tuning:
         self.mix = job.task.mix(self.classes, self.config)
         self.model = build_tuned(job.task, job.student, self.classes, self.config, ranks, device)
         check_parts(self.model, self.order, ranks)
+        some = (self.views[View(row, 0)] for row in range(min(len(self.labelled), MEASURED_VIEWS)))
+        measure_untouched(self.model, some, device)
         if ranks.size > 1:
             views = self.order.parts(0, ALONE)[0].views[:2]
             freeze_idle(self.model, [self.views[view] for view in views], device)

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from dtpipe.distill.downstream.extractors import random_student
 from dtpipe.distill.downstream.tuned.run import tune
+from dtpipe.distill.downstream.tuned.scoring import image_tensor
 from dtpipe.distill.downstream.tuned.trainer import TUNED_KIND, Tuning
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.loop import run_in_memory
 from dtpipe.manifests.errors import ConfigError, DivergedError, PlanChangedError
 from parts.ranks import fork_ranks
-from parts.tuning import bright_halves, tune_config, tune_job, tune_losses
+from parts.tuning import STUDENT, bright_halves, tune_config, tune_job, tune_losses
 
 CPU = torch.device("cpu")
 WITHOUT_STATISTICS = {"frozen_norms": True, "head": {"dropout": 0.0}}
@@ -103,11 +105,27 @@ def test_a_frozen_backbone_and_frozen_norms_stay_as_they_were() -> None:
     ):
         job = tune_job(tune_config(steps=2, **changes))
         trainer = Tuning(job, CPU)
+        before = {name: value.clone() for name, value in trainer.model.student.state_dict().items()}
         run_in_memory(trainer)
-        before, after = job.student.state_dict(), trainer.model.student.state_dict()
+        after = trainer.model.student.state_dict()
         same = {name: torch.equal(before[name], after[name]) for name in before}
         assert all(same[name] for name in same if kept(name))
         assert all(same.values()) == ("backbone_lr" in changes)
+
+
+def test_frozen_norms_of_random_weights_are_measured_on_training_views_and_others_kept() -> None:
+    """By the same network in training mode, whose norms add the statistics of one batch to none."""
+    job = tune_job(tune_config(frozen_norms=True, augment={"flip": 0}))
+    found = Tuning(job, CPU).model.student.net.state_dict()
+    reference = random_student(STUDENT, 0).train()
+    for norm in (part for part in reference.modules() if isinstance(part, torch.nn.BatchNorm2d)):
+        norm.momentum = None
+    reference(torch.stack([image_tensor(job.labelled.image(row)) for row in range(6)]))
+    for name, value in reference.net.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    trained = tune_job(tune_config(frozen_norms=True), student=reference.eval())
+    kept = Tuning(trained, CPU).model.student.net.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in reference.net.state_dict().items())
 
 
 def test_samples_of_a_loss_that_is_not_finite_are_named(tmp_path: Path) -> None:
