@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.batches import BatchOrder
 from dtpipe.distill.downstream.tuned.trainer import TuneJob, Tuning
@@ -53,6 +51,8 @@ class TuningPlan:
 
 def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
     """Time a few steps of the first arm. Raises: ConfigError for a task that trains nothing; what opening raises."""
+    import torch
+
     task = check_task(config)
     if not isinstance(task, TunedTask):
         raise ConfigError(f"task {task.name} trains no network, so there is nothing to plan; leave out -n")
@@ -113,6 +113,8 @@ def _timed(job: TuneJob, num: int) -> TuneJob:
 
 def _time_steps(trainer: Tuning) -> Iterator[float]:
     """Seconds of one step after another, with the reading of its images."""
+    import torch
+
     started = time.perf_counter()
     for _ in Loop(trainer).steps():
         if trainer.device.type == "cuda":
