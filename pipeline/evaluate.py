@@ -128,7 +128,7 @@ def check_task(config: EvalConfig) -> Task | TunedTask[Any]:
 
 def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:
     """Images to draw labels from, and images held out, at the task's size. Raises: InputError, ConfigError."""
-    train, test = open_sets(config, task_transform(config, student_px), note)
+    train, test = open_sets(config, task_transform(config, student_px), note, as_masks=True)
     check_scorable(train, test, config.ignore_value)
     return train, test
 

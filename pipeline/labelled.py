@@ -20,8 +20,8 @@ from dtpipe.extract.sources.images import MAX_PIXELS, decode_image, resize_image
 from dtpipe.extract.sources.layouts.base import LabelledSource
 from dtpipe.extract.sources.layouts.generic.folders import open_folders
 from dtpipe.extract.sources.layouts.generic.masks import open_masks_beside
-from dtpipe.extract.sources.layouts.mask_files import resize_mask
 from dtpipe.extract.sources.layouts.registry import open_layout
+from dtpipe.extract.sources.layouts.resized import resize_target
 from dtpipe.extract.sources.places import spread
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Instances, Mask, Pixels, Target, mask_classes
@@ -51,17 +51,22 @@ class LabelledReader:
     """The samples of one labelled source as a task takes them. Safe to use from many threads; pickles."""
 
     def __init__(
-        self, source: LabelledSource, recipe: TransformRecipe | None, where: str = "", kept_bytes: int | None = None
+        self,
+        source: LabelledSource,
+        recipe: TransformRecipe | None,
+        where: str = "",
+        as_masks: bool = False,
+        kept_bytes: int | None = None,
     ) -> None:
-        """With a recipe, images and masks come at its size, and objects as masks; without one, all is whole."""
+        """With a recipe, images and targets come at its size, else whole; `as_masks` makes masks of objects."""
         self.source, self.recipe, self.where = source, recipe, where
         self.items = source.items
-        self.kind: type[Target] = Mask if recipe is not None and source.kind is Instances else source.kind
+        self.kind: type[Target] = Mask if as_masks and source.kind is Instances else source.kind
         self._image_px: dict[int, tuple[int, int]] = {}
         self._kept = _Memory(KEPT_BYTES if kept_bytes is None else kept_bytes)
 
-    def __reduce__(self) -> tuple[type[LabelledReader], tuple[LabelledSource, TransformRecipe | None, str, int]]:
-        return LabelledReader, (self.source, self.recipe, self.where, 0)
+    def __reduce__(self) -> tuple[type[LabelledReader], tuple[LabelledSource, TransformRecipe | None, str, bool, int]]:
+        return LabelledReader, (self.source, self.recipe, self.where, self.kind is Mask, 0)
 
     def select(self, rows: Sequence[int], note: Note, prefix: str = "") -> LabelledSet:
         """The samples at `rows` of the source, `prefix` before their keys; bad images are named and left out.
@@ -97,7 +102,7 @@ class LabelledReader:
         if self.source.kind is Class:
             return self.source.target(row, (0, 0))
         if self.kind is not Mask:
-            return self.source.target(row, self._size(row))
+            return self._whole_or_resized(self.source.target(row, self._size(row)), row)
         return self._kept.get(("mask", row), lambda: self._mask(row))
 
     def _image(self, row: int) -> Pixels:
@@ -115,14 +120,18 @@ class LabelledReader:
         return self._image_px[row]
 
     def _mask(self, row: int) -> Mask:
-        size = self._size(row)
-        target = self.source.target(row, size)
-        mask = target.as_mask() if isinstance(target, Instances) else target
+        target = self.source.target(row, self._size(row))
+        mask = self._whole_or_resized(target.as_mask() if isinstance(target, Instances) else target, row)
         assert isinstance(mask, Mask)
-        if self.recipe is None and mask.numbers.shape == size:
-            return mask
-        recipe = self.recipe or TransformRecipe(resize="stretch", height=size[0], width=size[1])
-        return replace(mask, numbers=resize_mask(mask.numbers, recipe))
+        return mask
+
+    def _whole_or_resized(self, target: Target, row: int) -> Target:
+        if self.recipe is not None:
+            return resize_target(target, self.recipe)
+        size = self._size(row)
+        if isinstance(target, Mask) and target.numbers.shape != size:
+            return resize_target(target, TransformRecipe(resize="stretch", height=size[0], width=size[1]))
+        return target
 
     def _classes(self, occurring: frozenset[int], all_seen: bool) -> ClassTable:
         """The source's, counted where nobody has named them. Raises: ConfigError where they cannot be counted."""

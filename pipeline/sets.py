@@ -6,7 +6,7 @@ Frozen tasks take them at one size, tuned ones whole. Both sides number classes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,26 +31,48 @@ def label_kind(config: EvalConfig) -> type[Target]:
     return Mask if config.masks else Class
 
 
-def open_sets(config: EvalConfig, recipe: TransformRecipe | None, note: Note) -> tuple[LabelledSet, LabelledSet]:
-    """Images to draw labels from, and images held out; whole ones without a recipe.
+def open_sets(
+    config: EvalConfig, recipe: TransformRecipe | None, note: Note, as_masks: bool = False
+) -> tuple[LabelledSet, LabelledSet]:
+    """Images to draw labels from, and images held out; whole ones without a recipe, objects as masks where asked for.
 
     Keys of held-out images begin with `held out/` where --test-images names them. Raises: InputError, ConfigError.
     """
-    source = open_labelled(config.images, config.masks, config.ignore_value, config.class_names)
-    _say(source, note)
-    reader = LabelledReader(source, recipe, config.images)
-    if config.test_images is None:
-        parts = _split(config, source)
-        train, test = (reader.select(_limited(part, config.limit), note) for part in parts)
-    else:
-        held_out = _open_held_out(config, source, note)
-        train = reader.select(_limited(range(len(source.items)), config.limit), note)
-        rows = _limited(range(len(held_out.items)), config.limit)
-        test = LabelledReader(held_out, recipe, config.test_images).select(rows, note, prefix="held out/")
+    train, test = (side.select(recipe, as_masks, note) for side in _sides(config, note))
     if config.foreground:
         return train.as_masks().foreground(), test.as_masks().foreground()
     table = max((train.classes, test.classes), key=len)  # of masks that nobody has named, either may hold more
     return replace(train, classes=table), replace(test, classes=table)
+
+
+def open_held_out(config: EvalConfig, recipe: TransformRecipe | None, note: Note) -> LabelledSet:
+    """The held-out images of `open_sets` alone, to compare them by content; their classes may count fewer."""
+    return _sides(config, note)[1].select(recipe, False, note)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Some rows of a source."""
+
+    source: LabelledSource
+    rows: Sequence[int]
+    where: str
+    prefix: str = ""
+
+    def select(self, recipe: TransformRecipe | None, as_masks: bool, note: Note) -> LabelledSet:
+        return LabelledReader(self.source, recipe, self.where, as_masks).select(self.rows, note, self.prefix)
+
+
+def _sides(config: EvalConfig, note: Note) -> tuple[_Side, _Side]:
+    """To draw labels from, and held out; what the sources leave out is said."""
+    source = open_labelled(config.images, config.masks, config.ignore_value, config.class_names)
+    _say(source, note)
+    if config.test_images is None:
+        train, test = (_limited(rows, config.limit) for rows in _split(config, source))
+        return _Side(source, train, config.images), _Side(source, test, config.images)
+    held_out = _open_held_out(config, source, note)
+    train, test = (_limited(range(len(side.items)), config.limit) for side in (source, held_out))
+    return _Side(source, train, config.images), _Side(held_out, test, config.test_images, "held out/")
 
 
 def _open_held_out(config: EvalConfig, source: LabelledSource, note: Note) -> LabelledSource:

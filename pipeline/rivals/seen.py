@@ -40,7 +40,7 @@ from dtpipe.manifests.words import are, count_of
 from dtpipe.pipeline.arms import Comparison
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
-from dtpipe.pipeline.sets import open_sets
+from dtpipe.pipeline.sets import open_held_out
 from dtpipe.pipeline.trained_on import TrainedOn
 
 KEPT_FROM = 5_000
@@ -96,7 +96,7 @@ def overlap_notes(
     `test` has its images at `at`, or whole for None.
     """
     runs = [member.path for arm in comparison.arms for member in arm.members if member.is_run and member.path]
-    return seen_notes(find_seen(runs, note), test, at, lambda recipe: open_sets(config, recipe, _quiet)[1])
+    return seen_notes(find_seen(runs, note), test, at, lambda recipe: open_held_out(config, recipe, _quiet))
 
 
 def _quiet(_sentence: str) -> None:

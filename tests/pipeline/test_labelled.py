@@ -153,10 +153,14 @@ def test_objects_are_whole_for_tuned_tasks_and_masks_at_its_size_for_frozen_ones
     assert whole.kind is Instances and whole.classes.names == ("cat", "bird", "dog")
     objects = whole.target(1)
     assert objects.masks.shape == (3, SIDE, SIDE) and whole.occurring == {0, 2}
-    frozen = LabelledReader(source, TransformRecipe(resize="stretch", height=12, width=12)).select(range(2), print)
+    small = TransformRecipe(resize="stretch", height=12, width=12)
+    frozen = LabelledReader(source, small, as_masks=True).select(range(2), print)
     assert frozen.kind is Mask and frozen.classes.names == ("background", "cat", "bird", "dog")
     assert_array_equal(frozen.target(1).numbers, objects.as_mask().numbers[1::2, 1::2])
     assert frozen.find_classes() == {0, 1, 3}
+    resized = LabelledReader(source, small).select(range(2), print)
+    assert resized.kind is Instances and resized.target(1).size_px == resized.image(1).shape[:2] == (12, 12)
+    assert_array_equal(resized.target(1).boxes, objects.boxes / 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

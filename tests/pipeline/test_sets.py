@@ -17,7 +17,7 @@ from dtpipe.manifests.labels import Class, Instances, Mask
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import check_task
-from dtpipe.pipeline.sets import label_kind, open_sets
+from dtpipe.pipeline.sets import label_kind, open_held_out, open_sets
 from parts.coco import coco_document, image_entry, write_coco
 from parts.images import draw_image, png, write_files
 from parts.labelled import all_images, all_masks
@@ -51,6 +51,7 @@ def test_a_layout_gives_the_same_sets_from_a_folder_a_zip_and_s3(tmp_path: Path,
         for place in (root, archive, s3_url):
             config = settings(f"masks:{place}@train", test_images=f"masks:{place}@val")
             sets.append(open_sets(config, whole, print))
+            assert open_held_out(config, whole, print).digests == sets[-1][1].digests
         for train, test in sets:
             assert train.keys == ("0.png", "1.png", "2.png", "3.png")
             assert test.keys == ("held out/4.png", "held out/5.png")
@@ -84,7 +85,7 @@ def test_held_out_classes_have_the_numbers_of_the_labelled_ones(tmp_path: Path) 
     config = settings(f"coco-json:{train}@labels.json")
     config = config.model_copy(update={"test_images": f"coco-json:{write_coco(tmp_path / 'val', other)}@labels.json"})
     for recipe in (None, RECIPE):
-        sets = open_sets(config, recipe, print)
+        sets = open_sets(config, recipe, print, as_masks=recipe is not None)
         assert sets[0].classes.names == sets[1].classes.names
         assert sets[0].find_classes() == sets[1].find_classes()
     _, whole = open_sets(config, None, print)
