@@ -28,23 +28,27 @@ Entry = tuple[str, tuple[int, int, int]]
 
 
 def draw_overlay(image: Pixels, prediction: Any, classes: ClassTable, min_score: float) -> bytes:
-    """A PNG of the image with what was predicted; small images are enlarged, so that names can be read.
+    """A PNG of the image with what was predicted, and what its colours mean below it; see `painted`."""
+    content = io.BytesIO()
+    _with_legend(*painted(image, prediction, classes, min_score)).save(content, "PNG")
+    return content.getvalue()
+
+
+def painted(image: Pixels, prediction: Any, classes: ClassTable, min_score: float) -> tuple[Image.Image, list[Entry]]:
+    """The image with what was predicted, and what its colours mean; small images are enlarged by a whole factor, so
+    that names can be read.
 
     Objects below `min_score` are left out. Shapes: image (H, W, 3).
     """
     scale = max(1, -(-_SMALLEST_PX // max(image.shape[:2])))
     whole = image.repeat(scale, axis=0).repeat(scale, axis=1)
     if isinstance(prediction, MaskPrediction):
-        picture, legend = _mask(whole, prediction, classes, scale)
-    elif isinstance(prediction, Detections):
-        picture, legend = _objects(whole, prediction, classes, scale, min_score)
-    elif isinstance(prediction, PanopticPrediction):
-        picture, legend = _segments(whole, prediction, classes, scale)
-    else:
-        picture, legend = Image.fromarray(whole), list(_likeliest(prediction, classes))
-    content = io.BytesIO()
-    _with_legend(picture, legend).save(content, "PNG")
-    return content.getvalue()
+        return _mask(whole, prediction, classes, scale)
+    if isinstance(prediction, Detections):
+        return _objects(whole, prediction, classes, scale, min_score)
+    if isinstance(prediction, PanopticPrediction):
+        return _segments(whole, prediction, classes, scale)
+    return Image.fromarray(whole), list(_likeliest(prediction, classes))
 
 
 def _colour(number: int) -> tuple[int, int, int]:

@@ -49,7 +49,7 @@ def compared_sections(paths: Sequence[str], config: ReportConfig, notes: Notes) 
     ]
     sections = [
         _settings_section(runs),
-        *merged_sections({run.name: run.path for run in runs}, notes),
+        *merged_sections({run.name: run.path for run in runs}, config, notes),
         *_curves_section(runs),
         *column_sections({run.name: (run.path, run.settings) for run in runs}, config, notes),
     ]

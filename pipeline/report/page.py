@@ -54,7 +54,7 @@ def run_page(run: Path, config: ReportConfig, note: Note) -> str:
     settings, notes = read_run_config(run), Notes(note)
     metrics = run_metrics(run, notes.leave_out)
     sections = [
-        *task_sections(run, notes),
+        *task_sections(run, config, notes),
         *training_section(metrics),
         *map_sections(run, settings, config, notes),
         provenance_section(run, settings, notes.leave_out),

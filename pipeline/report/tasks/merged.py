@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from markupsafe import Markup
-
 from dtpipe.distill.downstream.paired import PairedDifference, difference_of, verdict
+from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.section import Notes, Section
+from dtpipe.pipeline.report.tasks.gallery import prediction_pictures
 from dtpipe.pipeline.report.tasks.results import TaskResult, task_results
 from dtpipe.pipeline.report.tasks.section import task_section
 
@@ -25,14 +25,15 @@ Named = Mapping[str, TaskResult]
 Value = TypeVar("Value")
 
 
-def merged_sections(runs: Mapping[str, Path], notes: Notes) -> Iterator[Section]:
+def merged_sections(runs: Mapping[str, Path], config: ReportConfig, notes: Notes) -> Iterator[Section]:
     """One section per task and data; a result that one run alone has stands under that run's name."""
     groups: dict[tuple[str, ...], dict[str, TaskResult]] = {}
     for name, path in runs.items():
         for result in task_results(path, notes.leave_out):
             groups.setdefault(_key(result), {})[name] = result
     for named in groups.values():
-        section = task_section(merged(named), Markup())
+        result = merged(named)
+        section = task_section(result, prediction_pictures(result, config, notes))
         alone = f" (only {next(iter(named))})" if len(named) == 1 < len(runs) else ""
         yield Section(f"{section.title}{alone}", section.html)
 
@@ -59,6 +60,7 @@ def merged(named: Named) -> TaskResult:
         arms=_joined({name: result.arms for name, result in named.items()}, renamed),
         verdicts=tuple(sentence for part in differences if (sentence := verdict(part))),
         differences=tuple(difference for part in differences for difference in part),
+        folders=_joined({name: result.folders for name, result in named.items()}, renamed),
         notes=tuple(dict.fromkeys(note for result in named.values() for note in result.notes)),
         subjects=subjects,
         others={

@@ -84,6 +84,9 @@ class TaskResult:
     """The best level of each arm, chosen on labelled images, where that is not the headline."""
     by_class: Mapping[str, Mapping[str, Mapping[int, ByClass]]] = field(default_factory=dict)
     """Name of score to arm to number of labelled images to means over the seeds."""
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    """Of each arm the training whose predictions are shown: from the largest number of labelled images, by the first
+    seed."""
     frozen: bool = True
     """False where networks are scored by their own output, not by a classifier on their features."""
     document: Mapping[str, Any] = field(default_factory=dict)
@@ -142,6 +145,7 @@ def _parsed(path: Path, document: Mapping[str, Any]) -> TaskResult:
         {name: _arms(top, name) for name in others},
         _arms([score for score in scores if score["best"]], "value") if fixed else {},
         _by_class(top, document),
+        _folders(path, top),
         frozen,
         document,
     )
@@ -187,6 +191,16 @@ def _grouped(scores: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, li
         groups.setdefault((str(score["extractor"]), int(score["num_labelled"])), []).append(score)
     for (arm, num), members in groups.items():
         yield arm, num, sorted(members, key=lambda score: int(score["seed"]))
+
+
+def _folders(path: Path, scores: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    largest = max(int(score["num_labelled"]) for score in scores)
+    for arm, num, members in _grouped(scores):
+        name = (members[0].get("settings") or {}).get("folder")
+        if num == largest and isinstance(name, str):
+            folders[arm] = path.with_suffix("") / name
+    return folders
 
 
 def _sentences(value: object) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ from markupsafe import Markup
 
 from dtpipe.distill.downstream.paired import interval
 from dtpipe.manifests.words import count_of
+from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.section import Notes, Section, render
+from dtpipe.pipeline.report.tasks.gallery import prediction_pictures
 from dtpipe.pipeline.report.tasks.results import Arms, ByClass, Cell, TaskResult, task_results
 
 _MOST_CLASSES, _MOST_ARMS = 24, 5
@@ -18,10 +20,10 @@ _FROZEN = "Features are frozen, under a classifier that learns from few labels"
 _CHOSEN = "best level and regularisation of each arm, chosen on its labelled images only"
 
 
-def task_sections(run: Path, notes: Notes) -> Iterator[Section]:
+def task_sections(run: Path, config: ReportConfig, notes: Notes) -> Iterator[Section]:
     """One section per result of the run."""
     for result in task_results(run, notes.leave_out):
-        yield task_section(result, Markup())
+        yield task_section(result, prediction_pictures(result, config, notes))
 
 
 def task_section(result: TaskResult, pictures: Markup) -> Section:

@@ -17,6 +17,7 @@ from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.records.document import write_document
 from dtpipe.pipeline.cli.main import main
+from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.comparison import differing, run_names
 from dtpipe.pipeline.report.section import Notes
 from dtpipe.pipeline.report.tasks.merged import merged, merged_sections
@@ -90,7 +91,8 @@ def test_rivals_that_scored_otherwise_stand_for_each_run(tmp_path: Path) -> None
 def test_scores_on_other_images_are_not_merged(other: ProbeResult, images: str, tmp_path: Path) -> None:
     write(tmp_path / "a", ONE)
     write(tmp_path / "b", other, images)
-    sections = list(merged_sections({"a": tmp_path / "a", "b": tmp_path / "b"}, Notes(pytest.fail)))
+    runs = {name: tmp_path / name for name in "ab"}
+    sections = list(merged_sections(runs, ReportConfig(run=("x",)), Notes(pytest.fail)))
     assert [section.title for section in sections] == ["segment: mIoU (only a)", "segment: mIoU (only b)"]
 
 

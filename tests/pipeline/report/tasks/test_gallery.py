@@ -1,0 +1,185 @@
+"""Held-out images stand beside their labels and what each arm said of them; what is not there is left out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.result import ProbeResult, Score
+from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, MaskPrediction
+from dtpipe.distill.downstream.tuned.registry import find_tuned
+from dtpipe.manifests.records.document import write_document
+from dtpipe.pipeline.config import EvalConfig, ReportConfig
+from dtpipe.pipeline.report.section import Notes
+from dtpipe.pipeline.report.tasks.gallery import prediction_pictures
+from dtpipe.pipeline.report.tasks.results import TaskResult, read_result
+from dtpipe.pipeline.sets import open_sets
+from parts.images import draw_image, png, write_files
+
+PX = 40
+ARMS = ("random initialisation", "distilled")
+
+
+def half_mask(idx: int) -> np.ndarray:
+    """Class 1 left, 2 right, three rows without a label; the number of pixels of class 2 tells the image."""
+    mask = np.ones((PX, PX), np.uint8)
+    mask[:, 10 + idx :] = 2
+    mask[:3] = 255
+    return mask
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> EvalConfig:
+    names = [f"{idx:03d}.png" for idx in range(8)]
+    images = write_files(tmp_path / "images", {name: png(draw_image(idx, PX)) for idx, name in enumerate(names)})
+    masks = write_files(tmp_path / "masks", {name: png(half_mask(idx)) for idx, name in enumerate(names)})
+    return EvalConfig(checkpoint="x", task="segment", images=str(images), masks=str(masks))
+
+
+@pytest.fixture
+def classed(tmp_path: Path) -> EvalConfig:
+    files = {f"{name}/{idx}.png": png(draw_image(idx, PX)) for idx in range(4) for name in ("cat", "dog")}
+    return EvalConfig(checkpoint="x", task="finetune", images=str(write_files(tmp_path / "images", files)))
+
+
+def keep(run: Path, config: EvalConfig, say: Callable[[LabelledSet, int, str], Any]) -> TaskResult:
+    """The result of an evaluation of two arms with two seeds, and what they said of each held-out image."""
+    task, test = find_tuned(config.task), open_sets(config, None, lambda _: None)[1]
+    scores = []
+    for arm in ARMS:
+        for seed in (0, 1):
+            name = f"{arm.replace(' ', '-')}-5-{seed}"
+            scores.append(Score(arm, "head", 5, seed, 0.5, best=True, settings={"folder": name}))
+            folder = run / "eval" / config.task / name / "predictions"
+            folder.mkdir(parents=True)
+            write_document(folder / "keys.json", {"keys": list(test.keys)}, "")
+            for row in range(len(test)):
+                for ending, content in task.save(say(test, row, arm if seed == 0 else "nobody"), test.classes):
+                    (folder / f"{row:05d}{ending}").write_bytes(content)
+    result = ProbeResult(config.task, task.metric_name, len(test), tuple(scores)).to_json()
+    path = run / "eval" / f"{config.task}.json"
+    document = {"config": config.model_dump(mode="json"), **result}
+    write_document(path, json.loads(json.dumps(document)), "")
+    return read_result(path)
+
+
+def say_mask(test: LabelledSet, row: int, arm: str) -> MaskPrediction:
+    """Ours is right, the rival says class 1 everywhere, other seeds class 0."""
+    truth = np.asarray(test.target(row).numbers)  # type: ignore[union-attr]
+    value = {"distilled": np.where(truth == 255, 1, truth), ARMS[0]: np.ones_like(truth)}
+    return MaskPrediction(value.get(arm, np.zeros_like(truth)))
+
+
+def pictures(html: str) -> list[np.ndarray]:
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        for data in re.findall(r'src="data:image/png;base64,([^"]*)"', html)
+    ]
+
+
+def shown(result: TaskResult, num: int = 2) -> tuple[str, list[str]]:
+    notes: list[str] = []
+    config = ReportConfig(run=("x",), num_images=num)
+    return str(prediction_pictures(result, config, Notes(notes.append))), notes
+
+
+def test_masks_of_the_labels_and_of_each_arm_stand_side_by_side(masked: EvalConfig, tmp_path: Path) -> None:
+    html, notes = shown(keep(tmp_path / "run", masked, say_mask))
+    assert notes == []
+    assert re.findall("<th>(.*?)</th>", html) == ["image", "labels", "random initialisation", "distilled"]
+    assert "trained on 5 labelled" in html
+    seen = pictures(html)
+    assert len(seen) == 2 * 4
+    for photograph, labels, rival, ours in (seen[:4], seen[4:]):
+        scale = len(labels) // PX
+        assert labels.shape == rival.shape == ours.shape == (PX * scale, PX * scale, 3)
+        assert (labels[: 3 * scale] == 128).all()  # nobody knows
+        assert_array_equal(labels[4 * scale :], ours[4 * scale :])
+        inside = np.s_[5 * scale : -scale, scale : 9 * scale]  # class 1 for all
+        tint = np.array([128, 0, 0])  # of the first class after the background
+        whole = photograph.repeat(scale, axis=0).repeat(scale, axis=1)
+        assert np.abs(0.5 * whole[inside] + 0.5 * tint - rival[inside]).max() <= 1
+        assert not np.array_equal(rival[:, -2 * scale], ours[:, -2 * scale])  # class 2
+    colours = dict(re.findall(r"rgb\((.*?)\)\"></i>(.*?)</span>", html))
+    assert colours == {"128, 0, 0": "1", "0, 128, 0": "2", "128, 128, 128": "no label"}
+
+
+def test_classes_are_named_and_marked_right_or_wrong(classed: EvalConfig, tmp_path: Path) -> None:
+    def say(test: LabelledSet, row: int, arm: str) -> ClassPrediction:
+        truth = test.target(row).number  # type: ignore[union-attr]
+        sure = np.array([0.25, 0.25], np.float32)
+        sure[truth if arm == "distilled" else 1 - truth] = 0.75
+        return ClassPrediction(sure)
+
+    html, notes = shown(keep(tmp_path / "run", classed, say), num=3)
+    assert notes == [] and "legend" not in html
+    assert len(pictures(html)) == 3
+    for row in re.findall('<tr class="first">(.*?)</tr>', html, re.DOTALL):
+        truth, rival, ours = re.findall(r"<td>(<div class=.*?)</td>", row.partition("</td>")[2])
+        name = re.sub("<.*?>", "", truth)
+        assert f'<div class="right">{name} 0.75</div>' in ours
+        assert '<div class="wrong">' in rival and f">{name} 0.25<" in rival
+
+
+def test_a_frozen_task_has_no_pictures(masked: EvalConfig, tmp_path: Path) -> None:
+    result = keep(tmp_path / "run", masked, say_mask)
+    document = json.loads(result.path.read_text())
+    for score in document["scores"]:
+        del score["settings"]["folder"]
+    write_document(result.path, {name: value for name, value in document.items() if name != "checksum"}, "")
+    assert shown(read_result(result.path)) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda run, _images: shutil.rmtree(run / "eval" / "segment"), "no predictions are kept in"),
+        (lambda _run, images: shutil.rmtree(images), "images"),
+        (
+            lambda run, _images: (run / "eval/segment/distilled-5-0/predictions/00000.png").write_bytes(b""),
+            "00000: is no prediction of a 40x40 image",
+        ),
+        (
+            lambda run, _images: write_document(
+                run / "eval/segment/distilled-5-0/predictions/keys.json", {"keys": ["other"]}, ""
+            ),
+            "none of the images that",
+        ),
+    ],
+)
+def test_what_is_gone_or_damaged_is_left_out_with_a_note(
+    break_it: Callable[[Path, Path], Any], said: str, masked: EvalConfig, tmp_path: Path
+) -> None:
+    result = keep(tmp_path / "run", masked, say_mask)
+    break_it(tmp_path / "run", tmp_path / "images")
+    html, (note,) = shown(result, num=4)
+    assert html == ""
+    assert note.startswith("pictures of segment left out: ") and said in note
+
+
+def test_an_arm_without_predictions_does_not_hide_the_others(masked: EvalConfig, tmp_path: Path) -> None:
+    result = keep(tmp_path / "run", masked, say_mask)
+    shutil.rmtree(tmp_path / "run/eval/segment/distilled-5-0")
+    html, notes = shown(result)
+    assert re.findall("<th>(.*?)</th>", html) == ["image", "labels", "random initialisation"]
+    assert notes == []
+
+
+def test_a_result_that_says_no_images_is_left_out_with_a_note(masked: EvalConfig, tmp_path: Path) -> None:
+    result = keep(tmp_path / "run", masked, say_mask)
+    document = json.loads(result.path.read_text()) | {"config": {"task": "segment"}}
+    write_document(result.path, {name: value for name, value in document.items() if name != "checksum"}, "")
+    html, (note,) = shown(read_result(result.path))
+    assert html == "" and "does not say on which images it was scored" in note
