@@ -64,6 +64,11 @@ class TeacherConfig(StrictModel):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32", description="Arithmetic of the forward pass."
     )
+    untrained: int | None = Field(
+        default=None,
+        ge=0,
+        description="Seed of new weights in place of the trained ones, as a control; default: the trained ones.",
+    )
     options: dict[str, Any] = Field(
         default={}, description="Settings of the teacher's family (`dtpipe list teachers`)."
     )

@@ -1,6 +1,9 @@
-"""Numbers and their nouns in sentences for people."""
+"""Numbers and their nouns, and teachers, in sentences for people."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def count_of(number: int, noun: str, plural: str = "") -> str:
@@ -11,3 +14,10 @@ def count_of(number: int, noun: str, plural: str = "") -> str:
 def are(number: int) -> str:
     """The verb after a count: `is` for one."""
     return "is" if number == 1 else "are"
+
+
+def teacher_in_words(teacher: Mapping[str, Any]) -> str:
+    """A teacher as a recipe records it, as plain values: its kind and weights, loudly where nobody trained them."""
+    seed = teacher.get("options", {}).get("untrained")
+    untrained = "" if seed is None else f", UNTRAINED: new weights from seed {seed}"
+    return f"{teacher['kind']}{untrained}, weights {teacher['weights_blake3'][:16]}"

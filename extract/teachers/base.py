@@ -116,6 +116,8 @@ class TeacherKind:
     load: Loader
     options: type[StrictModel] = NoOptions
     """What `extract.teacher.options` may hold."""
+    untrained: bool = False
+    """Whether `load` can draw new weights from the seed `extract.teacher.untrained`."""
 
 
 def check_sides(images: Tensor, multiple: int) -> None:

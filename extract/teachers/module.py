@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
 from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherKind, TeacherSpec, parse_options
+from dtpipe.extract.teachers.files.untrained import drawn_from
 from dtpipe.extract.teachers.files.weights import read_weights, weights_digest
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
@@ -118,8 +119,10 @@ def load_module_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
     import torch
 
     options = parse_options(config, ModuleOptions)
-    network = _build(options)
-    tensors = read_weights(Path(config.path), network.state_dict())
+    with drawn_from(config.untrained):
+        network = _build(options)
+    own = network.state_dict()
+    tensors = read_weights(Path(config.path), own) if config.untrained is None else _initial(network, config, options)
     _load(network, tensors, config.path, options)
     spec = TeacherSpec(
         kind="module",
@@ -131,6 +134,19 @@ def load_module_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
     )
     kind = ModuleGenerator if options.mode == "synthesize" else ModuleEncoder
     return kind(torch.nn.Module.to(network, device=device), spec, options, config.dtype)
+
+
+def _initial(network: nn.Module, config: TeacherConfig, options: ModuleOptions) -> dict[str, Tensor]:
+    """The weights that a module begins with. Raises: TeacherError when its code draws others from the same seed."""
+    tensors = dict(network.state_dict())
+    with drawn_from(config.untrained):
+        again = _build(options).state_dict()
+    if weights_digest(tensors) != weights_digest(again):
+        raise TeacherError(
+            f"{options.module} begins with other weights each time, whatever torch's seed is, so they cannot be made "
+            f"again; leave out extract.teacher.untrained (found {config.untrained})"
+        )
+    return tensors
 
 
 def _build(options: ModuleOptions) -> nn.Module:
@@ -292,4 +308,5 @@ KIND = TeacherKind(
     matches=lambda _: False,
     load=load_module_teacher,
     options=ModuleOptions,
+    untrained=True,
 )

@@ -5,6 +5,7 @@ A new family is a file that declares `KIND`, and a line here. Kind `auto` asks t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,11 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
     config = locate(config, published_teachers())
     kind = _kind_of(config)
     parse_options(config, kind.options)  # a family that reads none of them must not pass over them in silence
+    if config.untrained is not None and not kind.untrained:
+        raise TeacherError(
+            f"{config.path}: kind {kind.kind} does not say what its weights are before training; leave out "
+            f"extract.teacher.untrained (found {config.untrained})"
+        )
     teacher: Teacher = kind.load(config, device)
     keeps_its_word = isinstance(teacher, kind.protocol)  # others' code declares what it likes
     if not keeps_its_word:
@@ -60,6 +66,8 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
             f"{config.path}: kind {kind.kind} gives a {type(teacher).__name__}, which lacks the methods it declares "
             f"({kind.protocol}); mend the package it comes from"
         )
+    if config.untrained is not None:
+        teacher.spec = replace(teacher.spec, options={**teacher.spec.options, "untrained": config.untrained})
     return teacher
 
 

@@ -20,6 +20,7 @@ FLAGS = (
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
     Flag("--out", "extract.run.out", "URL"),
     Flag("--revision", "extract.teacher.revision", "COMMIT"),
+    Flag("--untrained", "extract.teacher.untrained", "SEED"),
     Flag("--px", "extract.transform.px", "PX"),
     Flag("--resize", "extract.transform.resize", "center_crop|stretch|none"),
     Flag("--student-px", "extract.student_px", "PX"),
@@ -56,6 +57,10 @@ def command(call: Call, fresh: bool) -> None:
     Runs on the GPUs there are, or on a Ray cluster. Run it again after a crash: committed shards are kept.
     """
     config = call.settings("extract")
+    if config.teacher.untrained is not None:
+        call.console.note(
+            f"{config.teacher.path} is used UNTRAINED, with new weights from seed {config.teacher.untrained}"
+        )
     if config.run.save_png is not None:
         from dtpipe.pipeline.save_images import refuse_other_place
 

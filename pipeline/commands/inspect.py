@@ -8,6 +8,7 @@ import click
 
 from dtpipe.extract.sources.names import ignored_text
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.words import teacher_in_words
 from dtpipe.pipeline.cli.console import Console, format_bytes
 
 HELP = """Show what a feature dataset holds.
@@ -54,7 +55,7 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
             "digest": facts["digest"] or "-",
             "samples": f"{totals['num_ok']} ok, {totals['num_bad']} bad, of {totals['num_rows']}",
             "size": format_bytes(totals["size_bytes"]),
-            "teacher": f"{recipe['teacher']['kind']}, weights {recipe['teacher']['weights_blake3'][:16]}",
+            "teacher": teacher_in_words(recipe["teacher"]),
             "views": "; ".join(_view(view) for view in facts["views"]),
             "source": f"{recipe['source']['kind']}, {recipe['source']['order']} order",
             "format": f"{recipe['shard']['format']}, {recipe['shard']['samples']} samples per shard",

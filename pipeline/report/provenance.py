@@ -15,7 +15,7 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
-from dtpipe.manifests.words import count_of
+from dtpipe.manifests.words import count_of, teacher_in_words
 from dtpipe.pipeline.cli.console import format_bytes
 from dtpipe.pipeline.report.history import read_commands
 from dtpipe.pipeline.report.inspect import view_name
@@ -85,7 +85,7 @@ def _live_data(run: Path) -> list[DataFacts]:
         return []
     transform, views = live["transform"], [ViewSpec.model_validate({**view, "draw": 0}) for view in live["views"]]
     facts = {
-        "teacher": f"{live['teacher']['kind']}, weights {live['teacher']['weights_blake3'][:16]}",
+        "teacher": teacher_in_words(live["teacher"]),
         "images": f"{transform['width']}x{transform['height']} px, {transform['resize']}",
         "levels": ", ".join(
             f"{level['name']} ({level['channels']}x{level['height']}x{level['width']})" for level in live["levels"]
@@ -106,7 +106,7 @@ def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:
     recipe = plan.recipe
     views = [view_name(view) for view in recipe.views]
     facts = {
-        "teacher": f"{recipe.teacher.kind}, weights {recipe.teacher.weights_blake3[:16]}",
+        "teacher": teacher_in_words(recipe.teacher.model_dump(mode="json")),
         "images": images_fact(recipe),
         "levels": ", ".join(f"{level.name} ({level.channels}x{level.height}x{level.width})" for level in recipe.levels),
         "views": "; ".join(views),

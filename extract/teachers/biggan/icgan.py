@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from dtpipe.extract.teachers.base import Generator, TeacherKind, parse_options
+from dtpipe.extract.teachers.biggan.initial import initial_biggan_weight
 from dtpipe.extract.teachers.biggan.keys import infer_biggan_layout, plain_weight
 from dtpipe.extract.teachers.biggan.origin import say_what_is_assumed
 from dtpipe.extract.teachers.biggan.teacher import (
@@ -30,6 +31,7 @@ from dtpipe.extract.teachers.biggan.teacher import (
 )
 from dtpipe.extract.teachers.files.names import names_tensors
 from dtpipe.extract.teachers.files.npy import read_arrays
+from dtpipe.extract.teachers.files.untrained import redrawn
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.gan import Table
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -88,6 +90,7 @@ def load_icgan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTeac
         )
     tensors = read_generator(config.path)
     options = with_epsilons(given, tensors)
+    tensors = redrawn(tensors, initial_biggan_weight, config.untrained)
     instances = read_instances(Path(given.instances))
     assert options.sn_eps  # `with_epsilons`
     embedded = embed_instances(tensors, instances.features, options.sn_eps, config.path)
@@ -219,4 +222,5 @@ KIND = TeacherKind(
     matches=is_icgan_path,
     load=load_icgan_teacher,
     options=IcGanOptions,
+    untrained=True,
 )

@@ -22,6 +22,7 @@ from dtpipe.extract.teachers.base import (
     architecture,
     parse_options,
 )
+from dtpipe.extract.teachers.biggan.initial import initial_biggan_weight
 from dtpipe.extract.teachers.biggan.keys import (
     RELATIVES,
     generator_weights,
@@ -31,6 +32,7 @@ from dtpipe.extract.teachers.biggan.keys import (
 )
 from dtpipe.extract.teachers.biggan.origin import check_origin, default_epsilons, say_what_is_assumed
 from dtpipe.extract.teachers.files.names import names_tensors
+from dtpipe.extract.teachers.files.untrained import redrawn
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.extract.teachers.gan import Table, choose_rows, truncate
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
@@ -145,6 +147,7 @@ def load_biggan_teacher(config: TeacherConfig, device: str = "cpu") -> BigGanTea
     published = read_generator(config.path)
     check_origin(published, given.model_fields_set, config.path)
     options = with_epsilons(given, published)
+    published = redrawn(published, initial_biggan_weight, config.untrained)
     tensors = published if "shared.weight" in published else with_shared_embedding(published, config.path)
     classes = class_embeddings(tensors, None if options.class_label == "sampled" else options.class_label, config.path)
     _, layout = infer_biggan_layout(tensors, {"a class embedding": classes.rows.shape[1]}, config.path)
@@ -283,4 +286,5 @@ KIND = TeacherKind(
     matches=is_biggan_path,
     load=load_biggan_teacher,
     options=BigGanOptions,
+    untrained=True,
 )

@@ -13,6 +13,7 @@ from pydantic import Field
 from dtpipe.extract.teachers.base import Encoder, TeacherKind, parse_options
 from dtpipe.extract.teachers.diffusion.files import UNetFiles, find_unet, is_unet_path, modern_names
 from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet, PixelOptions, make_diffusion_teacher
+from dtpipe.extract.teachers.files.untrained import drawn_from
 from dtpipe.extract.teachers.files.variants import VARIANT
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
@@ -41,8 +42,9 @@ def load_ddpm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTe
     options = parse_options(config, DdpmOptions)
     files = find_unet(config.path, config.revision, options.variant)
     label = _class_label(options.class_label, files)
-    tensors = modern_names(read_weights(files.weights))
-    unet = _build(files)
+    with drawn_from(config.untrained):
+        unet = _build(files)
+    tensors = modern_names(read_weights(files.weights)) if config.untrained is None else dict(unet.state_dict())
     load_strictly(unet, tensors, files.weights)
     content: dict[str, Any] = {
         "scheduler": files.scheduler,
@@ -100,4 +102,5 @@ KIND = TeacherKind(
     matches=is_unet_path,
     load=load_ddpm_teacher,
     options=DdpmOptions,
+    untrained=True,
 )

@@ -133,12 +133,18 @@ def build(kind: str, component: Component) -> Any:
 
     Raises: TeacherError when diffusers cannot build it from its settings.
     """
-    import diffusers
     import torch
 
+    with torch.device("meta"):
+        return construct(kind, component)
+
+
+def construct(kind: str, component: Component) -> Any:
+    """The same with the values that diffusers begins with."""
+    import diffusers
+
     try:
-        with torch.device("meta"):
-            network = getattr(diffusers, kind)(**component.arguments)
+        network = getattr(diffusers, kind)(**component.arguments)
     except Exception as err:  # the constructor raises what its parts raise
         raise TeacherError(
             f"{component.folder}/config.json: diffusers cannot build this {kind} ({err}); check the file"

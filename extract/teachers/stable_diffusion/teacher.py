@@ -9,7 +9,7 @@ other.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,12 +37,15 @@ from dtpipe.extract.teachers.diffusion.encoding import (
     timestep_of,
 )
 from dtpipe.extract.teachers.diffusion.process import Schedule, alphas_cumprod, q_sample
+from dtpipe.extract.teachers.files.untrained import drawn_from
 from dtpipe.extract.teachers.files.variants import VARIANT
 from dtpipe.extract.teachers.files.weights import weights_digest
 from dtpipe.extract.teachers.stable_diffusion.files import (
+    Component,
     PipelineFiles,
     assign_weights,
     build,
+    construct,
     find_pipeline,
     is_pipeline_path,
     open_weights,
@@ -251,8 +254,8 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
             lower_precision(vae, getattr(torch, options.vae_dtype))
     digests = {
         "text": text.blake3,
-        "unet": _load(unet, open_weights(files.unet.weights), files.unet.weights, device),
-        "vae": _load(vae, open_weights(files.vae.weights, _encodes), files.vae.weights, device),
+        "unet": _load(unet, _tensors("UNet2DConditionModel", files.unet, config), files.unet.weights, device),
+        "vae": _load(vae, _tensors("AutoencoderKL", files.vae, config, _encodes), files.vae.weights, device),
     }
     set_text(unet, text.values.to(device))
     if options.channels_last:
@@ -261,6 +264,17 @@ def load_stable_diffusion(config: TeacherConfig, device: str = "cpu") -> StableD
         compile_layers(unet, (level.tap for level in levels.values()))
     spec = _spec(files, options, levels, digests)
     return StableDiffusionTeacher(vae, unet, alphas_cumprod(files.scheduler), spec, files, options)
+
+
+def _tensors(
+    kind: str, part: Component, config: TeacherConfig, keep: Callable[[str], bool] = lambda _: True
+) -> Mapping[str, Tensor]:
+    """The weights of a network as published, or as diffusers begins with them."""
+    if config.untrained is None:
+        return open_weights(part.weights, keep)
+    with drawn_from(config.untrained):
+        network = construct(kind, part)
+    return {name: tensor for name, tensor in network.state_dict().items() if keep(name)}
 
 
 def _load(network: nn.Module, tensors: Mapping[str, Tensor], where: Path, device: str) -> str:
@@ -322,4 +336,5 @@ KIND = TeacherKind(
     matches=is_pipeline_path,
     load=load_stable_diffusion,
     options=StableDiffusionOptions,
+    untrained=True,
 )

@@ -16,8 +16,10 @@ from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
 from dtpipe.extract.teachers.base import Generator, TapSpec, TeacherKind, TeacherSpec, architecture, parse_options
 from dtpipe.extract.teachers.files.names import names_tensors, pickled_name
+from dtpipe.extract.teachers.files.untrained import redrawn
 from dtpipe.extract.teachers.files.weights import load_strictly, weights_digest
 from dtpipe.extract.teachers.stylegan2.files import read_checkpoint
+from dtpipe.extract.teachers.stylegan2.initial import initial_stylegan2_weights
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import StrictModel
 
@@ -121,6 +123,7 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
     options = parse_options(config, StyleGan2Options)
     path = Path(config.path)
     tensors, layout = read_checkpoint(path, options.ema, options.lr_mlp, options.ignored_settings)
+    tensors = redrawn(tensors, initial_stylegan2_weights(layout.mapping_lr), config.untrained) | _filters(tensors)
     _check_options(options, layout, config.path)
     needs_mean = "mapping.w_avg" not in tensors and not layout.num_classes
     mean = {"mapping.w_avg": torch.zeros(layout.w_dim)} if needs_mean else {}
@@ -141,6 +144,11 @@ def load_stylegan2_teacher(config: TeacherConfig, device: str = "cpu") -> StyleG
         },
     )
     return StyleGan2Teacher(network.to(device), spec, options, config.dtype)
+
+
+def _filters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is no weight: the low-pass filters, which stay."""
+    return {name: tensor for name, tensor in tensors.items() if name.endswith(".resample_filter")}
 
 
 def _check_options(options: StyleGan2Options, layout: StyleGan2Layout, where: str) -> None:
@@ -231,4 +239,5 @@ KIND = TeacherKind(
     matches=is_stylegan2_file,
     load=load_stylegan2_teacher,
     options=StyleGan2Options,
+    untrained=True,
 )

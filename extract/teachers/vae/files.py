@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtpipe.extract.teachers.diffusion.files import image_px_of, modern_names
 from dtpipe.extract.teachers.files.hub import download
+from dtpipe.extract.teachers.files.untrained import drawn_from
 from dtpipe.extract.teachers.files.variants import NETWORK_STEMS, find_weights, small_hub_patterns
 from dtpipe.extract.teachers.files.weights import load_strictly, read_json, read_weights, weights_digest
 from dtpipe.manifests.canonical import blake3_hex, canonical_json
@@ -47,8 +48,11 @@ def is_autoencoder_path(path: str) -> bool:
     return False
 
 
-def read_autoencoder(path: str, revision: str | None, variant: str | None = None) -> Autoencoder:
-    """The autoencoder at a path or hub id; `variant` chooses among several files of weights.
+def read_autoencoder(
+    path: str, revision: str | None, variant: str | None = None, untrained: int | None = None
+) -> Autoencoder:
+    """The autoencoder at a path or hub id; `variant` chooses among several files of weights, `untrained` is the seed of
+    new ones.
 
     Raises: TeacherError when a part is missing or damaged, or the network is another.
     """
@@ -58,20 +62,20 @@ def read_autoencoder(path: str, revision: str | None, variant: str | None = None
     if len(encoders) > 1:
         raise TeacherError(f"{root}: holds {len(encoders)} autoencoders; give the file of one, such as {encoders[0]}")
     if encoders and not (root / "config.json").is_file():
-        return _read_taesd(encoders[0])
+        return _read_taesd(encoders[0], untrained)
     if not root.is_dir():
         raise TeacherError(
             f"{path}: is a file, but no taesd one; give the folder of a diffusers "
             f"{', '.join(AUTOENCODERS[:-1])} or {AUTOENCODERS[-1]}"
         )
-    return _read_diffusers(_network_folder(root), variant)
+    return _read_diffusers(_network_folder(root), variant, untrained)
 
 
 def _network_folder(root: Path) -> Path:
     return next((root / part for part in PIPELINE_PARTS if (root / part / "config.json").is_file()), root)
 
 
-def _read_diffusers(folder: Path, variant: str | None) -> Autoencoder:
+def _read_diffusers(folder: Path, variant: str | None, untrained: int | None) -> Autoencoder:
     config = read_json(folder / "config.json")
     name = str(config.get("_class_name"))
     if name not in AUTOENCODERS:
@@ -81,8 +85,9 @@ def _read_diffusers(folder: Path, variant: str | None) -> Autoencoder:
             f"{folder}/config.json: the network does not take and give RGB images; kind vae needs one that does"
         )
     weights = find_weights(folder, NETWORK_STEMS, variant)
-    network, architecture = _build(name, config, folder)
-    tensors = modern_names(read_weights(weights))
+    with drawn_from(untrained):
+        network, architecture = _build(name, config, folder)
+    tensors = modern_names(read_weights(weights)) if untrained is None else dict(network.state_dict())
     image_px = image_px_of(config, folder) if config.get("sample_size") else FULLY_CONVOLUTIONAL_PX
     return _loaded(network, tensors, weights, name, architecture, image_px)
 
@@ -116,11 +121,14 @@ def _decoder_of(encoder: Path) -> Path:
     return encoder.with_name(encoder.name.replace("_encoder.", "_decoder."))
 
 
-def _read_taesd(encoder: Path) -> Autoencoder:
+def _read_taesd(encoder: Path, untrained: int | None) -> Autoencoder:
     from dtpipe.extract.teachers.vae.taesd import build_tiny
 
     decoder = _decoder_of(encoder)
-    network, tensors = build_tiny(read_weights(encoder), read_weights(decoder), decoder)
+    with drawn_from(untrained):
+        network, tensors = build_tiny(read_weights(encoder), read_weights(decoder), decoder)
+    if untrained is not None:
+        tensors = dict(network.state_dict())
     return _loaded(network, tensors, encoder, "TAESD", {}, FULLY_CONVOLUTIONAL_PX)
 
 

@@ -129,7 +129,7 @@ def load_vae_teacher(config: TeacherConfig, device: str = "cpu") -> VaeTeacher:
     import torch
 
     options = parse_options(config, VaeOptions)
-    autoencoder = read_autoencoder(config.path, config.revision, options.variant)
+    autoencoder = read_autoencoder(config.path, config.revision, options.variant, config.untrained)
     total_stride, latent_channels, has_posterior = _probe(autoencoder)
     if options.latent == "sampled" and not has_posterior:
         raise ConfigError(
@@ -228,4 +228,5 @@ KIND = TeacherKind(
     matches=is_autoencoder_path,
     load=load_vae_teacher,
     options=VaeOptions,
+    untrained=True,
 )

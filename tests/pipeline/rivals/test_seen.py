@@ -151,6 +151,10 @@ def test_the_training_images_of_a_teacher_of_ones_own_are_known(tmp_path: Path, 
     assert seen.unknown == ()
 
 
+def test_an_untrained_teacher_has_seen_nothing(tmp_path: Path, image_folder: Path) -> None:
+    assert find_seen([live_run(tmp_path / "run", tmp_path, image_folder, untrained=0)], print).unknown == ()
+
+
 def test_what_is_not_known_is_said(tmp_path: Path, image_folder: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher", draw_image(3, 16))
     (teacher / TRAIN_IMAGES).write_bytes(b"x" * 40)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dtpipe.extract.teachers.diffusion.adm.layout import AdmLayout, AdmSettings, Shapes
+from dtpipe.extract.teachers.files.untrained import torchs_default
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +114,21 @@ def unet_tensors(
                     yield f"{ours.format(letter)}.{kind}", part
             else:
                 yield f"{ours}.{kind}", value
+
+
+def initial_adm_weight(name: str, tensor: Tensor, shapes: Shapes) -> None:
+    """What a tensor is before training: torch's default, 0 in the last layer of each block and of the network.
+
+    A whole block is then its shortcut, so that an untrained network passes its input on. Source: openai/guided-
+    diffusion, guided_diffusion/unet.py (zero_module), nn.Embedding for classes.
+    """
+    layer = name.rpartition(".")[0]
+    if name == LABEL_EMBEDDING:
+        tensor.normal_()
+    elif layer == "out.2" or layer.endswith((".out_layers.3", ".proj_out")):
+        tensor.zero_()
+    else:
+        torchs_default(name, tensor, shapes)
 
 
 def _cut(joined: Tensor, settings: AdmSettings, decoder: bool) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtpipe.extract.teachers.base import Encoder, TeacherKind, parse_options
-from dtpipe.extract.teachers.diffusion.adm.keys import published_shapes, unet_tensors
+from dtpipe.extract.teachers.diffusion.adm.keys import initial_adm_weight, published_shapes, unet_tensors
 from dtpipe.extract.teachers.diffusion.adm.layout import (
     AdmLayout,
     AdmOptions,
@@ -21,6 +21,7 @@ from dtpipe.extract.teachers.diffusion.unet import DiffusionTeacher, LoadedUNet,
 from dtpipe.extract.teachers.files.names import names_tensors
 from dtpipe.extract.teachers.files.refusals import no_file
 from dtpipe.extract.teachers.files.torch_files import load_torch, stored_tensors, unwrapped
+from dtpipe.extract.teachers.files.untrained import redrawn
 from dtpipe.extract.teachers.files.weights import check_fit, weights_digest
 from dtpipe.manifests.errors import ConfigError
 
@@ -50,6 +51,7 @@ def load_adm_teacher(config: TeacherConfig, device: str = "cpu") -> DiffusionTea
     options = parse_options(config, AdmOptions)
     tensors = _read_mapped(Path(config.path))
     layout = infer_adm_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config.path)
+    tensors = redrawn(tensors, initial_adm_weight, config.untrained)
     settings = complete(options, layout, config.path)
     _check_label(options.class_label, layout, config.path)
     with torch.device("meta"):
@@ -100,4 +102,5 @@ KIND = TeacherKind(
     matches=is_adm_file,
     load=load_adm_teacher,
     options=AdmOptions,
+    untrained=True,
 )
