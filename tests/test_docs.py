@@ -147,8 +147,8 @@ def session(text: str) -> list[tuple[list[str], list[str]]]:
 def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which the README's session was run on a few images; each line of an answer begins as it is shown."""
     root = tmp_path_factory.mktemp("readme")
-    for folder in ("photos", "held-out"):
-        write_images(root / folder, 60)
+    write_images(root / "photos", 60)
+    write_images(root / "held-out", 60, start=60)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for words, answer in session(README):

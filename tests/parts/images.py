@@ -34,8 +34,9 @@ def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
     return root
 
 
-def write_images(root: Path, num: int = 8, px: int = PX, classes: tuple[str, ...] = ("dog", "cat")) -> Path:
+def write_images(
+    root: Path, num: int = 8, px: int = PX, classes: tuple[str, ...] = ("dog", "cat"), start: int = 0
+) -> Path:
     """PNG files in class folders by turns: `dog/000.png`, `cat/001.png`, and so on; the folder."""
-    return write_files(
-        root, {f"{classes[idx % len(classes)]}/{idx:03d}.png": png(draw_image(idx, px)) for idx in range(num)}
-    )
+    images = {f"{classes[idx % len(classes)]}/{idx:03d}.png": png(draw_image(start + idx, px)) for idx in range(num)}
+    return write_files(root, images)
