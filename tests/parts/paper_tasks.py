@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from parts.paper_segmentation import SEGMENTATION_FIGURES, SEGMENTATION_ROWS
+
 Row = dict[str, Any]
 
 _CLASSES: Row = {
@@ -77,11 +79,13 @@ TASK_ROWS: dict[str, Row] = {
         "tune.head.dropout": 0.0,
     },
 }
-SMALL_TASKS = ("finetune_small",)
+TASK_ROWS |= SEGMENTATION_ROWS
+SMALL_TASKS = ("finetune_small", "segment_small")
 """Presets of our own, for a CPU."""
 PAPER_TASKS = {
     "finetune_resnet50": "80.2 top-1",
     "finetune_convnext_base": "83.9 top-1",
     "linear_resnet50": "63.9 top-1",
+    **SEGMENTATION_FIGURES,
 }
 """What the paper reports of a row."""
