@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -245,6 +246,15 @@ def test_another_predictor_source_or_folder_is_refused(predictors: Path, photos:
     assert not (tmp_path / "new").exists()
     result = run("predict", predictors / "segment", "--images", tmp_path / "nowhere", "--out", tmp_path / "new")
     assert result.exit_code == 3 and not (tmp_path / "new").exists()
+
+
+def test_two_commands_do_not_write_into_one_folder(predictors: Path, photos: Path, tmp_path: Path) -> None:
+    command = ["predict", predictors / "segment", "--images", photos, "--out", tmp_path / "out"]
+    done(*command)
+    with (tmp_path / "out" / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run(*command)
+    assert result.exit_code == 2 and "another process predicts into this folder" in result.stderr
 
 
 def test_images_of_a_layout_are_predicted_by_its_keys(
