@@ -52,7 +52,9 @@ def painted(image: Pixels, prediction: Any, classes: ClassTable, min_score: floa
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    red, green, blue = class_colours(number + 2)[number + 1].tolist()  # the first, black, cannot be seen
+    """Of a class: the palette's next, as its first is black, at full brightness."""
+    colour = class_colours(number + 2)[number + 1].astype(int)
+    red, green, blue = (colour * 255 // colour.max()).tolist()
     return red, green, blue
 
 
@@ -81,7 +83,8 @@ def _mask(
     for number in occurring[np.argsort(-counts)].tolist():
         if classes.names[number] == "background":
             continue
-        colour = _colour(number - 1)  # as in the mask's own file
+        red, green, blue = class_colours(number + 1)[number].tolist()  # as in the mask's own file
+        colour = red, green, blue
         _tinted(image, numbers == number, colour)
         legend.append((classes.names[number], colour))
     image[_borders(numbers)] = 255
