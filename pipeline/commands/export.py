@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dtpipe.manifests.errors import StoreError
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
@@ -17,7 +19,7 @@ FLAGS = (
 EXAMPLE = """
 dtpipe export runs/r50 --out r50/
 dtpipe export runs/r50 --out r50-det/ --layout torchvision-detection
-dtpipe export runs/r50/eval/segment/distilled --head --out predictor/
+dtpipe export runs/r50/eval/segment/distilled-80-0 --head --out predictor/
 """
 
 
@@ -57,9 +59,13 @@ def command(call: Call) -> None:
 
 
 def _export_head(call: Call, config: ExportConfig) -> None:
+    from dtpipe.distill.downstream.tuned.run import SCORE_FILE
     from dtpipe.distill.export.predictor import export_predictor
 
     predictor = export_predictor(config.checkpoint, config.out)
+    cell = Path(config.checkpoint)
+    if not ((cell if cell.is_dir() else cell.parent) / SCORE_FILE).is_file():
+        call.console.note(f"{cell}: this training is not finished and scored; its last checkpoint was exported")
     call.console.pairs(
         {
             "wrote": config.out,

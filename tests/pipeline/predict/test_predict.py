@@ -41,8 +41,12 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Predictors of masks and of classes, exported by the command."""
     root = tmp_path_factory.mktemp("predictors")
     for task in ("segment", "finetune"):
-        result = done("export", train_cell(root / "runs" / task, task), "--head", "--out", root / task)
+        cell = train_cell(root / "runs" / task, task)
+        result = done("export", cell, "--head", "--out", root / task)
         assert "loaded again" in result.stdout and "dtpipe predict" in result.stdout
+        assert "not finished" not in result.stderr
+        (cell / "score.json").unlink()
+        assert "is not finished and scored" in done("export", cell, "--head", "--out", root / task).stderr
     return root
 
 
