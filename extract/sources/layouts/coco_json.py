@@ -63,6 +63,8 @@ def parse_coco(data: bytes, where: str) -> CocoFile:
     for annotation in document["annotations"]:
         name = _name(annotation, ids, where)
         image_id = _field(annotation, "image_id", name)
+        if not isinstance(image_id, int | str):
+            raise InputError(f"{name} has image_id {image_id!r}, which is neither number nor text; mend it")
         if image_id not in objects:
             left_out.setdefault("of images that the file does not list", []).append(f"image_id {image_id!r}")
         elif (read := _read_object(annotation, numbers, name)) is None:
@@ -161,7 +163,9 @@ def _by_id(entries: Sequence[Mapping[str, Any]], part: str, where: str) -> dict[
     for entry in entries:
         own = _field(entry, "id", f"{where}: an entry of {part}")
         if not isinstance(own, int | str):
-            raise InputError(f"{where}: an entry of {part} has the id {own!r}, which is neither number nor text")
+            raise InputError(
+                f"{where}: an entry of {part} has the id {own!r}, which is neither number nor text; mend it"
+            )
         if own in by_id:
             raise InputError(f"{where}: id {own!r} occurs twice among {part}; number them anew, each once")
         by_id[own] = entry

@@ -44,7 +44,9 @@ def read_objects(objects: StatedObjects, image_px: tuple[int, int], has_masks: b
         boxes[idx] = x, y, x + w, y + h
         own_areas[idx] = area if area is not None else areas[idx] if has_masks else w * h
         if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            raise InputError(f"{where} has an object at {[x, y, w, h]}, outside of its {width}x{height} px")
+            raise InputError(
+                f"{where} has an object at {[x, y, w, h]}, outside of its {width}x{height} px; mend its box"
+            )
     return Instances(
         image_px,
         boxes,
@@ -81,8 +83,8 @@ def run_lengths(segmentation: Any, image_px: tuple[int, int]) -> dict[str, Any]:
     height, width = image_px
     if isinstance(segmentation, list):
         polygons = [np.asarray(polygon, dtype=np.float64) for polygon in segmentation]
-        if not all(np.isfinite(polygon).all() for polygon in polygons):
-            raise ValueError("a point that is no number")
+        for points in polygons:
+            _check_points(points, image_px)
         merged: dict[str, Any] = coco_mask.merge(
             coco_mask.frPyObjects([list(points) for points in polygons], height, width)
         )
@@ -96,3 +98,15 @@ def run_lengths(segmentation: Any, image_px: tuple[int, int]) -> dict[str, Any]:
         raise ValueError(f"run lengths of {sum(counts)} pixels in an image of {height * width}")
     packed: dict[str, Any] = coco_mask.frPyObjects(segmentation, height, width)
     return packed
+
+
+def _check_points(points: NDArray[np.float64], image_px: tuple[int, int]) -> None:
+    """Refuse points far from the image: pycocotools takes memory for each pixel of a polygon's edge, wherever it is.
+
+    Shapes: points (2n,) x and y in turn. Raises: ValueError.
+    """
+    margin = max(image_px)
+    far = np.abs(points - margin / 2) > 1.5 * margin
+    if not np.isfinite(points).all() or far.any():
+        odd = points[far | ~np.isfinite(points)][0]
+        raise ValueError(f"a point at {odd:g} px, in an image of {image_px[1]}x{image_px[0]}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from dtpipe.extract.sources.layouts.coco_json import parse_coco
+from dtpipe.extract.sources.layouts.coco_json import CocoTargets, parse_coco
 from dtpipe.extract.sources.layouts.registry import open_layout
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.labels import Instances
@@ -159,6 +160,7 @@ def annotation(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (annotation(category_id=4), "annotation 1 is of category 4, which the file does not list"),
         (annotation(category_id=None), "annotation 1 has no category_id"),
         (annotation(id=2), "annotation 2 occurs twice"),
+        (annotation(image_id=[10]), r"annotation 1 has image_id \[10\], which is neither number nor text"),
         (annotation(bbox=[1, 2, "3", 4]), r"annotation 1 has bbox \[1, 2, '3', 4\]"),
         (annotation(bbox=[1, 2, float("nan"), 4]), "annotation 1 has bbox"),
         (annotation(bbox=7), "annotation 1 has bbox 7"),
@@ -200,7 +202,9 @@ def test_what_is_no_file_of_annotations_is_refused(data: bytes, said: str) -> No
         ({"size": [4, 5], "counts": [5, 15]}, r"run lengths of \[5, 4\] px in an image of \[24, 24\]"),
         ({"size": [SIDE, SIDE], "counts": "f1b06000R>R>R>"}, "cannot be read"),
         ({"size": [SIDE, SIDE], "counts": "f1"}, "cannot be read"),
-        ([[1, 2, 3, float("inf"), 5, 6]], "a point that is no number"),
+        ([[1, 2, 3, float("inf"), 5, 6]], "a point at inf px"),
+        ([[1, 2, 3, float("nan"), 5, 6]], "a point at nan px"),
+        ([[1, 2, 3e9, 4, 5, 6]], "a point at 3e.09 px, in an image of 24x24"),  # would take 100 GB
         ([[1, 2, 3, "x", 5, 6]], "could not convert"),
     ],
 )
@@ -210,6 +214,38 @@ def test_what_cannot_be_rasterised_is_named_with_its_image(segmentation: Any, sa
     source = open_layout(f"coco-json:{write_coco(tmp_path, document)}@labels.json")
     with pytest.raises(InputError, match=f"labels.json: image b.png has a segmentation .*{said}"):
         source.target(1, (SIDE, SIDE))
+
+
+ODD = (
+    *(None, True, -1, 1e308, float("nan"), 10**30, "", "x", [], [[]], {}, [None] * 4, [[1e300] * 6], "\ud800"),
+    *({"size": [SIDE, SIDE], "counts": "f1"}, {"size": None, "counts": [1]}, {"size": [SIDE, SIDE], "counts": ["a"]}),
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_files_with_odd_values_anywhere_are_read_or_refused(seed: int) -> None:
+    rng = random.Random(seed)
+    num_read = 0
+    for _ in range(150):
+        document = json.loads(json.dumps(coco_document()))
+        places = list(places_in(document))
+        for parent, key in rng.sample(places, 2):
+            parent[key] = rng.choice(ODD)
+        try:
+            file = parse_coco(json.dumps(document).encode(), "labels.json")
+            for image in file.images.values():
+                num_read += isinstance(CocoTargets("", (image,), file.has_masks)(0, (SIDE, SIDE)), Instances)
+        except InputError as err:
+            assert ";" in str(err)  # what to do
+    assert num_read
+
+
+def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each list or object inside a value, with each of its keys."""
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in list(keys):
+        yield value, key
+        yield from places_in(value[key])
 
 
 def test_labels_of_another_size_or_place_than_their_image_are_refused(tmp_path: Path) -> None:
