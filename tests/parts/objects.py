@@ -79,7 +79,11 @@ def learned(target: Instances) -> dict[str, torch.Tensor]:
     }
 
 
-OVERFIT = {"steps": 60, "batch_size": 3, "lr": 5e-3, "weight_decay": 0.01, "clip_grad": 5.0, "augment": {"flip": 0}}
+OVERFIT = {
+    **{"steps": 50, "batch_size": 3, "lr": 5e-3, "weight_decay": 0.01, "clip_grad": 5.0},
+    "augment": {"flip": 0},
+    "run": {"save_every": 1000},
+}
 """Settings with which a head learns three scenes by heart."""
 
 

@@ -39,7 +39,7 @@ class ScoredImage:
 
 @dataclass
 class CocoScores:
-    """Images by key, so that one that several ranks have seen counts once. Memory: some 10 kB per image."""
+    """Images by key, so that one that several ranks have seen counts once. Memory: about 1 kB per object."""
 
     classes: ClassTable
     images: dict[str, ScoredImage] = field(default_factory=dict)
