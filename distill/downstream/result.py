@@ -24,6 +24,7 @@ FIXED = "fixed"
 ACCURACY = "accuracy"
 FOREGROUND_AP = "foreground AP"
 """Average precision of the second of two classes, pixel by pixel or cell by cell."""
+_FEW_SCORES = 3  # other scores with a table of their own
 HEAD = "head"
 """Level name of a network scored by its own output rather than by a classifier on a level."""
 
@@ -161,8 +162,7 @@ class ProbeResult:
         top = headline_rows(summaries)
         lines += [self.headline] if self.headline else []
         lines += _grid("features", _cells(top, _cell))
-        for name in dict.fromkeys(name for summary in top for name in summary.others):
-            lines += ["", f"{name}, of the same predictions", *_grid("features", _cells(top, _other(name)))]
+        lines += _other_scores(top)
         lines += self._compared()
         chosen = [summary for summary in summaries if summary.level == BEST and set(summary.levels) != {HEAD}]
         if chosen and any(summary.level == FIXED for summary in summaries):
@@ -233,6 +233,18 @@ def _summarise(extractor: str, level: str, num_labelled: int, scores: Sequence[S
 
 def _cell(summary: Summary) -> str:
     return f"{summary.mean:.3f}" if summary.std is None else f"{summary.mean:.3f} ± {summary.std:.3f}"
+
+
+def _other_scores(top: Sequence[Summary]) -> list[str]:
+    """Other scores of the headline's predictions: a table of each, or of many one, at the most labelled images."""
+    names = dict.fromkeys(name for summary in top for name in summary.others)
+    if len(names) <= _FEW_SCORES:
+        tables = {name: _grid("features", _cells(top, _other(name))) for name in names}
+        return [line for name in names for line in ("", f"{name}, of the same predictions", *tables[name])]
+    most = max(summary.num_labelled for summary in top)
+    arms = {summary.extractor: summary for summary in top if summary.num_labelled == most}
+    rows = [[name, *map(_other(name), arms.values())] for name in names]
+    return ["", f"other scores of the same predictions, {most} labelled", *_aligned([["score", *arms], *rows])]
 
 
 def _other(name: str) -> Callable[[Summary], str]:

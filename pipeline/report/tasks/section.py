@@ -16,6 +16,7 @@ from dtpipe.pipeline.report.tasks.gallery import prediction_pictures
 from dtpipe.pipeline.report.tasks.results import Arms, ByClass, Cell, TaskResult, task_results
 
 _MOST_CLASSES, _MOST_ARMS = 24, 5
+_FEW_SCORES = 3  # other scores with a table of their own
 _FROZEN = "Features are frozen, under a classifier that learns from few labels"
 _CHOSEN = "best level and regularisation of each arm, chosen on its labelled images only"
 
@@ -60,8 +61,14 @@ def _difference_rows(result: TaskResult) -> dict[str, list[str]]:
 
 def _more_tables(result: TaskResult) -> Iterator[tuple[str, dict[str, list[str]]]]:
     """Tables below the headline's, by their titles."""
-    for name, arms in result.others.items():
-        yield f"{name}, of the same predictions", _grid(result, arms)
+    if len(result.others) <= _FEW_SCORES:
+        for name, arms in result.others.items():
+            yield f"{name}, of the same predictions", _grid(result, arms)
+    else:
+        named = {
+            f"{name}, {arm}": row for name, arms in result.others.items() for arm, row in _grid(result, arms).items()
+        }
+        yield "other scores of the same predictions", named
     if result.chosen:
         yield _CHOSEN, _grid(result, result.chosen)
 

@@ -89,6 +89,22 @@ def test_other_scores_stand_beside_the_headline() -> None:
     assert [line.split() for line in lines[2:4]] == [["net", "0.750"], ["other", "-"]]
 
 
+def test_many_other_scores_stand_in_one_table_at_the_most_labelled_images() -> None:
+    names = ("AP50", "AP75", "AR1", "AR10")
+    arms = [
+        replace(
+            fixed(arm, num, [0.5])[0], others={name: num / 100 for name in names if (arm, name) != ("other", "AR1")}
+        )
+        for num in (5, 20)
+        for arm in ("net", "other")
+    ]
+    lines = ProbeResult("detect", "box AP", 7, tuple(arms)).to_table().splitlines()
+    start = lines.index("other scores of the same predictions, 20 labelled") + 1
+    rows = [line.split() for line in lines[start : start + 6]]
+    assert rows[0] == ["score", "net", "other"]
+    assert rows[2:] == [[name, "0.200", "-" if name == "AR1" else "0.200"] for name in names]
+
+
 def test_differences_and_verdict_go_by_seed_and_into_the_json() -> None:
     scores = (*fixed("scratch", 5, [0.4, 0.5, 0.6]), *fixed("net", 5, [0.5, 0.61, 0.69]), *fixed("third", 5, [0.9]))
     result = ProbeResult("readout", "IoU", 7, scores, subject="net", reference="scratch")
@@ -151,7 +167,7 @@ def test_comparison_scores_every_extractor_size_and_seed_and_is_json() -> None:
 
 def test_impossible_comparisons_are_refused() -> None:
     train, test = labelled(20, "a"), labelled(10, "b")
-    with pytest.raises(ConfigError, match=r"unknown; choose one of probe, knn, readout"):
+    with pytest.raises(ConfigError, match="called 'segment'; choose one of probe, knn, readout"):
         run_probe("segment", [raw_pixels()], train, test, [4], [0])
     with pytest.raises(ConfigError, match="needs masks"):
         run_probe("readout", [raw_pixels()], train, test, [4], [0])
