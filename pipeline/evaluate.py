@@ -68,10 +68,10 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
     test = check_apart_by_content(train, test, config.test_images is None, note)
     trained_on = TrainedOn.of(runs_of(config)[0])
-    arms = extractors_of(config, comparison, trained_on.teacher(), train, note)
+    at = task_transform(config, comparison.spec.image_px)
+    arms = extractors_of(config, comparison, trained_on.teacher(), train, at, note)
     numbers = label_counts(config, train)
     result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note)
-    at = task_transform(config, comparison.spec.image_px)
     said = [*coverage_notes(train, test), *overlap_notes(config, comparison, test, at, note)]
     subject = comparison.arms[0].name
     result = replace(result, notes=(*result.notes, *said), subject=subject, reference=RANDOM_INIT)

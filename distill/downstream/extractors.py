@@ -13,13 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.labelled import LabelledSet, SampleRows
 from dtpipe.distill.stream.batch import scaled, student_images
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ShapeError
 
 RANDOM_INIT = "random initialisation"
 RAW_PIXELS = "raw pixels"
+POSITION = "position alone"
+PATCHES = "pixel patches and position"
+_CELL_PX, _WAVES = 4, 8
+NUM_COSINES = _WAVES**2 - 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class FeatureExtractor:
     name: str
     encode: Callable[[Tensor], dict[str, Tensor]]
     pool: Literal["mean", "flatten"] = "mean"
+    read: Callable[[Sequence[str]], Tensor] | None = None
+    """Reads images by their keys at the extractor's own size, (B, H, W, 3) uint8; None: it takes those of the task."""
+
+    def levels(self, labelled: LabelledSet, rows: SampleRows) -> dict[str, Tensor]:
+        """Levels of some images of a set. Raises: as `__call__`."""
+        if self.read is None:
+            return self(labelled.read_images(rows))
+        return self(self.read([labelled.keys[int(row)] for row in rows]))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Levels of a batch, without gradients. Raises: ShapeError when `encode` breaks its promise."""
@@ -77,6 +89,43 @@ def raw_pixels(strides: Sequence[int] = (4, 8, 16, 32)) -> FeatureExtractor:
         return {f"l{stride.bit_length() - 1}": nn.functional.avg_pool2d(pixels, stride) for stride in fitting}
 
     return FeatureExtractor(RAW_PIXELS, encode, pool="flatten")
+
+
+def position_prior() -> FeatureExtractor:
+    """Where a cell is and nothing else: the same levels for every image, at stride 4.
+
+    l2 is (B, `NUM_COSINES`, H/4, W/4): the lowest cosines of the place in height and width.
+    """
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        return {"l2": _cosines(images).expand(len(images), -1, -1, -1)}
+
+    return FeatureExtractor(POSITION, encode)
+
+
+def patches_and_position() -> FeatureExtractor:
+    """The pixels around a cell beside its place: l2 is (B, 192 + `NUM_COSINES`, H/4, W/4), patches of 8 x 8 px."""
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        pixels = nn.functional.pad(scaled(images), (2, 2, 2, 2), mode="replicate")
+        height, width = images.shape[1] // _CELL_PX, images.shape[2] // _CELL_PX
+        patches = nn.functional.unfold(pixels, 2 * _CELL_PX, stride=_CELL_PX)  # (B, 192, h * w)
+        places = _cosines(images).expand(len(images), -1, -1, -1)
+        return {"l2": torch.cat([patches.view(len(images), -1, height, width), places], dim=1)}
+
+    return FeatureExtractor(PATCHES, encode)
+
+
+def _cosines(images: Tensor) -> Tensor:
+    """Products of the cosines of half waves over height and width, but for the constant.
+
+    Shapes: (B, H, W, 3) -> (1, NUM_COSINES, H/4, W/4).
+    """
+    height, width = images.shape[1] // _CELL_PX, images.shape[2] // _CELL_PX
+    waves = torch.arange(_WAVES)[:, None] * torch.pi
+    down = torch.cos(waves * (torch.arange(height) + 0.5) / height)  # (waves, h)
+    across = torch.cos(waves * (torch.arange(width) + 0.5) / width)
+    return torch.einsum("ih,jw->ijhw", down, across).reshape(1, -1, height, width)[:, 1:]
 
 
 def student_extractor(

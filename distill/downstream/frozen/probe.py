@@ -43,7 +43,7 @@ def pooled_levels(
     """
     parts: dict[str, list[Tensor]] = {}
     for rows in row_batches(labelled, batch_size):
-        for name, level in extractor(labelled.read_images(rows)).items():
+        for name, level in extractor.levels(labelled, rows).items():
             parts.setdefault(name, []).append(level.mean(dim=(2, 3)) if extractor.pool == "mean" else level.flatten(1))
     pooled = {name: torch.cat(part) for name, part in parts.items()}
     if concatenated and len(pooled) > 1:

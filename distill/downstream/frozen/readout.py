@@ -125,13 +125,12 @@ def _with_cells(
 ) -> Iterator[tuple[range, dict[str, Tensor], Tensor]]:
     """Batches of a set: its rows, their levels, and the class of each cell, (B, H/stride, W/stride) on the CPU."""
     for rows in row_batches(labelled, config.batch_size):
-        images, masks = labelled.read_images(rows), labelled.read_masks(rows)
-        if images.shape[1:3] != masks.shape[1:]:
+        masks, size = labelled.read_masks(rows), labelled.image(rows[0]).shape[:2]
+        if size != masks.shape[1:]:
             raise ShapeError(
-                f"masks are {tuple(masks.shape[1:])}, images {tuple(images.shape[1:3])}; "
-                "masks must have the images' height and width"
+                f"masks are {tuple(masks.shape[1:])}, images {size}; masks must have the images' height and width"
             )
-        yield rows, extractor(images), masks_at_stride(masks, config.stride, num_classes)
+        yield rows, extractor.levels(labelled, rows), masks_at_stride(masks, config.stride, num_classes)
 
 
 def _at_cells(level: Tensor, grid: Sequence[int], cells: Tensor) -> Tensor:

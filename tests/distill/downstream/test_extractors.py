@@ -8,8 +8,11 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtpipe.distill.downstream.extractors import (
+    NUM_COSINES,
     FeatureExtractor,
     calibrate_batch_norms,
+    patches_and_position,
+    position_prior,
     random_initialisation,
     random_student,
     raw_pixels,
@@ -39,6 +42,38 @@ def test_raw_pixels_are_block_means() -> None:
     assert sorted(levels) == ["l2", "l3"]  # stride 16 and 32 do not fit 8 px
     blocks = images.astype(np.float64).reshape(2, 2, 4, 2, 4, 3).mean(axis=(2, 4)) / 127.5 - 1
     np.testing.assert_allclose(levels["l2"].permute(0, 2, 3, 1).numpy(), blocks, atol=1e-6)
+
+
+def test_the_position_prior_is_the_same_for_every_image_and_spans_smooth_maps() -> None:
+    """By hand: the second cosine over the width is cos(pi (x + 1/2) / w); a half plane is nearly in the span."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32, 64, 3), dtype=np.uint8))
+    level = position_prior()(images)["l2"]
+    assert level.shape == (2, NUM_COSINES, 8, 16) and torch.equal(level[0], level[1])
+    np.testing.assert_allclose(level[0, 0, 3], np.cos(np.pi * (np.arange(16) + 0.5) / 16), atol=1e-6)
+    design = torch.cat([torch.ones(1, 8, 16), level[0]]).flatten(1).T.double()
+    left = (torch.arange(16) < 8).double().expand(8, 16).flatten()
+    fitted = design @ torch.linalg.lstsq(design, left[:, None]).solution[:, 0]
+    assert bool(((fitted > 0.5) == (left > 0.5)).all())
+
+
+def test_patches_are_the_pixels_around_a_cell_beside_its_place() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    level = patches_and_position()(torch.from_numpy(images))["l2"]
+    assert level.shape == (2, 192 + NUM_COSINES, 4, 4)
+    patch = images[1, 2:10, 6:14].astype(np.float64) / 127.5 - 1  # of cell (1, 2), which begins at 4, 8
+    np.testing.assert_allclose(level[1, :192, 1, 2].view(3, 8, 8).permute(1, 2, 0), patch, atol=1e-6)
+    assert torch.equal(level[:, 192:], position_prior()(torch.from_numpy(images))["l2"])
+
+
+def test_an_extractor_that_reads_for_itself_gets_the_keys_and_not_the_tasks_images() -> None:
+    own = {"1": torch.full((6, 6, 3), 9, dtype=torch.uint8), "3": torch.full((6, 6, 3), 7, dtype=torch.uint8)}
+    extractor = FeatureExtractor(
+        "own",
+        lambda images: {"l0": images.permute(0, 3, 1, 2).float()},
+        read=lambda keys: torch.stack([own[key] for key in keys]),
+    )
+    level = extractor.levels(unlabelled(np.zeros((4, 2, 2, 3), np.uint8)), [3, 1])["l0"]
+    assert level.shape == (2, 3, 6, 6) and level[:, 0, 0, 0].tolist() == [7, 9]
 
 
 def test_calibrated_norms_hold_the_statistics_of_the_images() -> None:
