@@ -104,8 +104,8 @@ def reader_at(config: EvalConfig, size: tuple[int, int], at: TransformRecipe, no
     same_part = at.resize == "stretch" or (at.resize == "center_crop" and size[0] * at.width == size[1] * at.height)
     if not same_part:
         note(
-            f"the teacher sees the task's images, {at.height}x{at.width} px, brought to its {size[0]}x{size[1]}: read at"
-            f" that size with resize {at.resize} they would show another part"
+            f"the teacher sees the task's images, {at.height}x{at.width} px, brought to its {size[0]}x{size[1]}: read"
+            f" at that size with resize {at.resize} they would show another part"
         )
         return None
     return OwnImages(config, at.model_copy(update={"height": size[0], "width": size[1]}))
