@@ -62,6 +62,11 @@ class EvalConfig(StrictModel):
     test_share: float = Field(
         default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images."
     )
+    resplit: bool = Field(
+        default=False,
+        description="Of tasks that train: each seed holds out other images, as many of all as are held out otherwise; "
+        "with --test-images these are the splits of the label-efficient benchmark.",
+    )
     foreground: bool = Field(
         default=False,
         description="Merge all mask classes but 0 into one; for masks of 0 and 255, with --ignore-value null.",

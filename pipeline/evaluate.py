@@ -123,7 +123,22 @@ def check_task(config: EvalConfig) -> Task | TunedTask[Any]:
             given = "give --masks, or with class folders"
         learns = {Class: "classes", Mask: "masks", Instances: "objects", Panoptic: "segments"}[target]
         raise ConfigError(f"task {config.task} learns from {learns}; {given} use {fitting}")
+    _refuse_idle(config, entry)
     return entry
+
+
+def _refuse_idle(config: EvalConfig, task: Task | TunedTask[Any]) -> None:
+    """Refuse settings that the task does not read. Raises: ConfigError naming one."""
+    trains = isinstance(task, TunedTask)
+    given = {
+        "eval.teacher": trains and config.teacher is not None,
+        "eval.timestep": trains and config.timestep is not None,
+        "eval.tune": not trains and config.tune is not None,
+        "eval.resplit": not trains and config.resplit,
+    }
+    if idle := next((name for name, there in given.items() if there), None):
+        how = "trains backbone and head" if trains else "reads frozen features"
+        raise ConfigError(f"task {task.name} {how}, and {idle} is for the others; leave it out")
 
 
 def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:

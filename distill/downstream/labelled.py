@@ -173,6 +173,31 @@ class _Changed:
         return self.change(self.read(row))
 
 
+@dataclass(frozen=True)
+class _OneAfterAnother:
+    """Reads the rows of one set, and those of another after them."""
+
+    first: Callable[[int], Any]
+    num: int
+    second: Callable[[int], Any]
+
+    def __call__(self, row: int) -> Any:
+        return self.first(row) if row < self.num else self.second(row - self.num)
+
+
+def joined(first: LabelledSet, second: LabelledSet) -> LabelledSet:
+    """The samples of two sets with targets of one kind and one table of classes. Raises: ConfigError for equal keys."""
+    num, whole = len(first), bool(first.digests and second.digests)
+    return replace(
+        first,
+        keys=(*first.keys, *second.keys),
+        image=_OneAfterAnother(first.image, num, second.image),
+        target=_OneAfterAnother(first.target, num, second.target),
+        digests=(*first.digests, *second.digests) if whole else (),
+        occurring=None,
+    )
+
+
 def _is_image(array: npt.NDArray[Any]) -> bool:
     return array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8
 

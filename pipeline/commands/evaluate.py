@@ -18,6 +18,7 @@ FLAGS = (
     Flag("--test-images", "eval.test_images", "URL|NAME:ROOT@SPLIT"),
     Flag("--test-masks", "eval.test_masks", "URL"),
     Flag("--test-share", "eval.test_share", "SHARE"),
+    Flag("--resplit", "eval.resplit"),
     Flag("--labelled", "eval.labelled", "N,N,all"),
     Flag("--seeds", "eval.seeds", "N"),
     Flag("--compare", "eval.compare", "ARM", repeatable=True, aliases=("--against",)),

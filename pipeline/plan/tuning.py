@@ -75,7 +75,7 @@ def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
         student=job.student.spec.name,
         num_parameters=of_student,
         head_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()) - of_student,
-        num_labelled=tuple(dict.fromkeys(len(draw.rows) for *_, draw in table.cells())),
+        num_labelled=tuple(dict.fromkeys(len(cell.labelled) for cell in table.cells())),
         num_seeds=len(table.seeds),
         num_trainings=len(counts),
         num_steps=sum(order.num_steps for order in counts),
@@ -91,16 +91,16 @@ def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
 def trainings(table: TunedTable) -> Iterator[tuple[str, int, BatchOrder]]:
     """Arm, labelled images and steps of every training, those on folds before that of their cell."""
     config, chosen = table.config, set()
-    for _, arm, draw in table.cells():
-        num = len(draw.rows)
-        folds = fold_numbers(table.train.subset(draw.rows), config.folds) if len(config.lr_grid) > 1 else None
+    for cell in table.cells():
+        arm, num = cell.arm, len(cell.labelled)
+        folds = fold_numbers(cell.labelled, config.folds) if len(config.lr_grid) > 1 else None
         again = config.lr_choice == "first_seed" and (arm.name, num) in chosen
         chosen.add((arm.name, num))
         if folds is not None and not again:
             for fold in range(int(folds.max()) + 1):
-                order = BatchOrder.of(config, int((folds != fold).sum()), draw.seed)
+                order = BatchOrder.of(config, int((folds != fold).sum()), cell.seed)
                 yield from ((arm.name, num, order) for _ in config.lr_grid)
-        yield arm.name, num, BatchOrder.of(config, num, draw.seed)
+        yield arm.name, num, BatchOrder.of(config, num, cell.seed)
 
 
 def _timed(job: TuneJob, num: int) -> TuneJob:

@@ -12,18 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtpipe.distill.downstream.compare import make_draws
-from dtpipe.distill.downstream.labelled import Draw, LabelledSet
+from dtpipe.distill.downstream.labelled import LabelledSet, draw_labelled, joined
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.run import TuneResult
 from dtpipe.distill.downstream.tuned.trainer import TuneJob
+from dtpipe.manifests.labels import Class
 from dtpipe.pipeline.arms import Arm
+from dtpipe.pipeline.labelled import split_by_key
 from dtpipe.pipeline.tune.rates import RateChoice, Train, choose_rate, with_rate
 
 RATES = "rates"
 """Folder of the trainings that chose rates, each in a folder of its cell's name."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a table."""
+
+    place: int
+    """Of the arm among the arms."""
+    arm: Arm
+    seed: int
+    labelled: LabelledSet
+    test: LabelledSet
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,28 @@ class TunedTable:
     num_labelled: Sequence[int | None]
     seeds: Sequence[int]
     config: TuneConfig
+    resplit: bool = False
+    """Each seed holds out other images of both sets, as many as `test` has."""
 
-    def cells(self) -> Iterator[tuple[int, Arm, Draw]]:
-        """Place of the arm, arm and draw of each cell, all arms of a draw before the next draw."""
-        for draw in make_draws(self.train, self.num_labelled, self.seeds):
-            for place, arm in enumerate(self.arms):
-                yield place, arm, draw
+    def sets(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
+        """Images to draw labels from and images held out at a seed."""
+        if not self.resplit:
+            return self.train, self.test
+        whole = joined(self.train, self.test)
+        names = whole.classes.names
+        classes = whole.read_classes() if whole.kind is Class else None
+        labels = [None] * len(whole) if classes is None else [names[number] for number in classes]
+        learned, held_out = split_by_key(whole.keys, labels, len(self.test) / len(whole), seed)
+        return whole.subset(learned), whole.subset(held_out)
+
+    def cells(self) -> Iterator[Cell]:
+        """All arms of a draw before the next draw; each number of labelled images once."""
+        for num in dict.fromkeys(len(self.train) if num is None else num for num in self.num_labelled):
+            for seed in self.seeds:
+                train, test = self.sets(seed)
+                rows = draw_labelled(train, None if num == len(self.train) else num, seed)
+                for place, arm in enumerate(self.arms):
+                    yield Cell(place, arm, seed, train.subset(rows), test)
 
 
 def run_cells(table: TunedTable, out: Path, train: Train, note: Callable[[str], None]) -> ProbeResult:
@@ -53,17 +82,17 @@ def run_cells(table: TunedTable, out: Path, train: Train, note: Callable[[str], 
     chosen: dict[tuple[str, int], RateChoice] = {}
     scores, said = [], []
     folders = folder_names([arm.name for arm in table.arms])
-    for place, arm, draw in table.cells():
-        num = len(draw.rows)
-        job = TuneJob(table.task, arm.student_for(draw.seed), table.train.subset(draw.rows), table.config, draw.seed)
-        folder = out / f"{folders[place]}-{num}-{draw.seed}"
-        named = f"{table.task.name}: {arm.name}, {num} labelled, seed {draw.seed}"
+    for cell in table.cells():
+        arm, num, seed = cell.arm, len(cell.labelled), cell.seed
+        job = TuneJob(table.task, arm.student_for(seed), cell.labelled, table.config, seed)
+        folder = out / f"{folders[cell.place]}-{num}-{seed}"
+        named = f"{table.task.name}: {arm.name}, {num} labelled, seed {seed}"
         choice = chosen.get((arm.name, num)) if table.config.lr_choice == "first_seed" else None
         if choice is None:
             choice = choose_rate(job, out / RATES / folder.name, _named(train, named))
             chosen[arm.name, num] = choice
-        result = train(with_rate(job, choice.lr), table.test, folder, named)
-        scores.append(_score(arm.name, draw, choice, result, folder))
+        result = train(with_rate(job, choice.lr), cell.test, folder, named)
+        scores.append(_score(cell, choice, result, folder))
         note(f"{named}: {table.task.metric_name} {result.value:.3f} at lr {choice.lr:g}")
         said += rate_notes(arm.name, num, table.config, choice)
     notes = tuple(dict.fromkeys(said))
@@ -74,15 +103,15 @@ def _named(train: Train, named: str) -> Train:
     return lambda job, test, folder, what: train(job, test, folder, f"{named}, {what}")
 
 
-def _score(arm: str, draw: Draw, choice: RateChoice, result: TuneResult, folder: Path) -> Score:
+def _score(cell: Cell, choice: RateChoice, result: TuneResult, folder: Path) -> Score:
     settings = {"lr": choice.lr, "steps": result.num_steps, "folder": folder.name}
     if choice.tried:
         settings["rates"] = {f"{lr:g}": value for lr, value in choice.tried}
     return Score(
-        arm,
+        cell.arm.name,
         HEAD,
-        len(draw.rows),
-        draw.seed,
+        len(cell.labelled),
+        cell.seed,
         result.value,
         choice.selection,
         best=True,
@@ -113,7 +142,8 @@ def headline(table: TunedTable) -> str:
         f"each at its best rate of {grid} on folds of its labelled images" if grid else f"at rate {table.config.lr:g}"
     )
     length = f"{table.config.steps} steps" if table.config.steps else f"{table.config.epochs} epochs"
-    return f"every arm is trained on the same labels for {length}, {rate}"
+    split = "; each seed holds out other images" if table.resplit else ""
+    return f"every arm is trained on the same labels for {length}, {rate}{split}"
 
 
 def folder_names(names: Sequence[str]) -> list[str]:

@@ -51,7 +51,8 @@ def tuned_table(
     check_apart(train, test)
     check_several_classes(train, test)
     arms = [comparison.arms[0], random_arm(comparison.spec), *comparison.arms[1:]]
-    return TunedTable(task, arms, train, test, num_labelled, comparison.seeds, tune_settings(config))
+    settings = tune_settings(config)
+    return TunedTable(task, arms, train, test, num_labelled, comparison.seeds, settings, config.resplit)
 
 
 def tuned_result(config: EvalConfig, table: TunedTable, out: Path, note: Note) -> ProbeResult:

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dtpipe.distill.downstream.result import ProbeResult
+from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.load import load_tuned
 from dtpipe.distill.downstream.tuned.trainer import Tuning
 from dtpipe.distill.engine.run_folder import read_metrics
@@ -98,6 +99,25 @@ def test_arms_are_the_run_its_random_initialisation_and_those_compared(config: E
     assert "every arm is trained on the same labels for 2 steps, at rate 0.001" in table
 
 
+def test_two_processes_make_the_table_of_one(config: EvalConfig, tmp_path: Path) -> None:
+    """Without what each measures on its own images; one of them notes and writes."""
+    alone = {"frozen_norms": True, "head": {"dropout": 0.0}, "lr_grid": ()}
+    assert config.tune is not None
+    tune = TuneConfig.model_validate(config.tune.model_dump() | alone)
+    config = config.model_copy(update={"tune": tune, "seeds": 1})
+    whole = config.model_copy(update={"out": str(tmp_path / "whole.json")})
+    notes: list[str] = []
+
+    def call(_rank: int) -> list[object]:
+        notes.clear()
+        evaluation = evaluate(config, notes.append)
+        return [evaluation.rank, len(notes) > 0, [score.value for score in evaluation.result.scores]]
+
+    expected = [score.value for score in evaluate(whole, say_nothing).result.scores]
+    assert fork_ranks(call, tmp_path, 2) == [[0, True, expected], [1, False, expected]]
+    assert len(list((tmp_path / "run" / "eval" / "finetune").glob("distilled-4-0/last.pt"))) == 1
+
+
 def run(*words: object) -> Result:
     return CliRunner().invoke(main, ["eval", *map(str, words)])
 
@@ -129,6 +149,19 @@ def test_settings_that_say_too_little_or_too_much_are_refused(config: EvalConfig
 def test_a_task_on_frozen_features_has_no_plan(config: EvalConfig) -> None:
     done = run(config.checkpoint, "probe", "--images", config.images, "-n")
     assert done.exit_code == 2 and "task probe trains no network" in done.output
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "sentence"),
+    [
+        ("finetune", ("--steps", 2, "--teacher", "adm"), "task finetune trains backbone and head, and eval.teacher is"),
+        ("probe", ("--steps", 2), "task probe reads frozen features, and eval.tune is for the others; leave it out"),
+        ("probe", ("--resplit",), "task probe reads frozen features, and eval.resplit is for the others"),
+    ],
+)
+def test_settings_that_a_task_does_not_read_are_refused(config: EvalConfig, task: str, words, sentence: str) -> None:
+    done = run(config.checkpoint, task, "--images", config.images, *words)
+    assert (done.exit_code, sentence in done.output) == (2, True), done.output
 
 
 def test_masks_are_not_for_a_task_of_classes(config: EvalConfig) -> None:

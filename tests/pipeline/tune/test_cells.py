@@ -1,0 +1,69 @@
+"""Which trainings a table has, on which images, in which folders, and what it says of the rates."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.tuned.registry import find_tuned
+from dtpipe.pipeline.arms import random_arm
+from dtpipe.pipeline.tune.cells import TunedTable, folder_names, rate_notes
+from dtpipe.pipeline.tune.rates import RateChoice
+from parts.tuning import STUDENT, bright_halves, tune_config
+
+
+def table(train: LabelledSet, test: LabelledSet, *nums: int | None, resplit: bool = False) -> TunedTable:
+    arms = [random_arm(STUDENT), random_arm(STUDENT)]
+    return TunedTable(find_tuned("finetune"), arms, train, test, nums, range(3), tune_config(), resplit)
+
+
+def test_arms_share_labels_seeds_draw_others_and_a_smaller_draw_is_part_of_a_larger() -> None:
+    cells = list(table(bright_halves(10, 0), bright_halves(4, 1), 4, 6, 10, None).cells())
+    assert [(len(cell.labelled), cell.seed, cell.place) for cell in cells] == [
+        (num, seed, place) for num in (4, 6, 10) for seed in range(3) for place in (0, 1)
+    ]
+    by = {(len(cell.labelled), cell.seed, cell.place): set(cell.labelled.keys) for cell in cells}
+    assert all(by[num, seed, 0] == by[num, seed, 1] for num, seed, _ in by)
+    assert by[4, 0, 0] != by[4, 1, 0] and by[4, 0, 0] < by[6, 0, 0]
+    assert {cell.test.keys for cell in cells} == {bright_halves(4, 1).keys}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_seeds_hold_out_other_images_of_all_as_many_as_before(masked: bool) -> None:
+    train, test = bright_halves(8, 0, masked), bright_halves(4, 1, masked)
+    cells = [cell for cell in table(train, test, None, resplit=True).cells() if cell.place == 0]
+    everything = {*train.keys, *test.keys}
+    for cell in cells:
+        assert (len(cell.labelled), len(cell.test)) == (8, 4)
+        assert {*cell.labelled.keys, *cell.test.keys} == everything
+        if not masked:
+            assert sorted(cell.test.read_classes()) == [0, 0, 1, 1]
+    assert len({cell.test.keys for cell in cells}) == 3
+    assert cells[0].test.image(0).shape == (32, 32, 3)
+
+
+def test_every_arm_has_a_folder_of_its_own() -> None:
+    assert folder_names(["distilled", "a/b c", "a/b:c", "...", "ä=1"]) == [
+        "distilled",
+        "a-b-c-1",
+        "a-b-c-2",
+        "arm",
+        "ä-1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tried", "sentence"),
+    [
+        ((), "4 labelled images are too few to choose a rate from"),
+        (((0.1, 0.5), (0.2, 0.5)), "all rates score the same on the folds"),
+        (((0.1, 0.5), (0.2, 0.6)), "the best rate, 0.2, is at an end of the grid"),
+    ],
+)
+def test_choices_that_say_little_are_said(tried, sentence: str) -> None:
+    config = tune_config(lr_grid=[0.1, 0.2])
+    [said] = rate_notes("distilled", 4, config, RateChoice(0.2, None, tried))
+    assert sentence in said
+    inner = RateChoice(0.2, None, ((0.1, 0.5), (0.2, 0.6), (0.3, 0.1)))
+    assert rate_notes("distilled", 4, tune_config(lr_grid=[0.1, 0.2, 0.3]), inner) == []
+    assert rate_notes("distilled", 4, tune_config(), RateChoice(0.2)) == []
