@@ -185,7 +185,7 @@ class _OneAfterAnother:
         return self.first(row) if row < self.num else self.second(row - self.num)
 
 
-def joined(first: LabelledSet, second: LabelledSet) -> LabelledSet:
+def join_sets(first: LabelledSet, second: LabelledSet) -> LabelledSet:
     """The samples of two sets with targets of one kind and one table of classes. Raises: ConfigError for equal keys."""
     num, whole = len(first), bool(first.digests and second.digests)
     return replace(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtpipe.distill.downstream.labelled import LabelledSet, draw_labelled, joined
+from dtpipe.distill.downstream.labelled import LabelledSet, draw_labelled, join_sets
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
@@ -28,7 +28,7 @@ RATES = "rates"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TunedCell:
     """One training of a table."""
 
     place: int
@@ -57,21 +57,21 @@ class TunedTable:
         """Images to draw labels from and images held out at a seed."""
         if not self.resplit:
             return self.train, self.test
-        whole = joined(self.train, self.test)
+        whole = join_sets(self.train, self.test)
         names = whole.classes.names
         classes = whole.read_classes() if whole.kind is Class else None
         labels = [None] * len(whole) if classes is None else [names[number] for number in classes]
         learned, held_out = split_by_key(whole.keys, labels, len(self.test) / len(whole), seed)
         return whole.subset(learned), whole.subset(held_out)
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self) -> Iterator[TunedCell]:
         """All arms of a draw before the next draw; each number of labelled images once."""
         for num in dict.fromkeys(len(self.train) if num is None else num for num in self.num_labelled):
             for seed in self.seeds:
                 train, test = self.sets(seed)
                 rows = draw_labelled(train, None if num == len(self.train) else num, seed)
                 for place, arm in enumerate(self.arms):
-                    yield Cell(place, arm, seed, train.subset(rows), test)
+                    yield TunedCell(place, arm, seed, train.subset(rows), test)
 
 
 def run_cells(table: TunedTable, out: Path, train: Train, note: Callable[[str], None]) -> ProbeResult:
@@ -103,7 +103,7 @@ def _named(train: Train, named: str) -> Train:
     return lambda job, test, folder, what: train(job, test, folder, f"{named}, {what}")
 
 
-def _score(cell: Cell, choice: RateChoice, result: TuneResult, folder: Path) -> Score:
+def _score(cell: TunedCell, choice: RateChoice, result: TuneResult, folder: Path) -> Score:
     settings = {"lr": choice.lr, "steps": result.num_steps, "folder": folder.name}
     if choice.tried:
         settings["rates"] = {f"{lr:g}": value for lr, value in choice.tried}
