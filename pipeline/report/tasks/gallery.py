@@ -16,7 +16,7 @@ from dtpipe.distill.downstream.tuned.examples import fit_targets
 from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, Detections
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.manifests.errors import DtpipeError, InputError
-from dtpipe.manifests.labels import Class, Instances, Mask, Pixels
+from dtpipe.manifests.labels import Instances, Mask, Pixels
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.pipeline.config import EvalConfig, ReportConfig
 from dtpipe.pipeline.predict.overlay import Entry, painted
@@ -30,6 +30,7 @@ _MIN_SCORE = 0.3
 """Of the objects that are drawn."""
 _NOBODY_KNOWS = (128, 128, 128)  # pixels without a label
 _LIKELIEST = 3
+Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _gallery(
         raise InputError(f"none of the images that {result.path} was scored on is there any more")
     generator = np.random.Generator(np.random.Philox(config.seed))
     rows = np.sort(generator.choice(common, size=min(config.num_images, len(common)), replace=False))
-    legend: dict[str, tuple[int, int, int]] = {}
+    legend: dict[str, Colour] = {}
     images = []
     for row in rows.tolist():
         image = test.image(row)
@@ -88,9 +89,15 @@ def _gallery(
         "gallery.html",
         arms=["labels", *columns],
         images=images,
-        legend={} if test.kind is Class else legend,
+        legend=_in_order(legend, test.classes.names),
         caption=_caption(result, test),
     )
+
+
+def _in_order(legend: Mapping[str, Colour], names: Sequence[str]) -> dict[str, Colour]:
+    """By class number; what is no class, last."""
+    places = {name: place for place, name in enumerate(names)}
+    return {name: legend[name] for name in sorted(legend, key=lambda name: places.get(name, len(names)))}
 
 
 def _cells(
@@ -98,7 +105,7 @@ def _cells(
     row: int,
     image: Pixels,
     columns: Mapping[str, KeptPredictions],
-    legend: dict[str, tuple[int, int, int]],
+    legend: dict[str, Colour],
 ) -> Iterator[ShownCell]:
     """The truth, then each arm; colours that stand for classes go into the legend."""
     target, size_px = test.target(row), (image.shape[0], image.shape[1])

@@ -110,9 +110,9 @@ def _caption(result: TaskResult) -> str:
 
 
 def _sentences(sentences: Sequence[str]) -> str:
-    return " ".join(
-        sentence if sentence.endswith((".", "!", "?")) else f"{sentence}." for sentence in sentences if sentence
-    )
+    """Clauses and sentences as one text."""
+    whole = [f"{one[0].upper()}{one[1:]}" for one in sentences if one]
+    return " ".join(one if one.endswith((".", "!", "?")) else f"{one}." for one in whole)
 
 
 def _class_figures(result: TaskResult) -> Iterator[tuple[str, Markup]]:

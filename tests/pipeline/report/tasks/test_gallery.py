@@ -113,7 +113,7 @@ def test_masks_of_the_labels_and_of_each_arm_stand_side_by_side(masked: EvalConf
         assert np.abs(0.5 * whole[inside] + 0.5 * tint - rival[inside]).max() <= 1
         assert not np.array_equal(rival[:, -2 * scale], ours[:, -2 * scale])  # class 2
     colours = dict(re.findall(r"rgb\((.*?)\)\"></i>(.*?)</span>", html))
-    assert colours == {"128, 0, 0": "1", "0, 128, 0": "2", "128, 128, 128": "no label"}
+    assert list(colours.items()) == [("128, 0, 0", "1"), ("0, 128, 0", "2"), ("128, 128, 128", "no label")]
 
 
 def test_classes_are_named_and_marked_right_or_wrong(classed: EvalConfig, tmp_path: Path) -> None:
