@@ -155,6 +155,17 @@ def open_comparison(config: EvalConfig, note: Note) -> Comparison:
     return Comparison(spec, tuple(_opened(arm, spec, seeds) for arm in written), seeds)
 
 
+def run_notes(comparison: Comparison) -> list[str]:
+    """What is to be said where all seeds are of one run."""
+    first = comparison.arms[0]
+    if first.num != 1 or len(comparison.seeds) < 2:
+        return []
+    return [
+        f"{first.name} is one run at all {len(comparison.seeds)} seeds: spread and intervals hold that of labels and "
+        "initialisations, not that of pre-training; give a run for each seed"
+    ]
+
+
 def random_arm(spec: StudentSpec) -> Arm:
     """The student before any training, with timm's initial weights drawn from the seed."""
     return Arm(RANDOM_INIT, partial(random_student, spec), None)

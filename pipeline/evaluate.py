@@ -26,7 +26,7 @@ from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.arms import Comparison, open_comparison, runs_of
+from dtpipe.pipeline.arms import Comparison, open_comparison, run_notes, runs_of
 from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
@@ -72,7 +72,7 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     arms = extractors_of(config, comparison, trained_on.teacher(), train, at, note)
     numbers = label_counts(config, train)
     result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note)
-    said = [*coverage_notes(train, test), *overlap_notes(config, comparison, test, at, note)]
+    said = [*run_notes(comparison), *coverage_notes(train, test), *overlap_notes(config, comparison, test, at, note)]
     subject = comparison.arms[0].name
     result = replace(result, notes=(*result.notes, *said), subject=subject, reference=RANDOM_INIT)
     return Evaluation(result, _write(config, result))
@@ -85,7 +85,7 @@ def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Eva
         comparison, table = open_table(config, task, say)
         result = tuned_result(config, table, result_path(config).with_suffix(""), say)
         overlap = ranks.first(lambda: overlap_notes(config, comparison, table.test, tuned_transform(config), note))
-        said = [*coverage_notes(table.train, table.test), *overlap]
+        said = [*run_notes(comparison), *coverage_notes(table.train, table.test), *overlap]
         result = replace(result, notes=(*result.notes, *said))
         path = ranks.first(lambda: _write(config, result))
     return Evaluation(result, path, ranks.rank)

@@ -14,7 +14,17 @@ from dtpipe.distill.downstream.extractors import random_student
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.student.student import Student, StudentSpec, spec_to_dict
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.pipeline.arms import Arm, ArmMember, ArmSpec, open_comparison, parse_arm, random_arm, runs_of, seeds_of
+from dtpipe.pipeline.arms import (
+    Arm,
+    ArmMember,
+    ArmSpec,
+    open_comparison,
+    parse_arm,
+    random_arm,
+    run_notes,
+    runs_of,
+    seeds_of,
+)
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.rivals.weights import read_weights_file
 
@@ -88,6 +98,14 @@ def test_seed_i_of_an_arm_takes_run_i_and_one_run_serves_all(tmp_path: Path) -> 
     assert [is_of(distilled.student_for(seed), made) for seed, made in ((3, 10), (4, 11))] == [True, True]
     assert is_of(old.student_for(3), 5) and is_of(old.student_for(4), 5)
     assert comparison.spec == SPEC and not comparison.fixed
+
+
+def test_one_run_at_several_seeds_is_said_not_to_hold_the_spread_of_pre_training(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"s{seed}", seed) for seed in range(2)]
+    (note,) = run_notes(open_comparison(config(runs[0]), print))
+    assert note.startswith("distilled is one run at all 3 seeds: spread and intervals hold that of labels")
+    assert run_notes(open_comparison(config(runs), print)) == []
+    assert run_notes(open_comparison(config(runs[0], seeds=1), print)) == []
 
 
 def test_random_arms_are_drawn_from_the_seed() -> None:
