@@ -23,9 +23,11 @@ from dtpipe.distill.downstream.frozen.linear import LinearClassifier
 from dtpipe.distill.downstream.frozen.readout import Readout, masks_at_stride
 from dtpipe.distill.downstream.labelled import IGNORE
 from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.heads.classifier import CLASS
 from dtpipe.distill.downstream.tuned.segmentation.inference import Views, class_probabilities
 from dtpipe.distill.downstream.tuned.segmentation.network import MASK_TARGET, build_upernet
 from dtpipe.distill.downstream.tuned.supervised import SupervisedNet, flip_both
+from dtpipe.distill.downstream.tuned.tasks.finetune import build_classifier, mix_classes
 from dtpipe.distill.engine.optim import build_optimizer
 from dtpipe.distill.losses.base import LossKind
 from dtpipe.distill.losses.features import feature_loss
@@ -312,6 +314,22 @@ def test_labels_are_learnt_where_the_student_is(stride: int | None) -> None:
         loss = nn.functional.cross_entropy(network(images), targets, ignore_index=IGNORE)
         levels = extractor(images)
     assert on(CUDA, {"loss": loss, **levels})
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_classes_are_learnt_and_seen_where_the_student_is(name: str) -> None:
+    config = TuneConfig.model_validate(
+        {"steps": 1, "augment": {"crop_px": [32, 32], "mixup": 0.8}, "inference": {"flips": True}}
+    )
+    table = ClassTable.numbered(3)
+    with moved_to(CUDA):
+        network = build_classifier(build_student(StudentSpec(name, 4, (32, 32))), table, config).to(CUDA).train()
+    mix = mix_classes(table, config)
+    assert mix is not None
+    with running_on(CUDA):
+        images, targets = mix(blank(CUDA, 3, 3, 32, 32), [{CLASS: blank(CUDA, dtype=torch.int64)}] * 3)
+        losses = network(list(images), targets)
+    assert on(CUDA, losses)
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit"])

@@ -1,4 +1,4 @@
-"""`dtpipe plan`: what an extraction, and the training after it, would cost."""
+"""`dtpipe plan`: what an extraction, the training after it, and training on labels would cost."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ FLAGS = (
 EXAMPLE = """
 dtpipe plan --images photos/ --teacher teacher/ --out features/
 dtpipe plan -c imagenet_r50 --images imagenet/train --out features/
+dtpipe plan -c finetune_small -s eval.checkpoint=runs/r50 -s eval.images=labelled/
 """
 
 
@@ -25,7 +26,22 @@ def command(call: Call) -> None:
     """Bytes, hours and memory of an extraction, before anything is spent.
 
     Runs the actual teacher over a few of your images and writes nothing; with --student, also times training steps.
+    With settings of `eval` for a task that trains, times that, as `dtpipe eval .. -n` does.
     """
+    answer: dict[str, Any] = {}
+    if call.has("eval"):
+        from dtpipe.pipeline.plan.tuning import plan_tuning, print_tuning
+
+        tuning = plan_tuning(call.settings("eval"), call.console.note)
+        print_tuning(call.console, tuning)
+        answer["eval"] = tuning
+    if call.has("extract") or not answer:
+        answer |= _plan_extraction(call)
+    call.console.document(answer)
+
+
+def _plan_extraction(call: Call) -> dict[str, Any]:
+    """The plan of an extraction, and of the distillation after it where there are settings of one."""
     from dtpipe.distill.engine.device import training_device
     from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction
     from dtpipe.pipeline.plan.training import print_training, time_training
@@ -33,13 +49,12 @@ def command(call: Call) -> None:
     config = call.settings("extract")
     extraction, recipe = plan_recipe(config)
     print_extraction(call.console, extraction)
-    answer: dict[str, Any] = {"extract": extraction}
-    if call.has("distill"):
-        section = {"datasets": [config.run.out], **call.document["distill"]}
-        student = validate({"distill": section}, "distill", call.names, DistillRecipeConfig)
-        device = training_device((section.get("run") or {}).get("device", "auto"))
-        sizes = (recipe.levels, recipe.student_px, extraction.num_samples, extraction.stored_bytes)
-        training = time_training(student, device, *sizes)
-        print_training(call.console, training)
-        answer["distill"] = training
-    call.console.document(answer)
+    if not call.has("distill"):
+        return {"extract": extraction}
+    section = {"datasets": [config.run.out], **call.document["distill"]}
+    student = validate({"distill": section}, "distill", call.names, DistillRecipeConfig)
+    device = training_device((section.get("run") or {}).get("device", "auto"))
+    sizes = (recipe.levels, recipe.student_px, extraction.num_samples, extraction.stored_bytes)
+    training = time_training(student, device, *sizes)
+    print_training(call.console, training)
+    return {"extract": extraction, "distill": training}

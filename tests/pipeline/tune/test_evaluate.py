@@ -133,6 +133,16 @@ def test_the_command_plans_what_it_would_train(config: EvalConfig) -> None:
     assert not (Path(config.checkpoint) / "eval").exists()
 
 
+def test_plan_plans_the_same_from_settings(config: EvalConfig, tmp_path: Path) -> None:
+    settings = tmp_path / "eval.json"
+    settings.write_text(json.dumps({"eval": config.model_dump(mode="json")}))
+    planned = CliRunner().invoke(main, ["plan", "-c", str(settings), "--json"])
+    assert planned.exit_code == 0, planned.output
+    document = json.loads(planned.stdout)
+    assert list(document) == ["eval"]
+    assert document["eval"]["num_trainings"] == 2 * (2 + 2 * 2)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
