@@ -24,6 +24,7 @@ from dtpipe.distill.engine.progress import TrainProgress
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.arms import Comparison, random_arm
 from dtpipe.pipeline.cli.console import Note, ProgressLine, format_seconds
+from dtpipe.pipeline.cli.settings import load_document, preset_names
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.tune.cells import TunedTable, run_cells
 from dtpipe.pipeline.tune.rates import Train
@@ -32,11 +33,18 @@ from dtpipe.pipeline.tune.rates import Train
 def tune_settings(config: EvalConfig) -> TuneConfig:
     """How to train. Raises: ConfigError when nothing says how long."""
     if config.tune is None:
+        names = ", ".join(name for name in preset_names() if _task_of(name) == config.task)
+        presets = f"one of the presets {names} with -c" if names else "a preset with -c"
         raise ConfigError(
-            f"task {config.task} trains, and nothing says how long: give --steps or --epochs, or a preset such as "
-            "-c finetune_small; `dtpipe list presets` names them"
+            f"task {config.task} trains, and nothing says how long: give --steps or --epochs, or {presets}; "
+            "`dtpipe list presets` says what each is"
         )
     return config.tune
+
+
+def _task_of(preset: str) -> str | None:
+    task: str | None = load_document(preset).get("eval", {}).get("task")
+    return task
 
 
 def tuned_table(

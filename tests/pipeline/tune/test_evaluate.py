@@ -146,7 +146,10 @@ def test_plan_plans_the_same_from_settings(config: EvalConfig, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((), "task finetune trains, and nothing says how long: give --steps or --epochs, or a preset"),
+        (
+            (),
+            "nothing says how long: give --steps or --epochs, or one of the presets finetune_",
+        ),
         (("--steps", 2, "--epochs", 2), "give eval.tune.steps or eval.tune.epochs, one of them"),
         (("--steps", 2, "--lr", 0), "eval.tune.lr is 0: input should be greater than 0"),
     ],

@@ -125,7 +125,8 @@ def build_fcn(student: Student, classes: ClassTable, config: TuneConfig) -> Segm
     levels = HeadLevels(student, _norm_of(head_config))
     used = tuple(range(len(levels.strides)))
     if head_config.stride is not None:
-        used = (_level_of(student, levels, head_config.stride, "eval.tune.head.stride asks for"),)
+        remedy = "choose one of them, or leave it out for all"
+        used = (_level_of(student, levels, head_config.stride, "eval.tune.head.stride asks for", remedy),)
     levels.keep_only(used)
     head = FullyConvolutional(
         [levels.channels[idx] for idx in used],
@@ -150,15 +151,17 @@ def _norm_of(config: HeadConfig) -> Literal["batch", "group"]:
 def _aux_head(student: Student, levels: HeadLevels, num_classes: int, config: HeadConfig) -> nn.Module | None:
     if not config.aux_weight:
         return None
-    wanted = "the auxiliary head, which -s eval.tune.head.aux_weight=0 leaves out, reads"
-    channels = levels.channels[_level_of(student, levels, AUX_STRIDE, wanted)]
+    remedy = "give -s eval.tune.head.aux_weight=0, or another student"
+    channels = levels.channels[_level_of(student, levels, AUX_STRIDE, "the auxiliary head reads", remedy)]
     return FullyConvolutional([channels], num_classes, config.width // 2, config.norm, dropout=config.dropout)
 
 
-def _level_of(student: Student, levels: HeadLevels, stride: int, wanted: str) -> int:
+def _level_of(student: Student, levels: HeadLevels, stride: int, wanted: str, remedy: str) -> int:
     if stride not in levels.strides:
         strides = ", ".join(map(str, levels.strides))
-        raise ConfigError(f"{wanted} a level of stride {stride}, and student {student.spec.name} has {strides}")
+        raise ConfigError(
+            f"{wanted} a level of stride {stride}, and student {student.spec.name} has those of {strides}; {remedy}"
+        )
     return levels.strides.index(stride)
 
 
