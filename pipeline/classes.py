@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from dtpipe.distill.downstream.labelled import LabelledSet, check_several_classes
 from dtpipe.extract.sources.layouts.files import few
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.labels import Mask
+from dtpipe.manifests.labels import Class, Mask
+from dtpipe.pipeline.labelled import LOOKED_AT
 
 
 def check_scorable(train: LabelledSet, test: LabelledSet, ignore_value: int | None) -> None:
@@ -27,7 +28,9 @@ def check_scorable(train: LabelledSet, test: LabelledSet, ignore_value: int | No
 
 
 def coverage_notes(train: LabelledSet, test: LabelledSet) -> list[str]:
-    """What to say of classes that stand on one side only."""
+    """What to say of classes that stand on one side only; of very many masks or objects, that nobody has looked."""
+    if num := max((len(labelled) for labelled in (train, test) if _is_unseen(labelled)), default=0):
+        return [f"which classes stand on one side only is not known: {num} images are too many to read them all first"]
     what, learned, scored = "image" if train.kind is not Mask else "mask", train.find_classes(), test.find_classes()
     notes = []
     if unknown := _names((train, test), scored - learned):
@@ -35,6 +38,10 @@ def coverage_notes(train: LabelledSet, test: LabelledSet) -> list[str]:
     if unseen := _names((train, test), learned - scored):
         notes.append(f"no held-out {what} holds {unseen}: the scores say nothing of that")
     return notes
+
+
+def _is_unseen(labelled: LabelledSet) -> bool:
+    return labelled.occurring is None and labelled.kind is not Class and len(labelled) > LOOKED_AT
 
 
 def _names(sets: Sequence[LabelledSet], numbers: Collection[int]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.labels import Mask
 from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from parts.labelled import with_classes, with_masks
 
@@ -58,3 +61,18 @@ def test_classes_on_one_side_only_are_said() -> None:
     assert coverage_notes(masks(0, 1), masks(0, 1, *range(2, 9))) == [
         "no labelled mask holds 2, 3, 4, 5, 6 and 2 more: nobody can find that, and it counts as missed"
     ]
+
+
+def test_very_many_masks_are_not_read_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtpipe.pipeline.classes.LOOKED_AT", 2)
+
+    def unreadable(_row: int) -> Mask:
+        raise AssertionError("read")
+
+    many = replace(masks(0, 1, 2), target=unreadable)
+    assert coverage_notes(masks(0, 1), many) == [
+        "which classes stand on one side only is not known: 3 images are too many to read them all first"
+    ]
+    seen = replace(many, occurring=frozenset({0, 1}))
+    assert coverage_notes(masks(0, 1), seen) == []
+    assert coverage_notes(classes(0, 1, 1), classes(0, 1, 0)) == []  # reading a class costs nothing
