@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,14 @@ import torch
 from dtpipe.distill.downstream.extractors import random_student
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.predictions import Detections, PanopticPrediction
+from dtpipe.distill.downstream.tuned.tasks.detect import coco_entries
+from dtpipe.distill.downstream.tuned.tasks.panoptic import segments_info, segments_png
 from dtpipe.distill.student.student import Student, StudentSpec
 from dtpipe.manifests.labels import ClassTable, Instances, Panoptic
 from dtpipe.pipeline.demo.scenes import Scene, iterate_scenes
+from parts.coco import packed_runs
+from parts.images import png, write_files
 
 DIGITS = ClassTable(tuple("0123456789"))
 DIGITS_ON_GROUND = ClassTable((*DIGITS.names, "ground"), frozenset(range(10)))
@@ -100,3 +107,30 @@ def scene_set(classes: ClassTable, read: Callable[[Scene], Instances | Panoptic]
 
 def scene_student() -> Student:
     return random_student(StudentSpec("resnet10t", 4, (64, 64)), 0)
+
+
+def write_scenes_as_coco(root: Path, num: int, split: str = "train2017") -> Path:
+    """Digit scenes with their objects and their segments as COCO is published; the root."""
+    files: dict[str, bytes] = {}
+    images, objects, maps = [], [], []
+    for idx, scene in enumerate(iterate_scenes(num, 3)):
+        name, segments = f"{idx:012d}", scene_segments(scene)
+        truth = scene_objects(scene)
+        found = Detections((64, 64), truth.boxes, truth.classes, np.ones(len(truth)))
+        images.append({"id": idx, "file_name": f"{name}.jpg", "height": 64, "width": 64})
+        for entry, mask in zip(coco_entries(found, DIGITS), truth.masks, strict=True):
+            own = {"id": len(objects) + 1, "image_id": idx, "iscrowd": 0, "area": int(mask.sum())}
+            objects.append({**entry, **own, "segmentation": packed_runs(mask)})
+        info = segments_info(PanopticPrediction(segments.segments, segments.classes), DIGITS_ON_GROUND)
+        maps.append({"image_id": idx, "file_name": f"{name}.png", "segments_info": [{**s, "iscrowd": 0} for s in info]})
+        files |= {
+            f"{split}/{name}.jpg": png(scene.image),
+            f"annotations/panoptic_{split}/{name}.png": segments_png(segments.segments),
+        }
+    classes = [
+        {"id": number, "name": name, "isthing": number < 10} for number, name in enumerate(DIGITS_ON_GROUND.names)
+    ]
+    for kind, entries, categories in (("instances", objects, classes[:10]), ("panoptic", maps, classes)):
+        document = {"images": images, "annotations": entries, "categories": categories}
+        files[f"annotations/{kind}_{split}.json"] = json.dumps(document).encode()
+    return write_files(root, files)

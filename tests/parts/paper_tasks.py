@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from parts.paper_detection import DETECTION_FIGURES, DETECTION_ROWS, SMALL_DETECTION
 from parts.paper_segmentation import SEGMENTATION_FIGURES, SEGMENTATION_ROWS
 
 Row = dict[str, Any]
@@ -79,13 +80,14 @@ TASK_ROWS: dict[str, Row] = {
         "tune.head.dropout": 0.0,
     },
 }
-TASK_ROWS |= SEGMENTATION_ROWS
-SMALL_TASKS = ("finetune_small", "segment_small")
+TASK_ROWS |= SEGMENTATION_ROWS | DETECTION_ROWS
+SMALL_TASKS = ("finetune_small", "segment_small", *SMALL_DETECTION)
 """Presets of our own, for a CPU."""
 PAPER_TASKS = {
     "finetune_resnet50": "80.2 top-1",
     "finetune_convnext_base": "83.9 top-1",
     "linear_resnet50": "63.9 top-1",
     **SEGMENTATION_FIGURES,
+    **DETECTION_FIGURES,
 }
 """What the paper reports of a row."""

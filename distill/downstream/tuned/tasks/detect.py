@@ -43,7 +43,7 @@ def _save(prediction: Detections, classes: ClassTable) -> Iterator[tuple[str, by
 
 TASK: TunedTask[Detections] = TunedTask(
     name="detect",
-    summary="Objects by Mask R-CNN with FPN, or its cascade; average precision of boxes and masks as COCO has it.",
+    summary="from objects: Mask R-CNN with FPN, or its cascade, trained with the backbone; COCO's average precision",
     kind=Instances,
     metric_name=BOX_AP,
     build=build_detector,

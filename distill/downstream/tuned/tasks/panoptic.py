@@ -46,7 +46,7 @@ def _save(prediction: PanopticPrediction, classes: ClassTable) -> Iterator[tuple
 
 TASK: TunedTask[PanopticPrediction] = TunedTask(
     name="panoptic",
-    summary="Segments of things and stuff by Panoptic FPN; panoptic, segmentation and recognition quality.",
+    summary="from things and stuff: Panoptic FPN, trained with the backbone; panoptic quality",
     kind=Panoptic,
     metric_name="PQ",
     build=PanopticFPN,
