@@ -149,7 +149,7 @@ class LabelledReader:
         if len(rows) > LOOKED_AT:
             note(
                 f"{self.where}: of {len(rows)} images {_FEW} are looked at first; the others are read when they are "
-                "needed, and are not compared by content"
+                "needed, and labelled and held-out ones are not compared by content"
             )
             rows = spread(rows, _FEW)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
