@@ -38,6 +38,16 @@ def test_a_case_by_hand() -> None:
     assert MIOU in scored(truths, seen, 4, DDPM_MIOU).others
 
 
+def test_the_other_rule_is_left_out_where_the_masks_give_both_the_same() -> None:
+    """Whatever is predicted, so that all arms of a table have the same scores."""
+    everywhere, seen = [[[0, 1], [2, 2]]], [[[1, 1], [0, 1]]]
+    scores = scored(everywhere, seen, 3)
+    assert DDPM_MIOU not in scores.others
+    assert scored(everywhere, seen, 3, DDPM_MIOU).value == pytest.approx(scores.value, abs=1e-6)
+    assert DDPM_MIOU in scored([[[0, 1], [2, 255]]], seen, 3).others
+    assert DDPM_MIOU in scored([[[0, 1], [1, 1]]], seen, 3).others
+
+
 def ddpm_by_loops(truths, predictions, num: int, ignore: int) -> float:
     """compute_iou of ddpm-segmentation, said in loops: sums over images, then the mean over all but the ignored."""
     ious = []
