@@ -1,0 +1,237 @@
+"""Does it help? Backbones fine-tuned on few labels: distilled, distilled from an untrained teacher, and from scratch.
+
+    python benchmarks/downstream.py --data digits                      # masks and objects of digit scenes, 64 px
+    python benchmarks/downstream.py --data flowers --flowers DIR       # five classes of photographs, 64 px
+
+Everything is a command of dtpipe; all are printed and kept in the JSON. Each goes on where it was stopped, so this
+does too, in the folder --work. What was decided beforehand is `PROTOCOL`: settings, arms and number of seeds were fixed
+on other scenes (seed 100) before any seed that is reported was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import REPO, RESULTS, publish, teacher_digest
+
+from dtpipe.pipeline.demo.scenes import write_scenes
+
+STUDENT, PX = "resnet10t", 64
+TEACHER, UNTRAINED = "distilled", "untrained"
+SECONDS = "seconds.json"
+UPRIGHT = ("-s", "eval.tune.augment.flip=0")
+"""Mirrored digits are none."""
+PROTOCOL = {
+    "question": "Is a backbone distilled from a generative teacher, without labels, better to fine-tune than none?",
+    "arms": {
+        TEACHER: "the student of the trained teacher",
+        UNTRAINED: "the control that must not win: the student of the same teacher with weights as drawn",
+        "random initialisation": "the same student from scratch, on the same labels, by as many steps",
+    },
+    "seed": "varies noise, order and initial weights of the pre-training, the head, the labels drawn and their order",
+    "rates": "chosen for each arm and number of labels on folds of the labelled images of the first seed",
+    "score": "held-out images: other digits and parts of photographs, or a fifth of the flowers that no teacher saw",
+    "verdict": "the 95 % interval of the difference paired by seed; the headline is distilled minus scratch",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table."""
+
+    name: str
+    task: str
+    labels: str
+    """Numbers of labelled images."""
+    settings: tuple[str, ...]
+    """Of the command."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Images, their teacher, and the tables."""
+
+    name: str
+    teacher: Path
+    prepare: Callable[[argparse.Namespace, Path], None]
+    images: Callable[[Path], Path]
+    """Below the folder of the study."""
+    extract: tuple[str, ...]
+    distill: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the studies asked for; print each table; write one JSON file each."""
+    args = parse(argv)
+    for name in args.data:
+        study = STUDIES[name]
+        root = args.work / name
+        study.prepare(args, root)
+        commands = [*pretraining(study, root, args), *tables(study, root, args)]
+        for command in commands:
+            run(command, args.work)
+        report(study, root, args, commands)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=["digits", "flowers"], default=["digits", "flowers"])
+    parser.add_argument("--tables", nargs="+", help="only these tables; default: all of the data")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--flowers", type=Path, default=REPO.parent / "shared" / "data" / "flowers5_128")
+    parser.add_argument(
+        "--num-images", type=int, default=1000, help="scenes without labels; labels are drawn from them"
+    )
+    parser.add_argument("--num-held-out", type=int, default=300, help="scenes to score on")
+    parser.add_argument("--epochs", type=int, help="of distillation, in place of the study's")
+    parser.add_argument("--steps", type=int, help="of fine-tuning, in place of the preset's")
+    parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-downstream")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    return parser.parse_args(argv)
+
+
+def digits(args: argparse.Namespace, root: Path) -> None:
+    """Scenes to pre-train on, which labels are drawn from too, and held-out ones."""
+    for part, num in (("train", args.num_images), ("held_out", args.num_held_out)):
+        if not (root / part / "instances.json").is_file():  # written last
+            write_scenes(root / part, num, seed=0, px=PX, part=part)
+
+
+def flowers(args: argparse.Namespace, root: Path) -> None:
+    """Class folders, a fifth held out as when the teacher was trained."""
+    from probe import split_folders
+
+    split_folders(args.flowers, root, None)
+
+
+STUDIES = {
+    "digits": Study(
+        "digits",
+        REPO / "pipeline" / "demo" / "teacher",
+        digits,
+        lambda root: root / "train" / "images",
+        ("-c", "digits", "-s", "extract.noise.draws=4"),
+        ("-c", "digits", "--epochs", "40", "--warmup-epochs", "4"),
+        (
+            Case("segment", "segment", "5,20,80", ("-c", "segment_small", *UPRIGHT)),
+            Case("detect", "detect", "5,20,80", ("-c", "detect_small", *UPRIGHT)),
+        ),
+    ),
+    "flowers": Study(
+        "flowers",
+        REPO / "benchmarks" / "weights" / "flowers64",
+        flowers,
+        lambda root: root / "train",
+        ("-c", "digits", "-s", "extract.noise.draws=2", "-s", "extract.noise.flips=true"),
+        ("-c", "digits", "--epochs", "12", "--warmup-epochs", "2"),
+        (Case("finetune", "finetune", "25,50,250", ("-c", "finetune_small")),),
+    ),
+}
+
+
+def pretraining(study: Study, root: Path, args: argparse.Namespace) -> list[list[str]]:
+    """Features and student of both teachers, for each seed."""
+    commands = []
+    epochs = ["--epochs", str(args.epochs), "--warmup-epochs", str(args.epochs / 10)] if args.epochs else []
+    for seed in range(args.seeds):
+        for arm, untrained in ((TEACHER, []), (UNTRAINED, ["--untrained", str(seed)])):
+            features, student = root / "features" / f"{arm}{seed}", root / f"{arm}{seed}"
+            places = ["--images", study.images(root), "--teacher", study.teacher, "--out", features]
+            seeds = ["-s", f"extract.noise.seed={seed}", "-s", f"extract.source.seed={seed}"]
+            commands.append(["extract", *study.extract, *untrained, *seeds, *places, "--inline"])
+            names = ["--student", STUDENT, "--seed", str(seed), "--out", student]
+            commands.append(["distill", features, *study.distill, *names, *epochs])
+    return [list(map(str, command)) for command in commands]
+
+
+def tables(study: Study, root: Path, args: argparse.Namespace) -> list[list[str]]:
+    """One evaluation of all arms and seeds for each table."""
+    return [table(case, root, args) for case in chosen(study, args)]
+
+
+def chosen(study: Study, args: argparse.Namespace) -> list[Case]:
+    """The tables asked for."""
+    return [case for case in study.cases if args.tables is None or case.name in args.tables]
+
+
+def table(case: Case, root: Path, args: argparse.Namespace) -> list[str]:
+    """The command of one table."""
+    arms = {arm: ",".join(str(root / f"{arm}{seed}") for seed in range(args.seeds)) for arm in (TEACHER, UNTRAINED)}
+    steps = ["--steps", str(args.steps)] if args.steps else []
+    rates = ["-s", "eval.tune.lr_choice=first_seed", "-s", "eval.tune.folds=2"]
+    labels = [*images_of(case.task, root), "--labelled", case.labels, "--seeds", str(args.seeds)]
+    out = ["--out", str(result_file(case, root))]
+    arms_given = [f"{TEACHER}={arms[TEACHER]}", case.task, "--compare", f"{UNTRAINED}={arms[UNTRAINED]}"]
+    return ["eval", *arms_given, *labels, *case.settings, *rates, *steps, *out]
+
+
+def images_of(task: str, root: Path) -> list[str]:
+    """Labelled and held-out images, as the task needs them."""
+    train, test = root / "train", root / "held_out"
+    if task == "finetune":
+        return ["--images", str(train), "--test-images", str(test)]
+    if task == "detect":
+        return ["--images", f"coco-json:{train}@instances.json", "--test-images", f"coco-json:{test}@instances.json"]
+    masks = ["--masks", str(train / "semantic"), "--test-masks", str(test / "semantic")]
+    return ["--images", str(train / "images"), "--test-images", str(test / "images"), *masks]
+
+
+def result_file(case: Case, root: Path) -> Path:
+    """Where the table is written as JSON."""
+    return root / "tables" / f"{case.name}.json"
+
+
+def run(command: Sequence[str], work: Path) -> None:
+    """Run one command of dtpipe, with its output on the terminal, and add to the seconds that it took so far."""
+    line = written(command, work)
+    print(f"\n$ {line}", flush=True)
+    started = time.monotonic()
+    try:
+        subprocess.run([sys.executable, "-m", "dtpipe.pipeline.cli.main", *command], check=True)
+    finally:
+        spent = seconds(work)
+        spent[line] = round(spent.get(line, 0.0) + time.monotonic() - started, 1)
+        (work / SECONDS).write_text(json.dumps(spent, indent=1), encoding="utf-8")
+
+
+def seconds(work: Path) -> dict[str, float]:
+    """What each command took over all calls."""
+    path = work / SECONDS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def written(command: Sequence[str], work: Path) -> str:
+    """A command without the folders of this machine."""
+    line = shlex.join(["dtpipe", *command])
+    return line.replace(f"{work}/", "WORK/").replace(f"{REPO}/", "").replace(f"{REPO.parent}/", "../")
+
+
+def report(study: Study, root: Path, args: argparse.Namespace, commands: Sequence[Sequence[str]]) -> None:
+    """Write what came out, with all that it takes to make it again."""
+    results: dict[str, Any] = {}
+    for case in chosen(study, args):
+        text = result_file(case, root).read_text(encoding="utf-8").replace(str(args.work), "WORK")
+        results[case.name] = json.loads(text)
+    spent = seconds(args.work)
+    lines = [
+        {"command": line, "seconds": spent[line]} for line in (written(command, args.work) for command in commands)
+    ]
+    content = {"data": study.name, "protocol": PROTOCOL, "seeds": args.seeds, "commands": lines, "results": results}
+    digests = {study.name: teacher_digest(study.teacher)}
+    publish("downstream", content, args.out / f"downstream_{study.name}.json", digests)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
