@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.labels import Instances
 
+MAX_MASKS_BYTES = 1 << 31  # of the masks of one image, a byte a pixel; several images are read at a time
 StatedObjects = list[tuple[int, list[float] | None, float | None, bool, Any]]
 """Of an image: class number, box as x, y, width, height, area, crowd, segmentation as it stands in the file."""
 
@@ -34,6 +35,7 @@ def read_objects(objects: StatedObjects, image_px: tuple[int, int], has_masks: b
     masks, areas, edges = None, np.zeros(len(objects)), np.zeros((len(objects), 4))
     try:
         if has_masks:
+            _check_memory(len(objects), image_px, where)
             masks, areas, edges = _rasterise([entry[-1] for entry in objects], image_px)
     except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as err:
         raise InputError(f"{where} has a segmentation that cannot be read ({err}); write the file again") from err
@@ -57,6 +59,15 @@ def read_objects(objects: StatedObjects, image_px: tuple[int, int], has_masks: b
     )
 
 
+def _check_memory(num: int, image_px: tuple[int, int], where: str) -> None:
+    size_bytes = num * image_px[0] * image_px[1]
+    if size_bytes > MAX_MASKS_BYTES:
+        raise InputError(
+            f"{where} has {num} objects, whose masks take {size_bytes} bytes at {image_px[1]}x{image_px[0]} px, over "
+            f"the limit of {MAX_MASKS_BYTES}; cut such images into tiles"
+        )
+
+
 def _rasterise(
     segmentations: Sequence[Any], image_px: tuple[int, int]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
@@ -69,7 +80,9 @@ def _rasterise(
     if not segmentations:
         return np.zeros((0, *image_px), dtype=bool), np.zeros(0), np.zeros((0, 4))
     lengths = [run_lengths(segmentation, image_px) for segmentation in segmentations]
-    masks: NDArray[np.bool_] = np.ascontiguousarray(coco_mask.decode(lengths).transpose(2, 0, 1)).astype(bool)
+    masks = np.empty((len(lengths), *image_px), dtype=bool)
+    for mask, runs in zip(masks, lengths, strict=True):
+        mask[:] = coco_mask.decode(runs)
     return masks, coco_mask.area(lengths).astype(np.float64), coco_mask.toBbox(lengths).astype(np.float64)
 
 

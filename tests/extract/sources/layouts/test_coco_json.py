@@ -248,6 +248,15 @@ def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places_in(value[key])
 
 
+def test_more_masks_than_memory_holds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_layout(f"coco-json:{write_coco(tmp_path, coco_document())}@labels.json")
+    monkeypatch.setattr("dtpipe.extract.sources.layouts.objects.MAX_MASKS_BYTES", 2 * SIDE * SIDE)
+    with pytest.raises(
+        InputError, match=r"image b.png has 3 objects, whose masks take 1728 bytes at 24x24 px, over .* 1152; cut"
+    ):
+        source.target(1, (SIDE, SIDE))
+
+
 def test_labels_of_another_size_or_place_than_their_image_are_refused(tmp_path: Path) -> None:
     document = json.loads(json.dumps(coco_document()))
     document["annotations"][0]["bbox"] = [30, 0, 4, 4]
