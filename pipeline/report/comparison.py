@@ -13,16 +13,17 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.maps.columns import column_sections
+from dtpipe.pipeline.report.maps.features import variances_of
 from dtpipe.pipeline.report.provenance import provenance_section
 from dtpipe.pipeline.report.section import Notes, Section, render
 from dtpipe.pipeline.report.tasks.merged import merged_sections
 from dtpipe.pipeline.report.training import (
-    R2,
+    R2_MEANS,
     Metrics,
     facts_of,
+    level_lines,
     line_of,
     loss_names,
-    names_of_levels,
     read_run_config,
     run_metrics,
 )
@@ -38,15 +39,14 @@ class NamedRun:
     path: Path
     settings: DistillConfig
     metrics: Metrics
+    variances: Mapping[str, float]
+    """Of the teacher's levels."""
 
 
 def compared_sections(paths: Sequence[str], config: ReportConfig, notes: Notes) -> tuple[str, list[Section]]:
     """The page's title and its parts. Raises: InputError where one is no run; ConfigError where one stands twice."""
     names = run_names(paths)
-    runs = [
-        NamedRun(name, Path(path), read_run_config(Path(path)), run_metrics(Path(path), notes.leave_out))
-        for name, path in zip(names, paths, strict=True)
-    ]
+    runs = [_named_run(name, Path(path), config, notes) for name, path in zip(names, paths, strict=True)]
     sections = [
         _settings_section(runs),
         *merged_sections({run.name: run.path for run in runs}, config, notes),
@@ -57,6 +57,12 @@ def compared_sections(paths: Sequence[str], config: ReportConfig, notes: Notes) 
         made = provenance_section(run.path, run.settings, notes.leave_out)
         sections.append(Section(f"How {run.name} was made", made.html))
     return ", ".join(names), sections
+
+
+def _named_run(name: str, path: Path, config: ReportConfig, notes: Notes) -> NamedRun:
+    settings = read_run_config(path)
+    variances = variances_of(path, settings, config.cluster_images, config.seed)
+    return NamedRun(name, path, settings, run_metrics(path, notes.leave_out), variances)
 
 
 def run_names(paths: Sequence[str]) -> list[str]:
@@ -109,14 +115,17 @@ def _curves_section(runs: Sequence[NamedRun]) -> Iterator[Section]:
     if not trained:
         return
     names = dict.fromkeys(name for run in trained for name in loss_names(run.metrics))
-    names |= dict.fromkeys(name for run in trained for name in names_of_levels(run.metrics))
     panels = {
-        name.replace(R2, "R², "): {run.name: line_of(run.metrics, name) for run in trained if name in run.metrics[0]}
-        for name in names
+        name: {run.name: line_of(run.metrics, name) for run in trained if name in run.metrics[0]} for name in names
     }
+    for run in trained:
+        for title, lines in level_lines(run.metrics, run.variances).items():
+            for level, line in lines.items():
+                panels.setdefault(f"{title.removesuffix(' by level')} of {level}", {})[run.name] = line
     titles = list(panels)
+    caption = R2_MEANS if any(run.variances for run in trained) else ""
     rows = [
         figures.curves({title: panels[title] for title in titles[start : start + _PER_ROW]}, num_columns=_PER_ROW)
         for start in range(0, len(titles), _PER_ROW)
     ]
-    yield Section("Training", render("training.html", figures=rows, caption=""))
+    yield Section("Training", render("training.html", figures=rows, caption=caption))

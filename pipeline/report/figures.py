@@ -18,6 +18,7 @@ COLOURS = ("#3b82c4", "#d9822b", "#4d9e5a", "#b5485d", "#8b6cc1", "#8a7d5c", "#c
 GREY = "#8a8f98"
 WIDTH_IN, HEIGHT_IN = 4.6, 2.9
 _BARS_WIDTH_IN, _BAR_IN = 7.0, 0.1
+_LEAST_TOP = 0.02  # of scores that are all next to nothing
 _ASIDE = 0.035  # of the distance of two numbers of labels
 
 Series = tuple[Sequence[float], Sequence[float]]
@@ -102,7 +103,9 @@ def scores(title: str, numbers: Sequence[int], rows: Mapping[str, Sequence[Point
     axis.set_xticks(range(len(numbers)), [str(num) for num in numbers])
     axis.set_xlabel("labelled images", color=INK)
     axis.set_ylabel(metric, color=INK)
-    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
+    axis.set_xlim(-0.5, len(numbers) - 0.5)
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(max(0.0, bottom), max(top, _LEAST_TOP))
     _legend(axis, loc="lower left", bbox_to_anchor=(-0.05, 1.0), ncols=2)
     return _svg(figure, title)
 

@@ -13,8 +13,9 @@ from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.section import LeaveOut, Section, render
 
 Metrics = Sequence[Mapping[str, Any]]
-MSE, R2 = "mse/", "r2/"
-"""Names by level: squared error, and share of the variance explained."""
+R2 = "R² by level"
+R2_MEANS = "R² of the regressor's output: 1 is the teacher's whitened level, 0 its mean over images, a constant."
+MSE = "mse/"  # before the name of a level
 
 
 def read_run_config(run: Path) -> DistillConfig:
@@ -53,31 +54,40 @@ def facts_of(settings: DistillConfig, metrics: Metrics) -> dict[str, str]:
     return facts
 
 
-def training_section(metrics: Metrics) -> Iterator[Section]:
-    """Curves; nothing where there are none."""
+def training_section(metrics: Metrics, variances: Mapping[str, float]) -> Iterator[Section]:
+    """Curves; nothing where there are none. Of levels R², by the variances of the teacher's, else the error."""
     if not metrics:
         return
     panels = {
         "loss": _panel(metrics, loss_names(metrics)),
-        "squared error by level": _panel(metrics, _starting(metrics, MSE), MSE),
-        "variance explained, R² by level": _panel(metrics, _starting(metrics, R2), R2),
+        **level_lines(metrics, variances),
         "learning rate": _panel(metrics, ["lr"]),
     }
     curves = figures.curves({title: lines for title, lines in panels.items() if lines})
-    yield Section("Training", render("training.html", figures=[curves], caption=_spent(metrics)))
+    said = f"{R2_MEANS if R2 in panels else ''} {_spent(metrics)}"
+    yield Section("Training", render("training.html", figures=[curves], caption=said.strip()))
 
 
 def loss_names(metrics: Metrics) -> list[str]:
     """`loss`, which is minimised, and its terms."""
     parts = dict.fromkeys(
-        name.partition("/")[0] for name in metrics[0] if "/" in name and not name.startswith(("share/", R2))
+        name.partition("/")[0] for name in metrics[0] if "/" in name and not name.startswith("share/")
     )
     return [name for name in ["loss", *parts] if name in metrics[0]]
 
 
-def names_of_levels(metrics: Metrics) -> list[str]:
-    """Names of what is known by level."""
-    return [*_starting(metrics, MSE), *_starting(metrics, R2)]
+def level_lines(metrics: Metrics, variances: Mapping[str, float]) -> dict[str, dict[str, figures.Series]]:
+    """A panel with a line per level: R² against the mean of the teacher's levels, where their variances are known, else
+    the squared error of the whitened levels."""
+    errors = {name.removeprefix(MSE): line_of(metrics, name) for name in metrics[0] if name.startswith(MSE)}
+    if not errors or not all(variances.get(level, 0) > 0 for level in errors):
+        return {"squared error by level": errors}
+    return {
+        R2: {
+            level: (steps, [1 - error / variances[level] for error in values])
+            for level, (steps, values) in errors.items()
+        }
+    }
 
 
 def line_of(metrics: Metrics, name: str) -> figures.Series:
@@ -86,12 +96,8 @@ def line_of(metrics: Metrics, name: str) -> figures.Series:
     return [line["step"] for line in known], [line[name] for line in known]
 
 
-def _panel(metrics: Metrics, names: Sequence[str], strip: str = "") -> dict[str, figures.Series]:
-    return {name.removeprefix(strip): line_of(metrics, name) for name in names if name in metrics[0]}
-
-
-def _starting(metrics: Metrics, prefix: str) -> list[str]:
-    return [name for name in metrics[0] if name.startswith(prefix)]
+def _panel(metrics: Metrics, names: Sequence[str]) -> dict[str, figures.Series]:
+    return {name: line_of(metrics, name) for name in names if name in metrics[0]}
 
 
 def _spent(metrics: Metrics) -> str:

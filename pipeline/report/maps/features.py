@@ -8,6 +8,7 @@ flat.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from dtpipe.distill.stream.data import OpenedData, TrainingData
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.student.distiller import Distiller, build_distiller, choose_levels, student_size
 from dtpipe.distill.student.load import student_state
+from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.read.source import FeatureSource, read_images
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.pipeline.live.data import recorded_data
@@ -86,8 +88,7 @@ class RunFeatures:
 
     def choose(self, num: int, seed: int) -> RowIdxs:
         """Some rows drawn by the seed, ascending."""
-        generator = np.random.Generator(np.random.Philox(seed))
-        return np.sort(generator.choice(self.rows, size=min(num, len(self.rows)), replace=False))
+        return _choose(self.rows, num, seed)
 
     def rows_of(self, keys: Sequence[str]) -> RowIdxs:
         """Rows of images by their keys, which must be among `run_keys`."""
@@ -133,6 +134,39 @@ def run_keys(run: Path, config: DistillConfig) -> list[str]:
     return [opened.source.columns.keys[row] for row in _rows(opened)]
 
 
+def variances_of(run: Path, config: DistillConfig, num_images: int, seed: int) -> dict[str, float]:
+    """`level_variances`; none where the data cannot be read, which is said where maps are left out."""
+    with suppress(DtpipeError):
+        return level_variances(run, config, num_images, seed)
+    return {}
+
+
+def level_variances(run: Path, config: DistillConfig, num_images: int, seed: int) -> dict[str, float]:
+    """Mean squared deviation of the teacher's whitened levels from their mean over images of the run, by level: the
+    error of the best constant. Unbiased. Empty for one image, and where the teacher would have to run for it.
+
+    Raises: what the dataset's readers raise.
+    """
+    import torch
+
+    _, opened = _open(run, config)
+    rows = _choose(_rows(opened), num_images, seed)
+    if not config.datasets or len(rows) < 2:
+        return {}
+    names = [level.name for level in choose_levels(opened.source.levels, config.levels)]
+    sums: dict[str, NDArray[np.float64]] = {}
+    squares = dict.fromkeys(names, 0.0)
+    for start in range(0, len(rows), _AT_ONCE):
+        _, features = _read_stored(opened.source, rows[start : start + _AT_ONCE], names)
+        for name in names:
+            level = whiten(torch.from_numpy(features[name]), config.loss.whiten).double().numpy()
+            sums[name] = sums.get(name, 0) + level.sum(axis=0)
+            squares[name] += float(np.square(level).sum())
+    num = len(rows)
+    spread = {name: squares[name] - float(np.square(sums[name]).sum()) / num for name in names}
+    return {name: spread[name] / ((num - 1) * sums[name].size) for name in names}
+
+
 def load_distiller(
     run: Path, config: DistillRecipeConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int]
 ) -> Distiller:
@@ -163,6 +197,11 @@ def _open(run: Path, config: DistillConfig) -> tuple[TrainingData, OpenedData]:
 
 def _rows(opened: OpenedData) -> RowIdxs:
     return np.asarray(opened.sampling.rows if opened.sampling else opened.source.columns.ok_rows)
+
+
+def _choose(rows: RowIdxs, num: int, seed: int) -> RowIdxs:
+    generator = np.random.Generator(np.random.Philox(seed))
+    return np.sort(generator.choice(rows, size=min(num, len(rows)), replace=False))
 
 
 def _open_to_read(run: Path, config: DistillConfig) -> tuple[OpenedData, Read, bool]:

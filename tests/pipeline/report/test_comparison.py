@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,7 @@ def test_a_page_of_two_runs_has_every_part(small_run: Path, other_run: Path, tmp
     assert re.findall('<tr><td class="soft">lr</td><td>(.*?)</td><td>(.*?)</td></tr>', html) == [("0.001", "0.002")]
     last = [f"{read_metrics(run)[-1]['loss']:.3f}" for run in runs]
     assert f'<td class="soft">loss</td><td>{last[0]}</td><td>{last[1]}</td>' in html
+    assert "R² of l2" in html and "R² of the regressor's output" in unescape(html)
     assert re.findall("<tr><th>image</th><th></th>(.*?)</tr>", html) == ["<th>teacher</th><th>a</th><th>b</th>"] * 2
     levels = 2
     assert html.count("data:image/png;base64,") == 2 * 2 * (1 + 3 * levels)
