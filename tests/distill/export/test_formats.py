@@ -26,9 +26,11 @@ from safetensors.torch import load_file
 from dtpipe.distill.export.detectron2 import to_detectron2
 from dtpipe.distill.export.registry import EXPORTS
 from dtpipe.distill.export.write import ExportResult, export_student
+from dtpipe.distill.student.foreign import load_foreign
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, ExportError, InputError
+from dtpipe.pipeline.rivals.weights import read_weights_file
 from parts.consumers import Detectron2ResNet, convnext_shapes, train_step
 from parts.damage import flip
 from parts.memory import write_student
@@ -229,6 +231,25 @@ def test_load_student_reads_exports_that_are_safetensors(name: str, layout: str,
     result, student = exported(name, layout)
     images = torch.rand(1, 3, 64, 64)
     again = load_student(result.path.parent)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(again(images), student(images), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("resnet18", "torchvision-detection"),
+        ("resnet18", "detectron2"),
+        ("resnet18", "openmmlab"),
+        ("convnext_tiny", "convnext"),
+        ("convnext_tiny", "openmmlab"),
+    ],
+)
+def test_the_reader_of_other_projects_weights_finds_the_student(name: str, layout: str, exported: Export) -> None:
+    """`dtpipe eval --compare MODEL@FILE` reads these names by tables of its own."""
+    result, student = exported(name, layout)
+    again = load_foreign(student.spec, read_weights_file(result.path), "the export").student
+    images = torch.rand(1, 3, *student.spec.image_px)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(again(images), student(images), strict=True))
 
