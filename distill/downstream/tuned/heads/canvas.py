@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from dtpipe.distill.downstream.tuned.config import InferenceConfig
 from dtpipe.distill.downstream.tuned.segmentation.inference import scaled_size
-from dtpipe.distill.student.blocks import resize
 from dtpipe.distill.student.student import Student, model_options
 from dtpipe.manifests.errors import ShapeError
 
@@ -64,7 +64,9 @@ class Canvas:
         if self.fixed_px:
             fitting = [fixed / px for fixed, px in zip(self.fixed_px, size, strict=True)]
             size = scaled_size(size, None, None, min(1.0, *fitting))
-        return resize(image[None], size)[0]
+        if size == own:
+            return image
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
 def _rounded_up(sizes: Sequence[tuple[int, int]], divisor: int) -> tuple[int, int]:

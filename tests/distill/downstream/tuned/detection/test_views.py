@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dtpipe.distill.downstream.tuned.detection.views import InstanceViews, PanopticViews, outer_boxes
+from dtpipe.distill.downstream.tuned.heads.canvas import Canvas
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Panoptic
 from dtpipe.pipeline.demo.scenes import make_scene
@@ -52,6 +53,13 @@ def test_sizes_follow_the_drawn_short_side_and_the_limit_of_the_long_one() -> No
         torch.testing.assert_close(example.target["boxes"], torch.tensor([[10.0, 10.0, 30.0, 20.0]]) * scale)
         torch.testing.assert_close(outer_boxes(example.target["masks"]), example.target["boxes"], atol=1.0, rtol=0)
     assert views(scale=(0.5, 0.5))(image, objects).image.shape == (3, 20, 40)
+
+
+def test_images_shrink_in_training_as_in_scoring() -> None:
+    """Up to the rounding of training's bytes, 1/127.5."""
+    example = views(short_px=(24,))(SCENE.image, scene_objects(SCENE))
+    whole = torch.from_numpy(SCENE.image).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(Canvas(32, short_px=24).fit(whole), example.image, rtol=0, atol=1 / 127.5)
 
 
 def test_after_a_crop_boxes_are_those_of_what_is_left_of_the_masks() -> None:

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from dtpipe.distill.downstream.extractors import random_student
 from dtpipe.distill.downstream.tuned.predictions import Detections
 from dtpipe.distill.downstream.tuned.run import tune
 from dtpipe.distill.downstream.tuned.tasks.detect import TASK
+from dtpipe.distill.downstream.tuned.trainer import Tuning
+from dtpipe.distill.student.student import StudentSpec
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import ClassTable
 from parts.objects import DIGITS, OVERFIT, SMALL_HEAD, rectangles, scene_objects, scene_set, scene_student, with_targets
-from parts.tuning import tune_config, tune_job
+from parts.tuning import tune_config, tune_job, tune_losses
 
 # pycocotools decodes through an interface of numpy that is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -41,6 +44,25 @@ def test_scenes_without_digits_are_trained_on_beside_others(cascade, tmp_path: P
     head = {**SMALL_HEAD, "cascade": cascade, "convs": 1}
     result = tune(tune_job(tune_config(steps=2, head=head), labelled, "detect"), labelled, tmp_path, "cpu")
     assert 0 <= result.value <= 1 and all(np.isfinite(value) for value in result.losses.values())
+
+
+def test_a_training_that_broke_off_draws_the_same_samples_again(tmp_path: Path, monkeypatch) -> None:
+    """Anchors and regions are drawn at random in each step; the engine seeds every step anew."""
+    scenes = scene_set(DIGITS, scene_objects, num=2)
+    config = tune_config(steps=4, batch_size=2, head=SMALL_HEAD)
+    job = tune_job(config, scenes, "detect", random_student(StudentSpec("test_resnet", 4, (64, 64)), 0))
+
+    def break_off(_trainer: Tuning, step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Tuning, "updated", break_off)
+        tune(job, scenes, tmp_path / "broken", "cpu")
+    resumed, unbroken = (tune(job, scenes, tmp_path / name, "cpu") for name in ("broken", "whole"))
+    assert (resumed.resumed_step, unbroken.resumed_step) == (2, 0)
+    assert tune_losses(tmp_path / "broken") == tune_losses(tmp_path / "whole")
+    assert resumed.scores == unbroken.scores
 
 
 def test_results_are_kept_as_cocos_files_have_them_under_the_data_sets_own_numbers() -> None:
