@@ -1,7 +1,8 @@
 """Does distillation make better features? Frozen students against their rivals on images that nobody trained on.
 
 For each seed: extract -> distill -> probe; then one table per data set and task, with few labels and all:
-distilled, random initialisation, raw pixels, the teacher's own features, and a supervised student of equal steps.
+distilled, random initialisation, raw pixels, and the teacher's own features. Training on the labels, with a rate of its
+own for each arm, is `dtpipe eval RUN finetune`.
 
     python benchmarks/probe.py --data digits                   # masks and classes of digit scenes
     python benchmarks/probe.py --data flowers --flowers DIR    # five classes of flowers, at 64 px
@@ -30,7 +31,7 @@ from common import REPO, RESULTS, publish, teacher_digest
 
 from dtpipe.distill.config import DistillConfig, DistillRun, StudentConfig
 from dtpipe.distill.downstream.compare import run_probe
-from dtpipe.distill.downstream.config import ProbeConfig, SupervisedConfig
+from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import (
     FeatureExtractor,
     PerSeed,
@@ -40,7 +41,6 @@ from dtpipe.distill.downstream.extractors import (
 )
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.result import ProbeResult
-from dtpipe.distill.downstream.tuned.supervised import run_supervised
 from dtpipe.distill.student.load import load_student
 from dtpipe.distill.teacher.config import TrainTeacherConfig, TrainTeacherRun
 from dtpipe.distill.trainer import train
@@ -79,7 +79,7 @@ class Material:
     teacher: TeacherConfig
     cases: tuple[TaskCase, ...]
     flip: bool
-    """Whether a mirrored image is still of its class; the supervised student may use that."""
+    """Whether a mirrored image is still of its class."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,17 +130,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument(
-        "--lr", type=float, default=1e-3, help="peak learning rate of distilled and supervised students"
-    )
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of distillation")
     parser.add_argument("--timestep", type=int, default=50)
     parser.add_argument(
         "--mask-labels", type=counts, default=(5, 20, 80, None), help="labelled scenes with masks, e.g. 5,20,80,all"
     )
     parser.add_argument("--class-labels", type=counts, default=(50, 250, None), help="labelled images with classes")
-    parser.add_argument(
-        "--supervised", action=argparse.BooleanOptionalAction, default=True, help="train the supervised students too"
-    )
     parser.add_argument(
         "--inline", action=argparse.BooleanOptionalAction, default=True, help="extract in this process, without Ray"
     )
@@ -259,17 +254,17 @@ def measure(material: Material, args: argparse.Namespace) -> None:
     results: dict[str, list[ProbeResult]] = {}
     timings = []
     for seed in range(args.seeds):
-        run_dir, steps, timing = distilled(material, seed, args)
+        run_dir, timing = distilled(material, seed, args)
         for case in material.cases:
             started = time.monotonic()
-            results.setdefault(case.name, []).append(score(material, case, run_dir, steps, seed, args))
+            results.setdefault(case.name, []).append(score(material, case, run_dir, seed, args))
             timing[f"{case.name}_s"] = round(time.monotonic() - started, 1)
         timings.append({"seed": seed, **timing})
         write(material, args, {name: ProbeResult.merge(parts) for name, parts in results.items()}, timings)
 
 
-def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[Path, int, dict[str, Any]]:
-    """Extract and distil with one seed: the run folder, its optimiser steps, and where the time went."""
+def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Extract and distil with one seed: the run folder, and where the time went."""
     root = args.work / material.name / f"seed{seed}"
     say(f"{material.name}, seed {seed}: extract")
     extracted = run_extraction(
@@ -309,12 +304,10 @@ def distilled(material: Material, seed: int, args: argparse.Namespace) -> tuple[
         "distill_shares": run.shares,
         "distill_losses": run.losses,
     }
-    return Path(run.run_dir), run.num_steps, timing
+    return Path(run.run_dir), timing
 
 
-def score(
-    material: Material, case: TaskCase, run_dir: Path, steps: int, seed: int, args: argparse.Namespace
-) -> ProbeResult:
+def score(material: Material, case: TaskCase, run_dir: Path, seed: int, args: argparse.Namespace) -> ProbeResult:
     """One seed of one table."""
     device = pick_device(args.device)
     student = load_student(run_dir)
@@ -326,24 +319,7 @@ def score(
     ]
     label = f"{case.name}, seed {seed}: "
     config = ProbeConfig()
-    result = run_probe(case.task, extractors, case.train, case.test, case.num_labelled, [seed], config, prefixed(label))
-    if not args.supervised or case.task == "knn":  # nothing supervised about neighbours
-        return result
-    settings = SupervisedConfig(steps=steps, batch_size=args.batch_size, lr=args.lr, flip=material.flip)
-    supervised = run_supervised(
-        case.task,
-        student.spec,
-        case.train,
-        case.test,
-        case.num_labelled,
-        [seed],
-        settings,
-        config,
-        device,
-        prefixed(label),
-        run_dir.parent / "supervised" / case.name,
-    )
-    return ProbeResult.merge([result, supervised])
+    return run_probe(case.task, extractors, case.train, case.test, case.num_labelled, [seed], config, prefixed(label))
 
 
 def write(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dtpipe.manifests.schema import Settings, StrictModel
+from dtpipe.manifests.schema import StrictModel
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -38,14 +38,3 @@ class ProbeConfig(StrictModel):
         default=4096, ge=1, description="Cells used to choose level and regularisation of the dense read-out."
     )
     batch_size: int = Field(default=64, ge=1, description="Images per forward pass of an extractor.")
-
-
-class SupervisedConfig(Settings):
-    """How a student is trained on labels alone, to stand beside a distilled one of as many steps."""
-
-    steps: int = Field(ge=1, description="Optimiser steps.")
-    batch_size: int = Field(default=32, ge=1, description="Images per step; fewer where fewer are labelled.")
-    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled weight decay.")
-    warmup_share: float = Field(default=0.2, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
-    flip: bool = Field(default=False, description="Mirror half of the images; wrong for digits and letters.")
