@@ -345,7 +345,7 @@ def test_frozen_features_are_classified_where_they_are() -> None:
         readout = Readout({"l2": blank(CUDA, 3, 7), "l3": blank(CUDA, 3, 5)}, blank(CUDA, 3))
         predicted = {
             "votes": knn_votes(features, features, labels, 3, 2, 0.1, leave_one_out=True),
-            "cells": readout.predict({"l2": blank(CUDA, 2, 7, 8, 8), "l3": blank(CUDA, 2, 5, 4, 4)}, (8, 8)),
+            "cells": readout.logits({"l2": blank(CUDA, 2, 7, 8, 8), "l3": blank(CUDA, 2, 5, 4, 4)}, (8, 8)),
             "classes": LinearClassifier(blank(CUDA, 3, 7), blank(CUDA, 3)).predict(features),
         }
     assert on(CUDA, predicted)
