@@ -173,7 +173,7 @@ class ProbeResult:
             named = [replace(summary, extractor=f"{summary.extractor}, {summary.level}") for summary in kept]
             named.sort(key=lambda summary: self.arms().index(summary.extractor.rpartition(", ")[0]))
             lines += ["", "every level", *_grid("features, level", _cells(named, _cell))]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *(["", *self.notes] if self.notes else [])])
 
     def _compared(self) -> list[str]:
         """Differences to the other arms and the verdict, where there is an arm that is asked about."""
