@@ -158,6 +158,12 @@ class ExportConfig(StrictModel):
 
     _local = field_validator("checkpoint", "out")(local_place)
 
+    @model_validator(mode="after")
+    def _a_head_has_no_layout(self) -> ExportConfig:
+        if self.head and self.layout != "timm":
+            raise ValueError(f"a predictor has no layout, and export.layout is {self.layout}; leave out one of both")
+        return self
+
 
 class PredictConfig(ErrorBudget):
     """Which predictor, on which images."""

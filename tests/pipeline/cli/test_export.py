@@ -57,3 +57,11 @@ def test_what_cannot_be_exported_has_an_exit_code_of_its_own(
     assert result.exit_code == code
     assert words in result.stderr and result.stderr.count("\n") == 1
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_head_and_a_layout_do_not_go_together(checkpoint: Path, tmp_path: Path) -> None:
+    result = run("export", checkpoint, "--out", tmp_path / "out", "--head", "--layout", "onnx")
+    assert result.exit_code == 2 and "a predictor has no layout" in result.stderr
+    result = run("export", checkpoint, "--out", tmp_path / "out", "--head")
+    assert result.exit_code == 3 and "not a checkpoint of dtpipe eval" in result.stderr
+    assert not (tmp_path / "out").exists()
