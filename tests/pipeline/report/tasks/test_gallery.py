@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -21,6 +22,7 @@ from dtpipe.distill.downstream.result import ProbeResult, Score
 from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, MaskPrediction
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.manifests.records.document import write_document
+from dtpipe.pipeline.cli.main import main
 from dtpipe.pipeline.config import EvalConfig, ReportConfig
 from dtpipe.pipeline.report.section import Notes
 from dtpipe.pipeline.report.tasks.gallery import prediction_pictures
@@ -183,3 +185,17 @@ def test_a_result_that_says_no_images_is_left_out_with_a_note(masked: EvalConfig
     write_document(result.path, {name: value for name, value in document.items() if name != "checksum"}, "")
     html, (note,) = shown(read_result(result.path))
     assert html == "" and "does not say on which images it was scored" in note
+
+
+def test_what_the_command_eval_leaves_is_shown(small_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    tune = {"steps": 1, "batch_size": 2, "run.workers": 0, "run.save_every": 1}
+    settings = [part for key, value in tune.items() for part in ("-s", f"eval.tune.{key}={value}")]
+    images = ["--images", small_run.parent / "images", "--labelled", 2, "--seeds", 1, "--device", "cpu"]
+    done = CliRunner().invoke(main, list(map(str, ["eval", run, "finetune", *images, *settings])))
+    assert done.exit_code == 0, done.output
+    html, notes = shown(read_result(run / "eval" / "finetune.json"), num=4)
+    assert notes == []
+    assert sorted(re.findall("<th>(.*?)</th>", html)) == ["distilled", "image", "labels", "random initialisation"]
+    assert len(re.findall('<div class="(?:right|wrong)">', html)) == 2 * 4
