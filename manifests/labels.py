@@ -6,10 +6,11 @@ A target is a record, and a task says which kind it learns from. Another kind is
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from dtpipe.manifests.errors import ConfigError, InputError
@@ -165,6 +166,20 @@ class Panoptic:
 
 
 Target = Class | Mask | Instances | Panoptic
+
+
+def target_digest(target: Target) -> str:
+    """blake3 of all that a target says, by which a label that was changed is known under its key."""
+    digest = blake3(type(target).__name__.encode())
+    for part in fields(target):
+        value = getattr(target, part.name)
+        if isinstance(value, np.ndarray):
+            digest.update(f"{part.name}{value.shape}{value.dtype.str}".encode())
+            digest.update(value.tobytes())
+        else:
+            plain = sorted(value.items()) if isinstance(value, Mapping) else value
+            digest.update(repr((part.name, sorted(plain) if isinstance(plain, frozenset) else plain)).encode())
+    return digest.hexdigest()
 
 
 def mask_classes(objects: ClassTable) -> ClassTable:

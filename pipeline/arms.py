@@ -28,6 +28,7 @@ DISTILLED = "distilled"
 SEEDS = 3
 """How many where nothing says it."""
 _TIMM = "timm:"
+_NO_RUN = "{}: the first arm is a run of dtpipe; give other weights with --compare"
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ def _members(text: str) -> list[ArmMember]:
 
 
 def runs_of(config: EvalConfig) -> tuple[str, ...]:
-    """Paths of the runs that are scored, one for each seed or one for all."""
-    return tuple(member.path for member in parse_arm(config.checkpoint).members if member.path is not None)
+    """Paths of the runs that are scored, one for each seed or one for all. Raises: ConfigError when there is none."""
+    runs = tuple(member.path for member in parse_arm(config.checkpoint).members if member.path is not None)
+    if not runs:
+        raise ConfigError(_NO_RUN.format(config.checkpoint))
+    return runs
 
 
 def seeds_of(config: EvalConfig, num_runs: Sequence[int]) -> range:
@@ -199,9 +203,7 @@ def load_member(member: ArmMember, like: StudentSpec | None, note: Note = lambda
         assert member.path is not None
         return load_student(member.path)
     if like is None:
-        raise ConfigError(
-            f"{member.path or member.model}: the first arm is a run of dtpipe; give other weights with --compare"
-        )
+        raise ConfigError(_NO_RUN.format(member.path or member.model))
     spec = replace(like, name=member.model or like.name)
     if member.path is None:
         return build_student(spec, pretrained=True).eval()

@@ -78,7 +78,8 @@ class EvalConfig(StrictModel):
         description="Mask value that means 'no label': such pixels are not learned from and not scored; null: all are.",
     )
     px: Size | None = Field(
-        default=None, description="Side, or height and width, in px of images; default: the student's."
+        default=None,
+        description="Side, or height and width, in px of images; default: the student's; tasks that train: whole.",
     )
     resize: Resize = Field(default="center_crop", description="How images come to that size; masks follow.")
     labelled: tuple[int | Literal["all"], ...] | None = Field(
@@ -127,6 +128,15 @@ class EvalConfig(StrictModel):
     def _masks_go_together(self) -> EvalConfig:
         if self.test_images and (self.masks is None) != (self.test_masks is None):
             raise ValueError("eval.masks and eval.test_masks go together; give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_see_no_held_out_image(self) -> EvalConfig:
+        if self.resplit and self.tune is not None and self.tune.lr_choice == "first_seed" and self.tune.lr_grid:
+            raise ValueError(
+                "with eval.resplit, the first seed's labelled images are held out at others, and must not choose their "
+                "rate; give -s eval.tune.lr_choice=each_seed"
+            )
         return self
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.extractors import extractors_of
-from dtpipe.pipeline.rivals.seen import check_apart_by_content, overlap_notes
+from dtpipe.pipeline.rivals.seen import check_apart_by_content, overlap_notes, without_copies
 from dtpipe.pipeline.sets import label_kind, open_sets
 from dtpipe.pipeline.trained_on import TrainedOn
 from dtpipe.pipeline.tune.cells import TunedTable
@@ -80,10 +80,11 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
 
 def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Evaluation:
     """Train every arm on the labels. Under torchrun each process does its part, and the first notes and writes."""
+    cells_path(config)
     with join_ranks(config.device) as ranks:
         say = note if ranks.rank == 0 else _say_nothing
         comparison, table = open_table(config, task, say)
-        result = tuned_result(config, table, result_path(config).with_suffix(""), say)
+        result = tuned_result(config, table, cells_path(config), say)
         overlap = ranks.first(lambda: overlap_notes(config, comparison, table.test, tuned_transform(config), note))
         said = [*run_notes(comparison), *coverage_notes(table.train, table.test), *overlap]
         result = replace(result, notes=(*result.notes, *said))
@@ -98,6 +99,8 @@ def open_table(config: EvalConfig, task: TunedTask[Any], note: Note) -> tuple[Co
     train, test = open_sets(config, tuned_transform(config), note)
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
     test = check_apart_by_content(train, test, config.test_images is None, note)
+    if config.resplit:
+        train, test = (without_copies(side, note) for side in (train, test))
     return comparison, tuned_table(config, task, comparison, (train, test), label_counts(config, train))
 
 
@@ -169,6 +172,14 @@ def result_path(config: EvalConfig) -> Path:
     run = Path(runs_of(config)[0])
     run = run if run.is_dir() else run.parent
     return run / "eval" / f"{config.task}.json"
+
+
+def cells_path(config: EvalConfig) -> Path:
+    """The folder of a table's trainings. Raises: ConfigError where the result would have the same name."""
+    path = result_path(config)
+    if not path.suffix:
+        raise ConfigError(f"eval.out is {path}, which is the folder of the trainings too; name a file, {path}.json")
+    return path.with_suffix("")
 
 
 def _write(config: EvalConfig, result: ProbeResult) -> Path:

@@ -24,7 +24,17 @@ from dtpipe.extract.sources.layouts.registry import open_layout
 from dtpipe.extract.sources.layouts.resized import resize_target
 from dtpipe.extract.sources.places import spread
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
-from dtpipe.manifests.labels import IGNORE_VALUE, Class, ClassTable, Instances, Mask, Pixels, Target, mask_classes
+from dtpipe.manifests.labels import (
+    IGNORE_VALUE,
+    Class,
+    ClassTable,
+    Instances,
+    Mask,
+    Pixels,
+    Target,
+    mask_classes,
+    target_digest,
+)
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.cli.console import Note
 
@@ -85,6 +95,7 @@ class LabelledReader:
         return replace(
             labelled.subset(good),
             digests=tuple(entry.digest for entry in entries) if all_seen else (),
+            target_digests=tuple(entry.target_digest for entry in entries) if all_seen else (),
             occurring=occurring if all_seen else None,
         )
 
@@ -164,7 +175,8 @@ class LabelledReader:
             digest = blake3(self._image(row).tobytes()).hexdigest()
         except BadImage as err:
             return err
-        return _Seen(digest, self.target(row).occurring)
+        target = self.target(row)
+        return _Seen(digest, target_digest(target), target.occurring)
 
 
 @dataclass(frozen=True)
@@ -173,10 +185,11 @@ class _Seen:
 
     digest: str
     """blake3 of the image's pixels."""
+    target_digest: str
     occurring: frozenset[int]
 
 
-_UNSEEN = _Seen("", frozenset())
+_UNSEEN = _Seen("", "", frozenset())
 
 
 class _Memory:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from dtpipe.manifests.errors import ConfigError, ShapeError
@@ -47,6 +48,8 @@ class LabelledSet:
     """Reads its target; a mask has the image's height and width."""
     digests: tuple[str, ...] = ()
     """blake3 of each image's pixels, by which it is known under any key; none where nobody computed them."""
+    target_digests: tuple[str, ...] = ()
+    """`target_digest` of what was known of each image before anything was merged; none where nobody computed them."""
     occurring: frozenset[int] | None = None
     """Class numbers that occur among the targets; None where nobody has looked."""
 
@@ -66,8 +69,16 @@ class LabelledSet:
             image=_AtRows(self.image, tuple(places)),
             target=_AtRows(self.target, tuple(places)),
             digests=tuple(self.digests[row] for row in places) if self.digests else (),
+            target_digests=tuple(self.target_digests[row] for row in places) if self.target_digests else (),
             occurring=None,
         )
+
+    def content_digest(self) -> str:
+        """blake3 of keys, images, targets and classes, as far as they were looked at: what is trained or scored on."""
+        table = self.classes
+        classes = [self.kind.__name__, *table.names, repr(sorted(table.things)), repr(sorted(table.numbers.items()))]
+        parts = (self.keys, self.digests, self.target_digests, classes)
+        return blake3("\0\0".join("\0".join(part) for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def foreground(self) -> LabelledSet:
         """The same samples with masks of two classes: background, anything else. Raises: ConfigError without masks."""
@@ -188,12 +199,14 @@ class _OneAfterAnother:
 def join_sets(first: LabelledSet, second: LabelledSet) -> LabelledSet:
     """The samples of two sets with targets of one kind and one table of classes. Raises: ConfigError for equal keys."""
     num, whole = len(first), bool(first.digests and second.digests)
+    targets = bool(first.target_digests and second.target_digests)
     return replace(
         first,
         keys=(*first.keys, *second.keys),
         image=_OneAfterAnother(first.image, num, second.image),
         target=_OneAfterAnother(first.target, num, second.target),
         digests=(*first.digests, *second.digests) if whole else (),
+        target_digests=(*first.target_digests, *second.target_digests) if targets else (),
         occurring=None,
     )
 
@@ -210,9 +223,14 @@ def count_classes(*sets: LabelledSet) -> int:
 
 
 def check_several_classes(train: LabelledSet, test: LabelledSet) -> None:
-    """Refuse classes or masks of a single class, which a constant answer scores 1.0 on. Raises: ConfigError."""
+    """Refuse classes or masks of a single class, which a constant answer scores 1.0 on, and sets without any object.
+
+    Raises: ConfigError.
+    """
     for part, labelled in (("labelled", train), ("held-out", test)):
         if labelled.kind not in (Class, Mask):
+            if not labelled.find_some_classes(1):
+                raise ConfigError(f"no {part} image holds an object or segment that counts; give images with some")
             continue
         numbers = labelled.find_some_classes(2)
         if len(numbers) < 2:

@@ -88,6 +88,18 @@ def check_apart_by_content(train: LabelledSet, test: LabelledSet, one_source: bo
     return test.subset([row for row in range(len(test)) if row not in set(copies)])
 
 
+def without_copies(labelled: LabelledSet, note: Note) -> LabelledSet:
+    """The first of images that are one pixel by pixel, so that none stands on both sides of a new split."""
+    first: dict[str, str] = {}
+    twins = [first.setdefault(digest, key) for key, digest in zip(labelled.keys, labelled.digests, strict=False)]
+    copies = {key: twin for key, twin in zip(labelled.keys, twins, strict=False) if twin != key}
+    if not copies:
+        return labelled
+    key, twin = next(iter(copies.items()))
+    note(f"left out {count_of(len(copies), 'copy', 'copies')}, since each seed splits the images anew: {key} is {twin}")
+    return labelled.subset([row for row, key in enumerate(labelled.keys) if key not in copies])
+
+
 def overlap_notes(
     config: EvalConfig, comparison: Comparison, test: LabelledSet, at: TransformRecipe | None, note: Note
 ) -> list[str]:
@@ -250,8 +262,9 @@ def _kept(digests: Iterator[int], num: int, name: str, where: str, note: Note, f
             return read_digests(path)
     made = as_digests(_told(digests, num, where, note))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, pack_digests(made))
+        with suppress(OSError):  # they are made again the next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, pack_digests(made))
     return made
 
 

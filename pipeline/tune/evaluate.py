@@ -59,6 +59,8 @@ def tuned_table(
     check_apart(train, test)
     check_several_classes(train, test)
     arms = [comparison.arms[0], random_arm(comparison.spec), *comparison.arms[1:]]
+    if len({arm.name for arm in arms}) < len(arms):
+        raise ConfigError(f"{RANDOM_INIT} is the name of an arm that every table has; write --compare NAME=RUN")
     settings = tune_settings(config)
     return TunedTable(task, arms, train, test, num_labelled, comparison.seeds, settings, config.resplit)
 

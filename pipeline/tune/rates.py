@@ -39,14 +39,15 @@ class RateChoice:
 def choose_rate(job: TuneJob, folder: Path, train: Train) -> RateChoice:
     """The rate of the grid with the best mean over folds; ties go to the earlier one.
 
-    Without a grid, or with too few images for two folds of every class, it is the `lr` of the settings.
+    Without a grid, or with too few images for two folds of every class, it is the `lr` of the settings. A fold in which
+    nothing counts, such as images without objects, is learned from and has no score.
     """
     grid, folds = job.config.lr_grid, fold_numbers(job.labelled, job.config.folds)
     if len(grid) == 1:
         return RateChoice(grid[0])
-    if not grid or folds is None:
+    if not grid or folds is None or not (scored := _scored_folds(job.labelled, folds)):
         return RateChoice(job.config.lr)
-    tried = tuple((lr, _score_rate(job, lr, folds, folder, train)) for lr in grid)
+    tried = tuple((lr, _score_rate(job, lr, folds, scored, folder, train)) for lr in grid)
     best, selection = max(tried, key=lambda entry: -np.inf if entry[1] is None else entry[1])
     return RateChoice(best, selection, tried)
 
@@ -59,10 +60,18 @@ def fold_numbers(labelled: LabelledSet, num_folds: int) -> NDArray[np.int64] | N
     return None if num_folds < 2 else np.arange(len(labelled)) % num_folds
 
 
-def _score_rate(job: TuneJob, lr: float, folds: NDArray[np.int64], folder: Path, train: Train) -> float | None:
+def _scored_folds(labelled: LabelledSet, folds: NDArray[np.int64]) -> list[int]:
+    """The folds with something that counts."""
+    parts = (labelled.subset(np.flatnonzero(folds == fold)) for fold in range(int(folds.max()) + 1))
+    return [fold for fold, part in enumerate(parts) if part.find_some_classes(1)]
+
+
+def _score_rate(
+    job: TuneJob, lr: float, folds: NDArray[np.int64], scored: list[int], folder: Path, train: Train
+) -> float | None:
     """Mean score of a rate over folds; None when a loss is not finite, which is a rate too high."""
     values = []
-    for fold in range(int(folds.max()) + 1):
+    for fold in scored:
         learned, left = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         run = job.config.run.model_copy(update={"keep_predictions": False, "tensorboard": False})
         config = with_rate(job, lr).config.model_copy(update={"run": run})

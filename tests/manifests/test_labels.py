@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from dtpipe.manifests.errors import ConfigError, InputError
-from dtpipe.manifests.labels import ClassTable, Instances, Mask, class_table, mask_classes
+from dtpipe.manifests.labels import (
+    Class,
+    ClassTable,
+    Instances,
+    Mask,
+    Panoptic,
+    Target,
+    class_table,
+    mask_classes,
+    target_digest,
+)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +93,35 @@ def test_smaller_objects_lie_on_larger_ones_and_on_crowds_of_which_the_rest_is_i
 def test_masks_of_objects_have_a_background_beside_the_classes() -> None:
     assert mask_classes(ClassTable(("cat", "dog"))).names == ("background", "cat", "dog")
     assert mask_classes(ClassTable(("background",))).names == ("other background", "background")
+
+
+@pytest.mark.parametrize(
+    ("target", "changes"),
+    [
+        (Class(1), {"number": 2}),
+        (Mask(np.zeros((2, 3), np.uint8)), {"numbers": np.ones((2, 3), np.uint8), "ignore": None}),
+        (
+            Instances((4, 4), np.zeros((1, 4)), np.array([1]), np.zeros((1, 4, 4), bool), np.array([False])),
+            {
+                "boxes": np.ones((1, 4)),
+                "classes": np.array([2]),
+                "masks": np.ones((1, 4, 4), bool),
+                "crowd": np.array([True]),
+                "areas": np.array([3.0]),
+            },
+        ),
+        (
+            Panoptic(np.ones((2, 2), np.int32), {1: 4, 2: 5}),
+            {"segments": np.zeros((2, 2), np.int32), "classes": {1: 4, 2: 6}, "crowd": frozenset({1})},
+        ),
+    ],
+)
+def test_a_digest_of_a_target_changes_with_each_part_of_it(target: Target, changes: dict[str, Any]) -> None:
+    assert target_digest(target) == target_digest(replace(target))
+    digests = {target_digest(replace(target, **{name: value})) for name, value in changes.items()}
+    assert len(digests | {target_digest(target)}) == 1 + len(changes)
+
+
+def test_a_digest_of_segments_does_not_depend_on_their_order() -> None:
+    segments = np.ones((2, 2), np.int32)
+    assert target_digest(Panoptic(segments, {1: 4, 2: 5})) == target_digest(Panoptic(segments, {2: 5, 1: 4}))

@@ -224,3 +224,21 @@ class SetOf(Dataset[tuple[np.ndarray, int]]):
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
         return self.labelled.image(row), self.labelled.target(row).number
+
+
+def test_a_label_that_was_changed_changes_what_is_trained_on(tmp_path: Path) -> None:
+    """The image stays; one pixel of its mask is painted anew."""
+    images = {"a.png": png(np.zeros((8, 8, 3), np.uint8)), "b.png": png(np.ones((8, 8, 3), np.uint8))}
+    mask = np.zeros((8, 8), np.uint8)
+    mask[0] = 1
+    write_files(tmp_path / "images", images)
+    seen = []
+    for pixel in (0, 0, 1):
+        mask[7, 7] = pixel
+        write_files(tmp_path / "masks", {name: png(mask) for name in images})
+        source = open_labelled(str(tmp_path / "images"), str(tmp_path / "masks"))
+        seen.append(LabelledReader(source, None).select([0, 1], print))
+    first, same, changed = seen
+    assert first.content_digest() == same.content_digest() != changed.content_digest()
+    assert first.digests == changed.digests
+    assert first.subset([0]).content_digest() != changed.subset([0]).content_digest()

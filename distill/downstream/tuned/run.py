@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.base import TaskScores
 from dtpipe.distill.downstream.tuned.scoring import score_network
@@ -55,7 +53,7 @@ def tune(
     """
     with join_ranks(device) as ranks:
         where = training_device(device)
-        record = {"of": job.record(), "settings": job.config.identity(), "scored_on": _content(test)}
+        record = {"of": job.record(), "settings": job.config.identity(), "scored_on": test.content_digest()}
         done = ranks.first(lambda: finished(folder, record))
         if done is not None:
             return TuneResult.from_record(done)
@@ -80,10 +78,6 @@ def finished(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return stored["result"] if all(stored.get(name) == value for name, value in record.items()) else None
-
-
-def _content(test: LabelledSet) -> str:
-    return blake3("\n".join([*test.keys, *test.digests]).encode()).hexdigest()
 
 
 def tune_with_workers(

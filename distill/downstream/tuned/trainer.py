@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from blake3 import blake3
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
@@ -67,12 +66,11 @@ class TuneJob:
 
     def record(self) -> dict[str, Any]:
         """What the training is of, by content, as plain values."""
-        content = blake3("\n".join([*self.labelled.keys, *self.labelled.digests]).encode())
         return {
             "task": self.task.name,
             "student": spec_to_dict(self.student.spec),
             "start": weights_fingerprint(self.student),
-            "images": content.hexdigest(),
+            "images": self.labelled.content_digest(),
             "num_images": len(self.labelled),
             "seed": self.seed,
         }

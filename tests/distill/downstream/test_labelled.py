@@ -107,6 +107,16 @@ def test_no_more_targets_are_read_than_it_takes_to_see_two_classes() -> None:
         check_several_classes(labelled, labelled.subset([1, 4, 7]))
 
 
+def test_sets_without_any_object_are_refused_before_training() -> None:
+    labelled = make_set(4)
+    boxes = np.array([[0.0, 0.0, 4.0, 4.0]])
+    objects = [Instances((8, 8), boxes, np.array([0]), crowd=np.array([crowd])) for crowd in (False, True)]
+    some, none = (replace(labelled, kind=Instances, target=lambda _row, one=one: one) for one in objects)
+    check_several_classes(some, some)
+    with pytest.raises(ConfigError, match="no held-out image holds an object or segment that counts"):
+        check_several_classes(some, none)
+
+
 def test_a_task_is_told_which_targets_it_lacks() -> None:
     labelled = make_set(4)
     for kind, lacks in ((Mask, "masks"), (Instances, "objects"), (Panoptic, "segments")):

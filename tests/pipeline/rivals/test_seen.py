@@ -25,7 +25,14 @@ from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate
 from dtpipe.pipeline.rivals import seen as seen_module
-from dtpipe.pipeline.rivals.seen import Seen, UnlabelledImages, check_apart_by_content, find_seen, seen_notes
+from dtpipe.pipeline.rivals.seen import (
+    Seen,
+    UnlabelledImages,
+    check_apart_by_content,
+    find_seen,
+    seen_notes,
+    without_copies,
+)
 from parts.extractions import Extract
 from parts.images import draw_image, png, write_files
 from parts.labelled import with_classes
@@ -192,3 +199,12 @@ def test_a_size_that_held_out_images_cannot_come_to_is_none_they_were_seen_at() 
         raise InputError("no image can be used")
 
     assert seen_notes(Seen((images,)), with_digests("b", 1), TASK, test_at) == []
+
+
+def test_copies_on_one_side_are_left_out_where_each_seed_splits_anew() -> None:
+    images = np.zeros((4, 2, 2, 3), np.uint8)
+    whole = replace(with_classes(images, list("abcd"), [0, 1, 0, 1]), digests=("x", "y", "x", "z"))
+    said: list[str] = []
+    assert without_copies(whole, said.append).keys == ("a", "b", "d")
+    assert said == ["left out 1 copy, since each seed splits the images anew: c is a"]
+    assert without_copies(whole.subset([0, 1, 3]), said.append).keys == ("a", "b", "d") and len(said) == 1

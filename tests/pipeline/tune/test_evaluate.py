@@ -169,12 +169,29 @@ def test_a_task_on_frozen_features_has_no_plan(config: EvalConfig) -> None:
     [
         ("finetune", ("--steps", 2, "--teacher", "adm"), "task finetune trains backbone and head, and eval.teacher is"),
         ("probe", ("--steps", 2), "task probe reads frozen features, and eval.tune is for the others; leave it out"),
+        ("finetune", ("--steps", 2, "--out", "table"), "eval.out is table, which is the folder of the trainings too"),
+        (
+            "finetune",
+            ("--steps", 2, "--resplit", "--lr-grid", "1e-3,1e-2", "-s", "eval.tune.lr_choice=first_seed"),
+            "with eval.resplit, the first seed's labelled images are held out at others",
+        ),
         ("probe", ("--resplit",), "task probe reads frozen features, and eval.resplit is for the others"),
     ],
 )
 def test_settings_that_a_task_does_not_read_are_refused(config: EvalConfig, task: str, words, sentence: str) -> None:
     done = run(config.checkpoint, task, "--images", config.images, *words)
     assert (done.exit_code, sentence in done.output) == (2, True), done.output
+
+
+def test_an_arm_cannot_have_the_name_of_the_random_initialisation(config: EvalConfig) -> None:
+    twice = config.model_copy(update={"compare": (f"random initialisation={config.checkpoint}",)})
+    with pytest.raises(ConfigError, match="random initialisation is the name of an arm that every table has"):
+        evaluate(twice, say_nothing)
+
+
+def test_published_weights_are_not_what_is_asked_about(config: EvalConfig) -> None:
+    done = run("timm:resnet18", "probe", "--images", config.images)
+    assert (done.exit_code, "the first arm is a run of dtpipe" in done.output) == (2, True), done.output
 
 
 def test_masks_are_not_for_a_task_of_classes(config: EvalConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.run import TuneResult
 from dtpipe.distill.downstream.tuned.trainer import TuneJob
 from dtpipe.manifests.errors import DivergedError
+from dtpipe.manifests.labels import Mask
 from dtpipe.pipeline.tune.rates import RateChoice, choose_rate, fold_numbers
 from parts.tuning import bright_halves, tune_config, tune_job
 
@@ -68,3 +70,16 @@ def test_masks_are_folded_by_their_number() -> None:
     numbers = fold_numbers(bright_halves(5, 0, masked=True), 3)
     assert numbers is not None and sorted(np.bincount(numbers)) == [1, 2, 2]
     assert fold_numbers(bright_halves(1, 0, masked=True), 3) is None
+
+
+def test_a_fold_in_which_nothing_counts_has_no_say() -> None:
+    """Every other mask is ignored as a whole, so one of two folds has no score; then all of them."""
+    labelled = bright_halves(6, 0, masked=True)
+    masks = np.stack([np.full((32, 32), 255, np.uint8), np.zeros((32, 32), np.uint8)])
+    for rows, asked in (((0, 1), [1, 1]), ((0, 0), [])):
+        blank = replace(labelled, target=lambda row, rows=rows: Mask(masks[rows[row % 2]]))
+        told = Told({0.1: [0.2], 0.2: [0.9]})
+        job = tune_job(tune_config(lr_grid=[0.1, 0.2], lr=0.5, folds=2), blank, "segment")
+        choice = choose_rate(job, Path("nowhere"), told)
+        assert [int(folder.name[-1]) for *_, folder in told.asked] == asked
+        assert choice.lr == (0.2 if asked else 0.5)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform  # type: ignore[attr-defined]  # its documented name
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
 
@@ -45,6 +46,8 @@ class ClassView:
 def class_augmentation(config: TuneConfig) -> Callable[[Pixels], Tensor]:
     """Training views: random crop, flip, policy, random erasing, in timm's order. Shapes: (H, W, 3) -> (3, *crop_px).
 
+    With `scale` 1 the crop is as large as it can be, at a random place along the long side.
+
     Source: timm `data/transforms_factory.py`; with policy `trivial` its AutoAugment is replaced by TrivialAugmentWide,
     as in SparK's `downstream_imagenet/data.py`.
     """
@@ -63,8 +66,11 @@ def class_augmentation(config: TuneConfig) -> Callable[[Pixels], Tensor]:
         re_mode="pixel",
         separate=True,
     )
-    if augment.scale == (1.0, 1.0):  # the whole image, in its own aspect
-        crop: list[Any] = [transforms.Resize(augment.crop_px, transforms.InterpolationMode.BICUBIC)]
+    if augment.scale == (1.0, 1.0):  # in its own aspect, as it is scored; along the long side anywhere
+        crop: list[Any] = [
+            ResizeKeepRatio(augment.crop_px, longest=0.0, interpolation="bicubic"),
+            transforms.RandomCrop(augment.crop_px),
+        ]
         first = transforms.Compose([*crop, transforms.RandomHorizontalFlip(augment.flip)])
     if augment.policy == _TRIVIAL:
         second = transforms.TrivialAugmentWide(interpolation=transforms.InterpolationMode.BICUBIC)

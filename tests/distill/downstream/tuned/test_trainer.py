@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,12 @@ def test_a_finished_training_is_read_and_one_of_other_settings_is_refused(tmp_pa
         tune(tune_job(tune_config(steps=2, lr=0.1)), test, tmp_path, "cpu")
     with pytest.raises(PlanChangedError, match=r"num_images: 6 -> 4"):
         tune(tune_job(tune_config(steps=2), bright_halves(4, 0)), test, tmp_path, "cpu")
+    known = replace(bright_halves(6, 0), target_digests=("labelled", "otherwise", "c", "d", "e", "f"))
+    with pytest.raises(PlanChangedError, match=r"images: "):
+        tune(tune_job(tune_config(steps=2), known), test, tmp_path, "cpu")
+    relabelled = replace(test, target_digests=("labelled", "otherwise", "c", "d"))
+    assert tune(job, relabelled, tmp_path, "cpu").resumed_step == 2
+    tune(job, test, tmp_path, "cpu")
     more = tune_config(steps=2, run={"log_every": 7, "save_every": 9})
     assert tune(tune_job(more), test, tmp_path, "cpu").value == first.value
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 from torchvision.ops import roi_align
+from torchvision.transforms import v2
 
 from dtpipe.distill.downstream.tuned.heads.detector import Detector
 from dtpipe.distill.downstream.tuned.heads.regions import RoIPool
@@ -154,6 +155,9 @@ def test_predictions_have_the_images_own_sizes_whatever_size_they_are_looked_at(
     network = make_detector(inference={"short_px": 64, "long_px": 100}).eval()
     images = [torch.rand(3, 30, 90), torch.rand(3, 80, 40)]
     assert [tuple(network.canvas.fit(image).shape[1:]) for image in images] == [(33, 100), (100, 50)]
+    large = torch.rand(3, 120, 360)
+    shrunk = v2.functional.resize(large, [33, 100], antialias=True)  # as training views are
+    torch.testing.assert_close(network.canvas.fit(large), shrunk, rtol=0, atol=1e-6)
     for image, detections in zip(images, network.predict(images), strict=True):
         height, width = image.shape[1:]
         assert detections.size_px == (height, width) and detections.masks.shape[1:] == (height, width)

@@ -133,6 +133,19 @@ def test_training_views_are_timms_and_without_variation_the_image() -> None:
     torch.testing.assert_close(plain, image_tensor(pixels), rtol=0, atol=1e-6)
 
 
+def test_a_crop_of_the_whole_image_keeps_its_aspect_as_scoring_does() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 3), dtype=np.uint8)
+    config = tune_config(augment={"crop_px": [32, 32], "flip": 0})
+    view, tops = class_augmentation(config), set()
+    for number in range(8):
+        with seeded_generators(number):
+            seen = (view(pixels) + 1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        tops |= {top for top in range(33) if np.array_equal(seen, pixels[top : top + 32])}
+    assert len(tops) > 3
+    scored = (ClassView(config)(image_tensor(pixels)) + 1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    assert np.array_equal(scored, pixels[16:48])
+
+
 def test_trivial_augment_replaces_the_policy() -> None:
     config = tune_config(augment={"crop_px": [32, 32], "policy": "trivial", "flip": 0})
     view, pixels = class_augmentation(config), bright_halves(1, 0).image(0)
