@@ -17,7 +17,6 @@ FLAGS = (
     Flag("--max-bad", "predict.max_bad", "N|SHARE"),
 )
 EXAMPLE = """
-dtpipe export runs/r50/eval/segment/distilled-80-0 --head --out predictor/
 dtpipe predict predictor/ --images photos/ --out predicted/ --overlay
 """
 _SHOWN_BAD = 20
