@@ -68,7 +68,7 @@ def class_augmentation(config: TuneConfig) -> Callable[[Pixels], Tensor]:
     )
     if augment.scale == (1.0, 1.0):  # in its own aspect, as it is scored; along the long side anywhere
         crop: list[Any] = [
-            ResizeKeepRatio(augment.crop_px, longest=0.0, interpolation="bicubic"),
+            ResizeKeepRatio(augment.crop_px, longest=0.0, interpolation="bicubic"),  # type: ignore[no-untyped-call]
             transforms.RandomCrop(augment.crop_px),
         ]
         first = transforms.Compose([*crop, transforms.RandomHorizontalFlip(augment.flip)])
