@@ -67,7 +67,7 @@ class HeadConfig(StrictModel):
         default=8.0, gt=0, description="Of detection: side of an anchor over its level's stride; 2 to 4 at 64 px."
     )
     samples: int = Field(
-        default=512, ge=1, description="Of detection: regions per image that the box head learns from; 64 at 64 px."
+        default=512, ge=1, description="Of detection: regions per image that the box head learns from; 32 at 64 px."
     )
     max_detections: int = Field(default=100, ge=1, description="Of detection: per image.")
     semantic_weight: float = Field(default=0.5, gt=0, description="Of panoptic: weight of the semantic branch's loss.")
