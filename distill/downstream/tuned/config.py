@@ -11,19 +11,20 @@ from dtpipe.distill.downstream.config import Positive
 from dtpipe.manifests.schema import Settings, StrictModel
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+_Px = Annotated[int, Field(ge=1)]
 
 
 class AugmentConfig(StrictModel):
     """How training images are varied. Each task uses those that its kind of target has a meaning for."""
 
-    crop_px: tuple[int, int] | None = Field(
+    crop_px: tuple[_Px, _Px] | None = Field(
         default=None,
         description="Height and width of the random crop; default: the student's size, none for detection.",
     )
     scale: tuple[Positive, Positive] = Field(
         default=(1.0, 1.0), description="Range of the random scale; of the area for classes, else of the sides."
     )
-    short_px: tuple[int, ...] = Field(
+    short_px: tuple[_Px, ...] = Field(
         default=(), description="Short sides that images are resized to, one drawn each time; default: as they are."
     )
     long_px: int | None = Field(default=None, ge=1, description="Longest long side after that; default: no limit.")
@@ -40,6 +41,14 @@ class AugmentConfig(StrictModel):
     cutmix: float = Field(default=0.0, ge=0, description="Of classes: CutMix' alpha; 0 is off.")
     smoothing: Share = Field(default=0.0, description="Of classes: label smoothing.")
     repeats: int = Field(default=1, ge=1, description="Of classes: repeated augmentation, times per image and batch.")
+
+    @model_validator(mode="after")
+    def _scale_from_small_to_large(self) -> AugmentConfig:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(
+                f"eval.tune.augment.scale goes from {self.scale[0]:g} down to {self.scale[1]:g}; swap them"
+            )
+        return self
 
 
 class HeadConfig(StrictModel):
@@ -83,10 +92,10 @@ class InferenceConfig(StrictModel):
         default=None, ge=1, description="Short side they are brought to; default: as they are."
     )
     long_px: int | None = Field(default=None, ge=1, description="Longest long side after that.")
-    window_px: tuple[int, int] | None = Field(
+    window_px: tuple[_Px, _Px] | None = Field(
         default=None, description="Of segmentation: sliding window of this height and width; default: whole images."
     )
-    stride_px: tuple[int, int] | None = Field(default=None, description="Its step; default: two thirds of the window.")
+    stride_px: tuple[_Px, _Px] | None = Field(default=None, description="Its step; default: two thirds of the window.")
     flips: bool = Field(default=False, description="Average with the mirrored image.")
     scales: tuple[Positive, ...] = Field(default=(1.0,), min_length=1, description="Average over these sizes.")
 

@@ -151,6 +151,8 @@ def test_plan_plans_the_same_from_settings(config: EvalConfig, tmp_path: Path) -
             "nothing says how long: give --steps or --epochs, or one of the presets finetune_",
         ),
         (("--steps", 2, "--epochs", 2), "give eval.tune.steps or eval.tune.epochs, one of them"),
+        (("--steps", 2, "-s", "eval.tune.augment.scale=[0.9,0.1]"), "goes from 0.9 down to 0.1; swap them"),
+        (("--steps", 2, "-s", "eval.tune.augment.crop_px=[0,32]"), "should be greater than or equal to 1"),
         (("--steps", 2, "--lr", 0), "eval.tune.lr is 0: input should be greater than 0"),
     ],
 )

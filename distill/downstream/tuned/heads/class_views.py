@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Pixels
 
 _JITTER = 0.4  # timm's
@@ -49,23 +50,29 @@ def class_augmentation(config: TuneConfig) -> Callable[[Pixels], Tensor]:
     With `scale` 1 the crop is as large as it can be, at a random place along the long side.
 
     Source: timm `data/transforms_factory.py`; with policy `trivial` its AutoAugment is replaced by TrivialAugmentWide,
-    as in SparK's `downstream_imagenet/data.py`.
+    as in SparK's `downstream_imagenet/data.py`. Raises: ConfigError for a policy that timm does not read.
     """
     augment = config.augment
     assert augment.crop_px is not None
     policy = None if augment.policy == _TRIVIAL else augment.policy
-    first, second, last = create_transform(
-        (3, *augment.crop_px),
-        is_training=True,
-        scale=augment.scale,
-        hflip=augment.flip,
-        color_jitter=_JITTER if augment.photometric else None,  # type: ignore[arg-type]
-        auto_augment=policy,
-        interpolation="bicubic",
-        re_prob=augment.erasing,
-        re_mode="pixel",
-        separate=True,
-    )
+    try:
+        first, second, last = create_transform(
+            (3, *augment.crop_px),
+            is_training=True,
+            scale=augment.scale,
+            hflip=augment.flip,
+            color_jitter=_JITTER if augment.photometric else None,  # type: ignore[arg-type]
+            auto_augment=policy,
+            interpolation="bicubic",
+            re_prob=augment.erasing,
+            re_mode="pixel",
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError, IndexError) as err:  # timm checks a policy's words so
+        raise ConfigError(
+            f"eval.tune.augment.policy is {policy!r}, which timm does not read ({err!r}); give one such as "
+            "rand-m9-mstd0.5-inc1, or trivial"
+        ) from err
     if augment.scale == (1.0, 1.0):  # in its own aspect, as it is scored; along the long side anywhere
         crop: list[Any] = [
             ResizeKeepRatio(augment.crop_px, longest=0.0, interpolation="bicubic"),  # type: ignore[no-untyped-call]

@@ -146,6 +146,12 @@ def test_a_crop_of_the_whole_image_keeps_its_aspect_as_scoring_does() -> None:
     assert np.array_equal(scored, pixels[16:48])
 
 
+@pytest.mark.parametrize("policy", ["nosuch", "rand-x9"])
+def test_a_policy_that_timm_does_not_read_is_refused(policy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"eval.tune.augment.policy is '{policy}', which timm does not read"):
+        class_augmentation(tune_config(augment={"crop_px": [32, 32], "policy": policy}))
+
+
 def test_trivial_augment_replaces_the_policy() -> None:
     config = tune_config(augment={"crop_px": [32, 32], "policy": "trivial", "flip": 0})
     view, pixels = class_augmentation(config), bright_halves(1, 0).image(0)
