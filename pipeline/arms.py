@@ -137,11 +137,6 @@ class Comparison:
     arms: tuple[Arm, ...]
     seeds: range
 
-    @property
-    def fixed(self) -> bool:
-        """True where every arm has one student for all seeds."""
-        return all(arm.num == 1 for arm in self.arms)
-
 
 def open_comparison(config: EvalConfig, note: Note) -> Comparison:
     """The run's arm and those of --compare, each member loaded once to see that it can be.

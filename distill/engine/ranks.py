@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dtpipe.manifests import errors
 from dtpipe.manifests.errors import ConfigError, DtpipeError, IncompleteError
 
 T = TypeVar("T")
@@ -85,7 +86,8 @@ class Ranks:
                 result = call()
             except Exception as err:
                 error = err
-        answer = [(result, None if error is None else (str(error), getattr(error, "exit_code", 1)))]
+        failed = None if error is None else (type(error).__name__, str(error), getattr(error, "exit_code", 1))
+        answer = [(result, failed)]
         dist.broadcast_object_list(answer, src=0)
         if error is not None:
             raise error
@@ -106,9 +108,11 @@ class Ranks:
         return call() if self.rank else result  # type: ignore[return-value]
 
 
-def error_of_another(sentence: str, exit_code: int) -> DtpipeError:
-    """An error of another process, as it is raised in this one."""
-    error = DtpipeError(sentence)
+def error_of_another(name: str, sentence: str, exit_code: int) -> DtpipeError:
+    """An error of another process, as it is raised in this one: of the same class, where it is one of dtpipe's."""
+    kind = getattr(errors, name, DtpipeError)
+    kind = kind if isinstance(kind, type) and issubclass(kind, DtpipeError) else DtpipeError
+    error = kind(sentence)
     error.exit_code = exit_code
     return error
 

@@ -160,5 +160,5 @@ def _read_end(folder: Path, error: BaseException | None) -> dict[str, Any]:
     (folder / END).unlink()
     (folder / STOP).unlink(missing_ok=True)
     if "sentence" in end:
-        raise error_of_another(end["sentence"], end["exit_code"])
+        raise error_of_another(end["error"], end["sentence"], end["exit_code"])
     return end

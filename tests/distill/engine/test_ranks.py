@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dtpipe.distill.engine.ranks import Ranks, join_ranks
-from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.distill.engine.ranks import Ranks, error_of_another, join_ranks
+from dtpipe.manifests.errors import ConfigError, DivergedError, DtpipeError, InputError
 from parts.ranks import fork_ranks
 
 
@@ -66,3 +66,12 @@ def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "63")
     with pytest.raises(ConfigError, match="process 63 of this machine has no GPU, torch sees 8"), join_ranks("cuda"):
         pass
+
+
+def test_an_error_of_another_process_is_of_its_class_so_that_who_expects_it_finds_it() -> None:
+    """A rate that is too high is passed over also where Ray's workers train; what is not dtpipe's is said plainly."""
+    with pytest.raises(DivergedError, match="^too high$") as raised:
+        raise error_of_another("DivergedError", "too high", 9)
+    assert raised.value.exit_code == 9
+    plain = error_of_another("RuntimeError", "odd", 1)
+    assert (type(plain), str(plain), plain.exit_code) == (DtpipeError, "odd", 1)

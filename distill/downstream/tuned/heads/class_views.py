@@ -14,7 +14,7 @@ from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
 
-from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.config import AugmentConfig, TuneConfig
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Pixels
 
@@ -54,25 +54,7 @@ def class_augmentation(config: TuneConfig) -> Callable[[Pixels], Tensor]:
     """
     augment = config.augment
     assert augment.crop_px is not None
-    policy = None if augment.policy == _TRIVIAL else augment.policy
-    try:
-        first, second, last = create_transform(
-            (3, *augment.crop_px),
-            is_training=True,
-            scale=augment.scale,
-            hflip=augment.flip,
-            color_jitter=_JITTER if augment.photometric else None,  # type: ignore[arg-type]
-            auto_augment=policy,
-            interpolation="bicubic",
-            re_prob=augment.erasing,
-            re_mode="pixel",
-            separate=True,
-        )
-    except (AssertionError, KeyError, ValueError, IndexError) as err:  # timm checks a policy's words so
-        raise ConfigError(
-            f"eval.tune.augment.policy is {policy!r}, which timm does not read ({err!r}); give one such as "
-            "rand-m9-mstd0.5-inc1, or trivial"
-        ) from err
+    first, second, last = _timm_parts(augment, augment.crop_px)
     if augment.scale == (1.0, 1.0):  # in its own aspect, as it is scored; along the long side anywhere
         crop: list[Any] = [
             ResizeKeepRatio(augment.crop_px, longest=0.0, interpolation="bicubic"),  # type: ignore[no-untyped-call]
@@ -88,3 +70,27 @@ def class_augmentation(config: TuneConfig) -> Callable[[Pixels], Tensor]:
         return (seen * std + mean) * 2 - 1  # random erasing fills in timm's normalised values
 
     return view
+
+
+def _timm_parts(augment: AugmentConfig, crop_px: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """timm's training transform in three: crop and flip, policy, what is done to tensors."""
+    policy = None if augment.policy == _TRIVIAL else augment.policy
+    try:
+        first, second, last = create_transform(
+            (3, *crop_px),
+            is_training=True,
+            scale=augment.scale,
+            hflip=augment.flip,
+            color_jitter=_JITTER if augment.photometric else None,  # type: ignore[arg-type]
+            auto_augment=policy,
+            interpolation="bicubic",
+            re_prob=augment.erasing,
+            re_mode="pixel",
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError, IndexError) as err:  # timm checks a policy's words so
+        raise ConfigError(
+            f"eval.tune.augment.policy is {policy!r}, which timm does not read ({err!r}); give one such as "
+            "rand-m9-mstd0.5-inc1, or trivial"
+        ) from err
+    return first, second, last
