@@ -70,7 +70,7 @@ def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
 
 def test_an_error_of_another_process_is_of_its_class_so_that_who_expects_it_finds_it() -> None:
     """A rate that is too high is passed over also where Ray's workers train; what is not dtpipe's is said plainly."""
-    with pytest.raises(DivergedError, match="^too high$") as raised:
+    with pytest.raises(DivergedError, match=r"^too high$") as raised:
         raise error_of_another("DivergedError", "too high", 9)
     assert raised.value.exit_code == 9
     plain = error_of_another("RuntimeError", "odd", 1)
