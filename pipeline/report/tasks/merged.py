@@ -17,8 +17,23 @@ from dtpipe.pipeline.report.tasks.gallery import prediction_pictures
 from dtpipe.pipeline.report.tasks.results import TaskResult, task_results
 from dtpipe.pipeline.report.tasks.section import task_section
 
-_DATA = ("images", "masks", "test_images", "test_masks", "test_share", "foreground", "ignore_value", "px", "limit")
-"""Settings of an evaluation that say what was scored on: scores of others do not compare."""
+_DATA = (
+    "images",
+    "masks",
+    "class_names",
+    "test_images",
+    "test_masks",
+    "test_share",
+    "resplit",
+    "foreground",
+    "px",
+    "ignore_value",
+    "resize",
+    "limit",
+    "seed",
+    "probe",
+)
+"""Settings of an evaluation that say what was scored on, and how: scores of others do not compare."""
 
 Named = Mapping[str, TaskResult]
 """Results by the name of their run."""
@@ -40,7 +55,8 @@ def merged_sections(runs: Mapping[str, Path], config: ReportConfig, notes: Notes
 
 def _key(result: TaskResult) -> tuple[str, ...]:
     config = result.document.get("config") or {}
-    data = [repr(config.get(name)) for name in _DATA]
+    tune = {name: value for name, value in (config.get("tune") or {}).items() if name != "run"}
+    data = [repr(config.get(name)) for name in _DATA] + [repr(tune)]
     return result.path.name, result.task, result.metric, str(result.num_test), *data
 
 

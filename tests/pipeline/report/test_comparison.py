@@ -97,6 +97,19 @@ def test_scores_on_other_images_are_not_merged(other: ProbeResult, images: str, 
     assert [section.title for section in sections] == ["segment: mIoU (only a)", "segment: mIoU (only b)"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "num_sections"),
+    [({"seed": 1}, 2), ({"tune": {"steps": 9}}, 2), ({"tune": {"steps": 8, "run": {"workers": 2}}}, 1)],
+)
+def test_other_draws_or_recipes_are_not_merged(changed: dict[str, object], num_sections: int, tmp_path: Path) -> None:
+    settings = {"images": "scenes", "seed": 0, "tune": {"steps": 8, "run": {"workers": 0}}}
+    for name, own in (("a", settings), ("b", settings | changed)):
+        path = write(tmp_path / name, ONE)
+        write_document(path, json.loads(json.dumps(ONE.to_json() | {"config": own})), "")
+    runs = {name: tmp_path / name for name in "ab"}
+    assert len(list(merged_sections(runs, ReportConfig(run=("x",)), Notes(pytest.fail)))) == num_sections
+
+
 # --- whole pages -----------------------------------------------------------------------------------------------------
 
 
