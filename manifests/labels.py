@@ -166,6 +166,8 @@ class Panoptic:
 
 
 Target = Class | Mask | Instances | Panoptic
+KIND_WORDS: Mapping[type[Target], str] = {Class: "classes", Mask: "masks", Instances: "objects", Panoptic: "segments"}
+"""What each kind is called in sentences."""
 
 
 def target_digest(target: Target) -> str:

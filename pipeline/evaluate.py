@@ -21,7 +21,7 @@ from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.engine.ranks import join_ranks
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.labels import Class, Instances, Mask, Panoptic
+from dtpipe.manifests.labels import KIND_WORDS, Class, Instances, Mask
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
@@ -124,8 +124,7 @@ def check_task(config: EvalConfig) -> Task | TunedTask[Any]:
         given = "with --masks" if config.masks else f"with {config.images.partition(':')[0]}"
         if kind is Class:
             given = "give --masks, or with class folders"
-        learns = {Class: "classes", Mask: "masks", Instances: "objects", Panoptic: "segments"}[target]
-        raise ConfigError(f"task {config.task} learns from {learns}; {given} use {fitting}")
+        raise ConfigError(f"task {config.task} learns from {KIND_WORDS[target]}; {given} use {fitting}")
     _refuse_idle(config, entry)
     return entry
 

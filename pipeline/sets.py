@@ -15,13 +15,11 @@ from dtpipe.extract.sources.layouts.base import LabelledSource
 from dtpipe.extract.sources.layouts.registry import parse_layout
 from dtpipe.extract.sources.layouts.renumbered import with_classes_of
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.labels import Class, Instances, Mask, Panoptic, Target
+from dtpipe.manifests.labels import KIND_WORDS, Class, Mask, Target
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.labelled import LabelledReader, open_labelled, split_by_key
-
-_KINDS = {Class: "classes", Mask: "masks", Instances: "objects", Panoptic: "segments"}
 
 
 def label_kind(config: EvalConfig) -> type[Target]:
@@ -81,8 +79,9 @@ def _open_held_out(config: EvalConfig, source: LabelledSource, note: Note) -> La
         raise ConfigError(f"{config.images} is both --images and --test-images; leave out --test-images to split it")
     held_out = open_labelled(config.test_images, config.test_masks, config.ignore_value, config.class_names)
     if held_out.kind is not source.kind:
+        own, other = KIND_WORDS[source.kind], KIND_WORDS[held_out.kind]
         raise ConfigError(
-            f"{config.images} has {_KINDS[source.kind]} for labels and {config.test_images} {_KINDS[held_out.kind]}; "
+            f"{config.images} has {own} for labels and {config.test_images} {other}; "
             "give held-out images with the same kind of labels"
         )
     _say(held_out, note)

@@ -56,10 +56,16 @@ def difference_of(
     mean, n = statistics.fmean(differences), len(differences)
     if n == 1:
         return PairedDifference(arm, other, num_labelled, mean, None, None, n)
+    half = half_interval(differences)
+    return PairedDifference(arm, other, num_labelled, mean, mean - half, mean + half, n)
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the interval that holds the mean of two values or more with `CONFIDENCE`, by Student's t."""
     from scipy.stats import t  # type: ignore[import-untyped]  # slow to import, and read here alone
 
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
-    return PairedDifference(arm, other, num_labelled, mean, mean - half, mean + half, n)
+    num = len(values)
+    return float(t.ppf((1 + CONFIDENCE) / 2, num - 1)) * statistics.stdev(values) / math.sqrt(num)
 
 
 def interval(difference: PairedDifference) -> str:

@@ -24,11 +24,10 @@ from dtpipe.distill.downstream.tuned.base import Example, TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneRun
 from dtpipe.distill.engine.ranks import ranks_of_this_machine
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.labels import Class, Instances, Mask, Panoptic, Pixels, Target
+from dtpipe.manifests.labels import KIND_WORDS, Instances, Mask, Pixels, Target
 
 _FEW_CPUS, _MOST_WORKERS = 4, 8
 _PRELOADED = ("torch", "ray.cloudpickle", __name__)
-_WORDS: dict[type[Target], str] = {Class: "classes", Mask: "masks", Instances: "objects", Panoptic: "panoptic segments"}
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,6 @@ def fit_targets(task: TunedTask[Any], labelled: LabelledSet) -> LabelledSet:
     if task.kind is Mask and labelled.kind is Instances:
         return labelled.as_masks()
     raise ConfigError(
-        f"task {task.name} learns from {_WORDS[task.kind]}, and these labels are {_WORDS[labelled.kind]}; "
+        f"task {task.name} learns from {KIND_WORDS[task.kind]}, and these labels are {KIND_WORDS[labelled.kind]}; "
         "`dtpipe list tasks` says what each learns from"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dtpipe.distill.downstream.paired import CONFIDENCE, PairedDifference
+from dtpipe.distill.downstream.paired import PairedDifference, half_interval
 from dtpipe.distill.downstream.result import FIXED, HEAD
 from dtpipe.manifests.documents import Refusal
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError
@@ -49,12 +49,10 @@ class Cell:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def interval(self) -> tuple[float, float] | None:
-        """Where the mean over all seeds lies with `CONFIDENCE`, by Student's t; None for one seed."""
+        """Where the mean over all seeds lies as `half_interval` has it; None for one seed."""
         if self.std is None:
             return None
-        from scipy.stats import t  # type: ignore[import-untyped]
-
-        half = float(t.ppf((1 + CONFIDENCE) / 2, len(self.values) - 1)) * self.std / math.sqrt(len(self.values))
+        half = half_interval(self.values)
         return self.mean - half, self.mean + half
 
 
