@@ -15,7 +15,7 @@ from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.extractors import RANDOM_INIT
 from dtpipe.distill.downstream.frozen import probe, readout
-from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.labelled import LabelledSet, join_sets
 from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.base import TunedTask
@@ -85,7 +85,8 @@ def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Eva
         say = note if ranks.rank == 0 else _say_nothing
         comparison, table = open_table(config, task, say)
         result = tuned_result(config, table, cells_path(config), say)
-        overlap = ranks.first(lambda: overlap_notes(config, comparison, table.test, tuned_transform(config), note))
+        held_out = join_sets(table.train, table.test) if config.resplit else table.test
+        overlap = ranks.first(lambda: overlap_notes(config, comparison, held_out, tuned_transform(config), note))
         said = [*run_notes(comparison), *coverage_notes(table.train, table.test), *overlap]
         result = replace(result, notes=(*result.notes, *said))
         path = ranks.first(lambda: _write(config, result))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.labelled import LabelledSet, join_sets
 from dtpipe.extract.sources.layouts.base import LabelledSource
 from dtpipe.extract.sources.layouts.registry import parse_layout
 from dtpipe.extract.sources.layouts.renumbered import with_classes_of
@@ -44,7 +44,12 @@ def open_sets(
 
 
 def open_held_out(config: EvalConfig, recipe: TransformRecipe | None, note: Note) -> LabelledSet:
-    """The held-out images of `open_sets` alone, to compare them by content; their classes may count fewer."""
+    """The held-out images of `open_sets` alone, to compare them by content; their classes may count fewer.
+
+    With --resplit these are all images, since some seed holds out each.
+    """
+    if config.resplit:
+        return join_sets(*open_sets(config, recipe, note))
     return _sides(config, note)[1].select(recipe, False, note)
 
 

@@ -185,3 +185,11 @@ def test_a_task_that_does_not_learn_from_a_layout_is_refused(images: str, task: 
     with pytest.raises(ConfigError, match=said):
         check_task(settings(images).model_copy(update={"task": task}))
     check_task(settings("coco-json:d@a.json").model_copy(update={"task": "readout"}))
+
+
+def test_all_images_are_held_out_where_each_seed_splits_anew(tmp_path: Path) -> None:
+    root = masks_tree(tmp_path / "data")
+    config = settings(f"masks:{root}@train", test_images=f"masks:{root}@val", resplit=True)
+    train, test = open_sets(config, None, print)
+    whole = open_held_out(config, None, print)
+    assert (whole.keys, whole.digests) == (train.keys + test.keys, train.digests + test.digests)
