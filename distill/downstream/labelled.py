@@ -74,10 +74,16 @@ class LabelledSet:
         )
 
     def content_digest(self) -> str:
-        """blake3 of keys, images, targets and classes, as far as they were looked at: what is trained or scored on."""
+        """blake3 of keys, images, targets and classes, as far as they were looked at: what is trained or scored on.
+
+        Classes of images are always looked at.
+        """
         table = self.classes
         classes = [self.kind.__name__, *table.names, repr(sorted(table.things)), repr(sorted(table.numbers.items()))]
-        parts = (self.keys, self.digests, self.target_digests, classes)
+        targets = self.target_digests
+        if self.kind is Class and not targets:  # which cost nothing to read
+            targets = tuple(map(str, self.read_classes().tolist()))
+        parts = (self.keys, self.digests, targets, classes)
         return blake3("\0\0".join("\0".join(part) for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def foreground(self) -> LabelledSet:

@@ -117,6 +117,13 @@ def test_sets_without_any_object_are_refused_before_training() -> None:
         check_several_classes(some, none)
 
 
+def test_classes_are_part_of_the_content_also_where_nobody_looked() -> None:
+    labelled = make_set(6)
+    assert labelled.content_digest() == make_set(6).content_digest()
+    swapped = replace(labelled, target=lambda row: Class(1 - row if row < 2 else row % 3))
+    assert swapped.content_digest() != labelled.content_digest()
+
+
 def test_a_task_is_told_which_targets_it_lacks() -> None:
     labelled = make_set(4)
     for kind, lacks in ((Mask, "masks"), (Instances, "objects"), (Panoptic, "segments")):
