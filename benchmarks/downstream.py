@@ -27,7 +27,7 @@ from dtpipe.pipeline.demo.scenes import write_scenes
 
 STUDENT, PX = "resnet10t", 64
 TEACHER, UNTRAINED = "distilled", "untrained"
-SECONDS = "seconds.json"
+SECONDS, OBJECTS = "seconds.json", "digits.json"
 UPRIGHT = ("-s", "eval.tune.augment.flip=0")
 """Mirrored digits are none."""
 PROTOCOL = {
@@ -103,10 +103,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def digits(args: argparse.Namespace, root: Path) -> None:
-    """Scenes to pre-train on, which labels are drawn from too, and held-out ones."""
+    """Scenes to pre-train on, which labels are drawn from too, and held-out ones.
+
+    Masks are of the foreground and objects of one class: few scenes do not teach ten digits to any arm.
+    """
     for part, num in (("train", args.num_images), ("held_out", args.num_held_out)):
-        if not (root / part / "instances.json").is_file():  # written last
-            write_scenes(root / part, num, seed=0, px=PX, part=part)
+        folder = root / part
+        if not (folder / OBJECTS).is_file():  # written last
+            write_scenes(folder, num, seed=0, px=PX, part=part)
+            document = json.loads((folder / "instances.json").read_text(encoding="utf-8"))
+            for annotation in document["annotations"]:
+                annotation["category_id"] = 0
+            document["categories"] = [{"id": 0, "name": "digit"}]
+            (folder / OBJECTS).write_text(json.dumps(document), encoding="utf-8")
 
 
 def flowers(args: argparse.Namespace, root: Path) -> None:
@@ -183,9 +192,9 @@ def images_of(task: str, root: Path) -> list[str]:
     if task == "finetune":
         return ["--images", str(train), "--test-images", str(test)]
     if task == "detect":
-        return ["--images", f"coco-json:{train}@instances.json", "--test-images", f"coco-json:{test}@instances.json"]
+        return ["--images", f"coco-json:{train}@{OBJECTS}", "--test-images", f"coco-json:{test}@{OBJECTS}"]
     masks = ["--masks", str(train / "semantic"), "--test-masks", str(test / "semantic")]
-    return ["--images", str(train / "images"), "--test-images", str(test / "images"), *masks]
+    return ["--images", str(train / "images"), "--test-images", str(test / "images"), *masks, "--foreground"]
 
 
 def result_file(case: Case, root: Path) -> Path:

@@ -111,9 +111,19 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
         raise DamagedDataError(f"{path}: the checkpoint cannot be read: {_reason(err)}; {remedy}") from err
     if state.get("format") != CHECKPOINT_FORMAT or state.get("kind") != kind:
         raise InputError(
-            f"{path}: not a checkpoint of {command} ({CHECKPOINT_FORMAT}); give its --out folder, last.pt or an export"
+            f"{path}: not a checkpoint of {command} ({CHECKPOINT_FORMAT}){_other_kind(state)}; "
+            "give its --out folder, last.pt or an export"
         )
     return state
+
+
+def _other_kind(state: Mapping[str, Any]) -> str:
+    """What else it is, of those that dtpipe writes."""
+    if state.get("format") != CHECKPOINT_FORMAT:
+        return ""
+    if state["kind"] == "eval":
+        return " but of a backbone tuned with its head, which `dtpipe export --head` takes"
+    return f" but of dtpipe {str(state['kind']).replace('_', '-')}"
 
 
 def _check_bytes(path: Path, remedy: str) -> None:

@@ -18,6 +18,7 @@ from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.run import TuneResult
 from dtpipe.distill.downstream.tuned.trainer import TuneJob
+from dtpipe.manifests.errors import DivergedError
 from dtpipe.manifests.labels import Class
 from dtpipe.pipeline.arms import Arm
 from dtpipe.pipeline.labelled import split_by_key
@@ -91,12 +92,28 @@ def run_cells(table: TunedTable, out: Path, train: Train, note: Callable[[str], 
         if choice is None:
             choice = choose_rate(job, out / RATES / folder.name, _named(train, named))
             chosen[arm.name, num] = choice
-        result = train(with_rate(job, choice.lr), cell.test, folder, named)
+        choice, result, folder = _train(job, choice, cell.test, folder, _named(train, named), note)
         scores.append(_score(cell, choice, result, folder))
         note(f"{named}: {table.task.metric_name} {result.value:.3f} at lr {choice.lr:g}")
         said += rate_notes(arm.name, num, table.config, choice)
     notes = tuple(dict.fromkeys(said))
     return ProbeResult(table.task.name, table.task.metric_name, len(table.test), tuple(scores), notes, headline(table))
+
+
+def _train(
+    job: TuneJob, choice: RateChoice, test: LabelledSet, folder: Path, train: Train, note: Callable[[str], None]
+) -> tuple[RateChoice, TuneResult, Path]:
+    """A cell's training at the rate chosen, or at the next best where the folds did not show that it is too high."""
+    beside = folder
+    while True:
+        try:
+            return choice, train(with_rate(job, choice.lr), test, beside, f"lr {choice.lr:g}"), beside
+        except DivergedError as err:
+            other = choice.next_best()
+            if other is None:
+                raise
+            note(f"{folder.name}, lr {choice.lr:g}: {err}; now lr {other.lr:g}, the next best on the folds")
+            choice, beside = other, folder.with_name(f"{folder.name}-lr{other.lr:g}")
 
 
 def _named(train: Train, named: str) -> Train:

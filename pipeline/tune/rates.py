@@ -35,6 +35,11 @@ class RateChoice:
     tried: tuple[tuple[float, float | None], ...] = ()
     """Each rate with its mean score, None where its loss was not finite."""
 
+    def next_best(self) -> RateChoice | None:
+        """The choice without this rate, whose loss turned out not to be finite; None where none is left."""
+        tried = tuple((lr, None if lr == self.lr else value) for lr, value in self.tried)
+        return None if all(value is None for _, value in tried) else _best(tried)
+
 
 def choose_rate(job: TuneJob, folder: Path, train: Train) -> RateChoice:
     """The rate of the grid with the best mean over folds; ties go to the earlier one.
@@ -48,8 +53,12 @@ def choose_rate(job: TuneJob, folder: Path, train: Train) -> RateChoice:
     if not grid or folds is None or not (scored := _scored_folds(job.labelled, folds)):
         return RateChoice(job.config.lr)
     tried = tuple((lr, _score_rate(job, lr, folds, scored, folder, train)) for lr in grid)
-    best, selection = max(tried, key=lambda entry: -np.inf if entry[1] is None else entry[1])
-    return RateChoice(best, selection, tried)
+    return _best(tried)
+
+
+def _best(tried: tuple[tuple[float, float | None], ...]) -> RateChoice:
+    lr, selection = max(tried, key=lambda entry: -np.inf if entry[1] is None else entry[1])
+    return RateChoice(lr, selection, tried)
 
 
 def fold_numbers(labelled: LabelledSet, num_folds: int) -> NDArray[np.int64] | None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.base import TaskScores
-from dtpipe.distill.downstream.tuned.scoring import score_network
-from dtpipe.distill.downstream.tuned.trainer import TuneJob, Tuning
+from dtpipe.distill.downstream.tuned.scoring import PREDICTED, score_network
+from dtpipe.distill.downstream.tuned.trainer import REMEDY, TuneJob, Tuning
 from dtpipe.distill.engine.device import seeded, training_device
 from dtpipe.distill.engine.loop import run
 from dtpipe.distill.engine.progress import OnTrainProgress, RunResult
 from dtpipe.distill.engine.ranks import join_ranks
 from dtpipe.distill.engine.ray import train_on_ray
+from dtpipe.manifests.errors import DivergedError
 from dtpipe.manifests.records.document import read_document, write_document
 from dtpipe.manifests.stopping import StopRequest
 
@@ -60,12 +64,24 @@ def tune(
         with seeded(job.seed, where):
             trainer = Tuning(job, where, ranks)
             result = run(trainer, job.settings(folder), ranks, on_progress, stop)
+        check_finite(trainer.scored)
         keep = folder if trainer.config.run.keep_predictions else None
+        ranks.first(lambda: shutil.rmtree(folder / PREDICTED, ignore_errors=True))  # of earlier images
         scores = score_network(job.task, trainer.scored, test, trainer.config, ranks, keep)
         own = {each.name: getattr(result, each.name) for each in fields(result)}
         tuned = TuneResult(**own, value=scores.value, others=scores.others, by_class=scores.by_class)
         ranks.first(lambda: write_document(folder / SCORE_FILE, record | {"result": tuned.record()}, "make room"))
     return tuned
+
+
+def check_finite(network: nn.Module) -> None:
+    """See that weights can be scored: the last update may have spoiled them after the last loss was seen.
+
+    Raises: DivergedError naming one that is not finite.
+    """
+    for name, weight in network.state_dict().items():
+        if not bool(weight.isfinite().all()):
+            raise DivergedError(f"after the last step {name} is not finite; {REMEDY}")
 
 
 def finished(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -78,8 +77,7 @@ def image_tensor(image: Pixels) -> Tensor:
 
 def _begin(folder: Path, test: LabelledSet) -> None:
     try:
-        shutil.rmtree(folder / PREDICTED, ignore_errors=True)
-        (folder / PREDICTED).mkdir(parents=True)
+        (folder / PREDICTED).mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise StoreError(f"{folder / PREDICTED} cannot be written: {err}; {_ROOM}") from err
     write_document(folder / PREDICTED / KEYS_FILE, {"keys": list(test.keys)}, _ROOM)

@@ -44,7 +44,7 @@ TUNED_KIND = "eval"
 """Of the checkpoints and folders of tuned tasks: they follow from this section of the settings."""
 MEASURED_VIEWS = 64
 """From which norms that stay as they are get their statistics, where they have none."""
-_REMEDY = "train anew in another --out with a lower eval.tune.lr, a longer eval.tune.warmup or eval.tune.clip_grad"
+REMEDY = "train anew in another --out with a lower eval.tune.lr, a longer eval.tune.warmup or eval.tune.clip_grad"
 
 
 @dataclass(frozen=True)
@@ -172,5 +172,5 @@ def _course(config: TuneConfig, order: BatchOrder, num_images: int, device: torc
         save_every=config.run.save_every,
         save_every_s=config.run.save_every_s,
         tensorboard=config.run.tensorboard,
-        remedy=_REMEDY,
+        remedy=REMEDY,
     )

@@ -110,11 +110,12 @@ def test_other_files_are_refused(tmp_path, content):
         load_student(tmp_path)
 
 
-def test_a_checkpoint_of_another_command_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "last.pt", "train_teacher", {"step": 1})
-    with pytest.raises(InputError, match="not a checkpoint of dtpipe distill"):
+@pytest.mark.parametrize(("kind", "said"), [("train_teacher", "of dtpipe train-teacher"), ("eval", "export --head")])
+def test_a_checkpoint_of_another_command_is_refused(tmp_path, kind, said):
+    save_checkpoint(tmp_path / "last.pt", kind, {"step": 1})
+    with pytest.raises(InputError, match=f"not a checkpoint of dtpipe distill .* but of .*{said}"):
         load_checkpoint(tmp_path / "last.pt", "distill")
-    assert load_checkpoint(tmp_path / "last.pt", "train_teacher")["step"] == 1
+    assert load_checkpoint(tmp_path / "last.pt", kind)["step"] == 1
 
 
 def test_what_is_named_is_restored_and_plain_values_stay_as_they_are(tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.registry import find_tuned
+from dtpipe.distill.downstream.tuned.run import TuneResult
+from dtpipe.distill.downstream.tuned.trainer import TuneJob
+from dtpipe.manifests.errors import DivergedError
 from dtpipe.pipeline.arms import random_arm
-from dtpipe.pipeline.tune.cells import TunedTable, folder_names, rate_notes
+from dtpipe.pipeline.tune.cells import TunedTable, folder_names, rate_notes, run_cells
 from dtpipe.pipeline.tune.rates import RateChoice
 from parts.tuning import STUDENT, bright_halves, tune_config
 
@@ -40,6 +45,27 @@ def test_seeds_hold_out_other_images_of_all_as_many_as_before(masked: bool) -> N
             assert sorted(cell.test.read_classes()) == [0, 0, 1, 1]
     assert len({cell.test.keys for cell in cells}) == 3
     assert cells[0].test.image(0).shape == (32, 32, 3)
+
+
+def test_a_rate_that_proves_too_high_in_the_whole_training_is_followed_by_the_next_best(tmp_path: Path) -> None:
+    def train(job: TuneJob, test: LabelledSet, folder: Path, what: str) -> TuneResult:
+        if job.config.lr == 0.9 and "fold" not in what:
+            raise DivergedError("the loss is inf")
+        value = {0.1: 0.3, 0.5: 0.4, 0.9: 0.8}[job.config.lr]
+        return TuneResult(folder, folder / "last.pt", 1, 1, 1, 1, 0, {}, 1.0, 1.0, {}, value=value)
+
+    config, said = tune_config(lr_grid=(0.1, 0.5, 0.9), folds=2), list[str]()
+    sets = bright_halves(8, 0), bright_halves(4, 1)
+    task = find_tuned("finetune")
+    result = run_cells(
+        TunedTable(task, [random_arm(STUDENT)], *sets, [8], range(1), config), tmp_path, train, said.append
+    )
+    (score,) = result.scores
+    assert (score.value, score.settings["lr"]) == (0.4, 0.5)
+    assert score.settings["rates"] == {"0.1": 0.3, "0.5": 0.4, "0.9": None}
+    assert score.settings["folder"].endswith("-8-0-lr0.5")
+    assert "lr 0.9: the loss is inf; now lr 0.5" in said[0]
+    assert RateChoice(0.1, None, ((0.1, 0.3), (0.5, None))).next_best() is None
 
 
 def test_every_arm_has_a_folder_of_its_own() -> None:

@@ -1,6 +1,6 @@
 """UPerNet's decoder: pyramid pooling on the coarsest level, a top-down path, and all levels joined at the finest size.
 
-It is built of the regressor's blocks, so that a regressor can be its start.
+It is built of the regressor's blocks and keeps their names.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class UPerNet(nn.Module):
     `FeatureRegressor` of kind fpn_ppm whose targets have all strides of the student. Laterals are 1x1 convolutions, the
     last is the pyramid pooling (`branches`, `join`); outputs are 3x3 convolutions of all levels but the coarsest. A
     regressor's `heads.*`, to the teacher's channels, have no counterpart here, nor have `fuse` and `classifier` there;
-    its `pyramid.*` is that of `HeadLevels`, whose norms of a ConvNeXt's levels it lacks. So after mix distillation
-    backbone and decoder can both start from what was distilled (the paper's appendix G.4).
+    its `pyramid.*` is that of `HeadLevels`, whose norms of a ConvNeXt's levels it lacks. So a decoder could start from
+    what was distilled, as the paper's does after mix distillation (appendix G.4); no setting asks for it yet.
 
     Source: Xiao et al., arXiv 1807.10221; layers and sizes as mmsegmentation's UPerHead has them.
     """

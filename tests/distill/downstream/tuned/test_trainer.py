@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dtpipe.distill.downstream.extractors import random_student
-from dtpipe.distill.downstream.tuned.run import tune
+from dtpipe.distill.downstream.tuned.run import check_finite, tune
 from dtpipe.distill.downstream.tuned.scoring import image_tensor
 from dtpipe.distill.downstream.tuned.trainer import TUNED_KIND, Tuning
 from dtpipe.distill.engine.checkpoint import load_checkpoint
@@ -145,3 +145,12 @@ def test_batches_that_norms_cannot_measure_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no statistics of single images.*frozen_norms"):
         Tuning(tune_job(tune_config(micro_batch=1)), CPU)
     Tuning(tune_job(tune_config(micro_batch=1, frozen_norms=True)), CPU)
+
+
+def test_weights_that_the_last_step_spoiled_are_not_scored() -> None:
+    network = torch.nn.Linear(2, 2)
+    check_finite(network)
+    with torch.no_grad():
+        network.bias[1] = torch.inf
+    with pytest.raises(DivergedError, match="after the last step bias is not finite; train anew"):
+        check_finite(network)
