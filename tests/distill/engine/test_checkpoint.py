@@ -110,7 +110,7 @@ def test_other_files_are_refused(tmp_path, content):
         load_student(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "said"), [("train_teacher", "of dtpipe train-teacher"), ("eval", "export --head")])
+@pytest.mark.parametrize(("kind", "said"), [("train_teacher", "dtpipe train-teacher"), ("eval", "export --head")])
 def test_a_checkpoint_of_another_command_is_refused(tmp_path, kind, said):
     save_checkpoint(tmp_path / "last.pt", kind, {"step": 1})
     with pytest.raises(InputError, match=f"not a checkpoint of dtpipe distill .* but of .*{said}"):
