@@ -186,6 +186,10 @@ class TuneConfig(Settings):
         return self
 
 
+LOOKED_AT_AFTERWARDS = ("max_detections", "min_stuff_px")
+"""Fields of `head` that no training reads."""
+
+
 class TunedRecipe(Settings):
     """One training as its folder knows it; `-c FOLDER/config.yaml` reads it back."""
 
@@ -193,5 +197,7 @@ class TunedRecipe(Settings):
 
     @classmethod
     def identity_of(cls, record: Mapping[str, Any]) -> dict[str, Any]:
-        """All but how the training is carried out."""
-        return {"tune": TuneConfig.identity_of(record.get("tune") or {})}
+        """All that decides what is learned: how images are looked at afterwards may change, and is scored anew."""
+        tune = TuneConfig.identity_of(record.get("tune") or {})
+        head = {name: value for name, value in (tune.get("head") or {}).items() if name not in LOOKED_AT_AFTERWARDS}
+        return {"tune": {name: value for name, value in tune.items() if name != "inference"} | {"head": head}}

@@ -15,6 +15,7 @@ from dtpipe.distill.downstream.tuned.network import classes_from_dict, resolve
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.distill.downstream.tuned.trainer import TUNED_KIND
 from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.engine.run_folder import read_config
 from dtpipe.distill.student.student import build_student, spec_from_dict
 from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.labels import ClassTable
@@ -35,11 +36,15 @@ class TunedModel:
 def load_tuned(path: str | Path, ema: bool = True) -> TunedModel:
     """The network of a training's folder or checkpoint; with `ema`, the average of its weights where one was kept.
 
+    A folder says how images were looked at last, which may have changed since the training.
     Raises: InputError when there is none; DamagedDataError when it cannot be read.
     """
     path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
-    return tuned_from_state(load_checkpoint(path, TUNED_KIND), path, ema)
+    if not path.is_dir():
+        return tuned_from_state(load_checkpoint(path, TUNED_KIND), path, ema)
+    state = load_checkpoint(path / "last.pt", TUNED_KIND)
+    latest = read_config(path, kind=TUNED_KIND)
+    return tuned_from_state({**state, "config": latest}, path / "last.pt", ema)
 
 
 def tuned_from_state(state: Mapping[str, Any], path: Path, ema: bool = True) -> TunedModel:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dtpipe.distill.downstream.extractors import random_student
+from dtpipe.distill.downstream.tuned.load import load_tuned
 from dtpipe.distill.downstream.tuned.run import check_finite, tune
 from dtpipe.distill.downstream.tuned.scoring import image_tensor
 from dtpipe.distill.downstream.tuned.trainer import TUNED_KIND, Tuning
@@ -98,6 +99,10 @@ def test_a_finished_training_is_read_and_one_of_other_settings_is_refused(tmp_pa
     known = replace(bright_halves(6, 0), target_digests=("labelled", "otherwise", "c", "d", "e", "f"))
     with pytest.raises(PlanChangedError, match=r"images: "):
         tune(tune_job(tune_config(steps=2), known), test, tmp_path, "cpu")
+    mirrored = tune_job(tune_config(steps=2, inference={"flips": True}, head={"max_detections": 5}))
+    assert tune(mirrored, test, tmp_path, "cpu").resumed_step == 2
+    assert load_tuned(tmp_path).config.inference.flips
+    assert not load_tuned(tmp_path / "last.pt").config.inference.flips
     relabelled = replace(test, target_digests=("labelled", "otherwise", "c", "d"))
     assert tune(job, relabelled, tmp_path, "cpu").resumed_step == 2
     tune(job, test, tmp_path, "cpu")
