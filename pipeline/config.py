@@ -56,7 +56,8 @@ class EvalConfig(StrictModel):
         description="File with the names of the classes of --masks: a line each, 0 first, or JSON; default: numbers.",
     )
     test_images: str | None = Field(
-        default=None, description="Labelled images to score on, named in the same way; default: a share of --images."
+        default=None,
+        description="Layout or URL of the labelled images to score on, as --images; default: a share of those.",
     )
     test_masks: str | None = Field(default=None, description="URL of the masks of --test-images.")
     test_share: float = Field(
@@ -96,8 +97,8 @@ class EvalConfig(StrictModel):
     )
     compare: tuple[str, ...] = Field(
         default=(),
-        description="Another arm: [NAME=]RUN, RUN,RUN for seeds of one arm, or weights of other projects as "
-        "MODEL@FILE (a timm model) or timm:MODEL. Repeatable.",
+        description="Another arm: [NAME=]RUN, RUN,RUN for seeds of one arm, or a file of another project's weights as "
+        "MODEL@FILE (a timm model), or timm:MODEL. Repeatable.",
     )
     teacher: str | None = Field(
         default=None,
@@ -111,7 +112,7 @@ class EvalConfig(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where features are computed.")
     out: str | None = Field(default=None, description="JSON file to write; default: eval/TASK.json in the run folder.")
     probe: ProbeConfig = ProbeConfig()
-    tune: TuneConfig | None = None
+    tune: TuneConfig | None = Field(default=None, description="How backbone and head are trained, by tasks that train.")
 
     _whole = field_validator("masks", "test_masks", "class_names")(whole_place)
     _whole_labelled = field_validator("images", "test_images")(whole_labelled)

@@ -24,6 +24,8 @@ from parts.paths import REPO
 FILES = sorted(
     path for folder in ("manifests", "extract", "distill", "pipeline") for path in (REPO / folder).rglob("*.py")
 )
+FROM_OWN_PROCESS = {"distill/downstream/tuned/examples.py": ["cloudpickle.loads"]}
+"""What reads only what this process sent to the workers that it started: no file, no other machine."""
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
 
 WRITES = ("dump", "dumps")
@@ -54,7 +56,8 @@ def unsafe_calls(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(REPO).as_posix())
 def test_no_loader_that_runs_code_is_called(path: Path) -> None:
-    assert list(unsafe_calls(path.read_text(encoding="utf-8"))) == []
+    calls = [call.partition(": ")[2] for call in unsafe_calls(path.read_text(encoding="utf-8"))]
+    assert calls == FROM_OWN_PROCESS.get(path.relative_to(REPO).as_posix(), [])
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_the_engine_imports_nothing_of_what_it_trains():
             node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
         ]
         own = [module for module in modules if module.startswith("dtpipe.")]
-        assert all(module.startswith(("dtpipe.distill.engine.", "dtpipe.manifests.")) for module in own), path
+        assert all(f"{module}.".startswith(("dtpipe.distill.engine.", "dtpipe.manifests.")) for module in own), path
 
 
 def test_a_run_fits_reports_and_leaves_its_folder(config):

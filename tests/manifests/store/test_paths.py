@@ -19,9 +19,10 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.store.paths import any_place, is_url, local_place, path_on_disk, whole_if_there, whole_place
 from dtpipe.manifests.store.store import Store
 from dtpipe.pipeline.cli.settings import SECTIONS, section_model, submodel, validate
+from dtpipe.pipeline.config import whole_labelled
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
-PLACES = (whole_place, whole_if_there, local_place, any_place)
+PLACES = (whole_place, whole_if_there, local_place, any_place, whole_labelled)
 OTHERS = frozenset({"kind", "revision"})
 """Settings that speak of files and name none."""
 
