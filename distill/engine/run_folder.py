@@ -6,7 +6,6 @@ out.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -34,6 +33,7 @@ from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, 
 from dtpipe.manifests.records.ending import read_text, seal_text
 from dtpipe.manifests.records.lines import Line, append_line, keep_lines, read_lines
 from dtpipe.manifests.schema import Settings
+from dtpipe.manifests.store.hold import hold
 from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import write_whole
 
@@ -271,7 +271,7 @@ def _hold(path: Path) -> TextIO:
     with ExitStack() as stack:
         try:
             lock = stack.enter_context((path / _LOCK).open("a+"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock)
         except BlockingIOError as err:
             raise LockHeldError(
                 f"{path}: another process trains in this folder; wait for it, or choose another --out"

@@ -5,7 +5,6 @@ A marker says what the folder holds, so that nothing else is ever emptied, and n
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 from dtpipe.manifests.differences import differences, refuse_differences
 from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import ConfigError, LockHeldError, StoreError
+from dtpipe.manifests.store.hold import hold
 from dtpipe.manifests.store.outputs import refuse_no_folder
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note
@@ -90,9 +90,11 @@ def _hold(out: Path) -> Iterator[TextIO]:
         raise _unwritable(out, err) from err
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock)
         except BlockingIOError as err:
             raise LockHeldError(f"{out}: another demo runs in this folder; wait for it, or give another --out") from err
+        except OSError as err:
+            raise _unwritable(out, err) from err
         yield lock
 
 

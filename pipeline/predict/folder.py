@@ -6,7 +6,6 @@ goes on with the others.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dtpipe.manifests.differences import Difference, refuse_differences
 from dtpipe.manifests.errors import LockHeldError, StoreError
 from dtpipe.manifests.records.document import read_document, write_document
 from dtpipe.manifests.records.lines import append_line, keep_lines, read_lines
+from dtpipe.manifests.store.hold import hold
 from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import write_whole
 
@@ -62,12 +62,14 @@ class PredictionFolder:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("a+")
         except OSError as err:
-            raise StoreError(f"{path} cannot be written: {err}; {_ROOM}") from err
+            raise _unwritable(path, err) from err
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as err:
+                hold(lock)
+            except BlockingIOError as err:
                 raise LockHeldError(f"{path}: another process predicts into this folder; wait for it") from err
+            except OSError as err:
+                raise _unwritable(path, err) from err
             if there:
                 _refuse_changes(path, read_document(path / RECORD, _REMEDY), of)
             else:
@@ -114,3 +116,7 @@ def _size(path: Path) -> int | None:
 def _refuse_changes(path: Path, stored: Mapping[str, Any], of: Mapping[str, Any]) -> None:
     changes = [Difference(name, stored.get(name), value) for name, value in of.items() if stored.get(name) != value]
     refuse_differences(f"{path} holds other predictions", changes, "choose another --out")
+
+
+def _unwritable(path: Path, err: OSError) -> StoreError:
+    return StoreError(f"{path} cannot be written: {err}; {_ROOM}")
