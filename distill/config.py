@@ -173,6 +173,11 @@ class DistillRecipeConfig(Settings):
     reencode: float = Field(
         default=0.0, ge=0, le=1, description="Share of samples whose features the live teacher makes anew."
     )
+    mismatch: int | None = Field(
+        default=None,
+        ge=0,
+        description="A control that must fail: seed by which images get the features of others. Default: their own.",
+    )
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="Keep an exponential moving average of the student."
     )
@@ -220,6 +225,11 @@ class DistillRecipeConfig(Settings):
             if weights is not None and len(weights) != num:
                 values, datasets = count_of(len(weights), "value"), count_of(num, "dataset")
                 raise ValueError(f"distill.{name} has {values} for {datasets}; give one each")
+        if self.mismatch is not None and (self.reencode or not self.datasets):
+            raise ValueError(
+                "distill.mismatch gives images the stored features of others, and a live teacher runs; leave one of "
+                "them out"
+            )
         if self.equivariant and self.flip is False:
             raise ValueError(
                 "distill.equivariant mirrors features for flips, and distill.flip is off; leave one of them out"

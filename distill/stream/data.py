@@ -18,6 +18,7 @@ from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.stream.choice import select_rows
 from dtpipe.distill.stream.live import LiveTeacher, OpenLive
+from dtpipe.distill.stream.mismatched import MismatchedPairs
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -114,7 +115,7 @@ def open_data(config: DistillConfig) -> OpenedData:
     rows = select_rows(source, config)
     contents = [_content(part, kept) for part, kept in zip(parts, shards, strict=True)]
     return OpenedData(
-        source,
+        source if config.mismatch is None else MismatchedPairs(source, rows, config.mismatch),
         min(sizes),
         _digest(contents, rows),
         Sampling(rows, len(source.columns), _row_weights(source, rows, config)),
