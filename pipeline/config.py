@@ -158,7 +158,7 @@ class EvalConfig(StrictModel):
 class ExportConfig(StrictModel):
     """Which student to write, for whom."""
 
-    checkpoint: str = Field(description="Run folder or checkpoint; with --head, that of a tuned training.")
+    checkpoint: str = Field(description="Run folder or checkpoint, also of a tuned training; with --head only of that.")
     out: str = Field(
         description="Folder to write: the weights, config.json, student.json and export.yaml, these settings."
     )

@@ -92,8 +92,10 @@ def disk_is_full(err: StoreError) -> bool:
     return isinstance(err.__cause__, OSError) and err.__cause__.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
+def load_checkpoint(path: Path, kind: str, *others: str) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; no code from the file is run, and nothing larger than it is unpacked.
+
+    It is of one `kind`, or of `others` that do as well.
 
     Raises: InputError when there is none or it is another kind of file; DamagedDataError when its bytes were changed or
     it cannot be read whole.
@@ -109,7 +111,7 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
         ) from err
     except _UNREADABLE as err:
         raise DamagedDataError(f"{path}: the checkpoint cannot be read: {_reason(err)}; {remedy}") from err
-    if state.get("format") != CHECKPOINT_FORMAT or state.get("kind") != kind:
+    if state.get("format") != CHECKPOINT_FORMAT or state.get("kind") not in (kind, *others):
         raise InputError(
             f"{path}: not a checkpoint of {command} ({CHECKPOINT_FORMAT}){_other_kind(state)}; "
             "give its --out folder, last.pt or an export"

@@ -25,12 +25,13 @@ EXPORT_RECORD = "student.json"
 """An export's record inside its folder: its layout, student, and the digests of its files."""
 NAMES_KEY = "dtpipe_names"
 """Where it has timm's names of weights that the file names otherwise, as JSON."""
+_BACKBONE = "student."  # of names in a tuned network
 
 
 def load_student(path: str | Path, ema: bool = True) -> Student:
     """The trained student from a run folder, a checkpoint (`last.pt`) or an export, on the CPU and in eval mode.
 
-    With `ema`, a checkpoint that holds an average gives that.
+    With `ema`, a checkpoint that holds an average gives that. Of a tuned training it is the backbone without its head.
 
     Raises: InputError when the path holds none of these; DamagedDataError when it cannot be read.
     """
@@ -66,12 +67,19 @@ def export_layout(path: Path) -> str | None:
 
 def student_state(state: Mapping[str, Any], ema: bool) -> Mapping[str, Any]:
     """Weights of the student in a checkpoint: the average where there is one and `ema` asks for it."""
-    average = state["ema"] if ema else None
-    return dict(average if average is not None else state["student"])
+    average, own = state["ema"] if ema else None, "network" if _is_tuned(state) else "student"
+    weights = average if average is not None else state[own]
+    if not _is_tuned(state):
+        return dict(weights)
+    return {name.removeprefix(_BACKBONE): value for name, value in weights.items() if name.startswith(_BACKBONE)}
+
+
+def _is_tuned(state: Mapping[str, Any]) -> bool:
+    return bool(state["kind"] == "eval")
 
 
 def _from_checkpoint(path: Path, ema: bool) -> Student:
-    state = load_checkpoint(path, "distill")
+    state = load_checkpoint(path, "distill", "eval")
     student = build_student(spec_from_dict(state["student_spec"]))
     student.load_state_dict(student_state(state, ema))
     return student.eval()
