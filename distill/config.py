@@ -161,7 +161,7 @@ class DistillRecipeConfig(Settings):
     clip_grad: float | None = Field(
         default=None,
         gt=0,
-        description="Largest gradient norm; default: no clipping, beyond that to 1 which is part of LAMB.",
+        description="Largest gradient norm; default: none for AdamW, and timm's 1 for LAMB, which clips by itself.",
     )
     flip: bool | None = Field(
         default=None, description="Horizontal flips, from stored flipped views; default: when there are any."

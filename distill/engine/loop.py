@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dtpipe.distill.engine.checkpoint import CheckpointIO
-from dtpipe.distill.engine.optim import set_learning_rate
+from dtpipe.distill.engine.optim import clip_limit, set_learning_rate
 from dtpipe.distill.engine.progress import Meter, OnTrainProgress, RunResult, TrainProgress, losses_of, shares
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from dtpipe.distill.engine.record import refuse_other
@@ -139,7 +139,7 @@ class Loop(Generic[P]):
     def _clip_and_check(self, parts: list[tuple[P, Tensor]]) -> None:
         """Clip the gradient; then the step's one wait for the device: losses of all parts and the gradient's norm."""
         self.scaler.unscale_(self.trainer.optimizer)
-        limit = self.trainer.course.clip_grad or math.inf
+        limit = clip_limit(self.trainer.optimizer, self.trainer.course.clip_grad)
         norm = torch.nn.utils.clip_grad_norm_(self.trainer.network.parameters(), limit)
         *losses, length = torch.stack([*(loss for _, loss in parts), norm]).tolist()
         bad = [(part, loss) for (part, _), loss in zip(parts, losses, strict=True) if not math.isfinite(loss)]

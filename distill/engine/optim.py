@@ -14,12 +14,14 @@ from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # its 
 from torch import nn
 from torch.optim import Optimizer
 
+_LAMBS_OWN = "max_grad_norm"  # timm's name of the norm that its LAMB clips to
+
 
 def build_optimizer(
     model: nn.Module, opt: str, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> Optimizer:
     """timm's AdamW or LAMB over all parameters; weight decay is left off biases, norms and what `no_weight_decay` of
-    the model names.
+    the model names. LAMB clips gradients to norm 1, as timm's does, where `clip_limit` is told no other.
 
     On a GPU, AdamW is one fused kernel.
     """
@@ -27,6 +29,19 @@ def build_optimizer(
     fused: dict[str, Any] = {"fused": True} if on_gpu and opt == "adamw" else {}
     optimizer: Optimizer = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay, betas=betas, **fused)
     return optimizer
+
+
+def clip_limit(optimizer: Optimizer, largest: float | None) -> float:
+    """The gradient norm that the loop is to clip to before a step: `largest`, or infinity where there is none.
+
+    LAMB clips by itself: it is told the norm here, without one keeps its own, and the loop leaves the gradient to it.
+    """
+    if _LAMBS_OWN not in optimizer.defaults:
+        return math.inf if largest is None else largest
+    if largest is not None:
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            options[_LAMBS_OWN] = largest
+    return math.inf
 
 
 def warmup_cosine(step: int, num_steps: int, num_warmup: int, peak: float, minimum: float = 0.0) -> float:

@@ -162,7 +162,9 @@ class TuneConfig(Settings):
     gamma: float = Field(default=0.1, gt=0, le=1, description="Of steps: what it is multiplied by there.")
     warmup: Share = Field(default=0.1, description="Share of the steps with a rising rate.")
     warmup_start: Share = Field(default=0.0, description="Where it rises from, as a share of lr.")
-    clip_grad: float | None = Field(default=None, gt=0, description="Largest norm of the gradient.")
+    clip_grad: float | None = Field(
+        default=None, gt=0, description="Largest norm of the gradient; default: none, as SparK's LAMB here has none."
+    )
     drop_path: Share = Field(default=0.0, description="Stochastic depth of the backbone.")
     sync_bn: bool = Field(default=False, description="Batch norm over all devices.")
     frozen_norms: bool = Field(default=False, description="The backbone's batch norms keep their statistics.")

@@ -17,6 +17,7 @@ import torch
 
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.engine.loop import Loop
+from dtpipe.distill.engine.optim import build_optimizer
 from dtpipe.distill.engine.run_folder import read_config, read_metrics
 from dtpipe.manifests.errors import ConfigError, DivergedError, LockHeldError, PlanChangedError, StoppedError
 from parts.line import KIND, Line, LineConfig, fit
@@ -203,6 +204,35 @@ def test_gradients_are_clipped_to_the_norm_and_reported_before(config):
     next(loop.steps())
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
     assert loop.grad_norm > 1e-2
+
+
+def lamb_by_hand(start: np.ndarray, gradients: list[np.ndarray], rates: list[float], largest: float) -> np.ndarray:
+    """One matrix, decay 0.1, betas 0.9 and 0.95, eps 1e-6; clipping, then You et al., arXiv 1904.00962, in float64."""
+    weights, mean, square = start.astype(np.float64), 0.0, 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        gradient = gradient / max(1.0, np.linalg.norm(gradient) / largest)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.95 * square + 0.05 * gradient**2
+        update = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.95**step)) + 1e-6) + 0.1 * weights
+        weights = weights - rate * np.linalg.norm(weights) / np.linalg.norm(update) * update
+    return weights
+
+
+@pytest.mark.parametrize(("clip_grad", "largest"), [(None, 1.0), (5.0, 5.0), (0.5, 0.5)])
+def test_lamb_clips_once_to_the_norm_asked_for_and_else_to_timms_one(config, clip_grad, largest):
+    """The gradient is whole when LAMB gets it, and its steps are those of a gradient clipped to the one norm."""
+    line = Line(changed(config, clip_grad=clip_grad, lr=0.3))
+    line.model[1].bias.requires_grad_(False)
+    line.optimizer = build_optimizer(line.model[1], "lamb", 0.3, 0.1, (0.9, 0.95))
+    weight = line.model[1].weight
+    start, gradients = weight.detach().numpy().copy(), []
+    line.optimizer.register_step_pre_hook(lambda *_: gradients.append(weight.grad.numpy().astype(np.float64)))
+    loop, norms = Loop(line), []
+    for _ in loop.steps():
+        norms.append(loop.grad_norm)
+    assert min(norms) < 5 < max(norms)  # so that each limit gives other steps
+    assert norms == pytest.approx([np.linalg.norm(gradient) for gradient in gradients], rel=1e-5)
+    by_hand = lamb_by_hand(start, gradients, [line.learning_rate(step) for step in range(len(norms))], largest)
+    np.testing.assert_allclose(weight.detach(), by_hand, rtol=1e-4)  # float32 over twelve steps
 
 
 def test_an_overflow_in_float16_leaves_the_weights_and_lowers_the_scale(config):

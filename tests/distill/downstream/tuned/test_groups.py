@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import cast
 
@@ -13,6 +14,7 @@ from dtpipe.distill.downstream.tuned.base import TaskNetwork
 from dtpipe.distill.downstream.tuned.groups import layer_ids, parameter_groups, task_optimizer
 from dtpipe.distill.downstream.tuned.network import resolve
 from dtpipe.distill.downstream.tuned.registry import find_tuned
+from dtpipe.distill.engine.optim import clip_limit
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import ClassTable
@@ -155,3 +157,12 @@ def test_lamb_has_sparks_options() -> None:
     optimizer = task_optimizer(cast(TaskNetwork, OneWeight()), tune_config(opt="lamb"), torch.device("cpu"))
     options = {"max_grad_norm": 1e7, "always_adapt": True, "bias_correction": False}
     assert all(group[name] == value for group in optimizer.param_groups for name, value in options.items())
+
+
+@pytest.mark.parametrize(("clip_grad", "largest"), [(None, 1e7), (5.0, 5.0)])
+def test_lamb_is_told_the_largest_norm_and_the_loop_leaves_it_to_that(clip_grad, largest) -> None:
+    optimizer = task_optimizer(cast(TaskNetwork, OneWeight()), tune_config(opt="lamb"), torch.device("cpu"))
+    assert clip_limit(optimizer, clip_grad) == math.inf
+    assert optimizer.defaults["max_grad_norm"] == largest
+    sgd = task_optimizer(cast(TaskNetwork, OneWeight()), tune_config(opt="sgd"), torch.device("cpu"))
+    assert clip_limit(sgd, clip_grad) == (clip_grad or math.inf)
