@@ -226,9 +226,8 @@ def test_lamb_clips_once_to_the_norm_asked_for_and_else_to_timms_one(config, cli
     weight = line.model[1].weight
     start, gradients = weight.detach().numpy().copy(), []
     line.optimizer.register_step_pre_hook(lambda *_: gradients.append(weight.grad.numpy().astype(np.float64)))
-    loop, norms = Loop(line), []
-    for _ in loop.steps():
-        norms.append(loop.grad_norm)
+    loop = Loop(line)
+    norms = [loop.grad_norm for _ in loop.steps()]
     assert min(norms) < 5 < max(norms)  # so that each limit gives other steps
     assert norms == pytest.approx([np.linalg.norm(gradient) for gradient in gradients], rel=1e-5)
     by_hand = lamb_by_hand(start, gradients, [line.learning_rate(step) for step in range(len(norms))], largest)
