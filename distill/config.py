@@ -38,6 +38,10 @@ class RegressorConfig(StrictModel):
         default=(1, 2, 3, 6), min_length=1, description="Cells per side of each pooled map of fpn_ppm."
     )
     norm: Literal["batch", "group"] = Field(default="batch", description="Norm inside the regressor.")
+    timestep: bool | None = Field(
+        default=None,
+        description="Whether each level's head knows the timestep; default: where targets are of several.",
+    )
 
 
 class LossConfig(StrictModel):

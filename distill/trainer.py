@@ -6,7 +6,7 @@ The engine does the rest: it takes the steps, and saves, resumes and stops the r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from dtpipe.distill.engine.optim import build_optimizer, warmup_cosine
 from dtpipe.distill.engine.progress import OnTrainProgress, RunResult
 from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks
 from dtpipe.distill.engine.ray import train_on_ray
+from dtpipe.distill.engine.recovery import newest_checkpoint
 from dtpipe.distill.engine.run_folder import RunSettings
 from dtpipe.distill.engine.timing import IDLE, Stopwatch
 from dtpipe.distill.engine.trainer import Course
@@ -32,6 +33,7 @@ from dtpipe.distill.stream.data import STORED, OpenedData, TrainingData
 from dtpipe.distill.stream.live import LiveTeacher
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream, StreamSettings
+from dtpipe.distill.stream.timesteps import several_timesteps
 from dtpipe.distill.student.distiller import (
     build_distiller,
     choose_levels,
@@ -39,8 +41,10 @@ from dtpipe.distill.student.distiller import (
     norms_for,
     student_size,
     synchronise_norms,
+    with_timed_heads,
 )
 from dtpipe.distill.student.student import spec_to_dict
+from dtpipe.distill.student.timed import has_timed_heads
 from dtpipe.manifests.stopping import StopRequest
 
 _MOST_WAITING = 0.05
@@ -124,7 +128,9 @@ class Distillation:
         self.config, self.data, self.device = config, data, device
         levels = choose_levels(data.source.levels, config.levels)
         self.image_px = student_size(config, data.student_px)
-        self.model = build_distiller(config, levels, self.image_px, ranks.size).to(device).train()
+        names = tuple(level.name for level in levels)
+        timed = with_timed_heads(config, ranks.first(lambda: _timed(config, data, names)))
+        self.model = build_distiller(timed, levels, self.image_px, ranks.size).to(device).train()
         if config.sync_bn:
             self.model = synchronise_norms(self.model, device)
         if config.run.channels_last:
@@ -135,7 +141,7 @@ class Distillation:
         self.ema = ModelEmaV3(self.model.student, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.optimizer = build_optimizer(self.model, config.opt, config.peak_lr, config.weight_decay, config.betas)
         self.watch = Stopwatch(device)
-        settings = stream_settings(config, tuple(level.name for level in levels), ranks)
+        settings = stream_settings(config, names, ranks)
         self.stream = FeatureStream(data.source, settings, device, live, data.sampling, self.watch)
         self.course = _course(config, self.stream, device)
 
@@ -147,7 +153,7 @@ class Distillation:
         """Equation (3), its terms, and each term of each level."""
         images = student_images(batch.images, self.image_px)
         with norms_for(self.model, batch.smallest), autocast(self.course.precision, self.device):
-            regressed = self.network(images)
+            regressed = self.network(images, batch.timesteps)
         loss = feature_loss(regressed, batch.levels, self.config.loss, self.data.level_weights)
         return {"loss": loss.total, **loss.terms, **loss.levels}
 
@@ -169,6 +175,15 @@ class Distillation:
             "regressor": self.model.regressor,
             "ema": self.ema.module if self.ema is not None else None,
         }
+
+
+def _timed(config: DistillConfig, data: OpenedData, levels: Sequence[str]) -> bool:
+    """Whether heads know the timestep where the settings leave it open: of several, unless the run began without."""
+    if config.regressor.timestep is not None or not several_timesteps(data.source, levels):
+        return False
+    settings = run_settings(config)
+    newest = newest_checkpoint(settings.last, settings.kind)
+    return newest is None or has_timed_heads(newest.state["regressor"])
 
 
 def _course(config: DistillConfig, stream: FeatureStream, device: torch.device) -> Course:

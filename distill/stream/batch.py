@@ -20,6 +20,8 @@ class FeatureBatch:
     """(B, H, W, 3) uint8; flipped where the levels are those of the flipped image."""
     levels: dict[str, Tensor]
     """Level name to features (B, C, h, w), in the level's dtype, or a wider one where the live teacher gives that."""
+    timesteps: dict[str, Tensor]
+    """Level name to the timestep that the teacher saw of each sample, (B,) int64; 0 where it sees no noise."""
     keys: tuple[str, ...]
     labels: tuple[str | None, ...]
     epoch: int

@@ -30,6 +30,7 @@ from dtpipe.distill.stream.order import (
     use_flips,
 )
 from dtpipe.distill.stream.sampling import Sampling, pass_hashes
+from dtpipe.distill.stream.timesteps import view_timesteps
 from dtpipe.distill.stream.transfer import DeviceCopies, Sent
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.read.source import read_images
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from dtpipe.manifests.codecs.coded import CodedLevels
     from dtpipe.manifests.read.source import FeatureSource
 
-FLIP, MIRROR = "flip", "mirror"
+FLIP, MIRROR, VIEW = "flip", "mirror", "view"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class _ReadPart:
     """A part as the reading threads leave it: on its way to the device, stored samples first, live ones after them."""
 
     sent: Sent
-    """`image`, `flip` and, where levels are mirrored, `mirror` of all samples."""
+    """`image`, `view`, `flip` and, where levels are mirrored, `mirror` of all samples."""
     levels: SentLevels | None
     """Of the stored samples; None without any."""
     rows: np.ndarray
@@ -106,6 +107,9 @@ class FeatureStream:
         self.flips = use_flips(self.views, wanted, "distill.datasets", otherwise)
         self.mirrors = self.flips and not any(view.flip for view in self.views)
         """Whether stored levels are mirrored for flipped images."""
+        self._timesteps = {
+            name: torch.tensor(view_timesteps(source, name), device=device) for name in settings.levels
+        }  # (V,)
         self._keys, self._labels = source.columns.keys, source.columns.labels
         self._hashes = key_hashes(self._keys)
 
@@ -163,7 +167,7 @@ class FeatureStream:
         samples = LiveSamples(self._keys_of(rows), view, flip, fresh).take(np.arange(num_stored, len(rows)))
         prepared = self.live.prepare(samples) if self.live is not None and len(samples) else None
         mirror = {MIRROR: flip & ~(live & self._exact_live)} if self.mirrors else {}
-        sent = self._copies.send({IMAGE: images, FLIP: flip, **mirror})
+        sent = self._copies.send({IMAGE: images, VIEW: view, FLIP: flip, **mirror})
         levels = None if coded is None else SentLevels.send(coded, self._copies)
         return _ReadPart(sent, levels, rows, samples, prepared)
 
@@ -198,6 +202,7 @@ class FeatureStream:
         return FeatureBatch(
             images,
             levels,
+            {name: of_view[sent[VIEW]] for name, of_view in self._timesteps.items()},
             keys,
             labels,
             part.epoch,

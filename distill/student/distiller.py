@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,9 +28,10 @@ class Distiller(nn.Module):
         self.student = student
         self.regressor = regressor
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Shapes: images (B, 3, H, W) float32 in [-1, 1] -> {level: (B, C, h, w)} of the teacher's sizes."""
-        regressed: dict[str, Tensor] = self.regressor(self.student(images))
+    def forward(self, images: Tensor, timesteps: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Shapes: images (B, 3, H, W) float32 in [-1, 1], timesteps[level] (B,) for heads that know it ->
+        {level: (B, C, h, w)} of the teacher's sizes."""
+        regressed: dict[str, Tensor] = self.regressor(self.student(images), timesteps)
         return regressed
 
     def no_weight_decay(self) -> set[str]:
@@ -56,10 +57,19 @@ def student_size(config: DistillRecipeConfig, stored: tuple[int, int]) -> tuple[
     return height_width(config.student_px or stored)
 
 
+def with_timed_heads(config: DistillRecipeConfig, timed: bool) -> DistillRecipeConfig:
+    """The settings with their word on whether heads know the timestep, or this one where they leave it open."""
+    if config.regressor.timestep is not None:
+        return config
+    return config.model_copy(update={"regressor": config.regressor.model_copy(update={"timestep": timed})})
+
+
 def build_distiller(
     config: DistillRecipeConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1
 ) -> Distiller:
     """Student and regressor with initial weights from torch's global generator, which the caller seeds.
+
+    Heads know the timestep where the settings say so; all other weights are the same with it and without.
 
     Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the
     micro-batch is too small for its norms.
@@ -104,7 +114,8 @@ def freeze_unused(model: Distiller, device: torch.device) -> None:
     Ranks would wait for the gradients of these; without gradients they never change anyway.
     """
     training = model.training
-    outputs = model.eval()(torch.zeros(1, 3, *model.student.spec.image_px, device=device))
+    timesteps = {target.name: torch.zeros(1, dtype=torch.int64, device=device) for target in model.regressor.targets}
+    outputs = model.eval()(torch.zeros(1, 3, *model.student.spec.image_px, device=device), timesteps)
     torch.stack([level.sum() for level in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)

@@ -7,7 +7,7 @@ The one place where a level changes its spatial size to the teacher's is `Featur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from dtpipe.distill.student.blocks import conv_norm_relu, resize
 from dtpipe.distill.student.pyramid import PYRAMID_STRIDES, SimplePyramid
 from dtpipe.distill.student.regressors.base import RegressorKind, lateral
 from dtpipe.distill.student.regressors.registry import REGRESSORS
+from dtpipe.distill.student.timed import ScaleShift
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 
@@ -63,11 +64,13 @@ class FeatureRegressor(nn.Module):
         )
         self.path = kind.path(len(smoothed), config) if kind.path else None
         self.heads = nn.ModuleList(nn.Conv2d(config.width, target.channels, 1) for target in targets)
+        self.timed = nn.ModuleList(ScaleShift(config.width) for _ in targets) if config.timestep else None
 
-    def forward(self, levels: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Student levels, finest first, to f_r by teacher level.
+    def forward(self, levels: Sequence[Tensor], timesteps: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Student levels, finest first, to f_r by teacher level; `timesteps` are those of f_g, for heads that know it.
 
-        Shapes: levels[i] (B, channels[i], H_i, W_i) -> {name: (B, target.channels, *target.size)}.
+        Shapes: levels[i] (B, channels[i], H_i, W_i), timesteps[name] (B,) int64 ->
+        {name: (B, target.channels, *target.size)}.
         """
         if self.pyramid is not None:
             levels = self.pyramid(levels[0])
@@ -79,10 +82,19 @@ class FeatureRegressor(nn.Module):
         smooth = {int(idx): output(merged[int(idx)]) for idx, output in self.outputs.items()}
         if self.path is not None:
             smooth = dict(enumerate(self.path(list(smooth.values()))))
-        regressed = {}
-        for target, idx, head in zip(self.targets, self.level_of, self.heads, strict=True):
-            regressed[target.name] = head(resize(smooth[idx], target.size))  # a 1x1 commutes with the resize
-        return regressed
+        sized = [
+            resize(smooth[idx], target.size) for target, idx in zip(self.targets, self.level_of, strict=True)
+        ]  # a 1x1 commutes with the resize
+        if self.timed is not None:
+            sized = self._with_timesteps(sized, timesteps or {})
+        return {target.name: head(level) for target, head, level in zip(self.targets, self.heads, sized, strict=True)}
+
+    def _with_timesteps(self, levels: Sequence[Tensor], timesteps: Mapping[str, Tensor]) -> list[Tensor]:
+        assert self.timed is not None
+        if absent := [target.name for target in self.targets if target.name not in timesteps]:
+            raise ShapeError(f"the heads know the timestep, and none is given for {absent}; give one for each sample")
+        by_target = zip(self.targets, self.timed, levels, strict=True)
+        return [timed(level, timesteps[target.name]) for target, timed, level in by_target]
 
 
 def _find_kind(name: str) -> RegressorKind:

@@ -14,7 +14,8 @@ from dtpipe.distill.losses.features import feature_loss
 from dtpipe.distill.stream.data import TrainingData
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.stream import FeatureStream
-from dtpipe.distill.student.distiller import Distiller, build_distiller, choose_levels, student_size
+from dtpipe.distill.stream.timesteps import several_timesteps
+from dtpipe.distill.student.distiller import Distiller, build_distiller, choose_levels, student_size, with_timed_heads
 from dtpipe.distill.trainer import stream_settings
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import FeatureSource
@@ -62,13 +63,14 @@ def plan_training(config: DistillConfig, data: TrainingData) -> TrainingPlan:
     levels = choose_levels(opened.source.levels, config.levels)
     device = training_device(config.run.device)
     teacher = data.teacher(opened.source, device)
-    settings = stream_settings(config, tuple(level.name for level in levels))
+    names = tuple(level.name for level in levels)
+    settings = stream_settings(config, names)
     stream = FeatureStream(opened.source, settings, device, teacher, opened.sampling)
     manifests = [FeatureDataset.open(url, allow_incomplete=True).manifest for url in config.datasets]
     stored_bytes = sum(manifest.totals.size_bytes for manifest in manifests if manifest is not None)
-    plan = time_training(
-        config, device, levels, student_size(config, opened.student_px), stream.epoch_size, stored_bytes
-    )
+    timed = with_timed_heads(config, several_timesteps(opened.source, names))
+    image_px = student_size(config, opened.student_px)
+    plan = time_training(timed, device, levels, image_px, stream.epoch_size, stored_bytes)
     if teacher is None:
         return plan
     teacher_s = _time_teacher(teacher, opened.source, min(_timed_images(config, device), len(stream.rows)), device)
@@ -147,10 +149,11 @@ def _time_steps(
     images = torch.rand(micro_batch, 3, *image_px, generator=generator, device=device) * 2 - 1
     shapes = {level.name: (micro_batch, level.channels, level.height, level.width) for level in levels}
     targets = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
+    timesteps = {level.name: torch.zeros(micro_batch, dtype=torch.int64, device=device) for level in levels}
     while True:
         started = time.perf_counter()
         with autocast(precision, device):
-            regressed = model(images)
+            regressed = model(images, timesteps)
         feature_loss(regressed, targets, config.loss).total.backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,24 @@ from dtpipe.distill.losses.base import Whitening, whiten
 from dtpipe.distill.stream.batch import student_images
 from dtpipe.distill.stream.data import OpenedData, TrainingData
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
-from dtpipe.distill.student.distiller import Distiller, build_distiller, choose_levels, student_size
+from dtpipe.distill.stream.timesteps import view_timesteps
+from dtpipe.distill.student.distiller import (
+    Distiller,
+    build_distiller,
+    choose_levels,
+    student_size,
+    with_timed_heads,
+)
 from dtpipe.distill.student.load import student_state
+from dtpipe.distill.student.timed import has_timed_heads
 from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.read.source import FeatureSource, read_images
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.pipeline.live.data import recorded_data
 from dtpipe.pipeline.report.maps.pca import pca_to_rgb
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Picture = NDArray[np.uint8]
 Maps = Mapping[str, NDArray[np.float32]]
@@ -118,7 +130,7 @@ class RunFeatures:
         images, features = self.read(rows, names)
         with torch.inference_mode():
             levels = self.model.student(student_images(torch.from_numpy(images), self.image_px))
-            regressed = self.model.regressor(levels)
+            regressed = self.model.regressor(levels, self._timesteps(len(rows)))
             teacher = {name: whiten(torch.from_numpy(features[name]), self.whitening) for name in names}
         by_stride = dict(zip(self.model.student.strides, levels, strict=True))
         backbone = {level.name: by_stride[level.stride] for level in self.levels if level.stride in by_stride}
@@ -126,6 +138,13 @@ class RunFeatures:
             {name: level.float().numpy() for name, level in kind.items()} for kind in (teacher, regressed, backbone)
         ]
         return SeenImages(tuple(self.source.columns.keys[row] for row in rows), images, *maps)
+
+    def _timesteps(self, num: int) -> dict[str, Tensor]:
+        """Of the view that `read` gives."""
+        import torch
+
+        view = 0 if self.live else _unflipped(self.source)
+        return {level.name: torch.full((num,), view_timesteps(self.source, level.name)[view]) for level in self.levels}
 
 
 def run_keys(run: Path, config: DistillConfig) -> list[str]:
@@ -173,7 +192,8 @@ def load_distiller(
     """Student and regressor of a run's last checkpoint, in eval mode on the CPU."""
     state = load_checkpoint(run / "last.pt", "distill")
     unpretrained = config.model_copy(update={"student": config.student.model_copy(update={"pretrained": False})})
-    model = build_distiller(unpretrained, levels, image_px)
+    timed = with_timed_heads(unpretrained, has_timed_heads(state["regressor"]))
+    model = build_distiller(timed, levels, image_px)
     model.student.load_state_dict(student_state(state, ema=True))
     model.regressor.load_state_dict(state["regressor"])
     return model.eval()
@@ -218,9 +238,13 @@ def _open_to_read(run: Path, config: DistillConfig) -> tuple[OpenedData, Read, b
 def _read_stored(
     source: FeatureSource, rows: RowIdxs, names: Sequence[str]
 ) -> tuple[Picture, Mapping[str, NDArray[np.generic]]]:
-    unflipped = next((idx for idx, view in enumerate(source.views) if not view.flip), 0)
-    images, coded = source.read(rows, names, np.full(len(rows), unflipped))
+    images, coded = source.read(rows, names, np.full(len(rows), _unflipped(source)))
     return images, coded.decode()
+
+
+def _unflipped(source: FeatureSource) -> int:
+    """The first view of an unflipped image."""
+    return next((idx for idx, view in enumerate(source.views) if not view.flip), 0)
 
 
 def _encode(
