@@ -45,7 +45,8 @@ class ScaleShift(nn.Module):
     def forward(self, level: Tensor, timesteps: Tensor) -> Tensor:
         """Shapes: level (B, C, H, W), timesteps (B,) -> (B, C, H, W)."""
         scale, shift = self.output(F.silu(self.hidden(sinusoids(timesteps)))).chunk(2, dim=1)  # (B, C) each
-        return level * (1 + scale[..., None, None]) + shift[..., None, None]
+        changed: Tensor = level * (1 + scale[..., None, None]) + shift[..., None, None]
+        return changed
 
 
 def has_timed_heads(names: Iterable[str]) -> bool:
