@@ -189,7 +189,9 @@ class PredictConfig(ErrorBudget):
         description="Side, or height and width, in px that images are brought to first; default: as they are.",
     )
     resize: Resize = Field(default="center_crop", description="How images come to that size.")
-    batch_size: int = Field(default=8, ge=1, description="Images at once.")
+    batch_size: int = Field(
+        default=8, ge=1, description="Images at once; fewer where they have over 4 million pixels together."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where predictions are made.")
 
     _whole = field_validator("images")(whole_labelled)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtpipe.distill.downstream.tuned.network import classes_to_dict
+from dtpipe.distill.downstream.tuned.scoring import in_passes
 from dtpipe.distill.engine.device import training_device
 from dtpipe.distill.export.predictor import Predictor, load_predictor
 from dtpipe.extract.config import SourceConfig
@@ -113,7 +114,7 @@ def _predict_rows(
     num_allowed, started, num_read = config.max_bad_samples(len(images.keys)), time.monotonic(), 0
     reading = closing(_decoded(config, images, todo))
     with StopRequest() as stop, ProgressLine("predict") as progress, reading as decoded:
-        while part := list(islice(decoded, config.batch_size)):
+        for part in in_passes(decoded, config.batch_size, lambda entry: _num_px(entry[1])):
             good = {images.keys[row]: pixels for row, pixels in part if not isinstance(pixels, BadImage)}
             bad |= {images.keys[row]: err.reason for row, err in part if isinstance(err, BadImage)}
             _predict_batch(config, predictor, good, folder)
@@ -124,6 +125,10 @@ def _predict_rows(
                 raise ErrorBudgetError(_too_many(config, bad, num_allowed))
             stop.raise_if_requested(f"{num_read} of {count_of(len(todo), 'image')}", "predictions are kept")
     return bad
+
+
+def _num_px(pixels: Pixels | BadImage) -> int:
+    return 0 if isinstance(pixels, BadImage) else pixels.size // 3
 
 
 def _predict_batch(

@@ -110,7 +110,9 @@ class TuneRun(StrictModel):
         "none where there are fewer than 4.",
     )
     prefetch: int = Field(default=4, ge=1, description="Passes that each of them is ahead.")
-    score_batch: int = Field(default=16, ge=1, description="Held-out images per pass.")
+    score_batch: int = Field(
+        default=16, ge=1, description="Held-out images per pass; fewer where they have over 4 million pixels together."
+    )
     keep_predictions: bool = Field(default=True, description="Keep what is predicted of each held-out image.")
     log_every: int = Field(default=20, ge=1, description="Steps per line of metrics.jsonl.")
     save_every: int = Field(default=1000, ge=1, description="Steps between two writes of last.pt.")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,9 @@ from dtpipe.manifests.records.document import write_document
 PREDICTED = "predictions"
 """Folder of what was predicted: `00042.png` is of the image that `keys.json` has at 42."""
 KEYS_FILE = "keys.json"
+PASS_PX = 1 << 22
+"""Pixels of the images that go through a network at once: 16 images of 512x512."""
+_T = TypeVar("_T")
 _ROOM = "make room, or use eval.tune.run.keep_predictions=false"
 
 
@@ -61,13 +63,30 @@ def _predicted(
     """Row, prediction and target of images."""
     network.eval()
     device = next(network.parameters()).device
-    reading = in_order(test, rows)
-    while batch := list(islice(reading, batch_size)):
+    for batch in in_passes(in_order(test, rows), batch_size, lambda read: read[1].size // 3):
         images = [image_tensor(image).to(device) for _, image, _ in batch]
         with torch.inference_mode():
             predictions = cast(TaskNetwork, network).predict(images)
         for (row, _, target), prediction in zip(batch, predictions, strict=True):
             yield row, prediction, target
+
+
+def in_passes(images: Iterable[_T], most: int, num_px: Callable[[_T], int]) -> Iterator[list[_T]]:
+    """Neighbours together: at most so many, and no more than `PASS_PX` pixels, but for a larger image, which is alone.
+
+    What a network predicts is as large as its images, so that memory is bounded whatever their size.
+    """
+    held: list[_T] = []
+    held_px = 0
+    for image in images:
+        size_px = num_px(image)
+        if held and (len(held) == most or held_px + size_px > PASS_PX):
+            yield held
+            held, held_px = [], 0
+        held.append(image)
+        held_px += size_px
+    if held:
+        yield held
 
 
 def image_tensor(image: Pixels) -> Tensor:

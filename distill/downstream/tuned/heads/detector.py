@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -25,6 +27,7 @@ from dtpipe.distill.student.student import Student
 from dtpipe.manifests.errors import ConfigError
 
 MASK_THRESHOLD = 0.5
+_PASTED_BYTES = 1 << 28  # of masks as probabilities at once
 
 
 class InstanceBranch(nn.Module):
@@ -101,8 +104,7 @@ def read_detections(result: Mapping[str, Tensor], looked_px: tuple[int, int], si
     boxes = result["boxes"].float() * result["boxes"].new_tensor([width, height, width, height])
     masks = None
     if "masks" in result:
-        pasted = paste_masks_in_image(result["masks"].float(), boxes, size_px)  # (n, 1, H, W)
-        masks = (pasted[:, 0] >= MASK_THRESHOLD).cpu().numpy()
+        masks = _pasted(result["masks"].float(), boxes, size_px)
     return Detections(
         size_px=size_px,
         boxes=boxes.cpu().numpy(),
@@ -110,3 +112,17 @@ def read_detections(result: Mapping[str, Tensor], looked_px: tuple[int, int], si
         scores=result["scores"].float().cpu().numpy(),
         masks=masks,
     )
+
+
+def _pasted(masks: Tensor, boxes: Tensor, size_px: tuple[int, int]) -> NDArray[np.bool_]:
+    """Masks in the image, a few at a time: as probabilities they take four times the room.
+
+    Shapes: masks (n, 1, m, m), boxes (n, 4) px of the image -> (n, H, W).
+    """
+    whole = np.empty((len(masks), *size_px), dtype=bool)
+    num = max(1, _PASTED_BYTES // (4 * size_px[0] * size_px[1]))
+    for start in range(0, len(masks), num):
+        part = slice(start, start + num)
+        pasted = paste_masks_in_image(masks[part], boxes[part], size_px)  # (num, 1, H, W)
+        whole[part] = (pasted[:, 0] >= MASK_THRESHOLD).cpu().numpy()
+    return whole

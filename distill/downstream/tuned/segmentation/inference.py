@@ -59,6 +59,14 @@ class Views:
             )
         return cls(config.short_px, config.long_px, config.scales, config.flips, window, step)
 
+    def looks(self, size_px: Px) -> list[tuple[Px, bool]]:
+        """The size at which an image of `size_px` is seen, and whether it is mirrored, for each look at it."""
+        mirrored = (False, True) if self.flips else (False,)
+        return [
+            (scaled_size(size_px, self.short_px, self.long_px, scale), flip)
+            for scale, flip in product(self.scales, mirrored)
+        ]
+
 
 def class_probabilities(logits: Logits, images: Tensor, views: Views) -> Iterator[Tensor]:
     """Probability of each class in each pixel of images of one size, one image after another.
@@ -68,18 +76,26 @@ def class_probabilities(logits: Logits, images: Tensor, views: Views) -> Iterato
     Shapes: images (B, 3, H, W) in [-1, 1] -> B times (K, H, W) float32.
     """
     height, width = images.shape[-2:]
-    looks = list(product(views.scales, (False, True) if views.flips else (False,)))
     seen = []
-    for scale, flip in looks:
-        size = scaled_size((height, width), views.short_px, views.long_px, scale)
-        view = F.interpolate(images, size, mode="bilinear", antialias=True) if size != (height, width) else images
-        found = seen_through(logits, view.flip(-1) if flip else view, views)
+    for view, flip in looks_at(images, views):
+        found = seen_through(logits, view, views)
         seen.append(found.flip(-1) if flip else found)
     for parts in zip(*seen, strict=True):
         probabilities = resize(parts[0][None], (height, width))[0].softmax(dim=0)
         for part in parts[1:]:
             probabilities += resize(part[None], (height, width))[0].softmax(dim=0)
         yield probabilities.div_(len(parts))
+
+
+def looks_at(images: Tensor, views: Views) -> Iterator[tuple[Tensor, bool]]:
+    """Images of one size as each look sees them, and whether they are mirrored there.
+
+    Shapes: (B, 3, H, W) -> (B, 3, h, w), by look.
+    """
+    own = (images.shape[-2], images.shape[-1])
+    for size, flip in views.looks(own):
+        view = F.interpolate(images, size, mode="bilinear", antialias=True) if size != own else images
+        yield view.flip(-1) if flip else view, flip
 
 
 def scaled_size(size_px: Px, short_px: int | None, long_px: int | None, scale: float) -> Px:
@@ -99,19 +115,29 @@ def seen_through(logits: Logits, images: Tensor, views: Views) -> Tensor:
     """
     if views.window_px is None:
         return _with_room(logits, images, (ROOM_PX, ROOM_PX))
+    return window_rows(logits, images, views, 0, images.shape[-2])
+
+
+def window_rows(logits: Logits, images: Tensor, views: Views, first: int, end: int) -> Tensor:
+    """Logits of some rows of images through all windows that touch them, averaged where they overlap.
+
+    Shapes: (B, 3, H, W) -> (B, K, end - first, W).
+    """
+    assert views.window_px is not None
     window = views.window_px
     step = views.stride_px or (max(1, round(2 * window[0] / 3)), max(1, round(2 * window[1] / 3)))
     height, width = images.shape[-2:]
-    tops, lefts = starts(height, window[0], step[0]), starts(width, window[1], step[1])
+    tops = [top for top in starts(height, window[0], step[0]) if top < end and top + window[0] > first]
     sums: Tensor | None = None
-    counts = images.new_zeros(height, width)
-    for top, left in product(tops, lefts):
-        rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
-        crop = images[..., rows, columns]
+    counts = images.new_zeros(end - first, width)
+    for top, left in product(tops, starts(width, window[1], step[1])):
+        crop = images[..., top : top + window[0], left : left + window[1]]
         found = resize(_with_room(logits, crop, window), crop.shape[-2:])  # (B, K, h, w)
         if sums is None:
-            sums = found.new_zeros(*found.shape[:2], height, width)
-        sums[..., rows, columns] += found
+            sums = found.new_zeros(*found.shape[:2], end - first, width)
+        upper, lower = max(top, first), min(top + crop.shape[-2], end)
+        rows, columns = slice(upper - first, lower - first), slice(left, left + window[1])
+        sums[..., rows, columns] += found[..., upper - top : lower - top, :]
         counts[rows, columns] += 1
     assert sums is not None
     return sums / counts

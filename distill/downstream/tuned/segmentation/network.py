@@ -5,10 +5,11 @@ Logits are brought to the target's size before the loss, and to the image's own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from dtpipe.distill.downstream.tuned.heads.fcn import FullyConvolutional
 from dtpipe.distill.downstream.tuned.heads.levels import HeadLevels, enough_for_norms
 from dtpipe.distill.downstream.tuned.heads.upernet import UPerNet
 from dtpipe.distill.downstream.tuned.predictions import MaskPrediction
+from dtpipe.distill.downstream.tuned.segmentation.bands import MOST_BYTES, band_rows, image_bytes, probability_bands
 from dtpipe.distill.downstream.tuned.segmentation.inference import Views, class_probabilities
 from dtpipe.distill.student.blocks import resize
 from dtpipe.distill.student.student import Student, model_options
@@ -42,13 +44,14 @@ class Segmenter(nn.Module):
         levels: HeadLevels,
         head: nn.Module,
         aux: nn.Module | None,
+        num_classes: int,
         config: TuneConfig,
         used: Sequence[int] | None = None,
     ) -> None:
         """head, aux: levels, finest first, to logits; `used` are places of the levels that the head reads."""
         super().__init__()
         self.student, self.levels, self.head, self.aux = student, levels, head, aux
-        self.aux_weight, self.used = config.head.aux_weight, used
+        self.aux_weight, self.used, self.num_classes = config.head.aux_weight, used, num_classes
         self.views = Views.of(config.inference, own_px=_only_px(student))
         _check_crop(student, config)
 
@@ -76,16 +79,24 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> list[MaskPrediction]:
-        """Masks of whole images; neighbours of one size go through together.
+        """Masks of whole images; neighbours of one size go through together, as far as there is room for them.
 
         Shapes: (3, H, W) float32 in [-1, 1] each.
         """
-        device = self.student.mean.device
         predictions: list[MaskPrediction] = []
-        for _, group in groupby(images, key=lambda image: image.shape):
-            batch = torch.stack(list(group)).to(device)
-            predictions.extend(map(to_prediction, class_probabilities(self.logits, batch, self.views)))
+        for (_, height, width), group in groupby(images, key=lambda image: image.shape):
+            num_fit = MOST_BYTES // image_bytes(self.num_classes, (height, width), self.views)
+            while part := list(islice(group, max(1, num_fit))):
+                batch = torch.stack(part).to(self.student.mean.device)
+                predictions.extend(map(to_prediction, self._in_bands(batch) if not num_fit else self._whole(batch)))
         return predictions
+
+    def _whole(self, images: Tensor) -> Iterator[list[Tensor]]:
+        return ([whole] for whole in class_probabilities(self.logits, images, self.views))
+
+    def _in_bands(self, images: Tensor) -> Iterator[Iterator[Tensor]]:
+        num_rows = band_rows(self.num_classes, images.shape[-1], self.views)
+        return (probability_bands(self.logits, image, self.views, num_rows) for image in images)
 
     def _read(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
         return levels if self.used is None else [levels[idx] for idx in self.used]
@@ -103,11 +114,19 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return F.cross_entropy(resized, masks, ignore_index=IGNORE, reduction="sum") / masks.numel()
 
 
-def to_prediction(probabilities: Tensor) -> MaskPrediction:
-    """Shapes: (K, H, W) -> most likely class of each pixel, and of two classes the second's probability."""
-    num_classes = len(probabilities)
-    numbers = probabilities.argmax(dim=0).to(torch.uint8 if num_classes <= 256 else torch.int32).cpu().numpy()
-    return MaskPrediction(numbers, probabilities[1].cpu().numpy() if num_classes == 2 else None)
+def to_prediction(bands: Iterable[Tensor]) -> MaskPrediction:
+    """Most likely class of each pixel, and of two classes the second's probability.
+
+    Shapes: bands of one image from the top, (K, h, W) each.
+    """
+    numbers, foreground = [], []
+    for probabilities in bands:
+        num_classes = len(probabilities)
+        likeliest = probabilities.argmax(dim=0).to(torch.uint8 if num_classes <= 256 else torch.int32)
+        numbers.append(likeliest.cpu().numpy())
+        if num_classes == 2:
+            foreground.append(probabilities[1].cpu().numpy())
+    return MaskPrediction(np.concatenate(numbers), np.concatenate(foreground) if foreground else None)
 
 
 def build_upernet(student: Student, classes: ClassTable, config: TuneConfig) -> Segmenter:
@@ -116,7 +135,7 @@ def build_upernet(student: Student, classes: ClassTable, config: TuneConfig) -> 
     levels = HeadLevels(student, _norm_of(head_config))
     decoder = RegressorConfig(width=head_config.width, norm=_norm_of(head_config))
     head = UPerNet(levels.channels, len(classes), decoder, head_config.dropout)
-    return Segmenter(student, levels, head, _aux_head(student, levels, len(classes), head_config), config)
+    return Segmenter(student, levels, head, _aux_head(student, levels, len(classes), head_config), len(classes), config)
 
 
 def build_fcn(student: Student, classes: ClassTable, config: TuneConfig) -> Segmenter:
@@ -137,7 +156,7 @@ def build_fcn(student: Student, classes: ClassTable, config: TuneConfig) -> Segm
         skip=True,
         dropout=head_config.dropout,
     )
-    return Segmenter(student, levels, head, None, config, used)
+    return Segmenter(student, levels, head, None, len(classes), config, used)
 
 
 def _norm_of(config: HeadConfig) -> Literal["batch", "group"]:

@@ -12,6 +12,7 @@ from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrc
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
 
+from dtpipe.distill.downstream.tuned.heads import detector
 from dtpipe.distill.downstream.tuned.heads.detector import Detector
 from dtpipe.distill.downstream.tuned.heads.regions import RoIPool
 from dtpipe.distill.student.student import StudentSpec, build_student
@@ -107,7 +108,9 @@ def as_torchvision(detector: Detector) -> MaskRCNN:
     )
 
 
-def test_losses_and_detections_are_those_of_torchvisions_model() -> None:
+@pytest.mark.parametrize("pasted", [1 << 28, 3 * 4 * 64 * 64], ids=["all", "three at a time"])
+def test_losses_and_detections_are_those_of_torchvisions_model(pasted, monkeypatch) -> None:
+    monkeypatch.setattr(detector, "_PASTED_BYTES", pasted)
     ours = make_detector()
     theirs = as_torchvision(ours)
     images = list(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1)
