@@ -31,7 +31,9 @@ from dtpipe.pipeline.classes import check_scorable, coverage_notes
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.extractors import extractors_of
-from dtpipe.pipeline.rivals.seen import check_apart_by_content, overlap_notes, without_copies
+from dtpipe.pipeline.rivals.apart import check_apart_by_content, without_copies
+from dtpipe.pipeline.rivals.digests import DigestsOf, DigestStore
+from dtpipe.pipeline.rivals.seen import overlap_notes
 from dtpipe.pipeline.sets import label_kind, open_sets
 from dtpipe.pipeline.trained_on import TrainedOn
 from dtpipe.pipeline.tune.cells import TunedTable
@@ -66,13 +68,14 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     comparison = open_comparison(config, note)
     train, test = load_sets(config, comparison.spec.image_px, note)
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
-    test = check_apart_by_content(train, test, config.test_images is None, note)
+    store = DigestStore(seen_folder(config), note)
+    train, test = check_apart_by_content(train, test, config.test_images is None, store.of_set, note)
     trained_on = TrainedOn.of(runs_of(config)[0])
     at = task_transform(config, comparison.spec.image_px)
     arms = extractors_of(config, comparison, trained_on.teacher(), train, at, note)
     numbers = label_counts(config, train)
     result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note)
-    said = [*run_notes(comparison), *coverage_notes(train, test), *overlap_notes(config, comparison, test, at, note)]
+    said = [*run_notes(comparison), *coverage_notes(train, test), *overlap_notes(config, comparison, test, at, store)]
     subject = comparison.arms[0].name
     result = replace(result, notes=(*result.notes, *said), subject=subject, reference=RANDOM_INIT)
     return Evaluation(result, _write(config, result))
@@ -83,25 +86,29 @@ def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Eva
     cells_path(config)
     with join_ranks(config.device) as ranks:
         say = note if ranks.rank == 0 else _say_nothing
-        comparison, table = open_table(config, task, say)
+        store = DigestStore(seen_folder(config), note)
+        digests_of: DigestsOf = lambda labelled, which: ranks.first(lambda: store.of_set(labelled, which))  # noqa: E731
+        comparison, table = open_table(config, task, digests_of, say)
         result = tuned_result(config, table, cells_path(config), say)
         held_out = join_sets(table.train, table.test) if config.resplit else table.test
-        overlap = ranks.first(lambda: overlap_notes(config, comparison, held_out, tuned_transform(config), note))
+        overlap = ranks.first(lambda: overlap_notes(config, comparison, held_out, tuned_transform(config), store))
         said = [*run_notes(comparison), *coverage_notes(table.train, table.test), *overlap]
         result = replace(result, notes=(*result.notes, *said))
         path = ranks.first(lambda: _write(config, result))
     return Evaluation(result, path, ranks.rank)
 
 
-def open_table(config: EvalConfig, task: TunedTask[Any], note: Note) -> tuple[Comparison, TunedTable]:
+def open_table(
+    config: EvalConfig, task: TunedTask[Any], digests_of: DigestsOf, note: Note
+) -> tuple[Comparison, TunedTable]:
     """The arms and labels of a tuned task. Raises: InputError, ConfigError."""
     tune_settings(config)
     comparison = open_comparison(config, note)
     train, test = open_sets(config, tuned_transform(config), note)
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
-    test = check_apart_by_content(train, test, config.test_images is None, note)
+    train, test = check_apart_by_content(train, test, config.test_images is None, digests_of, note)
     if config.resplit:
-        train, test = (without_copies(side, note) for side in (train, test))
+        train, test = (without_copies(side, digests_of, note) for side in (train, test))
     return comparison, tuned_table(config, task, comparison, (train, test), label_counts(config, train))
 
 
@@ -172,6 +179,12 @@ def result_path(config: EvalConfig) -> Path:
     run = Path(runs_of(config)[0])
     run = run if run.is_dir() else run.parent
     return run / "eval" / f"{config.task}.json"
+
+
+def seen_folder(config: EvalConfig) -> Path:
+    """Where digests of many images are kept: beside the run, or beside the result where the student has no folder."""
+    run = Path(runs_of(config)[0])
+    return run / "eval" / "seen" if run.is_dir() else result_path(config).parent / "seen"
 
 
 def cells_path(config: EvalConfig) -> Path:

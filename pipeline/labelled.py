@@ -22,7 +22,7 @@ from dtpipe.extract.sources.layouts.generic.folders import open_folders
 from dtpipe.extract.sources.layouts.generic.masks import open_masks_beside
 from dtpipe.extract.sources.layouts.registry import open_layout
 from dtpipe.extract.sources.layouts.resized import resize_target
-from dtpipe.extract.sources.places import spread
+from dtpipe.extract.sources.places import file_stamp, spread
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.labels import (
     IGNORE_VALUE,
@@ -93,7 +93,7 @@ class LabelledReader:
         keys = tuple(prefix + item.key for item in self.items)
         labelled = LabelledSet(keys, self.kind, self._classes(occurring, all_seen), self.image, self.target)
         return replace(
-            labelled.subset(good),
+            replace(labelled, stamp=self._stamp).subset(good),
             digests=tuple(entry.digest for entry in entries) if all_seen else (),
             target_digests=tuple(entry.target_digest for entry in entries) if all_seen else (),
             occurring=occurring if all_seen else None,
@@ -115,6 +115,11 @@ class LabelledReader:
         if self.kind is not Mask:
             return self._whole_or_resized(self.source.target(row, self._size(row)), row)
         return self._kept.get(("mask", row), lambda: self._mask(row))
+
+    def _stamp(self, row: int) -> str:
+        """Of the file, and the size at which it is taken."""
+        uri = self.items[row].uri
+        return f"{uri}\0{file_stamp(uri)}\0{'' if self.recipe is None else self.recipe.model_dump_json()}"
 
     def _image(self, row: int) -> Pixels:
         def read() -> Pixels:
@@ -160,7 +165,7 @@ class LabelledReader:
         if len(rows) > LOOKED_AT:
             note(
                 f"{self.where}: of {len(rows)} images {_FEW} are looked at first; the others are read when they are "
-                "needed, and labelled and held-out ones are not compared by content"
+                "needed"
             )
             rows = spread(rows, _FEW)
         with ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -52,6 +52,8 @@ class LabelledSet:
     """`target_digest` of what was known of each image before anything was merged; none where nobody computed them."""
     occurring: frozenset[int] | None = None
     """Class numbers that occur among the targets; None where nobody has looked."""
+    stamp: Callable[[int], str] | None = None
+    """What tells the image at a row from one that was changed, without reading it; None where nothing does."""
 
     def __post_init__(self) -> None:
         if len(set(self.keys)) != len(self.keys):
@@ -71,6 +73,7 @@ class LabelledSet:
             digests=tuple(self.digests[row] for row in places) if self.digests else (),
             target_digests=tuple(self.target_digests[row] for row in places) if self.target_digests else (),
             occurring=None,
+            stamp=None if self.stamp is None else _AtRows(self.stamp, tuple(places)),
         )
 
     def content_digest(self) -> str:
@@ -214,6 +217,7 @@ def join_sets(first: LabelledSet, second: LabelledSet) -> LabelledSet:
         digests=(*first.digests, *second.digests) if whole else (),
         target_digests=(*first.target_digests, *second.target_digests) if targets else (),
         occurring=None,
+        stamp=_OneAfterAnother(first.stamp, num, second.stamp) if first.stamp and second.stamp else None,
     )
 
 

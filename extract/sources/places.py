@@ -281,3 +281,16 @@ def local_uri(path: str) -> str:
 def local_path(uri: str) -> str:
     """The inverse of `local_uri`."""
     return os.fsdecode(unquote_to_bytes(uri[len(_QUOTED) :])) if uri.startswith(_QUOTED) else uri
+
+
+def file_stamp(uri: str) -> str:
+    """What tells a local file that a URI names, or the archive that it names before a `#`, from a changed one: size and
+    time of change. Empty where there is none: for an object of a store, or a row of a container."""
+    for path in (local_path(uri), local_path(uri.rpartition("#")[0])):
+        if Path(path).is_absolute():
+            try:
+                status = Path(path).stat()
+            except (OSError, ValueError):
+                continue
+            return f"{status.st_size},{status.st_mtime_ns}"
+    return ""

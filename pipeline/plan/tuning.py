@@ -18,6 +18,7 @@ from dtpipe.pipeline.cli.console import Console, Note, format_bytes, format_seco
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import check_task, open_table
 from dtpipe.pipeline.plan.extraction import peak_memory
+from dtpipe.pipeline.rivals.digests import known_digests
 from dtpipe.pipeline.tune.cells import TunedTable
 from dtpipe.pipeline.tune.rates import fold_numbers
 
@@ -56,7 +57,7 @@ def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
     task = check_task(config)
     if not isinstance(task, TunedTask):
         raise ConfigError(f"task {task.name} trains no network, so there is nothing to plan; leave out -n")
-    _, table = open_table(config, task, note)
+    _, table = open_table(config, task, known_digests, note)
     counts = [count for *_, count in trainings(table)]
     job = TuneJob(task, table.arms[0].student_for(table.seeds[0]), table.train, table.config, config.seed)
     device = training_device(config.device)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from blake3 import blake3
 from PIL import Image
 
 from dtpipe.distill.config import DistillConfig, DistillRun
@@ -24,15 +23,10 @@ from dtpipe.manifests.records.image_digests import TRAIN_IMAGES, as_digests, ima
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate
+from dtpipe.pipeline.rivals import digests as digests_module
 from dtpipe.pipeline.rivals import seen as seen_module
-from dtpipe.pipeline.rivals.seen import (
-    Seen,
-    UnlabelledImages,
-    check_apart_by_content,
-    find_seen,
-    seen_notes,
-    without_copies,
-)
+from dtpipe.pipeline.rivals.digests import DigestStore
+from dtpipe.pipeline.rivals.seen import Seen, UnlabelledImages, find_seen, seen_notes
 from parts.extractions import Extract
 from parts.images import draw_image, png, write_files
 from parts.labelled import with_classes
@@ -40,6 +34,7 @@ from parts.memory import write_student
 
 UNKNOWN = "the images that the teacher was trained on are not known"
 TASK = TransformRecipe(height=16, width=16)
+HERE = DigestStore(None, print)
 
 
 def bmp(pixels: np.ndarray) -> bytes:
@@ -101,31 +96,12 @@ def test_labelled_images_given_as_held_out_ones_are_refused(tmp_path: Path) -> N
         evaluate(settings(run, own, labelled(tmp_path / "same", 0)), print)
 
 
-def with_digests(prefix: str, *pixels: int) -> LabelledSet:
-    images = np.stack([np.full((4, 4, 3), value, np.uint8) for value in pixels])
-    digests = tuple(blake3(image.tobytes()).hexdigest() for image in images)
-    return replace(
-        with_classes(images, [f"{prefix}{idx}" for idx in range(len(images))], [0] * len(images)), digests=digests
-    )
-
-
-def test_copies_within_one_source_are_left_out_of_the_held_out_ones_with_a_note() -> None:
-    said: list[str] = []
-    test = check_apart_by_content(with_digests("a", 1, 2, 3), with_digests("b", 3, 4, 1, 5), True, said.append)
-    assert test.keys == ("b1", "b3")
-    assert said == ["left out 2 held-out images that labelled ones are copies of: b0 is a2"]
-    with pytest.raises(ConfigError, match="2 of 2 held-out images are among the labelled ones"):
-        check_apart_by_content(with_digests("a", 1, 2), with_digests("b", 1, 2), True, said.append)
-    apart = with_digests("b", 7, 8)
-    assert check_apart_by_content(with_digests("a", 1), apart, False, said.append) is apart
-
-
 def test_a_run_without_a_dataset_is_compared_with_its_source(tmp_path: Path, image_folder: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     extract = {"images": str(image_folder), "teacher": {"path": "gone"}, "transform": {"px": 32}}
     (run / "config.yaml").write_text(yaml.safe_dump({"distill": {}, "extract": extract}))
-    seen = find_seen([str(run)], print)
+    seen = find_seen([str(run)], HERE)
     (images,) = seen.images
     assert images.where == f"the images of distillation, {image_folder}" and len(images.digests) == 8
     assert images.transform == TransformRecipe(height=32, width=32) and seen.unknown == (UNKNOWN,)
@@ -147,11 +123,11 @@ def live_run(folder: Path, teacher: Path, images: Path, **settings: object) -> s
 def test_the_training_images_of_a_teacher_of_ones_own_are_known(tmp_path: Path, image_folder: Path) -> None:
     pixels = draw_image(3, 16)
     teacher = write_teacher(tmp_path / "teacher", pixels, draw_image(4, 16))
-    seen = find_seen([live_run(tmp_path / "run", teacher, image_folder)], print)
+    seen = find_seen([live_run(tmp_path / "run", teacher, image_folder)], HERE)
     own = seen.images[-1]
     assert own.transform == TransformRecipe(resize="stretch", height=16, width=16, filter="bilinear")
     test = replace(with_classes(np.stack([pixels, draw_image(9, 16)]), ["x", "y"], [0, 1]))
-    notes = seen_notes(Seen((own,)), test, own.transform, lambda _: test)
+    notes = seen_notes(Seen((own,)), test, own.transform, lambda _: test, HERE)
     assert notes == [
         f"1 of 2 held-out images is in the training images of the teacher {teacher}: seen there, without labels"
     ]
@@ -159,37 +135,38 @@ def test_the_training_images_of_a_teacher_of_ones_own_are_known(tmp_path: Path, 
 
 
 def test_an_untrained_teacher_has_seen_nothing(tmp_path: Path, image_folder: Path) -> None:
-    assert find_seen([live_run(tmp_path / "run", tmp_path, image_folder, untrained=0)], print).unknown == ()
+    assert find_seen([live_run(tmp_path / "run", tmp_path, image_folder, untrained=0)], HERE).unknown == ()
 
 
 def test_what_is_not_known_is_said(tmp_path: Path, image_folder: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher", draw_image(3, 16))
     (teacher / TRAIN_IMAGES).write_bytes(b"x" * 40)
-    unknown = find_seen([live_run(tmp_path / "run", teacher, image_folder)], print).unknown
+    unknown = find_seen([live_run(tmp_path / "run", teacher, image_folder)], HERE).unknown
     assert len(unknown) == 1 and unknown[0].startswith(f"{UNKNOWN}: ") and "bytes were changed" in unknown[0]
-    gone = find_seen([str(write_run(tmp_path / "of", str(tmp_path / "gone")))], print).unknown
+    gone = find_seen([str(write_run(tmp_path / "of", str(tmp_path / "gone")))], HERE).unknown
     assert gone[0].startswith(f"which images the distillation dataset {tmp_path / 'gone'} holds is not known: ")
     alone = str(tmp_path / "last.pt")
-    assert find_seen([alone], print).unknown[0] == f"{alone} does not say which images it was trained on"
+    assert find_seen([alone], HERE).unknown[0] == f"{alone} does not say which images it was trained on"
 
 
 def test_digests_of_large_datasets_are_made_once_and_kept_beside_the_run(
     extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seen_module, "KEPT_FROM", 8)
-    monkeypatch.setattr(seen_module, "_BATCH", 3)
+    monkeypatch.setattr(digests_module, "KEPT_FROM", 8)
+    monkeypatch.setattr(seen_module, "BATCH", 3)
     run = write_run(tmp_path / "run", extract(transform={"px": 32}))
     said: list[str] = []
-    first = find_seen([str(run)], said.append).images[0]
+    first = find_seen([str(run)], DigestStore(run / "eval" / "seen", said.append)).images[0]
     (kept,) = (run / "eval" / "seen").iterdir()
     assert said[-1].endswith("8 of 8 read")
     monkeypatch.setattr(seen_module, "read_images", None)
-    again = find_seen([str(run)], print).images[0]
+    again = find_seen([str(run)], DigestStore(run / "eval" / "seen", print)).images[0]
     assert np.array_equal(again.digests, first.digests) and len(first.digests) == 8
     monkeypatch.undo()
-    monkeypatch.setattr(seen_module, "KEPT_FROM", 8)
+    monkeypatch.setattr(digests_module, "KEPT_FROM", 8)
     kept.write_bytes(kept.read_bytes()[:-1])
-    assert np.array_equal(find_seen([str(run)], print).images[0].digests, first.digests)
+    store = DigestStore(run / "eval" / "seen", print)
+    assert np.array_equal(find_seen([str(run)], store).images[0].digests, first.digests)
 
 
 def test_a_size_that_held_out_images_cannot_come_to_is_none_they_were_seen_at() -> None:
@@ -198,13 +175,7 @@ def test_a_size_that_held_out_images_cannot_come_to_is_none_they_were_seen_at() 
     def test_at(_recipe: TransformRecipe) -> LabelledSet:
         raise InputError("no image can be used")
 
-    assert seen_notes(Seen((images,)), with_digests("b", 1), TASK, test_at) == []
-
-
-def test_copies_on_one_side_are_left_out_where_each_seed_splits_anew() -> None:
-    images = np.zeros((4, 2, 2, 3), np.uint8)
-    whole = replace(with_classes(images, list("abcd"), [0, 1, 0, 1]), digests=("x", "y", "x", "z"))
-    said: list[str] = []
-    assert without_copies(whole, said.append).keys == ("a", "b", "d")
-    assert said == ["left out 1 copy, since each seed splits the images anew: c is a"]
-    assert without_copies(whole.subset([0, 1, 3]), said.append).keys == ("a", "b", "d") and len(said) == 1
+    assert (
+        seen_notes(Seen((images,)), with_classes(np.zeros((1, 4, 4, 3), np.uint8), ["b"], [0]), TASK, test_at, HERE)
+        == []
+    )
