@@ -25,7 +25,7 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 from teacher_forward import seconds_of
 
-from dtpipe.distill.losses.base import whiten
+from dtpipe.distill.losses.whitening import whiten
 from dtpipe.distill.stream.decode import DECODERS
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device

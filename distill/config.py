@@ -52,9 +52,16 @@ class LossConfig(StrictModel):
     cosine_weight: float = Field(
         default=0.0, ge=0, description="Weight of the cosine distance, which is not in the paper."
     )
-    whiten: Literal["layer", "channel", "none"] = Field(
+    whiten: Literal["layer", "channel", "dataset", "none"] = Field(
         default="layer",
-        description="LayerNorm of teacher levels over (C,H,W), over C per position, or none; AT takes them raw.",
+        description="Teacher levels: LayerNorm over (C,H,W) or over C per position; each channel by its mean and "
+        "variance in the dataset; or none. AT takes them raw.",
+    )
+    statistics: int | None = Field(
+        default=None,
+        ge=1,
+        description="Encodings (samples times views) that say each channel's mean and variance, for `dataset` and R2. "
+        "Default: 512 stored ones, or all where there are fewer; 64 of a teacher that only runs live.",
     )
 
     @property

@@ -28,10 +28,13 @@ from dtpipe.distill.engine.run_folder import RunSettings
 from dtpipe.distill.engine.timing import IDLE, Stopwatch
 from dtpipe.distill.engine.trainer import Course
 from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.losses.fit import with_r2
+from dtpipe.distill.losses.whitening import Whitener
 from dtpipe.distill.stream.batch import FeatureBatch, student_images
 from dtpipe.distill.stream.data import STORED, OpenedData, TrainingData
 from dtpipe.distill.stream.live import LiveTeacher
 from dtpipe.distill.stream.order import StreamPosition
+from dtpipe.distill.stream.statistics import Statistics, run_statistics
 from dtpipe.distill.stream.stream import FeatureStream, StreamSettings
 from dtpipe.distill.stream.timesteps import several_timesteps
 from dtpipe.distill.student.distiller import (
@@ -77,8 +80,11 @@ def train(
         ranks.first(run_settings(config, fresh=fresh).refuse_other)  # before a look at images leaves its result there
         opened = ranks.in_turn(lambda: data.open_checked(config))
         teacher = data.teacher(opened.source, device)
+        ranks.first(run_settings(config, opened, fresh).refuse_other)
+        levels = [level.name for level in choose_levels(opened.source.levels, config.levels)]
+        statistics = ranks.first(lambda: run_statistics(config, opened, levels, device, teacher))
         with seeded(config.seed, device):
-            trainer = Distillation(config, opened, device, teacher, ranks)
+            trainer = Distillation(config, opened, device, teacher, ranks, statistics)
             result = run(trainer, run_settings(config, opened, fresh), ranks, on_progress, stop)
     own = {field.name: getattr(result, field.name) for field in fields(result)}
     return DistillResult(**own, flips=trainer.stream.flips, peak_lr=config.peak_lr)
@@ -124,10 +130,13 @@ class Distillation:
         device: torch.device,
         live: LiveTeacher | None = None,
         ranks: Ranks = ALONE,
+        statistics: Statistics | None = None,
     ) -> None:
+        """`statistics`: of the targets, without which there is no R² and no whitening by the dataset."""
         self.config, self.data, self.device = config, data, device
         levels = choose_levels(data.source.levels, config.levels)
         self.image_px = student_size(config, data.student_px)
+        self.whitener = Whitener(config.loss.whiten, statistics, device)
         names = tuple(level.name for level in levels)
         timed = with_timed_heads(config, ranks.first(lambda: _timed(config, data, names)))
         self.model = build_distiller(timed, levels, self.image_px, ranks.size).to(device).train()
@@ -150,11 +159,11 @@ class Distillation:
         return self.stream.batches(StreamPosition(*divmod(step, self.stream.batches_per_epoch)))
 
     def losses(self, batch: FeatureBatch) -> dict[str, Tensor]:
-        """Equation (3), its terms, and each term of each level."""
+        """Equation (3), its terms, each term of each level, and what R² is measured against."""
         images = student_images(batch.images, self.image_px)
         with norms_for(self.model, batch.smallest), autocast(self.course.precision, self.device):
             regressed = self.network(images, batch.timesteps)
-        loss = feature_loss(regressed, batch.levels, self.config.loss, self.data.level_weights)
+        loss = feature_loss(regressed, batch.levels, self.config.loss, self.data.level_weights, self.whitener)
         return {"loss": loss.total, **loss.terms, **loss.levels}
 
     def learning_rate(self, step: int) -> float:
@@ -199,6 +208,7 @@ def _course(config: DistillConfig, stream: FeatureStream, device: torch.device) 
         save_every_s=config.run.save_every_s,
         num_kept=config.run.keep_checkpoints,
         tensorboard=config.run.tensorboard,
+        logged=with_r2,
         advice=lambda shares: waiting_advice(shares, config.run.read_threads, config.run.prefetch),
         remedy=_REMEDY,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from dtpipe.distill.engine.optim import build_optimizer
 from dtpipe.distill.losses.base import LossKind
 from dtpipe.distill.losses.features import feature_loss
 from dtpipe.distill.losses.registry import LOSSES
+from dtpipe.distill.losses.whitening import ChannelStatistics, Whitener, Whitening
 from dtpipe.distill.stream.batch import flip_where, mirror_where, student_images
 from dtpipe.distill.stream.decode import SentLevels
 from dtpipe.distill.stream.live import LiveSamples
@@ -222,21 +223,25 @@ def test_a_regressor_computes_where_the_levels_are(kind: str, strides: tuple[int
     assert on(CUDA, regressed(kind, strides))
 
 
-def loss_of(kind: LossKind, whiten: str = "layer") -> Tensor:
-    loss = kind.build(LossConfig.model_validate({"whiten": whiten}))
+def loss_of(kind: LossKind, whitening: Whitening = "layer") -> Tensor:
+    known = {"l2": ChannelStatistics(2, torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64))}
     with running_on(CUDA):
-        return loss(blank(CUDA, 2, 6, 8, 8), blank(CUDA, 2, 6, 8, 8, dtype=torch.float16))
+        whitener = Whitener(whitening, known, torch.device(CUDA))
+        teacher = blank(CUDA, 2, 6, 8, 8, dtype=torch.float16)
+        white = whitener("l2", teacher)
+        assert on(CUDA, {"spread": whitener.spread("l2", white)})
+        return kind.build(LossConfig())(blank(CUDA, 2, 6, 8, 8), teacher, white)
 
 
-@pytest.mark.parametrize("whiten", ["layer", "channel", "none"])
+@pytest.mark.parametrize("whitening", get_args(Whitening))
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_computed_where_the_levels_are(name: str, whiten: str) -> None:
-    value = loss_of(LOSSES[name], whiten)
+def test_a_loss_is_computed_where_the_levels_are(name: str, whitening: Whitening) -> None:
+    value = loss_of(LOSSES[name], whitening)
     assert (value.device.type, value.shape) == (CUDA, ())
 
 
 def test_a_loss_or_regressor_with_a_tensor_on_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def weighted(student: Tensor, teacher: Tensor) -> Tensor:
+    def weighted(student: Tensor, teacher: Tensor, white: Tensor) -> Tensor:
         return ((student - teacher) * torch.linspace(0, 1, 6)[:, None, None]).mean()
 
     with pytest.raises(RuntimeError, match=MIXED):

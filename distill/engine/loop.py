@@ -221,7 +221,7 @@ def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgres
         num_epochs=course.num_epochs,
         lr=loop.trainer.optimizer.param_groups[0]["lr"],
         grad_norm=loop.grad_norm,
-        losses=losses,
+        losses=dict(course.logged(losses)),
         throughput_img_s=meter.num_images / spent,
         remaining_s=(course.num_steps - loop.step) * spent / meter.num_steps,
         shares=spent_on,

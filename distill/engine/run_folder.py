@@ -39,7 +39,8 @@ from dtpipe.manifests.store.publish import write_whole
 
 _LAST, _CONFIG, _METRICS, _LOCK = "last.pt", "config.yaml", "metrics.jsonl", ".lock"
 _REMEDY, _ROOM = "restore the file, or choose another --out", "free or change the disk and run again"
-_LEFTOVERS = (DATA_FILE, _METRICS, "checked_images.json")  # of a run that has no config yet, or none any more
+_LEFTOVERS = (DATA_FILE, _METRICS, "checked_images.json", "targets.json")
+"""Of a run that has no config yet, or none any more."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Course:
     max_s: float = math.inf
     """Stop after so many seconds, which is no error."""
     tensorboard: bool = False
+    logged: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda losses: losses
+    """What is logged, from the means over steps, samples and ranks of what the trainer measured."""
     advice: Callable[[Mapping[str, float]], str | None] = lambda _shares: None
     """A sentence on what to change, from the share of the time that each activity has."""
     remedy: str = "train anew with a lower learning rate"

@@ -33,7 +33,7 @@ class AttentionTransfer:
         energies = level.square() if self.power == 2 else level.abs().pow(self.power)
         return F.normalize(energies.sum(dim=1).flatten(1), dim=1)
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, white: Tensor | None = None) -> Tensor:  # noqa: ARG002  raw
         """Shapes: student (B, Cs, H, W), teacher (B, Ct, H, W) -> scalar float32. Raises: ShapeError on other sizes."""
         if student.shape[-2:] != teacher.shape[-2:]:
             raise ShapeError(

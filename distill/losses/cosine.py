@@ -7,23 +7,21 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtpipe.distill.losses.base import LossKind, Whitening, check_same_shape, whiten
+from dtpipe.distill.losses.base import LossKind, check_same_shape
 
 
 @dataclass(frozen=True)
 class CosineDistance:
     """1 - cos(f_r, W(f_g)) of the C values at each position; mean over positions and batch. 0 to 2."""
 
-    whiten: Whitening = "layer"
-
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Shapes: student, teacher (B, C, H, W) -> scalar float32. Raises: ShapeError when the shapes differ."""
+    def __call__(self, student: Tensor, teacher: Tensor, white: Tensor) -> Tensor:
+        """Shapes: all (B, C, H, W) -> scalar float32. Raises: ShapeError when the shapes differ."""
         check_same_shape(student, teacher)
-        return 1 - F.cosine_similarity(student.float(), whiten(teacher, self.whiten), dim=1).mean()
+        return 1 - F.cosine_similarity(student.float(), white, dim=1).mean()
 
 
 LOSS = LossKind(
     "cosine",
     "1 - cos(f_r, W(f_g)) of the C values at each position of one level; mean over positions and batch. 0 to 2.",
-    lambda config: CosineDistance(config.whiten),
+    lambda _config: CosineDistance(),
 )

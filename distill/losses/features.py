@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dtpipe.distill.config import LossConfig
+from dtpipe.distill.losses.fit import ERROR, SPREAD
 from dtpipe.distill.losses.registry import LOSSES
+from dtpipe.distill.losses.whitening import Whitener
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 
@@ -21,7 +23,7 @@ class FeatureLoss:
     terms: dict[str, Tensor]
     """`mse`, `at`, .. over all levels, before their weights."""
     levels: dict[str, Tensor]
-    """`mse/l2`, `at/l2`, .. of each level."""
+    """`mse/l2`, `at/l2`, .. of each level; and `spread/l2`, the squared error of a constant, where that is known."""
 
 
 def feature_loss(
@@ -29,10 +31,12 @@ def feature_loss(
     teacher: Mapping[str, Tensor],
     config: LossConfig,
     level_weights: Mapping[str, float] | None = None,
+    whitener: Whitener | None = None,
 ) -> FeatureLoss:
     """Equation (3): L_MSE + lambda_AT * L_AT, each a mean over the levels; with `level_weights`, a weighted mean.
 
-    A level without a weight weighs 1. Only the ratios count: each loss stays on the scale of one level.
+    A level without a weight weighs 1. Only the ratios count: each loss stays on the scale of one level. `whitener` is
+    that of the config, with what is known of the dataset.
 
     Shapes: student[name], teacher[name] (B, C, H, W), the same names.
     Raises: ShapeError when names or shapes differ; ConfigError when the weights name no level, or leave none.
@@ -42,14 +46,19 @@ def feature_loss(
             f"the regressor gives levels {sorted(student)}, the data {sorted(teacher)}; they must be the same"
         )
     shares = _level_shares(list(student), level_weights or {})
+    whitener = whitener or Whitener(config.whiten)
+    white = {name: whitener(name, level) for name, level in teacher.items()}
     terms: dict[str, Tensor] = {}
     levels: dict[str, Tensor] = {}
     for loss, weight in config.weights.items():
         if weight > 0:
             level_loss = LOSSES[loss].build(config)
-            values = {name: level_loss(student[name], teacher[name]) for name in student}
+            values = {name: level_loss(student[name], teacher[name], white[name]) for name in student}
             terms[loss] = torch.stack([share * values[name] for name, share in shares.items()]).sum()
             levels |= {f"{loss}/{name}": value.detach() for name, value in values.items()}
+    if ERROR in terms:
+        spreads = {name: whitener.spread(name, white[name]) for name in student}
+        levels |= {f"{SPREAD}/{name}": spread for name, spread in spreads.items() if spread is not None}
     total = torch.stack([config.weights[loss] * term for loss, term in terms.items()]).sum()
     return FeatureLoss(total, {loss: term.detach() for loss, term in terms.items()}, levels)
 

@@ -7,23 +7,21 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtpipe.distill.losses.base import LossKind, Whitening, check_same_shape, whiten
+from dtpipe.distill.losses.base import LossKind, check_same_shape
 
 
 @dataclass(frozen=True)
 class RegressionLoss:
     """Mean over batch and elements of (f_r - W(f_g))^2."""
 
-    whiten: Whitening = "layer"
-
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Shapes: student, teacher (B, C, H, W) -> scalar float32. Raises: ShapeError when the shapes differ."""
+    def __call__(self, student: Tensor, teacher: Tensor, white: Tensor) -> Tensor:
+        """Shapes: all (B, C, H, W) -> scalar float32. Raises: ShapeError when the shapes differ."""
         check_same_shape(student, teacher)
-        return F.mse_loss(student.float(), whiten(teacher, self.whiten))
+        return F.mse_loss(student.float(), white)
 
 
 LOSS = LossKind(
     "mse",
     "Equation (1) for one level: mean over batch and elements of (f_r - W(f_g))^2.",
-    lambda config: RegressionLoss(config.whiten),
+    lambda _config: RegressionLoss(),
 )

@@ -118,12 +118,19 @@ def _train(config: DistillConfig, data: TrainingData, on_progress: OnTrainProgre
 
 def _show(line: ProgressLine, progress: TrainProgress) -> None:
     losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items() if "/" not in name)
+    fit = f"  R2 {by_level}" if (by_level := _by_level(progress.losses)) else ""
     text = (
-        f"epoch {progress.epoch}/{progress.num_epochs}  {losses}  lr {progress.lr:.2e}  "
+        f"epoch {progress.epoch}/{progress.num_epochs}  {losses}{fit}  lr {progress.lr:.2e}  "
         f"{progress.throughput_img_s:.1f} img/s ({_shares(progress.shares)})  "
         f"ETA {format_seconds(progress.remaining_s)}"
     )
     line.update(progress.step, progress.num_steps, text + (f"; {progress.advice}" if progress.advice else ""))
+
+
+def _by_level(losses: Mapping[str, float]) -> str:
+    """R² of each level; empty without a regression."""
+    values = {name.removeprefix("r2/"): value for name, value in losses.items() if name.startswith("r2/")}
+    return "  ".join(f"{level} {value:.2f}" for level, value in values.items())
 
 
 def _shares(shares: Mapping[str, float]) -> str:
@@ -144,6 +151,7 @@ def _print_result(console: Console, result: DistillResult) -> None:
             "trained": course,
             "losses": "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items() if "/" not in name)
             or "-",
+            **({"R2": by_level} if (by_level := _by_level(result.losses)) else {}),
             "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s ({_shares(result.shares)})",
         }
     )

@@ -13,11 +13,12 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.maps.columns import column_sections
-from dtpipe.pipeline.report.maps.features import variances_of
 from dtpipe.pipeline.report.provenance import provenance_section
 from dtpipe.pipeline.report.section import Notes, Section, render
 from dtpipe.pipeline.report.tasks.merged import merged_sections
 from dtpipe.pipeline.report.training import (
+    BY_LEVEL,
+    R2,
     R2_MEANS,
     Metrics,
     facts_of,
@@ -39,14 +40,12 @@ class NamedRun:
     path: Path
     settings: DistillConfig
     metrics: Metrics
-    variances: Mapping[str, float]
-    """Of the teacher's levels."""
 
 
 def compared_sections(paths: Sequence[str], config: ReportConfig, notes: Notes) -> tuple[str, list[Section]]:
     """The page's title and its parts. Raises: InputError where one is no run; ConfigError where one stands twice."""
     names = run_names(paths)
-    runs = [_named_run(name, Path(path), config, notes) for name, path in zip(names, paths, strict=True)]
+    runs = [_named_run(name, Path(path), notes) for name, path in zip(names, paths, strict=True)]
     sections = [
         _settings_section(runs),
         *merged_sections({run.name: run.path for run in runs}, config, notes),
@@ -59,10 +58,8 @@ def compared_sections(paths: Sequence[str], config: ReportConfig, notes: Notes) 
     return ", ".join(names), sections
 
 
-def _named_run(name: str, path: Path, config: ReportConfig, notes: Notes) -> NamedRun:
-    settings = read_run_config(path)
-    variances = variances_of(path, settings, config.cluster_images, config.seed)
-    return NamedRun(name, path, settings, run_metrics(path, notes.leave_out), variances)
+def _named_run(name: str, path: Path, notes: Notes) -> NamedRun:
+    return NamedRun(name, path, read_run_config(path), run_metrics(path, notes.leave_out))
 
 
 def run_names(paths: Sequence[str]) -> list[str]:
@@ -119,13 +116,16 @@ def _curves_section(runs: Sequence[NamedRun]) -> Iterator[Section]:
         name: {run.name: line_of(run.metrics, name) for run in trained if name in run.metrics[0]} for name in names
     }
     for run in trained:
-        for title, lines in level_lines(run.metrics, run.variances).items():
+        for title, lines in level_lines(run.metrics).items():
             for level, line in lines.items():
-                panels.setdefault(f"{title.removesuffix(' by level')} of {level}", {})[run.name] = line
+                panels.setdefault(f"{title.removesuffix(BY_LEVEL)} of {level}", {})[run.name] = line
     titles = list(panels)
-    caption = R2_MEANS if any(run.variances for run in trained) else ""
+    of_r2 = [title for title in titles if title.startswith(R2.removesuffix(BY_LEVEL))]
     rows = [
-        figures.curves({title: panels[title] for title in titles[start : start + _PER_ROW]}, num_columns=_PER_ROW)
+        figures.curves(
+            {title: panels[title] for title in titles[start : start + _PER_ROW]}, num_columns=_PER_ROW, against=of_r2
+        )
         for start in range(0, len(titles), _PER_ROW)
     ]
+    caption = R2_MEANS if of_r2 else ""
     yield Section("Training", render("training.html", figures=rows, caption=caption))

@@ -18,6 +18,7 @@ COLOURS = ("#3b82c4", "#d9822b", "#4d9e5a", "#b5485d", "#8b6cc1", "#8a7d5c", "#c
 GREY = "#8a8f98"
 WIDTH_IN, HEIGHT_IN = 4.6, 2.9
 _BARS_WIDTH_IN, _BAR_IN = 7.0, 0.1
+_LEAST_R2 = -0.5
 _LEAST_TOP = 0.02  # of scores that are all next to nothing
 _ASIDE = 0.035  # of the distance of two numbers of labels
 
@@ -64,11 +65,15 @@ def _legend(axis: Axes, **place: Any) -> None:
 
 
 def curves(
-    panels: Mapping[str, Mapping[str, Series]], log: Sequence[str] = (), num_columns: int | None = None
+    panels: Mapping[str, Mapping[str, Series]],
+    log: Sequence[str] = (),
+    num_columns: int | None = None,
+    against: Sequence[str] = (),
 ) -> Markup:
     """Panels side by side, each with lines by name over steps; panels named in `log` get a logarithmic y axis.
 
-    `num_columns` leaves room for more panels than there are.
+    Panels named in `against` show 0 as what a constant has, and not what lies below `_LEAST_R2`. `num_columns` leaves
+    room for more panels than there are.
     """
     figure, axes = _figure(num_columns or len(panels))
     for axis in axes[len(panels) :]:
@@ -79,6 +84,9 @@ def curves(
             axis.plot(steps, values, color=COLOURS[idx % len(COLOURS)], linewidth=1.6, label=name, **style)
         if title in log and all(value > 0 for _, values in lines.values() for value in values):
             axis.set_yscale("log")
+        if title in against:
+            axis.axhline(0.0, color=GREY, linewidth=1.2, linestyle="--", label="constant")
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], _LEAST_R2))
         axis.set_title(title, color=INK, fontsize=10, loc="left")
         axis.set_xlabel("step", color=INK)
         axis.set_xlim(0, 1.03 * max(steps[-1] for steps, _ in lines.values()))

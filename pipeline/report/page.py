@@ -15,7 +15,6 @@ from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.comparison import compared_sections
-from dtpipe.pipeline.report.maps.features import variances_of
 from dtpipe.pipeline.report.maps.sections import map_sections
 from dtpipe.pipeline.report.provenance import origin, provenance_section
 from dtpipe.pipeline.report.section import Notes, Section, render
@@ -54,10 +53,9 @@ def run_page(run: Path, config: ReportConfig, note: Note) -> str:
     """The page about one run."""
     settings, notes = read_run_config(run), Notes(note)
     metrics = run_metrics(run, notes.leave_out)
-    variances = variances_of(run, settings, config.cluster_images, config.seed)
     sections = [
         *task_sections(run, config, notes),
-        *training_section(metrics, variances),
+        *training_section(metrics),
         *map_sections(run, settings, config, notes),
         provenance_section(run, settings, notes.leave_out),
     ]

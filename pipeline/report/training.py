@@ -13,9 +13,12 @@ from dtpipe.pipeline.report import figures
 from dtpipe.pipeline.report.section import LeaveOut, Section, render
 
 Metrics = Sequence[Mapping[str, Any]]
-R2 = "R² by level"
-R2_MEANS = "R² of the regressor's output: 1 is the teacher's whitened level, 0 its mean over images, a constant."
-MSE = "mse/"  # before the name of a level
+BY_LEVEL = " by level"
+R2, MSE = f"R²{BY_LEVEL}", f"squared error{BY_LEVEL}"
+R2_MEANS = (
+    "R² of the regressor's output: 1 is the teacher's whitened level; 0, the dashed line, a constant: the dataset's "
+    "mean of each channel."
+)
 
 
 def read_run_config(run: Path) -> DistillConfig:
@@ -54,16 +57,16 @@ def facts_of(settings: DistillConfig, metrics: Metrics) -> dict[str, str]:
     return facts
 
 
-def training_section(metrics: Metrics, variances: Mapping[str, float]) -> Iterator[Section]:
-    """Curves; nothing where there are none. Of levels R², by the variances of the teacher's, else the error."""
+def training_section(metrics: Metrics) -> Iterator[Section]:
+    """Curves; nothing where there are none."""
     if not metrics:
         return
     panels = {
         "loss": _panel(metrics, loss_names(metrics)),
-        **level_lines(metrics, variances),
+        **level_lines(metrics),
         "learning rate": _panel(metrics, ["lr"]),
     }
-    curves = figures.curves({title: lines for title, lines in panels.items() if lines})
+    curves = figures.curves({title: lines for title, lines in panels.items() if lines}, against=[R2])
     said = f"{R2_MEANS if R2 in panels else ''} {_spent(metrics)}"
     yield Section("Training", render("training.html", figures=[curves], caption=said.strip()))
 
@@ -76,18 +79,13 @@ def loss_names(metrics: Metrics) -> list[str]:
     return [name for name in ["loss", *parts] if name in metrics[0]]
 
 
-def level_lines(metrics: Metrics, variances: Mapping[str, float]) -> dict[str, dict[str, figures.Series]]:
-    """A panel with a line per level: R² against the mean of the teacher's levels, where their variances are known, else
-    the squared error of the whitened levels."""
-    errors = {name.removeprefix(MSE): line_of(metrics, name) for name in metrics[0] if name.startswith(MSE)}
-    if not errors or not all(variances.get(level, 0) > 0 for level in errors):
-        return {"squared error by level": errors}
-    return {
-        R2: {
-            level: (steps, [1 - error / variances[level] for error in values])
-            for level, (steps, values) in errors.items()
-        }
-    }
+def level_lines(metrics: Metrics) -> dict[str, dict[str, figures.Series]]:
+    """A panel with a line per level: R², or the squared errors of a run that was written before there was R²."""
+    for title, prefix in ((R2, "r2/"), (MSE, "mse/")):
+        names = dict.fromkeys(name for line in metrics for name in line if name.startswith(prefix))
+        if names:
+            return {title: {name.removeprefix(prefix): line_of(metrics, name) for name in names}}
+    return {}
 
 
 def line_of(metrics: Metrics, name: str) -> figures.Series:

@@ -8,7 +8,6 @@ flat.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,11 @@ from numpy.typing import NDArray
 
 from dtpipe.distill.config import DistillConfig, DistillRecipeConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
-from dtpipe.distill.losses.base import Whitening, whiten
+from dtpipe.distill.losses.whitening import Whitener
 from dtpipe.distill.stream.batch import student_images
 from dtpipe.distill.stream.data import OpenedData, TrainingData
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
+from dtpipe.distill.stream.statistics import run_whitener
 from dtpipe.distill.stream.timesteps import view_timesteps
 from dtpipe.distill.student.distiller import (
     Distiller,
@@ -33,7 +33,6 @@ from dtpipe.distill.student.distiller import (
 )
 from dtpipe.distill.student.load import student_state
 from dtpipe.distill.student.timed import has_timed_heads
-from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.read.source import FeatureSource, read_images
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.pipeline.live.data import recorded_data
@@ -86,7 +85,7 @@ class RunFeatures:
     """True where the teacher runs for every image that is looked at."""
     read: Read
     model: Distiller
-    whitening: Whitening
+    whitener: Whitener
     image_px: tuple[int, int]
 
     @classmethod
@@ -96,7 +95,7 @@ class RunFeatures:
         levels = choose_levels(data.source.levels, config.levels)
         image_px = student_size(config, data.student_px)
         model = load_distiller(run, config, levels, image_px)
-        return cls(data.source, levels, _rows(data), live, read, model, config.loss.whiten, image_px)
+        return cls(data.source, levels, _rows(data), live, read, model, run_whitener(run, config.loss.whiten), image_px)
 
     def choose(self, num: int, seed: int) -> RowIdxs:
         """Some rows drawn by the seed, ascending."""
@@ -131,7 +130,7 @@ class RunFeatures:
         with torch.inference_mode():
             levels = self.model.student(student_images(torch.from_numpy(images), self.image_px))
             regressed = self.model.regressor(levels, self._timesteps(len(rows)))
-            teacher = {name: whiten(torch.from_numpy(features[name]), self.whitening) for name in names}
+            teacher = {name: self.whitener(name, torch.from_numpy(features[name])) for name in names}
         by_stride = dict(zip(self.model.student.strides, levels, strict=True))
         backbone = {level.name: by_stride[level.stride] for level in self.levels if level.stride in by_stride}
         maps = [
@@ -151,39 +150,6 @@ def run_keys(run: Path, config: DistillConfig) -> list[str]:
     """Keys of the images that a run trains on. Raises: what the dataset's readers raise."""
     _, opened = _open(run, config)
     return [opened.source.columns.keys[row] for row in _rows(opened)]
-
-
-def variances_of(run: Path, config: DistillConfig, num_images: int, seed: int) -> dict[str, float]:
-    """`level_variances`; none where the data cannot be read, which is said where maps are left out."""
-    with suppress(DtpipeError):
-        return level_variances(run, config, num_images, seed)
-    return {}
-
-
-def level_variances(run: Path, config: DistillConfig, num_images: int, seed: int) -> dict[str, float]:
-    """Mean squared deviation of the teacher's whitened levels from their mean over images of the run, by level: the
-    error of the best constant. Unbiased. Empty for one image, and where the teacher would have to run for it.
-
-    Raises: what the dataset's readers raise.
-    """
-    import torch
-
-    _, opened = _open(run, config)
-    rows = _choose(_rows(opened), num_images, seed)
-    if not config.datasets or len(rows) < 2:
-        return {}
-    names = [level.name for level in choose_levels(opened.source.levels, config.levels)]
-    sums: dict[str, NDArray[np.float64]] = {}
-    squares = dict.fromkeys(names, 0.0)
-    for start in range(0, len(rows), _AT_ONCE):
-        _, features = _read_stored(opened.source, rows[start : start + _AT_ONCE], names)
-        for name in names:
-            level = whiten(torch.from_numpy(features[name]), config.loss.whiten).double().numpy()
-            sums[name] = sums.get(name, 0) + level.sum(axis=0)
-            squares[name] += float(np.square(level).sum())
-    num = len(rows)
-    spread = {name: squares[name] - float(np.square(sums[name]).sum()) / num for name in names}
-    return {name: spread[name] / ((num - 1) * sums[name].size) for name in names}
 
 
 def load_distiller(

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from dtpipe.distill.config import LossConfig
 from dtpipe.distill.losses.attention import AttentionTransfer
-from dtpipe.distill.losses.base import whiten
 from dtpipe.distill.losses.cosine import CosineDistance
 from dtpipe.distill.losses.features import feature_loss
 from dtpipe.distill.losses.mse import RegressionLoss
 from dtpipe.distill.losses.registry import LOSSES
+from dtpipe.distill.losses.whitening import whiten
 from dtpipe.manifests.errors import ConfigError, ShapeError
 
 TOLERANCE = 2e-5  # float32 sums of up to a few thousand terms against float64
@@ -164,8 +164,8 @@ def test_level_weights_that_do_not_fit_are_refused(weights):
 
 def test_cosine_distance_ignores_strength_and_is_0_for_equal_and_2_for_opposite_directions():
     white = whiten(torch.from_numpy(random_levels(5, 2, [(8, 4, 4)])[0]))
-    assert CosineDistance("none")(white * 7, white).item() == pytest.approx(0, abs=1e-6)
-    assert CosineDistance("none")(-white, white).item() == pytest.approx(2, abs=1e-6)
+    assert CosineDistance()(white * 7, white, white).item() == pytest.approx(0, abs=1e-6)
+    assert CosineDistance()(-white, white, white).item() == pytest.approx(2, abs=1e-6)
 
 
 def test_paper_weight_of_attention_transfer_is_the_default():
@@ -207,10 +207,10 @@ def test_attention_maps_are_their_loop_at_every_power(power):
 
 
 def test_losses_of_parts_weighted_by_count_are_the_loss_of_the_whole():
-    student, teacher = (torch.from_numpy(random_levels(seed, 7, [(4, 3, 3)])[0]) for seed in (6, 7))
+    levels = [torch.from_numpy(random_levels(seed, 7, [(4, 3, 3)])[0]) for seed in (6, 7, 8)]
     for loss in (RegressionLoss(), AttentionTransfer(), CosineDistance()):
-        parts = loss(student[:5], teacher[:5]) * 5 / 7 + loss(student[5:], teacher[5:]) * 2 / 7
-        assert parts.item() == pytest.approx(loss(student, teacher).item(), rel=1e-6)
+        parts = loss(*(level[:5] for level in levels)) * 5 / 7 + loss(*(level[5:] for level in levels)) * 2 / 7
+        assert parts.item() == pytest.approx(loss(*levels).item(), rel=1e-6)
 
 
 def test_half_precision_levels_are_reduced_in_float32():
@@ -231,6 +231,6 @@ def test_levels_that_do_not_fit_are_refused_with_both_shapes():
     with pytest.raises(ShapeError, match=r"\(4, 4\).*\(2, 2\)"):
         AttentionTransfer()(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 2, 2))
     with pytest.raises(ShapeError, match=r"\(1, 3, 4, 4\).*\(1, 5, 4, 4\)"):
-        RegressionLoss()(torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 4, 4))
+        RegressionLoss()(torch.zeros(1, 3, 4, 4), torch.zeros(1, 5, 4, 4), torch.zeros(1, 5, 4, 4))
     with pytest.raises(ShapeError, match=r"l2.*l3"):
         feature_loss({"l2": torch.zeros(1, 3, 4, 4)}, {"l3": torch.zeros(1, 3, 4, 4)}, LossConfig())

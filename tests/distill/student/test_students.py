@@ -143,7 +143,7 @@ def test_metrics_and_result_name_the_losses_that_are_on(tmp_path, data: OpenedDa
         "cosine",
         *(f"{name}/{level}" for name in ("mse", "cosine") for level in ("l2", "l3", "l4")),
     }
-    assert set(result.losses) == wanted
+    assert set(result.losses) == wanted | {f"r2/{level}" for level in ("l2", "l3", "l4")}
     assert {name for name in read_metrics(tmp_path)[-1] if name.partition("/")[0] in ("loss", *LOSSES)} == wanted
 
 

@@ -1,54 +1,51 @@
-"""Curves of a run: losses as they were written, and R² against the mean of the teacher's levels."""
+"""Curves of a run: losses as they were written, and R² against a constant."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dtpipe.distill.engine.run_folder import read_metrics
-from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.source import read_level
-from dtpipe.pipeline.report.maps.features import level_variances, variances_of
-from dtpipe.pipeline.report.training import level_lines, read_run_config, training_section
+from dtpipe.pipeline.report import figures
+from dtpipe.pipeline.report.training import level_lines, training_section
 
 
-def whitened(url: str, name: str) -> np.ndarray:
-    """In float64, by hand. Shapes: -> (N, C, h, w)."""
-    dataset = FeatureDataset.open(url)
-    level = np.stack([read_level(dataset, name, row) for row in dataset.columns.ok_rows]).astype(np.float64)
-    return (level - level.mean(axis=(1, 2, 3), keepdims=True)) / level.std(axis=(1, 2, 3), keepdims=True)
-
-
-def test_variances_are_those_of_the_whitened_levels_around_their_mean(small_run: Path) -> None:
-    config = read_run_config(small_run)
-    found = level_variances(small_run, config, num_images=100, seed=0)
-    assert sorted(found) == ["l2", "l3"]
-    for name, variance in found.items():
-        expected = whitened(config.datasets[0], name).var(axis=0, ddof=1).mean()
-        assert variance == pytest.approx(expected, rel=1e-4)  # float16 levels are whitened in float32
-
-
-def test_r2_is_one_minus_error_over_variance(small_run: Path) -> None:
+def test_r2_is_drawn_as_it_was_logged_over_what_a_constant_has(small_run: Path) -> None:
     metrics = read_metrics(small_run)
-    lines = level_lines(metrics, {"l2": 0.5, "l3": 0.8})
-    assert list(lines) == ["R² by level"]
+    lines = level_lines(metrics)
+    assert list(lines) == ["R² by level"] and list(lines["R² by level"]) == ["l2", "l3"]
     steps, values = lines["R² by level"]["l3"]
     assert list(steps) == [line["step"] for line in metrics]
-    assert values == pytest.approx([1 - line["mse/l3"] / 0.8 for line in metrics])
+    assert values == [line["r2/l3"] for line in metrics]
+    (section,) = training_section(metrics)
+    assert section.html.count(">constant<") == 1 and "dashed line, a constant" in section.html
 
 
-def test_without_variances_the_errors_are_drawn(small_run: Path) -> None:
-    metrics = read_metrics(small_run)
-    lines = level_lines(metrics, {"l2": 0.5})
+def test_a_run_from_before_there_was_r2_shows_its_errors(small_run: Path) -> None:
+    metrics = [
+        {name: value for name, value in line.items() if not name.startswith("r2/")} for line in read_metrics(small_run)
+    ]
+    lines = level_lines(metrics)
     assert lines["squared error by level"]["l2"][1] == [line["mse/l2"] for line in metrics]
-    (section,) = training_section(metrics, {})
-    assert "R²" not in section.html and "squared error by level" in section.html
+    (section,) = training_section(metrics)
+    assert "R²" not in section.html and ">constant<" not in section.html
 
 
-def test_one_image_and_lost_data_have_no_variances(small_run: Path, tmp_path: Path) -> None:
-    config = read_run_config(small_run)
-    assert level_variances(small_run, config, num_images=1, seed=0) == {}
-    gone = config.model_copy(update={"datasets": (str(tmp_path / "gone"),)})
-    assert variances_of(small_run, gone, 8, 0) == {}
+def test_a_run_without_a_regression_shows_no_levels() -> None:
+    metrics = [
+        {"step": step, "num_steps": 2, "loss": 1.0, "cosine": 1.0, "cosine/l2": 1.0, "lr": 0.1, "throughput_img_s": 1.0}
+        for step in (1, 2)
+    ]
+    assert level_lines(metrics) == {}
+    (section,) = training_section(metrics)
+    assert "by level" not in section.html
+
+
+@pytest.mark.parametrize(("lowest", "shown"), [(-0.2, True), (-30.0, False)])
+def test_zero_is_always_in_sight_and_a_bad_beginning_does_not_flatten_the_rest(lowest: float, shown: bool) -> None:
+    svg = figures.curves({"R²": {"l2": ([1, 2], [lowest, 0.3])}}, against=["R²"])
+    ticks = [float(text.replace("\u2212", "-")) for text in re.findall(r">([\u2212-]?[0-9.]+)</text>", svg)]
+    assert min(ticks) >= -0.5
+    assert (min(ticks) > -0.5) == shown
