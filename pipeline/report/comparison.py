@@ -18,8 +18,8 @@ from dtpipe.pipeline.report.section import Notes, Section, render
 from dtpipe.pipeline.report.tasks.merged import merged_sections
 from dtpipe.pipeline.report.training import (
     BY_LEVEL,
-    R2,
     R2_MEANS,
+    R2_TITLE,
     Metrics,
     facts_of,
     level_lines,
@@ -120,7 +120,7 @@ def _curves_section(runs: Sequence[NamedRun]) -> Iterator[Section]:
             for level, line in lines.items():
                 panels.setdefault(f"{title.removesuffix(BY_LEVEL)} of {level}", {})[run.name] = line
     titles = list(panels)
-    of_r2 = [title for title in titles if title.startswith(R2.removesuffix(BY_LEVEL))]
+    of_r2 = [title for title in titles if title.startswith(R2_TITLE.removesuffix(BY_LEVEL))]
     rows = [
         figures.curves(
             {title: panels[title] for title in titles[start : start + _PER_ROW]}, num_columns=_PER_ROW, against=of_r2

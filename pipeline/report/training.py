@@ -14,7 +14,7 @@ from dtpipe.pipeline.report.section import LeaveOut, Section, render
 
 Metrics = Sequence[Mapping[str, Any]]
 BY_LEVEL = " by level"
-R2, MSE = f"R²{BY_LEVEL}", f"squared error{BY_LEVEL}"
+R2_TITLE, ERROR_TITLE = f"R²{BY_LEVEL}", f"squared error{BY_LEVEL}"
 R2_MEANS = (
     "R² of the regressor's output: 1 is the teacher's whitened level; 0, the dashed line, a constant: the dataset's "
     "mean of each channel."
@@ -66,8 +66,8 @@ def training_section(metrics: Metrics) -> Iterator[Section]:
         **level_lines(metrics),
         "learning rate": _panel(metrics, ["lr"]),
     }
-    curves = figures.curves({title: lines for title, lines in panels.items() if lines}, against=[R2])
-    said = f"{R2_MEANS if R2 in panels else ''} {_spent(metrics)}"
+    curves = figures.curves({title: lines for title, lines in panels.items() if lines}, against=[R2_TITLE])
+    said = f"{R2_MEANS if R2_TITLE in panels else ''} {_spent(metrics)}"
     yield Section("Training", render("training.html", figures=[curves], caption=said.strip()))
 
 
@@ -81,7 +81,7 @@ def loss_names(metrics: Metrics) -> list[str]:
 
 def level_lines(metrics: Metrics) -> dict[str, dict[str, figures.Series]]:
     """A panel with a line per level: R², or the squared errors of a run that was written before there was R²."""
-    for title, prefix in ((R2, "r2/"), (MSE, "mse/")):
+    for title, prefix in ((R2_TITLE, "r2/"), (ERROR_TITLE, "mse/")):
         names = dict.fromkeys(name for line in metrics for name in line if name.startswith(prefix))
         if names:
             return {title: {name.removeprefix(prefix): line_of(metrics, name) for name in names}}
