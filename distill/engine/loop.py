@@ -46,15 +46,30 @@ def run(
 ) -> RunResult:
     """Take the steps that are left of the run in a folder, logging and saving on the way.
 
+    Raises: as `RunFolder.open` before any step; else as `run_in`.
+    """
+    with ExitStack() as stack:
+        folder = ranks.only_first(lambda: stack.enter_context(RunFolder.open(settings)))
+        return run_in(folder, trainer, settings, ranks, on_progress, stop)
+
+
+def run_in(
+    folder: RunFolder | None,
+    trainer: Trainer[P],
+    settings: RunSettings,
+    ranks: Ranks = ALONE,
+    on_progress: OnTrainProgress | None = None,
+    stop: StopRequest | None = None,
+) -> RunResult:
+    """The same in a folder that the caller holds and lets go of; None on other ranks than the first.
+
     A stop is asked for by signals, or by `stop` where no signal arrives. Only the first rank writes and calls
     `on_progress`.
 
-    Raises: as `RunFolder.open` before any step; DivergedError on a loss that is not finite; StoppedError after SIGTERM
-    or SIGINT, once the state is saved.
+    Raises: DivergedError on a loss that is not finite; StoppedError after SIGTERM or SIGINT, once the state is saved.
     """
     course, loop = trainer.course, Loop(trainer, ranks)
     with ExitStack() as stack, StopRequest() as signals:
-        folder = ranks.only_first(lambda: stack.enter_context(RunFolder.open(settings)))
         stop = stop or signals
         notes = _resume(loop, settings, folder)
         resumed, started, saved, num_samples = loop.step, time.monotonic(), time.monotonic(), 0

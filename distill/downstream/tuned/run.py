@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from dtpipe.distill.downstream.tuned.base import TaskScores
 from dtpipe.distill.downstream.tuned.scoring import PREDICTED, score_network
 from dtpipe.distill.downstream.tuned.trainer import REMEDY, TuneJob, Tuning
 from dtpipe.distill.engine.device import seeded, training_device
-from dtpipe.distill.engine.loop import run
+from dtpipe.distill.engine.loop import run_in
 from dtpipe.distill.engine.progress import OnTrainProgress, RunResult
 from dtpipe.distill.engine.ranks import join_ranks
 from dtpipe.distill.engine.ray import train_on_ray
+from dtpipe.distill.engine.run_folder import RunFolder
 from dtpipe.manifests.errors import DivergedError
 from dtpipe.manifests.records.document import read_document, write_document
 from dtpipe.manifests.stopping import StopRequest
@@ -61,16 +63,21 @@ def tune(
         done = ranks.first(lambda: finished(folder, record))
         if done is not None:
             return TuneResult.from_record(done)
-        with seeded(job.seed, where):
-            trainer = Tuning(job, where, ranks)
-            result = run(trainer, job.settings(folder), ranks, on_progress, stop)
-        check_finite(trainer.scored)
-        keep = folder if trainer.config.run.keep_predictions else None
-        ranks.first(lambda: shutil.rmtree(folder / PREDICTED, ignore_errors=True))  # of earlier images
-        scores = score_network(job.task, trainer.scored, test, trainer.config, ranks, keep)
-        own = {each.name: getattr(result, each.name) for each in fields(result)}
-        tuned = TuneResult(**own, value=scores.value, others=scores.others, by_class=scores.by_class)
-        ranks.first(lambda: write_document(folder / SCORE_FILE, record | {"result": tuned.record()}, "make room"))
+        with ExitStack() as stack:  # holds the folder until the score is written
+            with seeded(job.seed, where):
+                trainer, settings = Tuning(job, where, ranks), job.settings(folder)
+                held = ranks.only_first(lambda: stack.enter_context(RunFolder.open(settings)))
+                done = ranks.first(lambda: finished(folder, record))
+                if done is not None:  # meanwhile, by another process
+                    return TuneResult.from_record(done)
+                result = run_in(held, trainer, settings, ranks, on_progress, stop)
+            check_finite(trainer.scored)
+            keep = folder if trainer.config.run.keep_predictions else None
+            ranks.first(lambda: shutil.rmtree(folder / PREDICTED, ignore_errors=True))  # of earlier images
+            scores = score_network(job.task, trainer.scored, test, trainer.config, ranks, keep)
+            own = {each.name: getattr(result, each.name) for each in fields(result)}
+            tuned = TuneResult(**own, value=scores.value, others=scores.others, by_class=scores.by_class)
+            ranks.first(lambda: write_document(folder / SCORE_FILE, record | {"result": tuned.record()}, "make room"))
     return tuned
 
 

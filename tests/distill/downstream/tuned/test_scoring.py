@@ -1,14 +1,22 @@
-"""Held-out images go through a network in passes of bounded size, and are scored all the same."""
+"""Held-out images go through a network in passes of bounded size, by one process at a time."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from dtpipe.distill.downstream.tuned import run as run_module
 from dtpipe.distill.downstream.tuned import scoring
 from dtpipe.distill.downstream.tuned.base import TaskNetwork
+from dtpipe.distill.downstream.tuned.run import tune
 from dtpipe.distill.downstream.tuned.scoring import in_passes, score_network
 from dtpipe.distill.downstream.tuned.trainer import Tuning
+from dtpipe.manifests.errors import LockHeldError
+from dtpipe.manifests.store import hold
 from parts.line import CPU
+from parts.ranks import fork_ranks
 from parts.tuning import bright_halves, tune_config, tune_job
 
 
@@ -38,3 +46,34 @@ def test_scores_of_small_passes_are_those_of_one(monkeypatch) -> None:
     scores = score_network(tuning.job.task, network, test, tuning.config)
     assert seen == [2, 2, 1]
     assert scores.value == pytest.approx(expected.value, abs=1e-3)  # a pixel at one half may fall to either side
+
+
+def test_a_training_that_is_scored_by_one_process_is_not_scored_by_another(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(hold, "_PATIENCE_S", 0.0)
+    job, test = tune_job(tune_config(steps=1)), bright_halves(4, 1)
+    said: list[Any] = []
+
+    def second(_rank: int) -> str:
+        try:
+            tune(job, test, tmp_path / "cell", "cpu")
+        except LockHeldError as err:
+            return str(err)
+        return "scored"
+
+    def scored(*args: Any, **options: Any) -> Any:
+        said.extend(fork_ranks(second, tmp_path, 1))
+        return score_network(*args, **options)
+
+    monkeypatch.setattr(run_module, "score_network", scored)
+    first = tune(job, test, tmp_path / "cell", "cpu")
+    assert len(said) == 1 and "another process trains in this folder" in said[0]
+    assert tune(job, test, tmp_path / "cell", "cpu").scores == first.scores and len(said) == 1
+
+
+def test_a_score_that_another_process_wrote_meanwhile_is_read(tmp_path: Path, monkeypatch) -> None:
+    """It was trained and scored between the first look and the lock."""
+    job, test, looks = tune_job(tune_config(steps=1)), bright_halves(4, 1), []
+    first, finished = tune(job, test, tmp_path / "cell", "cpu"), run_module.finished
+    monkeypatch.setattr(run_module, "finished", lambda *of: finished(*of) if looks else looks.append(of))
+    monkeypatch.setattr(run_module, "score_network", None)
+    assert tune(job, test, tmp_path / "cell", "cpu").scores == first.scores and len(looks) == 1
