@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from dtpipe.distill.downstream.tuned.network import classes_to_dict
 from dtpipe.distill.downstream.tuned.scoring import in_passes
@@ -20,17 +22,18 @@ from dtpipe.distill.export.predictor import Predictor, load_predictor
 from dtpipe.extract.config import SourceConfig
 from dtpipe.extract.sources.images import decode_image, resize_image
 from dtpipe.extract.sources.layouts.registry import open_layout, parse_layout
+from dtpipe.extract.sources.places import file_stamp
 from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, ConfigError, ErrorBudgetError, InputError
-from dtpipe.manifests.labels import Class, Pixels
+from dtpipe.manifests.labels import Class, Instances, Pixels
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.store.paths import path_on_disk
-from dtpipe.manifests.words import count_of
+from dtpipe.manifests.words import are, count_of
 from dtpipe.pipeline.cli.console import Note, ProgressLine
 from dtpipe.pipeline.config import PredictConfig
 from dtpipe.pipeline.predict.collect import FILES_OF, write_tables
-from dtpipe.pipeline.predict.folder import PredictionFolder
+from dtpipe.pipeline.predict.folder import Done, PredictionFolder
 from dtpipe.pipeline.predict.names import path_of_key
 from dtpipe.pipeline.predict.overlay import draw_overlay
 
@@ -45,6 +48,17 @@ class ImageList:
 
     keys: Sequence[str]
     read: Callable[[int], bytes]
+    stamp: Callable[[int], str]
+    """Of the file, as `file_stamp` gives it."""
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An image, and what tells it from a changed one."""
+
+    pixels: Pixels
+    digest: str
+    stamp: str
 
 
 @dataclass(frozen=True)
@@ -79,9 +93,11 @@ def predict(config: PredictConfig, note: Note) -> Predictions:
         "px": None if config.px is None else list(height_width(config.px)),
         "resize": config.resize,
     }
-    folders = [OVERLAYS] if config.overlay else []
+    drawn = [OVERLAYS] if config.overlay else []
+    min_score = _min_score(config, predictor)
     with PredictionFolder.open(out, of) as folder:
-        todo = [row for row, key in enumerate(images.keys) if not folder.is_whole(key, folders)]
+        _forget_changed(images, folder, note)
+        todo = [row for row, key in enumerate(images.keys) if not folder.is_whole(key, drawn, min_score)]
         if len(todo) < len(images.keys):
             note(f"{len(images.keys) - len(todo)} of {count_of(len(images.keys), 'image')} done before")
         bad = _predict_rows(config, predictor, images, todo, folder)
@@ -103,7 +119,41 @@ def list_images(place: str) -> ImageList:
     if len(set(keys)) < len(keys):
         twice = next(key for idx, key in enumerate(keys) if key in keys[:idx])
         raise InputError(f"{place}: key {twice} occurs twice; keys must be unique, so give the parts apart")
-    return ImageList(keys, read)
+    return ImageList(keys, read, lambda row: file_stamp(items[row].uri))
+
+
+def _min_score(config: PredictConfig, predictor: Predictor) -> float | None:
+    """From which objects are drawn; None where none are."""
+    return config.min_score if config.overlay and predictor.task.kind is Instances else None
+
+
+def _forget_changed(images: ImageList, folder: PredictionFolder, note: Note) -> None:
+    """Take away what was predicted of images that have changed under their keys since.
+
+    A local file whose size and time are as they were is taken for the same; others are read.
+    """
+    doubtful = [
+        row
+        for row, key in enumerate(images.keys)
+        if (done := folder.done.get(key)) is not None and not (done.stamp and done.stamp == images.stamp(row))
+    ]
+
+    def is_changed(row: int) -> bool:
+        with suppress(BadImage):
+            return blake3(images.read(row)).hexdigest() != folder.done[images.keys[row]].image
+        return True
+
+    with ThreadPoolExecutor(_READERS) as pool, ProgressLine("compare") as progress:
+        changed = []
+        for num, (row, differs) in enumerate(zip(doubtful, pool.map(is_changed, doubtful), strict=True), 1):
+            progress.update(num, len(doubtful), "images done before are compared with what they were")
+            changed += [images.keys[row]] if differs else []
+    for key in changed:
+        folder.forget(key)
+    if changed:
+        note(
+            f"{count_of(len(changed), 'image')} changed since, {changed[0]} for one, and {are(len(changed))} done again"
+        )
 
 
 def _predict_rows(
@@ -115,7 +165,7 @@ def _predict_rows(
     reading = closing(_decoded(config, images, todo))
     with StopRequest() as stop, ProgressLine("predict") as progress, reading as decoded:
         for part in in_passes(decoded, config.batch_size, lambda entry: _num_px(entry[1])):
-            good = {images.keys[row]: pixels for row, pixels in part if not isinstance(pixels, BadImage)}
+            good = {images.keys[row]: image for row, image in part if not isinstance(image, BadImage)}
             bad |= {images.keys[row]: err.reason for row, err in part if isinstance(err, BadImage)}
             _predict_batch(config, predictor, good, folder)
             num_read += len(part)
@@ -127,22 +177,24 @@ def _predict_rows(
     return bad
 
 
-def _num_px(pixels: Pixels | BadImage) -> int:
-    return 0 if isinstance(pixels, BadImage) else pixels.size // 3
+def _num_px(image: _Decoded | BadImage) -> int:
+    return 0 if isinstance(image, BadImage) else image.pixels.size // 3
 
 
 def _predict_batch(
-    config: PredictConfig, predictor: Predictor, images: Mapping[str, Pixels], folder: PredictionFolder
+    config: PredictConfig, predictor: Predictor, images: Mapping[str, _Decoded], folder: PredictionFolder
 ) -> None:
     if not images:
         return
-    predictions = predictor.predict(list(images.values()))
-    for (key, pixels), prediction in zip(images.items(), predictions, strict=True):
+    predictions = predictor.predict([image.pixels for image in images.values()])
+    min_score = _min_score(config, predictor)
+    for (key, image), prediction in zip(images.items(), predictions, strict=True):
         files, said = _files_of(key, prediction, predictor)
         if config.overlay:
-            overlay = draw_overlay(pixels, prediction, predictor.classes, config.min_score)
+            overlay = draw_overlay(image.pixels, prediction, predictor.classes, config.min_score)
             files[f"{OVERLAYS}/{path_of_key(key, '.png')}"] = overlay
-        folder.add(key, (pixels.shape[0], pixels.shape[1]), files, said)
+        height, width = image.pixels.shape[:2]
+        folder.add(key, Done((height, width), {}, said, image.digest, image.stamp, min_score), files)
 
 
 def _files_of(key: str, prediction: Any, predictor: Predictor) -> tuple[dict[str, bytes], Any]:
@@ -156,9 +208,9 @@ def _files_of(key: str, prediction: Any, predictor: Predictor) -> tuple[dict[str
 
 def _decoded(
     config: PredictConfig, images: ImageList, rows: Sequence[int]
-) -> Generator[tuple[int, Pixels | BadImage], None, None]:
+) -> Generator[tuple[int, _Decoded | BadImage], None, None]:
     """Rows with their pixels, or what is wrong with them, in order; the next ones are read meanwhile."""
-    left, ahead = iter(rows), deque[tuple[int, Future[Pixels | BadImage]]]()
+    left, ahead = iter(rows), deque[tuple[int, Future[_Decoded | BadImage]]]()
     pool = ThreadPoolExecutor(_READERS)
     try:
         while True:
@@ -172,13 +224,14 @@ def _decoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _read(config: PredictConfig, images: ImageList, row: int) -> Pixels | BadImage:
+def _read(config: PredictConfig, images: ImageList, row: int) -> _Decoded | BadImage:
     try:
-        pixels = decode_image(images.read(row), SourceConfig().max_pixels)
-        if config.px is None:
-            return pixels
-        height, width = height_width(config.px)
-        return resize_image(pixels, TransformRecipe(resize=config.resize, height=height, width=width))
+        stamp, data = images.stamp(row), images.read(row)
+        pixels = decode_image(data, SourceConfig().max_pixels)
+        if config.px is not None:
+            height, width = height_width(config.px)
+            pixels = resize_image(pixels, TransformRecipe(resize=config.resize, height=height, width=width))
+        return _Decoded(pixels, blake3(data).hexdigest(), stamp)
     except BadImage as err:
         return err
 

@@ -198,6 +198,67 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(
     assert len(list((tmp_path / "out" / "overlays").rglob("*.png"))) == 5
 
 
+@pytest.fixture
+def num_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images of each call of a predictor."""
+    seen: list[int] = []
+    faithful = Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda self, images: seen.append(len(images)) or faithful(self, images))
+    return seen
+
+
+def test_an_image_that_changed_under_its_key_is_predicted_again(
+    predictors: Path, photos: Path, tmp_path: Path, num_seen: list[int]
+) -> None:
+    """A touched file is read and found the same; one that is broken now leaves nothing behind."""
+    command = ["predict", predictors / "segment", "--images", photos, "--out", tmp_path / "out", "--max-bad", 1]
+    done(*command, "--overlay")
+    os.utime(photos / "a" / "0.png")
+    Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(photos / "b" / "1.png")
+    (photos / "b" / "3.png").write_bytes(b"broken")
+    result = done(*command)
+    assert "2 images changed since, b/1.png for one, and are done again" in result.stderr
+    assert sum(num_seen) == 4 + 1
+    masks = tmp_path / "out" / "masks" / "b"
+    with Image.open(masks / "1.png.png") as mask:
+        assert mask.size == (24, 20)
+    assert not (masks / "3.png.png").exists()
+    assert {path.name for path in (tmp_path / "out" / "overlays").rglob("*.png")} == {"0.png.png", "2.png.png"}
+    assert "changed" not in done(*command).stderr and sum(num_seen) == 5
+
+
+def test_images_without_a_stamp_are_known_by_their_bytes(
+    predictors: Path, photos: Path, tmp_path: Path, num_seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtpipe.pipeline.predict.run.file_stamp", lambda _uri: "")
+    command = ["predict", predictors / "finetune", "--images", photos, "--out", tmp_path / "out"]
+    done(*command)
+    done(*command)
+    assert sum(num_seen) == 4
+    Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save(photos / "b" / "1.png")
+    done(*command)
+    assert sum(num_seen) == 5
+
+
+def test_overlays_are_drawn_anew_for_another_score(
+    rectangles: Path, tmp_path: Path, num_seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TUNED_TASKS, "detect", seeing_bright("detect"))
+    predictor, out = write_untrained(tmp_path / "predictor", "detect", THINGS), tmp_path / "out"
+    command = ["predict", predictor, "--images", rectangles, "--out", out]
+
+    def overlays() -> list[bytes]:
+        return [path.read_bytes() for path in sorted((out / "overlays").rglob("*.png"))]
+
+    done(*command, "--overlay", "--min-score", 0)
+    all_drawn = overlays()
+    done(*command, "--overlay", "--min-score", 1)
+    assert len(num_seen) == 2 and all(old != new for old, new in zip(all_drawn, overlays(), strict=True))
+    done(*command, "--overlay", "--min-score", 1)
+    done(*command, "--min-score", 0)  # nothing is drawn, so nothing is missing
+    assert len(num_seen) == 2
+
+
 def test_a_stop_keeps_what_is_done_and_the_next_run_goes_on(
     predictors: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
