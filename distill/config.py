@@ -175,7 +175,9 @@ class DistillRecipeConfig(Settings):
         description="Largest gradient norm; default: none for AdamW, and timm's 1 for LAMB, which clips by itself.",
     )
     flip: bool | None = Field(
-        default=None, description="Horizontal flips, from stored flipped views; default: when there are any."
+        default=None,
+        description="Horizontal flips, from stored flipped views or by a live teacher; default: where flipped views "
+        "are stored, or reencode is 1 over images.",
     )
     equivariant: bool = Field(
         default=False,

@@ -138,8 +138,8 @@ class Distillation:
         self.image_px = student_size(config, data.student_px)
         self.whitener = Whitener(config.loss.whiten, statistics, device)
         names = tuple(level.name for level in levels)
-        timed = with_timed_heads(config, ranks.first(lambda: _timed(config, data, names)))
-        self.model = build_distiller(timed, levels, self.image_px, ranks.size).to(device).train()
+        decided = ranks.first(lambda: _decided(config, data, names, live))
+        self.model = build_distiller(decided, levels, self.image_px, ranks.size).to(device).train()
         if config.sync_bn:
             self.model = synchronise_norms(self.model, device)
         if config.run.channels_last:
@@ -150,7 +150,7 @@ class Distillation:
         self.ema = ModelEmaV3(self.model.student, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.optimizer = build_optimizer(self.model, config.opt, config.peak_lr, config.weight_decay, config.betas)
         self.watch = Stopwatch(device)
-        settings = stream_settings(config, names, ranks)
+        settings = stream_settings(decided, names, ranks)
         self.stream = FeatureStream(data.source, settings, device, live, data.sampling, self.watch)
         self.course = _course(config, self.stream, device)
 
@@ -183,16 +183,22 @@ class Distillation:
             "student": self.model.student,
             "regressor": self.model.regressor,
             "ema": self.ema.module if self.ema is not None else None,
+            "flips": self.stream.flips,
         }
 
 
-def _timed(config: DistillConfig, data: OpenedData, levels: Sequence[str]) -> bool:
-    """Whether heads know the timestep where the settings leave it open: of several, unless the run began without."""
-    if config.regressor.timestep is not None or not several_timesteps(data.source, levels):
-        return False
+def _decided(config: DistillConfig, data: OpenedData, levels: Sequence[str], live: LiveTeacher | None) -> DistillConfig:
+    """The settings with what they leave open: heads that know the timestep where targets are of several, and flips
+    where a live teacher encodes every image. A run that began without either goes on without."""
+    timed = config.regressor.timestep is None and several_timesteps(data.source, levels)
+    flips = config.flip is None and config.reencode == 1 and live is not None and not live.makes_images
     settings = run_settings(config)
-    newest = newest_checkpoint(settings.last, settings.kind)
-    return newest is None or has_timed_heads(newest.state["regressor"])
+    newest = newest_checkpoint(settings.last, settings.kind) if timed or flips else None
+    if newest is not None:
+        timed = timed and has_timed_heads(newest.state["regressor"])
+        flips = flips and newest.state["flips"] is True
+    with_flips = config.model_copy(update={"flip": True}) if flips else config
+    return with_timed_heads(with_flips, timed)
 
 
 def _course(config: DistillConfig, stream: FeatureStream, device: torch.device) -> Course:

@@ -7,7 +7,7 @@ command goes on with it on whatever machine it runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +79,7 @@ def resolve_recipe(
     """
     plan = find_plan(Store(config.run.out), fresh)
     stored = plan.recipe if plan else None
+    config = with_timesteps_of(config, stored.views if stored else ())
     kind = stored.source.kind if stored and config.source.kind == "auto" else config.source.kind
     source = open_images(config.images, config.num_samples, kind)
     census = None if stored else _census(config, source)
@@ -172,17 +173,18 @@ def make_views(config: ExtractRecipeConfig, spec: TeacherSpec) -> tuple[ViewSpec
     Raises: ConfigError for a timestep that the teacher does not have, or one given twice.
     """
     noise = config.noise
-    _check_encoding(config, spec)
-    timesteps: tuple[int | None, ...] = noise.timesteps
+    chosen = noise.timesteps or (spec.timestep,)
+    _check_encoding(config, spec, chosen)
+    timesteps: tuple[int | None, ...] = chosen
     if spec.num_timesteps is None:
         timesteps = (None,)
-    elif wrong := [step for step in noise.timesteps if not 0 <= step < spec.num_timesteps]:
+    elif wrong := [step for step in chosen if not 0 <= step < spec.num_timesteps]:
         raise ConfigError(
             f"extract.noise.timesteps has {wrong[0]}; this teacher has timesteps 0 to {spec.num_timesteps - 1}"
         )
     if len(set(timesteps)) < len(timesteps):
         raise ConfigError(
-            f"extract.noise.timesteps {list(noise.timesteps)} names a timestep twice; use extract.noise.draws for more "
+            f"extract.noise.timesteps {list(chosen)} names a timestep twice; use extract.noise.draws for more "
             "noise draws"
         )
     flips = (False, True) if noise.flips else (False,)
@@ -194,7 +196,15 @@ def make_views(config: ExtractRecipeConfig, spec: TeacherSpec) -> tuple[ViewSpec
     )
 
 
-def _check_encoding(config: ExtractRecipeConfig, spec: TeacherSpec) -> None:
+def with_timesteps_of(config: Config, views: Sequence[ViewSpec]) -> Config:
+    """The settings with the timesteps of views that were chosen before, where they leave them open."""
+    known = tuple(dict.fromkeys(view.timestep for view in views if view.timestep is not None))
+    if config.noise.timesteps is not None or not known:
+        return config
+    return config.model_copy(update={"noise": config.noise.model_copy(update={"timesteps": known})})
+
+
+def _check_encoding(config: ExtractRecipeConfig, spec: TeacherSpec, timesteps: Sequence[int]) -> None:
     """A deterministic encoding has one draw, and DDIM inversion stops at multiples of its stride. Raises:
     ConfigError."""
     if not spec.noise_shapes and config.noise.draws > 1:
@@ -204,7 +214,7 @@ def _check_encoding(config: ExtractRecipeConfig, spec: TeacherSpec) -> None:
     if spec.num_timesteps is None:
         return
     stride = int(spec.options.get("inversion_stride", 1))
-    if odd := [step for step in config.noise.timesteps if step % stride]:
+    if odd := [step for step in timesteps if step % stride]:
         raise ConfigError(
             f"extract.noise.timesteps has {odd[0]}, no multiple of extract.teacher.options.inversion_stride {stride}; "
             "change one"

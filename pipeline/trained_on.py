@@ -86,7 +86,8 @@ class TrainedOn:
             size = (transform.height, transform.width)
             return RunTeacher(recorded_teacher(plan), recipe.views[0].timestep, size, recipe.synthesized)
         px = self.live.get("transform", {}).get("px")
-        timestep = NoiseConfig.model_validate(self.live.get("noise", {})).timesteps[0]
+        timesteps = NoiseConfig.model_validate(self.live.get("noise", {})).timesteps
+        timestep = timesteps[0] if timesteps else None  # a generator has none
         return RunTeacher(self.live.get("teacher", {}), timestep, height_width(px) if px else None)
 
     def _plan(self) -> Plan | None:

@@ -178,13 +178,15 @@ def _in_todays_form(content: Any) -> dict[str, Any]:
         return {}
     if content.get("format") == "dtpipe-run/1":  # distill's; the step stood beside the numbers of the schedule
         step = content.get("scheduler", {}).get("step")
-        return content | {"format": CHECKPOINT_FORMAT, "kind": "distill", "scaler": None, "step": step}
+        return content | {"format": CHECKPOINT_FORMAT, "kind": "distill", "scaler": None, "step": step, "flips": None}
     if "format" not in content and isinstance(
         content.get("config"), str
     ):  # train-teacher's; the settings were JSON text
         first: dict[str, Any] = {"classes": [], "scaler": None, "started_from": None}
         later = {"format": CHECKPOINT_FORMAT, "kind": "train_teacher", "config": json.loads(content["config"])}
         return first | content | later
+    if content.get("kind") == "distill":  # which did not say whether images were flipped
+        return {"flips": None} | content
     return content
 
 

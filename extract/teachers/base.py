@@ -46,6 +46,8 @@ class TeacherSpec:
     noise_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Stream name to the shape of one draw; a trailing -n, -n means an n-th of the image's own height and width."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    timestep: int = 50
+    """Where it is read unless settings say otherwise: the paper's for a teacher of its images' domain; no content."""
     student_scale: int = 1
     """How many times smaller than the teacher's image the student's is by default, so that its levels are l2 to l5."""
 

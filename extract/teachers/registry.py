@@ -16,7 +16,7 @@ from dtpipe.extract.teachers.biggan import icgan
 from dtpipe.extract.teachers.biggan import teacher as biggan
 from dtpipe.extract.teachers.diffusion import ddpm
 from dtpipe.extract.teachers.diffusion.adm import teacher as adm
-from dtpipe.extract.teachers.files.published import FILE_ENDINGS, locate, published_teachers
+from dtpipe.extract.teachers.files.published import FILE_ENDINGS, find_published, locate, published_teachers
 from dtpipe.extract.teachers.files.refusals import disguise_of
 from dtpipe.extract.teachers.plugins import installed_kinds
 from dtpipe.extract.teachers.stable_diffusion import teacher as stable_diffusion
@@ -51,6 +51,7 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
     Raises: TeacherError when no family, or the wrong one, recognises the path; ConfigError for an option that the
     family does not have.
     """
+    published = find_published(config, published_teachers())
     config = locate(config, published_teachers())
     kind = _kind_of(config)
     parse_options(config, kind.options)  # a family that reads none of them must not pass over them in silence
@@ -68,6 +69,8 @@ def load_teacher(config: TeacherConfig, device: str = "cpu") -> Teacher:
         )
     if config.untrained is not None:
         teacher.spec = replace(teacher.spec, options={**teacher.spec.options, "untrained": config.untrained})
+    if published is not None and published.timestep is not None:
+        teacher.spec = replace(teacher.spec, timestep=published.timestep)
     return teacher
 
 

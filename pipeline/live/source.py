@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.distill.config import DistillConfig
-from dtpipe.distill.engine.record import refuse_other_data
+from dtpipe.distill.engine.record import read_record, refuse_other_data
 from dtpipe.distill.stream.choice import select_rows
 from dtpipe.distill.stream.data import OpenedData, rows_record
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.device import pick_device
-from dtpipe.extract.recipe import list_source, make_recipe
+from dtpipe.extract.recipe import list_source, make_recipe, with_timesteps_of
 from dtpipe.extract.shards.reader import ImageReader
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.teachers.registry import load_teacher
@@ -120,9 +120,11 @@ class LiveData:
 
     def _open(self, config: DistillConfig, find_bad: FindBad) -> OpenedData:
         noise = self.extract.noise.model_copy(update={"draws": 1})  # none is stored, so views are those of one draw
-        extract, run = self.extract.model_copy(update={"noise": noise}), Path(config.run.out)
+        run = Path(config.run.out)
+        extract = with_timesteps_of(self.extract.model_copy(update={"noise": noise}), _views_of_run(run))
         reader, opened = _open_reader(extract, pick_device(config.run.device))
         recipe = opened.recipe
+        extract = with_timesteps_of(extract, recipe.views)
         listing = {"num": len(reader.listing), "keys_blake3": blake3_hex("\n".join(reader.listing.keys).encode())}
         record: dict[str, Any] = {"live": _content(recipe), "listing": listing}
         refuse_other_data(run, record, partly=True)
@@ -151,6 +153,12 @@ def _open_reader(extract: LiveConfig, device: str) -> tuple[ImageReader, RecipeT
     recipe = make_recipe(extract, teacher, images.kind, device)
     reader = ImageReader(images, listing, recipe.transform, extract.source.max_pixels)
     return reader, RecipeTeacher(recipe, teacher, device)
+
+
+def _views_of_run(run: Path) -> list[ViewSpec]:
+    """The views that a run in a folder was begun with; none where there is no run."""
+    live = (read_record(run) or {}).get("live") or {}
+    return [ViewSpec.model_validate(view) for view in live.get("views", ())]
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class PublishedTeacher(StrictModel):
     image_px: tuple[int, int]
     levels: dict[str, int]
     """Channels by level; l{n} has stride 2^n."""
+    timestep: int | None = None
+    """Where it is read by default, if not where others of its family are."""
     options: dict[str, Any] = Field(default={}, description="Settings of the family that this file needs.")
 
 
@@ -69,17 +71,22 @@ def locate(config: TeacherConfig, published: Sequence[PublishedTeacher]) -> Teac
 
     Raises: TeacherError when the file cannot be had.
     """
-    if Path(config.path).exists():
-        return config
-    for teacher in published:
-        if teacher.name == config.path and config.kind in ("auto", teacher.kind):
-            path, revision = _place(teacher, config)
-            options = {**teacher.options, **config.options}
-            place = {"path": path, "revision": revision, "kind": teacher.kind, "options": options}
-            return config.model_copy(update=place)
-    if is_url(config.path):
+    if (teacher := find_published(config, published)) is not None:
+        path, revision = _place(teacher, config)
+        options = {**teacher.options, **config.options}
+        place = {"path": path, "revision": revision, "kind": teacher.kind, "options": options}
+        return config.model_copy(update=place)
+    if not Path(config.path).exists() and is_url(config.path):
         return config.model_copy(update={"path": str(fetch_remote(config.path, cache_folder()))})
     return config
+
+
+def find_published(config: TeacherConfig, published: Sequence[PublishedTeacher]) -> PublishedTeacher | None:
+    """The published checkpoint that the settings name; a path that is there comes before a name."""
+    if Path(config.path).exists():
+        return None
+    named = (teacher for teacher in published if teacher.name == config.path)
+    return next((teacher for teacher in named if config.kind in ("auto", teacher.kind)), None)
 
 
 def _place(published: PublishedTeacher, config: TeacherConfig) -> tuple[str, str | None]:
