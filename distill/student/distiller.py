@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -17,6 +18,7 @@ from dtpipe.distill.student.student import Student, StudentSpec, build_student, 
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec, height_width
 
+Config = TypeVar("Config", bound=DistillRecipeConfig)
 POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few models of timm leave them out of theirs
 
 
@@ -57,7 +59,7 @@ def student_size(config: DistillRecipeConfig, stored: tuple[int, int]) -> tuple[
     return height_width(config.student_px or stored)
 
 
-def with_timed_heads(config: DistillRecipeConfig, timed: bool) -> DistillRecipeConfig:
+def with_timed_heads(config: Config, timed: bool) -> Config:
     """The settings with their word on whether heads know the timestep, or this one where they leave it open."""
     if config.regressor.timestep is not None:
         return config
