@@ -18,7 +18,7 @@ from dtpipe.distill.student.student import Student, StudentSpec, build_student, 
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec, height_width
 
-Config = TypeVar("Config", bound=DistillRecipeConfig)
+_Config = TypeVar("_Config", bound=DistillRecipeConfig)
 POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few models of timm leave them out of theirs
 
 
@@ -59,7 +59,7 @@ def student_size(config: DistillRecipeConfig, stored: tuple[int, int]) -> tuple[
     return height_width(config.student_px or stored)
 
 
-def with_timed_heads(config: Config, timed: bool) -> Config:
+def with_timed_heads(config: _Config, timed: bool) -> _Config:
     """The settings with their word on whether heads know the timestep, or this one where they leave it open."""
     if config.regressor.timestep is not None:
         return config

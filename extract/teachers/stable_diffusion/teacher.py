@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from dtpipe.extract.config import TeacherConfig
 
 POSTERIOR = "vae"  # the noise stream of the VAE's posterior
-TIMESTEP = 150  # of images of all kinds, as the paper reads its teacher of ImageNet
+_TIMESTEP = 150  # of images of all kinds, as the paper reads its teacher of ImageNet
 
 
 class StableDiffusionOptions(EncodingOptions):
@@ -315,7 +315,7 @@ def _spec(
         image_px=files.image_px,
         levels=tuple(taps),
         num_timesteps=int(files.scheduler["num_train_timesteps"]),
-        timestep=TIMESTEP,
+        timestep=_TIMESTEP,
         student_scale=student_scale(files),
         noise_shapes=({} if options.inverts else {FORWARD: latent})
         | ({POSTERIOR: latent} if options.latent == "sampled" else {}),
