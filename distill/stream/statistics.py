@@ -50,7 +50,7 @@ def run_statistics(
     if kept is not None and kept[0] == name:
         return kept[1]
     rows = _first_rows(data, -(-num // len(data.source.views)))
-    encodings = _stored(data, levels, rows) if config.datasets else _encoded(data, levels, rows, device, live)
+    encodings = _stored(data, levels, rows, device) if config.datasets else _encoded(data, levels, rows, device, live)
     statistics = _over(encodings, levels, config)
     _keep(path, {"of": name, "samples": len(rows), "levels": {key: _plain(of) for key, of in statistics.items()}})
     return statistics
@@ -91,10 +91,10 @@ def _parts(data: OpenedData, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.
             yield part, np.full(len(part), view, np.int64), keys
 
 
-def _stored(data: OpenedData, levels: Sequence[str], rows: np.ndarray) -> _Encodings:
+def _stored(data: OpenedData, levels: Sequence[str], rows: np.ndarray, device: torch.device) -> _Encodings:
     for part, views, keys in _parts(data, rows):
         _, coded = data.source.read(part, levels, views, images=False)
-        yield keys, {name: torch.from_numpy(level) for name, level in coded.decode().items()}
+        yield keys, {name: torch.from_numpy(level).to(device) for name, level in coded.decode().items()}
 
 
 def _encoded(
