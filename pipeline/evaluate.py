@@ -20,8 +20,9 @@ from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.engine.ranks import join_ranks
+from dtpipe.extract.sources.layouts.registry import LAYOUTS
 from dtpipe.manifests.errors import ConfigError
-from dtpipe.manifests.labels import KIND_WORDS, Class, Instances, Mask
+from dtpipe.manifests.labels import KIND_WORDS, Class, Instances, Mask, Target
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
@@ -129,12 +130,19 @@ def check_task(config: EvalConfig) -> Task | TunedTask[Any]:
     target = entry.target
     if target not in usable:
         fitting = ", ".join(name for name, task in TASKS.items() if task.target in usable) or "another layout"
-        given = "with --masks" if config.masks else f"with {config.images.partition(':')[0]}"
+        given = "--masks" if config.masks else config.images.partition(":")[0]
         if kind is Class:
-            given = "give --masks, or with class folders"
-        raise ConfigError(f"task {config.task} learns from {KIND_WORDS[target]}; {given} use {fitting}")
+            given = "class folders"
+        places = "give --masks, or " if target is Mask else _layouts_of(target) if target is not Class else ""
+        raise ConfigError(f"task {config.task} learns from {KIND_WORDS[target]}; {places}with {given} use {fitting}")
     _refuse_idle(config, entry)
     return entry
+
+
+def _layouts_of(target: type[Target]) -> str:
+    """A clause on where labels of a kind are to be had."""
+    names = ", ".join(layout.name for layout in LAYOUTS.values() if layout.kind is target)
+    return f"name a layout that has them in --images ({names}), as NAME:ROOT@SPLIT; "
 
 
 def _refuse_idle(config: EvalConfig, task: Task | TunedTask[Any]) -> None:

@@ -29,7 +29,7 @@ COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe 
     "inspect": ("inspect", "Show what a feature dataset holds."),
     "verify": ("verify", "Check a feature dataset against its manifest."),
     "distill": ("distill", "Pre-train a student on feature datasets."),
-    "eval": ("evaluate", "Score frozen features with few labels."),
+    "eval": ("evaluate", "Score a student on labels: its features frozen, or the whole trained."),
     "export": ("export", "Write a student for timm, torchvision, detectron2 and others."),
     "predict": ("predict", "Predict with a tuned network on new images."),
     "report": ("report", "Write one HTML page about a run, or several."),

@@ -128,13 +128,14 @@ def print_tuning(console: Console, plan: TuningPlan) -> None:
     """The plan as lines."""
     parameters, head = f"{plan.num_parameters / 1e6:.1f} M", f"{plan.head_parameters / 1e6:.1f} M"
     numbers = ", ".join(map(str, plan.num_labelled))
+    rate = f"{plan.throughput_img_s:.{0 if plan.throughput_img_s >= 10 else 2}f}"
     console.pairs(
         {
             "student": f"{plan.student}, {parameters} parameters; head {head}",
             "table": f"{plan.task}: {', '.join(plan.arms)}; {numbers} labelled, {count_of(plan.num_seeds, 'seed')}",
             "training": f"about {format_seconds(plan.seconds)} for {count_of(plan.num_trainings, 'training')}, "
             f"{count_of(plan.num_steps, 'step')} of {plan.batch_size} images at most ({plan.device})",
-            "rate": f"{plan.throughput_img_s:.0f} img/s reading, forward and backward, measured; scoring comes on top",
+            "rate": f"{rate} img/s reading, forward and backward, measured; scoring comes on top",
             "memory": f"about {format_bytes(plan.memory_bytes)} with {count_of(plan.timed_images, 'image')} at a time",
         }
     )

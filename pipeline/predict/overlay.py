@@ -34,18 +34,21 @@ def draw_overlay(image: Pixels, prediction: Any, classes: ClassTable, min_score:
     return content.getvalue()
 
 
-def painted(image: Pixels, prediction: Any, classes: ClassTable, min_score: float) -> tuple[Image.Image, list[Entry]]:
+def painted(
+    image: Pixels, prediction: Any, classes: ClassTable, min_score: float, with_scores: bool = True
+) -> tuple[Image.Image, list[Entry]]:
     """The image with what was predicted, and what its colours mean; small images are enlarged by a whole factor, so
     that names can be read.
 
-    Objects below `min_score` are left out. Shapes: image (H, W, 3).
+    Objects below `min_score` are left out; names of the others stand alone, or before their scores.
+    Shapes: image (H, W, 3).
     """
     scale = max(1, -(-_SMALLEST_PX // max(image.shape[:2])))
     whole = image.repeat(scale, axis=0).repeat(scale, axis=1)
     if isinstance(prediction, MaskPrediction):
         return _mask(whole, prediction, classes, scale)
     if isinstance(prediction, Detections):
-        return _objects(whole, prediction, classes, scale, min_score)
+        return _objects(whole, prediction, classes, scale, min_score, with_scores)
     if isinstance(prediction, PanopticPrediction):
         return _segments(whole, prediction, classes, scale)
     return Image.fromarray(whole), list(_likeliest(prediction, classes))
@@ -102,7 +105,7 @@ def _segments(
 
 
 def _objects(
-    image: Pixels, prediction: Detections, classes: ClassTable, scale: int, min_score: float
+    image: Pixels, prediction: Detections, classes: ClassTable, scale: int, min_score: float, with_scores: bool
 ) -> tuple[Image.Image, list[Entry]]:
     shown = np.flatnonzero(prediction.scores >= min_score)
     numbers = prediction.classes
@@ -117,8 +120,10 @@ def _objects(
         colour = _colour(int(numbers[idx]))
         left, top, right, bottom = (prediction.boxes[idx] * scale).tolist()
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=2)
-        _label(draw, (left, top), f"{classes.names[numbers[idx]]} {prediction.scores[idx]:.2f}", colour)
-    return picture, [(f"{len(shown)} of {len(numbers)} objects, score from {min_score:g}", (255, 255, 255))]
+        score = f" {prediction.scores[idx]:.2f}" if with_scores else ""
+        _label(draw, (left, top), f"{classes.names[numbers[idx]]}{score}", colour)
+    counted = f"{len(shown)} of {len(numbers)} objects, score from {min_score:g}"
+    return picture, [(counted, (255, 255, 255)), *((classes.names[n], _colour(n)) for n in np.unique(numbers[shown]))]
 
 
 def _label(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: tuple[int, int, int]) -> None:

@@ -179,6 +179,12 @@ def test_held_out_images_need_labels_of_the_same_kind(tmp_path: Path, image_fold
     [
         ("coco-json:d@a.json", "probe", "task probe learns from classes; with coco-json use readout"),
         ("folders:d@train", "readout", "task readout learns from masks; give --masks, or with class folders use probe"),
+        (
+            "d",
+            "detect",
+            r"objects; name a layout that has them in --images \(coco-json, yolo, coco, .*; with class folders",
+        ),
+        ("coco:d@val", "panoptic", r"segments; name a layout .*coco-panoptic, .*; with coco use readout, .*detect"),
     ],
 )
 def test_a_task_that_does_not_learn_from_a_layout_is_refused(images: str, task: str, said: str) -> None:

@@ -61,6 +61,12 @@ class Tree:
         place = open_place(self._path(name))
         return place.is_file or place.is_folder
 
+    def has_file(self, name: str) -> bool:
+        """True where a file is there."""
+        if self._archive is not None:
+            return any(member == name for member, _ in self._listed())
+        return open_place(self._path(name)).is_file
+
     def read(self, uri: str) -> bytes:
         """Bytes of a file. Raises: BadImage when it cannot be read whatever one does, else InputError."""
         return self._source.read(uri)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
@@ -16,7 +16,7 @@ from dtpipe.distill.downstream.tuned.examples import fit_targets
 from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, Detections
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.manifests.errors import DtpipeError, InputError
-from dtpipe.manifests.labels import Instances, Mask, Pixels
+from dtpipe.manifests.labels import ClassTable, Instances, Mask, Pixels
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.pipeline.config import EvalConfig, ReportConfig
 from dtpipe.pipeline.predict.overlay import Entry, painted
@@ -25,9 +25,9 @@ from dtpipe.pipeline.report.tasks.predictions import KeptPredictions, Said, as_s
 from dtpipe.pipeline.report.tasks.results import TaskResult
 from dtpipe.pipeline.sets import open_sets
 
-_MOST_PX = 320
-_MIN_SCORE = 0.3
-"""Of the objects that are drawn."""
+_MOST_PX, _PAGE_PX = 320, 980
+_MIN_SCORE, _SUREST = 0.3, 3
+"""Of the objects that are drawn; so many of an image where none is as sure."""
 _NOBODY_KNOWS = (128, 128, 128)  # pixels without a label
 _LIKELIEST = 3
 Colour = tuple[int, int, int]
@@ -88,6 +88,7 @@ def _gallery(
     return render(
         "gallery.html",
         arms=["labels", *columns],
+        width=max(150, min(_MOST_PX, _PAGE_PX // (2 + len(columns)))),
         images=images,
         legend=_in_order(legend, test.classes.names),
         caption=_caption(result, test),
@@ -115,9 +116,11 @@ def _cells(
         if isinstance(said, ClassPrediction):
             yield _named(said, truth, test.classes.names)
             continue
-        picture, entries = _painted(image, said, test, unknown if said is truth else None)
-        if not isinstance(said, Detections):
-            legend.update(entries)
+        if isinstance(said, Detections):
+            picture, entries = _with_objects(_small(image), said, test.classes, said is not truth)
+        else:
+            picture, entries = _painted(image, said, test, unknown if said is truth else None)
+        legend.update(entries)
         yield ShownCell(data_uri(_small(picture)))
 
 
@@ -128,6 +131,28 @@ def _named(said: ClassPrediction, truth: Said, names: Sequence[str]) -> ShownCel
         return ShownCell(lines=[names[order[0]]])
     lines = [f"{names[number]} {said.probabilities[number]:.2f}" for number in order if said.probabilities[number] > 0]
     return ShownCell(lines=lines, right=bool(order[0] == truth.probabilities.argmax()))
+
+
+def _with_objects(
+    image: Pixels, said: Detections, classes: ClassTable, with_scores: bool
+) -> tuple[Pixels, list[Entry]]:
+    """Objects on an image of the size at which it is shown, whose names can be read there, and the colours of classes.
+
+    Where none is sure, the surest are drawn.
+    """
+    sure = said.scores.max(initial=0) >= _MIN_SCORE
+    least = _MIN_SCORE if sure else float(said.scores[:_SUREST].min(initial=1))
+    picture, (_counted, *entries) = painted(image, _fitted(said, image.shape[:2]), classes, least, with_scores)
+    return np.array(picture), entries
+
+
+def _fitted(said: Detections, size_px: tuple[int, ...]) -> Detections:
+    """Objects on their image at another size, masks by nearest neighbour."""
+    (height, width), (own_height, own_width) = size_px, said.size_px
+    boxes = said.boxes * np.array([width / own_width, height / own_height] * 2, np.float32)
+    rows, columns = np.arange(height) * own_height // height, np.arange(width) * own_width // width
+    masks = None if said.masks is None else said.masks[:, rows][:, :, columns]
+    return replace(said, size_px=(height, width), boxes=boxes, masks=masks)
 
 
 def _painted(
@@ -155,4 +180,5 @@ def _caption(result: TaskResult, test: LabelledSet) -> str:
     """Which networks said it, of which images."""
     num = max(result.numbers)
     said = f"Held-out images, drawn by the seed, not selected; networks of the first seed, trained on {num} labelled."
-    return f"{said} Objects of score {_MIN_SCORE} and above." if test.kind is Instances else said
+    drawn = f"Objects of score {_MIN_SCORE} and above, and the {_SUREST} surest of an image where none reaches it."
+    return f"{said} {drawn}" if test.kind is Instances else said

@@ -33,6 +33,11 @@ _SPLITS = ("train2017", "val2017")
 
 def _check_split(name: str, root: str, split: str | None) -> str:
     """Any split, since files are named by it: other years, and a user's own parts."""
+    if split is None and root.endswith(".json"):
+        raise ConfigError(
+            f"{name}:{root}: a split is one word, such as {_SPLITS[1]}, for the files that are named by it; a file of "
+            f"another name is read as coco-json:{root}"
+        )
     if split is None:
         raise ConfigError(f"{name}:{root}: no split is named; write {name}:{root}@{' or @'.join(_SPLITS)}")
     return split

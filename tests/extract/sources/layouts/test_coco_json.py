@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dtpipe.extract.sources.layouts.registry import open_layout
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.labels import Instances
 from parts.coco import CATEGORIES, POLYGONS, SIDE, coco_document, image_entry, packed_runs, write_coco
+from parts.images import draw_image, png, write_files
 from parts.paths import REPO
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:pycocotools")
@@ -276,9 +278,32 @@ def test_a_file_whose_images_cannot_be_told_or_found_is_refused(tmp_path: Path) 
         InputError, match=r"none of the 2 images that .*labels.json lists is there, a.png for one, but c"
     ):
         open_layout(f"coco-json:{root}@labels.json")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_is_not_named_or_not_there_is_answered_with_those_that_lie_there(
+    packed: bool, tmp_path: Path
+) -> None:
+    root = write_coco(tmp_path / "data", coco_document())
+    write_files(root, {"ann/train.json": b"{}", "ann/val.json": b"{}"})
+    place = shutil.make_archive(str(root), "zip", root) if packed else str(root)
+    every = f"as in coco-json:{place}@ann/train.json or @ann/val.json or @labels.json"
+    wrong = {
+        "": f"{place}: name the file with the labels after @, {every}",
+        "@ann": f"ann is a folder; name the file with the labels after @, {every}",
+        "@nowhere.json": f"there is no nowhere.json; name the file with the labels after @, {every}",
+        "@val.json": f"there is no val.json; name the file .* as in coco-json:{place}@ann/val.json$",
+    }
+    for split, said in wrong.items():
+        with pytest.raises(ConfigError, match=said):
+            open_layout(f"coco-json:{place}{split}")
+    bare = write_files(tmp_path / "bare", {"a.png": png(draw_image(0, SIDE))})
+    with pytest.raises(ConfigError, match=r"there is no a.json; no JSON file lies there; name .* by its whole path"):
+        open_layout(f"coco-json:{bare}@a.json")
+
+
+def test_a_file_in_the_place_of_the_word_of_a_published_split_is_sent_to_the_layout_that_takes_it() -> None:
     with pytest.raises(
-        InputError, match=r"there is no ann/labels.json; it holds c.png, labels.json; check root and spl"
+        ConfigError, match=r"a split is one word, such as val2017, .* read as coco-json:d@ann/train.json"
     ):
-        open_layout(f"coco-json:{root}@ann/labels.json")
-    with pytest.raises(ConfigError, match="name the file with the labels, as in coco-json:"):
-        open_layout(f"coco-json:{root}")
+        open_layout("coco:d@ann/train.json")

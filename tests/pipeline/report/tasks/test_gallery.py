@@ -19,11 +19,13 @@ from PIL import Image
 
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.result import ProbeResult, Score
-from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, MaskPrediction
+from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, Detections, MaskPrediction
 from dtpipe.distill.downstream.tuned.registry import find_tuned
+from dtpipe.manifests.labels import ClassTable
 from dtpipe.manifests.records.document import write_document
 from dtpipe.pipeline.cli.main import main
 from dtpipe.pipeline.config import EvalConfig, ReportConfig
+from dtpipe.pipeline.predict import overlay
 from dtpipe.pipeline.report.section import Notes
 from dtpipe.pipeline.report.tasks.gallery import prediction_pictures
 from dtpipe.pipeline.report.tasks.results import TaskResult, read_result
@@ -133,6 +135,52 @@ def test_classes_are_named_and_marked_right_or_wrong(classed: EvalConfig, tmp_pa
         name = re.sub("<.*?>", "", truth)
         assert f'<div class="right">{name} 0.75</div>' in ours
         assert '<div class="wrong">' in rival and f">{name} 0.25<" in rival
+
+
+def found(size_px: tuple[int, int], *scores: float) -> Detections:
+    """Objects of class 0 side by side, each a fifth of the image wide."""
+    height, width = size_px
+    lefts = np.arange(len(scores)) * width / 5
+    boxes = np.stack([lefts, lefts * 0 + height / 4, lefts + width / 5, lefts * 0 + height / 2], axis=1)
+    masks = np.zeros((len(scores), *size_px), bool)
+    for idx, left in enumerate(lefts.astype(int)):
+        masks[idx, height // 4 : height // 2, left : left + width // 5] = True
+    return Detections(
+        size_px, boxes.astype(np.float32), np.zeros(len(scores), np.int64), np.array(scores, np.float32), masks
+    )
+
+
+def test_objects_are_drawn_at_the_size_that_is_shown_and_the_surest_where_none_is_sure(tmp_path: Path) -> None:
+    side = 640
+    entries = [{"id": idx, "file_name": f"{idx}.png", "height": side, "width": side} for idx in range(2)]
+    box = {"category_id": 90, "bbox": [64, 64, 192, 192], "segmentation": [[64, 64, 256, 64, 256, 256, 64, 256]]}
+    boxes = [{"id": idx, "image_id": idx, "iscrowd": 0, "area": 192**2, **box} for idx in range(2)]
+    document = {"images": entries, "annotations": boxes, "categories": [{"id": 90, "name": "kite"}]}
+    grey = png(np.full((side, side, 3), 100, np.uint8))
+    files = {"labels.json": json.dumps(document).encode(), "0.png": grey, "1.png": grey}
+    root = write_files(tmp_path / "data", files)
+    config = EvalConfig(checkpoint="x", task="detect", images=f"coco-json:{root}@labels.json")
+    said = {"distilled": found((side, side), 0.9, 0.2, 0.1), ARMS[0]: found((side, side), 0.25, 0.2, 0.1, 0.09)}
+    html, notes = shown(keep(tmp_path / "run", config, lambda _test, _row, arm: said.get(arm, said[ARMS[0]])), num=1)
+    assert notes == []
+    assert "Objects of score 0.3 and above, and the 3 surest of an image where none reaches it." in html
+    assert re.findall(r"</i>(.*?)</span>", html) == ["kite"]
+    photograph, labels, rival, ours = pictures(html)
+    assert labels.shape == rival.shape == ours.shape == (320, 320, 3)  # drawn there, not shrunk with what is drawn
+    row, own = 320 * 7 // 16, [32, 96, 160, 224]  # columns in the middle of each object
+    grey_at = [[(picture[row, column] == 100).all() for column in own] for picture in (rival, ours)]
+    assert grey_at == [[False, False, False, True], [False, True, True, True]]
+    assert not (labels[80, 80] == 100).all() and (labels[200, 200] == 100).all()
+    assert (photograph == 100).all()
+
+
+def test_the_truth_has_names_without_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(overlay, "_label", lambda _draw, _corner, text, _colour: written.append(text))
+    image, objects, table = np.zeros((320, 320, 3), np.uint8), found((320, 320), 1.0), ClassTable(("kite",))
+    for with_scores in (True, False):
+        overlay.painted(image, objects, table, 0.3, with_scores)
+    assert written == ["kite 1.00", "kite"]
 
 
 def test_a_frozen_task_has_no_pictures(masked: EvalConfig, tmp_path: Path) -> None:
