@@ -13,8 +13,10 @@ from typing import Any
 
 from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.compare import run_probe
+from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import RANDOM_INIT
 from dtpipe.distill.downstream.frozen import probe, readout
+from dtpipe.distill.downstream.idle import refuse_idle_settings
 from dtpipe.distill.downstream.labelled import LabelledSet, join_sets
 from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
@@ -152,11 +154,14 @@ def _refuse_idle(config: EvalConfig, task: Task | TunedTask[Any]) -> None:
         "eval.teacher": trains and config.teacher is not None,
         "eval.timestep": trains and config.timestep is not None,
         "eval.tune": not trains and config.tune is not None,
+        "eval.probe": trains and config.probe != ProbeConfig(),
         "eval.resplit": not trains and config.resplit,
     }
     if idle := next((name for name, there in given.items() if there), None):
         how = "trains backbone and head" if trains else "reads frozen features"
         raise ConfigError(f"task {task.name} {how}, and {idle} is for the others; leave it out")
+    if (own := config.tune if trains else config.probe) is not None:
+        refuse_idle_settings(task.name, own)
 
 
 def load_sets(config: EvalConfig, student_px: tuple[int, int], note: Note) -> tuple[LabelledSet, LabelledSet]:

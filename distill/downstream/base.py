@@ -27,5 +27,7 @@ class Task:
     """Name of its score, by the number of classes."""
     score: ScoreDraws
     """Held-out scores of one extractor, from labelled images, held-out images and the draws among the labelled."""
+    reads: frozenset[str]
+    """Settings of `eval.probe` that matter to it."""
     headline: Callable[[ProbeConfig], str]
     """What the candidate is that nothing is chosen for, whose scores have the level `FIXED`: a clause."""

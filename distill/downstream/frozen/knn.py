@@ -97,5 +97,6 @@ TASK = Task(
     Class,
     metric=lambda _num_classes: ACCURACY,
     score=knn_probe,
+    reads=frozenset(("k", "temperature", "batch_size")),
     headline=lambda config: f"the last level, up to {config.k} neighbours: nothing is chosen",
 )

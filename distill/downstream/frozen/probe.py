@@ -133,6 +133,10 @@ def _fixed(
     return Score(name, FIXED, len(draw.rows), draw.seed, value, settings={"l2": config.l2_fallback})
 
 
+ALL_LEVELS_READ = frozenset(("l2_grid", "l2_fallback", "folds", "max_iter", "batch_size"))
+"""Settings that linear read-outs read."""
+
+
 def all_levels(config: ProbeConfig) -> str:
     """What the headline of linear read-outs is."""
     return f"all levels together, l2 {config.l2_fallback:g} for all: nothing is chosen"
@@ -155,5 +159,6 @@ TASK = Task(
     Class,
     metric=lambda _num_classes: ACCURACY,
     score=linear_probe,
+    reads=ALL_LEVELS_READ,
     headline=all_levels,
 )

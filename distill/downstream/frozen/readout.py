@@ -288,5 +288,8 @@ TASK = Task(
     Mask,
     metric=lambda num_classes: FOREGROUND_IOU if num_classes == 2 else MEAN_IOU,
     score=dense_readout,
+    reads=frozenset(
+        ("l2_grid", "l2_fallback", "folds", "max_iter", "batch_size", "stride", "max_cells", "max_select_cells")
+    ),
     headline=all_levels,
 )

@@ -103,6 +103,8 @@ class TunedTask(Generic[Prediction]):
     metric: Callable[[ClassTable, TuneConfig], Metric[Prediction]]
     save: Callable[[Prediction, ClassTable], Iterator[tuple[str, bytes]]] = lambda _prediction, _classes: iter(())
     """A prediction as files: ending (such as `.png`) and content; `predict` and the report read them."""
+    reads: frozenset[str] = frozenset()
+    """Settings of `eval.tune` that matter to it, of those that not all tasks read: see `reads.py`."""
     crops: bool = True
     """Training views have the student's size unless the settings name another; else they are whole images."""
     frozen: bool = False

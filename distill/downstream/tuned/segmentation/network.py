@@ -51,7 +51,8 @@ class Segmenter(nn.Module):
         """head, aux: levels, finest first, to logits; `used` are places of the levels that the head reads."""
         super().__init__()
         self.student, self.levels, self.head, self.aux = student, levels, head, aux
-        self.aux_weight, self.used, self.num_classes = config.head.aux_weight, used, num_classes
+        self.aux_weight = 0.0 if aux is None else config.head.aux_weight
+        self.used, self.num_classes = used, num_classes
         self.views = Views.of(config.inference, own_px=_only_px(student))
         _check_crop(student, config)
 

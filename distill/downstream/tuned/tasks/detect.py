@@ -14,6 +14,7 @@ from dtpipe.distill.downstream.tuned.detection.rle import coco_boxes, encode_mas
 from dtpipe.distill.downstream.tuned.detection.views import InstanceViews
 from dtpipe.distill.downstream.tuned.heads.detector import Detector
 from dtpipe.distill.downstream.tuned.predictions import Detections
+from dtpipe.distill.downstream.tuned.reads import OBJECTS_READ
 from dtpipe.distill.student.student import Student
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import ClassTable, Instances
@@ -50,5 +51,6 @@ TASK: TunedTask[Detections] = TunedTask(
     augment=lambda _classes, config: InstanceViews(config),
     metric=lambda classes, _config: CocoScores(classes),
     save=_save,
+    reads=OBJECTS_READ,
     crops=False,
 )

@@ -7,6 +7,7 @@ from typing import cast
 
 from dtpipe.distill.downstream.tuned.base import Example, TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.reads import UPERNET_READ
 from dtpipe.distill.downstream.tuned.segmentation.augment import mask_augment
 from dtpipe.distill.downstream.tuned.segmentation.files import save_mask
 from dtpipe.distill.downstream.tuned.segmentation.metrics import DDPM_MIOU, MaskMetric
@@ -36,4 +37,5 @@ TASK = TunedTask(
     _augment,
     lambda classes, _config: MaskMetric(classes, DDPM_MIOU),
     save_mask,
+    reads=UPERNET_READ,
 )

@@ -20,6 +20,7 @@ from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.heads.class_views import class_augmentation
 from dtpipe.distill.downstream.tuned.heads.classifier import CLASS, PROBABILITIES, Classifier, soft_targets
 from dtpipe.distill.downstream.tuned.predictions import ClassPrediction
+from dtpipe.distill.downstream.tuned.reads import CLASSES_READ
 from dtpipe.distill.student.student import Student
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Class, ClassTable, Pixels, Target
@@ -110,6 +111,7 @@ TASK: TunedTask[ClassPrediction] = TunedTask(
     build_classifier,
     augment_classes,
     lambda classes, _config: ClassMetric(classes),
+    reads=CLASSES_READ,
     mix=mix_classes,
     save=save_classes,
 )

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.predictions import ClassPrediction
+from dtpipe.distill.downstream.tuned.reads import CLASSES_FROZEN_READ
 from dtpipe.distill.downstream.tuned.tasks import finetune
 
 TASK: TunedTask[ClassPrediction] = replace(
     finetune.TASK,
     name="linear",
     summary="from class labels: linear classifier on the frozen backbone, trained with augmentation; accuracy",
+    reads=CLASSES_FROZEN_READ,
     frozen=True,
 )

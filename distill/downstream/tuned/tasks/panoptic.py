@@ -15,6 +15,7 @@ from dtpipe.distill.downstream.tuned.detection.panoptic_quality import PanopticS
 from dtpipe.distill.downstream.tuned.detection.views import PanopticViews
 from dtpipe.distill.downstream.tuned.heads.panoptic import PanopticFPN, split_classes
 from dtpipe.distill.downstream.tuned.predictions import PanopticPrediction
+from dtpipe.distill.downstream.tuned.reads import PANOPTIC_READ
 from dtpipe.manifests.labels import ClassTable, Panoptic
 
 
@@ -53,5 +54,6 @@ TASK: TunedTask[PanopticPrediction] = TunedTask(
     augment=lambda classes, config: PanopticViews(*split_classes(classes), config),
     metric=lambda classes, _config: PanopticScores(classes),
     save=_save,
+    reads=PANOPTIC_READ,
     crops=False,
 )

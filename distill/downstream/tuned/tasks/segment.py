@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dtpipe.distill.downstream.tuned.base import TunedTask
+from dtpipe.distill.downstream.tuned.reads import UPERNET_READ
 from dtpipe.distill.downstream.tuned.segmentation.augment import mask_augment
 from dtpipe.distill.downstream.tuned.segmentation.files import save_mask
 from dtpipe.distill.downstream.tuned.segmentation.metrics import MIOU, MaskMetric
@@ -18,4 +19,5 @@ TASK = TunedTask(
     mask_augment,
     lambda classes, _config: MaskMetric(classes),
     save_mask,
+    reads=UPERNET_READ,
 )
