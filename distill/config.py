@@ -73,12 +73,26 @@ class LossConfig(StrictModel):
             if name.endswith("_weight")
         }
 
-    @model_validator(mode="after")
-    def _some_loss(self) -> LossConfig:
-        if not any(self.weights.values()):
-            names = ", ".join(f"distill.loss.{name}_weight" for name in self.weights)
-            raise ValueError(f"{names} are all 0; nothing is left to train on")
-        return self
+
+class LabelsConfig(StrictModel):
+    """Equations (5) and (6): soft labels of an interpreter, joined to the features or in their place."""
+
+    weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="lambda_ld, the weight of equation (5); default: 1 where the data has soft labels.",
+    )
+    temperature: float = Field(default=4.0, gt=0, description="tau, by which logits are divided.")
+    confidence: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Positions whose likeliest class has a lower probability, at tau 1, teach nothing; default: all.",
+    )
+    width: int | None = Field(
+        default=None, ge=8, description="Channels inside the decoder; default: the regressor's, whose layers it shares."
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Before the decoder's last layer.")
 
 
 class DistillRun(StrictModel):
@@ -146,12 +160,13 @@ class DistillRecipeConfig(Settings):
         default=None, ge=1, description="Train on so many samples, chosen by a hash of their keys."
     )
     levels: tuple[str, ...] | None = Field(
-        default=None, min_length=1, description="Levels to regress; default: all of the dataset."
+        default=None, min_length=1, description="Levels to regress; default: all features of the dataset."
     )
     student: StudentConfig = StudentConfig()
     student_px: Size | None = Field(default=None, description="Student's image size in px; default: the dataset's.")
     regressor: RegressorConfig = RegressorConfig()
     loss: LossConfig = LossConfig()
+    labels: LabelsConfig = LabelsConfig()
     epochs: int = Field(default=100, ge=1, description="Passes over the data.")
     batch_size: int = Field(default=PAPER_BATCH_SIZE, ge=1, description="Samples per optimiser step, over all devices.")
     micro_batch: int | None = Field(
@@ -201,6 +216,16 @@ class DistillRecipeConfig(Settings):
     sync_bn: bool = Field(
         default=False, description="Batch norm statistics over all GPUs; default: of each micro-batch on its own."
     )
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if not any(self.loss.weights.values()) and not self.labels.weight:
+            names = ", ".join(f"distill.loss.{name}_weight" for name in self.loss.weights)
+            raise ValueError(
+                f"{names} are all 0; nothing is left to train on. To train on soft labels alone, set "
+                "distill.labels.weight too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

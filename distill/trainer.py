@@ -1,4 +1,4 @@
-"""One step of feature distillation: images -> student and regressor -> losses against the teacher's levels.
+"""One step of distillation: images -> student, regressor and decoder -> losses against features and soft labels.
 
 The engine does the rest: it takes the steps, and saves, resumes and stops the run.
 """
@@ -27,8 +27,10 @@ from dtpipe.distill.engine.recovery import newest_checkpoint
 from dtpipe.distill.engine.run_folder import RunSettings
 from dtpipe.distill.engine.timing import IDLE, Stopwatch
 from dtpipe.distill.engine.trainer import Course
-from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.labels.decoder import DECODER, DECODER_EMA, DECODER_SPEC, decoder_record
+from dtpipe.distill.labels.targets import choose_targets
 from dtpipe.distill.losses.fit import with_r2
+from dtpipe.distill.losses.labels import mixed_losses
 from dtpipe.distill.losses.whitening import Whitener
 from dtpipe.distill.stream.batch import FeatureBatch, student_images
 from dtpipe.distill.stream.data import STORED, OpenedData, TrainingData
@@ -39,7 +41,6 @@ from dtpipe.distill.stream.stream import FeatureStream, StreamSettings
 from dtpipe.distill.stream.timesteps import several_timesteps
 from dtpipe.distill.student.distiller import (
     build_distiller,
-    choose_levels,
     freeze_unused,
     norms_for,
     student_size,
@@ -81,8 +82,10 @@ def train(
         opened = ranks.in_turn(lambda: data.open_checked(config))
         teacher = data.teacher(opened.source, device)
         ranks.first(run_settings(config, opened, fresh).refuse_other)
-        levels = [level.name for level in choose_levels(opened.source.levels, config.levels)]
-        statistics = ranks.first(lambda: run_statistics(config, opened, levels, device, teacher))
+        regressed = choose_targets(config, opened).feature_names
+        statistics = (
+            ranks.first(lambda: run_statistics(config, opened, regressed, device, teacher)) if regressed else {}
+        )
         with seeded(config.seed, device):
             trainer = Distillation(config, opened, device, teacher, ranks, statistics)
             result = run(trainer, run_settings(config, opened, fresh), ranks, on_progress, stop)
@@ -121,7 +124,7 @@ def run_settings(config: DistillConfig, data: OpenedData | None = None, fresh: b
 
 
 class Distillation:
-    """Student, regressor and stream of one run, and the losses of a batch."""
+    """Student, regressor, decoder and stream of one run, and the losses of a batch."""
 
     def __init__(
         self,
@@ -134,12 +137,12 @@ class Distillation:
     ) -> None:
         """`statistics`: of the targets, without which there is no R² and no whitening by the dataset."""
         self.config, self.data, self.device = config, data, device
-        levels = choose_levels(data.source.levels, config.levels)
+        self.targets = targets = choose_targets(config, data)
         self.image_px = student_size(config, data.student_px)
         self.whitener = Whitener(config.loss.whiten, statistics, device)
-        names = tuple(level.name for level in levels)
-        decided = ranks.first(lambda: _decided(config, data, names, live))
-        self.model = build_distiller(decided, levels, self.image_px, ranks.size).to(device).train()
+        decided = ranks.first(lambda: _decided(config, data, targets.feature_names, live))
+        model = build_distiller(decided, targets.features, self.image_px, ranks.size, targets.labels)
+        self.model = model.to(device).train()
         if config.sync_bn:
             self.model = synchronise_norms(self.model, device)
         if config.run.channels_last:
@@ -147,10 +150,11 @@ class Distillation:
         freeze_unused(self.model, device)
         network: nn.Module = torch.compile(self.model) if config.run.compile else self.model  # type: ignore[assignment]
         self.network = ranks.wrap(network, device)
-        self.ema = ModelEmaV3(self.model.student, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.ema = _average(self.model.student, config)
+        self.decoder_ema = _average(self.model.decoder, config)
         self.optimizer = build_optimizer(self.model, config.opt, config.peak_lr, config.weight_decay, config.betas)
         self.watch = Stopwatch(device)
-        settings = stream_settings(decided, names, ranks)
+        settings = stream_settings(decided, targets.names, ranks)
         self.stream = FeatureStream(data.source, settings, device, live, data.sampling, self.watch)
         self.course = _course(config, self.stream, device)
 
@@ -159,12 +163,12 @@ class Distillation:
         return self.stream.batches(StreamPosition(*divmod(step, self.stream.batches_per_epoch)))
 
     def losses(self, batch: FeatureBatch) -> dict[str, Tensor]:
-        """Equation (3), its terms, each term of each level, and what R² is measured against."""
+        """Equation (6) or the part of it that is trained, its terms, those of each level, and what R² is against."""
         images = student_images(batch.images, self.image_px)
         with norms_for(self.model, batch.smallest), autocast(self.course.precision, self.device):
-            regressed = self.network(images, batch.timesteps)
-        loss = feature_loss(regressed, batch.levels, self.config.loss, self.data.level_weights, self.whitener)
-        return {"loss": loss.total, **loss.terms, **loss.levels}
+            predicted = self.network(images, batch.timesteps)
+        weights = self.data.level_weights
+        return mixed_losses(predicted, batch.levels, self.targets, self.config, weights, self.whitener)
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, then half a cosine."""
@@ -172,9 +176,10 @@ class Distillation:
         return warmup_cosine(step, self.course.num_steps, num_warmup, self.config.peak_lr, self.config.min_lr)
 
     def updated(self, step: int) -> None:
-        """Move the average of the student."""
-        if self.ema is not None:
-            self.ema.update(self.model.student, step)
+        """Move the averages of student and decoder."""
+        for average, module in ((self.ema, self.model.student), (self.decoder_ema, self.model.decoder)):
+            if average is not None:
+                average.update(module, step)
 
     def named(self) -> Mapping[str, Any]:
         """What a checkpoint holds."""
@@ -184,7 +189,23 @@ class Distillation:
             "regressor": self.model.regressor,
             "ema": self.ema.module if self.ema is not None else None,
             "flips": self.stream.flips,
+            **self._decoder(),
         }
+
+    def _decoder(self) -> Mapping[str, Any]:
+        """A checkpoint of a run without soft labels says nothing of it."""
+        if self.targets.labels is None:
+            return {}
+        average = self.decoder_ema.module if self.decoder_ema is not None else None
+        record = decoder_record(self.targets.labels, self.targets.classes, self.config)
+        return {DECODER_SPEC: record, DECODER: self.model.decoder, DECODER_EMA: average}
+
+
+def _average(module: nn.Module | None, config: DistillConfig) -> ModelEmaV3 | None:
+    """A moving average of a module, where there is one and the settings ask for it."""
+    if module is None or not config.ema_decay:
+        return None
+    return ModelEmaV3(module, decay=config.ema_decay, use_warmup=True)
 
 
 def _decided(config: DistillConfig, data: OpenedData, levels: Sequence[str], live: LiveTeacher | None) -> DistillConfig:
@@ -195,7 +216,7 @@ def _decided(config: DistillConfig, data: OpenedData, levels: Sequence[str], liv
     settings = run_settings(config)
     newest = newest_checkpoint(settings.last, settings.kind) if timed or flips else None
     if newest is not None:
-        timed = timed and has_timed_heads(newest.state["regressor"])
+        timed = timed and has_timed_heads(newest.state["regressor"] or ())
         flips = flips and newest.state["flips"] is True
     with_flips = config.model_copy(update={"flip": True}) if flips else config
     return with_timed_heads(with_flips, timed)

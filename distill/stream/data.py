@@ -24,6 +24,7 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource
+from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class OpenedData:
     """Rows in use and their passes per epoch; None: each good row once."""
     level_weights: Mapping[str, float] | None = None
     """Weight in the loss by level; None: all weigh the same."""
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names of the classes of each level of soft labels, as its channels."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """What goes into the run folder's data.json."""
     sections: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +122,8 @@ def open_data(config: DistillConfig) -> OpenedData:
         min(sizes),
         _digest(contents, rows),
         Sampling(rows, len(source.columns), _row_weights(source, rows, config)),
-        _level_weights(source, config),
+        _level_weights(source, parts, config),
+        _classes(source, parts),
         _record(contents, shards, rows),
     )
 
@@ -165,8 +169,10 @@ def _row_weights(source: FeatureSource, rows: np.ndarray, config: DistillConfig)
     return weights
 
 
-def _level_weights(source: FeatureSource, config: DistillConfig) -> dict[str, float] | None:
-    """The weight of each level in use: that of the dataset it is of."""
+def _level_weights(
+    source: FeatureSource, parts: Sequence[FeatureDataset], config: DistillConfig
+) -> dict[str, float] | None:
+    """The weight of each level to regress: that of the dataset it is of."""
     if config.loss_weights is None:
         return None
     if isinstance(source, JoinedDataset) and source.along_views:
@@ -174,14 +180,39 @@ def _level_weights(source: FeatureSource, config: DistillConfig) -> dict[str, fl
             "distill.loss_weights weigh levels, and the joined datasets hold the same levels of one teacher, as views "
             "of which each sample sees one; leave --loss-weights out"
         )
+    for part, weight in zip(parts, config.loss_weights, strict=True):
+        if soft_labels_of(part.recipe) is not None and weight != 1:
+            raise ConfigError(
+                f"distill.loss_weights weigh features, and {part.url} holds soft labels; give it 1 there, and its "
+                f"weight as -s distill.labels.weight={weight:g}"
+            )
     part_of = (
         {name: place.part for (name, _), place in source.places.items()} if isinstance(source, JoinedDataset) else {}
     )
-    names = config.levels or tuple(level.name for level in source.levels if level.role == "features")
+    features = tuple(level.name for level in source.levels if level.role == "features")
+    soft = {level.name for level in source.levels if level.role == "soft_labels"}
+    names = [name for name in config.levels or features if name not in soft]
     weights = {name: config.loss_weights[part_of.get(name, 0)] for name in names}
     if not any(weights.values()):
         raise ConfigError(f"distill.loss_weights give all of {list(weights)} the weight 0; nothing is left to train on")
     return weights
+
+
+def _classes(source: FeatureSource, parts: Sequence[FeatureDataset]) -> dict[str, Sequence[str]]:
+    """Classes by level of soft labels, as the level is called in the source."""
+    named: dict[str, Sequence[str]] = {}
+    for part_idx, part in enumerate(parts):
+        if (soft := soft_labels_of(part.recipe)) is None:
+            continue
+        name = soft.level.name
+        if isinstance(source, JoinedDataset):
+            name = next(
+                name
+                for (name, _), place in source.places.items()
+                if (place.part, place.level) == (part_idx, soft.level.name)
+            )
+        named[name] = soft.classes
+    return named
 
 
 def _content(part: FeatureDataset, shards: Shards) -> str:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtpipe.distill.config import DistillRecipeConfig
+from dtpipe.distill.labels.decoder import LabelDecoder, reads_maps, shares_layers
 from dtpipe.distill.stream.order import num_parts
+from dtpipe.distill.student.pyramid import PYRAMID_STRIDES
 from dtpipe.distill.student.regressor import FeatureRegressor, TargetLevel
 from dtpipe.distill.student.student import Student, StudentSpec, build_student, check_image_size, check_strides
 from dtpipe.manifests.errors import ConfigError
@@ -23,18 +25,30 @@ POSITIONS = {"*pos_embed*", "*rel_pos_[hw]"}  # embeddings of position; a few mo
 
 
 class Distiller(nn.Module):
-    """Images to f_r. Everything that has gradients is in here, so that a data-parallel wrapper needs only this."""
+    """Images to f_r and to logits of the classes of soft labels, or to one of these.
 
-    def __init__(self, student: Student, regressor: FeatureRegressor) -> None:
+    Everything that has gradients is in here, so that a data-parallel wrapper needs only this.
+    """
+
+    def __init__(
+        self, student: Student, regressor: FeatureRegressor | None, decoder: LabelDecoder | None = None
+    ) -> None:
         super().__init__()
         self.student = student
         self.regressor = regressor
+        self.decoder = decoder
 
     def forward(self, images: Tensor, timesteps: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Shapes: images (B, 3, H, W) float32 in [-1, 1], timesteps[level] (B,) for heads that know it ->
-        {level: (B, C, h, w)} of the teacher's sizes."""
-        regressed: dict[str, Tensor] = self.regressor(self.student(images), timesteps)
-        return regressed
+        {level: (B, C, h, w)} of the teacher's sizes, among them the soft labels'."""
+        levels = self.student(images)
+        if self.regressor is None:
+            assert self.decoder is not None
+            logits: dict[str, Tensor] = self.decoder(levels)
+            return logits
+        smooth = self.regressor.trunk(levels)
+        regressed = self.regressor.regress(smooth, timesteps)
+        return regressed if self.decoder is None else regressed | self.decoder(levels, smooth)
 
     def no_weight_decay(self) -> set[str]:
         """Patterns of names of parameters that timm's optimisers spare from weight decay, beside biases and norms."""
@@ -42,7 +56,7 @@ class Distiller(nn.Module):
 
 
 def choose_levels(stored: Sequence[LevelSpec], names: Sequence[str] | None) -> tuple[LevelSpec, ...]:
-    """The levels to regress, finest first; by default all that hold features.
+    """The levels to regress, finest first; by default all that hold features. Soft labels are not regressed.
 
     Raises: ConfigError when a level is named that is not stored.
     """
@@ -51,7 +65,8 @@ def choose_levels(stored: Sequence[LevelSpec], names: Sequence[str] | None) -> t
     if unknown:
         raise ConfigError(f"distill.levels names {unknown}, the dataset has {sorted(by_name)}; choose among those")
     chosen = names or [level.name for level in stored if level.role == "features"]
-    return tuple(sorted((by_name[name] for name in chosen), key=lambda level: (level.stride, level.name)))
+    regressed = (by_name[name] for name in chosen if by_name[name].role != "soft_labels")
+    return tuple(sorted(regressed, key=lambda level: (level.stride, level.name)))
 
 
 def student_size(config: DistillRecipeConfig, stored: tuple[int, int]) -> tuple[int, int]:
@@ -67,23 +82,40 @@ def with_timed_heads(config: _Config, timed: bool) -> _Config:
 
 
 def build_distiller(
-    config: DistillRecipeConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int], num_ranks: int = 1
+    config: DistillRecipeConfig,
+    levels: Sequence[LevelSpec],
+    image_px: tuple[int, int],
+    num_ranks: int = 1,
+    labels: LevelSpec | None = None,
 ) -> Distiller:
-    """Student and regressor with initial weights from torch's global generator, which the caller seeds.
+    """Student, regressor of `levels` and decoder of `labels`, each where there are any, with initial weights from
+    torch's global generator, which the caller seeds.
 
-    Heads know the timestep where the settings say so; all other weights are the same with it and without.
+    Heads know the timestep where the settings say so; all other weights are the same with it and without. A decoder
+    reads the student's levels from stride 4 on.
 
     Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the
     micro-batch is too small for its norms.
     """
-    targets = [TargetLevel(level.name, level.stride, level.channels, (level.height, level.width)) for level in levels]
     strides = [level.stride for level in levels]
-    student = build_student(StudentSpec(config.student.name, min(strides), image_px), config.student.pretrained)
+    decoded = [PYRAMID_STRIDES[0]] if labels is not None and (reads_maps(labels) or not levels) else []
+    spec = StudentSpec(config.student.name, min(strides + decoded), image_px)
+    student = build_student(spec, config.student.pretrained)
     check_strides(config.student.name, student, strides, [level.name for level in levels])
     check_image_size(student)
-    distiller = Distiller(student, FeatureRegressor(student.strides, student.channels, targets, config.regressor))
+    regressor = _build_regressor(config, student, levels, labels) if levels else None
+    decoder = None if labels is None else LabelDecoder(student, labels, config, regressor)
+    distiller = Distiller(student, regressor, decoder)
     _check_parts(distiller, config, num_ranks)
     return distiller
+
+
+def _build_regressor(
+    config: DistillRecipeConfig, student: Student, levels: Sequence[LevelSpec], labels: LevelSpec | None
+) -> FeatureRegressor:
+    targets = [TargetLevel(level.name, level.stride, level.channels, (level.height, level.width)) for level in levels]
+    decoded = labels is not None and shares_layers(config, labels)
+    return FeatureRegressor(student.strides, student.channels, targets, config.regressor, decoded)
 
 
 def _check_parts(model: nn.Module, config: DistillRecipeConfig, num_ranks: int) -> None:
@@ -116,7 +148,8 @@ def freeze_unused(model: Distiller, device: torch.device) -> None:
     Ranks would wait for the gradients of these; without gradients they never change anyway.
     """
     training = model.training
-    timesteps = {target.name: torch.zeros(1, dtype=torch.int64, device=device) for target in model.regressor.targets}
+    targets = () if model.regressor is None else model.regressor.targets
+    timesteps = {target.name: torch.zeros(1, dtype=torch.int64, device=device) for target in targets}
     outputs = model.eval()(torch.zeros(1, 3, *model.student.spec.image_px, device=device), timesteps)
     torch.stack([level.sum() for level in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():

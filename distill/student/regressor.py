@@ -39,9 +39,15 @@ class FeatureRegressor(nn.Module):
     """
 
     def __init__(
-        self, strides: Sequence[int], channels: Sequence[int], targets: Sequence[TargetLevel], config: RegressorConfig
+        self,
+        strides: Sequence[int],
+        channels: Sequence[int],
+        targets: Sequence[TargetLevel],
+        config: RegressorConfig,
+        decoded: bool = False,
     ) -> None:
-        """`strides` and `channels` of the student's levels, finest first.
+        """`strides` and `channels` of the student's levels, finest first; `decoded`: a decoder reads `trunk`, so that
+        it has all levels of the student.
 
         Raises: ConfigError for a kind that is not in `REGRESSORS`; ShapeError when a target has a stride that the
         student does not have.
@@ -49,14 +55,18 @@ class FeatureRegressor(nn.Module):
         super().__init__()
         kind = _find_kind(config.kind)
         self.targets = tuple(targets)
-        self.pyramid = _pyramid(strides, channels, targets, config)
+        self.pyramid = _pyramid(strides, channels, targets, config, decoded)
         if self.pyramid is not None:
-            strides, channels = _pyramid_strides(targets), self.pyramid.channels
+            strides, channels = _pyramid_strides(targets, decoded), self.pyramid.channels
         self.level_of = [_index_of(target, strides) for target in targets]
         last = len(channels) - 1
         self.laterals = nn.ModuleList(lateral(width, config) for width in channels[:-1])
         self.laterals.append(kind.coarsest(channels[-1], config))
-        smoothed = range(max(self.level_of) + 1) if kind.path else sorted(set(self.level_of))
+        smoothed = (
+            range(last + 1 if decoded else max(self.level_of) + 1)
+            if decoded or kind.path
+            else sorted(set(self.level_of))
+        )
         bare = set() if kind.smooth_coarsest else {last}
         width, norm = config.width, config.norm
         self.outputs = nn.ModuleDict(
@@ -72,6 +82,13 @@ class FeatureRegressor(nn.Module):
         Shapes: levels[i] (B, channels[i], H_i, W_i), timesteps[name] (B,) int64 ->
         {name: (B, target.channels, *target.size)}.
         """
+        return self.regress(self.trunk(levels), timesteps)
+
+    def trunk(self, levels: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What the heads read, by place of the student's level; a place that no head reads may be left out.
+
+        Shapes: levels[i] (B, channels[i], H_i, W_i) -> {i: (B, width, H_i, W_i)}.
+        """
         if self.pyramid is not None:
             levels = self.pyramid(levels[0])
         merged = [
@@ -82,6 +99,10 @@ class FeatureRegressor(nn.Module):
         smooth = {int(idx): output(merged[int(idx)]) for idx, output in self.outputs.items()}
         if self.path is not None:
             smooth = dict(enumerate(self.path(list(smooth.values()))))
+        return smooth
+
+    def regress(self, smooth: Mapping[int, Tensor], timesteps: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The heads on what `trunk` gives. Shapes: as `forward`."""
         sized = [
             resize(smooth[idx], target.size) for target, idx in zip(self.targets, self.level_of, strict=True)
         ]  # a 1x1 commutes with the resize
@@ -104,17 +125,21 @@ def _find_kind(name: str) -> RegressorKind:
 
 
 def _pyramid(
-    strides: Sequence[int], channels: Sequence[int], targets: Sequence[TargetLevel], config: RegressorConfig
+    strides: Sequence[int],
+    channels: Sequence[int],
+    targets: Sequence[TargetLevel],
+    config: RegressorConfig,
+    decoded: bool,
 ) -> SimplePyramid | None:
-    """A simple pyramid where the student has one level and the targets are more than that."""
-    if len(strides) > 1 or {target.stride for target in targets} <= set(strides):
+    """A simple pyramid where the student has one level, and the targets are more than that or a decoder reads it."""
+    if len(strides) > 1 or (not decoded and {target.stride for target in targets} <= set(strides)):
         return None
-    return SimplePyramid(strides[0], channels[0], _pyramid_strides(targets), config.norm)
+    return SimplePyramid(strides[0], channels[0], _pyramid_strides(targets, decoded), config.norm)
 
 
-def _pyramid_strides(targets: Sequence[TargetLevel]) -> tuple[int, ...]:
-    """From the finest target's on."""
-    finest = min(target.stride for target in targets)
+def _pyramid_strides(targets: Sequence[TargetLevel], decoded: bool) -> tuple[int, ...]:
+    """From the finest target's on; all of them for a decoder."""
+    finest = PYRAMID_STRIDES[0] if decoded else min(target.stride for target in targets)
     return tuple(stride for stride in PYRAMID_STRIDES if stride >= finest)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dtpipe.distill.config import DistillRecipeConfig
+from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.cli.settings import validate
 from dtpipe.pipeline.commands import extract
@@ -43,6 +44,7 @@ def command(call: Call) -> None:
 def _plan_extraction(call: Call) -> dict[str, Any]:
     """The plan of an extraction, and of the distillation after it where there are settings of one."""
     from dtpipe.distill.engine.device import training_device
+    from dtpipe.distill.labels.targets import targets_of
     from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction
     from dtpipe.pipeline.plan.training import print_training, time_training
 
@@ -54,7 +56,9 @@ def _plan_extraction(call: Call) -> dict[str, Any]:
     section = {"datasets": [config.run.out], **call.document["distill"]}
     student = validate({"distill": section}, "distill", call.names, DistillRecipeConfig)
     device = training_device((section.get("run") or {}).get("device", "auto"))
-    sizes = (recipe.levels, recipe.student_px, extraction.num_samples, extraction.stored_bytes)
+    soft = soft_labels_of(recipe)
+    targets = targets_of(student, recipe.levels, {} if soft is None else {soft.level.name: soft.classes})
+    sizes = (targets, recipe.student_px, extraction.num_samples, extraction.stored_bytes)
     training = time_training(student, device, *sizes)
     print_training(call.console, training)
     return {"extract": extraction, "distill": training}

@@ -17,6 +17,8 @@ from dtpipe.distill.stream.data import STORED, StoredData, TrainingData, recorde
 from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.shards.task import BadSample
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import ProgressLine
 from dtpipe.pipeline.cli.options import Call
@@ -56,6 +58,7 @@ def warnings(call: Call, config: DistillConfig, data: TrainingData) -> Iterator[
         verb = "is" if len(unread) == 1 else "are"
         yield f"{' and '.join(unread)} {verb} not read: the dataset that is given has images"
     yield from _kept_shards(config)
+    yield from _unused_labels(config)
     if config.equivariant:
         yield from equivariant_warnings(config.datasets)
 
@@ -93,6 +96,13 @@ def _kept_shards(config: DistillConfig) -> Iterator[str]:
         if shards := recorded_shards(record, idx):
             num = count_of(len(shards), "shard")
             yield f"{config.run.out} began when {url} was unfinished, and keeps to its {num} of then"
+
+
+def _unused_labels(config: DistillConfig) -> Iterator[str]:
+    """That soft labels are joined, and nothing is learned from them."""
+    for url in config.datasets if config.labels.weight == 0 else ():
+        if soft_labels_of(FeatureDataset.open(url, allow_incomplete=True).recipe) is not None:
+            yield f"{url} holds soft labels, and distill.labels.weight is 0: nothing is learned from them"
 
 
 class CheckedImages:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dtpipe.distill.config import DistillConfig, DistillRecipeConfig
 from dtpipe.distill.engine.device import autocast, pick_precision, training_device
-from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.labels.targets import Targets, choose_targets
+from dtpipe.distill.losses.labels import mixed_losses
 from dtpipe.distill.losses.whitening import Whitener
 from dtpipe.distill.stream.data import TrainingData
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.stream.timesteps import several_timesteps
-from dtpipe.distill.student.distiller import Distiller, build_distiller, choose_levels, student_size, with_timed_heads
+from dtpipe.distill.student.distiller import Distiller, build_distiller, student_size, with_timed_heads
 from dtpipe.distill.trainer import stream_settings
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import FeatureSource
-from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 from dtpipe.pipeline.plan.extraction import peak_memory
@@ -39,6 +39,7 @@ class TrainingPlan:
     student: str
     num_parameters: int
     regressor_parameters: int
+    """Of all but the student: the decoder of soft labels too."""
     num_samples: int
     num_steps: int
     seconds: float
@@ -61,17 +62,16 @@ def plan_training(config: DistillConfig, data: TrainingData) -> TrainingPlan:
     Raises: what opening them raises.
     """
     opened = data.open(config)
-    levels = choose_levels(opened.source.levels, config.levels)
+    targets = choose_targets(config, opened)
     device = training_device(config.run.device)
     teacher = data.teacher(opened.source, device)
-    names = tuple(level.name for level in levels)
-    settings = stream_settings(config, names)
+    settings = stream_settings(config, targets.names)
     stream = FeatureStream(opened.source, settings, device, teacher, opened.sampling)
     manifests = [FeatureDataset.open(url, allow_incomplete=True).manifest for url in config.datasets]
     stored_bytes = sum(manifest.totals.size_bytes for manifest in manifests if manifest is not None)
-    timed = with_timed_heads(config, several_timesteps(opened.source, names))
+    timed = with_timed_heads(config, several_timesteps(opened.source, targets.feature_names))
     image_px = student_size(config, opened.student_px)
-    plan = time_training(timed, device, levels, image_px, stream.epoch_size, stored_bytes)
+    plan = time_training(timed, device, targets, image_px, stream.epoch_size, stored_bytes)
     if teacher is None:
         return plan
     teacher_s = _time_teacher(teacher, opened.source, min(_timed_images(config, device), len(stream.rows)), device)
@@ -98,25 +98,25 @@ def _time_teacher(teacher: LiveTeacher, source: FeatureSource, num: int, device:
 def time_training(
     config: DistillRecipeConfig,
     device: torch.device,
-    levels: Sequence[LevelSpec],
+    targets: Targets,
     image_px: tuple[int, int],
     num_samples: int,
     stored_bytes: int,
 ) -> TrainingPlan:
-    """Time forward, loss and backward of a micro-batch of random features, and scale up to all steps."""
+    """Time forward, loss and backward of a micro-batch of random targets, and scale up to all steps."""
     import torch
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = build_distiller(config, levels, image_px).to(device).train()
+        model = build_distiller(config, targets.features, image_px, labels=targets.labels).to(device).train()
     num = _timed_images(config, device)
-    timings = list(itertools.islice(_time_steps(model, config, device, levels, image_px, num), 1 + TIMED_STEPS))
+    timings = list(itertools.islice(_time_steps(model, config, device, targets, image_px, num), 1 + TIMED_STEPS))
     per_image_s = min(timings[1:]) / num
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     return TrainingPlan(
         student=config.student.name,
         num_parameters=sum(p.numel() for p in model.student.parameters()),
-        regressor_parameters=sum(p.numel() for p in model.regressor.parameters()),
+        regressor_parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith("student.")),
         num_samples=num_samples,
         num_steps=config.epochs * -(-num_samples // config.batch_size),
         seconds=per_image_s * num_samples * config.epochs,
@@ -138,7 +138,7 @@ def _time_steps(
     model: Distiller,
     config: DistillRecipeConfig,
     device: torch.device,
-    levels: Sequence[LevelSpec],
+    targets: Targets,
     image_px: tuple[int, int],
     micro_batch: int,
 ) -> Iterator[float]:
@@ -148,15 +148,17 @@ def _time_steps(
     precision = pick_precision(config.precision, device)
     generator = torch.Generator(device).manual_seed(config.seed)
     images = torch.rand(micro_batch, 3, *image_px, generator=generator, device=device) * 2 - 1
+    levels = (*targets.features, *([targets.labels] if targets.labels else []))
     shapes = {level.name: (micro_batch, level.channels, level.height, level.width) for level in levels}
-    targets = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
+    encoded = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
     timesteps = {level.name: torch.zeros(micro_batch, dtype=torch.int64, device=device) for level in levels}
     whitener = Whitener()  # whichever it is, it takes no longer
     while True:
         started = time.perf_counter()
         with autocast(precision, device):
-            regressed = model(images, timesteps)
-        feature_loss(regressed, targets, config.loss, whitener=whitener).total.backward()  # type: ignore[no-untyped-call]
+            predicted = model(images, timesteps)
+        losses = mixed_losses(predicted, encoded, targets, config, whitener=whitener)
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()

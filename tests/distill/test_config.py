@@ -41,6 +41,8 @@ def test_linear_scaling_of_the_learning_rate_is_opt_in():
         ({"warmup_epochs": 1, "warmup_steps": 1}, "both set"),
         ({"batch_size": 4, "micro_batch": 8}, "micro_batch 8 is larger"),
         ({"loss": {"mse_weight": 0, "at_weight": 0}}, "distill.loss.cosine_weight.* are all 0"),
+        ({"loss": {"mse_weight": 0, "at_weight": 0}, "labels": {"weight": 0}}, "set distill.labels.weight too"),
+        ({"labels": {"confidence": 1.0}}, "confidence"),
         ({"min_lr": 1.0}, "above the peak"),
         ({"learning_rate": 1.0}, "learning_rate"),
     ],
@@ -53,5 +55,5 @@ def test_settings_that_cannot_work_are_refused(values, said):
 def test_places_are_fields_and_every_field_is_described():
     assert DistillConfig.model_fields.keys() >= DistillConfig.PLACES
     fields = {**DistillConfig.model_fields, **DistillRun.model_fields}
-    halves = {"student", "regressor", "loss", "run"}
+    halves = {"student", "regressor", "loss", "labels", "run"}
     assert [name for name, field in fields.items() if not field.description and name not in halves] == []

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dtpipe.distill.config import DistillConfig, DistillRecipeConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.labels.targets import Targets, choose_targets
 from dtpipe.distill.losses.whitening import Whitener
 from dtpipe.distill.stream.batch import student_images
 from dtpipe.distill.stream.data import OpenedData, TrainingData
@@ -27,12 +28,13 @@ from dtpipe.distill.stream.timesteps import view_timesteps
 from dtpipe.distill.student.distiller import (
     Distiller,
     build_distiller,
-    choose_levels,
     student_size,
     with_timed_heads,
 )
 from dtpipe.distill.student.load import student_state
+from dtpipe.distill.student.regressor import FeatureRegressor
 from dtpipe.distill.student.timed import has_timed_heads
+from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.source import FeatureSource, read_images
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.pipeline.live.data import recorded_data
@@ -92,10 +94,21 @@ class RunFeatures:
     def open(cls, run: Path, config: DistillConfig) -> RunFeatures:
         """Raises: what the dataset's readers raise, or what loading the live teacher or the checkpoint raises."""
         data, read, live = _open_to_read(run, config)
-        levels = choose_levels(data.source.levels, config.levels)
+        targets = choose_targets(config, data)
+        if not targets.features:
+            raise ConfigError("the run learned from soft labels alone, and regresses no features to show")
         image_px = student_size(config, data.student_px)
-        model = load_distiller(run, config, levels, image_px)
-        return cls(data.source, levels, _rows(data), live, read, model, run_whitener(run, config.loss.whiten), image_px)
+        model = load_distiller(run, config, targets, image_px)
+        return cls(
+            data.source,
+            targets.features,
+            _rows(data),
+            live,
+            read,
+            model,
+            run_whitener(run, config.loss.whiten),
+            image_px,
+        )
 
     def choose(self, num: int, seed: int) -> RowIdxs:
         """Some rows drawn by the seed, ascending."""
@@ -129,7 +142,7 @@ class RunFeatures:
         images, features = self.read(rows, names)
         with torch.inference_mode():
             levels = self.model.student(student_images(torch.from_numpy(images), self.image_px))
-            regressed = self.model.regressor(levels, self._timesteps(len(rows)))
+            regressed = self.regressor(levels, self._timesteps(len(rows)))
             teacher = {name: self.whitener(name, torch.from_numpy(features[name])) for name in names}
         by_stride = dict(zip(self.model.student.strides, levels, strict=True))
         backbone = {level.name: by_stride[level.stride] for level in self.levels if level.stride in by_stride}
@@ -137,6 +150,12 @@ class RunFeatures:
             {name: level.float().numpy() for name, level in kind.items()} for kind in (teacher, regressed, backbone)
         ]
         return SeenImages(tuple(self.source.columns.keys[row] for row in rows), images, *maps)
+
+    @property
+    def regressor(self) -> FeatureRegressor:
+        """The run's; one that regresses nothing is refused when it is opened."""
+        assert self.model.regressor is not None
+        return self.model.regressor
 
     def _timesteps(self, num: int) -> dict[str, Tensor]:
         """Of the view that `read` gives."""
@@ -152,14 +171,13 @@ def run_keys(run: Path, config: DistillConfig) -> list[str]:
     return [opened.source.columns.keys[row] for row in _rows(opened)]
 
 
-def load_distiller(
-    run: Path, config: DistillRecipeConfig, levels: Sequence[LevelSpec], image_px: tuple[int, int]
-) -> Distiller:
+def load_distiller(run: Path, config: DistillRecipeConfig, targets: Targets, image_px: tuple[int, int]) -> Distiller:
     """Student and regressor of a run's last checkpoint, in eval mode on the CPU."""
     state = load_checkpoint(run / "last.pt", "distill")
     unpretrained = config.model_copy(update={"student": config.student.model_copy(update={"pretrained": False})})
     timed = with_timed_heads(unpretrained, has_timed_heads(state["regressor"]))
-    model = build_distiller(timed, levels, image_px)
+    model = build_distiller(timed, targets.features, image_px, labels=targets.labels)
+    assert model.regressor is not None  # there are features
     model.student.load_state_dict(student_state(state, ema=True))
     model.regressor.load_state_dict(state["regressor"])
     return model.eval()

@@ -23,8 +23,8 @@ class UPerNet(nn.Module):
     `FeatureRegressor` of kind fpn_ppm whose targets have all strides of the student. Laterals are 1x1 convolutions, the
     last is the pyramid pooling (`branches`, `join`); outputs are 3x3 convolutions of all levels but the coarsest. A
     regressor's `heads.*`, to the teacher's channels, have no counterpart here, nor have `fuse` and `classifier` there;
-    its `pyramid.*` is that of `HeadLevels`, whose norms of a ConvNeXt's levels it lacks. So a decoder could start from
-    what was distilled, as the paper's does after mix distillation (appendix G.4); no setting asks for it yet.
+    its `pyramid.*` is that of `HeadLevels`, whose norms of a ConvNeXt's levels it lacks. So mix distillation trains
+    regressor and decoder as one, and a task starts from that decoder (appendix G.4).
 
     Source: Xiao et al., arXiv 1807.10221; layers and sizes as mmsegmentation's UPerHead has them.
     """
@@ -48,6 +48,13 @@ class UPerNet(nn.Module):
         for idx in range(len(merged) - 2, -1, -1):
             merged[idx] = merged[idx] + resize(merged[idx + 1], merged[idx].shape[-2:])
         smooth = [output(level) for output, level in zip(self.outputs.values(), merged[:-1], strict=True)]
-        same = [resize(level, merged[0].shape[-2:]) for level in (*smooth, merged[-1])]
+        return self.classify([*smooth, merged[-1]])
+
+    def classify(self, smooth: Sequence[Tensor]) -> Tensor:
+        """Logits from what laterals, top-down path and outputs made of the levels.
+
+        Shapes: [(B, width, H_i, W_i)], finest first -> (B, K, H_0, W_0).
+        """
+        same = [resize(level, smooth[0].shape[-2:]) for level in smooth]
         logits: Tensor = self.classifier(self.dropout(self.fuse(torch.cat(same, dim=1))))
         return logits
