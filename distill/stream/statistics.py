@@ -40,9 +40,12 @@ def run_statistics(
 ) -> Statistics:
     """Of `whiten(f_g, config.loss.whiten)` of each level: those that the run folder has, else computed and kept there.
 
+    Nothing is read, encoded or kept where no level is regressed.
     Raises: what the readers raise; InputError naming a sample with values that are not finite; DamagedDataError when
     the record was changed; StoreError when it cannot be written.
     """
+    if not levels:
+        return {}
     num = config.loss.statistics or (_STORED if config.datasets else _LIVE)
     name = {"data": data.digest, "whiten": config.loss.whiten, "encodings": num, "levels": list(levels)}
     path = Path(config.run.out) / TARGETS_FILE

@@ -131,3 +131,9 @@ def test_a_sample_that_a_live_teacher_encodes_to_no_number_is_named(tmp_path):
     with pytest.raises(InputError, match=r"sample images/005\.png: level l3 holds values that are not finite"):
         run_statistics(config(tmp_path, datasets=()), opened(source), ["l2", "l3"], CPU, teacher)
     assert not (tmp_path / TARGETS_FILE).exists()
+
+
+def test_without_levels_nothing_is_read_or_kept(tmp_path):
+    source = MemorySource()
+    assert run_statistics(config(tmp_path), opened(source), [], CPU, None) == {}
+    assert source.reads == [] and not (tmp_path / TARGETS_FILE).exists()
