@@ -55,6 +55,11 @@ class EvalConfig(StrictModel):
         default=None,
         description="File with the names of the classes of --masks: a line each, 0 first, or JSON; default: numbers.",
     )
+    keys: str | None = Field(
+        default=None,
+        description="File with one key of --images per line: only these are labelled; all others are held out, where "
+        "there is no --test-images.",
+    )
     test_images: str | None = Field(
         default=None,
         description="Layout or URL of the labelled images to score on, as --images; default: a share of those.",
@@ -114,7 +119,7 @@ class EvalConfig(StrictModel):
     probe: ProbeConfig = ProbeConfig()
     tune: TuneConfig | None = Field(default=None, description="How backbone and head are trained, by tasks that train.")
 
-    _whole = field_validator("masks", "test_masks", "class_names")(whole_place)
+    _whole = field_validator("masks", "test_masks", "class_names", "keys")(whole_place)
     _whole_labelled = field_validator("images", "test_images")(whole_labelled)
     _whole_teacher = field_validator("teacher")(whole_if_there)
     _local = field_validator("checkpoint", "compare", "out")(local_place)
@@ -129,6 +134,12 @@ class EvalConfig(StrictModel):
     def _masks_go_together(self) -> EvalConfig:
         if self.test_images and (self.masks is None) != (self.test_masks is None):
             raise ValueError("eval.masks and eval.test_masks go together; give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_say_what_is_labelled(self) -> EvalConfig:
+        if self.keys and self.resplit:
+            raise ValueError("eval.keys names the labelled images, and eval.resplit draws them anew; leave out one")
         return self
 
     @model_validator(mode="after")

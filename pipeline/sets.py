@@ -14,9 +14,10 @@ from dtpipe.distill.downstream.labelled import LabelledSet, join_sets
 from dtpipe.extract.sources.layouts.base import LabelledSource
 from dtpipe.extract.sources.layouts.registry import parse_layout
 from dtpipe.extract.sources.layouts.renumbered import with_classes_of
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.labels import KIND_WORDS, Class, Mask, Target
 from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.manifests.write.listing import missing_keys, normal_keys, read_key_file
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.labelled import LabelledReader, open_labelled, split_by_key
@@ -74,7 +75,8 @@ def _sides(config: EvalConfig, note: Note) -> tuple[_Side, _Side]:
         train, test = (_limited(rows, config.limit) for rows in _split(config, source))
         return _Side(source, train, config.images), _Side(source, test, config.images)
     held_out = _open_held_out(config, source, note)
-    train, test = (_limited(range(len(side.items)), config.limit) for side in (source, held_out))
+    train = _limited(_chosen(config, source), config.limit)
+    test = _limited(range(len(held_out.items)), config.limit)
     return _Side(source, train, config.images), _Side(held_out, test, config.test_images, "held out/")
 
 
@@ -98,9 +100,28 @@ def _say(source: LabelledSource, note: Note) -> None:
         note(sentence)
 
 
-def _split(config: EvalConfig, source: LabelledSource) -> tuple[list[int], list[int]]:
+def _chosen(config: EvalConfig, source: LabelledSource) -> Sequence[int]:
+    """Rows of the images that --keys names, or all. Raises: InputError naming keys that are not there."""
+    if config.keys is None:
+        return range(len(source.items))
+    chosen, keys = normal_keys(read_key_file(config.keys, "eval.keys")), [item.key for item in source.items]
+    if not chosen:
+        raise InputError(f"eval.keys: {config.keys} names no image; write one key per line")
+    if lost := missing_keys(chosen, keys):
+        raise InputError(
+            f"eval.keys: {config.keys} names {lost} that {config.images} does not hold; {keys[0]!r} is one that it does"
+        )
+    return [row for row, key in enumerate(keys) if key in chosen]
+
+
+def _split(config: EvalConfig, source: LabelledSource) -> tuple[Sequence[int], list[int]]:
     keys, labels = [item.key for item in source.items], [item.label for item in source.items]
-    train, test = split_by_key(keys, labels, config.test_share, config.seed)
+    train: Sequence[int]
+    if config.keys is not None:
+        train = _chosen(config, source)
+        test = sorted(set(range(len(keys))).difference(train))
+    else:
+        train, test = split_by_key(keys, labels, config.test_share, config.seed)
     if not test:
         raise ConfigError(
             f"{config.images}: too few images to hold some out ({len(keys)}); give more, or others as --test-images"

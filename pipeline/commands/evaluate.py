@@ -15,6 +15,7 @@ FLAGS = (
     Flag("--foreground", "eval.foreground"),
     Flag("--ignore-value", "eval.ignore_value", "0..255|null"),
     Flag("--class-names", "eval.class_names", "FILE"),
+    Flag("--keys", "eval.keys", "FILE"),
     Flag("--test-images", "eval.test_images", "URL|NAME:ROOT@SPLIT"),
     Flag("--test-masks", "eval.test_masks", "URL"),
     Flag("--test-share", "eval.test_share", "SHARE"),

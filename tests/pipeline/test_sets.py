@@ -199,3 +199,38 @@ def test_all_images_are_held_out_where_each_seed_splits_anew(tmp_path: Path) -> 
     train, test = open_sets(config, None, print)
     whole = open_held_out(config, None, print)
     assert (whole.keys, whole.digests) == (train.keys + test.keys, train.digests + test.digests)
+
+
+def test_a_file_of_keys_names_the_labelled_images(tmp_path: Path) -> None:
+    """Beside images of their own to score on, or the rest of the same."""
+    root, keys = masks_tree(tmp_path / "data"), tmp_path / "keys.txt"
+    keys.write_text("2.png\n\n0.png\n")
+    train, test = open_sets(
+        settings(f"masks:{root}@train", test_images=f"masks:{root}@val", keys=str(keys)), None, print
+    )
+    assert train.keys == ("0.png", "2.png") and test.keys == ("held out/4.png", "held out/5.png")
+    config = settings(f"masks:{root}@train", keys=str(keys))
+    train, test = open_sets(config, None, print)
+    assert train.keys == ("0.png", "2.png") and test.keys == ("1.png", "3.png")
+    assert open_held_out(config, None, print).keys == test.keys
+
+
+def test_keys_that_are_not_there_are_named(tmp_path: Path) -> None:
+    root, keys = masks_tree(tmp_path / "data"), tmp_path / "keys.txt"
+    config = settings(f"masks:{root}@train", keys=str(keys))
+    for text, said in (
+        (
+            "0.png\n4.png\n",
+            r"1 of 2 wanted keys \('4\.png'\) that masks:.* does not hold; '0\.png' is one",
+        ),
+        ("\n", "names no image; write one key per line"),
+        ("0.png\n1.png\n2.png\n3.png\n", "too few images to hold some out"),
+    ):
+        keys.write_text(text)
+        with pytest.raises((InputError, ConfigError), match=said):
+            open_sets(config, None, print)
+    keys.unlink()
+    with pytest.raises(InputError, match=r"eval\.keys: .*keys\.txt"):
+        open_sets(config, None, print)
+    with pytest.raises(ValidationError, match=r"eval\.resplit draws them anew; leave out one"):
+        settings(f"masks:{root}@train", keys=str(keys), resplit=True)
