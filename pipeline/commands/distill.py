@@ -56,7 +56,7 @@ EXAMPLE = """
 dtpipe distill features/ --student resnet50 --out runs/r50
 dtpipe distill features/ --out runs/half-live --reencode 0.5
 dtpipe distill --images photos/ --teacher teacher/ --out runs/live
-dtpipe distill -c imagenet_r50 s3://bucket/features --out runs/imagenet-r50 --micro-batch 64
+dtpipe distill -c imagenet_r50 -c cached s3://bucket/features --out runs/imagenet-r50 --micro-batch 64
 torchrun --nproc-per-node 8 --no-python dtpipe distill features/ --student resnet50 --out runs/r50
 dtpipe distill features/ --student resnet50 --out /shared/runs/r50 --train-workers 16 --ray-address HEAD:6379
 """

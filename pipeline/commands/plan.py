@@ -46,7 +46,7 @@ def _plan_extraction(call: Call) -> dict[str, Any]:
     from dtpipe.distill.engine.device import training_device
     from dtpipe.distill.labels.targets import targets_of
     from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction
-    from dtpipe.pipeline.plan.training import print_training, time_training
+    from dtpipe.pipeline.plan.training import print_training, time_training, with_teacher
 
     config = call.settings("extract")
     extraction, recipe = plan_recipe(config)
@@ -59,6 +59,8 @@ def _plan_extraction(call: Call) -> dict[str, Any]:
     soft = soft_labels_of(recipe)
     targets = targets_of(student, recipe.levels, {} if soft is None else {soft.level.name: soft.classes})
     sizes = (targets, recipe.student_px, extraction.num_samples, extraction.stored_bytes)
-    training = time_training(student, device, *sizes)
+    training = with_teacher(time_training(student, device, *sizes), student, extraction.teacher_s / extraction.views)
     print_training(call.console, training)
+    if student.reencode == 1:
+        call.console.result("distill.reencode is 1: training on the images themselves, nothing needs to be extracted")
     return {"extract": extraction, "distill": training}

@@ -75,7 +75,14 @@ def plan_training(config: DistillConfig, data: TrainingData) -> TrainingPlan:
     if teacher is None:
         return plan
     teacher_s = _time_teacher(teacher, opened.source, min(_timed_images(config, device), len(stream.rows)), device)
-    seconds = plan.seconds + config.reencode * teacher_s * stream.epoch_size * config.epochs
+    return with_teacher(plan, config, teacher_s)
+
+
+def with_teacher(plan: TrainingPlan, config: DistillRecipeConfig, teacher_s: float) -> TrainingPlan:
+    """A plan with the time of the live teacher, which takes `teacher_s` per image, where one runs."""
+    if not config.reencode:
+        return plan
+    seconds = plan.seconds + config.reencode * teacher_s * plan.num_samples * config.epochs
     return replace(plan, seconds=seconds, teacher_s=teacher_s)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parts.paths import PRESETS
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pre-training run as the paper has it: a column of table 17, or that with an ablation's change.
+    """One pre-training run as the paper has it: a column of table 17, or that with the change of another table's row.
 
     num: images; family: of the teacher; costs: its name in benchmarks/results/preset_costs.json.
     """
@@ -48,51 +49,67 @@ TABLE_17 = {
     "lsun_horse": replace(DOMAIN, teacher="adm-lsun-horse", num=2_000_340),
     "ffhq": replace(DOMAIN, teacher="adm-ffhq", num=70_000),
 }
-BASE = Run(epochs=100, warmup=15)
-GAN = replace(BASE, timestep=None, costs="biggan_256")
-ROWS = {
-    "table6_adm": BASE,
+LIVE, CACHED = "live", "cached"
+"""The form of the paper, noise or images renewed in every epoch, and the one with stored features."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run by the presets that are laid over each other, and the switch of a row of its table."""
+
+    presets: tuple[str, ...]
+    run: Run
+    switch: tuple[tuple[str, Any], ...] = ()
+    paper: float | None = None
+    """Box mAP on BDD100K."""
+
+
+IMAGENET = TABLE_17["imagenet_r50"]
+GAN = replace(IMAGENET, timestep=None, costs="biggan_256")
+TABLE_6 = {
     "table6_sd14": replace(
-        BASE, teacher="stable-diffusion-1.4", px=(512, 512), family="stable_diffusion", costs="sd_1_4"
+        IMAGENET, teacher="stable-diffusion-1.4", px=(512, 512), family="stable_diffusion", costs="sd_1_4"
     ),
     "table6_biggan": replace(GAN, teacher="biggan-deepmind256", family="biggan"),
     "table6_icgan": replace(GAN, teacher="icgan-imagenet256", family="icgan", costs="icgan_256"),
-    "table8_fpn": replace(BASE, regressor="fpn"),
-    "table8_fpn_attention": replace(BASE, regressor="fpn_attention"),
-    "table8_pafpn": replace(BASE, regressor="pafpn"),
-    "table8_fpn_ppm": BASE,
-    "table9_mse": replace(BASE, at=0),
-    "table9_at": replace(BASE, mse=0),
-    "table9_mse_at": BASE,
-    "table10_stochastic": BASE,
-    "table10_deterministic": replace(BASE, encoding="ddim_inversion"),
-    "table11_t50": replace(BASE, timestep=50),
-    "table11_t150": BASE,
-    "table11_t250": replace(BASE, timestep=250),
-    "table11_t350": replace(BASE, timestep=350),
 }
-PAPER = {  # box mAP on BDD100K of each row
-    "table8_fpn": 23.6,
-    "table8_fpn_attention": 23.9,
-    "table8_pafpn": 24.0,
-    "table8_fpn_ppm": 25.1,
-    "table9_mse": 23.6,
-    "table9_at": 22.3,
-    "table9_mse_at": 25.0,
-    "table10_stochastic": 24.3,
-    "table10_deterministic": 23.4,
-    "table11_t50": 23.8,
-    "table11_t150": 23.9,
-    "table11_t250": 24.4,
-    "table11_t350": 23.4,
+KIND, ENCODING, TIMESTEPS = "distill.regressor.kind", "extract.teacher.options.encoding", "extract.noise.timesteps"
+MSE, AT = "distill.loss.mse_weight", "distill.loss.at_weight"
+ABLATIONS: dict[str, list[tuple[tuple[tuple[str, Any], ...], dict[str, Any], float]]] = {
+    "table8": [
+        (((KIND, kind),), {"regressor": kind, "at": 0}, paper)
+        for kind, paper in (("fpn", 23.6), ("fpn_attention", 23.9), ("pafpn", 24.0), ("fpn_ppm", 25.1))
+    ],
+    "table9": [
+        (((AT, 0),), {"regressor": "fpn", "at": 0}, 23.6),
+        (((MSE, 0),), {"regressor": "fpn", "mse": 0}, 22.3),
+        ((), {"regressor": "fpn"}, 25.0),
+    ],
+    "table10": [
+        (((ENCODING, encoding),), {"encoding": encoding}, paper)
+        for encoding, paper in (("stochastic", 24.3), ("ddim_inversion", 23.4))
+    ],
+    "table11": [
+        (((TIMESTEPS, [timestep]),), {"timestep": timestep}, paper)
+        for timestep, paper in ((50, 23.8), (150, 23.9), (250, 24.4), (350, 23.4))
+    ],
 }
-RUNS = TABLE_17 | {"ablation": BASE} | ROWS
+"""By table: of each row the switch, in what it differs from the base's run of 100 epochs, and the paper's figure."""
+BASES = ("imagenet_r50", "bdd100k_adm")
+COLUMNS = {name: Row((name,), run) for name, run in TABLE_17.items()} | {
+    name: Row(("imagenet_r50", name), run) for name, run in TABLE_6.items()
+}
+ROWS = {
+    f"{table}-{idx}-{base}": Row(
+        (base, table), replace(TABLE_17[base], epochs=100, warmup=15, **changes), switch, paper
+    )
+    for table, rows in ABLATIONS.items()
+    for idx, (switch, changes, paper) in enumerate(rows)
+    for base in BASES
+}
+RUNS = COLUMNS | ROWS
+OVERLAYS = ("cached", *ABLATIONS)
 OTHERS = ("adm_teacher", "bdd100k_teacher", "demo_teacher", "digits", "small_teacher")
-
-
-def configs(name: str) -> list[str]:
-    """The preset, over its base where it is a row."""
-    return ["ablation", name] if name in ROWS else [name]
 
 
 def header(name: str) -> list[str]:
