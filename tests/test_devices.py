@@ -185,10 +185,16 @@ class FakeCopies(DeviceCopies):
             return Sent({name: torch.from_numpy(array).to(CUDA) for name, array in arrays.items()}, None)
 
 
+OF_CODEC: dict[str, dict[str, Any]] = {
+    "topk": {"role": "soft_labels", "codec": CodecSpec(name="topk", parameters={"k": 2})}
+}
+"""What a level needs that lies under a codec with parameters."""
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", CODECS)
 def test_a_codec_works_where_the_features_are(name: str, dtype: str) -> None:
-    codec = open_codec(level_spec("l2", 4, 6, dtype=dtype, codec=CodecSpec(name=name)))
+    codec = open_codec(level_spec("l2", 4, 6, dtype=dtype, **OF_CODEC.get(name, {"codec": CodecSpec(name=name)})))
     with running_on(CUDA):
         parts, finite = encode_on_device(codec, blank(CUDA, 3, 2, 6, 8, 8))
     assert on(CUDA, {**parts, "finite": finite})

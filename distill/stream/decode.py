@@ -14,6 +14,7 @@ from torch import Tensor
 from dtpipe.distill.stream.transfer import DeviceCopies, Sent
 from dtpipe.manifests.codecs.base import SYMBOLS, Arrays, LevelCodec, decode_level
 from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
+from dtpipe.manifests.codecs.topk import CLASSES, REST, TOPK
 
 Decode = Callable[[LevelCodec, Mapping[str, Tensor]], Tensor]
 """(codec, parts of (B, C, h, w)) -> features (B, C, h, w), in the level's dtype."""
@@ -23,7 +24,13 @@ def _cast(_codec: LevelCodec, parts: Mapping[str, Tensor]) -> Tensor:
     return parts[SYMBOLS]
 
 
-DECODERS: dict[str, Decode] = {"cast": _cast}
+def _topk(codec: LevelCodec, parts: Mapping[str, Tensor]) -> Tensor:
+    rest, level = parts[REST], codec.level
+    logits = rest.expand(len(rest), level.channels, level.height, level.width)
+    return logits.scatter(1, parts[CLASSES].long(), parts[SYMBOLS])
+
+
+DECODERS: dict[str, Decode] = {"cast": _cast, TOPK: _topk}
 _ROWS = "rows"  # sent beside the parts of a piece that is not the whole batch
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtpipe.manifests.codecs.base import SYMBOLS, Array, LevelCodec, are_finite
+from dtpipe.manifests.codecs.topk import BEYOND_ROUNDING, CLASSES, REST, STATED, TOPK, TopkLevel
 
 Encode = Callable[[LevelCodec, Tensor], dict[str, Tensor]]
 """(codec, features (..., C, h, w)) -> parts."""
@@ -23,7 +24,21 @@ def _cast(codec: LevelCodec, features: Tensor) -> dict[str, Tensor]:
     return {SYMBOLS: features.to(getattr(torch, codec.level.dtype))}
 
 
-ENCODERS: dict[str, Encode] = {"cast": _cast}
+def _topk(codec: LevelCodec, features: Tensor) -> dict[str, Tensor]:
+    assert isinstance(codec, TopkLevel)
+    logits, dtype = features.double(), getattr(torch, codec.level.dtype)
+    ranked, order = torch.sort(logits, dim=-3, descending=True, stable=True)
+    kept, others = ranked[..., : codec.k, :, :].to(dtype), ranked[..., codec.k :, :, :]
+    largest = others[..., :1, :, :]
+    shares = ((others - largest) / codec.temperature).exp().mean(dim=-3, keepdim=True)
+    rest, classes = (largest + codec.temperature * shares.log()).to(dtype), order[..., : codec.k, :, :]
+    lost = rest.expand(logits.shape).scatter(-3, classes, kept).double() - logits
+    error = lost.square().mean(dim=(-3, -2, -1)).sqrt()[..., None] * BEYOND_ROUNDING
+    small = torch.uint8 if codec.level.channels <= 256 else torch.int16
+    return {SYMBOLS: kept, CLASSES: classes.to(small), REST: rest, STATED: error.float()}
+
+
+ENCODERS: dict[str, Encode] = {"cast": _cast, TOPK: _topk}
 _FEATURES = "features"  # in place of parts, on their way to the reference
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dtpipe.manifests.codecs import cast
+from dtpipe.manifests.codecs import cast, topk
 from dtpipe.manifests.codecs.base import Codec, LevelCodec
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec, Recipe
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (cast.CODEC,)}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (cast.CODEC, topk.CODEC)}
 
 
 def open_codec(level: LevelSpec) -> LevelCodec:
