@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from dtpipe.extract.census import Census, take_census
-from dtpipe.extract.config import ExtractConfig, ExtractRecipeConfig
+from dtpipe.extract.config import ExtractConfig, ExtractRecipeConfig, ExtractRun
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.registry import SOURCES, open_images
@@ -91,7 +91,7 @@ def resolve_recipe(
         else blake3_hex("\n".join(read_key_file(config.keys, "extract.keys")).encode()),
         **({"num_samples": config.num_samples} if config.num_samples else {}),
     }
-    device = _device(config, stored, cluster_has_gpus)
+    device = device_type(config.run, stored, cluster_has_gpus)
     if config.run.inline:
         pick_device(device)
     teacher = load_teacher(config.teacher, device if config.run.inline else "cpu")
@@ -294,10 +294,10 @@ def _stored_level(
     )
 
 
-def _device(config: ExtractConfig, stored: Recipe | None, cluster_has_gpus: Callable[[], bool | None] | None) -> str:
+def device_type(run: ExtractRun, stored: Recipe | None, cluster_has_gpus: Callable[[], bool | None] | None) -> str:
     """Device type: as asked, as the dataset began, or by what there is."""
-    if config.run.device != "auto":
-        return config.run.device
+    if run.device != "auto":
+        return run.device
     if stored is not None:
         return stored.compute.device
     has_gpus = cluster_has_gpus() if cluster_has_gpus else None

@@ -1,4 +1,5 @@
-"""`run_extraction`: the whole of `dtpipe extract`, from settings to a merged feature dataset.
+"""`run_extraction`: the whole of `dtpipe extract`, from settings to a merged feature dataset; `run_work`: of anything
+else that makes levels of rows.
 
 Plan first, then shards, then the merge; each step is skipped where an earlier run finished it, so running the same
 command again is how a broken run goes on.
@@ -9,22 +10,21 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from dtpipe.extract.census import change_since
 from dtpipe.extract.cluster.connection import Connection
 from dtpipe.extract.cluster.preflight import check_space, package_versions, space_warning
 from dtpipe.extract.cluster.ray import Cluster
-from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.recipe import Resolved, resolve_recipe
+from dtpipe.extract.config import ExtractConfig, ExtractRun
 from dtpipe.extract.shards.progress import OnExtractProgress
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.shards.task import WorkerContext
 from dtpipe.extract.sources.names import ignored_text
 from dtpipe.extract.tally import ExtractResult, Tally
+from dtpipe.extract.work import Resolve, Work, teacher_work
 from dtpipe.manifests.errors import IncompleteError
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, Manifest, Plan
@@ -50,10 +50,10 @@ MERGE_ROUNDS = 3  # the merge may send shards back to work; so often it is done 
 class _Run:
     """What the steps of one run share once its plan is written."""
 
-    config: ExtractConfig
+    config: ExtractRun
     store: Store
     plan: Plan
-    resolved: Resolved
+    work: Work
     lock: Lock
     connection: Connection
     stop: StopRequest
@@ -70,30 +70,50 @@ def run_extraction(
 
     Raises: DtpipeError of the kind that fits; StoppedError after SIGTERM or SIGINT.
     """
-    store = Store(config.run.out)
+    resolve = partial(teacher_work, config)
+    return run_work(config.run, resolve, config.model_dump(mode="json"), on_progress, fresh, command)
+
+
+def run_work(
+    config: ExtractRun,
+    resolve: Resolve,
+    settings: Mapping[str, Any],
+    on_progress: OnExtractProgress | None = None,
+    fresh: bool = False,
+    command: str | None = None,
+) -> ExtractResult:
+    """Write the dataset that `resolve` says, or finish it. `settings` and `command` are for the record.
+
+    Raises: as `run_extraction`.
+    """
+    store = Store(config.out)
     tally = Tally(store.url, on_progress)
 
     def describe() -> dict[str, Any]:
-        return _provenance(config, command)
+        return _provenance(settings, command)
 
-    with Connection(config.run.ray_address) as connection, StopRequest() as stop:
-        has_gpus = None if config.run.inline else connection.has_gpus
-        resolved = resolve_recipe(config, fresh=fresh, cluster_has_gpus=has_gpus)
-        stop.raise_if_requested(config.run.out)
-        with Lock.acquire(store, config.run.lock_stale_s) as lock:
-            census = resolved.census
-            record = describe() | ({} if census is None else {SOURCE_SEEN: census.record()})
-            plan, _ = start_plan(store, resolved.recipe, lambda: resolved.listing, record, fresh, resolved.selection)
-            if census is None:
-                seen = plan.provenance.get(SOURCE_SEEN, {})
-                tally.source_change = change_since(seen, resolved.source, store.url)
-                tally.remarks += [tally.source_change] if tally.source_change else []
-            elif census.ignored:
-                tally.remarks.append(f"ignored: {ignored_text(census.ignored)}")
+    with Connection(config.ray_address) as connection, StopRequest() as stop:
+        work = resolve(fresh=fresh, cluster_has_gpus=None if config.inline else connection.has_gpus)
+        stop.raise_if_requested(config.out)
+        with Lock.acquire(store, config.lock_stale_s) as lock:
+            plan = _planned(store, work, tally, describe(), fresh)
             tally.stage_seconds["prepare"] = tally.elapsed_s
-            run = _Run(config, store, plan, resolved, lock, connection, stop, tally, describe)
+            run = _Run(config, store, plan, work, lock, connection, stop, tally, describe)
             manifest = _finished(run) or _write(run)
     return tally.result(manifest)
+
+
+def _planned(store: Store, work: Work, tally: Tally, record: dict[str, Any], fresh: bool) -> Plan:
+    """The plan, written or found, and what is to be said of the source."""
+    census = work.census
+    record |= {} if census is None else {SOURCE_SEEN: census.record()}
+    plan, _ = start_plan(store, work.recipe, work.listing, record, fresh, work.selection)
+    if census is None:
+        tally.source_change = work.change(plan.provenance.get(SOURCE_SEEN, {}), store.url)
+        tally.remarks += [tally.source_change] if tally.source_change else []
+    elif census.ignored:
+        tally.remarks.append(f"ignored: {ignored_text(census.ignored)}")
+    return plan
 
 
 def _finished(run: _Run) -> Manifest | None:
@@ -128,7 +148,7 @@ def _write(run: _Run) -> Manifest:
 
 def _work(run: _Run) -> None:
     """Write every shard that has no entry yet, here or on a cluster."""
-    pending, max_bad = pending_shards(run.store, run.plan), run.config.run.max_bad_samples(run.plan.num_rows)
+    pending, max_bad = pending_shards(run.store, run.plan), _max_bad(run)
     _begin(run)
     run.tally.check_budget(max_bad)
     if not pending:
@@ -137,11 +157,17 @@ def _work(run: _Run) -> None:
     if warning := space_warning(run.store, run.plan, len(pending)):
         run.tally.meter.report(warning)
     run.tally.meter.report()
-    queue, meter = ShardQueue(pending, run.config.run.retries), run.tally.meter
+    queue, meter = ShardQueue(pending, run.config.retries), run.tally.meter
     with run.tally.working():
         _hand_out(run, queue, max_bad)
     run.stop.raise_if_requested(f"{run.store.url}: {meter.shards_done} of {meter.shards_total} shards committed")
     queue.raise_if_failed()
+
+
+def _max_bad(run: _Run) -> int:
+    """Bad samples that there may be, with those known before."""
+    before = run.work.num_bad_before
+    return before + run.config.max_bad_samples(run.plan.num_rows - before)
 
 
 def _begin(run: _Run) -> None:
@@ -151,27 +177,25 @@ def _begin(run: _Run) -> None:
 def _hand_out(run: _Run, queue: ShardQueue, max_bad: int) -> None:
     """Give the shards to one worker here, or to a cluster of them."""
     from dtpipe.extract.cluster.inline import run_inline
-    from dtpipe.extract.shards.teacher import TeacherJob
     from dtpipe.extract.shards.worker import ShardWorker
 
-    config, recipe = run.config, run.plan.recipe
-    job = TeacherJob(config.teacher, config.images, recipe.source.kind, config.num_samples, config.source.max_pixels)
+    config = run.config
     context = WorkerContext(
         out=run.store.url,
-        job=job,
-        device=recipe.compute.device,
+        job=run.work.job,
+        device=run.plan.recipe.compute.device,
         epoch=run.lock.epoch,
         max_bad=max_bad,
-        decode_threads=config.run.decode_threads,
+        decode_threads=config.decode_threads,
         fault=os.environ.get(FAULT_VARIABLE),
         versions=package_versions(),
     )
     count = partial(run.tally.count, max_bad=max_bad)
-    if not config.run.inline:
+    if not config.inline:
         run.connection.join()
-        Cluster(config.run, context, queue, run.tally.meter, count, run.stop).run()
+        Cluster(config, context, queue, run.tally.meter, count, run.stop).run()
         return
-    worker = ShardWorker(replace(context, job=replace(job, loaded=run.resolved.teacher)))
+    worker = ShardWorker(replace(context, job=run.work.job_here))
     try:
         run_inline(worker, queue, run.tally.meter, count, run.stop)
     finally:
@@ -187,12 +211,12 @@ def _measured(run: _Run) -> dict[str, Any]:
     return measured
 
 
-def _provenance(config: ExtractConfig, command: str | None) -> dict[str, Any]:
+def _provenance(settings: Mapping[str, Any], command: str | None) -> dict[str, Any]:
     """Who wrote this, when, with what command and settings; kept beside the content and outside its digest."""
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "versions": package_versions(),
         "command": command,
-        "config": config.model_dump(mode="json"),
+        "config": dict(settings),
     }

@@ -13,16 +13,26 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.check.problems import Problem, reason
 from dtpipe.manifests.codecs.base import Array
-from dtpipe.manifests.errors import DtpipeError
+from dtpipe.manifests.errors import DamagedDataError, DtpipeError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_images
+from dtpipe.manifests.schema import Recipe
+from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import MANIFEST_FILE
 
 Recompute = Callable[[NDArray[np.uint8], Sequence[str]], Mapping[str, NDArray[np.generic]]]
-"""The teacher run again: stored images [B, H, W, 3] and their keys -> {level: [B, V, C, h, w] float}."""
+"""The teacher run again: stored images [B, H, W, 3] and their keys -> {level: [B, V, C, h, w] float}; [0, H, W, 3] for
+soft labels of a feature dataset, which need none.
+"""
 
 _TINY = 1e-30  # keeps an all-zero level from dividing by zero
+
+
+def needs_images(recipe: Recipe) -> bool:
+    """True where images would have to be stored to compute the levels again, and are not."""
+    labels = soft_labels_of(recipe)
+    return recipe.images != "stored" and (labels is None or "dataset" not in labels.features)
 
 
 def check_recompute(
@@ -40,7 +50,13 @@ def check_recompute(
     if not len(good):
         return 0, {}
     chosen = good[np.unique(np.linspace(0, len(good) - 1, min(rows, len(good))).astype(int))].tolist()
-    again = recompute(read_images(dataset, chosen), [dataset.columns.keys[row] for row in chosen])
+    stored = dataset.recipe.images == "stored"
+    images = read_images(dataset, chosen) if stored else np.empty((0, *dataset.image_px, 3), np.uint8)
+    try:
+        again = recompute(images, [dataset.columns.keys[row] for row in chosen])
+    except DamagedDataError as err:  # what the levels were made of
+        problems.append(Problem(MANIFEST_FILE, f"nothing was recomputed: {reason(err)}", "nobody"))
+        return 0, {}
     errors = {
         level.name: _compare(dataset, level.name, chosen, again[level.name], tolerance, problems)
         for level in dataset.levels

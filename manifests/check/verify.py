@@ -16,7 +16,7 @@ from dtpipe.manifests.check.measured import MEASURED_FILE
 from dtpipe.manifests.check.metadata import Metadata, check_metadata
 from dtpipe.manifests.check.objects import check_chunks, check_digests, check_sizes
 from dtpipe.manifests.check.problems import Problem
-from dtpipe.manifests.check.recompute import Recompute, check_recompute
+from dtpipe.manifests.check.recompute import Recompute, check_recompute, needs_images
 from dtpipe.manifests.errors import ConfigError, InputError, StoreError
 from dtpipe.manifests.layout.tables import INDEX_FILE, LISTING_FILE, SHARDS_FILE
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
@@ -98,7 +98,7 @@ def check_stored(store: Store, level: VerifyLevel, problems: list[Problem]) -> M
     if not (_is_there(store, MANIFEST_FILE) or _is_there(store, PLAN_FILE)):
         raise InputError(f"{store.url} holds no feature dataset (no {MANIFEST_FILE}, no {PLAN_FILE}); check the path")
     metadata = check_metadata(store, problems)
-    if level == "recompute" and metadata.plan and metadata.plan.recipe.images != "stored":
+    if level == "recompute" and metadata.plan and needs_images(metadata.plan.recipe):
         raise ConfigError(
             f"{store.url} stores no images, so its features cannot be recomputed from it; verify with --level decode"
         )

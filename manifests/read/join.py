@@ -19,6 +19,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import Columns, Integers, read_images
 from dtpipe.manifests.read.texts import one_after_another
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, ViewSpec
+from dtpipe.manifests.soft_labels import label_view_of, soft_labels_of
 from dtpipe.manifests.words import count_of
 
 _SUFFIXES = "bcdefghijklmnopqrstuvwxyz"
@@ -39,7 +40,9 @@ class JoinedDataset:
 
     Parts that store the same levels of the same teacher (other timesteps, draws or flips) are joined along the views.
     Otherwise levels lie side by side, and one whose name is taken becomes `l4.b`, `l4.c` and so on; then all parts need
-    the same number of views, with equal flips. A row is ok when it is ok in every part.
+    the same number of views, with equal flips, and the views are those of the first. Soft labels need no equal list:
+    each view of the features gets the labels of the same view, else of its draw and flip, else of its flip, where
+    there is one such view and no more (`label_view_of`). A row is ok when it is ok in every part.
     """
 
     def __init__(self, parts: Sequence[FeatureDataset]) -> None:
@@ -187,15 +190,31 @@ def _join_levels(
     parts: Sequence[FeatureDataset],
 ) -> tuple[tuple[LevelSpec, ...], tuple[ViewSpec, ...], dict[tuple[str, int], StoredView]]:
     """The levels of all parts side by side, under names that are free."""
-    _refuse_other_flips(parts)
+    of_features = [part for part in parts if soft_labels_of(part.recipe) is None] or parts
+    _refuse_other_flips(of_features)
+    first = of_features[0]
     levels: dict[str, LevelSpec] = {}
     places: dict[tuple[str, int], StoredView] = {}
     for part_idx, part in enumerate(parts):
+        stored = range(len(first.views)) if part in of_features else _paired_labels(first, part)
         for level in part.levels:
             name = _free_name(level.name, levels)
             levels[name] = level.model_copy(update={"name": name})
-            places.update({(name, view): StoredView(part_idx, level.name, view) for view in range(len(part.views))})
-    return tuple(levels.values()), parts[0].views, places
+            places.update({(name, view): StoredView(part_idx, level.name, idx) for view, idx in enumerate(stored)})
+    return tuple(levels.values()), first.views, places
+
+
+def _paired_labels(features: FeatureDataset, labels: FeatureDataset) -> list[int]:
+    """Which view of soft labels goes with each view of features. Raises: ConfigError where none does, or several."""
+    chosen = [label_view_of(view, labels.views) for view in features.views]
+    if None in chosen:
+        view = features.views[chosen.index(None)]
+        raise ConfigError(
+            f"{labels.url} holds soft labels, and no one view of them goes with view {view.model_dump()} of "
+            f"{features.url}; its views are {[label.model_dump() for label in labels.views]}; make labels of these "
+            f"features (dtpipe extract --interpreter .. --from {features.url})"
+        )
+    return [idx for idx in chosen if idx is not None]
 
 
 def _free_name(name: str, used: Mapping[str, LevelSpec]) -> str:

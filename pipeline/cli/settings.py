@@ -28,6 +28,7 @@ from dtpipe.manifests.store.paths import path_on_disk
 _DOCUMENT = Refusal(ConfigError, "give a YAML file of settings, or the name of a preset")
 SECTIONS = {
     "extract": "dtpipe.extract.config:ExtractConfig",
+    "soft_labels": "dtpipe.pipeline.soft_labels.config:SoftLabelConfig",
     "distill": "dtpipe.distill.config:DistillConfig",
     "train_teacher": "dtpipe.distill.teacher.config:TrainTeacherConfig",
     "eval": "dtpipe.pipeline.config:EvalConfig",

@@ -10,6 +10,7 @@ from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes, for
 from dtpipe.pipeline.cli.options import Call, Flag, command_line, settings_command
 
 if TYPE_CHECKING:
+    from dtpipe.extract.config import ExtractConfig
     from dtpipe.extract.shards.progress import Progress
     from dtpipe.extract.tally import ExtractResult
 
@@ -18,6 +19,11 @@ FLAGS = (
     Flag("--num-samples", "extract.num_samples", "N"),
     Flag("--save-png", "extract.run.save_png", "DIR"),
     Flag("--teacher", "extract.teacher.path", "PATH|NAME"),
+    Flag("--interpreter", "soft_labels.interpreter", "DIR"),
+    Flag("--from", "soft_labels.features", "URL"),
+    Flag("--stride", "soft_labels.stride", "PX"),
+    Flag("--top-k", "soft_labels.top_k", "K"),
+    Flag("--keep-features", "soft_labels.keep_features", "URL"),
     Flag("--out", "extract.run.out", "URL"),
     Flag("--revision", "extract.teacher.revision", "COMMIT"),
     Flag("--untrained", "extract.teacher.untrained", "SEED"),
@@ -41,6 +47,7 @@ EXAMPLE = """
 dtpipe extract --images photos/ --teacher teacher/ --out features/
 dtpipe extract --num-samples 50000 --teacher network-snapshot.pkl --out features/ --save-png images/
 dtpipe extract -c imagenet_r50 --images s3://bucket/imagenet/train --out s3://bucket/features
+dtpipe extract --interpreter head/ --from features/ --out labels/
 """
 _SHOWN_BAD = 10
 
@@ -54,9 +61,28 @@ _SHOWN_BAD = 10
 def command(call: Call, fresh: bool) -> None:
     """Run a teacher over images and write a feature dataset.
 
-    Runs on the GPUs there are, or on a Ray cluster. Run it again after a crash: committed shards are kept.
+    Runs on the GPUs there are, or on a Ray cluster. Run it again after a crash: committed shards are kept. With
+    --interpreter, its soft labels are written: of the features of --from, or of a teacher that runs now.
     """
+    if call.has("soft_labels"):
+        _extract_labels(call, fresh)
+        return
     config = call.settings("extract")
+    _say_before(call, config)
+    if call.dry_run:
+        from dtpipe.pipeline.plan.extraction import plan_extraction, print_extraction
+
+        plan = plan_extraction(config)
+        print_extraction(call.console, plan)
+        call.console.document(plan)
+        return
+    result = _extract(call, config, fresh)
+    joined = "DATASET_WITH_IMAGES --join " if config.shard.images == "joined" else ""
+    _print_result(call.console, result, f"dtpipe distill {result.url} {joined}--student resnet50 --out runs/first")
+
+
+def _say_before(call: Call, config: ExtractConfig) -> None:
+    """What is to be known of the settings, or refused, before anything is read."""
     if config.teacher.untrained is not None:
         call.console.note(
             f"{config.teacher.path} is used UNTRAINED, with new weights from seed {config.teacher.untrained}"
@@ -65,23 +91,53 @@ def command(call: Call, fresh: bool) -> None:
         from dtpipe.pipeline.save_images import refuse_other_place
 
         refuse_other_place(config.run.save_png, config.images, config.run.out)
-    if call.dry_run:
-        from dtpipe.pipeline.plan.extraction import plan_extraction, print_extraction
 
-        plan = plan_extraction(config)
-        print_extraction(call.console, plan)
-        call.console.document(plan)
-        return
+
+def _extract(call: Call, config: ExtractConfig, fresh: bool) -> ExtractResult:
+    """Features, and their images as files."""
     from dtpipe.extract.run import run_extraction
 
     with ProgressLine("extract") as line:
         result = run_extraction(config, ProgressText(call.console, line), fresh, command_line())
-    if config.run.save_png is not None:
+    _save_png(call, config.run.save_png, result.url)
+    return result
+
+
+def _save_png(call: Call, folder: str | None, url: str) -> None:
+    if folder is not None:
         from dtpipe.pipeline.save_images import save_images
 
-        num = save_images(result.url, config.run.save_png)
-        call.console.note(f"wrote {count_of(num, 'image')} to {config.run.save_png}")
-    _print_result(call.console, result, config.shard.images == "joined")
+        call.console.note(f"wrote {count_of(save_images(url, folder), 'image')} to {folder}")
+
+
+def _extract_labels(call: Call, fresh: bool) -> None:
+    """Soft labels of features that are stored, are made first and kept, or are made and not kept."""
+    from dtpipe.extract.run import run_work
+    from dtpipe.pipeline.soft_labels.request import request_of
+
+    request = request_of(call.document, call.names)
+    if request.live is not None:
+        _say_before(call, request.live)
+    if call.dry_run:
+        from dtpipe.pipeline.plan.extraction import print_extraction
+
+        plan = request.plan()
+        print_extraction(call.console, plan)
+        call.console.document(plan)
+        return
+    if request.features_first is not None:
+        features = _extract(call, request.features_first, fresh)
+        call.console.note(f"features are in {features.url}")
+    with ProgressLine("labels") as line:
+        progress = ProgressText(call.console, line)
+        result = run_work(request.run, request.resolve, request.record, progress, fresh, command_line())
+    _save_png(call, request.run.save_png, result.url)
+    beside = f"{request.features} " if request.features else ""
+    _print_result(
+        call.console,
+        result,
+        f"dtpipe distill {beside}{result.url} {'--join ' if beside else ''}--student resnet50 --out runs/first",
+    )
 
 
 class ProgressText:
@@ -102,7 +158,7 @@ class ProgressText:
         self._line.update(progress.samples_done, progress.samples_total, text)
 
 
-def _print_result(console: Console, result: ExtractResult, joined: bool) -> None:
+def _print_result(console: Console, result: ExtractResult, following: str) -> None:
     console.pairs(
         {
             "wrote": result.url,
@@ -121,6 +177,5 @@ def _print_result(console: Console, result: ExtractResult, joined: bool) -> None
         console.result(f"  bad: {bad.key}: {bad.reason}")
     if result.num_bad > _SHOWN_BAD:
         console.result(f"  and {result.num_bad - _SHOWN_BAD} more; `dtpipe inspect {result.url}` lists them")
-    others = "DATASET_WITH_IMAGES --join " if joined else ""
-    console.result(f"next: dtpipe distill {result.url} {others}--student resnet50 --out runs/first")
+    console.result(f"next: {following}")
     console.document(result)

@@ -26,7 +26,8 @@ dtpipe plan -c finetune_small -s eval.checkpoint=runs/r50 -s eval.images=labelle
 def command(call: Call) -> None:
     """Bytes, hours and memory of an extraction, before anything is spent.
 
-    Runs the actual teacher over a few of your images and writes nothing; with --student, also times training steps.
+    Runs the actual teacher over a few of your images and writes nothing; with --student, also times training steps;
+    with --interpreter, makes soft labels of a few of them.
     With settings of `eval` for a task that trains, times that, as `dtpipe eval .. -n` does.
     """
     answer: dict[str, Any] = {}
@@ -36,7 +37,14 @@ def command(call: Call) -> None:
         tuning = plan_tuning(call.settings("eval"), call.console.note)
         print_tuning(call.console, tuning)
         answer["eval"] = tuning
-    if call.has("extract") or not answer:
+    if call.has("soft_labels"):
+        from dtpipe.pipeline.plan.extraction import print_extraction
+        from dtpipe.pipeline.soft_labels.request import request_of
+
+        labels = request_of(call.document, call.names).plan()
+        print_extraction(call.console, labels)
+        answer["soft_labels"] = labels
+    elif call.has("extract") or not answer:
         answer |= _plan_extraction(call)
     call.console.document(answer)
 

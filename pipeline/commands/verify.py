@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,7 @@ from dtpipe.pipeline.cli.console import Console, format_bytes
 if TYPE_CHECKING:
     from dtpipe.manifests.check.measured import Measured
     from dtpipe.manifests.check.verify import VerifyLevel, VerifyReport
+    from dtpipe.pipeline.soft_labels.recompute import LabelRecomputation
 
 _LEVELS = ("listing", "digest", "decode", "recompute")  # those of `manifests.check.verify`, which help does not import
 _MENDS = {
@@ -63,6 +65,7 @@ Example:
     help="Relative error allowed when recomputing, beyond what the codec states.",
 )
 @click.option("--teacher", metavar="PATH|NAME", help="Teacher to recompute with, if it has moved since the extraction.")
+@click.option("--interpreter", metavar="DIR", help="Interpreter to recompute soft labels with, if it has moved since.")
 @click.option(
     "--device",
     type=click.Choice(DEVICES),
@@ -79,6 +82,7 @@ def command(
     rows: int,
     tolerance: float,
     teacher: str | None,
+    interpreter: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -92,7 +96,15 @@ def command(
     from dtpipe.manifests.check.verify import verify
     from dtpipe.pipeline.live.recompute import Recomputation
 
-    recompute = Recomputation(url, teacher, device) if level == "recompute" else None
+    recompute: Recomputation | LabelRecomputation | None = None
+    if level == "recompute":
+        from dtpipe.pipeline.soft_labels import recompute as of_labels
+
+        labels = of_labels.holds_labels(url)
+        if interpreter is not None and not labels:
+            raise ConfigError(f"{url} holds no soft labels; leave --interpreter out")
+        again = partial(of_labels.LabelRecomputation, interpreter=interpreter) if labels else Recomputation
+        recompute = again(url, teacher, device)
     report = verify(url, level, recompute, rows, tolerance)
     measured = recompute.measured if recompute else None
     _print(console, report, measured)

@@ -6,33 +6,27 @@ Nothing is written. Sizes are exact before compression; the compressed size and 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dtpipe.extract.cluster.preflight import free_bytes
-from dtpipe.extract.config import ExtractConfig
-from dtpipe.extract.encode import Rows, encode, recipe_rows
-from dtpipe.extract.recipe import Resolved, resolve_recipe
+from dtpipe.extract.config import ExtractConfig, ExtractRun
+from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
+from dtpipe.extract.shards.producer import PreparedRow, Producer
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
-from dtpipe.extract.sources.images import decode_image, resize_image
 from dtpipe.extract.sources.names import bounded, ignored_text
+from dtpipe.extract.work import Work, work_of
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.errors import BadImage, InputError
+from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
+from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import bytes_per_sample
 from dtpipe.manifests.write.shard import encode_shard
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 
 PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
 
@@ -82,23 +76,34 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
     """
     here = config.run.model_copy(update={"inline": True})
     resolved = resolve_recipe(config.model_copy(update={"run": here}))
-    recipe = resolved.recipe
-    rows, keys, prepare_s = _probe_rows(resolved, recipe.compute.batch_size)
-    shard, teacher_s, device_bytes = _probe_teacher(resolved, rows, keys)
+    work = work_of(resolved)
+    return plan_work(work, config.run, bounded(resolved.source.ignored())), work.recipe
+
+
+def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int]) -> ExtractionPlan:
+    """What any work would take: its own producer makes one batch of its rows.
+
+    Raises: InputError when none of its first rows can be used, and what the producer raises.
+    """
+    recipe, listing = work.recipe, work.listing()
+    plan = _plan_of(recipe, len(listing))
+    producer = work.job_here.open(plan, listing, recipe.compute.device)
+    rows, prepare_s = _probe_rows(producer, listing, recipe.compute.batch_size)
+    shard, teacher_s, device_bytes = _probe_producer(producer, recipe, rows)
     coded_bytes, code_s = _probe_store(recipe, shard)
-    num_samples = len(resolved.listing)
+    num_samples = len(listing)
     raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
-    workers = _workers(config, recipe.compute.device)
-    slowest_s = max(teacher_s, prepare_s / config.run.decode_threads, code_s)
-    plan = ExtractionPlan(
+    workers = _workers(run, recipe.compute.device)
+    slowest_s = max(teacher_s, prepare_s / run.decode_threads, code_s)
+    return ExtractionPlan(
         num_samples=num_samples,
-        num_shards=-(-num_samples // recipe.shard.samples),
+        num_shards=plan.num_shards,
         samples_per_shard=recipe.shard.samples,
         views=len(recipe.views),
         levels=_bytes_by_array(recipe),
         raw_bytes=raw * num_samples,
         stored_bytes=coded_bytes * num_samples,
-        free_bytes=free_bytes(Store(config.run.out)),
+        free_bytes=free_bytes(Store(run.out)),
         device=recipe.compute.device,
         workers=workers,
         teacher_s=teacher_s,
@@ -107,66 +112,68 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
         seconds=slowest_s * num_samples / workers,
         memory_bytes=peak_memory() + SHARDS_IN_HAND * raw * min(recipe.shard.samples, num_samples),
         device_bytes=device_bytes,
-        num_probed=len(keys),
-        ignored=bounded(resolved.source.ignored()),
+        num_probed=len(rows),
+        ignored=dict(ignored),
     )
-    return plan, recipe
 
 
-def _probe_rows(resolved: Resolved, num: int) -> tuple[Rows, list[str], float]:
-    """The first good samples of the listing, their keys, and the seconds per image it took to prepare them."""
-    listing, recipe, spec = resolved.listing, resolved.recipe, resolved.teacher.spec
-    if recipe.synthesized:
-        numbered = list(listing.keys[:num])
-        return recipe_rows(recipe, spec, numbered), numbered, 0.0
-    images: list[NDArray[np.uint8]] = []
-    keys: list[str] = []
+def _probe_rows(producer: Producer, listing: Listing, num: int) -> tuple[list[PreparedRow], float]:
+    """The first good rows of the listing, numbered from 0, and the seconds per row it took to prepare them."""
+    rows: list[PreparedRow] = []
     started = time.perf_counter()
     for row in range(min(len(listing), PROBE_TRIES * num)):
-        try:
-            data = resolved.source.read(listing.uris[row])
-            images.append(resize_image(decode_image(data, resolved.config.source.max_pixels), recipe.transform))
-        except BadImage:
-            continue
-        keys.append(listing.keys[row])
-        if len(keys) == num:
+        prepared = producer.prepare(IndexRow(row=row, key=listing.keys[row], shard=0))
+        if prepared.content is not None:
+            rows.append(prepared)
+        if len(rows) == num:
             break
-    if not keys:
+    if not rows:
         raise InputError(
-            f"{resolved.config.images}: none of the first {PROBE_TRIES * num} images can be used; look at one of them"
+            f"none of the first {PROBE_TRIES * num} samples can be used, such as {listing.keys[0]!r}; look at it"
         )
-    prepare_s = (time.perf_counter() - started) / len(keys)
-    return recipe_rows(recipe, spec, keys, np.stack(images)), keys, prepare_s
+    return rows, (time.perf_counter() - started) / len(rows)
 
 
-def _probe_teacher(resolved: Resolved, rows: Rows, keys: Sequence[str]) -> tuple[ShardArrays, float, int | None]:
-    """A shard of the probe's images, seconds per image of a full batch after warm-up, codec included, peak bytes on
-    the GPU."""
+def _probe_producer(
+    producer: Producer, recipe: Recipe, rows: Sequence[PreparedRow]
+) -> tuple[ShardArrays, float, int | None]:
+    """A shard of the probe's rows, seconds per row of a full batch after warm-up, codec included, peak bytes on the
+    GPU."""
     import torch
 
-    recipe, device = resolved.recipe, resolved.recipe.compute.device
-    if device == "cuda":
+    from dtpipe.extract.teachers.arithmetic import exact
+
+    compute = recipe.compute
+    if compute.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    encode(resolved.teacher, rows, device, recipe.compute)
-    started = time.perf_counter()
-    encoded = encode(resolved.teacher, rows, device, recipe.compute)
-    assert encoded.images is not None
-    batch = CodedBatch([IndexRow(row=row, key=key, shard=0) for row, key in enumerate(keys)], encoded.images)
-    shard = ShardBuffer(recipe, len(keys))
-    batch.start(encoded.levels, shard.codecs)
-    shard.take(batch)
-    seconds = (time.perf_counter() - started) / recipe.compute.batch_size
-    return shard.arrays(), seconds, torch.cuda.max_memory_allocated() if device == "cuda" else None
+    with exact(torch.device(compute.device), compute.threads):
+        producer.produce(rows)
+        started = time.perf_counter()
+        produced = producer.produce(rows)
+        batch = CodedBatch([prepared.index for prepared in rows], produced.images)
+        shard = ShardBuffer(recipe, len(rows))
+        batch.start(produced.levels, shard.codecs)
+        shard.take(batch)
+        seconds = (time.perf_counter() - started) / compute.batch_size
+    return shard.arrays(), seconds, torch.cuda.max_memory_allocated() if compute.device == "cuda" else None
 
 
 def _probe_store(recipe: Recipe, shard: ShardArrays) -> tuple[int, float]:
     """Stored bytes per sample and seconds per sample, from a shard that is never written."""
     num = len(shard.rows)
-    small = recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})})
-    plan = Plan(format=recipe.format, recipe=small, num_rows=num, num_shards=1, listing_blake3=blake3_hex(b""))
-    started = time.perf_counter()
+    plan = _plan_of(recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})}), num)
+    numbered = [index.model_copy(update={"row": row}) for row, index in enumerate(shard.rows)]
+    shard, started = replace(shard, rows=numbered), time.perf_counter()
     size = sum(len(encoded.data) for encoded in encode_shard(plan, 0, shard) if blake3_hex(encoded.data))
     return size // num, (time.perf_counter() - started) / num
+
+
+def _plan_of(recipe: Recipe, num_rows: int) -> Plan:
+    """A plan that is never written."""
+    num_shards = -(-num_rows // recipe.shard.samples)
+    return Plan(
+        format=recipe.format, recipe=recipe, num_rows=num_rows, num_shards=num_shards, listing_blake3=blake3_hex(b"")
+    )
 
 
 def _bytes_by_array(recipe: Recipe) -> dict[str, int]:
@@ -178,12 +185,12 @@ def _stored_image(recipe: Recipe) -> tuple[int, int] | None:
     return None if recipe.images == "joined" else (recipe.transform.height, recipe.transform.width)
 
 
-def _workers(config: ExtractConfig, device: str) -> int:
+def _workers(run: ExtractRun, device: str) -> int:
     """Actors there would be on this machine; a cluster's size is not asked for."""
-    if config.run.inline:
+    if run.inline:
         return 1
-    if config.run.workers is not None:
-        return config.run.workers
+    if run.workers is not None:
+        return run.workers
     import os
 
     import torch

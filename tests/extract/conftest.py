@@ -16,6 +16,7 @@ import pytest
 from dtpipe.extract.config import ExtractConfig
 from parts.extractions import MakeConfig
 from parts.images import write_images
+from parts.interpreters import LabelSettings
 from parts.paths import PARTS
 
 
@@ -68,7 +69,9 @@ class Runs:
         self._process.stdin.flush()
         return self._read()
 
-    def start(self, config: ExtractConfig, fault: str = "", action: str = "extract", sync: bool = False) -> int:
+    def start(
+        self, config: ExtractConfig | LabelSettings, fault: str = "", action: str = "extract", sync: bool = False
+    ) -> int:
         """Begin a run; its process id. With `sync` it writes at a disk's pace, so that it can be killed in between."""
         pid = self._ask(
             action=action, config=config.model_dump(mode="json"), fault=fault, folder=str(self._folder), sync=sync
@@ -88,7 +91,7 @@ class Runs:
         """What a run wrote to stderr."""
         return (self._folder / f"{pid}.log").read_text()
 
-    def finish(self, config: ExtractConfig) -> dict[str, Any]:
+    def finish(self, config: ExtractConfig | LabelSettings) -> dict[str, Any]:
         """Run to the end; the result."""
         pid = self.start(config)
         assert self.wait(pid) == 0, self.log(pid)

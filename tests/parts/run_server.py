@@ -32,6 +32,7 @@ PRELOADED = (
         "dtpipe.extract.cluster.ray",
         "dtpipe.extract.cluster.actor",
         "dtpipe.extract.teachers.diffusion.unet",
+        "dtpipe.pipeline.soft_labels.request",
     ),
     "dtpipe.manifests.check.repair",
 )
@@ -71,10 +72,11 @@ def _fork(request: dict[str, Any]) -> int:
 def _run(request: dict[str, Any]) -> None:
     """In the child: do what was asked and write down how it ended."""
     from dtpipe.extract.config import ExtractConfig
-    from dtpipe.extract.run import run_extraction
+    from dtpipe.extract.run import run_extraction, run_work
     from dtpipe.manifests.check.repair import repair
     from dtpipe.manifests.errors import DtpipeError
     from dtpipe.manifests.store.faults import arm_spec
+    from dtpipe.pipeline.soft_labels.request import request_of
 
     os.setpgid(0, 0)
     if not request["sync"]:
@@ -84,13 +86,16 @@ def _run(request: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     arm_spec(request["fault"])
-    config = ExtractConfig.model_validate(request["config"])
+    settings = request["config"]
     try:
         if request["action"] == "repair":
-            repair(config.run.out)
+            repair(settings.get("extract", settings)["run"]["out"])
             answer: dict[str, Any] = {"repaired": True}
+        elif "soft_labels" in settings:
+            labels = request_of(settings, {})
+            answer = dataclasses.asdict(run_work(labels.run, labels.resolve, labels.record))
         else:
-            answer = dataclasses.asdict(run_extraction(config))
+            answer = dataclasses.asdict(run_extraction(ExtractConfig.model_validate(settings)))
     except DtpipeError as err:
         answer = {"error": type(err).__name__, "message": str(err), "exit_code": err.exit_code}
     Path(f"{stem}.json").write_text(json.dumps(answer))

@@ -16,13 +16,16 @@ import psutil
 import pytest
 
 from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.check.verify import verify
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.store.faults import FAULT_POINTS
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import committed_shards
 from dtpipe.manifests.write.plan import PLAN_FILE, load_plan
 from parts.damage import flipped
-from parts.extractions import MakeConfig
+from parts.extractions import MakeConfig, extract_config
+from parts.interpreters import LabelSettings, label_settings, write_interpreter
 
 NUM_SHARDS = 20
 REPAIR_POINTS = tuple(name for name in FAULT_POINTS if name.startswith("repair."))
@@ -65,7 +68,7 @@ def done_shards(out: str) -> set[int]:
 
 
 def assert_recovers(
-    runs: Any, config: ExtractConfig, digest: str, workers: int = 1, num_shards: int = NUM_SHARDS
+    runs: Any, config: ExtractConfig | LabelSettings, digest: str, workers: int = 1, num_shards: int = NUM_SHARDS
 ) -> None:
     """The same command again: the same digest, and only what was not committed is done, at most one shard twice."""
     done = done_shards(config.run.out)
@@ -124,6 +127,26 @@ def damage(out: str) -> None:
     name = next(name for name in store.list("data") if re.search(r"/l\d/c/7/|/00007\.tar$", name))
     data = store.read(name)
     store.write(name, flipped(data, len(data) // 3, 0x10))
+
+
+@pytest.fixture(scope="module")
+def features(many_images: Path, ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Features of sixty images, and an interpreter beside them."""
+    folder = tmp_path_factory.mktemp("features")
+    url = run_extraction(extract_config(many_images, ddpm, folder / "all", shard={"samples": 60}, batch_size=60)).url
+    write_interpreter(folder / "head", FeatureDataset.open(url).levels)
+    return url
+
+
+@pytest.mark.parametrize("point", ["plan.created", "shard.object", "commit.before", "merge.before_manifest"])
+def test_a_kill_loses_at_most_one_shard_of_soft_labels(point: str, features: str, runs: Any, tmp_path: Path) -> None:
+    head = str(Path(features).parent / "head")
+    settings = label_settings(head, features, tmp_path / "labels")
+    digest = runs.finish(label_settings(head, features, tmp_path / "unbroken"))["digest"]
+    pid = runs.start(settings, fault=f"{point}:{NTH.get(point, 1)}")
+    assert runs.wait(pid) == -signal.SIGKILL
+    assert f"fault point {point}: kill" in runs.log(pid)
+    assert_recovers(runs, settings, digest)
 
 
 def test_twenty_random_kills_of_an_inline_run(

@@ -1,0 +1,156 @@
+"""An interpreter at work: which views and levels it reads of features, and the soft labels that come out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtpipe.distill.labels.files import LoadedInterpreter, load_interpreter
+from dtpipe.distill.labels.interpreter import FeatureInterpreter, InterpreterSpec, views_in_channels
+from dtpipe.manifests.codecs.registry import open_codec
+from dtpipe.manifests.codecs.topk import TOPK
+from dtpipe.manifests.errors import ConfigError, TeacherError
+from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, StoredDtype
+from dtpipe.manifests.soft_labels import LabelView, label_views, soft_label_name
+
+if TYPE_CHECKING:
+    from dtpipe.pipeline.soft_labels.config import SoftLabelConfig
+
+LOGITS = "logits"
+"""Where the level of soft labels is read, as its tap says it."""
+_LARGEST_STRIDE = 512  # of a level's name
+
+
+@dataclass(frozen=True)
+class OpenHead:
+    """An interpreter on a device, for the views of some features."""
+
+    network: FeatureInterpreter
+    level: LevelSpec
+    """Of the soft labels."""
+    views: Sequence[LabelView]
+    device: str
+    batch_size: int
+
+    @torch.inference_mode()
+    def soft_labels(self, levels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits, averaged down to the level's cells. A row's do not depend on the rows beside it: short batches are
+        padded.
+
+        Shapes: {level: (B, V, C, h, w)} of at most a batch -> {level of soft labels: (B, V', K, h, w)}, float32.
+        """
+        num_rows, read = len(next(iter(levels.values()))), [level.name for level in self.network.spec.levels]
+        padded = {name: self._padded(levels[name]) for name in read}
+        logits = [
+            self.network(
+                views_in_channels({name: [values[:, idx] for idx in view.reads] for name, values in padded.items()})
+            )
+            for view in self.views
+        ]
+        cells = (self.level.height, self.level.width)
+        shrunk = [values if values.shape[-2:] == cells else F.adaptive_avg_pool2d(values, cells) for values in logits]
+        return {self.level.name: torch.stack(shrunk, dim=1)[:num_rows]}
+
+    def _padded(self, values: Tensor) -> Tensor:
+        values = values.to(self.device, torch.float32)
+        missing = self.batch_size - len(values)
+        return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing > 0 else values
+
+
+def open_head(interpreter: str, recipe: Recipe, features: Recipe, device: str) -> OpenHead:
+    """The interpreter that a recipe of soft labels names, for features of another recipe.
+
+    Raises: TeacherError when the folder holds another one; as `load_interpreter`.
+    """
+    loaded = load_interpreter(interpreter, device)
+    if loaded.digest != recipe.teacher.weights_blake3:
+        raise TeacherError(
+            f"{interpreter} on {os.uname().nodename}: the interpreter has digest {loaded.digest[:16]}.., the plan says "
+            f"{recipe.teacher.weights_blake3[:16]}..; give every node the same one, or choose another --out"
+        )
+    views = views_of(loaded, features)
+    (level,) = recipe.levels
+    return OpenHead(loaded.network, level, views, device, recipe.compute.batch_size)
+
+
+def views_of(loaded: LoadedInterpreter, features: Recipe) -> tuple[LabelView, ...]:
+    """The views of an interpreter's soft labels. Raises: ConfigError as `label_views`."""
+    timesteps = loaded.record.get("timesteps")
+    trained = timesteps if isinstance(timesteps, list) else None
+    return label_views(features.views, loaded.network.spec.num_views, trained)
+
+
+def levels_read(spec: InterpreterSpec, levels: Sequence[LevelSpec], where: str) -> tuple[LevelSpec, ...]:
+    """The levels of features that an interpreter reads. Raises: ConfigError naming the one that is not there."""
+    stored = {level.name: level for level in levels if level.role == "features"}
+    for level in spec.levels:
+        found = stored.get(level.name)
+        if found is None or (found.stride, found.channels) != (level.stride, level.channels):
+            there = ", ".join(f"{one.name} (stride {one.stride}, {one.channels} channels)" for one in stored.values())
+            raise ConfigError(
+                f"the interpreter reads level {level.name} of stride {level.stride} with {level.channels} channels, "
+                f"and {where} has {there or 'no features'}; give it the features that it was trained on"
+            )
+    return tuple(stored[level.name] for level in spec.levels)
+
+
+def label_level(
+    config: SoftLabelConfig,
+    spec: InterpreterSpec,
+    read: Sequence[LevelSpec],
+    student_px: tuple[int, int],
+    dtype: StoredDtype,
+) -> LevelSpec:
+    """The level of soft labels that an interpreter makes of the levels it reads.
+
+    Raises: ConfigError for a stride or a number of classes that it cannot have.
+    """
+    stride, cells = _cells(config.stride, spec, read, student_px)
+    codec = CodecSpec() if config.top_k is None else CodecSpec(name=TOPK, parameters={"k": config.top_k})
+    level = LevelSpec(
+        name=soft_label_name(stride),
+        stride=stride,
+        channels=len(spec.classes),
+        height=cells[0],
+        width=cells[1],
+        dtype=dtype,
+        tap=LOGITS,
+        codec=codec,
+        role="soft_labels",
+    )
+    open_codec(level)
+    return level
+
+
+def _cells(
+    stride: int | None, spec: InterpreterSpec, read: Sequence[LevelSpec], student_px: tuple[int, int]
+) -> tuple[int, tuple[int, int]]:
+    """Stride, height and width of the logits."""
+    if spec.kind == "classes":
+        if stride is not None:
+            raise ConfigError(
+                f"--stride is {stride}, and the interpreter gives one class for the whole image; leave it out"
+            )
+        return min(_LARGEST_STRIDE, 1 << (max(student_px) - 1).bit_length()), (1, 1)
+    finest = min(read, key=lambda level: level.stride)
+    stride = finest.stride if stride is None else stride
+    factor = stride // finest.stride
+    if (
+        stride & (stride - 1)
+        or not 1 <= stride <= _LARGEST_STRIDE
+        or factor < 1
+        or finest.height % factor
+        or finest.width % factor
+    ):
+        raise ConfigError(
+            f"--stride is {stride}; logits of this interpreter have stride {finest.stride} and "
+            f"{finest.height}x{finest.width} cells, and can be averaged down to a multiple of it by a power of 2 that "
+            "divides both sides"
+        )
+    return stride, (finest.height // factor, finest.width // factor)
