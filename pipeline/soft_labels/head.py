@@ -58,7 +58,7 @@ class OpenHead:
         return {self.level.name: torch.stack(shrunk, dim=1)[:num_rows]}
 
     def _padded(self, values: Tensor) -> Tensor:
-        values = values.to(self.device, torch.float32)
+        values = values.to(self.device, torch.float32).contiguous()  # other layouts round otherwise
         missing = self.batch_size - len(values)
         return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing > 0 else values
 

@@ -38,7 +38,7 @@ def test_what_is_ignored_is_told_by_plan_extract_and_inspect_and_changes_no_dige
     assert said.index(LINE) < said.index("")  # before any work
     results = [first, run_extraction(config)]
     for result in results:
-        extract_command._print_result(Console(), result, joined=False)
+        extract_command._print_result(Console(), result, "dtpipe distill")
     inspect_command._print(Console(), describe_dataset(results[0].url))
     assert capsys.readouterr().out.count(LINE + "\n") == 4
     assert {result.digest for result in results} == {digest}

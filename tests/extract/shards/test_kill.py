@@ -130,19 +130,20 @@ def damage(out: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def features(many_images: Path, ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Features of sixty images, and an interpreter beside them."""
+def labels(many_images: Path, ddpm: Path, runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """An interpreter, features of sixty images, and the digest of their soft labels."""
     folder = tmp_path_factory.mktemp("features")
     url = run_extraction(extract_config(many_images, ddpm, folder / "all", shard={"samples": 60}, batch_size=60)).url
-    write_interpreter(folder / "head", FeatureDataset.open(url).levels)
-    return url
+    head = write_interpreter(folder / "head", FeatureDataset.open(url).levels)
+    return head, url, runs.finish(label_settings(head, url, folder / "unbroken"))["digest"]
 
 
 @pytest.mark.parametrize("point", ["plan.created", "shard.object", "commit.before", "merge.before_manifest"])
-def test_a_kill_loses_at_most_one_shard_of_soft_labels(point: str, features: str, runs: Any, tmp_path: Path) -> None:
-    head = str(Path(features).parent / "head")
+def test_a_kill_loses_at_most_one_shard_of_soft_labels(
+    point: str, labels: tuple[str, str, str], runs: Any, tmp_path: Path
+) -> None:
+    head, features, digest = labels
     settings = label_settings(head, features, tmp_path / "labels")
-    digest = runs.finish(label_settings(head, features, tmp_path / "unbroken"))["digest"]
     pid = runs.start(settings, fault=f"{point}:{NTH.get(point, 1)}")
     assert runs.wait(pid) == -signal.SIGKILL
     assert f"fault point {point}: kill" in runs.log(pid)
