@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from dtpipe.extract.recipe import list_source
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.schema import Plan, TransformRecipe, height_width
+from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import load_plan
@@ -79,7 +80,7 @@ class TrainedOn:
         )
 
     def teacher(self) -> RunTeacher:
-        """The teacher of the first dataset, or the live one."""
+        """The teacher of the first dataset of features, or the live one."""
         plan = self._plan()
         if plan is not None:
             recipe, transform = plan.recipe, plan.recipe.transform
@@ -92,5 +93,12 @@ class TrainedOn:
 
     def _plan(self) -> Plan | None:
         with suppress(DtpipeError):
-            return load_plan(Store(self.urls[0])) if self.urls else None
+            return load_plan(Store(of_a_teacher(self.urls))) if self.urls else None
         return None
+
+
+def of_a_teacher(urls: Sequence[str]) -> str:
+    """The first of some datasets that holds features, or the first of all where none does or a plan cannot be read."""
+    with suppress(DtpipeError):
+        return next((url for url in urls if soft_labels_of(load_plan(Store(url)).recipe) is None), urls[0])
+    return urls[0]

@@ -23,7 +23,7 @@ from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import ViewSpec
 from dtpipe.pipeline.live.recorded import open_teacher
-from dtpipe.pipeline.trained_on import TrainedOn
+from dtpipe.pipeline.trained_on import TrainedOn, of_a_teacher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,8 @@ def diffusion_teacher(run: Path, config: DistillConfig) -> TimestepTeacher:
 
 def _load(run: Path, config: DistillConfig, device: str) -> tuple[Teacher, tuple[int, int], str]:
     if config.datasets:
-        opened = open_teacher(FeatureDataset.open(config.datasets[0], allow_incomplete=True).plan, {}, device)
+        dataset = FeatureDataset.open(of_a_teacher(config.datasets), allow_incomplete=True)
+        opened = open_teacher(dataset.plan, {}, device)
         transform = opened.recipe.transform
         return opened.teacher, (transform.height, transform.width), opened.device
     recorded = TrainedOn.of(str(run)).teacher()
