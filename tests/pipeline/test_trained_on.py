@@ -9,9 +9,14 @@ import yaml
 
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.schema import TransformRecipe
+from dtpipe.manifests.schema import LevelSpec, TransformRecipe, ViewSpec
+from dtpipe.manifests.soft_labels import interpreter_recipe
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.listing import Listing
+from dtpipe.manifests.write.plan import start_plan
 from dtpipe.pipeline.trained_on import TrainedOn
 from parts import paths
+from parts.datasets import make_recipe
 
 GOLDEN = paths.GOLDEN / "v1_zarr"
 
@@ -29,6 +34,17 @@ def test_a_run_on_datasets_knows_their_keys_and_their_teacher(tmp_path: Path) ->
     assert teacher.timestep == recipe.views[0].timestep
     assert teacher.image_px == (recipe.transform.height, recipe.transform.width)
     assert not teacher.synthesizes
+
+
+def test_the_teacher_of_a_run_is_of_its_features_whatever_stands_first(tmp_path: Path) -> None:
+    levels = (LevelSpec(name="l2.labels", stride=4, channels=2, height=8, width=8, tap="logits", role="soft_labels"),)
+    teacher = interpreter_recipe("0" * 64, ("a", "b"), {"dataset": "1" * 64})
+    labels = make_recipe(levels=levels, teacher=teacher, views=(ViewSpec(draw=0, timestep=999),))
+    start_plan(Store(tmp_path / "labels"), labels, Listing(("a",), ("0",), (None,)), {})
+    run = write_run(tmp_path / "run", distill={"datasets": [str(tmp_path / "labels"), str(GOLDEN)]})
+    assert run.teacher().timestep == FeatureDataset.open(GOLDEN).views[0].timestep
+    alone = write_run(tmp_path / "alone", distill={"datasets": [str(tmp_path / "labels")]})
+    assert "path" not in alone.teacher().settings
 
 
 def test_a_run_on_images_knows_them_and_its_live_teacher(tmp_path: Path, image_folder: Path) -> None:
