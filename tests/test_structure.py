@@ -26,6 +26,7 @@ STILL_IN_CIRCLES: list[set[str]] = []
 BY_PROTOCOL = {
     ("EXAMPLE", "FLAGS", "HELP", "command"): "pipeline/commands/",
     ("FORMAT", "check", "documents", "finetune", "reload", "sizes", "snippet", "write"): "distill/export/",
+    ("CODEC",): "manifests/codecs/",
     ("LOSS",): "distill/losses/",
     ("REGRESSOR",): "distill/student/regressors/",
     ("KIND",): "extract/",

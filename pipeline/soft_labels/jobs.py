@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from dtpipe.distill.labels.head import OpenHead, open_head
 from dtpipe.extract.encode import Encoded
 from dtpipe.extract.shards.producer import PreparedRow
 from dtpipe.extract.shards.teacher import TeacherJob, TeacherProducer
@@ -17,7 +17,6 @@ from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.write.listing import Listing
-from dtpipe.pipeline.soft_labels.head import OpenHead, open_head
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,8 @@ class CachedProducer:
 
     def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
         """As `Producer.produce`; bad rows are zeros."""
+        import torch
+
         first = next(row.content for row in rows if row.content is not None)
         missing = {name: np.zeros_like(values) for name, values in first.items()}
         contents = [missing if row.content is None else row.content for row in rows]

@@ -5,12 +5,12 @@ those that its teacher gives again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from dtpipe.distill.labels.head import OpenHead, open_head
 from dtpipe.extract.device import pick_device
 from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.schema import IndexRow, Plan
@@ -18,8 +18,10 @@ from dtpipe.manifests.soft_labels import live_features_of, soft_labels_of
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import load_plan
 from dtpipe.pipeline.live.recorded import open_teacher
-from dtpipe.pipeline.soft_labels.head import OpenHead, open_head
 from dtpipe.pipeline.soft_labels.jobs import CachedProducer, open_features
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Item = TypeVar("_Item")
 _Again = Callable[[NDArray[np.uint8], Sequence[str]], dict[str, NDArray[np.generic]]]
@@ -91,5 +93,7 @@ def _batches(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _joined(batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, NDArray[np.generic]]:
+def _joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, NDArray[np.generic]]:
+    import torch
+
     return {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dtpipe.distill.labels.files import LoadedInterpreter, load_interpreter
+from dtpipe.distill.labels.head import label_level, levels_read, views_of
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.recipe import device_type, resolve_recipe
@@ -21,7 +22,6 @@ from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import bytes_per_sample, find_plan, shard_samples_for
 from dtpipe.pipeline.soft_labels.config import CachedConfig, SoftLabelConfig
-from dtpipe.pipeline.soft_labels.head import label_level, levels_read, views_of
 from dtpipe.pipeline.soft_labels.jobs import CachedJob, LiveJob, digest_of
 
 
@@ -99,7 +99,7 @@ def _label_level(
     """The level of soft labels, and the recipe of the features that are read for it. Raises: ConfigError."""
     _refuse_other_teacher(head, features, where)
     read = levels_read(head.network.spec, features.levels, where)
-    level = label_level(labels, head.network.spec, read, features.student_px, dtype)
+    level = label_level(head.network.spec, read, features.student_px, dtype, labels.stride, labels.top_k)
     return level, features.model_copy(update={"levels": read})
 
 

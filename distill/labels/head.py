@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,6 @@ from dtpipe.manifests.codecs.topk import TOPK
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, StoredDtype
 from dtpipe.manifests.soft_labels import LabelView, label_views, soft_label_name
-
-if TYPE_CHECKING:
-    from dtpipe.pipeline.soft_labels.config import SoftLabelConfig
 
 LOGITS = "logits"
 """Where the level of soft labels is read, as its tap says it."""
@@ -101,18 +97,19 @@ def levels_read(spec: InterpreterSpec, levels: Sequence[LevelSpec], where: str) 
 
 
 def label_level(
-    config: SoftLabelConfig,
     spec: InterpreterSpec,
     read: Sequence[LevelSpec],
     student_px: tuple[int, int],
-    dtype: StoredDtype,
+    dtype: StoredDtype = "float16",
+    stride: int | None = None,
+    top_k: int | None = None,
 ) -> LevelSpec:
     """The level of soft labels that an interpreter makes of the levels it reads.
 
     Raises: ConfigError for a stride or a number of classes that it cannot have.
     """
-    stride, cells = _cells(config.stride, spec, read, student_px)
-    codec = CodecSpec() if config.top_k is None else CodecSpec(name=TOPK, parameters={"k": config.top_k})
+    stride, cells = _cells(stride, spec, read, student_px)
+    codec = CodecSpec() if top_k is None else CodecSpec(name=TOPK, parameters={"k": top_k})
     level = LevelSpec(
         name=soft_label_name(stride),
         stride=stride,
