@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.layouts.base import LabelledSource, Layout
-from dtpipe.extract.sources.layouts.coco_json import open_coco, parse_coco
+from dtpipe.extract.sources.layouts.coco_json import field_of, number_categories, open_coco, parse_coco
 from dtpipe.extract.sources.layouts.files import Tree, few
+from dtpipe.extract.sources.layouts.json_stream import read_entries
 from dtpipe.extract.sources.layouts.listed import ListedSource
 from dtpipe.extract.sources.layouts.published.pairs import left_over
 from dtpipe.extract.sources.layouts.published.pixels import read_label, read_png
@@ -116,28 +117,33 @@ def _join(tree: Tree, split: str, folder: str, stated: Mapping[str, _Segments], 
 
 
 def _document(data: bytes, where: str) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+    """The entries of its lists; segments as JSON, which takes less room."""
+    document: dict[str, list[Mapping[str, Any]]] = {part: [] for part in ("images", "annotations", "categories")}
+
+    def take(part: str, entry: Any) -> None:
+        if not isinstance(entry, dict):
+            raise TypeError(f"{entry!r} stands among its {part}")
+        if "segments_info" in entry:
+            entry = {**entry, "segments_info": json.dumps(entry["segments_info"])}
+        document[part].append(entry)
+
     try:
-        document = json.loads(data)
-        whole = all(isinstance(document[part], list) for part in ("images", "annotations", "categories"))
+        names = read_entries(data, document.keys(), take)
+        for part in document:
+            if not names[part]:
+                raise TypeError(f"{part} is no list")
     except (ValueError, RecursionError, KeyError, TypeError) as err:
         raise InputError(f"{where}: is no file of panoptic annotations ({err}); fetch it again") from err
-    if not whole or not document["images"]:
+    if not document["images"]:
         raise InputError(f"{where}: lists no image; fetch it again")
-    return document  # type: ignore[no-any-return]
+    return document
 
 
 def _classes(categories: Sequence[Mapping[str, Any]], where: str) -> tuple[ClassTable, Mapping[int, int]]:
-    """The table, and the class number of each id."""
-    try:
-        by_id = {int(category["id"]): category for category in categories}
-        ids = sorted(by_id)
-        names = tuple(str(by_id[own]["name"]) for own in ids)
-        things = frozenset(number for number, own in enumerate(ids) if by_id[own]["isthing"])
-    except (KeyError, TypeError, ValueError) as err:
-        raise InputError(f"{where}: a category is not as published: {_flaw(err)}; fetch it again") from err
-    if len(set(names)) < len(categories):
-        raise InputError(f"{where}: {len(categories)} categories share names or ids; fetch it again")
-    return ClassTable(names, things, dict(enumerate(ids))), {own: number for number, own in enumerate(ids)}
+    """The table with its things, and the class number of each id."""
+    table, numbers = number_categories(categories, where)
+    named = {own["id"]: field_of(own, "isthing", f"{where}: category {own['id']}") for own in categories}
+    return replace(table, things=frozenset(numbers[own] for own, is_thing in named.items() if is_thing)), numbers
 
 
 def _segments(
@@ -153,7 +159,9 @@ def _segments(
             name = names[annotation["image_id"]]
             if name in stated:
                 raise InputError(f"{where}: annotates {name} twice; leave one of them")
-            rows = [_segment(segment, numbers, f"{where}: {name}") for segment in annotation["segments_info"]]
+            rows = [
+                _segment(segment, numbers, f"{where}: {name}") for segment in json.loads(annotation["segments_info"])
+            ]
             stated[name] = _Segments(str(annotation["file_name"]), json.dumps(rows).encode())
     except (KeyError, TypeError, ValueError) as err:
         raise InputError(

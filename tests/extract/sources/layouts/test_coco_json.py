@@ -190,6 +190,16 @@ def test_what_is_wrong_with_a_file_is_named_when_it_is_opened(change: Callable[[
         parse_coco(json.dumps(document).encode(), "labels.json")
 
 
+def test_lists_may_stand_in_any_order() -> None:
+    document = coco_document()
+    document["annotations"][-1]["image_id"] = 77
+    expected = parse_coco(json.dumps(document).encode(), "x")
+    turned = parse_coco(json.dumps(dict(reversed(document.items()))).encode(), "x")
+    assert list(turned.images.values()) == list(expected.images.values())
+    assert (turned.has_masks, turned.notes, turned.classes) == (expected.has_masks, expected.notes, expected.classes)
+    assert expected.notes == ("x: left out 1 annotation of images that the file does not list, image_id 77 for one",)
+
+
 @pytest.mark.parametrize(("data", "said"), [(b"{", "is no JSON"), (b"[]", "holds a list, as files of results do")])
 def test_what_is_no_file_of_annotations_is_refused(data: bytes, said: str) -> None:
     with pytest.raises(InputError, match=f"labels.json: {said}"):
