@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from dtpipe.distill.downstream.extractors import RANDOM_INIT, random_student
+from dtpipe.distill.downstream.tuned.segmentation.distilled import DistilledDecoder, decoder_of
 from dtpipe.distill.student.foreign import load_foreign
 from dtpipe.distill.student.load import export_layout, load_student
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
@@ -70,6 +71,8 @@ class Arm:
     """How many students there are: 1 is the same for all seeds; None: another for each."""
     members: tuple[ArmMember, ...] = ()
     """Where they come from."""
+    decoder_for: Callable[[int], DistilledDecoder | None] = lambda _seed: None
+    """What label distillation trained beside the student of a seed; None where nothing did."""
 
 
 def parse_arm(text: str, name: str | None = None) -> ArmSpec:
@@ -171,10 +174,17 @@ def random_arm(spec: StudentSpec) -> Arm:
 
 
 def _opened(arm: ArmSpec, spec: StudentSpec, seeds: range) -> Arm:
-    def student_for(seed: int) -> Student:
-        return load_member(arm.members[seeds.index(seed) if len(arm.members) > 1 else 0], spec)
+    def member_of(seed: int) -> ArmMember:
+        return arm.members[seeds.index(seed) if len(arm.members) > 1 else 0]
 
-    return Arm(arm.name, student_for, len(arm.members), arm.members)
+    def student_for(seed: int) -> Student:
+        return load_member(member_of(seed), spec)
+
+    def decoder_for(seed: int) -> DistilledDecoder | None:
+        member = member_of(seed)
+        return decoder_of(member.path) if member.is_run and member.path is not None else None
+
+    return Arm(arm.name, student_for, len(arm.members), arm.members, decoder_for)
 
 
 def _check(arm: ArmSpec, spec: StudentSpec | None, note: Note) -> StudentSpec:

@@ -17,12 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dtpipe.distill.downstream.tuned.base import TaskNetwork, TunedTask
-from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.downstream.tuned.config import HeadConfig, TuneConfig
 from dtpipe.distill.downstream.tuned.load import TunedModel, load_tuned
-from dtpipe.distill.downstream.tuned.network import classes_from_dict, classes_to_dict
+from dtpipe.distill.downstream.tuned.network import classes_from_dict, classes_to_dict, resolve
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.distill.downstream.tuned.scoring import image_tensor
-from dtpipe.distill.student.load import WEIGHTS
+from dtpipe.distill.downstream.tuned.segmentation.distilled import decoder_in, take_decoder
+from dtpipe.distill.downstream.tuned.trainer import TUNED_KIND
+from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.student.load import WEIGHTS, student_state
 from dtpipe.distill.student.student import build_student, spec_from_dict, spec_to_dict
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, ExportError, InputError, StoreError
 from dtpipe.manifests.labels import ClassTable, Pixels
@@ -33,6 +36,8 @@ from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import whole_files
 from dtpipe.manifests.words import count_of
 
+DISTILLED_KIND = "distill"
+"""Of the checkpoints of distillations."""
 PREDICTOR_RECORD = "predictor.json"
 """Beside the weights: task, student, classes, settings, and the digest of the weights."""
 _VERSION = 1
@@ -73,7 +78,8 @@ class Predictor:
 def export_predictor(cell: str | Path, out: str | Path, ema: bool = True) -> Predictor:
     """Write the predictor of a tuned training into a folder, and load it again.
 
-    `cell` is the training's folder or checkpoint. Nothing is written unless the loaded network has the same weights and
+    `cell` is the training's folder or checkpoint, or those of a distillation of soft labels, whose decoder is the head.
+    Nothing is written unless the loaded network has the same weights and
     predicts the same of random images.
 
     Raises: InputError, DamagedDataError on a checkpoint that cannot be used; ConfigError when `out` holds something
@@ -82,7 +88,7 @@ def export_predictor(cell: str | Path, out: str | Path, ema: bool = True) -> Pre
     out = Path(out)
     if not (out / PREDICTOR_RECORD).is_file():
         refuse_other_folder(out, "dtpipe export --head", (WEIGHTS,))
-    model = load_tuned(cell, ema)
+    model = _distilled(cell, ema) or load_tuned(cell, ema)
     try:
         with whole_files(out, f".{os.getpid()}.predictor") as folder:
             write_predictor(model, folder)
@@ -90,6 +96,32 @@ def export_predictor(cell: str | Path, out: str | Path, ema: bool = True) -> Pre
     except (OSError, SafetensorError) as err:
         raise StoreError(f"{out} cannot be written: {err}; make room or choose another --out") from err
     return load_predictor(out)
+
+
+def _distilled(run: str | Path, ema: bool) -> TunedModel | None:
+    """The student of a distillation with its decoder of soft labels, as `segment` takes them; None for another folder.
+
+    Raises: InputError when there is no decoder of maps.
+    """
+    path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
+    state = load_checkpoint(path, TUNED_KIND, DISTILLED_KIND)
+    if state["kind"] != DISTILLED_KIND:
+        return None
+    decoder = decoder_in(state, ema)
+    if decoder is None or not decoder.of_maps:
+        what = "no decoder of soft labels" if decoder is None else "a decoder of whole images' classes, not of masks"
+        raise InputError(
+            f"{path}: the run has {what}, so no head to export; distil with soft labels of masks joined, or give the "
+            "folder of a tuned training"
+        )
+    task, student = find_tuned("segment"), build_student(spec_from_dict(state["student_spec"]))
+    student.load_state_dict(student_state(state, ema))
+    head = HeadConfig(aux_weight=0.0, **decoder.head_settings)
+    config = resolve(task, student, TuneConfig(steps=max(1, int(state["step"])), head=head))
+    classes = ClassTable(decoder.classes)
+    network = task.build(student, classes, config)
+    take_decoder(network, decoder, classes)
+    return TunedModel(task, network.eval(), classes, config)
 
 
 def write_predictor(model: TunedModel, folder: Path) -> None:

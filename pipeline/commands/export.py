@@ -20,6 +20,7 @@ EXAMPLE = """
 dtpipe export runs/r50 --out r50/
 dtpipe export runs/r50 --out r50-det/ --layout torchvision-detection
 dtpipe export runs/r50/eval/segment/distilled-80-0 --head --out predictor/
+dtpipe export runs/mix --head --out predictor/
 """
 
 
@@ -28,7 +29,7 @@ def command(call: Call) -> None:
     """Write a student as timm, torchvision, detectron2, OpenMMLab, transformers or ONNX load it, without dtpipe.
 
     The file is loaded again and compared with the student before it takes its place. With --head it is a tuned training
-    with its head, for `dtpipe predict`.
+    with its head, or a distillation with its decoder of soft labels, for `dtpipe predict`.
     """
     config = call.settings("export")
     if config.head:
@@ -60,11 +61,13 @@ def command(call: Call) -> None:
 
 def _export_head(call: Call, config: ExportConfig) -> None:
     from dtpipe.distill.downstream.tuned.run import SCORE_FILE
+    from dtpipe.distill.downstream.tuned.segmentation.distilled import decoder_of
     from dtpipe.distill.export.predictor import export_predictor
 
     predictor = export_predictor(config.checkpoint, config.out)
     cell = Path(config.checkpoint)
-    if not ((cell if cell.is_dir() else cell.parent) / SCORE_FILE).is_file():
+    scored = ((cell if cell.is_dir() else cell.parent) / SCORE_FILE).is_file()
+    if not scored and decoder_of(cell) is None:
         call.console.note(f"{cell}: this training is not finished and scored; its last checkpoint was exported")
     call.console.pairs(
         {

@@ -59,7 +59,9 @@ def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
         raise ConfigError(f"task {task.name} trains no network, so there is nothing to plan; leave out -n")
     _, table = open_table(config, task, known_digests, note)
     counts = [count for *_, count in trainings(table)]
-    job = TuneJob(task, table.arms[0].student_for(table.seeds[0]), table.train, table.config, config.seed)
+    arm, seed = table.arms[0], table.seeds[0]
+    begun = TuneJob(task, arm.student_for(seed), table.train, table.config, config.seed)
+    job, _ = begun.started_from(arm.decoder_for(seed))
     device = training_device(config.device)
     num = min(job.config.micro_batch or job.config.batch_size, job.config.batch_size, max(len(table.train), 2))
     num = min(num, CPU_TUNE_IMAGES) if device.type == "cpu" else num

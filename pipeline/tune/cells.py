@@ -85,7 +85,9 @@ def run_cells(table: TunedTable, out: Path, train: Train, note: Callable[[str], 
     folders = folder_names([arm.name for arm in table.arms])
     for cell in table.cells():
         arm, num, seed = cell.arm, len(cell.labelled), cell.seed
-        job = TuneJob(table.task, arm.student_for(seed), cell.labelled, table.config, seed)
+        begun = TuneJob(table.task, arm.student_for(seed), cell.labelled, table.config, seed)
+        job, start = begun.started_from(arm.decoder_for(seed))
+        said += [f"{arm.name} {start}"] if start else []
         folder = out / f"{folders[cell.place]}-{num}-{seed}"
         named = f"{table.task.name}: {arm.name}, {num} labelled, seed {seed}"
         choice = chosen.get((arm.name, num)) if table.config.lr_choice == "first_seed" else None

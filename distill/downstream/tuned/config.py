@@ -63,6 +63,13 @@ class HeadConfig(StrictModel):
         "of the model: layer for ConvNeXts, none for ResNets.",
     )
     aux_weight: float = Field(default=0.4, ge=0, description="Of the auxiliary FCN head's loss; 0 leaves it out.")
+    ppm_scales: tuple[int, ...] = Field(
+        default=(1, 2, 3, 6), min_length=1, description="Of UPerNet: cells per side of each pooled map."
+    )
+    level_norms: bool = Field(
+        default=True,
+        description="Of segmentation: layer norms of a ConvNeXt's levels; a distilled decoder has learned without.",
+    )
     stride: int | None = Field(
         default=None, ge=1, description="Of fcn: stride of the one level it reads; default: all, joined at the finest."
     )
@@ -173,6 +180,11 @@ class TuneConfig(Settings):
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="Average of the weights, which is scored.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Of the forward pass; auto is bfloat16 on a GPU that has it."
+    )
+    from_decoder: bool = Field(
+        default=True,
+        description="Of segment and few-labels: an arm whose run distilled soft labels starts from its decoder too "
+        "(appendix G.4).",
     )
     augment: AugmentConfig = AugmentConfig()
     head: HeadConfig = HeadConfig()

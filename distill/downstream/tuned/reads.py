@@ -13,14 +13,16 @@ _MIX = ("augment.policy", "augment.erasing", "augment.mixup", "augment.cutmix", 
 _FINETUNED = ("backbone_lr", "layer_decay", "layer_groups", "drop_path", "frozen_norms")
 
 _CLASSIFIER = ("head.dropout", "head.pooled_norm", "head.loss", "inference.short_px", "inference.flips")
-_SEGMENTER = ("augment.max_class_share", "head.width", "head.norm", "head.dropout")
+_SEGMENTER = ("augment.max_class_share", "head.width", "head.norm", "head.dropout", "head.level_norms")
 _DETECTOR = ("head.width", "head.norm", "head.cascade", "head.convs", "head.masks", "head.anchor_scale")
 _FOUND = ("head.samples", "head.max_detections")
 
+FROM_DECODER = "from_decoder"
+"""Start from the decoder of label distillation, where the arm has one."""
 CLASSES_FROZEN_READ = frozenset((*_VIEWS, *_MIX, *_CLASSIFIER))
 CLASSES_READ = CLASSES_FROZEN_READ.union(_FINETUNED)
 _MASKS = frozenset((*_FINETUNED, *_VIEWS, *_SIZES, *_SEGMENTER, *_LOOK, *_LOOKS))
-UPERNET_READ = _MASKS | {"head.aux_weight"}
+UPERNET_READ = _MASKS | {"head.aux_weight", "head.ppm_scales", FROM_DECODER}
 FCN_READ = _MASKS | {"head.stride"}
 OBJECTS_READ = frozenset((*_FINETUNED, *_VIEWS, *_SIZES, *_DETECTOR, *_FOUND, *_LOOK))
 PANOPTIC_READ = OBJECTS_READ | {"head.semantic_weight", "head.min_stuff_px"}

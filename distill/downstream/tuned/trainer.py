@@ -8,7 +8,7 @@ or measures on its own images: batch norms (`sync_bn` makes them one), dropout, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,14 @@ from dtpipe.distill.downstream.tuned.network import (
     to_device,
     weights_fingerprint,
 )
+from dtpipe.distill.downstream.tuned.reads import FROM_DECODER
 from dtpipe.distill.downstream.tuned.schedule import rate_share
+from dtpipe.distill.downstream.tuned.segmentation.distilled import (
+    DistilledDecoder,
+    reading_as_distilled,
+    start_note,
+    take_decoder,
+)
 from dtpipe.distill.engine.device import autocast, pick_precision
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from dtpipe.distill.engine.run_folder import RunSettings
@@ -58,6 +65,17 @@ class TuneJob:
     config: TuneConfig
     seed: int = 0
     """Of the head's weights, order, augmentation and dropout."""
+    decoder: DistilledDecoder | None = None
+    """Where a head of segmentation starts; None: from weights of the seed."""
+
+    def started_from(self, decoder: DistilledDecoder | None) -> tuple[TuneJob, str | None]:
+        """The job with its head's start where task and settings allow, and a clause on it, or why it starts anew."""
+        if decoder is None or FROM_DECODER not in self.task.reads or not self.config.from_decoder:
+            return self, None
+        if (why := decoder.misfit(self.config.head)) is not None:
+            return self, f"starts from the backbone alone: {why}"
+        clause = start_note(decoder, fit_targets(self.task, self.labelled).classes)
+        return replace(self, decoder=decoder, config=reading_as_distilled(self.config)), clause
 
     @property
     def resolved(self) -> TuneConfig:
@@ -66,7 +84,9 @@ class TuneJob:
 
     def record(self) -> dict[str, Any]:
         """What the training is of, by content, as plain values."""
+        start = {} if self.decoder is None else {"start_decoder": self.decoder.digest}
         return {
+            **start,
             "task": self.task.name,
             "student": spec_to_dict(self.student.spec),
             "start": weights_fingerprint(self.student),
@@ -93,6 +113,8 @@ class Tuning:
         self.views = TrainingViews(self.labelled, job.task.augment(self.classes, self.config), job.seed)
         self.mix = job.task.mix(self.classes, self.config)
         self.model = build_tuned(job.task, job.student, self.classes, self.config, ranks, device)
+        if job.decoder is not None:
+            take_decoder(self.model, job.decoder, self.classes)
         check_parts(self.model, self.order, ranks)
         some = (self.views[View(row, 0)] for row in range(min(len(self.labelled), MEASURED_VIEWS)))
         measure_untouched(self.model, some, device)

@@ -21,8 +21,8 @@ class HeadLevels(nn.Module):
     and segmentation (facebookresearch/ConvNeXt), since no norm ends its stages.
     """
 
-    def __init__(self, student: Student, norm: str) -> None:
-        """norm: batch or group, inside the pyramid."""
+    def __init__(self, student: Student, norm: str, level_norms: bool = True) -> None:
+        """norm: batch or group, inside the pyramid; level_norms: those of a ConvNeXt."""
         super().__init__()
         self.strides, self.channels = student.strides, student.channels
         self.pyramid: SimplePyramid | None = None
@@ -30,7 +30,7 @@ class HeadLevels(nn.Module):
             self.pyramid = SimplePyramid(student.strides[0], student.channels[0], PYRAMID_STRIDES, norm)
             self.strides, self.channels = PYRAMID_STRIDES, self.pyramid.channels
         self.norms: nn.ModuleList | None = None
-        if "convnext" in student.spec.name:
+        if level_norms and "convnext" in student.spec.name:
             self.norms = nn.ModuleList(LayerNorm2d(channels, eps=1e-6) for channels in self.channels)
 
     def keep_only(self, used: Collection[int]) -> None:

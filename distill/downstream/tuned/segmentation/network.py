@@ -133,8 +133,8 @@ def to_prediction(bands: Iterable[Tensor]) -> MaskPrediction:
 def build_upernet(student: Student, classes: ClassTable, config: TuneConfig) -> Segmenter:
     """UPerNet with its auxiliary head of half the width. Raises: ConfigError where that has no level to read."""
     head_config = config.head
-    levels = HeadLevels(student, _norm_of(head_config))
-    decoder = RegressorConfig(width=head_config.width, norm=_norm_of(head_config))
+    levels = HeadLevels(student, _norm_of(head_config), head_config.level_norms)
+    decoder = RegressorConfig(width=head_config.width, norm=_norm_of(head_config), ppm_scales=head_config.ppm_scales)
     head = UPerNet(levels.channels, len(classes), decoder, head_config.dropout)
     return Segmenter(student, levels, head, _aux_head(student, levels, len(classes), head_config), len(classes), config)
 
@@ -142,7 +142,7 @@ def build_upernet(student: Student, classes: ClassTable, config: TuneConfig) -> 
 def build_fcn(student: Student, classes: ClassTable, config: TuneConfig) -> Segmenter:
     """Two convolutions on all levels, or on the one of `head.stride`. Raises: ConfigError where there is none."""
     head_config = config.head
-    levels = HeadLevels(student, _norm_of(head_config))
+    levels = HeadLevels(student, _norm_of(head_config), head_config.level_norms)
     used = tuple(range(len(levels.strides)))
     if head_config.stride is not None:
         remedy = "choose one of them, or leave it out for all"

@@ -1,0 +1,126 @@
+"""The decoder that label distillation trained beside a student: where a segmentation head may start from.
+
+One rule: a head of another width, norm or pooling starts anew, which is said; of other classes the classifier does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from dtpipe.distill.downstream.tuned.config import HeadConfig, TuneConfig
+from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.labels.decoder import DECODER, DECODER_EMA, DECODER_SPEC
+from dtpipe.manifests.labels import ClassTable
+
+_CLASSIFIER = "classifier."
+
+
+@dataclass(frozen=True)
+class DistilledDecoder:
+    """A decoder of soft labels as a checkpoint holds it."""
+
+    head: Mapping[str, Tensor]
+    """UPerNet's weights by name; of classes of whole images, a linear layer's."""
+    pyramid: Mapping[str, Tensor]
+    """Of a plain transformer's levels; else empty."""
+    of_maps: bool
+    classes: tuple[str, ...]
+    width: int
+    norm: str
+    ppm_scales: tuple[int, ...]
+    dropout: float
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        """Fields of `HeadConfig` that make the same layers. It reads levels as they are, a ConvNeXt's too."""
+        shape = {"width": self.width, "norm": self.norm, "ppm_scales": self.ppm_scales}
+        return {**shape, "dropout": self.dropout, "level_norms": False}
+
+    @property
+    def digest(self) -> str:
+        """blake3 of all weights by name."""
+        digest = blake3()
+        for name, value in [*sorted(self.head.items()), *sorted(self.pyramid.items())]:
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def misfit(self, config: HeadConfig) -> str | None:
+        """Why a head of these settings cannot start from it; None where it can."""
+        if not self.of_maps:
+            return "the decoder of its run is of whole images' classes"
+        own, other = ((of.width, of.norm, tuple(of.ppm_scales)) for of in (self, config))
+        if own == other:
+            return None
+        settings = f"-s eval.tune.head.width={self.width} -s eval.tune.head.norm={self.norm}"
+        scales = f" -s eval.tune.head.ppm_scales={list(self.ppm_scales)}" if own[2] != other[2] else ""
+        return (
+            f"the decoder of its run has width {self.width} and norm {self.norm}; a head as {settings}{scales} would do"
+        )
+
+
+def decoder_in(state: Mapping[str, Any], ema: bool = True) -> DistilledDecoder | None:
+    """The decoder of a checkpoint's content, the average where there is one and `ema` asks for it; None without any."""
+    spec = state.get(DECODER_SPEC)
+    if spec is None:
+        return None
+    average = state[DECODER_EMA] if ema else None
+    weights = state[DECODER] if average is None else average
+    parts = {
+        part: {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
+        for part in ("head", "pyramid")
+    }
+    return DistilledDecoder(
+        **parts,
+        of_maps=spec["kind"] == "masks",
+        classes=tuple(spec["classes"]),
+        width=int(spec["width"]),
+        norm=str(spec["norm"]),
+        ppm_scales=tuple(spec["ppm_scales"]),
+        dropout=float(spec["dropout"]),
+    )
+
+
+def decoder_of(run: str | Path) -> DistilledDecoder | None:
+    """The decoder of a run folder or checkpoint; None for one without, and for exports.
+
+    Raises: as `load_checkpoint`.
+    """
+    path = Path(run)
+    path = path / "last.pt" if path.is_dir() else path
+    if path.suffix != ".pt" or not path.is_file():
+        return None
+    return decoder_in(load_checkpoint(path, "distill", "eval"))
+
+
+def take_decoder(network: nn.Module, decoder: DistilledDecoder, classes: ClassTable | None) -> None:
+    """Give a `Segmenter` with a UPerNet the decoder's weights; the classifier's too where the classes are the same.
+
+    `classes` None takes the classifier in any case.
+    """
+    same = classes is None or tuple(classes.names) == decoder.classes
+    taken = {name: value for name, value in decoder.head.items() if same or not name.startswith(_CLASSIFIER)}
+    names = {f"head.{name}": value for name, value in taken.items()}
+    names |= {f"levels.pyramid.{name}": value for name, value in decoder.pyramid.items()}
+    rest = network.load_state_dict(names, strict=False)
+    assert not rest.unexpected_keys, rest.unexpected_keys
+
+
+def start_note(decoder: DistilledDecoder, classes: ClassTable) -> str:
+    """What a training starts from, in a clause."""
+    start = "starts from the backbone and the decoder of its run"
+    if tuple(classes.names) == decoder.classes:
+        return start
+    return f"{start}, all but the classifier: the run's classes are {', '.join(decoder.classes)}"
+
+
+def reading_as_distilled(config: TuneConfig) -> TuneConfig:
+    """The settings of a head that reads levels as a distilled decoder does."""
+    return config.model_copy(update={"head": config.head.model_copy(update={"level_norms": False})})
