@@ -54,7 +54,7 @@ def test_a_student_of_targets_that_differ_by_timestep_fits_them_only_with_heads_
             tmp_path / str(timestep),
             regressor={"width": 8, "timestep": timestep},
             loss={"at_weight": 0},
-            epochs=16,
+            epochs=8,
             lr=2e-2,
             log_every=3,
         )
