@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,13 +36,12 @@ def whole_labelled(place: str | None) -> str | None:
     return f"{layout.name}:{whole_place(root)}" + (f"@{split}" if split else "")
 
 
-class EvalConfig(StrictModel):
-    """What to score, on which labels, beside what."""
+class LabelledImages(StrictModel):
+    """Which images are learned from and which are held out, with their labels."""
 
-    checkpoint: str = Field(
-        description="Run folder, checkpoint or export of the student to score; several, one for each seed, are one arm."
-    )
-    task: str = Field(description="Downstream task, on frozen features or trained; `dtpipe list tasks` names them.")
+    SECTION: ClassVar[str] = "eval"
+    """Of the settings that these are part of, for messages."""
+
     images: str = Field(
         description="Labelled images: NAME:ROOT@SPLIT of a layout (`dtpipe list layouts`), class folders, or any URL "
         "with --masks."
@@ -68,11 +67,6 @@ class EvalConfig(StrictModel):
     test_share: float = Field(
         default=0.5, gt=0, lt=1, description="Share of --images kept to score on, when there is no --test-images."
     )
-    resplit: bool = Field(
-        default=False,
-        description="Of tasks that train: each seed holds out other images, as many of all as are held out otherwise; "
-        "with --test-images these are the splits of the label-efficient benchmark.",
-    )
     foreground: bool = Field(
         default=False,
         description="Merge all mask classes but 0 into one; for masks of 0 and 255, with --ignore-value null.",
@@ -82,6 +76,50 @@ class EvalConfig(StrictModel):
         ge=0,
         le=255,
         description="Mask value that means 'no label': such pixels are not learned from and not scored; null: all are.",
+    )
+    limit: int | None = Field(default=None, ge=2, description="Use only so many images.")
+    seed: int = Field(default=0, ge=0, description="Seed of the split and the draws.")
+
+    _whole = field_validator("masks", "test_masks", "class_names", "keys")(whole_place)
+    _whole_labelled = field_validator("images", "test_images")(whole_labelled)
+
+    @model_validator(mode="after")
+    def _masks_go_together(self) -> Self:
+        if self.test_images and (self.masks is None) != (self.test_masks is None):
+            raise ValueError(f"{self.SECTION}.masks and {self.SECTION}.test_masks go together; give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _layouts_say_where_labels_lie(self) -> Self:
+        from dtpipe.extract.sources.layouts.registry import parse_layout
+
+        layouts = [name for name in (self.images, self.test_images) if name is not None and parse_layout(name)]
+        others = {"masks": self.masks, "test_masks": self.test_masks, "class_names": self.class_names}
+        ignored = [] if self.ignore_value == IGNORE_VALUE else ["ignore_value"]
+        given = [name for name, value in others.items() if value is not None] + ignored
+        if layouts and given:
+            raise ValueError(
+                f"{layouts[0]} says where its labels are; {self.SECTION}.{given[0]} is for a URL of images"
+            )
+        if self.class_names and not self.masks:
+            where = self.SECTION
+            raise ValueError(
+                f"{where}.class_names names the classes of {where}.masks, and there are none; give --masks"
+            )
+        return self
+
+
+class EvalConfig(LabelledImages):
+    """What to score, on which labels, beside what."""
+
+    checkpoint: str = Field(
+        description="Run folder, checkpoint or export of the student to score; several, one for each seed, are one arm."
+    )
+    task: str = Field(description="Downstream task, on frozen features or trained; `dtpipe list tasks` names them.")
+    resplit: bool = Field(
+        default=False,
+        description="Of tasks that train: each seed holds out other images, as many of all as are held out otherwise; "
+        "with --test-images these are the splits of the label-efficient benchmark.",
     )
     px: Size | None = Field(
         default=None,
@@ -112,15 +150,11 @@ class EvalConfig(StrictModel):
     timestep: int | None = Field(
         default=None, ge=0, description="Timestep of the teacher's features; default: the dataset's."
     )
-    limit: int | None = Field(default=None, ge=2, description="Use only so many images.")
-    seed: int = Field(default=0, ge=0, description="Seed of the split and the draws.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where features are computed.")
     out: str | None = Field(default=None, description="JSON file to write; default: eval/TASK.json in the run folder.")
     probe: ProbeConfig = ProbeConfig()
     tune: TuneConfig | None = Field(default=None, description="How backbone and head are trained, by tasks that train.")
 
-    _whole = field_validator("masks", "test_masks", "class_names", "keys")(whole_place)
-    _whole_labelled = field_validator("images", "test_images")(whole_labelled)
     _whole_teacher = field_validator("teacher")(whole_if_there)
     _local = field_validator("checkpoint", "compare", "out")(local_place)
 
@@ -129,12 +163,6 @@ class EvalConfig(StrictModel):
     def _one_arm(cls, value: object) -> object:
         """Runs that were given one by one are one arm."""
         return ",".join(value) if isinstance(value, list) and all(isinstance(run, str) for run in value) else value
-
-    @model_validator(mode="after")
-    def _masks_go_together(self) -> EvalConfig:
-        if self.test_images and (self.masks is None) != (self.test_masks is None):
-            raise ValueError("eval.masks and eval.test_masks go together; give both or neither")
-        return self
 
     @model_validator(mode="after")
     def _keys_say_what_is_labelled(self) -> EvalConfig:
@@ -149,20 +177,6 @@ class EvalConfig(StrictModel):
                 "with eval.resplit, the first seed's labelled images are held out at others, and must not choose their "
                 "rate; give -s eval.tune.lr_choice=each_seed"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _layouts_say_where_labels_lie(self) -> EvalConfig:
-        from dtpipe.extract.sources.layouts.registry import parse_layout
-
-        layouts = [name for name in (self.images, self.test_images) if name is not None and parse_layout(name)]
-        others = {"masks": self.masks, "test_masks": self.test_masks, "class_names": self.class_names}
-        ignored = [] if self.ignore_value == IGNORE_VALUE else ["ignore_value"]
-        given = [name for name, value in others.items() if value is not None] + ignored
-        if layouts and given:
-            raise ValueError(f"{layouts[0]} says where its labels are; eval.{given[0]} is for a URL of images")
-        if self.class_names and not self.masks:
-            raise ValueError("eval.class_names names the classes of eval.masks, and there are none; give --masks")
         return self
 
 

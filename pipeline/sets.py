@@ -19,11 +19,11 @@ from dtpipe.manifests.labels import KIND_WORDS, Class, Mask, Target
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.manifests.write.listing import missing_keys, normal_keys, read_key_file
 from dtpipe.pipeline.cli.console import Note
-from dtpipe.pipeline.config import EvalConfig
+from dtpipe.pipeline.config import EvalConfig, LabelledImages
 from dtpipe.pipeline.labelled import LabelledReader, open_labelled, split_by_key
 
 
-def label_kind(config: EvalConfig) -> type[Target]:
+def label_kind(config: LabelledImages) -> type[Target]:
     """What the labels will be, before anything is opened."""
     if parsed := parse_layout(config.images):
         return parsed[0].kind
@@ -31,7 +31,7 @@ def label_kind(config: EvalConfig) -> type[Target]:
 
 
 def open_sets(
-    config: EvalConfig, recipe: TransformRecipe | None, note: Note, as_masks: bool = False
+    config: LabelledImages, recipe: TransformRecipe | None, note: Note, as_masks: bool = False
 ) -> tuple[LabelledSet, LabelledSet]:
     """Images to draw labels from, and images held out; whole ones without a recipe, objects as masks where asked for.
 
@@ -67,7 +67,7 @@ class _Side:
         return LabelledReader(self.source, recipe, self.where, as_masks).select(self.rows, note, self.prefix)
 
 
-def _sides(config: EvalConfig, note: Note) -> tuple[_Side, _Side]:
+def _sides(config: LabelledImages, note: Note) -> tuple[_Side, _Side]:
     """To draw labels from, and held out; what the sources leave out is said."""
     source = open_labelled(config.images, config.masks, config.ignore_value, config.class_names)
     _say(source, note)
@@ -80,7 +80,7 @@ def _sides(config: EvalConfig, note: Note) -> tuple[_Side, _Side]:
     return _Side(source, train, config.images), _Side(held_out, test, config.test_images, "held out/")
 
 
-def _open_held_out(config: EvalConfig, source: LabelledSource, note: Note) -> LabelledSource:
+def _open_held_out(config: LabelledImages, source: LabelledSource, note: Note) -> LabelledSource:
     assert config.test_images is not None
     if config.test_images == config.images:
         raise ConfigError(f"{config.images} is both --images and --test-images; leave out --test-images to split it")
@@ -100,21 +100,22 @@ def _say(source: LabelledSource, note: Note) -> None:
         note(sentence)
 
 
-def _chosen(config: EvalConfig, source: LabelledSource) -> Sequence[int]:
+def _chosen(config: LabelledImages, source: LabelledSource) -> Sequence[int]:
     """Rows of the images that --keys names, or all. Raises: InputError naming keys that are not there."""
     if config.keys is None:
         return range(len(source.items))
-    chosen, keys = normal_keys(read_key_file(config.keys, "eval.keys")), [item.key for item in source.items]
+    where = f"{config.SECTION}.keys"
+    chosen, keys = normal_keys(read_key_file(config.keys, where)), [item.key for item in source.items]
     if not chosen:
-        raise InputError(f"eval.keys: {config.keys} names no image; write one key per line")
+        raise InputError(f"{where}: {config.keys} names no image; write one key per line")
     if lost := missing_keys(chosen, keys):
         raise InputError(
-            f"eval.keys: {config.keys} names {lost} that {config.images} does not hold; {keys[0]!r} is one that it does"
+            f"{where}: {config.keys} names {lost} that {config.images} does not hold; {keys[0]!r} is one that it does"
         )
     return [row for row, key in enumerate(keys) if key in chosen]
 
 
-def _split(config: EvalConfig, source: LabelledSource) -> tuple[Sequence[int], list[int]]:
+def _split(config: LabelledImages, source: LabelledSource) -> tuple[Sequence[int], list[int]]:
     keys, labels = [item.key for item in source.items], [item.label for item in source.items]
     train: Sequence[int]
     if config.keys is not None:

@@ -46,6 +46,10 @@ class Columns:
             raise InputError(f"{self.where} has no sample {key!r}; keys look like {self.keys[0]!r}")
         return self._row_of[key]
 
+    def find(self, key: str) -> int | None:
+        """Row of a key; None for an unknown one."""
+        return self._row_of.get(key)
+
     @cached_property
     def _row_of(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.keys)}

@@ -28,6 +28,7 @@ COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe 
     "extract": ("extract", "Run a teacher over images and write a feature dataset."),
     "inspect": ("inspect", "Show what a feature dataset holds."),
     "verify": ("verify", "Check a feature dataset against its manifest."),
+    "interpret": ("interpret", "Train a head that reads labels off a teacher's features."),
     "distill": ("distill", "Pre-train a student on feature datasets."),
     "eval": ("evaluate", "Score a student on labels: its features frozen, or the whole trained."),
     "export": ("export", "Write a student for timm, torchvision, detectron2 and others."),

@@ -30,6 +30,7 @@ SECTIONS = {
     "extract": "dtpipe.extract.config:ExtractConfig",
     "soft_labels": "dtpipe.pipeline.soft_labels.config:SoftLabelConfig",
     "distill": "dtpipe.distill.config:DistillConfig",
+    "interpret": "dtpipe.pipeline.interpret.config:InterpretConfig",
     "train_teacher": "dtpipe.distill.teacher.config:TrainTeacherConfig",
     "eval": "dtpipe.pipeline.config:EvalConfig",
     "export": "dtpipe.pipeline.config:ExportConfig",

@@ -59,7 +59,7 @@ def mask_tensor(mask: Mask, classes: ClassTable) -> Tensor:
     if numbers.size and int(numbers.max()) >= len(classes):
         raise InputError(
             f"a mask holds class {int(numbers.max())}, and there are {len(classes)} classes, from 0 on; give all "
-            "classes, or its value as eval.ignore_value"
+            "classes, or its value as --ignore-value"
         )
     return torch.from_numpy(numbers)
 

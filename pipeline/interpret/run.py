@@ -1,0 +1,206 @@
+"""From a feature dataset and labelled images to an interpreter in a folder, scored beside its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtpipe.distill.downstream.labelled import LabelledSet, check_several_classes, draw_labelled
+from dtpipe.distill.engine.device import seeded, training_device
+from dtpipe.distill.engine.progress import OnTrainProgress
+from dtpipe.distill.labels.arms import ArmScore, Predict, interpreter_predict, score_arm
+from dtpipe.distill.labels.data import LabelledFeatures
+from dtpipe.distill.labels.ensemble import PIXEL_CLASSIFIERS, fit_ensemble
+from dtpipe.distill.labels.files import save_interpreter
+from dtpipe.distill.labels.interpreter import FeatureInterpreter
+from dtpipe.distill.labels.linear import LINEAR, fit_linear
+from dtpipe.distill.labels.train import interpreter_run, interpreter_spec, train_interpreter
+from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.labels import KIND_WORDS, Class, Mask
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.words import count_of
+from dtpipe.pipeline.cli.console import Note
+from dtpipe.pipeline.interpret.config import InterpretConfig
+from dtpipe.pipeline.interpret.features import BothSides, open_both
+from dtpipe.pipeline.interpret.pictures import draw_pictures
+from dtpipe.pipeline.rivals.apart import check_apart_by_content
+from dtpipe.pipeline.rivals.digests import known_digests
+from dtpipe.pipeline.sets import open_sets
+
+INTERPRETER_ARM = "interpreter"
+
+
+@dataclass(frozen=True)
+class InterpretResult:
+    """What one call did."""
+
+    out: Path
+    measure: str
+    """What the scores are: mIoU, or accuracy."""
+    classes: Sequence[str]
+    arms: Sequence[ArmScore]
+    """The interpreter first, then its rivals."""
+    num_labelled: int
+    num_held_out: int
+    step: int
+    num_steps: int
+    resumed_step: int
+    pictures: Sequence[Path]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        scores = {arm.name: arm.record() for arm in self.arms}
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("arms", "pictures")}
+        return {**own, "out": str(self.out), "scores": scores, "pictures": [str(path) for path in self.pictures]}
+
+
+@dataclass(frozen=True)
+class OpenedLabels:
+    """All that an interpreter is trained and scored on."""
+
+    dataset: FeatureDataset
+    sides: BothSides
+    content: Mapping[str, Any]
+    """By digests, for data.json."""
+
+
+def open_labels(config: InterpretConfig, note: Note) -> OpenedLabels:
+    """Open features and labelled images, bring the latter to the size of the former, and find what belongs together.
+
+    Raises: ConfigError, InputError, TeacherError as the parts do.
+    """
+    dataset = FeatureDataset.open(config.features)
+    train, test = _open_sides(config, dataset, note)
+    sides = open_both(config, dataset, train, test, note)
+    recipe = dataset.plan.model_dump_json(include={"recipe", "listing_blake3"})
+    content = {
+        "features": blake3_hex(recipe.encode()),
+        "labelled": train.content_digest(),
+        "num_labelled": len(train),
+        "num_live": sides.found.num_missing,
+        "flips": sides.train.flips,
+    }
+    return OpenedLabels(dataset, sides, content)
+
+
+def _open_sides(config: InterpretConfig, dataset: FeatureDataset, note: Note) -> tuple[LabelledSet, LabelledSet]:
+    train, test = open_sets(config, dataset.recipe.transform, note, as_masks=True)
+    if train.kind not in (Mask, Class):
+        raise ConfigError(
+            f"{config.images} has {KIND_WORDS[train.kind]} for labels, and an interpreter learns from masks or "
+            "classes; use another layout"
+        )
+    train, test = check_apart_by_content(train, test, config.test_images is None, known_digests, note)
+    train = train.subset(draw_labelled(train, config.labelled, config.seed))
+    check_several_classes(train, test)
+    return train, test
+
+
+def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress | None = None) -> InterpretResult:
+    """Train an interpreter, or go on; score it and its rivals on the held-out images; write all into `config.run.out`.
+
+    Raises: as `open_labels` before any step; then as the engine's `run`.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = training_device(config.run.device)
+    interpreter_run(config).refuse_other()
+    opened = open_labels(config, note)
+    train, test = opened.sides.train, opened.sides.test
+    network, result = train_interpreter(config, train, opened.content, on_progress)
+    arms = _score(config, network, train, test, device, note)
+    save_interpreter(network, _record(config, opened, arms), Path(config.run.out))
+    return InterpretResult(
+        out=Path(config.run.out),
+        measure="accuracy" if train.labelled.kind is Class else "mIoU",
+        classes=train.labelled.classes.names,
+        arms=arms,
+        num_labelled=len(train),
+        num_held_out=len(test),
+        step=result.step,
+        num_steps=result.num_steps,
+        resumed_step=result.resumed_step,
+        pictures=draw_pictures(Path(config.run.out), test.labelled, arms),
+    )
+
+
+def _score(
+    config: InterpretConfig,
+    network: FeatureInterpreter,
+    train: LabelledFeatures,
+    test: LabelledFeatures,
+    device: torch.device,
+    note: Note,
+) -> list[ArmScore]:
+    """The interpreter and its rivals, each trained on the same features and labels."""
+    of_masks = train.labelled.kind is Mask
+    predicts: dict[str, Predict] = {INTERPRETER_ARM: interpreter_predict(network, of_masks)}
+    if config.rivals.linear:
+        note(f"fitting the {LINEAR}")
+        predicts[LINEAR] = fit_linear(config.rivals, train, config.seed, device)
+    if config.rivals.pixel_models and of_masks:
+        note(f"training {count_of(config.rivals.pixel_models, 'pixel classifier')}")
+        predicts[PIXEL_CLASSIFIERS] = fit_ensemble(config.rivals, train, config.seed, device)
+    drawn = config.run.num_pictures if of_masks else 0
+    return [score_arm(name, predict, test, device, drawn) for name, predict in predicts.items()]
+
+
+def _record(config: InterpretConfig, opened: OpenedLabels, arms: Sequence[ArmScore]) -> dict[str, Any]:
+    """What stands beside the weights of an interpreter."""
+    recipe, test = opened.dataset.recipe, opened.sides.test.labelled
+    timesteps = dict.fromkeys(view.timestep for view in recipe.views)
+    return {
+        "teacher": recipe.teacher.model_dump(mode="json"),
+        "timesteps": list(timesteps),
+        "together": config.together,
+        "data": {**opened.content, "held_out": test.content_digest(), "num_held_out": len(test)},
+        "scores": {arm.name: arm.record() for arm in arms},
+    }
+
+
+@dataclass(frozen=True)
+class InterpretPlan:
+    """What a training would take."""
+
+    num_labelled: int
+    num_held_out: int
+    num_by_key: int
+    """Labelled and held-out images whose features are in the dataset under their key."""
+    num_by_content: int
+    num_live: int
+    """Images that the teacher encodes."""
+    flips: bool
+    levels: Sequence[str]
+    num_views: int
+    num_parameters: int
+    num_steps: int
+    feature_bytes: int
+    """Of all labelled images, each read once."""
+
+
+def plan_interpreter(config: InterpretConfig, note: Note) -> InterpretPlan:
+    """Open all that a training needs and count it; nothing is written. Raises: as `open_labels`."""
+    interpreter_run(config).refuse_other_place()
+    sides = open_labels(config, note).sides
+    train, both = sides.train, (sides.found, sides.held_out)
+    with seeded(config.seed, torch.device("cpu")), torch.device("meta"):
+        network = FeatureInterpreter(interpreter_spec(config, train))
+    one = sum(level.numel() * level.element_size() for level in train.read(0, 0, False).values())
+    return InterpretPlan(
+        num_labelled=len(train),
+        num_held_out=len(sides.test),
+        num_by_key=sum(found.num_by_key for found in both),
+        num_by_content=sum(found.num_by_content for found in both),
+        num_live=sum(found.num_missing for found in both),
+        flips=train.flips,
+        levels=[level.name for level in train.levels],
+        num_views=train.num_views,
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        num_steps=config.epochs * -(-len(train) // config.batch_size),
+        feature_bytes=one * len(train) * train.num_readings * (2 if train.flips else 1),
+    )

@@ -1,0 +1,193 @@
+"""`dtpipe interpret` from the command line: a head in a folder, its scores, where its features came from, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from dtpipe.distill.labels.files import load_interpreter
+from dtpipe.extract.run import run_extraction
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_level
+from dtpipe.manifests.schema import ViewSpec
+from dtpipe.pipeline.cli.main import main
+from dtpipe.pipeline.interpret.config import InterpretConfig
+from dtpipe.pipeline.interpret.features import open_both, readings_of
+from dtpipe.pipeline.interpret.places import FoundRows
+from dtpipe.pipeline.interpret.run import open_labels
+from dtpipe.pipeline.sets import open_sets
+from parts.extractions import extract_config
+from parts.images import draw_image, png, write_files
+
+NUM = 10
+SMALL = ("--epochs", "2", "--width", "8", "--pixel-models", "2", "-s", "interpret.rivals.pixel_epochs=1")
+SMALLER = (*SMALL, "-s", "interpret.rivals.max_pixels=512", "-s", "interpret.run.num_pictures=2", "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Ten labelled images. The dataset holds the first seven, of these the seventh under another key."""
+
+    images: Path
+    masks: Path
+    features: str
+    plain: str
+    """Another dataset, of the same images at two timesteps without flips."""
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, ddpm: Path) -> Scene:
+    root = tmp_path_factory.mktemp("scene")
+    images = {f"{idx}.png": draw_image(idx) for idx in range(NUM)}
+    masks = {name: (image.mean(axis=2) > image.mean()).astype(np.uint8) for name, image in images.items()}
+    write_files(root / "images", {name: png(image) for name, image in images.items()})
+    write_files(root / "masks", {name: png(mask) for name, mask in masks.items()})
+    stored = {name: png(image) for name, image in list(images.items())[:6]}
+    write_files(root / "stored", {**stored, "other.png": png(images["6.png"]), "7.png": png(draw_image(99))})
+    config = extract_config(root / "stored", ddpm, root / "features", noise={"timesteps": [50], "flips": True})
+    plain = extract_config(root / "stored", ddpm, root / "plain", noise={"timesteps": [50, 150], "draws": 2})
+    return Scene(root / "images", root / "masks", run_extraction(config).url, run_extraction(plain).url)
+
+
+def command(scene: Scene, out: Path, *more: str, features: str | None = None) -> tuple[int, str]:
+    args = ["interpret", features or scene.features, "--labels", str(scene.images), "--masks", str(scene.masks)]
+    done = CliRunner().invoke(main, [*args, "--out", str(out), *SMALLER, *more])
+    return done.exit_code, done.output
+
+
+def settings(scene: Scene, **changes: Any) -> InterpretConfig:
+    fields = {"features": scene.features, "images": str(scene.images), "masks": str(scene.masks), "run": {"out": "x"}}
+    return InterpretConfig.model_validate({**fields, **changes})
+
+
+def document(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(text[text.index("\n{") if not text.startswith("{") else 0 :])
+    return values
+
+
+def test_a_head_is_written_scored_beside_its_rivals_and_drawn(scene: Scene, tmp_path: Path) -> None:
+    code, text = command(scene, tmp_path / "head", "--json")
+    assert code == 0, text
+    result = document(text)
+    assert list(result["scores"]) == ["interpreter", "linear read-out", "pixel classifiers"]
+    assert (result["measure"], result["num_labelled"], result["num_held_out"]) == ("mIoU", 5, 5)
+    for arm in result["scores"].values():
+        ious = list(arm["by_class"].values())
+        assert arm["value"] == pytest.approx(sum(ious) / len(ious)) and 0 <= arm["others"]["foreground AP"] <= 1
+    loaded = load_interpreter(tmp_path / "head")
+    dataset = FeatureDataset.open(scene.features)
+    assert loaded.record["teacher"]["weights_blake3"] == dataset.recipe.teacher.weights_blake3
+    assert loaded.record["scores"] == result["scores"] and loaded.record["timesteps"] == [50]
+    assert [level.name for level in loaded.network.spec.levels] == ["l2", "l3", "l4", "l5"][: len(dataset.levels)]
+    with Image.open(tmp_path / "head" / "pictures" / "001.png") as picture:
+        assert picture.width > 4 * picture.height and len(result["pictures"]) == 2
+    code, text = command(scene, tmp_path / "head", "--json")  # all steps are taken; nothing changes
+    assert code == 0 and document(text)["resumed_step"] == document(text)["num_steps"] == result["num_steps"]
+    assert load_interpreter(tmp_path / "head").digest == loaded.digest
+    code, text = command(scene, tmp_path / "head", "--lr", "1e-3")
+    assert code == 2 and "interpret.lr" in text
+
+
+def test_features_come_by_key_by_content_and_from_the_teacher(scene: Scene, tmp_path: Path) -> None:
+    """An image whose key holds other pixels is none of the dataset's."""
+    code, text = command(scene, tmp_path / "head", "-n", "--json")
+    plan = document(text)
+    assert (code, plan["num_by_key"], plan["num_by_content"], plan["num_live"]) == (0, 6, 1, 3), text
+    assert not (tmp_path / "head").exists()
+    config, dataset = settings(scene), FeatureDataset.open(scene.features)
+    train, test = open_sets(config, dataset.recipe.transform, print, as_masks=True)
+    sides = open_both(config, dataset, train, test, print)
+    rows = {key: (side, row) for side in (sides.train, sides.test) for row, key in enumerate(side.labelled.keys)}
+    for key, stored in (("2.png", "2.png"), ("6.png", "other.png")):
+        side, row = rows[key]
+        place = dataset.columns.row_of(stored)
+        for flip in (False, True):
+            expected = read_level(dataset, "l2", place, dataset.views.index(ViewSpec(draw=0, timestep=50, flip=flip)))
+            np.testing.assert_array_equal(side.read(row, 0, flip)["l2"].numpy(), expected.astype(np.float32))
+
+
+def test_the_live_teacher_gives_what_would_be_stored(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The features of stored images, as if they were not: of all views, but for float16's rounding."""
+    config, dataset = settings(scene, features=scene.plain, together=True), FeatureDataset.open(scene.plain)
+    train, test = open_sets(config, dataset.recipe.transform, print, as_masks=True)
+    stored = open_both(config, dataset, train, test, print).train
+    nowhere = lambda _dataset, labelled: FoundRows((None,) * len(labelled), 0, 0)  # noqa: E731
+    monkeypatch.setattr("dtpipe.pipeline.interpret.features.find_rows", nowhere)
+    live = open_both(config, dataset, train, test, print).train
+    row = next(row for row, key in enumerate(train.keys) if key[0] in "012345")
+    assert (stored.num_views, stored.num_readings, stored.flips) == (2, 2, True)
+    for place in ((row, 0, False), (row, 1, False), (row, 0, True)):
+        for level in stored.levels:
+            values = stored.read(*place)[level.name]
+            assert values.shape[0] == 2 * level.channels
+            torch.testing.assert_close(values, live.read(*place)[level.name], rtol=2e-3, atol=2e-3)
+    assert not torch.equal(stored.read(row, 0, False)["l2"], stored.read(row, 1, False)["l2"])
+    assert not torch.equal(stored.read(row, 0, False)["l2"], stored.read(row, 0, True)["l2"])
+
+
+def test_readings_are_views_one_by_one_or_the_timesteps_of_a_draw() -> None:
+    views = [ViewSpec(draw=draw, timestep=step, flip=flip) for step in (50, 9) for draw in (0, 1) for flip in (0, 1)]
+    assert [len(reading) for reading in readings_of(views, False)] == [1] * 4
+    together = readings_of(views, True)
+    assert [[(view.draw, view.timestep) for view in reading] for reading in together] == [
+        [(0, 50), (0, 9)],
+        [(1, 50), (1, 9)],
+    ]
+    with pytest.raises(ConfigError, match="more timesteps of some noise draws"):
+        readings_of(views[:-2], True)
+
+
+def test_without_a_teacher_nothing_is_mirrored_and_images_must_be_in_the_dataset(scene: Scene, tmp_path: Path) -> None:
+    missing = ("--teacher", str(tmp_path / "gone"))
+    code, text = command(scene, tmp_path / "head", *missing)
+    assert code == 3 and "3 labelled or held-out images are not in" in text and "gone" in text, text
+    known = replace(
+        scene, images=write_files(tmp_path / "known", {f"{idx}.png": png(draw_image(idx)) for idx in range(6)})
+    )
+    code, text = command(known, tmp_path / "head", "-n", *missing, features=scene.plain)
+    assert code == 0 and "images are not mirrored: no flipped views are stored" in text, text
+    code, text = command(known, tmp_path / "head", "-n", *missing, "--flip", "always", features=scene.plain)
+    assert code == 2 and "images cannot be mirrored" in text
+    assert command(known, tmp_path / "head", "-n", *missing, "--flip", "always")[0] == 0  # flipped views are stored
+
+
+def test_what_cannot_be_is_refused(scene: Scene, tmp_path: Path) -> None:
+    code, text = command(scene, tmp_path / "head", "--levels", "l2,l9")
+    assert code == 2 and "no features called l9; choose from l2" in text
+    code, text = command(scene, tmp_path / "head", "--test-labels", str(scene.images))
+    assert code == 2 and "interpret.masks and interpret.test_masks go together" in text
+    code, text = command(scene, tmp_path / "head", "--labelled", "50")
+    assert code == 2 and "ask for 1 to 5" in text
+    code, text = command(scene, tmp_path / "head", features=str(scene.images))
+    assert code == 3 and "holds no feature dataset" in text
+    assert not (tmp_path / "head").exists()
+
+
+def test_classes_have_a_pooled_head_and_no_pixel_classifiers(scene: Scene, tmp_path: Path, ddpm: Path) -> None:
+    files = {f"{'ab'[idx % 2]}/{idx}.png": png(draw_image(idx)) for idx in range(6)}
+    folder = write_files(tmp_path / "classes", files)
+    url = run_extraction(extract_config(folder, ddpm, tmp_path / "features")).url
+    args = ["interpret", url, "--labels", str(folder), "--out", str(tmp_path / "head"), *SMALLER, "--json"]
+    done = CliRunner().invoke(main, [*args, "--labelled", "2"])
+    assert done.exit_code == 0, done.output
+    result = document(done.output)
+    assert (result["measure"], result["classes"], result["num_labelled"]) == ("accuracy", ["a", "b"], 2)
+    assert list(result["scores"]) == ["interpreter", "linear read-out"] and result["pictures"] == []
+    assert load_interpreter(tmp_path / "head").network.spec.kind == "classes"
+
+
+def test_foreground_and_content_are_part_of_what_a_run_is_of(scene: Scene) -> None:
+    plain, merged = (open_labels(settings(scene, foreground=merge), print) for merge in (False, True))
+    assert plain.sides.train.labelled.classes.names == ("0", "1")
+    assert merged.sides.train.labelled.classes.names == ("background", "foreground")
+    assert plain.content["labelled"] != merged.content["labelled"]
+    assert plain.content["features"] == merged.content["features"]
