@@ -18,9 +18,9 @@ from dtpipe.distill.labels.interpreter import FeatureInterpreter
 from dtpipe.distill.student.blocks import resize
 from dtpipe.manifests.labels import Class
 
-Prediction = MaskPrediction | ClassPrediction
+ArmPrediction = MaskPrediction | ClassPrediction
 Predict = Callable[[Mapping[str, Tensor], tuple[int, int]], Any]
-"""Features of one image {level: (1, V * C, h, w)} on the device and its size in px -> `Prediction`."""
+"""Features of one image {level: (1, V * C, h, w)} on the device and its size in px -> `ArmPrediction`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ArmScore:
     others: Mapping[str, float]
     by_class: Mapping[str, float | None]
     """IoU, or the share that is right; None where a class does not occur."""
-    drawn: Sequence[Prediction] = field(default=(), repr=False)
+    drawn: Sequence[ArmPrediction] = field(default=(), repr=False)
     """Predictions of the first images."""
 
     def record(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def interpreter_predict(network: FeatureInterpreter, size_known: bool) -> Predic
     """An interpreter as an arm: logits brought to the image's size, bilinear; `size_known`: of masks."""
 
     @torch.inference_mode()
-    def predict(levels: Mapping[str, Tensor], size: tuple[int, int]) -> Prediction:
+    def predict(levels: Mapping[str, Tensor], size: tuple[int, int]) -> ArmPrediction:
         logits = network(levels)
         return mask_prediction(resize(logits, size)[0]) if size_known else class_prediction(logits.flatten(1)[0])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
 from dtpipe.distill.downstream.frozen.readout import at_grid
 from dtpipe.distill.downstream.labelled import IGNORE
-from dtpipe.distill.labels.arms import Predict, Prediction, class_prediction, mask_prediction
+from dtpipe.distill.labels.arms import ArmPrediction, Predict, class_prediction, mask_prediction
 from dtpipe.distill.labels.config import RivalsConfig
 from dtpipe.distill.labels.data import LabelledFeatures
 from dtpipe.distill.student.blocks import resize
@@ -45,7 +45,7 @@ def fit_linear(config: RivalsConfig, train: LabelledFeatures, seed: int, device:
     of_masks = train.labelled.kind is not Class
 
     @torch.inference_mode()
-    def predict(levels: Mapping[str, Tensor], size: tuple[int, int]) -> Prediction:
+    def predict(levels: Mapping[str, Tensor], size: tuple[int, int]) -> ArmPrediction:
         if not of_masks:
             return class_prediction(classifier.logits(_pooled(levels))[0])
         joined = _joined(levels)

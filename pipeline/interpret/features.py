@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.labels.data import LabelledFeatures
@@ -24,7 +22,11 @@ from dtpipe.pipeline.interpret.config import InterpretConfig
 from dtpipe.pipeline.interpret.places import FoundRows, find_rows, own_key
 from dtpipe.pipeline.live.recorded import RecipeTeacher, open_teacher
 
-Views = tuple[ViewSpec, ...]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reading = tuple[ViewSpec, ...]
+"""Views that are read together."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class BothSides:
     held_out: FoundRows
 
 
-def readings_of(views: Sequence[ViewSpec], together: bool) -> list[Views]:
+def readings_of(views: Sequence[ViewSpec], together: bool) -> list[Reading]:
     """What is read at once of unflipped images: each view, or all timesteps of each noise draw.
 
     Raises: ConfigError where draws have different timesteps.
@@ -89,7 +91,7 @@ def _levels(config: InterpretConfig, dataset: FeatureDataset) -> tuple[Interpret
 
 
 def _flips(
-    config: InterpretConfig, dataset: FeatureDataset, readings: Sequence[Views], teachers: _Teachers, note: Note
+    config: InterpretConfig, dataset: FeatureDataset, readings: Sequence[Reading], teachers: _Teachers, note: Note
 ) -> bool:
     """Whether mirrored images have features; what is wrong with them is said. Raises: ConfigError."""
     if config.flip == "never":
@@ -151,11 +153,13 @@ class _Reader:
     labelled: LabelledSet
     rows: Sequence[int | None]
     names: Sequence[str]
-    readings: Sequence[Views]
+    readings: Sequence[Reading]
     teachers: _Teachers
 
     def __call__(self, row: int, reading: int, flip: bool) -> dict[str, Tensor]:
         """Shapes: -> {level: (V * C, h, w)} float32."""
+        import torch
+
         views = [replace_flip(view) if flip else view for view in self.readings[reading]]
         place = self.rows[row]
         if place is not None and all(view in self.dataset.views for view in views):
@@ -168,6 +172,8 @@ class _Reader:
 
     def _encoded(self, row: int, views: Sequence[ViewSpec]) -> dict[str, Tensor]:
         """Alone, so that no other image decides its last bits. Shapes: -> {level: (V, C, h, w)}."""
+        import torch
+
         opened, key = self.teachers.open(), own_key(self.labelled.keys[row])
         rows = recipe_rows(opened.recipe, opened.teacher.spec, [key], views=views)
         rows = replace(rows, images=torch.from_numpy(self.labelled.image(row)[None]))

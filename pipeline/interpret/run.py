@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dtpipe.distill.downstream.labelled import LabelledSet, check_several_classes, draw_labelled
 from dtpipe.distill.engine.device import seeded, training_device
@@ -31,6 +29,9 @@ from dtpipe.pipeline.interpret.pictures import draw_pictures
 from dtpipe.pipeline.rivals.apart import check_apart_by_content
 from dtpipe.pipeline.rivals.digests import known_digests
 from dtpipe.pipeline.sets import open_sets
+
+if TYPE_CHECKING:
+    import torch
 
 INTERPRETER_ARM = "interpreter"
 
@@ -106,6 +107,8 @@ def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress 
 
     Raises: as `open_labels` before any step; then as the engine's `run`.
     """
+    import torch
+
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = training_device(config.run.device)
@@ -185,6 +188,8 @@ class InterpretPlan:
 
 def plan_interpreter(config: InterpretConfig, note: Note) -> InterpretPlan:
     """Open all that a training needs and count it; nothing is written. Raises: as `open_labels`."""
+    import torch
+
     interpreter_run(config).refuse_other_place()
     sides = open_labels(config, note).sides
     train, both = sides.train, (sides.found, sides.held_out)

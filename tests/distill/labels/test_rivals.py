@@ -39,7 +39,7 @@ def test_a_pixel_classifier_is_the_published_network() -> None:
     assert [layer.out_features for layer in many if isinstance(layer, nn.Linear)] == [256, 128, 30]
     kinds = [nn.Linear, nn.ReLU, nn.BatchNorm1d] * 2 + [nn.Linear]
     assert [type(layer) for layer in few] == kinds
-    assert float(many[0].weight.std()) == pytest.approx(0.02, rel=0.05) and not many[0].bias.any()  # type: ignore[operator,union-attr,arg-type]
+    assert float(many[0].weight.detach().std()) == pytest.approx(0.02, rel=0.05) and not many[0].bias.any()  # type: ignore[operator,union-attr,arg-type]
 
 
 def test_most_votes_win_and_of_equals_the_lower_class() -> None:
