@@ -78,7 +78,14 @@ def _training(config: EvalConfig, settings: TuneConfig, line: ProgressLine) -> I
     num_workers = settings.run.train_workers
 
     def here(job: TuneJob, test: LabelledSet, folder: Path, what: str) -> TuneResult:
-        return tune(job, test, folder, config.device, lambda progress: _show(line, progress, what))
+        return tune(
+            job,
+            test,
+            folder,
+            config.device,
+            lambda progress: _show(line, progress, what),
+            on_scored=lambda done, total: line.update(done, total, f"{what}  held-out images predicted"),
+        )
 
     if num_workers is None:
         yield here

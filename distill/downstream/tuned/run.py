@@ -14,7 +14,7 @@ from torch import nn
 
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.base import TaskScores
-from dtpipe.distill.downstream.tuned.scoring import PREDICTED, score_network
+from dtpipe.distill.downstream.tuned.scoring import PREDICTED, OnScored, score_network
 from dtpipe.distill.downstream.tuned.trainer import REMEDY, TuneJob, Tuning
 from dtpipe.distill.engine.device import seeded, training_device
 from dtpipe.distill.engine.loop import run_in
@@ -52,6 +52,7 @@ def tune(
     device: str = "auto",
     on_progress: OnTrainProgress | None = None,
     stop: StopRequest | None = None,
+    on_scored: OnScored | None = None,
 ) -> TuneResult:
     """Train, or go on training, in a folder, then score on held-out images; a finished training is only read.
 
@@ -74,7 +75,7 @@ def tune(
             check_finite(trainer.scored)
             keep = folder if trainer.config.run.keep_predictions else None
             ranks.first(lambda: shutil.rmtree(folder / PREDICTED, ignore_errors=True))  # of earlier images
-            scores = score_network(job.task, trainer.scored, test, trainer.config, ranks, keep)
+            scores = score_network(job.task, trainer.scored, test, trainer.config, ranks, keep, on_scored)
             own = {each.name: getattr(result, each.name) for each in fields(result)}
             tuned = TuneResult(**own, value=scores.value, others=scores.others, by_class=scores.by_class)
             ranks.first(lambda: write_document(folder / SCORE_FILE, record | {"result": tuned.record()}, "make room"))

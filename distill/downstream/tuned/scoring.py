@@ -24,6 +24,8 @@ PREDICTED = "predictions"
 KEYS_FILE = "keys.json"
 PASS_PX = 1 << 22
 """Pixels of the images that go through a network at once: 16 images of 512x512."""
+OnScored = Callable[[int, int], None]
+"""Hears how many images of how many have been predicted."""
 _T = TypeVar("_T")
 _ROOM = "make room, or use eval.tune.run.keep_predictions=false"
 
@@ -35,10 +37,12 @@ def score_network(
     config: TuneConfig,
     ranks: Ranks = ALONE,
     folder: Path | None = None,
+    on_scored: OnScored | None = None,
 ) -> TaskScores:
     """Scores on held-out images, each rank's share predicted there; the same on all ranks. `config` is resolved.
 
-    In a folder the predictions are kept. Raises: ConfigError for targets of another kind; StoreError.
+    In a folder the predictions are kept; `on_scored` hears of each image of the rank's own.
+    Raises: ConfigError for targets of another kind; StoreError.
     """
     test = fit_targets(task, test)
     if not len(test):
@@ -47,10 +51,13 @@ def score_network(
     share = ranks.share(len(test))
     if folder is not None:
         ranks.first(lambda: _begin(folder, test))
-    for row, prediction, target in _predicted(network, test, share, config.run.score_batch):
+    predicted = _predicted(network, test, share, config.run.score_batch)
+    for done, (row, prediction, target) in enumerate(predicted, start=1):
         metric.add(test.keys[row], prediction, target)
         if folder is not None:
             _keep(folder, row, task.save(prediction, test.classes))
+        if on_scored is not None:
+            on_scored(done, len(share))
     whole, *others = ranks.gather(metric)
     for other in others:
         whole.merge(other)

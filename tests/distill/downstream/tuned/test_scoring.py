@@ -43,8 +43,11 @@ def test_scores_of_small_passes_are_those_of_one(monkeypatch) -> None:
     predict = network.predict
     monkeypatch.setattr(network, "predict", lambda images: seen.append(len(images)) or predict(images))
     monkeypatch.setattr(scoring, "PASS_PX", 2 * 32 * 32)
-    scores = score_network(tuning.job.task, network, test, tuning.config)
-    assert seen == [2, 2, 1]
+    heard: list[tuple[int, int]] = []
+    scores = score_network(
+        tuning.job.task, network, test, tuning.config, on_scored=lambda done, total: heard.append((done, total))
+    )
+    assert seen == [2, 2, 1] and heard == [(done, 5) for done in range(1, 6)]
     assert scores.value == pytest.approx(expected.value, abs=1e-3)  # a pixel at one half may fall to either side
 
 
