@@ -71,8 +71,13 @@ def half_interval(values: Sequence[float]) -> float:
 def interval(difference: PairedDifference) -> str:
     """`+0.021 [+0.012, +0.030]`; for one pair `+0.021`."""
     if difference.low is None or difference.high is None:
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+        return _signed(difference.mean)
+    return f"{_signed(difference.mean)} [{_signed(difference.low)}, {_signed(difference.high)}]"
+
+
+def _signed(value: float) -> str:
+    """Three places; nothing is less than nothing."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def verdict(differences: Sequence[PairedDifference]) -> str:
@@ -93,7 +98,7 @@ def verdict(differences: Sequence[PairedDifference]) -> str:
 def _clause(difference: PairedDifference) -> str:
     where = f"from {count_of(difference.num_labelled, 'labelled image')}"
     if difference.low is None or difference.high is None:
-        return f"{difference.mean:+.3f} {where}"
+        return f"{_signed(difference.mean)} {where}"
     if difference.low <= 0 <= difference.high:
         return f"no difference seen {where}: {interval(difference)}"
     word, size = ("better", 1) if difference.mean > 0 else ("worse", -1)

@@ -267,7 +267,9 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
     missing = []
     for problem in err.errors(include_url=False):
         key = _known_prefix(model, problem["loc"], section)
-        if problem["type"] == "missing":
+        if problem["type"] == "missing" and isinstance(place := problem["loc"][-1], int):  # of a pair, say
+            problems[key] = [_too_few(problem["input"], place + 1)]
+        elif problem["type"] == "missing":
             missing += [_spelled(required, names) for required in _required(model, key)]
         elif not (
             key in problems and problem["type"] == "too_short"
@@ -278,6 +280,12 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
         named = key == section or texts[0].startswith(f"{key}.")  # a check of several fields names them itself
         parts.append(("" if named else key) + " or ".join(dict.fromkeys(texts)))
     return "; ".join(parts[:4])
+
+
+def _too_few(value: Any, num: int) -> str:
+    """What to say of a value in the place of `num`."""
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return f" is {value!r}: it takes {num} values" + ("" if first in ([], ()) else f", as in {[first] * num}")
 
 
 def _required(model: type[BaseModel], key: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from colorsys import hsv_to_rgb
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from dtpipe.manifests.labels import ClassTable, Pixels
 
 _SMALLEST_PX, _FONT_PX, _PAD = 320, 14, 4
 _TINT = 0.5
+_GOLDEN = (5**0.5 - 1) / 2
+_TONES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.65))  # saturation and value
 _MOST_NAMES = 12  # in a legend
 Entry = tuple[str, tuple[int, int, int]]
 
@@ -55,9 +58,9 @@ def painted(
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    """Of a class: the palette's next, as its first is black, at full brightness."""
-    colour = class_colours(number + 2)[number + 1].astype(int)
-    red, green, blue = (colour * 255 // colour.max()).tolist()
+    """Of a class: hues a golden section apart, in three tones, so that near hues differ in tone."""
+    saturation, value = _TONES[number % len(_TONES)]
+    red, green, blue = (round(255 * part) for part in hsv_to_rgb(number * _GOLDEN % 1, saturation, value))
     return red, green, blue
 
 

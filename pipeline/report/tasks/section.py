@@ -36,6 +36,7 @@ def task_section(result: TaskResult, pictures: Markup) -> Section:
         numbers=[f"{num} labelled" for num in numbers],
         table=_grid(result, result.arms),
         differences=_difference_rows(result),
+        paired="paired by seed, with 95% intervals" if result.num_seeds > 1 else "one seed, no interval",
         more=dict(_more_tables(result)),
         ours=result.subjects,
         how=_how(result),

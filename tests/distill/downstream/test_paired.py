@@ -60,3 +60,5 @@ def test_one_seed_has_no_interval_and_its_verdict_says_so() -> None:
     assert difference is not None and (difference.low, interval(difference)) == (None, "+0.250")
     assert verdict([difference]) == "a against b: +0.250 from 1 labelled image; one seed, which says nothing of chance"
     assert verdict([]) == ""
+    nothing = difference_of("a", "b", 1, {0: 0.5}, {0: 0.5001})
+    assert nothing is not None and interval(nothing) == "+0.000"  # not -0.000

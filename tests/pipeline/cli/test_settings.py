@@ -103,6 +103,14 @@ def test_missing_values_name_their_flags() -> None:
     assert str(caught.value) == "extract.teacher.path, --out (extract.run.out) must be given"
 
 
+@pytest.mark.parametrize("text", ["256", "[256]"])
+def test_one_value_in_the_place_of_two_is_not_called_missing(text: str) -> None:
+    sets = parse_sets([f"eval.tune.augment.crop_px={text}", "eval.tune.steps=1"])
+    with pytest.raises(ConfigError) as caught:
+        validate(gather([], sets, {"eval.checkpoint": "run", "eval.task": "segment", "eval.images": "photos"}), "eval")
+    assert str(caught.value) == "eval.tune.augment.crop_px is [256]: it takes 2 values, as in [256, 256]"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

@@ -16,6 +16,7 @@ from dtpipe.distill.downstream.tuned.predictions import (
 )
 from dtpipe.distill.downstream.tuned.segmentation.files import class_colours
 from dtpipe.manifests.labels import ClassTable
+from dtpipe.pipeline.predict import overlay
 from dtpipe.pipeline.predict.overlay import draw_overlay
 
 TABLE = ClassTable(("background", "lamp", "window"))
@@ -48,6 +49,22 @@ def test_objects_that_are_not_sure_are_left_out() -> None:
     boxes_alone = drawn(Detections((40, 64), boxes, objects.classes, objects.scores), ClassTable(("lamp", "window")))
     assert boxes_alone[25 * SCALE, 15 * SCALE].tolist() == [100, 100, 100]
     assert boxes_alone[20 * SCALE, 15 * SCALE].tolist() != [100, 100, 100]  # its upper edge
+
+
+def test_each_of_many_classes_has_a_colour_of_its_own() -> None:
+    """COCO's 80 as pairwise distances in RGB; of the palette of masks at full brightness several are equal."""
+    colours = np.array([overlay._colour(number) for number in range(80)], float)
+    apart = np.linalg.norm(colours[:, None] - colours, axis=-1) + 999 * np.eye(80)
+    assert apart.min() > 10 and apart[:20, :20].min() > 60
+    assert colours.max(axis=1).min() > 160  # bright on photographs
+
+
+def test_the_legend_names_the_classes_that_are_drawn() -> None:
+    boxes = np.array([[0, 0, 200, 200], [50, 50, 300, 300], [9, 9, 20, 20]], np.float32)
+    objects = Detections((330, 400), boxes, np.array([2, 0, 1]), np.array([0.9, 0.8, 0.1], np.float32))
+    _, legend = overlay.painted(np.zeros((330, 400, 3), np.uint8), objects, TABLE, 0.5)
+    assert [name for name, _ in legend] == ["2 of 3 objects, score from 0.5", "background", "window"]
+    assert [colour for _, colour in legend[1:]] == [overlay._colour(0), overlay._colour(2)]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,10 @@ def test_the_headline_differences_and_verdict_are_those_that_eval_prints(tmp_pat
         assert f'<td class="num">{line}' in html  # with a spread of the other scores, too
     assert f'<p class="verdict">{result.verdict()}</p>' in html
     assert "all levels, one l2" in html and '<tr class="ours"><td>mine</td>' in html
+    assert "paired by seed, with 95% intervals" in html
+    alone = replace(result, scores=tuple(one for one in scores if not one.seed))
+    html = task_section(read_result(write(tmp_path, alone)), "").html
+    assert "one seed, no interval" in html and "95% intervals" not in html
 
 
 def cell_of(values: Sequence[float]) -> Cell:
