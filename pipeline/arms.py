@@ -21,7 +21,7 @@ from dtpipe.distill.student.load import export_layout, load_student
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.cli.console import Note
+from dtpipe.pipeline.cli.console import Note, say_nothing
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.rivals.weights import read_weights_file
 
@@ -199,7 +199,7 @@ def _check(arm: ArmSpec, spec: StudentSpec | None, note: Note) -> StudentSpec:
     return specs[0]
 
 
-def load_member(member: ArmMember, like: StudentSpec | None, note: Note = lambda _: None) -> Student:
+def load_member(member: ArmMember, like: StudentSpec | None, note: Note = say_nothing) -> Student:
     """The student of a member, of the size and the levels of `like` where the member does not say.
 
     Raises: InputError, DamagedDataError, ConfigError in a sentence; ConfigError for weights with nothing to be like.

@@ -31,7 +31,7 @@ from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.arms import Comparison, open_comparison, run_notes, runs_of
 from dtpipe.pipeline.classes import check_scorable, coverage_notes
-from dtpipe.pipeline.cli.console import Note
+from dtpipe.pipeline.cli.console import Note, say_nothing
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.extractors import extractors_of
 from dtpipe.pipeline.rivals.apart import check_apart_by_content, without_copies
@@ -88,7 +88,7 @@ def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Eva
     """Train every arm on the labels. Under torchrun each process does its part, and the first notes and writes."""
     cells_path(config)
     with join_ranks(config.device) as ranks:
-        say = note if ranks.rank == 0 else _say_nothing
+        say = note if ranks.rank == 0 else say_nothing
         store = DigestStore(seen_folder(config), note)
         digests_of: DigestsOf = lambda labelled, which: ranks.first(lambda: store.of_set(labelled, which))  # noqa: E731
         comparison, table = open_table(config, task, digests_of, say)
@@ -118,10 +118,6 @@ def open_table(
 def tuned_transform(config: EvalConfig) -> TransformRecipe | None:
     """How images come to the size at which a tuned task takes them; None: whole."""
     return None if config.px is None else task_transform(config, height_width(config.px))
-
-
-def _say_nothing(_sentence: str) -> None:
-    """The note of a process that is not the first."""
 
 
 def check_task(config: EvalConfig) -> Task | TunedTask[Any]:

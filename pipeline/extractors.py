@@ -31,7 +31,7 @@ from dtpipe.manifests.errors import DtpipeError, TeacherError
 from dtpipe.manifests.labels import Mask
 from dtpipe.manifests.schema import TransformRecipe, ViewSpec
 from dtpipe.pipeline.arms import Arm, Comparison
-from dtpipe.pipeline.cli.console import Note
+from dtpipe.pipeline.cli.console import Note, say_nothing
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.sets import open_sets
 from dtpipe.pipeline.trained_on import RunTeacher
@@ -93,7 +93,7 @@ class OwnImages:
 
     @cached_property
     def _places(self) -> dict[str, tuple[LabelledSet, int]]:
-        sets = open_sets(self.config, self.recipe, lambda _sentence: None)  # what is wrong with them was said
+        sets = open_sets(self.config, self.recipe, say_nothing)  # what is wrong with them was said
         return {key: (labelled, row) for labelled in sets for row, key in enumerate(labelled.keys)}
 
 

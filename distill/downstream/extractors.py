@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dtpipe.distill.downstream.labelled import LabelledSet, SampleRows
 from dtpipe.distill.stream.batch import scaled, student_images
+from dtpipe.distill.student.norms import batch_norms, fresh_statistics
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ShapeError
 
@@ -154,23 +155,11 @@ def random_student(spec: StudentSpec, seed: int) -> Student:
 def calibrate_batch_norms(
     student: Student, unlabelled: LabelledSet, batch_size: int = 64, device: torch.device | str = "cpu"
 ) -> Student:
-    """Give the batch norms of an untrained student the statistics of images; returns it in eval mode.
-
-    An untouched batch norm passes the first images on at a wild scale, which would make random features look worse than
-    they are. Running statistics become plain averages over the batches; nothing else changes.
-    """
-    norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    student.to(device).eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    with torch.no_grad():
+    """Give the batch norms of an untrained student the statistics of images; returns it in eval mode."""
+    norms = batch_norms(student.to(device).eval())
+    with torch.no_grad(), fresh_statistics(norms):
         for rows in row_batches(unlabelled, batch_size) if norms else ():
             student(student_images(unlabelled.read_images(rows).to(device), student.spec.image_px))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
     return student.eval()
 
 

@@ -58,7 +58,12 @@ def mirror_where(level: Tensor, mirror: Tensor) -> Tensor:
 
 def scaled(images: Tensor) -> Tensor:
     """Stored images as a network takes them. Shapes: (B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return scaled_levels(images.permute(0, 3, 1, 2))
+
+
+def scaled_levels(pixels: Tensor) -> Tensor:
+    """Grey levels in [-1, 1]. Shapes: any, uint8 -> the same, float32."""
+    return pixels.float().div(127.5).sub(1)
 
 
 def student_images(images: Tensor, size_px: tuple[int, int]) -> Tensor:

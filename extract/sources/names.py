@@ -105,6 +105,12 @@ def key_of(path: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def without_ending(name: str) -> str:
+    """A path without what follows the last dot of its file's name."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + (last.rpartition(".")[0] or last)
+
+
 def in_class_folders(keys: Sequence[str]) -> bool:
     """True when every image lies in a sub-folder, whose name can be its label."""
     return all("/" in key for key in keys)

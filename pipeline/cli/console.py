@@ -28,6 +28,10 @@ Note = Callable[[str], None]
 """Takes a remark for the person who waits."""
 
 
+def say_nothing(_sentence: str) -> None:
+    """The note of what was said before, or of a process that is not the first."""
+
+
 def format_bytes(size: float) -> str:
     """Bytes for people, powers of 1000: `1.5 GB`."""
     for unit in UNITS:

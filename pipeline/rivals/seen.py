@@ -33,6 +33,7 @@ from dtpipe.manifests.records.image_digests import (
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.words import are, count_of
 from dtpipe.pipeline.arms import Comparison
+from dtpipe.pipeline.cli.console import say_nothing
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.rivals.digests import BATCH, DigestStore, in_threads
 from dtpipe.pipeline.sets import open_held_out
@@ -65,11 +66,9 @@ def overlap_notes(
     `test` has its images at `at`, or whole for None.
     """
     runs = [member.path for arm in comparison.arms for member in arm.members if member.is_run and member.path]
-    return seen_notes(find_seen(runs, store), test, at, lambda recipe: open_held_out(config, recipe, _quiet), store)
-
-
-def _quiet(_sentence: str) -> None:
-    """What is wrong with images was said when they were opened first."""
+    return seen_notes(
+        find_seen(runs, store), test, at, lambda recipe: open_held_out(config, recipe, say_nothing), store
+    )
 
 
 def find_seen(runs: Sequence[str], store: DigestStore) -> Seen:

@@ -10,12 +10,12 @@ import torch
 from blake3 import blake3
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtpipe.distill.downstream.tuned.base import Example, TaskNetwork, TunedTask
 from dtpipe.distill.downstream.tuned.batches import BatchOrder
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.engine.ranks import Ranks
+from dtpipe.distill.student.norms import batch_norms, fresh_statistics
 from dtpipe.distill.student.student import Student, with_drop_path
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import ClassTable
@@ -59,12 +59,8 @@ def set_modes(network: nn.Module, config: TuneConfig) -> None:
     network.train()
     if not config.backbone_lr:
         student.requires_grad_(False).eval()
-    for norm in _batch_norms(student) if config.frozen_norms else ():
+    for norm in batch_norms(student) if config.frozen_norms else ():
         norm.eval()
-
-
-def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
-    yield from (part for part in module.modules() if isinstance(part, _BatchNorm))
 
 
 def check_parts(network: nn.Module, order: BatchOrder, ranks: Ranks) -> None:
@@ -74,7 +70,7 @@ def check_parts(network: nn.Module, order: BatchOrder, ranks: Ranks) -> None:
     """
     if order.batch_size < ranks.size:
         raise ConfigError(f"a batch has {order.batch_size} images, too few for {ranks.size} processes; start fewer")
-    learning = any(norm.training for norm in _batch_norms(network))
+    learning = any(norm.training for norm in batch_norms(network))
     if learning and order.num_parts(ranks.size)[1] == 1:
         raise ConfigError(
             "a batch norm has no statistics of single images, and each pass of a process has one; make batches or "
@@ -85,22 +81,13 @@ def check_parts(network: nn.Module, order: BatchOrder, ranks: Ranks) -> None:
 def measure_untouched(network: nn.Module, examples: Iterator[Example], device: torch.device) -> None:
     """Give the backbone's norms that stay as they are, and never saw an image, the statistics of some training views.
 
-    Those of random weights would pass images on at a wild scale, which would make the features look worse than they
-    are. Running statistics become plain averages over batches of views of one size.
+    They are taken over batches of views of one size.
     """
     student = cast(TaskNetwork, network).student
-    kept = [norm for norm in _batch_norms(student) if not norm.training and _is_untouched(norm)]
-    momenta = [norm.momentum for norm in kept]
-    for norm in kept:
-        norm.reset_running_stats()  # type: ignore[operator]
-        norm.momentum = None  # type: ignore[assignment]  # cumulative average
-        norm.train()
-    with torch.no_grad():
+    kept = [norm for norm in batch_norms(student) if not norm.training and _is_untouched(norm)]
+    with torch.no_grad(), fresh_statistics(kept):
         for images in _of_one_size(examples) if kept else ():
             student(images.to(device))
-    for norm, momentum in zip(kept, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
 
 
 def _of_one_size(examples: Iterator[Example]) -> Iterator[torch.Tensor]:

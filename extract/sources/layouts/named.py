@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.layouts.files import few
-from dtpipe.extract.sources.names import key_of
+from dtpipe.extract.sources.names import key_of, without_ending
 from dtpipe.manifests.errors import InputError
 
 
@@ -49,14 +49,9 @@ def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
     """The names that are one but for their endings."""
     stems: dict[str, list[str]] = {}
     for name in names:
-        stems.setdefault(_stem(name), []).append(name)
+        stems.setdefault(without_ending(name), []).append(name)
     return stems
 
 
 def _ending_so(name: str, by_last: Mapping[str, list[str]]) -> list[str]:
     return [place for place in by_last.get(name.rpartition("/")[2], ()) if f"/{place}".endswith(f"/{name}")]
-
-
-def _stem(name: str) -> str:
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + (last.rpartition(".")[0] or last)

@@ -18,6 +18,7 @@ from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.manifests.errors import DtpipeError, InputError
 from dtpipe.manifests.labels import ClassTable, Instances, Mask, Pixels
 from dtpipe.manifests.schema import TransformRecipe, height_width
+from dtpipe.pipeline.cli.console import say_nothing
 from dtpipe.pipeline.config import EvalConfig, ReportConfig
 from dtpipe.pipeline.predict.overlay import Entry, painted
 from dtpipe.pipeline.report.section import Notes, data_uri, render
@@ -68,7 +69,7 @@ def held_out_set(result: TaskResult) -> LabelledSet:
         raise InputError(f"{result.path} does not say on which images it was scored: {err.errors()[0]['msg']}") from err
     size = height_width(config.px) if config.px else None
     recipe = TransformRecipe(resize=config.resize, height=size[0], width=size[1]) if size else None
-    return fit_targets(find_tuned(result.task), open_sets(config, recipe, lambda _: None)[1])
+    return fit_targets(find_tuned(result.task), open_sets(config, recipe, say_nothing)[1])
 
 
 def _gallery(

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from dtpipe.distill.downstream.tuned.config import AugmentConfig
 from dtpipe.distill.downstream.tuned.segmentation.inference import scaled_size
+from dtpipe.distill.stream.batch import scaled_levels
 from dtpipe.manifests.labels import Pixels
 
 
@@ -54,7 +55,7 @@ def _resized(value: Tensor, size: list[int]) -> Tensor:
 
 def to_student(image: Tensor) -> Tensor:
     """As students take it. Shapes: (3, H, W) uint8 -> (3, H, W) float32 in [-1, 1]."""
-    return image.as_subclass(Tensor).float().div(127.5).sub(1)
+    return scaled_levels(image.as_subclass(Tensor))
 
 
 def _draw_size(shape: tuple[int, ...], config: AugmentConfig) -> list[int]:

@@ -18,6 +18,7 @@ from dtpipe.distill.downstream.tuned.base import Example
 from dtpipe.distill.downstream.tuned.config import AugmentConfig, TuneConfig
 from dtpipe.distill.downstream.tuned.segmentation.inference import scaled_size
 from dtpipe.distill.downstream.tuned.segmentation.network import MASK_TARGET
+from dtpipe.distill.stream.batch import scaled_levels
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.labels import ClassTable, Mask, Pixels, Target
 
@@ -44,7 +45,7 @@ def mask_augment(classes: ClassTable, config: TuneConfig) -> Callable[[Pixels, T
         if colours is not None:
             image = colours(image)
         image, mask = _fill_up(image, mask, augment.crop_px)
-        floats = image.as_subclass(Tensor).float().div(127.5).sub(1)
+        floats = scaled_levels(image.as_subclass(Tensor))
         return Example(floats, {MASK_TARGET: mask.as_subclass(Tensor)[0]})
 
     return view

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.layouts.base import Layout
@@ -17,6 +16,7 @@ from dtpipe.extract.sources.layouts.files import Tree, few, read_file
 from dtpipe.extract.sources.layouts.generic.folders import both_parts
 from dtpipe.extract.sources.layouts.listed import ListedSource, ReadsUris, Reopened
 from dtpipe.extract.sources.layouts.mask_files import check_classes, check_shape, decode_mask
+from dtpipe.extract.sources.names import without_ending
 from dtpipe.extract.sources.registry import open_source
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.labels import IGNORE_VALUE, ClassTable, Mask
@@ -74,10 +74,10 @@ def _join(
 ) -> ListedSource:
     by_stem: dict[str, list[SourceItem]] = {}
     for mask in masks:
-        by_stem.setdefault(_stem(mask.key), []).append(mask)
+        by_stem.setdefault(without_ending(mask.key), []).append(mask)
     own = tuple(_mask_of(item.key, by_stem, where) for item in items)
     notes = []
-    if spare := sorted(by_stem.keys() - {_stem(item.key) for item in items}):
+    if spare := sorted(by_stem.keys() - {without_ending(item.key) for item in items}):
         names = few([by_stem[stem][0].key for stem in spare])
         notes.append(f"left out {count_of(len(spare), 'mask')} without an image: {names}")
     return ListedSource(Mask, table, items, images, MaskTargets(mask_images, own, where, table, ignore_value), notes)
@@ -106,21 +106,17 @@ class MaskTargets:
 
 
 def _mask_of(key: str, by_stem: Mapping[str, Sequence[SourceItem]], where: str) -> SourceItem:
-    items = by_stem.get(_stem(key), [])
+    items = by_stem.get(without_ending(key), [])
     if not items:
         seen = next(iter(by_stem.values()))[0].key
         raise InputError(
-            f"{where}: no mask for image {key}; masks have the images' paths, here {_stem(key)}.png; "
+            f"{where}: no mask for image {key}; masks have the images' paths, here {without_ending(key)}.png; "
             f"{seen} is one that is there"
         )
     if len(items) > 1:
         names = " and ".join(item.key for item in items)
         raise InputError(f"{where}: image {key} has the masks {names}; leave one of them")
     return items[0]
-
-
-def _stem(key: str) -> str:
-    return str(PurePosixPath(key).with_suffix(""))
 
 
 LAYOUT = Layout(

@@ -19,6 +19,7 @@ from dtpipe.extract.sources.layouts.files import Tree, few
 from dtpipe.extract.sources.layouts.generic.folders import both_parts
 from dtpipe.extract.sources.layouts.listed import ListedSource
 from dtpipe.extract.sources.layouts.objects import read_objects
+from dtpipe.extract.sources.names import without_ending
 from dtpipe.manifests.documents import Refusal, parse_yaml
 from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.labels import ClassTable, Instances
@@ -45,7 +46,7 @@ def open_yolo(root: str, split: str | None = None) -> ListedSource:
     if not items:
         raise InputError(f"{tree.root}: no image in {images}; check root and split")
     files = {name[len(labels) + 1 :]: uri for name, uri in tree.files(labels).items() if name.endswith(".txt")}
-    texts = [f"{_stem(item.key)}.txt" for _, item in items]
+    texts = [f"{without_ending(item.key)}.txt" for _, item in items]
     _refuse_twins([item for _, item in items], texts, f"{tree.root}/{labels}")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         read = pool.map(lambda text: _read(tree, files.get(text), f"{tree.root}/{labels}/{text}", table), texts)
@@ -213,11 +214,6 @@ def _notes(rows: Sequence[_Labels], texts: Sequence[str], files: Mapping[str, st
             total = sum(getattr(row, count) for row in rows)
             notes.append(f"left out {count_of(total, 'line')} of {labels} {what}, in {few(odd)}")
     return notes
-
-
-def _stem(key: str) -> str:
-    folder, slash, name = key.rpartition("/")
-    return folder + slash + name.rpartition(".")[0]
 
 
 LAYOUT = Layout(

@@ -1,6 +1,7 @@
 """The data sets of the label-efficient benchmark (ddpm-segmentation): a few dozen square images with parts of things.
 
     ROOT/real/train/0.png   real/train/0.npy   real/test/..      ROOT is bedroom_28, ffhq_34, cat_15, horse_21, ..
+         ddpm/0.png   ddpm/0.npy        samples of the DDPM that were annotated too: split ddpm
 
 A mask is an array of class numbers in the .npy beside its image, of any square size. Of bedrooms nobody learns or
 scores the background, 0; elsewhere background is a class and 255 is ignored. `Mask.without_specks` is the
@@ -25,7 +26,7 @@ from dtpipe.extract.sources.layouts.published.tables import published_classes
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.labels import Mask
 
-_NAME, _SPLITS = "ddpm-seg", ("train", "test")
+_NAME, _SPLITS = "ddpm-seg", ("train", "test", "ddpm")
 _IGNORED = {"bedroom_28": 0, **dict.fromkeys(("ffhq_34", "cat_15", "horse_21", "celeba_19", "ade_bedroom_30"), 255)}
 _MAX_PX = 4096  # a side of a mask
 
@@ -39,7 +40,7 @@ def _open(root: str, split: str | None) -> LabelledSource:
             f"{_NAME}:{root}: {set_name!r} is no set of this benchmark, whose classes are known by the folder's name: "
             f"{', '.join(_IGNORED)}; name it so"
         )
-    folder = f"real/{split}"
+    folder = split if split == "ddpm" else f"real/{split}"
     pairs = pair_up(tree, folder, folder, ".npy")
     table = published_classes(set_name)
     targets = _ArrayLabels(tree, tree.root, pairs.labels, len(table), _IGNORED[set_name])
@@ -97,7 +98,7 @@ def _shape(file: io.BytesIO) -> tuple[int, ...]:
 
 LAYOUT = Layout(
     name=_NAME,
-    reads="A set of the label-efficient benchmark (ROOT/bedroom_28, ffhq_34, ..): real/SPLIT, masks as .npy beside.",
+    reads="A set of the label-efficient benchmark (ROOT/bedroom_28, ffhq_34, ..): real/SPLIT or ddpm, .npy masks.",
     kind=Mask,
     open=_open,
     splits=_SPLITS,

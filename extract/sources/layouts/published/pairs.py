@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dtpipe.extract.sources.base import SourceItem
 from dtpipe.extract.sources.layouts.files import Tree, few
-from dtpipe.extract.sources.names import is_image
+from dtpipe.extract.sources.names import is_image, without_ending
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.words import count_of
 
@@ -74,10 +74,7 @@ def _labels(tree: Tree, labels: str, ending: str, images: str) -> Mapping[str, s
 
 
 def _stem(key: str, ending: str) -> str:
-    if ending:
-        return key.removesuffix(ending)
-    folder, slash, name = key.rpartition("/")
-    return folder + slash + name.rpartition(".")[0]
+    return key.removesuffix(ending) if ending else without_ending(key)
 
 
 def _refuse_twins(root: str, images: str, names: Mapping[str, str]) -> None:

@@ -103,6 +103,13 @@ def test_bedrooms_ignore_their_background_and_other_sets_do_not(tmp_path: Path) 
     assert mask(cats, px=(8, 8)).ignore == 255 and mask(cats, px=(8, 8)).occurring == {0, 14}
 
 
+def test_annotated_samples_of_the_ddpm_are_a_split_of_their_own(tmp_path: Path) -> None:
+    files = {**trees.ddpm_seg(), "ddpm/0.png": png(trees.picture(4, 8, 8))}
+    labelled = opened("ddpm-seg", write_files(tmp_path / "bedroom_28", files), "ddpm")
+    assert [item.key for item in labelled.items] == ["0.png"]
+    np.testing.assert_array_equal(mask(labelled, px=(8, 8)).numbers, trees.DDPM_MASK)
+
+
 def test_small_classes_are_cleaned_from_training_masks_at_the_benchmarks_size(tmp_path: Path) -> None:
     array = np.zeros((256, 256), np.int64)
     array[0, :19], array[1, :20] = 5, 6
