@@ -131,7 +131,7 @@ class DistillRun(StrictModel):
 class DistillRecipeConfig(Settings):
     """What is trained, on what, and how: all that determines the student."""
 
-    PLACES: ClassVar[frozenset[str]] = frozenset({"datasets", "keys"})  # data.json says what they hold
+    PLACES: ClassVar[frozenset[str]] = frozenset({"datasets", "keys", "interpreter"})  # data.json says what they hold
 
     datasets: tuple[str, ...] = Field(
         default=(),
@@ -201,6 +201,11 @@ class DistillRecipeConfig(Settings):
     reencode: float = Field(
         default=0.0, ge=0, le=1, description="Share of samples whose features the live teacher makes anew."
     )
+    interpreter: str | None = Field(
+        default=None,
+        description="Folder of the interpreter that makes soft labels of samples which are encoded live; default: "
+        "where the joined soft labels say it was.",
+    )
     mismatch: int | None = Field(
         default=None,
         ge=0,
@@ -225,6 +230,8 @@ class DistillRecipeConfig(Settings):
                 f"{names} are all 0; nothing is left to train on. To train on soft labels alone, set "
                 "distill.labels.weight too"
             )
+        if self.interpreter is not None and self.labels.weight == 0:
+            raise ValueError("distill.interpreter makes soft labels, and distill.labels.weight is 0; leave one out")
         return self
 
     @model_validator(mode="after")
@@ -243,7 +250,7 @@ class DistillRecipeConfig(Settings):
             raise ValueError(f"distill.min_lr {self.min_lr} is above the peak learning rate {self.peak_lr}")
         return self
 
-    _whole = field_validator("datasets", "keys")(whole_place)
+    _whole = field_validator("datasets", "keys", "interpreter")(whole_place)
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:

@@ -52,7 +52,7 @@ def targets_of(
     """The same of levels and of the classes of those that hold soft labels."""
     levels = choose_levels(stored, config.levels)
     features = levels if any(config.loss.weights.values()) else ()
-    labels = _soft_labels(config, stored)
+    labels = soft_label_level(config, stored)
     if not features and labels is None:
         names = ", ".join(level.name for level in stored)
         raise ConfigError(
@@ -65,7 +65,8 @@ def targets_of(
     return Targets(features, labels, tuple(classes[labels.name]), weight)
 
 
-def _soft_labels(config: DistillRecipeConfig, stored: Sequence[LevelSpec]) -> LevelSpec | None:
+def soft_label_level(config: DistillRecipeConfig, stored: Sequence[LevelSpec]) -> LevelSpec | None:
+    """The soft labels to learn from; None where there are none, or their weight is 0. Raises: as `choose_targets`."""
     weight = config.labels.weight
     soft = [level for level in stored if level.role == "soft_labels"]
     if weight == 0 or (weight is None and not soft):

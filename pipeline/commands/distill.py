@@ -40,6 +40,7 @@ FLAGS = (
     Flag("--weight-decay", "distill.weight_decay", "WD"),
     Flag("--equivariant", "distill.equivariant"),
     Flag("--reencode", "distill.reencode", "P"),
+    Flag("--interpreter", "distill.interpreter", "DIR"),
     Flag("--mismatch", "distill.mismatch", "SEED"),
     Flag("--images", "extract.images", "URL"),
     Flag("--num-samples", "extract.num_samples", "N"),

@@ -39,7 +39,7 @@ def training_data(call: Call) -> tuple[DistillConfig, TrainingData]:
         return _without_dataset(call)
     config: DistillConfig = call.settings("distill")
     teacher = _section(call, SECTION).get("teacher") or {}
-    return config, StoredData(partial(open_live, teacher)) if config.reencode else STORED
+    return config, StoredData(partial(open_live, teacher, config=config)) if config.reencode else STORED
 
 
 def recorded_data(run: Path, config: DistillConfig) -> TrainingData:
@@ -57,6 +57,8 @@ def warnings(call: Call, config: DistillConfig, data: TrainingData) -> Iterator[
     elif unread := [f"extract.{name}" for name in ("images", "num_samples") if _section(call, SECTION).get(name)]:
         verb = "is" if len(unread) == 1 else "are"
         yield f"{' and '.join(unread)} {verb} not read: the dataset that is given has images"
+    if config.interpreter is not None and config.datasets and not config.reencode:
+        yield "distill.interpreter is not read: with --reencode 0 no sample is encoded live"
     yield from _kept_shards(config)
     yield from _unused_labels(config)
     if config.equivariant:

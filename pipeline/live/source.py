@@ -33,6 +33,7 @@ from dtpipe.manifests.errors import BadImage, ConfigError, InputError
 from dtpipe.manifests.read.source import Columns, FeatureSource, Integers
 from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
 from dtpipe.pipeline.live.check import OnChecked, check_images, known_bad
+from dtpipe.pipeline.live.labels import LiveLabels, behind_teacher, live_labels
 from dtpipe.pipeline.live.recorded import RecipeTeacher
 from dtpipe.pipeline.live.teacher import LivePart, LiveRecipes, route_to_one
 
@@ -50,11 +51,14 @@ SECTION = "extract"
 class LiveSource:
     """Samples that have images and no stored features; a `FeatureSource`. `teacher` is the one that encodes them."""
 
-    def __init__(self, reader: ImageReader, teacher: RecipeTeacher, bad: Mapping[str, str]) -> None:
-        """`bad`: key to reason of the samples that cannot be used."""
+    def __init__(
+        self, reader: ImageReader, teacher: RecipeTeacher, bad: Mapping[str, str], labels: LiveLabels | None = None
+    ) -> None:
+        """`bad`: key to reason of the samples that cannot be used; `labels`: made of the features, where there are."""
         recipe, listing = teacher.recipe, reader.listing
         self.recipe, self.teacher, self.reader = recipe, teacher, reader
-        self.levels: tuple[LevelSpec, ...] = recipe.levels
+        self.labels = labels
+        self.levels: tuple[LevelSpec, ...] = (*recipe.levels, *([] if labels is None else [labels.level]))
         self.views: tuple[ViewSpec, ...] = recipe.views
         self.image_px = (recipe.transform.height, recipe.transform.width)
         status = tuple(f"bad: {bad[key]}" if key in bad else "ok" for key in listing.keys)
@@ -116,7 +120,9 @@ class LiveData:
     def teacher(self, source: FeatureSource, device: torch.device) -> LiveTeacher:  # noqa: ARG002  it is loaded already
         """The teacher that was loaded to open the source, which knows what samples it takes."""
         assert isinstance(source, LiveSource)
-        return LiveRecipes([LivePart(source.teacher, source.levels)], route_to_one)
+        recipe = source.recipe
+        teacher = LiveRecipes([LivePart(source.teacher, recipe.levels)], route_to_one)
+        return teacher if source.labels is None else behind_teacher(teacher, source.labels, recipe)
 
     def _open(self, config: DistillConfig, find_bad: FindBad) -> OpenedData:
         noise = self.extract.noise.model_copy(update={"draws": 1})  # none is stored, so views are those of one draw
@@ -127,11 +133,15 @@ class LiveData:
         extract = with_timesteps_of(extract, recipe.views)
         listing = {"num": len(reader.listing), "keys_blake3": blake3_hex("\n".join(reader.listing.keys).encode())}
         record: dict[str, Any] = {"live": _content(recipe), "listing": listing}
+        labels = None
+        if config.interpreter is not None:
+            labels = live_labels(config.interpreter, recipe, opened.device)
+            record["interpreter"] = labels.head.digest
         refuse_other_data(run, record, partly=True)
-        source = LiveSource(reader, opened, {})
+        source = LiveSource(reader, opened, {}, labels)
         rows = select_rows(source, config)
         if not recipe.synthesized:
-            source = LiveSource(reader, opened, find_bad(reader, rows, run))
+            source = LiveSource(reader, opened, find_bad(reader, rows, run), labels)
             rows = rows[np.isin(rows, source.columns.ok_rows)]
             if len(rows) == 0:
                 raise InputError(f"{extract.images}: none of the images can be used; look at one of them")
@@ -141,6 +151,7 @@ class LiveData:
             recipe.student_px,
             digest=blake3_hex(canonical_json(record)),
             sampling=Sampling(rows, len(source.columns)),
+            classes={} if labels is None else {labels.level.name: labels.head.network.spec.classes.names},
             record=record,
             sections={SECTION: extract.model_dump(mode="json")},
         )

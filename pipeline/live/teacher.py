@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.distill.config import DistillRecipeConfig
+from dtpipe.distill.labels.targets import soft_label_level
 from dtpipe.distill.stream.batch import flip_where
-from dtpipe.distill.stream.live import LiveSamples
+from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import Rows, Sample, encode, stack_rows
 from dtpipe.extract.latents import Latents, StoredLatents
@@ -25,6 +27,8 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource
 from dtpipe.manifests.schema import LevelSpec, ViewSpec
+from dtpipe.manifests.soft_labels import soft_labels_of
+from dtpipe.pipeline.live.labels import behind_dataset
 from dtpipe.pipeline.live.recorded import RecipeTeacher, open_teacher
 
 if TYPE_CHECKING:
@@ -169,22 +173,28 @@ def _route_by_row(source: ConcatDataset) -> Route:
     return route
 
 
-def _route_by_view(source: JoinedDataset) -> Route:
-    """Each dataset gives its own levels, of the samples at a view that it has."""
+def _route_by_view(source: JoinedDataset, kept: Sequence[int]) -> Route:
+    """Each dataset of those kept gives its own levels, of the samples at a view that it has."""
     view_of = {(place.part, view): place.view for (_, view), place in source.places.items()}
 
     def route(samples: LiveSamples) -> Iterator[tuple[int, Indices, Indices]]:
-        for part in range(len(source.parts)):
+        for place, part in enumerate(kept):
             chosen = np.array([idx for idx, view in enumerate(samples.views) if (part, view) in view_of], np.int64)
-            yield part, chosen, np.array([view_of[part, view] for view in samples.views[chosen]], np.int64)
+            yield place, chosen, np.array([view_of[part, view] for view in samples.views[chosen]], np.int64)
 
     return route
 
 
-def open_live(settings: Mapping[str, Any], source: FeatureSource, device: torch.device) -> LiveRecipes:
-    """The live teacher of a source: each dataset's own, with `settings` in place of those that its extraction recorded.
+def open_live(
+    settings: Mapping[str, Any],
+    source: FeatureSource,
+    device: torch.device,
+    config: DistillRecipeConfig | None = None,
+) -> LiveTeacher:
+    """The live teacher of a source: each dataset's own, with `settings` in place of those that its extraction recorded;
+    behind it the interpreter of the soft labels that `config` learns from.
 
-    Raises: TeacherError or ConfigError saying what differs, when a dataset's teacher cannot be had.
+    Raises: TeacherError or ConfigError saying what differs, when a dataset's teacher or interpreter cannot be had.
     """
     datasets, route, names = _composition(source)
     parts = []
@@ -195,26 +205,52 @@ def open_live(settings: Mapping[str, Any], source: FeatureSource, device: torch.
         ]
         latents = StoredLatents.find(datasets[idx], opened.teacher.spec, recipe)
         parts.append(LivePart(opened, levels, 1 + max(view.draw for view in recipe.views), latents))
-    return LiveRecipes(parts, route)
+    teacher = LiveRecipes(parts, route)
+    level = None if config is None else soft_label_level(config, source.levels)
+    if level is None or config is None or not isinstance(source, JoinedDataset):
+        return teacher
+    labels = source.parts[source.places[level.name, 0].part]
+    features = [
+        (part, {own: name for (place, own), name in names.items() if place == idx}) for idx, part in enumerate(datasets)
+    ]
+    return behind_dataset(teacher, labels, level, features, config.interpreter, device)
 
 
 def _composition(source: FeatureSource) -> tuple[Sequence[FeatureDataset], Route, Mapping[tuple[int, str], str]]:
-    """Datasets of a source, which samples each encodes, and the names of their levels that are others in the source.
+    """Datasets of features in a source, which samples each encodes, and the names of their levels that are others in
+    the source.
 
-    Raises: ConfigError for joined datasets that are synthesized, whose images would no longer be those of the others.
+    Raises: ConfigError for several joined datasets that are synthesized, whose images would no longer be those of the
+    others, and for soft labels without features.
     """
     if isinstance(source, ConcatDataset):
+        _refuse_labels_alone(source.parts)
         return source.parts, _route_by_row(source), {}
     if not isinstance(source, JoinedDataset):
         assert isinstance(source, FeatureDataset), "a live teacher needs datasets with a recipe"
+        _refuse_labels_alone([source])
         return [source], route_to_one, {}
-    if synthesized := [dataset.url for dataset in source.parts if dataset.recipe.synthesized]:
+    kept = [idx for idx, part in enumerate(source.parts) if soft_labels_of(part.recipe) is None]
+    features = [source.parts[idx] for idx in kept]
+    _refuse_labels_alone(features or source.parts)
+    synthesized = [dataset.url for dataset in features if dataset.recipe.synthesized]
+    if synthesized and len(features) > 1:
         raise ConfigError(
             f"{synthesized[0]} is synthesized, and a new image has no features in the datasets joined to it; "
             "set --reencode 0"
         )
-    names = {(place.part, place.level): name for (name, _), place in source.places.items()}
-    return source.parts, _route_by_view(source), names
+    names = {
+        (kept.index(place.part), place.level): name for (name, _), place in source.places.items() if place.part in kept
+    }
+    return features, _route_by_view(source, kept), names
+
+
+def _refuse_labels_alone(datasets: Sequence[FeatureDataset]) -> None:
+    if soft_labels_of(datasets[0].recipe) is not None:
+        raise ConfigError(
+            f"{datasets[0].url} holds soft labels, and their features' teacher would make fresh ones; join the "
+            "features with --join, or set --reencode 0"
+        )
 
 
 def _open_each(datasets: Sequence[FeatureDataset], settings: Mapping[str, Any], device: str) -> list[RecipeTeacher]:
