@@ -20,7 +20,7 @@ import pytest
 from dtpipe.extract.cluster.actor import ExtractActor, News
 from dtpipe.extract.cluster.placement import Node, WorkerShape, live_nodes, most_workers, place_workers, slots
 from dtpipe.extract.cluster.preflight import check_space, check_versions, package_versions
-from dtpipe.extract.run import run_extraction
+from dtpipe.extract.run import run_extraction, run_work
 from dtpipe.extract.shards.progress import Progress
 from dtpipe.manifests.errors import (
     ConfigError,
@@ -30,10 +30,13 @@ from dtpipe.manifests.errors import (
     StoreError,
     TeacherError,
 )
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import committed_shards, load_entries
 from dtpipe.manifests.write.plan import load_plan, plan_digest
+from dtpipe.pipeline.soft_labels.request import request_of
 from parts.extractions import MakeConfig
+from parts.interpreters import label_settings, write_interpreter
 
 GPU_WORKER, CPU_WORKER = WorkerShape(cpus=1, gpus=1), WorkerShape(cpus=1, gpus=0)
 
@@ -161,6 +164,22 @@ def test_one_digest_for_one_and_two_actors_and_inline(form: str, ray_config: Mak
     assert {each.shards_written for each in results.values()} == {20}
     assert [len(writers(str(tmp_path / name))) for name in ("one", "inline")] == [1, 1]
     assert not left_running()  # nothing is left running on the cluster
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_soft_labels_have_one_digest_on_two_actors_and_inline(many_config: MakeConfig, tmp_path: Path) -> None:
+    """The job travels to the workers, and each opens the features and the interpreter itself."""
+    features = run_extraction(many_config(shard={"samples": 60}, batch_size=60)).url
+    head = write_interpreter(tmp_path / "head", FeatureDataset.open(features).levels)
+
+    def digest(out: str, **run: Any) -> str:
+        settings = label_settings(head, features, tmp_path / out).model_dump(mode="json")
+        settings["extract"]["run"] |= run
+        request = request_of(settings, {})
+        return run_work(request.run, request.resolve, request.record).digest
+
+    assert digest("two", inline=False, workers=2) == digest("inline")
 
 
 def writers(out: str) -> set[int]:
