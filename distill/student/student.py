@@ -134,7 +134,8 @@ def _features_only(spec: StudentSpec, pretrained: bool, options: Mapping[str, An
         net: nn.Module = timm.create_model(spec.name, pretrained=pretrained, features_only=True, **options)
     except OSError as err:
         raise InputError(
-            f"weights of {spec.name} cannot be fetched: {err}; check the network or leave out student.pretrained"
+            f"weights of {spec.name} cannot be fetched: {err}; check the network, name a file of them as MODEL@FILE "
+            "where arms are compared, or train from random ones, without --pretrained"
         ) from err
     except (RuntimeError, AttributeError, AssertionError, TypeError) as err:
         raise ConfigError(

@@ -19,7 +19,7 @@ from dtpipe.distill.student.pyramid import SimplePyramid
 from dtpipe.distill.student.regressors.registry import REGRESSORS
 from dtpipe.distill.student.student import StudentSpec, build_student
 from dtpipe.distill.trainer import Distillation
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.schema import LevelSpec
 from parts.memory import tiny_config
 from parts.runs import train_on
@@ -159,3 +159,15 @@ def losses_of(config, data: OpenedData) -> list[float]:
                 losses.append(loop.meter.losses()["loss"])
                 loop.meter = Meter(trainer.watch)
     return losses
+
+
+def test_weights_that_cannot_be_fetched_are_answered_with_what_else_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    spec = StudentSpec("resnet10t", 4, (HEIGHT, WIDTH))
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(
+        InputError, match=r"resnet10t cannot be fetched: no network; .* as MODEL@FILE .* without --pretr"
+    ):
+        build_student(spec, pretrained=True)
