@@ -14,7 +14,7 @@ from dtpipe.manifests.read.join import JoinedDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.soft_labels import live_features_of, soft_labels_of
 from parts.command_line import RefusedError, dtpipe
-from parts.images import write_images
+from parts.images import png, write_files, write_images
 from parts.interpreters import write_interpreter
 from parts.paths import REPO
 
@@ -96,7 +96,7 @@ def test_faces_that_a_gan_makes_are_saved_labelled_by_hand_and_labelled_by_the_h
     for key in ("z/000000001", "z/000000003"):
         picture = np.asarray(Image.open(saved / f"{key}.png"))
         np.testing.assert_array_equal(picture, read_image(few, few.columns.row_of(key)))
-    head = write_interpreter(tmp_path / "head", few.levels)
+    head = interpreter_of_two_masks(tmp_path, saved)
     more = ("extract", "--num-samples", 6, *gan, "--interpreter", head, "--save-png", tmp_path / "more")
     answer = dtpipe(*more, "--out", tmp_path / "labels")
     assert (answer["num_ok"], answer["num_bad"]) == (6, 0)
@@ -112,6 +112,21 @@ def test_faces_that_a_gan_makes_are_saved_labelled_by_hand_and_labelled_by_the_h
         np.testing.assert_array_equal(read_level(labels, "l2.labels", row), read_level(cached, "l2.labels", row))
     assert dtpipe("verify", tmp_path / "labels", "--level", "recompute", "--device", "cpu")["ok"]
     assert verify(tmp_path / "cached", "decode").ok
+
+
+def interpreter_of_two_masks(folder: Path, saved: Path) -> str:
+    """A person's two masks of saved faces, and `dtpipe interpret` on them: one to learn from, one to score."""
+    rows, columns = np.ogrid[:64, :64]
+    for key, centre in (("z/000000001", (34, 32)), ("z/000000003", (32, 30))):
+        face = ((rows - centre[0]) / 26) ** 2 + ((columns - centre[1]) / 20) ** 2 < 1
+        write_files(folder / "masks", {f"{key}.png": png(face.astype(np.uint8))})
+        write_files(folder / "drawn", {f"{key}.png": (saved / f"{key}.png").read_bytes()})
+    drawn = ("--labels", folder / "drawn", "--masks", folder / "masks")
+    small = ("--width", 8, "--epochs", 30, "--pixel-models", 0, "--device", "cpu")
+    learned = dtpipe("interpret", folder / "few", *drawn, *small, "--out", folder / "head")
+    assert (learned["num_labelled"], learned["num_held_out"], learned["measure"]) == (1, 1, "mIoU")
+    assert learned["scores"]["interpreter"]["value"] > 0.4  # of one class alone: at most 0.3
+    return str(folder / "head")
 
 
 def write_generator(folder: Path) -> str:
