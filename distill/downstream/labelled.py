@@ -115,6 +115,10 @@ class LabelledSet:
             occurring=None,
         )
 
+    def changed(self, change: Callable[[Any], Target]) -> LabelledSet:
+        """The same samples, each target as a function of it gives it; of the same kind and classes."""
+        return replace(self, target=_Changed(self.target, change), occurring=None)
+
     def find_classes(self) -> frozenset[int]:
         """Class numbers that occur among the targets; reads them all where nobody has looked."""
         if self.occurring is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtpipe.distill.downstream.labelled import LabelledSet, check_several_classes, draw_labelled
+from dtpipe.distill.downstream.tuned.tasks.few_labels import cleaned
 from dtpipe.distill.engine.device import seeded, training_device
 from dtpipe.distill.engine.progress import OnTrainProgress
 from dtpipe.distill.labels.arms import ArmScore, Predict, interpreter_predict, score_arm
@@ -17,6 +18,7 @@ from dtpipe.distill.labels.files import save_interpreter
 from dtpipe.distill.labels.interpreter import FeatureInterpreter
 from dtpipe.distill.labels.linear import LINEAR, fit_linear
 from dtpipe.distill.labels.train import interpreter_run, interpreter_spec, train_interpreter
+from dtpipe.extract.sources.layouts.registry import parse_layout
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import KIND_WORDS, Class, Mask
@@ -79,13 +81,15 @@ def open_labels(config: InterpretConfig, note: Note) -> OpenedLabels:
     train, test = _open_sides(config, dataset, note)
     sides = open_both(config, dataset, train, test, note)
     recipe = dataset.plan.model_dump_json(include={"recipe", "listing_blake3"})
-    content = {
+    content: dict[str, Any] = {
         "features": blake3_hex(recipe.encode()),
         "labelled": train.content_digest(),
         "num_labelled": len(train),
         "num_live": sides.found.num_missing,
         "flips": sides.train.flips,
     }
+    if _cleans(config):
+        content["specks"] = "ignored"
     return OpenedLabels(dataset, sides, content)
 
 
@@ -98,8 +102,16 @@ def _open_sides(config: InterpretConfig, dataset: FeatureDataset, note: Note) ->
         )
     train, test = check_apart_by_content(train, test, config.test_images is None, known_digests, note)
     train = train.subset(draw_labelled(train, config.labelled, config.seed))
+    train = train.changed(cleaned) if _cleans(config) else train
     check_several_classes(train, test)
     return train, test
+
+
+def _cleans(config: InterpretConfig) -> bool:
+    """Whether slips of the pen in masks to learn from are ignored, as those who published them do; not of foreground,
+    where they are merged into what is around them."""
+    parsed = parse_layout(config.images)
+    return parsed is not None and parsed[0].cleans_specks and not config.foreground
 
 
 def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress | None = None) -> InterpretResult:

@@ -69,3 +69,5 @@ class Layout:
     """As published, to be named in messages; empty where any folder or file may be one."""
     split_is_file: bool = False
     """True where the split is a file below the root, or an absolute path or URL; it may have slashes."""
+    cleans_specks: bool = False
+    """True where whoever published the masks ignores, in those to learn from, classes of a few pixels."""

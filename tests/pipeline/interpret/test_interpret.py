@@ -27,6 +27,7 @@ from dtpipe.pipeline.interpret.run import open_labels
 from dtpipe.pipeline.sets import open_sets
 from parts.extractions import extract_config
 from parts.images import draw_image, png, write_files
+from parts.published_trees import npy
 
 NUM = 10
 SMALL = ("--epochs", "2", "--width", "8", "--pixel-models", "2", "-s", "interpret.rivals.pixel_epochs=1")
@@ -191,3 +192,25 @@ def test_foreground_and_content_are_part_of_what_a_run_is_of(scene: Scene) -> No
     assert merged.sides.train.labelled.classes.names == ("background", "foreground")
     assert plain.content["labelled"] != merged.content["labelled"]
     assert plain.content["features"] == merged.content["features"]
+
+
+def test_specks_in_masks_to_learn_from_are_ignored_and_what_is_scored_is_whole(tmp_path: Path, ddpm: Path) -> None:
+    """Cats of 128 px, where 20 px at 256 px are 5: four are a speck."""
+    mask = np.zeros((128, 128), np.int64)
+    mask[64:] = 3
+    mask[0, :4], mask[10, :5] = 5, 6
+    sides = enumerate(("train", "train", "test"))
+    files = {f"real/{side}/{idx}.png": png(draw_image(idx, 128)) for idx, side in sides}
+    arrays = {name.replace(".png", ".npy"): npy(mask) for name in files}
+    root = write_files(tmp_path / "cat_15", {**files, **arrays})
+    url = run_extraction(extract_config(root / "real", ddpm, tmp_path / "features", transform={"px": 128})).url
+    sets = {"images": f"ddpm-seg:{root}@train", "test_images": f"ddpm-seg:{root}@test"}
+    config = InterpretConfig.model_validate({"features": url, **sets, "run": {"out": str(tmp_path / "head")}})
+    opened = open_labels(config, print)
+    for row in (0, 1):
+        target = opened.sides.train.target(row)
+        assert set(target.unique().tolist()) == {-1, 0, 3, 6} and int((target == -1).sum()) == 4
+    assert set(opened.sides.test.target(0).unique().tolist()) == {0, 3, 5, 6}
+    assert opened.content["specks"] == "ignored"
+    merged = open_labels(config.model_copy(update={"foreground": True}), print)
+    assert set(merged.sides.train.target(0).unique().tolist()) == {0, 1} and "specks" not in merged.content

@@ -102,4 +102,5 @@ LAYOUT = Layout(
     kind=Mask,
     open=_open,
     splits=_SPLITS,
+    cleans_specks=True,
 )
