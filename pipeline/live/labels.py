@@ -119,7 +119,7 @@ def behind_dataset(
 def _read_by(
     head: LoadedInterpreter, digest: str | None, features: Sequence[tuple[FeatureDataset, Mapping[str, str]]]
 ) -> tuple[FeatureDataset, Mapping[str, str]]:
-    """The features that the labels were made of, else the first that the interpreter can read."""
+    """The features that the labels were made of, else the first ones. Raises: ConfigError when it cannot read them."""
     same = [(part, names) for part, names in features if part.manifest is not None and part.manifest.digest == digest]
     chosen, names = (same or list(features))[0]
     levels_read(head.network.spec, chosen.recipe.levels, chosen.url)
