@@ -19,13 +19,13 @@ class InterpretConfig(InterpreterConfig, LabelledImages):
         {"features", "images", "masks", "class_names", "test_images", "test_masks", "teacher", "keys"}
     )
 
-    features: str = Field(description="Feature dataset of the teacher whose features are interpreted.")
+    features: str = Field(description="URL of the feature dataset of the teacher whose features are interpreted.")
     labelled: int | None = Field(
         default=None, ge=1, description="Labelled images that are drawn to learn from; default: all."
     )
     teacher: str | None = Field(
         default=None,
-        description="The dataset's teacher, for images that are not in it; default: where it was at the extraction.",
+        description="Teacher of the dataset, for images that are not in it; default: where it was at the extraction.",
     )
 
     _whole_features = field_validator("features")(whole_place)

@@ -15,8 +15,8 @@ class SoftLabelConfig(StrictModel):
     interpreter: str = Field(description="Folder of an interpreter; makes soft labels in place of features.")
     features: str | None = Field(
         default=None,
-        description="Feature dataset that the interpreter reads; default: the teacher runs, and its features are not "
-        "kept.",
+        description="URL of the feature dataset that the interpreter reads; default: the teacher runs, and its "
+        "features are not kept.",
     )
     stride: int | None = Field(
         default=None, ge=1, description="Student pixels per cell of the logits; default: that of the finest level read."

@@ -71,6 +71,7 @@ def test_ray_workers_take_the_steps_of_one_process_although_one_is_killed(ray, c
     assert {path.name for path in Path(config.run.out).iterdir()} == {
         "config.yaml",
         "data.json",
+        "targets.json",
         "metrics.jsonl",
         "last.pt",
         "previous.pt",
