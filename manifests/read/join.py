@@ -19,7 +19,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import Columns, Integers, read_images
 from dtpipe.manifests.read.texts import one_after_another
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, ViewSpec
-from dtpipe.manifests.soft_labels import label_view_of, soft_labels_of
+from dtpipe.manifests.soft_labels import label_view_of, live_features_of, soft_labels_of
 from dtpipe.manifests.words import count_of
 
 _SUFFIXES = "bcdefghijklmnopqrstuvwxyz"
@@ -49,6 +49,7 @@ class JoinedDataset:
         """Raises: ConfigError naming what differs."""
         _refuse_differences(parts, ("transform", "student_px"))
         _refuse_other_keys(parts)
+        _refuse_other_makers(parts)
         self.parts, first = tuple(parts), parts[0]
         self._part_rows = [
             np.array([part.columns.row_of(key) for key in first.columns.keys], np.int64) for part in parts
@@ -253,6 +254,36 @@ def _refuse_other_keys(parts: Sequence[FeatureDataset]) -> None:
                 f"({'; '.join(only[:_SHOWN])}); extract the same samples (--keys), or leave --join out to "
                 "read one after the other"
             )
+
+
+def _refuse_other_makers(parts: Sequence[FeatureDataset]) -> None:
+    """Samples that generators made have the same keys, whoever made them: they go by weights and noise."""
+    made = [part for part in parts if part.recipe.synthesized]
+    makers = [made_by for part in made if (made_by := _maker(part)) is not None]
+    for part, maker in makers[1:]:
+        other, first = makers[0]
+        if maker != first:
+            raise ConfigError(
+                f"{other.url} and {part.url} hold images of two generators, or of two noise seeds, under the same "
+                "keys; join only what was made of the same images"
+            )
+    digests = {part.manifest.digest for part, _ in makers if part.manifest is not None}
+    for part in made:
+        labels = soft_labels_of(part.recipe)
+        if labels is not None and labels.features.get("dataset", "") not in {"", *digests} and digests:
+            raise ConfigError(
+                f"{part.url} holds soft labels of other features than those it is joined with, whose images may be "
+                f"others under the same keys; make labels of these (dtpipe extract --interpreter .. --from "
+                f"{makers[0][0].url})"
+            )
+
+
+def _maker(part: FeatureDataset) -> tuple[FeatureDataset, tuple[str, int]] | None:
+    """Digest and noise seed of the generator of a part; None of labels whose features lie in another dataset."""
+    recipe = live_features_of(part.recipe) or part.recipe
+    if soft_labels_of(recipe) is not None:
+        return None
+    return part, (recipe.teacher.weights_blake3, recipe.noise_seed)
 
 
 def _refuse_shared_keys(parts: Sequence[FeatureDataset]) -> None:

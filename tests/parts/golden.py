@@ -27,6 +27,7 @@ from dtpipe.manifests.schema import (
     TransformRecipe,
     ViewSpec,
 )
+from dtpipe.manifests.soft_labels import interpreter_recipe
 from dtpipe.manifests.write.listing import Listing, build_listing
 from parts.coded import code_features
 from parts.datasets import Item, write_features
@@ -54,6 +55,10 @@ class Settings:
     prefix: str = ""
     salt: int = 0
     weights: str = "ab" * 32
+    kind: str = "class_folder"
+    noise_seed: int = 0
+    labels_of: str | None = None
+    """Of soft labels: the digest of the features that they were read from."""
     provenance: dict[str, str] = field(default_factory=lambda: {"made": "by tests/golden/make.py"})
 
 
@@ -64,11 +69,15 @@ def golden_settings(shard_format: str) -> Settings:
 
 def make_recipe(settings: Settings) -> Recipe:
     """The recipe of a small dataset: 4 by 6 px images of student size 8 by 8."""
+    teacher = TeacherRecipe(kind="ddpm", weights_blake3=settings.weights)
+    if settings.labels_of is not None:
+        teacher = interpreter_recipe(settings.weights, ["sky", "sea", "sand"], {"dataset": settings.labels_of})
     return recipe_of(
-        source=SourceRecipe(kind="class_folder", seed=1),
+        source=SourceRecipe(kind=settings.kind, seed=1),
+        noise_seed=settings.noise_seed,
         transform=TransformRecipe(height=4, width=6, resize="stretch"),
         student_px=(8, 8),
-        teacher=TeacherRecipe(kind="ddpm", weights_blake3=settings.weights),
+        teacher=teacher,
         views=settings.views,
         levels=settings.levels,
         images=settings.images,

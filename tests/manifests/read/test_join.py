@@ -117,3 +117,33 @@ def test_concatenation_refuses_what_does_not_fit(make: Make) -> None:
         ConcatDataset([one, make("teacher", weights="cd" * 32, prefix="z/")])
     with pytest.raises(ConfigError, match="views"):
         ConcatDataset([one, make("views", views=(ViewSpec(draw=0),), prefix="z/")])
+
+
+# --- images that a generator made ------------------------------------------------------------------------------------
+
+LABELS = L2.model_copy(update={"name": "l2.labels", "role": "soft_labels"})
+
+
+@pytest.mark.parametrize("changed", [{"weights": "cd" * 32}, {"noise_seed": 1}])
+def test_images_of_two_generators_or_noise_seeds_do_not_join_though_their_keys_are_equal(
+    make: Make, changed: dict[str, Any]
+) -> None:
+    one = make("one", kind="synthesized", levels=(L2,))
+    other = make("other", kind="synthesized", levels=(L3,), **changed)
+    with pytest.raises(ConfigError, match=r"one and .*other hold images of two generators, or of two noise seeds"):
+        JoinedDataset([one, other])
+    same = make("same", kind="synthesized", levels=(L3,))
+    assert [level.name for level in JoinedDataset([one, same]).levels] == ["l2", "l3"]
+    seen_by_another = make("seen", kind="features", levels=(L3,), **changed)  # another teacher on the stored images
+    assert [level.name for level in JoinedDataset([one, seen_by_another]).levels] == ["l2", "l3"]
+
+
+def test_labels_of_other_generated_images_do_not_join(make: Make) -> None:
+    features = make("features", kind="synthesized", levels=(L2,))
+    assert features.manifest is not None
+    own = make("own", kind="synthesized", levels=(LABELS,), labels_of=features.manifest.digest, images="joined")
+    assert [level.name for level in JoinedDataset([features, own]).levels] == ["l2", "l2.labels"]
+    others = make("others", kind="synthesized", levels=(LABELS,), labels_of="ef" * 32, images="joined")
+    for parts in ([features, others], [others, features]):
+        with pytest.raises(ConfigError, match=r"others holds soft labels of other features .* --from .*features"):
+            JoinedDataset(parts)
