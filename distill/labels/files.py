@@ -62,8 +62,8 @@ def load_interpreter(folder: str | Path, device: torch.device | str = "cpu") -> 
     folder = Path(folder)
     if not (folder / INTERPRETER_RECORD).is_file():
         raise InputError(
-            f"{folder}: holds no interpreter (no {INTERPRETER_RECORD}); `dtpipe interpret FEATURES --out {folder}` "
-            "trains one"
+            f"{folder}: holds no interpreter (no {INTERPRETER_RECORD}); `dtpipe interpret FEATURES --labels "
+            "LABELLED --out HEAD` trains one"
         )
     record = check_files(folder, INTERPRETER_RECORD, _REMEDY)
     path = folder / WEIGHTS
