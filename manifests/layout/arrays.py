@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import google_crc32c
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from dtpipe.manifests.codecs.base import array_name
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.pieces import Pieces
 from dtpipe.manifests.schema import IMAGE, IndexRow, Members, Plan, Recipe
 
 KEY = "key"  # name of the tar members that hold keys
@@ -57,7 +59,7 @@ def stored_arrays(recipe: Recipe) -> dict[str, ArraySpec]:
 
 @dataclass(frozen=True)
 class ShardArrays:
-    """All rows of one shard in memory, coded; bad rows are zeros."""
+    """Rows of one shard in memory, coded; bad rows are zeros."""
 
     arrays: Mapping[str, NDArray[np.generic]]
     """As `stored_arrays` says. Shapes: image [n, H, W, 3], others [n, V, *chunk_shape]."""
@@ -65,12 +67,51 @@ class ShardArrays:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """One row and view of one array, as it is stored."""
+
+    data: bytes
+    crc32c: int
+
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """Bytes with their checksum."""
+        return cls(data, crc32c(data))
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Some consecutive rows of a shard as bytes, made by themselves: any thread may do it, and a shard is the sum of
+    these.
+    """
+
+    rows: Sequence[IndexRow]
+    chunks: Mapping[str, Sequence[Chunk]]
+    """By array, in (row, view) order."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all chunks."""
+        return sum(len(chunk.data) for chunks in self.chunks.values() for chunk in chunks)
+
+
+@dataclass(frozen=True)
 class EncodedObject:
     """The bytes of one object of a shard, and where its chunks lie in them."""
 
     name: str
-    data: bytes
+    content: Pieces
     arrays: dict[str, Members]
+
+    @property
+    def data(self) -> bytes:
+        """All of it."""
+        return b"".join(self.content)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all pieces."""
+        return sum(map(len, self.content))
 
 
 class MembersBuilder:
@@ -81,13 +122,11 @@ class MembersBuilder:
         self._size: list[int] = []
         self._crc32c: list[int] = []
 
-    def add(self, offset: int, chunk: bytes) -> int:
-        """Note a chunk that starts at `offset`; returns its crc32c."""
-        checksum = crc32c(chunk)
+    def add(self, offset: int, chunk: Chunk) -> None:
+        """Note a chunk that starts at `offset`."""
         self._offset.append(offset)
-        self._size.append(len(chunk))
-        self._crc32c.append(checksum)
-        return checksum
+        self._size.append(len(chunk.data))
+        self._crc32c.append(chunk.crc32c)
 
     def table(self) -> Members:
         """The finished table."""
@@ -99,20 +138,25 @@ def crc32c(data: bytes) -> int:
     return int(google_crc32c.value(data))
 
 
-def check_arrays(plan: Plan, shard_idx: int, arrays: ShardArrays) -> dict[str, NDArray[np.generic]]:
-    """The arrays of a shard by name, if they are those of its plan, in the stored dtypes.
+def check_rows(plan: Plan, shard_idx: int, rows: Sequence[IndexRow]) -> None:
+    """Raises: ShapeError when these are not the rows of a shard."""
+    planned = plan.shard_rows(shard_idx)
+    if [(row.row, row.shard) for row in rows] != [(row, shard_idx) for row in planned]:
+        raise ShapeError(
+            f"shard {shard_idx} holds rows {planned.start} to {planned.stop - 1} in the plan, other rows were given"
+        )
+
+
+def check_arrays(recipe: Recipe, arrays: ShardArrays) -> dict[str, NDArray[np.generic]]:
+    """The arrays of some rows by name, if they are those of the recipe, in the stored dtypes.
 
     Raises: ShapeError naming the array.
     """
-    rows, specs, named = plan.shard_rows(shard_idx), stored_arrays(plan.recipe), arrays.arrays
-    if [(row.row, row.shard) for row in arrays.rows] != [(row, shard_idx) for row in rows]:
-        raise ShapeError(
-            f"shard {shard_idx} holds rows {rows.start} to {rows.stop - 1} in the plan, other rows were given"
-        )
+    shard_idx, specs, named = arrays.rows[0].shard, stored_arrays(recipe), arrays.arrays
     if named.keys() != specs.keys():
         raise ShapeError(f"shard {shard_idx} has arrays {sorted(named)}, the recipe says {sorted(specs)}")
     for name, spec in specs.items():
-        values, shape = named[name], spec.shape(len(rows))
+        values, shape = named[name], spec.shape(len(arrays.rows))
         if values.shape != shape or values.dtype != spec.dtype:
             raise ShapeError(
                 f"shard {shard_idx}, array {name}: {values.dtype}{list(values.shape)} given, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,16 @@ from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.layout.arrays import (
     KEY,
     ArraySpec,
+    Chunk,
+    CodedRows,
     EncodedObject,
     MembersBuilder,
     ShardArrays,
     check_arrays,
+    check_rows,
     stored_arrays,
 )
-from dtpipe.manifests.schema import IMAGE, IndexRow, Plan
+from dtpipe.manifests.schema import IMAGE, IndexRow, Plan, Recipe
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -35,38 +38,57 @@ def tar_object_name(shard_idx: int) -> str:
     return f"data/{shard_idx:05d}.tar"
 
 
-def encode_tar_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterator[EncodedObject]:
-    """The one object of a shard; equal input gives equal bytes.
-
-    Raises: ShapeError when the arrays are not those of the plan.
-    """
-    checked, specs = check_arrays(plan, shard_idx, arrays), stored_arrays(plan.recipe)
-    tables = {name: MembersBuilder() for name in [KEY, *specs]}
-    parts: list[bytes] = []
-    offset = 0
+def encode_tar_rows(recipe: Recipe, arrays: ShardArrays) -> CodedRows:
+    """The members of some rows; equal input gives equal bytes. Raises: as `check_arrays`."""
+    checked, specs = check_arrays(recipe, arrays), stored_arrays(recipe)
+    chunks = {name: list[Chunk]() for name in [KEY, *specs]}
     for idx, row in enumerate(arrays.rows):
-        for array, suffix, data in _row_members(row, specs, {name: values[idx] for name, values in checked.items()}):
-            tables[array].add(offset + _BLOCK, data)
-            padded = data + bytes(-len(data) % _BLOCK)
-            parts += [_header(f"{row.row:08d}.{suffix}", len(data)), padded]
-            offset += _BLOCK + len(padded)
-    parts.append(bytes(2 * _BLOCK))
-    yield EncodedObject(
-        tar_object_name(shard_idx), b"".join(parts), {name: table.table() for name, table in tables.items()}
-    )
+        for array, data in _row_chunks(row, specs, {name: values[idx] for name, values in checked.items()}):
+            chunks[array].append(Chunk.of(data))
+    return CodedRows(arrays.rows, chunks)
 
 
-def _row_members(
-    row: IndexRow, specs: dict[str, ArraySpec], values: dict[str, NDArray[np.generic]]
-) -> Iterator[tuple[str, str, bytes]]:
-    """Array, file suffix and bytes of each member of a row, in their order in the tar."""
-    yield KEY, "key.json", encode_key(row)
+def join_tar_rows(plan: Plan, shard_idx: int, parts: Sequence[CodedRows]) -> Iterator[EncodedObject]:
+    """The one object of a shard, from all its rows in order. Raises: as `check_rows`."""
+    check_rows(plan, shard_idx, [row for part in parts for row in part.rows])
+    suffixes = _suffixes(stored_arrays(plan.recipe))
+    tables = {name: MembersBuilder() for name, _ in suffixes}
+    pieces, offset = list[bytes](), 0
+    for part in parts:
+        members = {name: iter(chunks) for name, chunks in part.chunks.items()}
+        for row in part.rows:
+            for array, suffix in suffixes:
+                chunk = next(members[array])
+                tables[array].add(offset + _BLOCK, chunk)
+                padding = bytes(-len(chunk.data) % _BLOCK)
+                pieces += [_header(f"{row.row:08d}.{suffix}", len(chunk.data)), chunk.data, padding]
+                offset += _BLOCK + len(chunk.data) + len(padding)
+    pieces.append(bytes(2 * _BLOCK))
+    tables_of_all = {name: table.table() for name, table in tables.items()}
+    yield EncodedObject(tar_object_name(shard_idx), tuple(pieces), tables_of_all)
+
+
+def _suffixes(specs: Mapping[str, ArraySpec]) -> list[tuple[str, str]]:
+    """Array and file suffix of each member of a row, in their order in the tar."""
+    suffixes = [(KEY, "key.json")]
     for name, spec in specs.items():
         if spec.num_views is None:
-            yield name, f"{name}.png", _encode_png(values[name])
+            suffixes.append((name, f"{name}.png"))
         else:
-            for view_idx, chunk in enumerate(values[name]):
-                yield name, f"{name}.v{view_idx}.npy", _encode_npy(chunk)
+            suffixes += [(name, f"{name}.v{view_idx}.npy") for view_idx in range(spec.num_views)]
+    return suffixes
+
+
+def _row_chunks(
+    row: IndexRow, specs: Mapping[str, ArraySpec], values: Mapping[str, NDArray[np.generic]]
+) -> Iterator[tuple[str, bytes]]:
+    """Array and bytes of each member of a row."""
+    yield KEY, encode_key(row)
+    for name, spec in specs.items():
+        if spec.num_views is None:
+            yield name, _encode_png(values[name])
+        else:
+            yield from ((name, _encode_npy(chunk)) for chunk in values[name])
 
 
 def encode_key(row: IndexRow) -> bytes:

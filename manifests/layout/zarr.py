@@ -9,7 +9,7 @@ view) order, each zstd and then crc32c, and the shard's index with its own crc32
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,17 @@ from numpy.typing import NDArray
 from dtpipe.manifests.errors import DamagedDataError, MissingObjectError
 from dtpipe.manifests.layout.arrays import (
     ArraySpec,
+    Chunk,
+    CodedRows,
     EncodedObject,
     MembersBuilder,
     ShardArrays,
     check_arrays,
+    check_rows,
     crc32c,
     stored_arrays,
 )
-from dtpipe.manifests.schema import Plan
+from dtpipe.manifests.schema import Plan, Recipe
 from dtpipe.manifests.store.store import Store
 
 ROOT = "data.zarr"
@@ -39,31 +42,36 @@ def shard_object_name(spec: ArraySpec, shard_idx: int) -> str:
     return "/".join([ROOT, spec.name, "c", str(shard_idx), *["0"] * (len(spec.shape(1)) - 1)])
 
 
-def encode_zarr_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterator[EncodedObject]:
-    """The objects of one shard, array by array; equal input gives equal bytes.
+def encode_zarr_rows(recipe: Recipe, arrays: ShardArrays) -> CodedRows:
+    """The chunks of some rows; equal input gives equal bytes. Raises: as `check_arrays`."""
+    checked = check_arrays(recipe, arrays)
+    zstd = Zstd(level=recipe.codec.zstd_level, checksum=False)
+    chunks = {
+        name: [Chunk.of(bytes(zstd.encode(chunk))) for chunk in checked[name].reshape(-1, *spec.chunk_shape)]
+        for name, spec in stored_arrays(recipe).items()
+    }
+    return CodedRows(arrays.rows, chunks)
 
-    Raises: ShapeError when the arrays are not those of the plan.
-    """
-    checked = check_arrays(plan, shard_idx, arrays)
-    samples = plan.recipe.shard.samples
-    zstd = Zstd(level=plan.recipe.codec.zstd_level, checksum=False)
+
+def join_zarr_rows(plan: Plan, shard_idx: int, parts: Sequence[CodedRows]) -> Iterator[EncodedObject]:
+    """The objects of one shard, array by array, from all its rows in order. Raises: as `check_rows`."""
+    check_rows(plan, shard_idx, [row for part in parts for row in part.rows])
     for name, spec in stored_arrays(plan.recipe).items():
-        yield _encode_array(
-            spec, checked[name], samples * spec.chunks_per_row, zstd, shard_object_name(spec, shard_idx)
-        )
+        chunks = [chunk for part in parts for chunk in part.chunks[name]]
+        num_slots = plan.recipe.shard.samples * spec.chunks_per_row
+        yield _join_array(name, chunks, num_slots, shard_object_name(spec, shard_idx))
 
 
-def _encode_array(spec: ArraySpec, values: NDArray[np.generic], num_slots: int, zstd: Zstd, name: str) -> EncodedObject:
-    chunks = values.reshape(-1, *spec.chunk_shape)
+def _join_array(array: str, chunks: Sequence[Chunk], num_slots: int, name: str) -> EncodedObject:
     index = np.full((num_slots, 2), _EMPTY, dtype="<u8")
-    members, parts, offset = MembersBuilder(), [], 0
+    members, pieces, offset = MembersBuilder(), list[bytes](), 0
     for slot, chunk in enumerate(chunks):
-        frame = bytes(zstd.encode(chunk))
-        parts += [frame, _trailer(members.add(offset, frame))]
-        index[slot] = offset, len(frame) + TRAILER_BYTES
-        offset += len(frame) + TRAILER_BYTES
+        members.add(offset, chunk)
+        pieces += [chunk.data, _trailer(chunk.crc32c)]
+        index[slot] = offset, len(chunk.data) + TRAILER_BYTES
+        offset += len(chunk.data) + TRAILER_BYTES
     table = index.tobytes()
-    return EncodedObject(name, b"".join([*parts, table, _trailer(crc32c(table))]), {spec.name: members.table()})
+    return EncodedObject(name, (*pieces, table, _trailer(crc32c(table))), {array: members.table()})
 
 
 def _trailer(checksum: int) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from dtpipe.manifests.pieces import Pieces
 from dtpipe.manifests.store.patience import LOCAL_PATIENCE, Patience, Request, patiently
 from dtpipe.manifests.store.publish import create_whole, is_unique_temporary, rename, unique_temporary, write_whole
 
@@ -57,7 +58,7 @@ class LocalFiles:
         self._patiently("read", ranges[0][0], attempt)
         return list(parts.values())
 
-    def write(self, name: str, data: bytes) -> ObjectStat:
+    def write(self, name: str, data: bytes | Pieces) -> ObjectStat:
         """Write or replace a file whole."""
         path = self.root / name
         status = self._patiently("write", name, lambda: write_whole(path, data, unique_temporary(path)))

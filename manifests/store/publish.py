@@ -15,7 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dtpipe.manifests.pieces import Pieces, in_blocks
 from dtpipe.manifests.store.faults import fault_point
+
+Content = bytes | str | Pieces
+"""Of a file; text is written as UTF-8."""
 
 _UNIQUE = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # no looser: these files are swept, those of others are not ours
 
@@ -66,8 +70,8 @@ def whole_files(folder: Path, temporary: str) -> Iterator[Path]:
         shutil.rmtree(written, ignore_errors=True)
 
 
-def write_whole(path: Path, content: bytes | str, temporary: str | None = None) -> os.stat_result:
-    """Write or replace a file; text as UTF-8.
+def write_whole(path: Path, content: Content, temporary: str | None = None) -> os.stat_result:
+    """Write or replace a file.
 
     Returns the status of what this call wrote, even if others replace it at once.
     """
@@ -79,7 +83,7 @@ def write_whole(path: Path, content: bytes | str, temporary: str | None = None) 
     return status
 
 
-def create_whole(path: Path, content: bytes | str) -> bool:
+def create_whole(path: Path, content: Content) -> bool:
     """Write a file unless there is one of this name; True if this call made it."""
     with _temporary(path, unique_temporary(path)) as written:
         _write(written, content)
@@ -117,11 +121,13 @@ def _temporary(path: Path, name: str | None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write(temporary: Path, content: bytes | str) -> None:
-    left = memoryview(content.encode() if isinstance(content, str) else content)
+def _write(temporary: Path, content: Content) -> None:
+    whole = content.encode() if isinstance(content, str) else content
     with temporary.open("xb", buffering=0) as file:
-        while left:
-            left = left[file.write(left) :]
+        for block in in_blocks([whole] if isinstance(whole, bytes) else whole):
+            left = memoryview(block)
+            while left:
+                left = left[file.write(left) :]
         os.fsync(file.fileno())
     fault_point("store.temporary")
 

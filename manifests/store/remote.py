@@ -11,6 +11,7 @@ import datetime
 import errno
 from typing import Any
 
+from dtpipe.manifests.pieces import Pieces
 from dtpipe.manifests.store.client import Client, Run
 from dtpipe.manifests.store.local import ObjectStat
 from dtpipe.manifests.store.patience import Patience
@@ -81,8 +82,9 @@ class RemoteFiles:
         self._client.patiently("read", paths[0], attempt, size_bytes)
         return [parts[idx] for idx in range(len(ranges))]
 
-    def write(self, name: str, data: bytes) -> ObjectStat:
-        """Write or replace an object whole."""
+    def write(self, name: str, data: bytes | Pieces) -> ObjectStat:
+        """Write or replace an object whole, from memory: large ones in several parts at once, where the store can."""
+        data = data if isinstance(data, bytes) else b"".join(data)
         answer = self._client.ask("write", self._path(name), "pipe_file", data, size_bytes=len(data))
         etag = answer.get("ETag") if isinstance(answer, dict) else None  # of this write; uploads in parts give none
         return ObjectStat(len(data), etag.strip('"')) if etag else self.stat(name)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from dtpipe.manifests.documents import what_lies_at
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, MissingObjectError, StoreError
+from dtpipe.manifests.pieces import Pieces
 from dtpipe.manifests.store.local import LocalFiles, ObjectStat, is_temporary
 from dtpipe.manifests.store.paths import path_on_disk
 from dtpipe.manifests.store.patience import LOCAL_PATIENCE, Patience
@@ -27,7 +28,7 @@ LOCK_FOLDER = "lock/"
 class _Files(Protocol):
     def read(self, name: str) -> bytes: ...
     def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]: ...
-    def write(self, name: str, data: bytes) -> ObjectStat: ...
+    def write(self, name: str, data: bytes | Pieces) -> ObjectStat: ...
     def create(self, name: str, data: bytes) -> bool: ...
     def stat(self, name: str) -> ObjectStat: ...
     def stats(self, prefix: str) -> dict[str, ObjectStat]: ...
@@ -89,8 +90,9 @@ class Store:
             parts = iter(self._files.read_ranges(filled) if filled else [])
         return [self._whole(next(parts) if size else b"", name, offset, size) for name, offset, size in ranges]
 
-    def write(self, name: str, data: bytes) -> ObjectStat:
-        """Write an object whole, replacing it if it exists. It is durable when this returns.
+    def write(self, name: str, data: bytes | Pieces) -> ObjectStat:
+        """Write an object whole, from memory and only once, replacing it if it exists. It is durable when this
+        returns.
 
         Returns size and identity of what this call wrote, which `stat` gives only if nobody wrote in between.
         """

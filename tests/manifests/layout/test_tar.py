@@ -16,8 +16,9 @@ from PIL import Image
 from dtpipe.manifests.codecs.base import LEVEL_AXES
 from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.layout.arrays import ArraySpec, EncodedObject, ShardArrays, stored_arrays
-from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_shard
+from dtpipe.manifests.layout.tar import decode_tar_chunk
 from dtpipe.manifests.schema import IndexRow, Plan
+from dtpipe.manifests.write.shard import encode_shard
 from parts import golden
 
 
@@ -31,7 +32,7 @@ def plan() -> Plan:
 def encode(plan: Plan, shard_idx: int) -> tuple[ShardArrays, EncodedObject]:
     """A shard and its tar."""
     shard = golden.shard_arrays(plan, golden.make_listing(golden.Settings()), shard_idx, golden.Settings())
-    (encoded,) = encode_tar_shard(plan, shard_idx, shard)
+    (encoded,) = encode_shard(plan, shard_idx, shard)
     return shard, encoded
 
 
@@ -79,8 +80,8 @@ def test_entry_lists_every_member_by_place_and_checksum(plan: Plan) -> None:
 def test_round_trip(plan: Plan, image: np.ndarray, l2: np.ndarray, l4: np.ndarray) -> None:
     arrays_ = {"image": image, "l2": l2, "l3": l2[::-1], "l4.b": l4}
     shard = ShardArrays(arrays_, [IndexRow(row=4, key="k", shard=2)])
-    (encoded,) = encode_tar_shard(plan, 2, shard)
-    assert [encoded] == list(encode_tar_shard(plan, 2, shard))
+    (encoded,) = encode_shard(plan, 2, shard)
+    assert [encoded] == list(encode_shard(plan, 2, shard))
     for name, spec in stored_arrays(plan.recipe).items():
         members = encoded.arrays[name]
         for truth, offset, size in zip(

@@ -20,11 +20,11 @@ from dtpipe.manifests.layout.arrays import ArraySpec, ShardArrays, stored_arrays
 from dtpipe.manifests.layout.zarr import (
     TRAILER_BYTES,
     decode_zarr_chunk,
-    encode_zarr_shard,
     shard_object_name,
     zarr_metadata,
 )
 from dtpipe.manifests.schema import IndexRow, Plan
+from dtpipe.manifests.write.shard import encode_shard
 from parts import golden
 
 
@@ -65,7 +65,7 @@ def test_last_shard_is_what_zarr_python_reads_and_its_index_marks_rows_beyond(pl
     settings = golden.Settings()
     listing = golden.make_listing(settings)
     given_arrays = golden.shard_arrays(plan, listing, 2, settings)
-    (encoded,) = [each for each in encode_zarr_shard(plan, 2, given_arrays) if "l2" in each.arrays]
+    (encoded,) = [each for each in encode_shard(plan, 2, given_arrays) if "l2" in each.arrays]
     assert encoded.name == "data.zarr/l2/c/2/0/0/0/0"
     index = np.frombuffer(encoded.data[-(4 * 16 + 4) : -4], "<u8").reshape(4, 2)
     assert (index[2:] == 2**64 - 1).all()
@@ -78,7 +78,7 @@ def test_last_shard_is_what_zarr_python_reads_and_its_index_marks_rows_beyond(pl
 def test_entry_tells_chunk_and_its_checksum_apart(plan: Plan) -> None:
     """A checksum over data and its own crc32c would be the same constant for every chunk, and find no swap."""
     settings = golden.Settings()
-    for encoded in encode_zarr_shard(plan, 0, golden.shard_arrays(plan, golden.make_listing(settings), 0, settings)):
+    for encoded in encode_shard(plan, 0, golden.shard_arrays(plan, golden.make_listing(settings), 0, settings)):
         ((_, members),) = encoded.arrays.items()
         assert len(set(members.crc32c)) == len(members.crc32c)
         for offset, size, checksum in zip(members.offset, members.size, members.crc32c, strict=True):
@@ -97,7 +97,7 @@ def test_round_trip(plan: Plan, image: np.ndarray, l2: np.ndarray, l4: np.ndarra
     rows = [IndexRow(row=row, key=str(row), shard=0) for row in range(2)]
     shard = ShardArrays({"image": image, "l2": l2, "l3": l2[::-1], "l4.b": l4}, rows)
     specs = stored_arrays(plan.recipe)
-    first, again = list(encode_zarr_shard(plan, 0, shard)), list(encode_zarr_shard(plan, 0, shard))
+    first, again = list(encode_shard(plan, 0, shard)), list(encode_shard(plan, 0, shard))
     assert first == again
     for encoded in first:
         ((name, members),) = encoded.arrays.items()
@@ -120,7 +120,7 @@ def test_arrays_that_are_not_the_plans_are_refused(plan: Plan) -> None:
     ]
     for arrays_ in bad:
         with pytest.raises(ShapeError, match="shard 0"):
-            list(encode_zarr_shard(plan, 0, arrays_))
+            list(encode_shard(plan, 0, arrays_))
 
 
 def test_chunks_of_wrong_content_are_refused() -> None:
