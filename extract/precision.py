@@ -9,15 +9,17 @@ import numpy as np
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import encode, recipe_rows
 from dtpipe.extract.teachers.registry import load_teacher
+from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.codecs.coded import CodedLevels
-from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import IMAGE, Recipe
 
 NUM_COMPARED = 8
 
 
-def float32_error(config: TeacherConfig, recipe: Recipe, arrays: ShardArrays, device: str) -> Mapping[str, float]:
+def float32_error(
+    config: TeacherConfig, recipe: Recipe, arrays: ShardArrays, codecs: Mapping[str, LevelCodec], device: str
+) -> Mapping[str, float]:
     """By level: largest difference of a shard's first features to those of the same teacher in float32, over the
     largest of these.
 
@@ -28,7 +30,7 @@ def float32_error(config: TeacherConfig, recipe: Recipe, arrays: ShardArrays, de
     if not good or recipe.images != "stored":
         return {}
     chosen = {name: values[good] for name, values in arrays.arrays.items()}
-    stored = CodedLevels.of_arrays(len(good), level_codecs(recipe), chosen).decode()
+    stored = CodedLevels.of_arrays(len(good), codecs, chosen).decode()
     keys = [arrays.rows[idx].key for idx in good]
     teacher = load_teacher(config.model_copy(update={"dtype": "float32"}), device)
     images = chosen[IMAGE].astype(np.uint8, copy=False)

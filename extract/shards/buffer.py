@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dtpipe.extract.shards.codecs import encode_on_device, encode_on_host
 from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name
-from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.layout.arrays import ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, IndexRow, Recipe
 
@@ -69,8 +68,8 @@ def _copy_to_host(values: Tensor) -> Tensor:
 class ShardBuffer:
     """The arrays of one shard, filled batch by batch in row order."""
 
-    def __init__(self, recipe: Recipe, num_rows: int) -> None:
-        self.codecs, self.rows = level_codecs(recipe), list[IndexRow]()
+    def __init__(self, recipe: Recipe, num_rows: int, codecs: Mapping[str, LevelCodec]) -> None:
+        self.codecs, self.rows = codecs, list[IndexRow]()
         specs = stored_arrays(recipe).items()
         self._arrays = {name: np.zeros(spec.shape(num_rows), spec.dtype) for name, spec in specs}
 

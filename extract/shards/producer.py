@@ -6,7 +6,7 @@ more of it than this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,7 @@ from dtpipe.manifests.write.listing import Listing
 
 if TYPE_CHECKING:
     from dtpipe.extract.encode import Encoded
+    from dtpipe.manifests.codecs.base import LevelCodec
     from dtpipe.manifests.layout.arrays import ShardArrays
 
 
@@ -47,8 +48,8 @@ class Producer(Protocol):
         """
         ...
 
-    def measure(self, arrays: ShardArrays) -> dict[str, Any]:
-        """What is measured once per dataset, on its first shard, for the record."""
+    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:
+        """What is measured once per dataset, on its first shard, for the record; `codecs` by level."""
         ...
 
 

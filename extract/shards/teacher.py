@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
+from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.errors import BadImage, DamagedDataError, InputError, TeacherError
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import FLOAT32_ERROR, IndexRow, Plan, Recipe
@@ -115,8 +116,8 @@ class TeacherProducer:
         stacked = stack_rows(samples, self.recipe.views, self.recipe.levels)
         return encode(self.teacher, stacked, self.device, self.recipe.compute)
 
-    def measure(self, arrays: ShardArrays) -> dict[str, Any]:
+    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:
         """What low precision costs."""
         if self.recipe.compute.dtype == "float32":
             return {}
-        return {FLOAT32_ERROR: float32_error(self.config, self.recipe, arrays, self.device)}
+        return {FLOAT32_ERROR: float32_error(self.config, self.recipe, arrays, codecs, self.device)}

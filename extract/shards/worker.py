@@ -22,6 +22,8 @@ from dtpipe.extract.shards.rows import BatchQueue, StageSeconds
 from dtpipe.extract.shards.task import ShardDroppedError, WorkerContext, bad_samples, budget_message
 from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.manifests.codecs.base import LevelCodec
+from dtpipe.manifests.codecs.fitted import StoredFitted
+from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ErrorBudgetError
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, ShardEntry
@@ -44,6 +46,7 @@ class ShardWorker:
         self.store = Store(context.out)
         self.plan, self.plan_blake3 = load_plan(self.store), plan_digest(self.store)
         self.listing = read_listing(self.store, self.plan.listing_blake3)
+        self.codecs = level_codecs(self.plan.recipe, StoredFitted(self.store))
         self.producer = context.job.open(self.plan, self.listing, context.device)
         self.num_encoded = 0  # rows produced since start; read by progress
         self._pool = ThreadPoolExecutor(context.decode_threads, thread_name_prefix="decode")
@@ -89,7 +92,7 @@ class ShardWorker:
     def _produce(self, shard_idx: int, batches: BatchQueue, seconds: StageSeconds) -> ShardArrays:
         """All rows of a shard, coded."""
         num_rows = len(self.plan.shard_rows(shard_idx))
-        shard = ShardBuffer(self.plan.recipe, num_rows)
+        shard = ShardBuffer(self.plan.recipe, num_rows, self.codecs)
         on_device: CodedBatch | None = None  # one batch behind, so that its copy overlaps with the next forward pass
         while len(shard.rows) < num_rows:
             self._drop_if_stopped(shard_idx, len(shard.rows) / num_rows)
@@ -131,7 +134,7 @@ class ShardWorker:
         measured = {}
         if shard_idx == MEASURED_SHARD:
             with self._producer_turn:
-                measured = self.producer.measure(arrays)
+                measured = self.producer.measure(arrays, self.codecs)
         check_epoch(self.store, self.context.epoch)
         wrote_s = time.perf_counter()
         entry = write_shard(self.store, self.plan, self.plan_blake3, shard_idx, arrays, self.context.epoch, {})

@@ -17,6 +17,7 @@ import pyarrow as pa
 from dtpipe.manifests.canonical import blake3_hex, load_record
 from dtpipe.manifests.check.evidence import find_plan_evidence, outvoted, read_all, rebuilt_plan
 from dtpipe.manifests.check.problems import UNREADABLE, Problem, problem_of, reason
+from dtpipe.manifests.codecs.fitted import fitted_names, read_fitted
 from dtpipe.manifests.errors import ConfigError, DtpipeError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.layout.tables import (
@@ -93,6 +94,7 @@ def check_metadata(store: Store, problems: list[Problem]) -> Metadata:
         problems.append(Problem(PLAN_FILE, disagreement, "nobody"))
         return Metadata(disagreement=disagreement)
     problems += found
+    _check_fitted(store, plan, problems)
     _check_zarr_metadata(store, plan, manifest, problems)
     metadata = Metadata(manifest, plan, evidence.plan_bytes, shards, index)
     if manifest is not None:
@@ -190,6 +192,15 @@ def _check_content(store: Store, plan: Plan, entries: list[ShardEntry], listing:
         refuse_misplaced(store, entries, index_table(entries), listing)
 
 
+def _check_fitted(store: Store, plan: Plan, problems: list[Problem]) -> None:
+    """What levels were coded with has the digest that is its name."""
+    for name in fitted_names(*plan.recipe.levels):
+        try:
+            read_fitted(store, name)
+        except UNREADABLE as err:
+            problems.append(problem_of(name, err, "fit"))
+
+
 def _check_zarr_metadata(store: Store, plan: Plan, manifest: Manifest | None, problems: list[Problem]) -> None:
     if plan.recipe.shard.format != "zarr":
         return
@@ -209,6 +220,7 @@ def _check_files(plan: Plan, manifest: Manifest, problems: list[Problem]) -> Non
     expected = {PLAN_FILE, LISTING_FILE, SHARDS_FILE, INDEX_FILE}
     if plan.recipe.shard.format == "zarr":
         expected |= zarr_metadata(plan).keys()
+    expected |= set(fitted_names(*plan.recipe.levels))
     named = manifest.files
     whats = [f"does not name {name}" for name in sorted(expected - named.keys())]
     whats += [f"names {name!r}, which is no file of this dataset" for name in sorted(named.keys() - expected)]

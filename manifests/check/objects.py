@@ -5,7 +5,7 @@ One rule: only objects whose entries are sound are looked at, so no name leads o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.check.problems import UNREADABLE, Problem, problem_of
 from dtpipe.manifests.codecs.base import LevelCodec, array_name, decode_level, parts_of
+from dtpipe.manifests.codecs.fitted import StoredFitted, fitted_names
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.layout.arrays import KEY
 from dtpipe.manifests.layout.tar import encode_key
@@ -76,7 +77,7 @@ def check_chunks(store: Store, plan: Plan, shards: pa.Table, index: pa.Table, pr
     shards, rows = (table.filter(pc.invert(pc.is_in(table["shard"], damaged))) for table in (shards, index))
     tables = chunk_tables(plan, shards, store.url, pc.unique(shards["shard"]).to_numpy())
     reader = ChunkReader(store, plan, tables, dict(zip(rows["row"].to_pylist(), rows["key"].to_pylist(), strict=True)))
-    codecs = level_codecs(plan.recipe)
+    codecs = _usable_codecs(store, plan, problems)
     for batch in rows.to_batches(max_chunksize=4096):
         for fields in batch.to_pylist():
             row = IndexRow(**fields)
@@ -84,6 +85,13 @@ def check_chunks(store: Store, plan: Plan, shards: pa.Table, index: pa.Table, pr
                 name = reader.tables[problem.name].object_name(row.shard) or problem.name
                 problems.append(replace(problem, name=name, shard=row.shard))
     return int(rows.num_rows) * sum(spec.chunks_per_row for spec in reader.arrays.values())
+
+
+def _usable_codecs(store: Store, plan: Plan, problems: Sequence[Problem]) -> dict[str, LevelCodec]:
+    """Of the levels whose fit is whole: of others nothing can be said but that."""
+    lost = {problem.name for problem in problems}
+    codecs = level_codecs(plan.recipe, StoredFitted(store))
+    return {name: codec for name, codec in codecs.items() if lost.isdisjoint(fitted_names(codec.level))}
 
 
 def _row_problems(reader: ChunkReader, codecs: Mapping[str, LevelCodec], row: IndexRow) -> Iterator[Problem]:

@@ -12,9 +12,10 @@ from typing import Literal
 
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, StoreError
 
-Mend = Literal["extract", "merge", "rewrite", "source", "nobody"]
+Mend = Literal["extract", "merge", "rewrite", "source", "fit", "nobody"]
 """extract: the shard is written again. merge: the next merge writes the file. rewrite: repair writes it from the plan
-or the manifest. source: the next extract restores it if the source still lists the same. nobody: restore a copy."""
+or the manifest. source: the next extract restores it if the source still lists the same. fit: the next extract fits
+again, and keeps what comes out if it is the very same. nobody: restore a copy."""
 
 UNREADABLE = (DamagedDataError, StoreError)
 _LOST = (errno.EIO, errno.ELOOP)  # the bytes are gone; any other trouble with a store may pass, and nothing is redone

@@ -35,7 +35,7 @@ class RepairResult:
     rewritten: tuple[str, ...]
     """Files written again, from the plan or the manifest."""
     left: tuple[Problem, ...]
-    """Mended by the next extract (merge, source) or by nobody."""
+    """Mended by the next extract (merge, source, fit) or by nobody."""
     kept: dict[str, str] = field(default_factory=dict)
     """What was put aside, by its old name: the new one."""
 
@@ -81,11 +81,13 @@ class _Repair:
         rewritten = self._rewrite()
         shards = self._send_back()
         self._put_aside(LISTING_FILE, "source")
+        for name in {problem.name for problem in self.problems if problem.mend == "fit"}:
+            self._put_aside(name, "fit")
         if self.problems:
             self._mark_incomplete()
             fault_point("repair.manifest")
         fault_point("repair.after")
-        left = tuple(problem for problem in self.problems if problem.mend in ("merge", "source", "nobody"))
+        left = tuple(problem for problem in self.problems if problem.mend in ("merge", "source", "fit", "nobody"))
         return RepairResult(self.store.url, shards, rewritten, left, self.kept)
 
     def _send_back(self) -> tuple[int, ...]:
@@ -117,7 +119,7 @@ class _Repair:
         manifest = self.metadata.manifest
         if manifest is None:
             self._put_aside(MANIFEST_FILE, "merge")
-        elif any(problem.mend in ("extract", "merge", "source") for problem in self.problems):
+        elif any(problem.mend in ("extract", "merge", "source", "fit") for problem in self.problems):
             self.lock.check()
             self.store.write(MANIFEST_FILE, dump_record(manifest.model_copy(update={"complete": False})))
 

@@ -17,6 +17,7 @@ from dtpipe.manifests.check.metadata import Metadata, check_metadata
 from dtpipe.manifests.check.objects import check_chunks, check_digests, check_sizes
 from dtpipe.manifests.check.problems import Problem
 from dtpipe.manifests.check.recompute import Recompute, check_recompute, needs_images
+from dtpipe.manifests.codecs.fitted import fitted_names
 from dtpipe.manifests.errors import ConfigError, InputError, StoreError
 from dtpipe.manifests.layout.tables import INDEX_FILE, LISTING_FILE, SHARDS_FILE
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
@@ -125,7 +126,13 @@ def _report(
     errors: dict[str, float],
 ) -> VerifyReport:
     sound = metadata.sound_shards
-    known = {*metadata.shards["name"].to_pylist(), *map(commit_name, sound), *(problem.name for problem in problems)}
+    fitted = fitted_names(*metadata.plan.recipe.levels) if metadata.plan else ()
+    known = {
+        *fitted,
+        *metadata.shards["name"].to_pylist(),
+        *map(commit_name, sound),
+        *(problem.name for problem in problems),
+    }
     return VerifyReport(
         url=store.url,
         level=level,

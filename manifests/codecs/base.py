@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ Arrays = Mapping[str, Array]
 
 SYMBOLS = ""  # name of the part that holds the level itself; others are what decoding needs beside it, such as `scale`
 LEVEL_AXES = ("channel", "y", "x")
+Entropy = Literal["zstd", "rans"]
+"""How the chunks of an array become bytes: by zstd, which any reader knows, or by the tables of its codec."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ class PartSpec:
     """Of one row and view."""
     axes: tuple[str, ...]
     """Names of these axes."""
+    entropy: Entropy = "zstd"
+
+
+class FittedArrays(Protocol):
+    """Where codecs find the arrays that they were fitted with; picklable, for any thread."""
+
+    def load(self, digest: str) -> Arrays:
+        """The arrays of one fit, by name; read when first asked for.
+
+        Raises: MissingObjectError, DamagedDataError when they are not those that were fitted.
+        """
+        ...
 
 
 class LevelCodec(Protocol):
@@ -77,8 +91,9 @@ class Codec:
     name: str
     summary: str
     """One sentence for `dtpipe list codecs`."""
-    open: Callable[[LevelSpec], LevelCodec]
-    """Sets it up for a level by `level.codec.parameters`. Raises: ConfigError for parameters it cannot use."""
+    open: Callable[[LevelSpec, FittedArrays], LevelCodec]
+    """Sets it up for a level by `level.codec.parameters`, which say all about `parts`; loads what it was fitted with
+    when that is first needed. Raises: ConfigError for parameters it cannot use."""
 
 
 def array_name(level: str, part: str) -> str:

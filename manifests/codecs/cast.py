@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.base import LEVEL_AXES, SYMBOLS, Array, Arrays, Codec, LevelCodec, PartSpec
+from dtpipe.manifests.codecs.base import LEVEL_AXES, SYMBOLS, Array, Arrays, Codec, FittedArrays, LevelCodec, PartSpec
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec
 
@@ -39,7 +39,7 @@ class CastLevel:
         return np.asarray(np.sqrt(np.square(steps / 2).mean(axis=(-3, -2, -1))))
 
 
-def _open(level: LevelSpec) -> LevelCodec:
+def _open(level: LevelSpec, _fitted: FittedArrays) -> LevelCodec:
     if level.codec.parameters:
         raise ConfigError(
             f"codec cast of level {level.name} takes no parameters, found {sorted(level.codec.parameters)}"

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dtpipe.manifests.codecs import cast, topk
-from dtpipe.manifests.codecs.base import Codec, LevelCodec
+from dtpipe.manifests.codecs.base import Codec, FittedArrays, LevelCodec
+from dtpipe.manifests.codecs.fitted import NOT_FITTED
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec, Recipe
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (cast.CODEC, topk.CODEC)}
 
 
-def open_codec(level: LevelSpec) -> LevelCodec:
-    """The codec of a level. Raises: ConfigError listing the choices, or as the codec does for its parameters."""
+def open_codec(level: LevelSpec, fitted: FittedArrays = NOT_FITTED) -> LevelCodec:
+    """The codec of a level; without `fitted`, to ask what it stores.
+
+    Raises: ConfigError listing the choices, or as the codec does for its parameters.
+    """
     if level.codec.name not in CODECS:
         raise ConfigError(
             f"codec {level.codec.name!r} of level {level.name} is unknown; choose one of {', '.join(sorted(CODECS))}"
         )
-    return CODECS[level.codec.name].open(level)
+    return CODECS[level.codec.name].open(level, fitted)
 
 
-def level_codecs(recipe: Recipe) -> dict[str, LevelCodec]:
+def level_codecs(recipe: Recipe, fitted: FittedArrays = NOT_FITTED) -> dict[str, LevelCodec]:
     """The codec of each level, by name. Raises: as `open_codec`."""
-    return {level.name: open_codec(level) for level in recipe.levels}
+    return {level.name: open_codec(level, fitted) for level in recipe.levels}

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.base import LEVEL_AXES, SYMBOLS, Array, Arrays, Codec, LevelCodec, PartSpec
+from dtpipe.manifests.codecs.base import LEVEL_AXES, SYMBOLS, Array, Arrays, Codec, FittedArrays, LevelCodec, PartSpec
 from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.schema import LevelSpec
 
@@ -80,7 +80,7 @@ class TopkLevel:
         return np.asarray(parts[STATED][..., 0], np.float64)
 
 
-def _open(level: LevelSpec) -> LevelCodec:
+def _open(level: LevelSpec, _fitted: FittedArrays) -> LevelCodec:
     given = dict(level.codec.parameters)
     k, temperature = given.pop("k", None), given.pop("temperature", TEMPERATURE)
     if level.role != "soft_labels":

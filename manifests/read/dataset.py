@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.codecs.coded import CodedLevels
+from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.tables import (
@@ -53,7 +54,7 @@ class FeatureDataset:
         self.url, self.recipe = store.url, plan.recipe
         self.levels, self.views = plan.recipe.levels, plan.recipe.views
         self.image_px = plan.recipe.transform.height, plan.recipe.transform.width
-        self._chunks, self._codecs = chunks, level_codecs(plan.recipe)
+        self._chunks, self._codecs = chunks, level_codecs(plan.recipe, StoredFitted(store))
 
     @classmethod
     def open(

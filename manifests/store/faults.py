@@ -18,6 +18,7 @@ FAULT_VARIABLE = "DTPIPE_FAULT"
 FAULT_POINTS = (
     "lock.acquired",  # the epoch is ours, nothing else is written yet
     "store.temporary",  # a local temporary file is whole, its name not yet published
+    "fit.kept",  # what one level was fitted with is written, the plan is not
     "plan.listing",  # listing.parquet written, plan.json not
     "plan.created",  # plan.json written, zarr metadata not
     "shard.object",  # one object of a shard written

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from blake3 import blake3
 
 from dtpipe.manifests.canonical import blake3_hex, dump_record, load_record
+from dtpipe.manifests.codecs.fitted import fitted_names
 from dtpipe.manifests.errors import IncompleteError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.digest import dataset_digest
 from dtpipe.manifests.layout.tables import (
@@ -298,6 +299,7 @@ def _send_back(store: Store, misfits: list[int], lock: Lock) -> None:
 
 def _metadata_files(store: Store, plan: Plan) -> dict[str, FileEntry]:
     names = [PLAN_FILE, LISTING_FILE, *(zarr_metadata(plan) if plan.recipe.shard.format == "zarr" else ())]
+    names += fitted_names(*plan.recipe.levels)
     return {
         name: FileEntry(size_bytes=len(data), blake3=blake3_hex(data))
         for name, data in zip(names, _together(store.read, names), strict=True)

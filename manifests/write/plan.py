@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
+from dtpipe.manifests.codecs.fitted import is_fitted_name
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.differences import differences, refuse_differences
 from dtpipe.manifests.errors import ConfigError, ManifestError, MissingObjectError, PlanChangedError
@@ -126,13 +127,17 @@ def _new_plan(recipe: Recipe, listing: Listing, listing_blake3: str, provenance:
 
 def _refuse_foreign(store: Store) -> None:
     """A folder without a plan may hold only what a start that was killed leaves."""
-    foreign = [name for name in store.list() if name != LISTING_FILE and not name.startswith(LOCK_FOLDER)]
+    foreign = [name for name in store.list() if not _is_of_a_start(name)]
     if foreign:
         shown = ", ".join(foreign[:3])
         raise ConfigError(
             f"{store.url} is not empty and holds no {PLAN_FILE} ({count_of(len(foreign), 'object')}: {shown}); "
             "choose an empty place for --out, or restore plan.json if this is a feature dataset"
         )
+
+
+def _is_of_a_start(name: str) -> bool:
+    return name == LISTING_FILE or name.startswith(LOCK_FOLDER) or is_fitted_name(name)
 
 
 def _refuse_changes(store: Store, plan: Plan, recipe: Recipe, selection: Mapping[str, Any] | None) -> None:

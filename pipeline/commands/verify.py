@@ -23,6 +23,7 @@ _MENDS = {
     "merge": "the next extract merges again",
     "rewrite": "repair writes it again",
     "source": "the next extract lists the source again",
+    "fit": "the next extract fits again, and takes it if the very same comes out",
     "nobody": "put back a copy",
 }
 DEVICES = ("auto", "cpu", "cuda")

@@ -18,6 +18,7 @@ from dtpipe.extract.shards.queue import SHARDS_IN_HAND
 from dtpipe.extract.sources.names import bounded, ignored_text
 from dtpipe.extract.work import Work, work_of
 from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
@@ -151,7 +152,7 @@ def _probe_producer(
         started = time.perf_counter()
         produced = producer.produce(rows)
         batch = CodedBatch([prepared.index for prepared in rows], produced.images)
-        shard = ShardBuffer(recipe, len(rows))
+        shard = ShardBuffer(recipe, len(rows), level_codecs(recipe))
         batch.start(produced.levels, shard.codecs)
         shard.take(batch)
         seconds = (time.perf_counter() - started) / compute.batch_size

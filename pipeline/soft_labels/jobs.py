@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from dtpipe.distill.labels.head import OpenHead, open_head
 from dtpipe.extract.encode import Encoded
 from dtpipe.extract.shards.producer import PreparedRow
 from dtpipe.extract.shards.teacher import TeacherJob, TeacherProducer
+from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.errors import DamagedDataError, InputError
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -82,7 +83,7 @@ class CachedProducer:
         levels = {name: torch.from_numpy(np.stack([content[name] for content in contents])) for name in first}
         return Encoded(self.head.soft_labels(levels), None)
 
-    def measure(self, arrays: ShardArrays) -> dict[str, Any]:  # noqa: ARG002
+    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:  # noqa: ARG002
         """Nothing: the head runs in float32."""
         return {}
 
@@ -119,6 +120,6 @@ class LiveProducer:
         encoded = self.teacher.produce(rows)
         return Encoded(self.head.soft_labels(encoded.levels), encoded.images)
 
-    def measure(self, arrays: ShardArrays) -> dict[str, Any]:  # noqa: ARG002
+    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:  # noqa: ARG002
         """Nothing: what low precision costs is measured on features, and none are stored."""
         return {}

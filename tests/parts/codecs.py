@@ -5,7 +5,7 @@ Whoever computes with its symbols sees levels turned upside down and moved, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dtpipe.distill.stream.decode import DECODERS
 from dtpipe.extract.shards.codecs import ENCODERS
-from dtpipe.manifests.codecs.base import LEVEL_AXES, SYMBOLS, Array, Arrays, Codec, LevelCodec, PartSpec
+from dtpipe.manifests.codecs.base import LEVEL_AXES, SYMBOLS, Array, Arrays, Codec, FittedArrays, LevelCodec, PartSpec
+from dtpipe.manifests.codecs.fitted import encode_fitted
 from dtpipe.manifests.codecs.registry import CODECS
-from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.schema import CodecSpec, LevelSpec
 
 THREE = "three"
 
@@ -43,7 +44,46 @@ class TurnedLevel:
         return np.sqrt(np.square(steps).mean(axis=(-3, -2, -1)))
 
 
-CODEC = Codec("turned", "stores 3 - 2x in place of x", TurnedLevel)
+@dataclass(frozen=True)
+class FittedLevel:
+    """Stores x times a power of two by channel, which lies in a file of its own: nothing is lost."""
+
+    level: LevelSpec
+    fitted: FittedArrays
+
+    @property
+    def parts(self) -> dict[str, PartSpec]:
+        shape = (self.level.channels, self.level.height, self.level.width)
+        return {SYMBOLS: PartSpec(np.dtype("<f4"), shape, LEVEL_AXES)}
+
+    @property
+    def scale(self) -> np.ndarray:
+        return self.fitted.load(self.level.codec.parameters["fitted"])["scale"][:, None, None]
+
+    def encode(self, features: Array) -> dict[str, Array]:
+        return {SYMBOLS: features.astype(np.float32) * self.scale}
+
+    def decode(self, parts: Arrays) -> Array:
+        return (parts[SYMBOLS] / self.scale).astype(self.level.dtype)
+
+    def error(self, parts: Arrays) -> np.ndarray:
+        return np.zeros(parts[SYMBOLS].shape[:-3])
+
+
+FITTED_CODEC = Codec("fitted", "stores x times a fitted power of two", FittedLevel)
+
+
+def fit_scales(levels: Sequence[LevelSpec], power: int = 3) -> tuple[tuple[LevelSpec, ...], dict[str, bytes]]:
+    """Levels under the codec `fitted`, and the files that they name."""
+    files, coded = {}, []
+    for level in levels:
+        digest, data = encode_fitted({"scale": np.full(level.channels, 2.0**power, np.float32)})
+        files[digest] = data
+        coded.append(level.model_copy(update={"codec": CodecSpec(name="fitted", parameters={"fitted": digest})}))
+    return tuple(coded), files
+
+
+CODEC = Codec("turned", "stores 3 - 2x in place of x", lambda level, _fitted: TurnedLevel(level))
 
 
 def encode_turned(codec: LevelCodec, features: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.base import array_name, encode_level
+from dtpipe.manifests.codecs.base import FittedArrays, array_name, encode_level
+from dtpipe.manifests.codecs.fitted import NOT_FITTED
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.layout.arrays import ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, IndexRow, Recipe
@@ -18,6 +19,7 @@ def code_features(
     image: NDArray[np.uint8] | None,
     features: Mapping[str, NDArray[np.generic]],
     rows: Sequence[IndexRow],
+    fitted: FittedArrays = NOT_FITTED,
 ) -> ShardArrays:
     """A shard of features, coded by the reference; bad rows become zeros.
 
@@ -30,7 +32,7 @@ def code_features(
             continue
         if image is not None:
             arrays[IMAGE][idx] = image[idx]
-        for level, codec in level_codecs(recipe).items():
+        for level, codec in level_codecs(recipe, fitted).items():
             for part, values in encode_level(codec, features[level][idx], row.key).items():
                 arrays[array_name(level, part)][idx] = values
     return ShardArrays(arrays, rows)

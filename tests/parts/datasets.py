@@ -23,6 +23,7 @@ from dtpipe.manifests.schema import (
 )
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import commit_entry, merge, pending_shards
+from dtpipe.manifests.write.fitted import keep_fitted
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import plan_digest, start_plan
@@ -63,10 +64,15 @@ def write_features(
     limit: int | None = None,
     merged: bool = True,
     provenance: Mapping[str, Any] | None = None,
+    fitted: Mapping[str, bytes] | None = None,
 ) -> Manifest | None:
-    """Write what is pending, at most `limit` shards, and merge: what extraction does, without a teacher."""
+    """Write what is pending, at most `limit` shards, and merge: what extraction does, without a teacher.
+
+    `fitted`: files that the codecs of the levels need, by digest.
+    """
     store, provenance = Store(url), provenance or {}
     with Lock.acquire(store, stale_s=1) as lock:
+        keep_fitted(store, fitted or {})
         plan, listing = start_plan(store, recipe, listing, provenance)
         if recipe.shard.format == "zarr":
             write_zarr_metadata(store, plan)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtpipe.manifests.codecs.fitted import HeldFitted
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import (
     IndexRow,
@@ -59,6 +60,8 @@ class Settings:
     noise_seed: int = 0
     labels_of: str | None = None
     """Of soft labels: the digest of the features that they were read from."""
+    fitted: dict[str, bytes] = field(default_factory=dict)
+    """Files that the codecs of the levels need, by digest."""
     provenance: dict[str, str] = field(default_factory=lambda: {"made": "by tests/golden/make.py"})
 
 
@@ -126,7 +129,8 @@ def shard_arrays(plan: Plan, listing: Listing, shard_idx: int, settings: Setting
             shape = (num_views, level.channels, level.height, level.width)
             levels[level.name].append(sample_values(level.name, listed.key, shape, level.dtype, settings.salt))
     features = {name: np.stack(values) for name, values in levels.items()}
-    return code_features(recipe, np.stack(images) if recipe.images == "stored" else None, features, rows)
+    held = HeldFitted(settings.fitted)
+    return code_features(recipe, np.stack(images) if recipe.images == "stored" else None, features, rows, held)
 
 
 def write_shards(
@@ -138,7 +142,7 @@ def write_shards(
         return shard_arrays(plan, listing, shard_idx, settings)
 
     recipe, listing = make_recipe(settings), make_listing(settings)
-    return write_features(url, recipe, listing, arrays, limit, do_merge, settings.provenance)
+    return write_features(url, recipe, listing, arrays, limit, do_merge, settings.provenance, settings.fitted)
 
 
 def main(out: str) -> None:

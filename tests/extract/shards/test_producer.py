@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from dtpipe.extract.shards.progress import ProgressMeter
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.shards.task import WorkerContext
 from dtpipe.extract.shards.worker import ShardWorker
+from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -59,7 +60,7 @@ class Numbers:
         }
         return Encoded(levels, None)
 
-    def measure(self, arrays: ShardArrays) -> dict[str, Any]:
+    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:
         return {"rows": len(arrays.rows)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +13,45 @@ import pytest
 
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
+from dtpipe.manifests.codecs.registry import CODECS
 from dtpipe.manifests.errors import DamagedDataError, IncompleteError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import load_entry
 from dtpipe.manifests.write.plan import load_plan, plan_digest
-from parts import golden
+from parts import codecs, golden
 from parts.damage import flip, flipped
 
 FORMATS = ("zarr", "webdataset")
 READ_ON_OPEN = {"manifest.json", "plan.json", "listing.parquet", "index.parquet", "shards.parquet"}
 
 
-@pytest.fixture(params=FORMATS)
-def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A small dataset of two shards, without locks."""
+CODED = tuple(f"{shard_format} fitted" for shard_format in FORMATS)
+"""Datasets whose levels lie under a codec that was fitted."""
+
+
+@pytest.fixture(autouse=True)
+def codecs_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CODECS, codecs.FITTED_CODEC.name, codecs.FITTED_CODEC)
+
+
+@pytest.fixture(params=[*FORMATS, *CODED])
+def settings(request: pytest.FixtureRequest) -> golden.Settings:
+    """Of a small dataset of two shards."""
+    shard_format, _, fitted = request.param.partition(" ")
+    plain = golden.golden_settings(shard_format)
+    if not fitted:
+        return plain
+    levels, files = codecs.fit_scales(golden.LEVELS)
+    return replace(plain, levels=levels, fitted=files)
+
+
+@pytest.fixture
+def dataset(settings: golden.Settings, tmp_path: Path) -> Path:
+    """The dataset, without locks."""
     root = tmp_path / "features"
-    golden.write_shards(root, golden.golden_settings(request.param))
+    golden.write_shards(root, settings)
     shutil.rmtree(root / "lock")
     return root
 
@@ -37,6 +59,12 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def files_of(root: Path) -> list[str]:
     """Names of all files."""
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def hit_files(root: Path, settings: golden.Settings) -> list[str]:
+    """All but locks; of a coded dataset those that others have not."""
+    named = [name for name in files_of(root) if not name.startswith("lock")]
+    return [name for name in named if not settings.fitted or name.startswith(("codecs/", "plan"))]
 
 
 def touched_bytes(root: Path) -> dict[str, set[int]]:
@@ -78,17 +106,19 @@ def damages(data: bytes) -> Iterator[tuple[str, bytes | None, set[int]]]:
     yield "longer", data + b"x", set()
 
 
-def test_every_damage_to_every_file_is_found_by_verify_and_by_readers_that_touch_it(dataset: Path) -> None:
+def test_every_damage_to_every_file_is_found_by_verify_and_by_readers_that_touch_it(
+    dataset: Path, settings: golden.Settings
+) -> None:
     truth, touched = read_all(dataset), touched_bytes(dataset)
     seen = 0
-    for name in files_of(dataset):
+    for name in hit_files(dataset, settings):
         path = dataset / name
         whole = path.read_bytes()
         for what, data, changed in damages(whole):
             path.unlink() if data is None else path.write_bytes(data)
             problems = verify(dataset, "digest").problems
             assert any(problem.name == name and problem.what for problem in problems), f"{name} {what}: {problems}"
-            if name in READ_ON_OPEN or changed & touched.get(name, set()):
+            if name in READ_ON_OPEN or name.startswith("codecs/") or changed & touched.get(name, set()):
                 expected = IncompleteError if (name, what) == ("manifest.json", "deleted") else DamagedDataError
                 with pytest.raises(expected) as caught:
                     read_all(dataset)
@@ -100,7 +130,7 @@ def test_every_damage_to_every_file_is_found_by_verify_and_by_readers_that_touch
             seen += 1
         path.write_bytes(whole)
     assert verify(dataset, "decode").problems == ()
-    assert seen == 8 * len(files_of(dataset))
+    assert seen == 8 * len(hit_files(dataset, settings))
 
 
 def test_error_of_a_flipped_byte_names_shard_level_sample_and_object(dataset: Path) -> None:
@@ -197,12 +227,13 @@ def test_stale_objects_and_stale_metadata_are_found(shard_format: str, tmp_path:
     assert verify(new).problems == ()
 
 
-def test_repair_and_extract_restore_the_identical_dataset_after_any_damage(dataset: Path) -> None:
-    settings = golden.golden_settings("zarr" if (dataset / "data.zarr").exists() else "webdataset")
+def test_repair_and_extract_restore_the_identical_dataset_after_any_damage(
+    dataset: Path, settings: golden.Settings
+) -> None:
     before = FeatureDataset.open(dataset).manifest
     assert before is not None
     content = {name: (dataset / name).read_bytes() for name in files_of(dataset) if name.startswith("data")}
-    for idx, name in enumerate(name for name in files_of(dataset) if not name.startswith("lock")):
+    for idx, name in enumerate(hit_files(dataset, settings)):
         path = dataset / name
         path.unlink() if idx % 3 == 0 else flip(path, bits=4)
         result = repair(dataset, stale_s=1)
