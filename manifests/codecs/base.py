@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.manifests.codecs.fit import Fit, FitTarget
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.words import count_of
@@ -94,6 +95,10 @@ class Codec:
     open: Callable[[LevelSpec, FittedArrays], LevelCodec]
     """Sets it up for a level by `level.codec.parameters`, which say all about `parts`; loads what it was fitted with
     when that is first needed. Raises: ConfigError for parameters it cannot use."""
+    fit: Callable[[LevelSpec, Array, FitTarget], Fit] | None = None
+    """Chooses parameters and arrays on raw features [N, C, H, W] of a sample; None where nothing is fitted.
+
+    Raises: ConfigError for features that it cannot be fitted on."""
 
 
 def array_name(level: str, part: str) -> str:

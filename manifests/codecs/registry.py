@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dtpipe.manifests.codecs import cast, topk
+from dtpipe.manifests.codecs import cast, int8, topk, transform
 from dtpipe.manifests.codecs.base import Codec, FittedArrays, LevelCodec
 from dtpipe.manifests.codecs.fitted import NOT_FITTED
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec, Recipe
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (cast.CODEC, topk.CODEC)}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (cast.CODEC, int8.CODEC, topk.CODEC, transform.CODEC)}
 
 
 def open_codec(level: LevelSpec, fitted: FittedArrays = NOT_FITTED) -> LevelCodec:

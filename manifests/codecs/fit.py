@@ -1,0 +1,46 @@
+"""What a codec learns from a sample of the features before a plan is written: parameters, and arrays beside the data.
+
+One rule: parameters are of the recipe and say which arrays a level becomes; the arrays are named there by digest, lie
+beside the data, and are loaded when something is coded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class FitTarget:
+    """What a fit is to reach; one of the two."""
+
+    relative_mse: float | None = None
+    """Mean squared error of the features over their variance, both of each sample and level; mean over samples."""
+    size_bytes: float | None = None
+    """Of a row and view, as stored, without checksums and indexes."""
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.relative_mse, self.size_bytes) if value is not None]
+        if len(given) != 1 or not np.isfinite(given[0]) or given[0] <= 0:
+            raise ConfigError(
+                f"a codec is fitted for an error or for a size, each above 0; found relative_mse {self.relative_mse} "
+                f"and size_bytes {self.size_bytes}"
+            )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was fitted to a level, and what it costs by the samples that the basis did not see."""
+
+    parameters: Mapping[str, Any]
+    """For `level.codec.parameters`, beside the digest of the arrays."""
+    arrays: Mapping[str, NDArray[np.generic]]
+    relative_mse: float
+    size_bytes: float
+    """As `FitTarget` has them."""

@@ -1,0 +1,163 @@
+"""Fitting `transform` to a sample of features: the basis, the step that meets a target, the bands and their points.
+
+One rule: errors and sizes are of samples that the basis was not fitted on, and all is in float64 on one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numcodecs import Zstd
+from numpy.typing import NDArray
+
+from dtpipe.manifests.codecs.basis import ChannelBasis, Floats, fit_basis, normalise
+from dtpipe.manifests.codecs.fit import Fit, FitTarget
+from dtpipe.manifests.codecs.quantise import MAX_BANDS, NO_BAND, Quantiser, to_symbols
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.schema import LevelSpec
+
+HELD_OUT: Final = 4  # each fourth sample is kept from the basis
+ROOM: Final = 2  # numbers of one byte are to take so many times what the sample has
+NEVER: Final = 0.12  # coefficients of a deviation below so many steps are not stored
+BANDS_PER_OCTAVE: Final = 4
+ROUNDING: Final = 0.40
+STEPS: Final = (2.0**-10, 2.0**8)  # the least and the largest step that is tried
+HALVINGS: Final = 20
+NORM_BYTES: Final = 12
+
+
+@dataclass(frozen=True)
+class Held:
+    """Coefficients of the samples that were kept from the basis."""
+
+    coefficients: Floats
+    """[n, C, H, W], of normalised features."""
+    deviation: Floats
+    """[C, H, W]: root mean square of each coefficient, over all samples."""
+
+
+def fit_transform(level: LevelSpec, features: NDArray[np.generic], target: FitTarget) -> Fit:
+    """Parameters and arrays of the level for a target. Shapes: raw features [N, C, H, W].
+
+    Raises: ConfigError when there is no sample, one is not finite, or no step meets the target.
+    """
+    _check(level, features)
+    basis, held = _transformed(features)
+    step = _meet(held, target)
+    quantiser = make_quantiser(held, step)
+    return _fit_of(basis, held, quantiser)
+
+
+def make_quantiser(held: Held, step: float) -> Quantiser:
+    """Bands of like deviation, those of the largest first, and their dead zones and points for a step."""
+    steps = held.deviation / step
+    with np.errstate(divide="ignore"):
+        octaves = np.floor(BANDS_PER_OCTAVE * np.log2(np.maximum(steps, NEVER)))
+    kept = steps >= NEVER
+    names = np.unique(octaves[kept])[::-1][:MAX_BANDS]
+    band = np.where(kept, np.searchsorted(-names, -octaves), NO_BAND).astype(np.uint8)
+    num = len(names)
+    zone, rounding = np.full(num, 1 - ROUNDING, np.float32), np.full(num, ROUNDING, np.float32)
+    plain = Quantiser(step, band, zone, rounding, np.zeros((num, 2), np.float32))
+    return Quantiser(step, band, zone, rounding, _shifts(plain, held.coefficients))
+
+
+def _shifts(plain: Quantiser, coefficients: Floats) -> NDArray[np.float32]:
+    """Where the mean of a band's values of magnitude 1, and of larger ones, lies below the magnitude."""
+    numbers = np.abs(plain.quantise(coefficients))
+    values = np.abs(coefficients.reshape(len(coefficients), -1)[:, plain.order]) / plain.step
+    apart, shifts = numbers - values, np.zeros((len(plain.zone), 2), np.float32)
+    for larger, chosen in enumerate((numbers == 1, numbers > 1)):
+        total = np.bincount(plain.bands, np.where(chosen, apart, 0).sum(axis=0), len(plain.zone))
+        counts = np.bincount(plain.bands, chosen.sum(axis=0), len(plain.zone))
+        shifts[:, larger] = np.clip(total / np.maximum(counts, 1), -0.5, 0.5)
+    return shifts
+
+
+def _check(level: LevelSpec, features: NDArray[np.generic]) -> None:
+    shape = (level.channels, level.height, level.width)
+    if features.ndim != 4 or features.shape[1:] != shape or not len(features):
+        raise ConfigError(
+            f"codec transform of level {level.name} is fitted on samples of {list(shape)}; found {list(features.shape)}"
+        )
+    for idx, sample in enumerate(features):
+        if not np.isfinite(sample).all():
+            raise ConfigError(f"codec transform of level {level.name}: sample {idx} of the fit is not finite")
+
+
+def _transformed(features: NDArray[np.generic]) -> tuple[ChannelBasis, Held]:
+    """The basis of three in four samples, and what it makes of the others. With fewer than 8, of all."""
+    num, channels = len(features), features.shape[1]
+    held_out = np.arange(num) % HELD_OUT == HELD_OUT - 1 if num >= 2 * HELD_OUT else np.ones(num, bool)
+    seen = ~held_out if num >= 2 * HELD_OUT else held_out
+    basis = fit_basis((normalise(features[idx].astype(np.float64))[0] for idx in np.flatnonzero(seen)), channels)
+    squares, kept = np.zeros(features.shape[1:]), []
+    for idx in range(num):
+        coefficients = basis.forward(normalise(features[idx].astype(np.float64))[0])
+        squares += np.square(coefficients)
+        if held_out[idx]:
+            kept.append(coefficients)
+    return basis, Held(np.stack(kept), np.sqrt(squares / num))
+
+
+def _meet(held: Held, target: FitTarget) -> float:
+    """The largest step within the error, or the least within the size."""
+    low, high = STEPS
+    if target.relative_mse is not None:
+        limit = target.relative_mse
+        if _error(held, make_quantiser(held, high)) <= limit:
+            return high
+        return _boundary(low, high, lambda step: _error(held, make_quantiser(held, step)) > limit)
+    assert target.size_bytes is not None
+    most = target.size_bytes
+    return _boundary(high, low, lambda step: _size(held, make_quantiser(held, step)) > most)
+
+
+def _boundary(good: float, bad: float, is_bad: Callable[[float], bool]) -> float:
+    """The last good step on the way to a bad one."""
+    for _ in range(HALVINGS):
+        middle = float(np.sqrt(good * bad))
+        good, bad = (good, middle) if is_bad(middle) else (middle, bad)
+    return good
+
+
+def _error(held: Held, quantiser: Quantiser) -> float:
+    decoded = quantiser.restore(quantiser.quantise(held.coefficients))
+    return float(np.square(decoded - held.coefficients).mean())
+
+
+def _size(held: Held, quantiser: Quantiser) -> float:
+    numbers, zstd = quantiser.quantise(held.coefficients), Zstd(level=3)
+    symbols = to_symbols(numbers, _num_wide(numbers, quantiser))
+    return float(np.mean([len(zstd.encode(row)) for row in symbols])) + NORM_BYTES
+
+
+def _num_wide(numbers: NDArray[np.int16], quantiser: Quantiser) -> int:
+    """Coefficients up to the last band with a number that may not fit a byte; bands of large numbers come first."""
+    wide = np.flatnonzero(np.abs(numbers).max(axis=0, initial=0) * ROOM > np.iinfo(np.int8).max)
+    last = quantiser.bands[wide].max(initial=0)
+    return int((quantiser.bands <= last).sum()) if len(wide) else 0
+
+
+def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser) -> Fit:
+    """Without the components that no band has a coefficient of."""
+    used = (quantiser.band != NO_BAND).any(axis=(1, 2))
+    components = int(np.flatnonzero(used).max(initial=-1)) + 1
+    parameters = {
+        "components": components,
+        "symbols": len(quantiser.order),
+        "wide": _num_wide(quantiser.quantise(held.coefficients), quantiser),
+        "step": quantiser.step,
+    }
+    arrays: dict[str, NDArray[np.generic]] = {
+        "basis": basis.basis[:components],
+        "centre": basis.centre,
+        "band": quantiser.band[:components],
+        "zone": quantiser.zone,
+        "rounding": quantiser.rounding,
+        "shift": quantiser.shift,
+    }
+    return Fit(parameters, arrays, _error(held, quantiser), _size(held, quantiser))

@@ -1,0 +1,166 @@
+"""The transform codec: its two transforms against other code, fits that hold on other samples, and hard inputs."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.fft import dctn, idctn
+from threadpoolctl import threadpool_limits
+
+from dtpipe.manifests.codecs.base import decode_level, encode_level
+from dtpipe.manifests.codecs.basis import BASIS_UNIT, cosines, fit_basis, from_cosines, normalise
+from dtpipe.manifests.codecs.fit import FitTarget
+from dtpipe.manifests.codecs.quantise import NO_BAND, Quantiser, from_symbols, to_symbols
+from dtpipe.manifests.codecs.registry import open_codec
+from dtpipe.manifests.codecs.transform import TransformLevel
+from dtpipe.manifests.codecs.transform_fit import fit_transform
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, TeacherError
+from parts.fits import fitted_codec, level_of, opened, relative_mse, smooth_features
+
+LOOSE = FitTarget(relative_mse=0.05)
+
+
+def test_cosines_are_scipys_and_turn_back() -> None:
+    maps = np.random.default_rng(0).standard_normal((3, 5, 7))
+    np.testing.assert_allclose(cosines(maps), dctn(maps, axes=(1, 2), norm="ortho"), atol=1e-12)
+    np.testing.assert_allclose(from_cosines(maps), idctn(maps, axes=(1, 2), norm="ortho"), atol=1e-12)
+
+
+def test_the_basis_is_that_of_a_loop_over_cells() -> None:
+    normal = normalise(smooth_features(5).astype(np.float64))[0]
+    basis = fit_basis(normal, 6)
+    cells = np.array([sample[:, y, x] for sample in normal for y in range(8) for x in range(8)])
+    variances, vectors = np.linalg.eigh(np.cov(cells.T, bias=True))
+    rows = basis.basis * BASIS_UNIT
+    np.testing.assert_allclose(rows @ rows.T, np.eye(6), atol=2e-4)
+    for row, vector in zip(rows, vectors.T[::-1], strict=True):
+        np.testing.assert_allclose(abs(row @ vector), 1, atol=2e-4)
+        assert row[np.abs(row).argmax()] > 0
+    along = ((cells - cells.mean(axis=0)) @ rows.T).var(axis=0)
+    np.testing.assert_allclose(along, variances[::-1], rtol=1e-3, atol=1e-6)
+
+
+def test_numbers_by_hand() -> None:
+    band = np.array([[[1, 0], [NO_BAND, 1]]], np.uint8)
+    floats = [np.array(values, np.float32) for values in ([0.6, 0.9], [0.4, 0.5], [[0.1, 0.0], [0.25, 0.125]])]
+    quantiser = Quantiser(2.0, band, *floats)
+    coefficients = np.array([[[1.7, -1.3], [9.0, -5.2]]])  # in steps: .85 and -2.6 of band 1, -.65 of band 0
+    numbers = quantiser.quantise(coefficients)
+    assert numbers.tolist() == [-1, 0, -3]
+    np.testing.assert_allclose(quantiser.restore(numbers), [[[0, -1.8], [0, -5.75]]], atol=1e-6)
+
+
+@given(st.lists(st.integers(-32639, 32639), min_size=1, max_size=20), st.integers(0, 20))
+def test_two_bytes_hold_every_number_and_one_the_small_ones(values: list[int], wide: int) -> None:
+    wide, numbers = min(wide, len(values)), np.array(values, np.int16)
+    expected = np.where(np.arange(len(values)) < wide, numbers, np.clip(numbers, -127, 127))
+    np.testing.assert_array_equal(from_symbols(to_symbols(numbers, wide), wide), expected)
+
+
+@pytest.mark.parametrize("target", [0.01, 0.03, 0.1])
+def test_a_fit_meets_its_error_on_samples_it_never_saw_and_states_what_each_lost(target: float) -> None:
+    fit_on, others = smooth_features(64), smooth_features(64, seed=1)
+    codec = fitted_codec(fit_on, FitTarget(relative_mse=target), dtype="float16")
+    parts = encode_level(codec, others)
+    decoded = decode_level(codec, parts)
+    assert decoded.dtype == np.float16
+    np.testing.assert_allclose(relative_mse(decoded, others), target, rtol=0.2)  # of 16 held samples
+    lost = np.sqrt(np.square(decoded.astype(np.float64) - others).mean(axis=(1, 2, 3)))
+    assert (lost <= codec.error(parts)).all()
+    np.testing.assert_allclose(codec.error(parts), lost, rtol=1e-3)
+
+
+def test_a_fit_meets_its_size() -> None:
+    features = smooth_features(32, 6, 16)
+    level = level_of(features)
+    fit = fit_transform(level, features, FitTarget(size_bytes=300))
+    assert 285 < fit.size_bytes <= 300
+    worse = fit_transform(level, features, FitTarget(size_bytes=200))
+    assert worse.relative_mse > fit.relative_mse
+
+
+def test_a_fit_is_the_same_bytes_for_any_number_of_threads() -> None:
+    features = smooth_features(16, 24)
+    fits = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            fits.append(fit_transform(level_of(features), features, LOOSE))
+    one, other = fits
+    assert one.parameters == other.parameters
+    assert all(one.arrays[name].tobytes() == other.arrays[name].tobytes() for name in one.arrays)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.sampled_from([(1, 1), (1, 4), (3, 2)]),
+    st.sampled_from([1e-42, 1e-30, 1.0, 1e30]),
+    st.booleans(),
+)
+def test_any_shape_and_scale_comes_back_within_what_is_stated(
+    channels: int, side: tuple[int, int], scale: float, moved: bool
+) -> None:
+    rng = np.random.default_rng(channels)
+    features = (rng.standard_normal((9, 2, channels, *side)) + 5 * moved) * scale
+    features[0, 1] = 3 * scale  # no variance
+    features = features.astype(np.float32)
+    codec = fitted_codec(features[:, 0], LOOSE)
+    parts = encode_level(codec, features)
+    lost = decode_level(codec, parts).astype(np.float64) - features
+    assert (np.sqrt(np.square(lost).mean(axis=(-3, -2, -1))) <= codec.error(parts)).all()
+    np.testing.assert_allclose(decode_level(codec, parts)[0, 1], features[0, 1], rtol=1e-6)
+
+
+def test_samples_are_coded_by_themselves_and_codecs_travel() -> None:
+    features = smooth_features(9)
+    codec = fitted_codec(features, LOOSE)
+    together = encode_level(codec, features)
+    for idx in (0, 5):
+        alone = encode_level(pickle.loads(pickle.dumps(codec)), features[idx])
+        assert all(np.array_equal(alone[part], together[part][idx]) for part in codec.parts)
+
+
+def test_what_cannot_be_fitted_or_stored_is_refused() -> None:
+    features = smooth_features(9)
+    spoiled = features.copy()
+    spoiled[3, 0, 0, 0] = np.nan
+    with pytest.raises(ConfigError, match="codec transform of level l2: sample 3 of the fit is not finite"):
+        fit_transform(level_of(features), spoiled, LOOSE)
+    with pytest.raises(ConfigError, match="is fitted on samples of"):
+        fit_transform(level_of(features), features[:0], LOOSE)
+    for wrong in ({}, {"relative_mse": 0.1, "size_bytes": 9}, {"relative_mse": 0.0}, {"size_bytes": float("nan")}):
+        with pytest.raises(ConfigError, match="for an error or for a size"):
+            FitTarget(**wrong)
+    codec = fitted_codec(features, LOOSE, dtype="float16")
+    with pytest.raises(TeacherError, match="1 of 384 features not finite"):
+        encode_level(codec, spoiled[3])
+    with pytest.raises(ConfigError, match="does not fit float16"):
+        encode_level(codec, features[0] + 1e6)
+
+
+def test_parameters_and_arrays_that_do_not_fit_each_other_are_refused() -> None:
+    features = smooth_features(9)
+    level, fit = level_of(features), fit_transform(level_of(features), features, LOOSE)
+    with pytest.raises(ConfigError, match="takes components, symbols, wide, step, fitted, which a fit gives"):
+        open_codec(level_of(features, "transform", step=1.0))
+    with pytest.raises(ConfigError, match="fit it again"):
+        codec = opened(level, fit)
+        assert isinstance(codec, TransformLevel)
+        open_codec(level_of(features, "transform", **{**codec.level.codec.parameters, "wide": 10**6}))
+    unfitted = open_codec(codec.level)
+    assert unfitted.parts == codec.parts  # plans need no arrays
+    with pytest.raises(ConfigError, match="was opened without"):
+        unfitted.encode(features)
+    for name, wrong in (
+        ("basis", fit.arrays["basis"][:, :-1]),
+        ("band", np.zeros_like(fit.arrays["band"])),
+        ("shift", fit.arrays["shift"] * np.float32(np.nan)),
+        ("zone", fit.arrays["zone"][:1]),
+    ):
+        damaged = type(fit)(fit.parameters, {**fit.arrays, name: wrong}, 0, 0)
+        with pytest.raises(DamagedDataError, match=r"fitted arrays [0-9a-f]{12} of level l2"):
+            opened(level, damaged).encode(features)
