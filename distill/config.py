@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dtpipe.manifests.schema import Settings, Size, StrictModel
+from dtpipe.distill.engine.trackers.config import Tracking
+from dtpipe.manifests.schema import DeviceName, Settings, Size, StrictModel
 from dtpipe.manifests.store.paths import local_place, whole_place
 from dtpipe.manifests.words import count_of
 
@@ -95,14 +96,14 @@ class LabelsConfig(StrictModel):
     dropout: float = Field(default=0.1, ge=0, lt=1, description="Before the decoder's last layer.")
 
 
-class DistillRun(StrictModel):
+class DistillRun(Tracking):
     """How a run is carried out: where, and with what resources."""
 
     out: str = Field(description="Run folder to write.")
     allow_incomplete: bool = Field(
         default=False, description="Train on the shards that an unfinished dataset has; a resumed run keeps to those."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the student trains.")
+    device: DeviceName = Field(default="auto", description="Where the student trains.")
     train_workers: int | None = Field(
         default=None, ge=1, description="Train on so many Ray workers, one GPU each where there are any."
     )
@@ -116,7 +117,6 @@ class DistillRun(StrictModel):
     compile: bool = Field(
         default=False, description="Compile student and regressor with torch.compile: a slow start, faster steps."
     )
-    tensorboard: bool = Field(default=False, description="Write the lines of metrics.jsonl to tensorboard/ too.")
     read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
     prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead.")
     log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")

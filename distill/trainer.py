@@ -234,7 +234,7 @@ def _course(config: DistillConfig, stream: FeatureStream, device: torch.device) 
         save_every=stream.batches_per_epoch,
         save_every_s=config.run.save_every_s,
         num_kept=config.run.keep_checkpoints,
-        tensorboard=config.run.tensorboard,
+        tracking=config.run,
         logged=with_r2,
         advice=lambda shares: waiting_advice(shares, config.run.read_threads, config.run.prefetch),
         remedy=_REMEDY,

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dtpipe.manifests.schema import (
+    DeviceName,
     ErrorBudget,
     Filter,
     Order,
@@ -134,7 +135,7 @@ class ExtractRun(ErrorBudget):
         default=60, ge=0, description="After SIGTERM or SIGINT, how long nearly finished shards may take."
     )
     lock_stale_s: float = Field(default=120, gt=0, description="A lock without a heartbeat for so long is taken over.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the teacher runs.")
+    device: DeviceName = Field(default="auto", description="Where the teacher runs.")
 
     _at_home = field_validator("out")(any_place)
     _local = field_validator("save_png")(local_place)

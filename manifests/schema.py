@@ -39,6 +39,7 @@ LevelName = Annotated[
 ]
 StoredDtype = Literal["float16", "float32"]
 Role = Literal["features", "latent", "soft_labels"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Resize = Literal["center_crop", "stretch", "none"]
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 ShardFormat = Literal["zarr", "webdataset"]

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.manifests.labels import IGNORE_VALUE
-from dtpipe.manifests.schema import ErrorBudget, Resize, Size, StrictModel
+from dtpipe.manifests.schema import DeviceName, ErrorBudget, Resize, Size, StrictModel
 from dtpipe.manifests.store.paths import local_place, whole_if_there, whole_place
 
 _LAYOUT_NAME = re.compile(r"[a-z][a-z0-9-]+")
@@ -150,7 +150,7 @@ class EvalConfig(LabelledImages):
     timestep: int | None = Field(
         default=None, ge=0, description="Timestep of the teacher's features; default: the dataset's."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where features are computed.")
+    device: DeviceName = Field(default="auto", description="Where features are computed.")
     out: str | None = Field(default=None, description="JSON file to write; default: eval/TASK.json in the run folder.")
     probe: ProbeConfig = ProbeConfig()
     tune: TuneConfig | None = Field(default=None, description="How backbone and head are trained, by tasks that train.")
@@ -217,7 +217,7 @@ class PredictConfig(ErrorBudget):
     batch_size: int = Field(
         default=8, ge=1, description="Images at once; fewer where they have over 4 million pixels together."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where predictions are made.")
+    device: DeviceName = Field(default="auto", description="Where predictions are made.")
 
     _whole = field_validator("images")(whole_labelled)
     _local = field_validator("predictor", "out")(local_place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from dtpipe.distill.downstream.base import Task
@@ -22,8 +23,9 @@ from dtpipe.distill.downstream.registry import TASKS, find_task
 from dtpipe.distill.downstream.result import ProbeResult
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.engine.ranks import join_ranks
+from dtpipe.distill.engine.trackers.tracking import send_scores
 from dtpipe.extract.sources.layouts.registry import LAYOUTS
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.labels import KIND_WORDS, Class, Instances, Mask, Target
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
@@ -81,7 +83,7 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     said = [*run_notes(comparison), *coverage_notes(train, test), *overlap_notes(config, comparison, test, at, store)]
     subject = comparison.arms[0].name
     result = replace(result, notes=(*result.notes, *said), subject=subject, reference=RANDOM_INIT)
-    return Evaluation(result, _write(config, result))
+    return Evaluation(result, _write(config, result, note))
 
 
 def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Evaluation:
@@ -97,7 +99,7 @@ def _evaluate_tuned(config: EvalConfig, task: TunedTask[Any], note: Note) -> Eva
         overlap = ranks.first(lambda: overlap_notes(config, comparison, held_out, tuned_transform(config), store))
         said = [*run_notes(comparison), *coverage_notes(table.train, table.test), *overlap]
         result = replace(result, notes=(*result.notes, *said))
-        path = ranks.first(lambda: _write(config, result))
+        path = ranks.first(lambda: _write(config, result, note))
     return Evaluation(result, path, ranks.rank)
 
 
@@ -204,8 +206,22 @@ def cells_path(config: EvalConfig) -> Path:
     return path.with_suffix("")
 
 
-def _write(config: EvalConfig, result: ProbeResult) -> Path:
+def _write(config: EvalConfig, result: ProbeResult, note: Note) -> Path:
     path = result_path(config)
     document = {"config": config.model_dump(mode="json"), **result.to_json()}
     write_document(path, json.loads(json.dumps(document, default=str)), "make room or choose another --out")
+    _show_scores(config, result, note)
     return path
+
+
+def _show_scores(config: EvalConfig, result: ProbeResult, note: Note) -> None:
+    """Show the student's headline scores in the trackers of its run, which may not stop what is done already."""
+    run = Path(runs_of(config)[0])
+    if result.subject is None or not run.is_dir():
+        return
+    of_subject = result.by_seed(result.subject).items()
+    scores = {f"eval/{result.task}/{num}": mean(by_seed.values()) for num, by_seed in of_subject}
+    try:
+        send_scores(run, "eval", scores)
+    except DtpipeError as err:
+        note(f"the scores are not shown in the trackers of {run}: {err}")

@@ -32,6 +32,7 @@ BY_PROTOCOL = {
     ("KIND",): "extract/",
     ("LAYOUT", "LAYOUTS"): "extract/sources/layouts/",
     ("TASK",): "distill/downstream/",
+    ("TRACKER",): "distill/engine/trackers/",
 }
 """What many files of a folder define, since one reader or caller takes any of them."""
 

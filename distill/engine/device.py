@@ -11,12 +11,18 @@ from dtpipe.manifests.errors import ConfigError
 
 
 def training_device(name: str) -> torch.device:
-    """The device of a config: auto is the GPU where there is one.
+    """The device of a config: auto is a GPU of CUDA where there is one.
 
     Raises: ConfigError when a GPU is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda and torch finds no GPU; `dtpipe doctor` says why, or use auto or cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(
+                "device is mps and torch finds no GPU of Apple's; `dtpipe doctor` says what is here, or use auto or cpu"
+            )
+        return torch.device("mps")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())  # by number: each thread has a current GPU of its own

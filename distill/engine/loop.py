@@ -215,7 +215,7 @@ def _refuse_other_run(newest: Newest, settings: RunSettings) -> None:
 
 def _take_up(loop: Loop[P], settings: RunSettings, folder: RunFolder, newest: Newest | None) -> tuple[str, ...]:
     replaced = take_up(newest, settings.last) if newest is not None else None
-    torn = folder.take_up(loop.step, loop.trainer.course.tensorboard)
+    torn = folder.take_up(loop.step, loop.trainer.course.tracking)
     notes = tuple(note for note in (replaced, torn) if note is not None)
     for note in notes:
         _log.warning(note)

@@ -26,10 +26,20 @@ from dtpipe.distill.engine.checkpoint import (
 )
 from dtpipe.distill.engine.record import DATA_FILE, refuse_other_data, write_record
 from dtpipe.distill.engine.recovery import newest_checkpoint
-from dtpipe.distill.engine.tensorboard import ScalarWriter
+from dtpipe.distill.engine.trackers.base import Outcome, TrackedRun
+from dtpipe.distill.engine.trackers.config import Tracking
+from dtpipe.distill.engine.trackers.tracking import METRICS_FILE, TRACKING_FILE, RunTrackers, keep_id
 from dtpipe.manifests.differences import Difference, differences, refuse_differences
 from dtpipe.manifests.documents import Refusal, parse_yaml
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, DtpipeError, InputError, LockHeldError, StoreError
+from dtpipe.manifests.errors import (
+    ConfigError,
+    DamagedDataError,
+    DtpipeError,
+    InputError,
+    LockHeldError,
+    StoppedError,
+    StoreError,
+)
 from dtpipe.manifests.records.ending import read_text, seal_text
 from dtpipe.manifests.records.lines import Line, append_line, keep_lines, read_lines
 from dtpipe.manifests.schema import Settings
@@ -37,9 +47,9 @@ from dtpipe.manifests.store.hold import hold
 from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import write_whole
 
-_LAST, _CONFIG, _METRICS, _LOCK = "last.pt", "config.yaml", "metrics.jsonl", ".lock"
+_LAST, _CONFIG, _LOCK = "last.pt", "config.yaml", ".lock"
 _REMEDY, _ROOM = "restore the file, or choose another --out", "free or change the disk and run again"
-_LEFTOVERS = (DATA_FILE, _METRICS, "checked_images.json", "targets.json")
+_LEFTOVERS = (DATA_FILE, METRICS_FILE, TRACKING_FILE, "checked_images.json", "targets.json")
 """Of a run that has no config yet, or none any more."""
 
 
@@ -110,8 +120,8 @@ class RunFolder:
 
     def __init__(self, settings: RunSettings, lock: TextIO) -> None:
         self.settings, self.path, self._lock = settings, settings.out, lock
-        self._scalars: ScalarWriter | None = None
-        self.metrics = self.path / _METRICS
+        self._trackers = RunTrackers()
+        self.metrics = self.path / METRICS_FILE
         self.last = settings.last
 
     @classmethod
@@ -142,22 +152,27 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close("finished" if kind is None else "stopped" if issubclass(kind, StoppedError) else "failed")
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome = "finished") -> None:
         """Let another process have the folder; the operating system does so too, when this one is killed."""
-        self._lock.close()
-        if self._scalars is not None:
-            self._scalars.close()
+        try:
+            self._trackers.close(outcome)
+        finally:
+            self._lock.close()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl, and to TensorBoard's events where they are kept.
+        """Append one line to metrics.jsonl, and show it in the trackers.
 
         Raises: StoreError when it cannot be written.
         """
         append_line(self.metrics, record)
-        if self._scalars is not None:
-            self._scalars.add(record)
+        self._trackers.add(record)
+
+    def conclude(self, scores: Mapping[str, float]) -> None:
+        """Show scores of what the run made in its trackers. Raises: as `log`."""
+        lines = _metrics(self.path)
+        self._trackers.conclude(scores, lines[-1].record["step"] if lines else 0)
 
     def save(self, checkpoint: CheckpointIO, epoch: int | None = None, num_kept: int = 0) -> None:
         """Write last.pt; at the end of an epoch it is kept, with those of the epochs before.
@@ -187,16 +202,17 @@ class RunFolder:
             return False
         return any([drop_previous(self.last), num_epochs is not None and drop_epochs(self.last, num_epochs)])
 
-    def take_up(self, step: int, tensorboard: bool) -> str | None:
+    def take_up(self, step: int, tracking: Tracking | None = None) -> str | None:
         """Go on after a step: forget lines of steps that are taken again, and what is left of a line cut short.
 
         Returns a sentence on the latter, if there was one.
-        Raises: DamagedDataError as `read_metrics`; MissingPackageError when TensorBoard's events are wanted and cannot
-        be written.
+        Raises: DamagedDataError as `read_metrics`; MissingPackageError and others when a tracker cannot begin.
         """
         torn = keep_lines(self.metrics, [line for line in _metrics(self.path) if line.record["step"] <= step])
-        if tensorboard:
-            self._scalars = ScalarWriter(self.path, step + 1)
+        if tracking is not None and tracking.tracker_names:
+            run_id = keep_id(self.path, tracking)
+            run = TrackedRun(self.path, self.settings.kind, self._sections(), run_id, step + 1, tracking.project)
+            self._trackers.begin(tracking, run)
         return f"{self.metrics}: its last {torn} bytes were no whole line and are cut off" if torn else None
 
     def _check(self) -> None:
@@ -212,8 +228,13 @@ class RunFolder:
         settings = self.settings
         if settings.data is not None:
             write_record(self.path, settings.data)
-        sections = {settings.kind: settings.config.model_dump(mode="json"), **settings.sections}
-        _write(self.path / _CONFIG, seal_text(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)))
+        text = yaml.safe_dump(self._sections(), sort_keys=False, allow_unicode=True)
+        _write(self.path / _CONFIG, seal_text(text))
+
+    def _sections(self) -> dict[str, Any]:
+        """The settings as config.yaml has them."""
+        settings = self.settings
+        return {settings.kind: settings.config.model_dump(mode="json"), **settings.sections}
 
 
 def read_config(path: Path, section: str | None = None, kind: str = "distill") -> dict[str, Any]:
@@ -242,7 +263,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _metrics(path: Path) -> list[Line]:
-    file = path / _METRICS
+    file = path / METRICS_FILE
     lines = read_lines(file)
     for number, line in enumerate(lines, 1):
         if not isinstance(line.record.get("step"), int):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtpipe.distill.engine.timing import Stopwatch
+from dtpipe.distill.engine.trackers.config import Tracking
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Course:
     """Checkpoints that are kept beside last.pt."""
     max_s: float = math.inf
     """Stop after so many seconds, which is no error."""
-    tensorboard: bool = False
+    tracking: Tracking | None = None
+    """Where the lines of metrics.jsonl are shown too."""
     logged: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda losses: losses
     """What is logged, from the means over steps, samples and ranks of what the trainer measured."""
     advice: Callable[[Mapping[str, float]], str | None] = lambda _shares: None

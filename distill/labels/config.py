@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from dtpipe.manifests.schema import Settings, StrictModel
+from dtpipe.distill.engine.trackers.config import Tracking
+from dtpipe.manifests.schema import DeviceName, Settings, StrictModel
 from dtpipe.manifests.store.paths import local_place
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -37,11 +38,11 @@ class RivalsConfig(StrictModel):
     )
 
 
-class InterpretRun(StrictModel):
+class InterpretRun(Tracking):
     """Where and how an interpreter is trained; none of it changes what is learned."""
 
     out: str = Field(description="Folder of the interpreter; also holds the checkpoint to go on from.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where it is trained and scored.")
+    device: DeviceName = Field(default="auto", description="Where it is trained and scored.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's own choice.")
     log_every: int = Field(default=20, ge=1, description="Steps per line of metrics.jsonl.")
     save_every: int = Field(default=200, ge=1, description="Steps between two writes of last.pt.")

@@ -51,6 +51,7 @@ class InterpreterTraining:
             clip_grad=config.clip_grad,
             log_every=config.run.log_every,
             save_every=config.run.save_every,
+            tracking=config.run,
             remedy="train anew in another --out with a lower interpret.lr",
         )
 

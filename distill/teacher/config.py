@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dtpipe.manifests.schema import ErrorBudget, Filter, Resize, Settings, Size, height_width
+from dtpipe.distill.engine.trackers.config import Tracking
+from dtpipe.manifests.schema import DeviceName, ErrorBudget, Filter, Resize, Settings, Size, height_width
 from dtpipe.manifests.store.paths import local_place, whole_place
 
 
-class TrainTeacherRun(ErrorBudget):
+class TrainTeacherRun(ErrorBudget, Tracking):
     """How long a teacher trains, where, with what resources, and what is written at the end."""
 
     out: str = Field(description="Folder of the teacher; also holds the checkpoint to resume from.")
@@ -29,7 +30,7 @@ class TrainTeacherRun(ErrorBudget):
     log_every: int = Field(default=50, ge=1, description="Steps between lines of metrics.jsonl.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's own choice.")
     decode_threads: int = Field(default=4, ge=1, description="Threads that read and decode images at the start.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where training runs.")
+    device: DeviceName = Field(default="auto", description="Where training runs.")
     dtype: Literal["float32", "float16"] = Field(
         default="float32", description="Dtype of the weights written at the end."
     )

@@ -199,6 +199,7 @@ def _course(config: TrainTeacherConfig, num_images: int, device: torch.device) -
         log_every=config.run.log_every,
         save_every=config.run.checkpoint_every,
         max_s=math.inf if config.run.max_hours is None else config.run.max_hours * 3600,
+        tracking=config.run,
         remedy=_REMEDY,
     )
 

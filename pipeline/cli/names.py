@@ -134,6 +134,7 @@ _CATALOGUES: dict[str, Callable[[], Sentences]] = {
     "regressors": _summaries("distill.student.regressors.registry:REGRESSORS"),
     "losses": _summaries("distill.losses.registry:LOSSES"),
     "exports": _summaries("distill.export.registry:EXPORTS"),
+    "trackers": _summaries("distill.engine.trackers.registry:TRACKERS"),
     "students": _students,
 }
 LISTED = tuple(_CATALOGUES)

@@ -10,7 +10,7 @@ import click
 from dtpipe.pipeline.cli.console import Console
 from dtpipe.pipeline.cli.names import LISTED, Published, catalogue, published, teacher_options
 
-HELP = """Name the teachers, sources, layouts, codecs, tasks, presets, regressors, losses, exports, students there are.
+HELP = """Name the teachers, sources, layouts, codecs, tasks, presets, regressors, losses, exports, trackers, students.
 
 \b
 Example:

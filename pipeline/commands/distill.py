@@ -49,7 +49,7 @@ FLAGS = (
     Flag("--max-bad", "extract.run.max_bad", "N|SHARE"),
     Flag("--allow-incomplete", "distill.run.allow_incomplete"),
     Flag("--seed", "distill.seed", "N"),
-    Flag("--device", "distill.run.device", "auto|cpu|cuda"),
+    Flag("--device", "distill.run.device", "auto|cpu|cuda|mps"),
     Flag("--train-workers", "distill.run.train_workers", "N"),
     Flag("--ray-address", "distill.run.ray_address", "ADDRESS"),
 )

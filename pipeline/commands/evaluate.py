@@ -35,7 +35,7 @@ FLAGS = (
     Flag("--lr-grid", "eval.tune.lr_grid", "LR,LR"),
     Flag("--backbone-lr", "eval.tune.backbone_lr", "SHARE"),
     Flag("--train-workers", "eval.tune.run.train_workers", "N"),
-    Flag("--device", "eval.device", "auto|cpu|cuda"),
+    Flag("--device", "eval.device", "auto|cpu|cuda|mps"),
     Flag("--out", "eval.out", "FILE"),
 )
 EXAMPLE = """

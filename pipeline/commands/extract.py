@@ -38,7 +38,7 @@ FLAGS = (
     Flag("--limit", "extract.limit", "N"),
     Flag("--keys", "extract.keys", "FILE"),
     Flag("--max-bad", "extract.run.max_bad", "N|SHARE"),
-    Flag("--device", "extract.run.device", "auto|cpu|cuda"),
+    Flag("--device", "extract.run.device", "auto|cpu|cuda|mps"),
     Flag("--inline", "extract.run.inline"),
     Flag("--workers", "extract.run.workers", "N"),
     Flag("--ray-address", "extract.run.ray_address", "ADDRESS"),

@@ -36,7 +36,7 @@ FLAGS = (
     Flag("--pixel-models", "interpret.rivals.pixel_models", "N"),
     Flag("--limit", "interpret.limit", "N"),
     Flag("--seed", "interpret.seed", "N"),
-    Flag("--device", "interpret.run.device", "auto|cpu|cuda"),
+    Flag("--device", "interpret.run.device", "auto|cpu|cuda|mps"),
 )
 EXAMPLE = """
 dtpipe interpret features/ --labels scenes/images --masks scenes/semantic --out head/

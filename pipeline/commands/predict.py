@@ -13,7 +13,7 @@ FLAGS = (
     Flag("--px", "predict.px", "PX"),
     Flag("--resize", "predict.resize", "center_crop|stretch|none"),
     Flag("--batch-size", "predict.batch_size", "N"),
-    Flag("--device", "predict.device", "auto|cpu|cuda"),
+    Flag("--device", "predict.device", "auto|cpu|cuda|mps"),
     Flag("--max-bad", "predict.max_bad", "N|SHARE"),
 )
 EXAMPLE = """

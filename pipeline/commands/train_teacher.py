@@ -29,7 +29,7 @@ FLAGS = (
     Flag("--limit", "train_teacher.limit", "N"),
     Flag("--max-bad", "train_teacher.run.max_bad", "N|SHARE"),
     Flag("--seed", "train_teacher.seed", "N"),
-    Flag("--device", "train_teacher.run.device", "auto|cpu|cuda"),
+    Flag("--device", "train_teacher.run.device", "auto|cpu|cuda|mps"),
 )
 EXAMPLE = """
 dtpipe train-teacher --images photos/ --out teacher/

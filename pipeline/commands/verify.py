@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from dtpipe.manifests.errors import ConfigError, DtpipeError, IncompleteError, ProblemsFoundError
+from dtpipe.manifests.schema import DeviceName
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, format_bytes
 
@@ -26,7 +27,7 @@ _MENDS = {
     "fit": "the next extract fits again, and takes it if the very same comes out",
     "nobody": "put back a copy",
 }
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = get_args(DeviceName)
 SHOWN_PROBLEMS = 20
 HELP = """Check a feature dataset against its manifest.
 

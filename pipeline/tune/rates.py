@@ -82,7 +82,7 @@ def _score_rate(
     values = []
     for fold in scored:
         learned, left = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        run = job.config.run.model_copy(update={"keep_predictions": False, "tensorboard": False})
+        run = job.config.run.model_copy(update={"keep_predictions": False, "trackers": (), "tensorboard": False})
         config = with_rate(job, lr).config.model_copy(update={"run": run})
         own = replace(job, labelled=job.labelled.subset(learned), config=config)
         place = folder / f"lr{lr:g}-fold{fold}"

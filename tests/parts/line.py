@@ -18,8 +18,9 @@ from dtpipe.distill.engine.progress import OnTrainProgress, RunResult
 from dtpipe.distill.engine.ranks import ALONE, Ranks, join_ranks
 from dtpipe.distill.engine.run_folder import RunSettings
 from dtpipe.distill.engine.timing import Stopwatch
+from dtpipe.distill.engine.trackers.config import Tracking
 from dtpipe.distill.engine.trainer import Course
-from dtpipe.manifests.schema import Settings, StrictModel
+from dtpipe.manifests.schema import Settings
 
 CPU = torch.device("cpu")
 NUM_ROWS = 20
@@ -27,7 +28,7 @@ KIND = "line"
 AfterStep = Callable[[int], None]
 
 
-class LineRun(StrictModel):
+class LineRun(Tracking):
     out: str
     micro_batch: int = 2
     log_every: int = 1
@@ -77,6 +78,7 @@ class Line:
             num_kept=config.run.num_kept,
             max_s=config.run.max_s,
             advice=lambda _shares: "read faster",
+            tracking=config.run,
             remedy="straighten it",
         )
         rng = np.random.default_rng(7)

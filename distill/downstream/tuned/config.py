@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dtpipe.distill.downstream.config import Positive
+from dtpipe.distill.engine.trackers.config import Tracking
 from dtpipe.manifests.schema import Settings, StrictModel
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -107,7 +108,7 @@ class InferenceConfig(StrictModel):
     scales: tuple[Positive, ...] = Field(default=(1.0,), min_length=1, description="Average over these sizes.")
 
 
-class TuneRun(StrictModel):
+class TuneRun(Tracking):
     """How a training is carried out; none of it changes what is learned."""
 
     workers: int | None = Field(
@@ -124,7 +125,6 @@ class TuneRun(StrictModel):
     log_every: int = Field(default=20, ge=1, description="Steps per line of metrics.jsonl.")
     save_every: int = Field(default=1000, ge=1, description="Steps between two writes of last.pt.")
     save_every_s: float = Field(default=300.0, gt=0, description="Longest time between two.")
-    tensorboard: bool = Field(default=False, description="Write the lines of metrics.jsonl to tensorboard/ too.")
     channels_last: bool = Field(default=True, description="Channels-last memory layout, which GPUs prefer.")
     train_workers: int | None = Field(
         default=None, ge=1, description="Train on so many Ray workers, one GPU each where there are any."

@@ -78,6 +78,8 @@ def tune(
             scores = score_network(job.task, trainer.scored, test, trainer.config, ranks, keep, on_scored)
             own = {each.name: getattr(result, each.name) for each in fields(result)}
             tuned = TuneResult(**own, value=scores.value, others=scores.others, by_class=scores.by_class)
+            if held is not None:
+                held.conclude({"score": scores.value, **scores.others})
             ranks.first(lambda: write_document(folder / SCORE_FILE, record | {"result": tuned.record()}, "make room"))
     return tuned
 

@@ -193,6 +193,6 @@ def _course(config: TuneConfig, order: BatchOrder, num_images: int, device: torc
         log_every=config.run.log_every,
         save_every=config.run.save_every,
         save_every_s=config.run.save_every_s,
-        tensorboard=config.run.tensorboard,
+        tracking=config.run,
         remedy=REMEDY,
     )

@@ -10,7 +10,8 @@ import torch
 
 from dtpipe.distill.engine.checkpoint import load_checkpoint, save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder, read_metrics
-from dtpipe.distill.engine.tensorboard import ScalarWriter
+from dtpipe.distill.engine.trackers.base import TrackedRun
+from dtpipe.distill.engine.trackers.tensorboard import ScalarWriter
 from dtpipe.distill.export.write import export_student
 from dtpipe.manifests.errors import StoreError
 from parts.disks import BLOCK, files_on, fill, small_disk
@@ -117,12 +118,12 @@ def test_a_line_that_finds_no_room_is_taken_back(disk: Path, folder: RunFolder) 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the package's own thread
 def test_tensorboards_events_that_find_no_room_are_a_store_error(disk: Path) -> None:
-    writer = ScalarWriter(disk, 1)
+    writer = ScalarWriter(TrackedRun(disk, "line", {}, "id", 1))
     fill(disk)
-    with pytest.raises(StoreError, match=r"tensorboard cannot be written: .*No space left.*leave `tensorboard` out"):
+    with pytest.raises(StoreError, match=r"tensorboard cannot be written: .*No space left.*leave tracker tens"):
         for step in range(1000):
             writer.add({"step": step, "loss": 0.5, "lr": 1.0})
-    writer.close()
+    writer.close("failed")
 
 
 def test_a_run_cannot_begin_on_a_full_disk(disk: Path) -> None:
