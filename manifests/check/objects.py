@@ -20,7 +20,8 @@ from dtpipe.manifests.codecs.fitted import StoredFitted, fitted_names
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.layout.arrays import KEY
 from dtpipe.manifests.layout.tar import encode_key
-from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest
+from dtpipe.manifests.read.chunks import ChunkReader
+from dtpipe.manifests.read.located import ChunkRequest
 from dtpipe.manifests.read.places import chunk_tables
 from dtpipe.manifests.schema import IndexRow, Plan
 from dtpipe.manifests.store.store import Store
@@ -101,7 +102,8 @@ def _row_problems(reader: ChunkReader, codecs: Mapping[str, LevelCodec], row: In
     for name, spec in reader.arrays.items():
         try:
             chunks = np.empty((spec.chunks_per_row, *spec.chunk_shape), spec.dtype)
-            reader.read([ChunkRequest(name, row.row, view, chunks[view, ...]) for view in range(len(chunks))])
+            views = np.arange(spec.chunks_per_row)
+            reader.read([ChunkRequest(name, np.full(len(views), row.row), views, chunks)])
         except UNREADABLE as err:
             yield problem_of(name, err, "extract")
             continue

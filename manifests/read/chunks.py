@@ -1,13 +1,15 @@
 """Reading chunks so that no wrong byte gets through. The same code for both stores.
 
 One rule: the entry decides. A chunk's bytes are compared with the size and crc32c of its entry before they are decoded,
-so a flipped byte, a truncated, missing, stale or swapped object fails at the first chunk that is touched.
+so a flipped byte, a truncated, missing, stale or swapped object fails at the first chunk that is touched. Where many
+chunks are read, compiled code (`native`) does all of this at once, and what it does not find as expected is read again
+here, chunk by chunk, which says what is wrong.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,33 +17,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.errors import DamagedDataError
+from dtpipe.manifests.errors import DamagedDataError, DtpipeError
 from dtpipe.manifests.layout.arrays import ArraySpec, crc32c, stored_arrays
+from dtpipe.manifests.layout.coding import plain_coding
+from dtpipe.manifests.read import native
+from dtpipe.manifests.read.located import ChunkRequest, LocatedChunks, locate_chunks
 from dtpipe.manifests.read.places import ChunkTable
 from dtpipe.manifests.schema import Plan
+from dtpipe.manifests.store.open_files import OpenFile, OpenFiles
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.shard import SHARD_FORMATS
 
-_MERGE_GAP_BYTES = 64 * 2**10  # ranges nearer than this are read as one
-_MAX_SPAN_BYTES = 8 * 2**20
-_THREADS = 4
+NATIVE_FROM = 64  # chunks: who reads fewer in all does not wait for compiled code to load
+_PIECE_BYTES = 32 * 2**20  # held at once by a thread, of objects that are no files
+_REMOTE_THREADS = 4
 Keys = Sequence[str] | Mapping[int, str]
 """By row, for messages."""
 
 
 @dataclass(frozen=True)
-class ChunkRequest:
-    """One chunk to read, and the array it is decoded into."""
+class _Chunk:
+    """One chunk, where it is looked at alone."""
 
     array: str
     row: int
     view: int
     out: NDArray[np.generic]
-
-
-@dataclass(frozen=True)
-class _Located:
-    request: ChunkRequest
     object_name: str
     offset: int
     size: int  # with the trailer
@@ -55,6 +56,9 @@ class ChunkReader:
         self.store, self.tables, self._plan, self._keys = store, tables, plan, keys
         self.arrays: dict[str, ArraySpec] = stored_arrays(plan.recipe)
         self._kind = SHARD_FORMATS[plan.recipe.shard.format]
+        codings = {name: plain_coding(spec, plan.recipe) for name, spec in self.arrays.items()}
+        self._codings = native.Codings(codings, self._kind.trailer_bytes)
+        self._files, self._num_read = OpenFiles(), 0
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,88 +73,128 @@ class ChunkReader:
 
         Raises: DamagedDataError naming shard, array, sample and object.
         """
-        spans = list(_spans(self._locate(request) for request in requests))
-        if len(spans) == 1:
-            self._read_span(spans[0])
+        requests = [request for request in requests if len(request.rows)]
+        if not requests:
             return
-        for _ in self._threads().map(self._read_span, spans):
-            pass
+        chunks = locate_chunks(self.tables, requests, self._kind.trailer_bytes)
+        self._num_read += len(chunks)
+        fast = self._num_read >= NATIVE_FROM and native.available()
+        is_file = self.store.local is not None
+        pieces = chunks.pieces(_num_threads() if is_file else _REMOTE_THREADS, None if is_file else _PIECE_BYTES)
+        first, others = pieces[0], pieces[1:]
+        running = [self._threads().submit(self._read_piece, requests, piece, fast) for piece in others]
+        try:
+            self._read_piece(requests, first, fast)
+        finally:
+            for piece in running:
+                piece.exception()  # nothing may write into `out` once this has returned
+        for piece in running:
+            piece.result()
 
     def read_bytes(self, array: str, row: int, view: int = 0) -> bytes:
         """The checked bytes of one chunk, not decoded."""
-        located = self._locate(ChunkRequest(array, row, view, np.empty(0)))
-        return self._checked(located, self._fetch(located))[0]
+        request = ChunkRequest(array, np.array([row]), np.array([view]), np.empty((1, 0)))
+        chunk = self._chunk([request], locate_chunks(self.tables, [request], self._kind.trailer_bytes), 0)
+        return self._checked(chunk, self._fetch(chunk))[0]
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None or self._pool[0] != os.getpid():  # threads do not survive a fork
-            self._pool = os.getpid(), ThreadPoolExecutor(_THREADS, thread_name_prefix="dtpipe-chunks")
+            num = max(_num_threads(), _REMOTE_THREADS)
+            self._pool = os.getpid(), ThreadPoolExecutor(num, thread_name_prefix="dtpipe-chunks")
         return self._pool[1]
 
-    def _locate(self, request: ChunkRequest) -> _Located:
-        name, offset, size, checksum = self.tables[request.array].place(request.row, request.view)
-        assert name is not None, "a row that was never written must be refused before"
-        return _Located(request, name, offset, size + self._kind.trailer_bytes, checksum)
+    def _read_piece(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks, fast: bool) -> None:
+        if fast and self.store.local is not None:
+            chunks = chunks.take(~self._read_files(requests, chunks))
+        for span in chunks.spans() if len(chunks) else ():
+            self._read_span(requests, span, fast)
 
-    def _read_span(self, span: Sequence[_Located]) -> None:
-        start, end = span[0].offset, max(chunk.offset + chunk.size for chunk in span)
+    def _read_files(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks) -> NDArray[np.bool_]:
+        """Which chunks were read whole, straight from their files."""
+        objects, place = np.unique(chunks.object_idx, return_inverse=True)
+        files = [self._file(object_idx) for object_idx in objects.tolist()]
+        descriptor = np.array([-1 if file is None else file.descriptor for file in files], np.int32)[place]
+        opened = descriptor >= 0
+        opened[opened] = self._codings.read(requests, chunks.take(opened), descriptor[opened], chunks.offset[opened])
+        return opened
+
+    def _file(self, object_idx: int) -> OpenFile | None:
+        """An object as a file; None where it cannot be opened, of which those say more who read it otherwise."""
         try:
-            data = self.store.read_range(span[0].object_name, start, end - start) if len(span) > 1 else None
+            return self._files.get(object_idx, lambda: self.store.open(self._object_name(object_idx)))
+        except DtpipeError:
+            return None
+
+    def _read_span(self, requests: Sequence[ChunkRequest], span: LocatedChunks, fast: bool) -> None:
+        start, size = int(span.offset[0]), int((span.offset + span.size).max() - span.offset[0])
+        try:
+            data = self.store.read_range(self._object_name(int(span.object_idx[0])), start, size)
         except DamagedDataError:  # one by one, to name the chunk that is hit and no other
             data = None
-        for chunk in span:
+        if data is not None and fast:
+            span = span.take(~self._read_memory(requests, span, data))
+        for idx in range(len(span)):
+            chunk = self._chunk(requests, span, idx)
             here = chunk.offset - start
             self._decode(chunk, self._fetch(chunk) if data is None else data[here : here + chunk.size])
 
-    def _fetch(self, located: _Located) -> bytes:
-        try:
-            return self.store.read_range(located.object_name, located.offset, located.size)
-        except DamagedDataError as err:
-            raise self._damaged(located, str(err).split(";")[0]) from err
+    def _read_memory(self, requests: Sequence[ChunkRequest], span: LocatedChunks, data: bytes) -> NDArray[np.bool_]:
+        """Which chunks were read whole, out of the bytes from where the first one begins."""
+        source = np.frombuffer(data, np.uint8).ctypes.data + span.offset - span.offset[0]
+        return self._codings.read(requests, span, np.full(len(span), -1, np.int32), source)
 
-    def _checked(self, located: _Located, data: bytes) -> tuple[bytes, bytes]:
+    def _object_name(self, object_idx: int) -> str:
+        return str(next(iter(self.tables.values())).objects[object_idx])
+
+    def _chunk(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks, idx: int) -> _Chunk:
+        request, item = requests[chunks.request[idx]], int(chunks.item[idx])
+        return _Chunk(
+            request.array,
+            int(request.rows[item]),
+            int(request.views[item]),
+            request.out[item, ...],
+            self._object_name(int(chunks.object_idx[idx])),
+            int(chunks.offset[idx]),
+            int(chunks.size[idx]),
+            int(chunks.crc32c[idx]),
+        )
+
+    def _fetch(self, chunk: _Chunk) -> bytes:
+        try:
+            return self.store.read_range(chunk.object_name, chunk.offset, chunk.size)
+        except DamagedDataError as err:
+            raise self._damaged(chunk, str(err).split(";")[0]) from err
+
+    def _checked(self, chunk: _Chunk, data: bytes) -> tuple[bytes, bytes]:
         """Chunk and trailer. Raises: DamagedDataError when the chunk is not the one of the entry."""
-        size = located.size - self._kind.trailer_bytes
-        chunk = data[:size]
-        if crc32c(chunk) != located.crc32c:
+        size = chunk.size - self._kind.trailer_bytes
+        content = data[:size]
+        if crc32c(content) != chunk.crc32c:
             raise self._damaged(
-                located, "its bytes are not those of the manifest (crc32c differs): damaged, stale or swapped"
+                chunk, "its bytes are not those of the manifest (crc32c differs): damaged, stale or swapped"
             )
-        return chunk, data[size:]
+        return content, data[size:]
 
-    def _decode(self, located: _Located, data: bytes) -> None:
-        chunk, trailer = self._checked(located, data)
+    def _decode(self, chunk: _Chunk, data: bytes) -> None:
+        content, trailer = self._checked(chunk, data)
         try:
-            self._kind.decode(self.arrays[located.request.array], chunk, trailer, located.request.out)
+            self._kind.decode(self.arrays[chunk.array], content, trailer, chunk.out)
         except DamagedDataError as err:
-            raise self._damaged(located, str(err)) from err
+            raise self._damaged(chunk, str(err)) from err
 
-    def _damaged(self, located: _Located, why: str) -> DamagedDataError:
-        request = located.request
-        level = self.arrays[request.array].level if request.array in self.arrays else None
-        what = request.array if level is None else f"level {level}"
-        if level not in (None, request.array):
-            what += f" (array {request.array})"
-        shard = request.row // self._plan.recipe.shard.samples
+    def _damaged(self, chunk: _Chunk, why: str) -> DamagedDataError:
+        level = self.arrays[chunk.array].level if chunk.array in self.arrays else None
+        what = chunk.array if level is None else f"level {level}"
+        if level not in (None, chunk.array):
+            what += f" (array {chunk.array})"
+        shard = chunk.row // self._plan.recipe.shard.samples
         return DamagedDataError(
-            f"{self.store.where(located.object_name)}: {what} of sample {self._keys[request.row]!r} (shard {shard}, "
-            f"row {request.row}, view {request.view}; {located.size} bytes at {located.offset}): {why}; "
+            f"{self.store.where(chunk.object_name)}: {what} of sample {self._keys[chunk.row]!r} (shard {shard}, "
+            f"row {chunk.row}, view {chunk.view}; {chunk.size} bytes at {chunk.offset}): {why}; "
             f"run `dtpipe verify --repair {self.store.url}` and extract again"
         )
 
 
-def _spans(located: Iterable[_Located]) -> Iterator[list[_Located]]:
-    """Chunks grouped into ranges to be read at once."""
-    span: list[_Located] = []
-    for chunk in sorted(located, key=lambda chunk: (chunk.object_name, chunk.offset)):
-        if span and not _joins(span, chunk):
-            yield span
-            span = []
-        span.append(chunk)
-    if span:
-        yield span
-
-
-def _joins(span: list[_Located], chunk: _Located) -> bool:
-    first, end = span[0], span[-1].offset + span[-1].size
-    near = chunk.offset - end <= _MERGE_GAP_BYTES and chunk.offset + chunk.size - first.offset <= _MAX_SPAN_BYTES
-    return chunk.object_name == first.object_name and near
+def _num_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from dtpipe.manifests.errors import DamagedDataError, StoreError
 from dtpipe.manifests.layout.digest import dataset_digest
 from dtpipe.manifests.layout.tables import INDEX_FILE, LISTING_FILE
-from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest
+from dtpipe.manifests.read.chunks import ChunkReader
+from dtpipe.manifests.read.located import ChunkRequest
 from dtpipe.manifests.read.source import Columns
 from dtpipe.manifests.read.texts import rows_with
 from dtpipe.manifests.schema import Manifest, Plan
@@ -73,8 +74,8 @@ def compare_bad_rows(reader: ChunkReader, columns: Columns) -> Iterator[Contradi
     for name, spec in reader.arrays.items():
         for row, view in _kinds(reader, name, rows):
             try:
-                chunk = np.empty(spec.chunk_shape, spec.dtype)
-                reader.read([ChunkRequest(name, row, view, chunk[...])])
+                chunk = np.empty((1, *spec.chunk_shape), spec.dtype)
+                reader.read([ChunkRequest(name, np.array([row]), np.array([view]), chunk)])
             except (DamagedDataError, StoreError, MemoryError, ValueError):
                 continue
             if chunk.any():

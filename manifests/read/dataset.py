@@ -32,8 +32,9 @@ from dtpipe.manifests.layout.tables import (
     index_table,
     shards_table,
 )
-from dtpipe.manifests.read.chunks import ChunkReader, ChunkRequest
+from dtpipe.manifests.read.chunks import ChunkReader
 from dtpipe.manifests.read.compare import MISSING, compare_bad_rows, compare_merged
+from dtpipe.manifests.read.located import ChunkRequest
 from dtpipe.manifests.read.places import ChunkTable, chunk_tables
 from dtpipe.manifests.read.source import Columns, Integers
 from dtpipe.manifests.read.texts import Texts, rows_with
@@ -97,19 +98,19 @@ class FeatureDataset:
         self, rows: Integers, names: Sequence[str], views: Integers, images: bool = True
     ) -> tuple[NDArray[np.uint8], CodedLevels]:
         """As `FeatureSource.read`."""
-        rows, views = [int(row) for row in rows], [int(view) for view in views]
+        return self._read(np.asarray(rows, np.int64), names, np.asarray(views, np.int64), images)
+
+    def _read(
+        self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64], images: bool
+    ) -> tuple[NDArray[np.uint8], CodedLevels]:
         self._check(rows, names, views, images)
         codecs = {name: self._codecs[name] for name in names}
         specs = [spec for spec in self._chunks.arrays.values() if spec.level in codecs]
         arrays = {spec.name: np.empty((len(rows), *spec.chunk_shape), spec.dtype) for spec in specs}
         pixels = np.empty((len(rows) if images else 0, *self.image_px, 3), np.uint8)
-        requests = [
-            ChunkRequest(name, row, view, out[idx, ...])
-            for name, out in arrays.items()
-            for idx, (row, view) in enumerate(zip(rows, views, strict=True))
-        ]
+        requests = [ChunkRequest(name, rows, views, out) for name, out in arrays.items()]
         if images:
-            requests += [ChunkRequest(IMAGE, row, 0, pixels[idx]) for idx, row in enumerate(rows)]
+            requests.append(ChunkRequest(IMAGE, rows, np.zeros_like(rows), pixels))
         self._chunks.read(requests)
         return pixels, CodedLevels.of_arrays(len(rows), codecs, arrays)
 
@@ -123,20 +124,21 @@ class FeatureDataset:
         status = pc.if_else(pa.array(kept), pa.array(self.columns.status, pa.string()), MISSING)
         self.columns = replace(self.columns, status=Texts(pa.chunked_array([status])))
 
-    def _check(self, rows: Sequence[int], names: Sequence[str], views: Sequence[int], images: bool) -> None:
+    def _check(self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64], images: bool) -> None:
         if unknown := [name for name in names if name not in self._codecs]:
             raise ConfigError(f"{self.url} has no level {unknown[0]!r}; choose from {', '.join(self._codecs)}")
         if images and self.recipe.images != "stored":
             raise ConfigError(f"{self.url} stores no images; join it with the dataset that has them (--join)")
         if len(views) != len(rows):
             raise ConfigError(f"{len(rows)} rows and {len(views)} views were asked for; give one view per row")
-        for row in rows:
-            self._check_row(row)
-        for view in views:
-            if not 0 <= view < len(self.views):
-                raise ConfigError(f"{self.url} has no view {view}; it has views 0 to {len(self.views) - 1}")
+        readable, known = self.columns.is_ok, (rows >= 0) & (rows < len(self.columns))
+        for row in rows[~(known & readable[np.where(known, rows, 0)])].tolist():
+            self._refuse_row(row)
+        for view in views[(views < 0) | (views >= len(self.views))].tolist():
+            raise ConfigError(f"{self.url} has no view {view}; it has views 0 to {len(self.views) - 1}")
 
-    def _check_row(self, row: int) -> None:
+    def _refuse_row(self, row: int) -> None:
+        """Raises: what is wrong with a row that cannot be read."""
         if not 0 <= row < len(self.columns):
             raise InputError(f"{self.url} has no row {row}; it has rows 0 to {len(self.columns) - 1}")
         key, status = self.columns.keys[row], self.columns.status[row]
@@ -144,8 +146,7 @@ class FeatureDataset:
             raise IncompleteError(
                 f"{self.url}: sample {key!r} (row {row}) is not written yet; run `dtpipe extract` again"
             )
-        if status != "ok":
-            raise InputError(f"{self.url}: sample {key!r} (row {row}) is {status}; read only `ok_rows`")
+        raise InputError(f"{self.url}: sample {key!r} (row {row}) is {status}; read only `ok_rows`")
 
 
 def _find_manifest(store: Store) -> Manifest | None:

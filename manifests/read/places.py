@@ -46,37 +46,35 @@ class ChunkTable:
         samples: int,
         width: int,
         shards: NDArray[np.int64],
-        object_names: pa.Array,
+        objects: pa.Array,
+        object_of: NDArray[np.int64],
         first: NDArray[np.int64],
         columns: ChunkColumns,
     ) -> None:
-        """`samples` rows a shard, `width` chunks a row. By shard, in order: its object, and where its chunks begin."""
-        self.shards, self.width, self.columns = shards, width, columns
-        self._samples, self._object_names, self._first = samples, object_names, first
+        """`samples` rows a shard, `width` chunks a row. By shard, in order: which of `objects`, that all tables share,
+        and where its chunks begin in the columns."""
+        self.shards, self.width, self.columns, self.objects = shards, width, columns, objects
+        self._samples, self._object_of, self._first = samples, object_of, first
 
     def object_name(self, shard_idx: int) -> str | None:
         """Object of a shard; None where it is not written."""
         at = self._at(shard_idx)
-        return None if at is None else str(self._object_names[at])
+        return None if at is None else str(self.objects[int(self._object_of[at])])
 
     def chunk_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in the columns the chunks of some rows begin, whose shards are written. Shapes: [n] -> [n]."""
         first = self._first[np.searchsorted(self.shards, rows // self._samples)]
         return np.asarray(first + rows % self._samples * self.width, np.int64)
 
-    def place(self, row: int, view: int) -> tuple[str | None, int, int, int]:
-        """Object (None: not written), offset, size and crc32c of one chunk."""
-        shard_idx, within = divmod(row, self._samples)
-        at = self._at(shard_idx)
-        if at is None:
-            return None, 0, 0, 0
-        chunk, columns = int(self._first[at]) + within * self.width + view, self.columns
-        return (
-            str(self._object_names[at]),
-            int(columns.offset[chunk]),
-            int(columns.size[chunk]),
-            int(columns.crc32c[chunk]),
-        )
+    def places(
+        self, rows: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
+        """Number of the object, offset, size and crc32c of chunks whose shards are written. Shapes: [n] -> [n]."""
+        shard_idx, within = np.divmod(rows, self._samples)
+        at = np.searchsorted(self.shards, shard_idx)
+        assert np.array_equal(self.shards[at], shard_idx), "a row that was never written must be refused before"
+        chunk = self._first[at] + within * self.width + views
+        return self._object_of[at], self.columns.offset[chunk], self.columns.size[chunk], self.columns.crc32c[chunk]
 
     def _at(self, shard_idx: int) -> int | None:
         at = int(np.searchsorted(self.shards, shard_idx))
@@ -112,8 +110,15 @@ def chunk_tables(plan: Plan, shards: pa.Table, where: str, expected: Integers) -
     tables = {}
     for code, (name, width) in enumerate(zip(listed.names, listed.widths.tolist(), strict=True)):
         items = order[listed.code[order] == code]
-        names = listed.objects.take(pa.array(listed.object_of[items]))
-        tables[name] = ChunkTable(samples, width, listed.shard[items], names, listed.first[items], listed.columns)
+        tables[name] = ChunkTable(
+            samples,
+            width,
+            listed.shard[items],
+            listed.objects,
+            listed.object_of[items],
+            listed.first[items],
+            listed.columns,
+        )
     return tables
 
 

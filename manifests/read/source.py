@@ -38,7 +38,12 @@ class Columns:
     @cached_property
     def ok_rows(self) -> NDArray[np.int64]:
         """Rows that can be read, in order."""
-        return np.flatnonzero(rows_with(self.status, "ok")).astype(np.int64)
+        return np.flatnonzero(self.is_ok).astype(np.int64)
+
+    @cached_property
+    def is_ok(self) -> NDArray[np.bool_]:
+        """By row, whether it can be read. Shapes: -> [N]."""
+        return rows_with(self.status, "ok")
 
     def row_of(self, key: str) -> int:
         """Row of a key. Raises: InputError for an unknown one."""

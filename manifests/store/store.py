@@ -17,6 +17,7 @@ from dtpipe.manifests.documents import what_lies_at
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, ManifestError, MissingObjectError, StoreError
 from dtpipe.manifests.pieces import Pieces
 from dtpipe.manifests.store.local import LocalFiles, ObjectStat, is_temporary
+from dtpipe.manifests.store.open_files import OpenFile
 from dtpipe.manifests.store.paths import path_on_disk
 from dtpipe.manifests.store.patience import LOCAL_PATIENCE, Patience
 from dtpipe.manifests.store.reasons import NO_STORE, Reason, reason_of
@@ -89,6 +90,12 @@ class Store:
         with self._reading(*dict.fromkeys(name for name, _, _ in filled)):
             parts = iter(self._files.read_ranges(filled) if filled else [])
         return [self._whole(next(parts) if size else b"", name, offset, size) for name, offset, size in ranges]
+
+    def open(self, name: str) -> OpenFile:
+        """An object of a local store, to read from. Errors of reading itself are left to `read_range`."""
+        assert self.local is not None, "objects of a remote store are no files"
+        with self._reading(name):
+            return OpenFile(self.local / name)
 
     def write(self, name: str, data: bytes | Pieces) -> ObjectStat:
         """Write an object whole, from memory and only once, replacing it if it exists. It is durable when this

@@ -1,0 +1,120 @@
+"""Reading, checking and decoding many chunks in one call, without Python's lock: compiled code over the C libraries
+that the packages google-crc32c and numcodecs bring with them.
+
+One rule: nothing here says what is wrong. A chunk that is not exactly as expected is only marked, for `chunks` to read
+it again by itself, which names it. Where a library is not found, all chunks are read so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.layout.coding import ChunkCoding
+from dtpipe.manifests.read.functions import register_functions
+from dtpipe.manifests.read.located import ChunkRequest, LocatedChunks
+
+_loading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ChunkBlock:
+    """Some chunks, by column. Shapes: each [n].
+
+    A chunk's bytes are `lead_bytes` that are known, then the array's, plain or as a zstd frame; behind them, in some
+    stores, its checksum stands again as a trailer.
+    """
+
+    descriptor: NDArray[np.int32]
+    """Open file to read from; -1 where `source` is an address."""
+    source: NDArray[np.int64]
+    """Where the chunk begins: in its file, or in memory."""
+    size: NDArray[np.int64]
+    """Bytes without the trailer."""
+    crc32c: NDArray[np.uint32]
+    out: NDArray[np.int64]
+    """Address that the array is written to."""
+    out_bytes: NDArray[np.int64]
+    zstd: NDArray[np.bool_]
+    lead: NDArray[np.int64]
+    """Address of the bytes that it must begin with."""
+    lead_bytes: NDArray[np.int64]
+
+    def take(self, chosen: NDArray[np.bool_]) -> ChunkBlock:
+        """Some of them."""
+        return ChunkBlock(*(np.ascontiguousarray(column[chosen]) for column in self.__dict__.values()))
+
+    def read(self, trailer_bytes: int) -> NDArray[np.bool_]:
+        """Fill what the addresses of `out` name. Who calls keeps the files and all this memory meanwhile.
+
+        Shapes: -> [n], False for each chunk that is not as expected, whose array is then anything.
+        """
+        run, whole = _kernel(), np.zeros(len(self.size), np.bool_)
+        assert run is not None, "ask `available` before"
+        run(*self.__dict__.values(), trailer_bytes, whole)
+        return whole
+
+
+class Codings:
+    """How the chunks of a dataset's arrays are coded, as far as they can be read here; picklable."""
+
+    def __init__(self, codings: Mapping[str, ChunkCoding | None], trailer_bytes: int) -> None:
+        self._codings = {name: coding for name, coding in codings.items() if coding is not None}
+        self._leads = {name: np.frombuffer(coding.lead, np.uint8) for name, coding in self._codings.items()}
+        self._trailer_bytes = trailer_bytes
+
+    def read(
+        self,
+        requests: Sequence[ChunkRequest],
+        chunks: LocatedChunks,
+        descriptor: NDArray[np.int32],
+        source: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """Read the chunks that can be read here, from files or memory as `ChunkBlock` has it.
+
+        Shapes: all [n] -> [n], True for each that is as expected and was decoded.
+        """
+        columns = np.array([self._columns(request) for request in requests], np.int64)[chunks.request].T
+        out, out_bytes, zstd, lead, lead_bytes, known = columns
+        whole: NDArray[np.bool_] = known.astype(np.bool_)
+        block = ChunkBlock(
+            descriptor,
+            source,
+            chunks.size - self._trailer_bytes,
+            chunks.crc32c,
+            out + chunks.item * out_bytes,
+            out_bytes,
+            zstd.astype(np.bool_),
+            lead,
+            lead_bytes,
+        ).take(whole)
+        whole[whole] = block.read(self._trailer_bytes)
+        return whole
+
+    def _columns(self, request: ChunkRequest) -> tuple[int, ...]:
+        coding = self._codings.get(request.array)
+        if coding is None:
+            return (0,) * 6
+        out, lead = request.out, self._leads[request.array]
+        assert out.flags.c_contiguous, "arrays are written to by address"
+        return out.ctypes.data, out[0].nbytes, coding.zstd, lead.ctypes.data, len(lead), True
+
+
+def available() -> bool:
+    """Whether chunks can be read so on this machine. The first call takes a second, of a new installation three."""
+    with _loading:
+        return _kernel() is not None
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[..., None] | None:
+    if not register_functions():
+        return None
+    from dtpipe.manifests.read.kernel import read_chunks
+
+    return read_chunks

@@ -1,0 +1,52 @@
+"""Files of a local store that are kept open, so that reading a few bytes of one costs no look-up of its path.
+
+One rule: a file stays open as long as somebody holds its `OpenFile`, also when it is no longer kept here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+_MOST = 128  # kept open
+
+
+class OpenFile:
+    """A descriptor to read from, closed when nobody holds this. What replaces the file later is not seen by it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: OSError."""
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place must not hang
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.descriptor)
+
+
+class OpenFiles:
+    """The files that were used last, by number; for many threads, picklable without the files."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self._changing = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()
+
+    def get(self, number: int, open_it: Callable[[], OpenFile]) -> OpenFile:
+        """The file of a number. Raises: what `open_it` raises."""
+        with self._changing:
+            file = self._files.get(number)
+            if file is not None:
+                self._files.move_to_end(number)
+                return file
+        file = open_it()
+        with self._changing:
+            self._files[number] = file
+            if len(self._files) > _MOST:
+                self._files.popitem(last=False)
+        return file
