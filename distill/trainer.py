@@ -49,6 +49,7 @@ from dtpipe.distill.student.distiller import (
 )
 from dtpipe.distill.student.student import spec_to_dict
 from dtpipe.distill.student.timed import has_timed_heads
+from dtpipe.manifests.phases import phase
 from dtpipe.manifests.stopping import StopRequest
 
 _MOST_WAITING = 0.05
@@ -79,15 +80,18 @@ def train(
     with join_ranks(config.run.device) as ranks:
         device = training_device(config.run.device)
         ranks.first(run_settings(config, fresh=fresh).refuse_other)  # before a look at images leaves its result there
-        opened = ranks.in_turn(lambda: data.open_checked(config))
-        teacher = data.teacher(opened.source, device)
+        with phase("opening the data"):
+            opened = ranks.in_turn(lambda: data.open_checked(config))
+        with phase("opening the teacher"):
+            teacher = data.teacher(opened.source, device)
         ranks.first(run_settings(config, opened, fresh).refuse_other)
         regressed = choose_targets(config, opened).feature_names
         statistics = (
             ranks.first(lambda: run_statistics(config, opened, regressed, device, teacher)) if regressed else {}
         )
         with seeded(config.seed, device):
-            trainer = Distillation(config, opened, device, teacher, ranks, statistics)
+            with phase("building the student"):
+                trainer = Distillation(config, opened, device, teacher, ranks, statistics)
             result = run(trainer, run_settings(config, opened, fresh), ranks, on_progress, stop)
     own = {field.name: getattr(result, field.name) for field in fields(result)}
     return DistillResult(**own, flips=trainer.stream.flips, peak_lr=config.peak_lr)

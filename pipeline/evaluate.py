@@ -27,6 +27,7 @@ from dtpipe.distill.engine.trackers.tracking import send_scores
 from dtpipe.extract.sources.layouts.registry import LAYOUTS
 from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.labels import KIND_WORDS, Class, Instances, Mask, Target
+from dtpipe.manifests.phases import phase
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.manifests.store.outputs import refuse_other_file
@@ -70,14 +71,16 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     refuse_other_file(result_path(config), b'"test_share"', "dtpipe eval")
     if isinstance(task, TunedTask):
         return _evaluate_tuned(config, task, note)
-    comparison = open_comparison(config, note)
+    with phase("opening the students"):
+        comparison = open_comparison(config, note)
     train, test = load_sets(config, comparison.spec.image_px, note)
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
     store = DigestStore(seen_folder(config), note)
     train, test = check_apart_by_content(train, test, config.test_images is None, store.of_set, note)
     trained_on = TrainedOn.of(runs_of(config)[0])
     at = task_transform(config, comparison.spec.image_px)
-    arms = extractors_of(config, comparison, trained_on.teacher(), train, at, note)
+    with phase("opening the teacher"):
+        arms = extractors_of(config, comparison, trained_on.teacher(), train, at, note)
     numbers = label_counts(config, train)
     result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note)
     said = [*run_notes(comparison), *coverage_notes(train, test), *overlap_notes(config, comparison, test, at, store)]
@@ -108,7 +111,8 @@ def open_table(
 ) -> tuple[Comparison, TunedTable]:
     """The arms and labels of a tuned task. Raises: InputError, ConfigError."""
     tune_settings(config)
-    comparison = open_comparison(config, note)
+    with phase("opening the students"):
+        comparison = open_comparison(config, note)
     train, test = open_sets(config, tuned_transform(config), note)
     note(f"{count_of(len(train), 'image')} to draw labels from, {len(test)} held out")
     train, test = check_apart_by_content(train, test, config.test_images is None, digests_of, note)

@@ -35,6 +35,7 @@ from dtpipe.manifests.labels import (
     mask_classes,
     target_digest,
 )
+from dtpipe.manifests.phases import counted
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.cli.console import Note
 
@@ -169,7 +170,8 @@ class LabelledReader:
             )
             rows = spread(rows, _FEW)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            seen = dict(zip(rows, pool.map(self._see, rows), strict=True))
+            looked = counted(pool.map(self._see, rows), len(rows), "a look at images and labels")
+            seen = dict(zip(rows, looked, strict=True))
         for row, entry in seen.items():
             if isinstance(entry, BadImage):
                 note(f"left out {self.items[row].key}: {entry.reason}")

@@ -27,6 +27,7 @@ from dtpipe.extract.teachers.diffusion.files import find_unet
 from dtpipe.extract.teachers.diffusion.process import alphas_cumprod, ddim_sample
 from dtpipe.extract.teachers.files.weights import load_strictly, read_weights, weights_digest
 from dtpipe.manifests.errors import BadImage, ConfigError, ErrorBudgetError, InputError, TeacherError
+from dtpipe.manifests.phases import counted, phase
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.manifests.words import count_of
 
@@ -53,8 +54,9 @@ def load_images(config: TrainTeacherConfig, copies: int = 1) -> TrainImages:
     Raises: InputError when no image is readable, or one has no class and needs it; ErrorBudgetError for more bad images
     than `max_bad`; ConfigError when they would not fit into memory.
     """
-    source = open_source(config.images, config.kind)
-    items = sorted(source.list(), key=lambda item: item.key)
+    with phase("listing images"):
+        source = open_source(config.images, config.kind)
+        items = sorted(source.list(), key=lambda item: item.key)
     classes = _classes(config, items)
     if config.limit and config.limit < len(items):  # some of every class folder
         items = [items[idx] for idx in np.linspace(0, len(items) - 1, config.limit).astype(int)]
@@ -70,7 +72,8 @@ def load_images(config: TrainTeacherConfig, copies: int = 1) -> TrainImages:
             return f"{items[row].key}: {err}"
         return None
 
-    reasons = list(_in_threads(decode, len(items), config.run.decode_threads))
+    decoded = _in_threads(decode, len(items), config.run.decode_threads)
+    reasons = list(counted(decoded, len(items), "reading images"))
     bad = tuple(reason for reason in reasons if reason is not None)
     _refuse_too_many_bad(config, bad, len(items))
     good = [row for row, reason in enumerate(reasons) if reason is None]

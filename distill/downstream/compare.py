@@ -18,6 +18,7 @@ from dtpipe.distill.downstream.labelled import (
 from dtpipe.distill.downstream.registry import find_frozen
 from dtpipe.distill.downstream.result import FIXED, HEAD, ProbeResult, Score
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.phases import phase
 
 
 def run_probe(
@@ -51,7 +52,8 @@ def run_probe(
     for extractor in extractors:
         if on_progress is not None:
             on_progress(f"{task}: {extractor.name}")
-        scores += _score_extractor(entry, extractor, train, test, draws, config)
+        with phase(f"{task} of {extractor.name}"):
+            scores += _score_extractor(entry, extractor, train, test, draws, config)
     return ProbeResult(task, metric, len(test), tuple(scores), _notes(scores), entry.headline(config))
 
 

@@ -18,6 +18,7 @@ from dtpipe.distill.stream.batch import scaled, student_images
 from dtpipe.distill.student.norms import batch_norms, fresh_statistics
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.phases import phase
 
 RANDOM_INIT = "random initialisation"
 RAW_PIXELS = "raw pixels"
@@ -74,8 +75,10 @@ def extractor_for(extractor: FeatureExtractor | PerSeed, seed: int) -> FeatureEx
 
 def row_batches(labelled: LabelledSet, batch_size: int) -> Iterator[range]:
     """The rows of a set in order, cut into batches."""
-    for start in range(0, len(labelled), batch_size):
-        yield range(start, min(start + batch_size, len(labelled)))
+    with phase("images", len(labelled)) as seen:
+        for start in range(0, len(labelled), batch_size):
+            yield range(start, min(start + batch_size, len(labelled)))
+            seen.done = min(start + batch_size, len(labelled))
 
 
 def raw_pixels(strides: Sequence[int] = (4, 8, 16, 32)) -> FeatureExtractor:

@@ -77,7 +77,7 @@ def run_in(
             num_samples += part.num_global
             done, epoch_ends = loop.step == course.num_steps, loop.step % course.save_every == 0
             if done or loop.step % course.log_every == 0:
-                _report(loop, folder, on_progress)
+                _report(loop, folder, on_progress, started)
             now = time.monotonic()
             over, old = now - started > course.max_s, now - saved > course.save_every_s
             number, late, due = ranks.most(stop.signal or 0, over, old)
@@ -222,13 +222,14 @@ def _take_up(loop: Loop[P], settings: RunSettings, folder: RunFolder, newest: Ne
     return notes
 
 
-def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgress | None) -> None:
+def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgress | None, started: float) -> None:
     course, meter = loop.trainer.course, loop.meter
     loop.meter = Meter(loop.trainer.watch)
     seconds, losses = meter.seconds(), meter.losses(loop.ranks)
     if folder is None:
         return
     spent, spent_on = sum(seconds.values()), shares(seconds)
+    remaining_s, limit_step = _time_left(loop, spent / meter.num_steps, time.monotonic() - started)
     progress = TrainProgress(
         step=loop.step,
         num_steps=course.num_steps,
@@ -238,13 +239,23 @@ def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgres
         grad_norm=loop.grad_norm,
         losses=dict(course.logged(losses)),
         throughput_img_s=meter.num_images / spent,
-        remaining_s=(course.num_steps - loop.step) * spent / meter.num_steps,
+        remaining_s=remaining_s,
         shares=spent_on,
         advice=course.advice(spent_on) if meter.num_steps >= _TELLING_STEPS else None,
+        limit_step=limit_step,
     )
     folder.log(progress.record())
     if on_progress is not None:
         on_progress(progress)
+
+
+def _time_left(loop: Loop[P], step_s: float, elapsed_s: float) -> tuple[float, int | None]:
+    """Seconds to the end of the run, or to its time limit, and the step that this is at."""
+    course = loop.trainer.course
+    to_end_s, to_limit_s = (course.num_steps - loop.step) * step_s, max(0.0, course.max_s - elapsed_s)
+    if to_limit_s >= to_end_s:
+        return to_end_s, None
+    return to_limit_s, min(course.num_steps, loop.step + math.ceil(to_limit_s / step_s))
 
 
 def _save(loop: Loop[P], settings: RunSettings, folder: RunFolder | None, epoch: int | None) -> None:

@@ -29,19 +29,22 @@ class TrainProgress:
     """`loss`, which is minimised, and what else the trainer measures: its terms, and with a slash parts of these."""
     throughput_img_s: float
     remaining_s: float
+    """Until the run is at its end, or at its time limit."""
     shares: dict[str, float]
     """Share of the time in `data` (waiting for it), `transfer` to the device, `teacher` (live), `model` (forward and
     backward), `optimiser` and `save`."""
     advice: str | None = None
     """What to change, when the device waits too long for data."""
+    limit_step: int | None = None
+    """Where the time limit is going to end this part of the run; None: the run comes to its end before."""
 
     def record(self) -> dict[str, Any]:
         """The line as plain values."""
         values = asdict(self)
         losses = values.pop("losses")
         shares = {f"share/{name}": round(share, 4) for name, share in values.pop("shares").items()}
-        advice = {} if self.advice is None else {"advice": self.advice}
-        return {**{name: value for name, value in values.items() if name != "advice"}, **losses, **shares, **advice}
+        said = {name: values.pop(name) for name in ("advice", "limit_step")}
+        return {**values, **losses, **shares, **{name: value for name, value in said.items() if value is not None}}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrainProgress:

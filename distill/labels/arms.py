@@ -17,6 +17,7 @@ from dtpipe.distill.labels.data import LabelledFeatures
 from dtpipe.distill.labels.interpreter import FeatureInterpreter
 from dtpipe.distill.student.blocks import resize
 from dtpipe.manifests.labels import Class
+from dtpipe.manifests.phases import counted
 
 ArmPrediction = MaskPrediction | ClassPrediction
 Predict = Callable[[Mapping[str, Tensor], tuple[int, int]], Any]
@@ -68,7 +69,7 @@ def score_arm(name: str, predict: Predict, test: LabelledFeatures, device: torch
     classes = test.labelled.classes
     metric: Any = ClassMetric(classes) if test.labelled.kind is Class else MaskMetric(classes)
     drawn = []
-    for row, key in enumerate(test.labelled.keys):
+    for row, key in enumerate(counted(test.labelled.keys, len(test.labelled), f"scoring {name}")):
         levels = {level: values[None].to(device) for level, values in test.read(row, 0, False).items()}
         target = test.labelled.target(row)
         size = (1, 1) if isinstance(target, Class) else test.labelled.image(row).shape[:2]

@@ -24,6 +24,7 @@ from dtpipe.distill.labels.config import RivalsConfig
 from dtpipe.distill.labels.data import LabelledFeatures
 from dtpipe.distill.labels.pixels import features_at
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.phases import counted
 
 PIXEL_CLASSIFIERS = "pixel classifiers"
 BATCH_PX, RATE = 64, 1e-3
@@ -71,9 +72,8 @@ def fit_ensemble(config: RivalsConfig, train: LabelledFeatures, seed: int, devic
     """
     data = _labelled_pixels(config, train, seed, device)
     num = len(train.labelled.classes)
-    networks = [
-        fit_pixels(data, num, config.pixel_epochs, step_seed(seed, idx, 0)) for idx in range(config.pixel_models)
-    ]
+    models = counted(range(config.pixel_models), config.pixel_models, "pixel classifiers")
+    networks = [fit_pixels(data, num, config.pixel_epochs, step_seed(seed, idx, 0)) for idx in models]
 
     @torch.inference_mode()
     def predict(levels: Mapping[str, Tensor], size: tuple[int, int]) -> MaskPrediction:

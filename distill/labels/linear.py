@@ -21,6 +21,7 @@ from dtpipe.distill.labels.config import RivalsConfig
 from dtpipe.distill.labels.data import LabelledFeatures
 from dtpipe.distill.student.blocks import resize
 from dtpipe.manifests.labels import Class
+from dtpipe.manifests.phases import phase
 
 LINEAR = "linear read-out"
 
@@ -39,9 +40,11 @@ class _Cells:
 
 def fit_linear(config: RivalsConfig, train: LabelledFeatures, seed: int, device: torch.device) -> Predict:
     """Fit it on the first reading of each image, unflipped; two folds of the images choose its regularisation."""
-    cells, num = _draw_cells(config, train, seed, device), len(train.labelled.classes)
-    chosen = _choose_l2(config, cells, num)
-    classifier = fit_path(cells.features, cells.targets, num, [l2 for l2 in config.l2_grid if l2 >= chosen])[chosen]
+    num = len(train.labelled.classes)
+    with phase(f"fitting the {LINEAR}"):
+        cells = _draw_cells(config, train, seed, device)
+        chosen = _choose_l2(config, cells, num)
+        classifier = fit_path(cells.features, cells.targets, num, [l2 for l2 in config.l2_grid if l2 >= chosen])[chosen]
     of_masks = train.labelled.kind is not Class
 
     @torch.inference_mode()

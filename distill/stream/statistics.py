@@ -21,6 +21,7 @@ from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.order import key_hashes
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
+from dtpipe.manifests.phases import phase
 from dtpipe.manifests.read.source import read_images
 from dtpipe.manifests.records.document import read_document, write_document
 
@@ -87,11 +88,13 @@ def _first_rows(data: OpenedData, num: int) -> np.ndarray:
 
 def _parts(data: OpenedData, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
     """Some rows at one view at a time, with their keys."""
-    for start in range(0, len(rows), _AT_ONCE):
-        part = rows[start : start + _AT_ONCE]
-        keys = [data.source.columns.keys[row] for row in part]
-        for view in range(len(data.source.views)):
-            yield part, np.full(len(part), view, np.int64), keys
+    with phase("statistics of the targets", len(rows)) as seen:
+        for start in range(0, len(rows), _AT_ONCE):
+            part = rows[start : start + _AT_ONCE]
+            keys = [data.source.columns.keys[row] for row in part]
+            for view in range(len(data.source.views)):
+                yield part, np.full(len(part), view, np.int64), keys
+            seen.done += len(part)
 
 
 def _stored(data: OpenedData, levels: Sequence[str], rows: np.ndarray, device: torch.device) -> _Encodings:

@@ -21,6 +21,7 @@ from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.distill.teacher.config import TrainTeacherConfig
 from dtpipe.distill.teacher.network import BETA_RANGE, build_unet, null_class
 from dtpipe.manifests.errors import DamagedDataError, StoreError
+from dtpipe.manifests.phases import phase
 from dtpipe.manifests.records.document import write_document
 from dtpipe.manifests.records.files import FILES, TEACHER_RECORD, file_digests
 from dtpipe.manifests.store.publish import whole_files
@@ -67,7 +68,8 @@ def export_teacher(
                 named = {"classes": classes, "null_class": null_class(config, len(classes))}
                 (written / _CLASSES).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
             digests = file_digests(written)  # without the picture, which nobody reads
-            grid = tile(draw_images(config, written, len(classes), torch.device(device)))
+            with phase(f"drawing {config.run.num_samples} samples"):
+                grid = tile(draw_images(config, written, len(classes), torch.device(device)))
             Image.fromarray(grid).save(written / SAMPLES)
             (out / TEACHER_RECORD).unlink(missing_ok=True)
         write_document(out / TEACHER_RECORD, _record(config, saved, run) | {FILES: digests}, _REMEDY)

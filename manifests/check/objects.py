@@ -20,6 +20,7 @@ from dtpipe.manifests.codecs.fitted import StoredFitted, fitted_names
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.layout.arrays import KEY
 from dtpipe.manifests.layout.tar import encode_key
+from dtpipe.manifests.phases import counted
 from dtpipe.manifests.read.chunks import ChunkReader
 from dtpipe.manifests.read.located import ChunkRequest
 from dtpipe.manifests.read.places import chunk_tables
@@ -67,7 +68,8 @@ def check_digests(store: Store, shards: pa.Table, problems: list[Problem]) -> No
         return None if intact else Problem(name, what, "extract", shard_idx)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        checked = pool.map(check, [stored for stored in _objects(shards) if stored[1] not in known])
+        objects = [stored for stored in _objects(shards) if stored[1] not in known]
+        checked = counted(pool.map(check, objects), len(objects), "digests of objects")
         problems += [problem for problem in checked if problem is not None]
 
 
@@ -79,12 +81,11 @@ def check_chunks(store: Store, plan: Plan, shards: pa.Table, index: pa.Table, pr
     tables = chunk_tables(plan, shards, store.url, pc.unique(shards["shard"]).to_numpy())
     reader = ChunkReader(store, plan, tables, dict(zip(rows["row"].to_pylist(), rows["key"].to_pylist(), strict=True)))
     codecs = _usable_codecs(store, plan, problems)
-    for batch in rows.to_batches(max_chunksize=4096):
-        for fields in batch.to_pylist():
-            row = IndexRow(**fields)
-            for problem in _row_problems(reader, codecs, row):
-                name = reader.tables[problem.name].object_name(row.shard) or problem.name
-                problems.append(replace(problem, name=name, shard=row.shard))
+    listed = (IndexRow(**fields) for batch in rows.to_batches(max_chunksize=4096) for fields in batch.to_pylist())
+    for row in counted(listed, rows.num_rows, "decoding samples"):
+        for problem in _row_problems(reader, codecs, row):
+            name = reader.tables[problem.name].object_name(row.shard) or problem.name
+            problems.append(replace(problem, name=name, shard=row.shard))
     return int(rows.num_rows) * sum(spec.chunks_per_row for spec in reader.arrays.values())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -15,13 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from dtpipe.manifests.phases import Phase, active_phases
+from dtpipe.pipeline.cli.bar import SCREEN, Moment, has_live_line, plain_line, split_texts
+
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from rich.progress import Progress
+    from dtpipe.distill.engine.progress import TrainProgress
 
 PLAIN_EVERY_S = 5.0
 QUIET_S = 60.0  # a line that says nothing new is repeated only so often
+PHASE_AFTER_S = 1.5  # what is over sooner is not told in a log file
+_LOOK_EVERY_S = 0.5
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 Note = Callable[[str], None]
@@ -45,7 +51,7 @@ def format_seconds(seconds: float) -> str:
     """A duration for people: `42 s`, `3 min 05 s`, `2 h 10 min`, `3 d 4 h`."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+        return f"{seconds:.1f} s" if seconds < 10 and seconds != whole else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     if whole < 172800:
@@ -108,66 +114,129 @@ def _is_number(text: str) -> bool:
 
 
 class ProgressLine:
-    """Progress of one job on stderr: a bar in a terminal, else a plain line every few seconds and at the end."""
+    """Progress of one job on stderr, from its beginning on: a bar in a terminal, else a plain line every few seconds
+    and at the end.
+
+    Shows what `update` was told last; while there is a phase of `manifests.phases`, that.
+    """
 
     def __init__(self, label: str, terminal: bool | None = None, every_s: float = PLAIN_EVERY_S) -> None:
         self._label = label
-        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._terminal = has_live_line() if terminal is None else terminal
         self._every_s = every_s
-        self._bar: Progress | None = None
+        self._begun = Phase("starting")
+        self._told: Moment | None = None
         self._printed_at = time.monotonic()
         self._shown = self._pending = ""
-        self._complete = False
+        self._complete = self._drawn = False
+        self._over = threading.Event()
+        self._looker: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def update(self, done: int, total: int, text: str) -> None:
-        """`done` of `total` units are ready; `text` says rates and counts."""
+        """`done` of `total` units are ready; `text` says rate, time left, and what else there is, two spaces apart.
+
+        A terminal shows as many of these as it has room for, from the first on.
+        """
+        self._told = Moment(self._label, done, total, tuple(split_texts(text)))
         if self._terminal:
-            self._draw(done, total, text)
+            self._draw()
             return
-        line = f"{self._label}: {done}/{total}  {text}"
+        with self._lock:
+            self._tell(plain_line(self._told), done >= total)
+
+    def event(self, text: str) -> None:
+        """Something worth a line of its own, above the bar."""
+        where = "" if self._drawn else f"{self._label}: "
+        print(f"{where}{text}", file=sys.stderr, flush=True)
+
+    def now(self) -> Moment:
+        """What there is to say at this moment."""
+        phases = active_phases()
+        if phases:
+            return phase_moment(self._label, phases)
+        return self._told or phase_moment(self._label, (self._begun,))
+
+    def _tell(self, line: str, complete: bool) -> None:
+        """Print a line of a log, if it is time."""
         now = time.monotonic()
         waited_s = now - self._printed_at
-        if (done >= total and not self._complete) or (
+        if (complete and not self._complete) or (
             waited_s >= self._every_s and (line != self._shown or waited_s >= QUIET_S)
         ):
             self._print(line, now)
         elif not self._complete:
             self._pending = line
-        self._complete = done >= total
-
-    def event(self, text: str) -> None:
-        """Something worth a line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(f"{self._label}: {text}", file=sys.stderr, flush=True)
+        self._complete = complete
 
     def _print(self, line: str, now: float) -> None:
         print(line, file=sys.stderr, flush=True)
         self._printed_at, self._shown, self._pending = now, line, ""
 
-    def _draw(self, done: int, total: int, text: str) -> None:
-        if self._bar is None:
-            self._bar = _live_bar()
-            self._bar.start()
-            self._bar.add_task(self._label, total=total, text=text)
-        self._bar.update(self._bar.task_ids[0], completed=done, total=total, text=text)
+    def _draw(self) -> None:
+        if not self._drawn:
+            self._drawn = True
+            SCREEN.take(self.now)
+
+    def _look(self) -> None:
+        """Of a log: print the phase that is going on, soon after it began and then now and again."""
+        said: Phase | None = None
+        while not self._over.wait(_LOOK_EVERY_S):
+            if _entered[-1:] != [self]:
+                continue
+            phases = active_phases()
+            current = phases[-1] if phases else self._begun if self._told is None else None
+            if current is None or current.seconds < PHASE_AFTER_S:
+                continue
+            line = plain_line(phase_moment(self._label, phases or (self._begun,)))
+            waited_s = time.monotonic() - self._printed_at
+            often = QUIET_S if current.total is None else self._every_s
+            if current is not said or waited_s >= often:
+                said = current
+                with self._lock:
+                    self._print(line, time.monotonic())
 
     def __enter__(self) -> ProgressLine:
+        _entered.append(self)
+        if self._terminal:
+            self._draw()
+        else:
+            self._looker = threading.Thread(target=self._look, name="progress", daemon=True)
+            self._looker.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._over.set()
+        if self._looker is not None:
+            self._looker.join(timeout=_LOOK_EVERY_S)
+        if self in _entered:  # some are only updated
+            _entered.remove(self)
+        if self._drawn:
+            self._drawn = False
+            SCREEN.drop(self.now, self._told)
         if self._pending:
             self._print(self._pending, time.monotonic())
 
 
-def _live_bar() -> Progress:
-    from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+def speed(progress: TrainProgress) -> str:
+    """Rate of a training and the time that is left: to its end, or to its time limit and the step that this is at."""
+    left = format_seconds(progress.remaining_s)
+    ends = "" if progress.limit_step is None else f" to the time limit, about step {progress.limit_step}"
+    return f"{progress.throughput_img_s:.1f} img/s  ETA {left}{ends}"
 
-    columns = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}")
-    return Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=RichConsole(stderr=True))
+
+_entered: list[ProgressLine] = []
+"""Jobs that are going on, each inside the one before; the last one tells of phases."""
+
+
+def phase_moment(label: str, phases: Sequence[Phase]) -> Moment:
+    """The innermost phase, with its rate and the time left where it counts, else for how long it has been going on."""
+    current, texts = phases[-1], [phase.what for phase in reversed(phases)]
+    if current.total is None or current.done == 0:
+        return Moment(label, 0, current.total, (texts[0], format_seconds(round(current.seconds)), *texts[1:]))
+    rate = current.done / max(current.seconds, 1e-9)
+    left = format_seconds(max(0, current.total - current.done) / rate)
+    speed = f"{rate:.1f}/s" if rate < 100 else f"{rate:.0f}/s"
+    return Moment(label, current.done, current.total, (speed, f"ETA {left}", *texts))

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import inspect
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import click
 from pydantic.fields import FieldInfo
 
+from dtpipe.manifests.errors import StoppedError
 from dtpipe.pipeline.cli.console import Console
 from dtpipe.pipeline.cli.settings import check_key, gather, parse_sets, parse_value, validate
 
@@ -119,13 +122,18 @@ def _flag_values(flags: Sequence[Flag], given: Mapping[str, Any]) -> dict[str, A
 
 
 def settings_command(
-    name: str, flags: Sequence[Flag], example: str, dry_run: bool = True, switches: Mapping[str, str] | None = None
+    name: str,
+    flags: Sequence[Flag],
+    example: str,
+    dry_run: bool = True,
+    switches: Mapping[str, str] | None = None,
+    whole: str = "what is written is whole; run the same command to go on",
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Decorator: a click command that resolves its settings and calls the function with a `Call`.
 
     The function's docstring is the help; `example` is one or more command lines shown below it. switches: flags of one
     use that are no settings (`--fresh`), with their help; they arrive as keyword arguments. The first flag's section is
-    the command's own: its required keys are marked.
+    the command's own: its required keys are marked. `whole`: what Ctrl-C leaves behind, in a clause.
     """
     switches = switches or {}
 
@@ -135,7 +143,8 @@ def settings_command(
         def run(config: tuple[str, ...], set_: tuple[str, ...], as_json: bool, dry: bool = False, **given: Any) -> None:
             document = gather(config, parse_sets(set_), _flag_values(flags, given))
             chosen = {switch: given[switch] for switch in given if f"--{switch.replace('_', '-')}" in switches}
-            function(Call(document, dry, Console(as_json), names), **chosen)
+            with interruptible(whole):
+                function(Call(document, dry, Console(as_json), names), **chosen)
 
         callback = _shared_options(run, dry_run)
         for switch, text in reversed(list(switches.items())):
@@ -147,6 +156,20 @@ def settings_command(
         return click.command(name, help=f"{inspect.cleandoc(function.__doc__ or '')}\n\n\b\nExample:\n{body}")(callback)
 
     return wrap
+
+
+@contextmanager
+def interruptible(whole: str) -> Iterator[None]:
+    """Ctrl-C inside is answered with what is `whole`, a clause.
+
+    Raises: StoppedError with the exit code that shells give it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as err:
+        stopped = StoppedError(f"stopped by {signal.SIGINT.name}; {whole}")
+        stopped.exit_code = 128 + signal.SIGINT
+        raise stopped from err
 
 
 def _shared_options(function: Callable[..., Any], dry_run: bool) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ dtpipe demo --images photos/ --out demo-photos
     EXAMPLE,
     dry_run=False,
     switches={"--fresh": "Empty the folder of an earlier demo first; default: go on with it."},
+    whole="the steps that are finished are kept; run the same command to go on",
 )
 def command(call: Call, fresh: bool) -> None:
     """Run everything on digit scenes, or on your own folder.

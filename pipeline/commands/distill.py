@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.cli.console import Console, ProgressLine, format_seconds
+from dtpipe.pipeline.cli.console import Console, ProgressLine, format_seconds, speed
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
 
@@ -68,6 +68,7 @@ dtpipe distill features/ --student resnet50 --out /shared/runs/r50 --train-worke
     FLAGS,
     EXAMPLE,
     switches={"--fresh": "Refuse to start when --out holds a run; default: go on where it stopped."},
+    whole="the checkpoints of --out are whole; run the same command to go on",
 )
 def command(call: Call, fresh: bool) -> None:
     """Pre-train a student on feature datasets.
@@ -77,26 +78,34 @@ def command(call: Call, fresh: bool) -> None:
     --teacher: every sample is encoded live, with new noise in each epoch, as the `extract` settings say. Several GPUs
     share each batch under torchrun, or as Ray workers, which need --out on a disk that all nodes share.
     """
-    from dtpipe.distill.trainer import run_settings
-    from dtpipe.pipeline.live.data import training_data, warnings
-
-    config, data = training_data(call)
-    run_settings(config).refuse_other_place()
     if call.dry_run:
-        from dtpipe.pipeline.plan.training import plan_training, print_training
-
-        plan = plan_training(config, data)
-        print_training(call.console, plan)
-        call.console.document(plan)
+        _plan(call)
         return
-    for warning in warnings(call, config, data):
-        call.console.note(warning)
     with ProgressLine("distill") as line:
+        from dtpipe.distill.trainer import run_settings
+        from dtpipe.pipeline.live.data import training_data, warnings
+
+        config, data = training_data(call)
+        run_settings(config).refuse_other_place()
+        for warning in warnings(call, config, data):
+            call.console.note(warning)
         result = _train(config, data, lambda progress: _show(line, progress), fresh)
     if result.rank:
         return  # the first process says it for all
     record_command(result.run_dir)
     _print_result(call.console, result)
+
+
+def _plan(call: Call) -> None:
+    from dtpipe.distill.trainer import run_settings
+    from dtpipe.pipeline.live.data import training_data
+    from dtpipe.pipeline.plan.training import plan_training, print_training
+
+    config, data = training_data(call)
+    run_settings(config).refuse_other_place()
+    plan = plan_training(config, data)
+    print_training(call.console, plan)
+    call.console.document(plan)
 
 
 def _train(config: DistillConfig, data: TrainingData, on_progress: OnTrainProgress, fresh: bool) -> DistillResult:
@@ -121,11 +130,10 @@ def _show(line: ProgressLine, progress: TrainProgress) -> None:
     losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items() if "/" not in name)
     fit = f"  R2 {by_level}" if (by_level := _by_level(progress.losses)) else ""
     text = (
-        f"epoch {progress.epoch}/{progress.num_epochs}  {losses}{fit}  lr {progress.lr:.2e}  "
-        f"{progress.throughput_img_s:.1f} img/s ({_shares(progress.shares)})  "
-        f"ETA {format_seconds(progress.remaining_s)}"
+        f"{speed(progress)}  epoch {progress.epoch}/{progress.num_epochs}  {losses}{fit}  lr {progress.lr:.2e}  "
+        f"{_shares(progress.shares)}"
     )
-    line.update(progress.step, progress.num_steps, text + (f"; {progress.advice}" if progress.advice else ""))
+    line.update(progress.step, progress.num_steps, text + (f"  {progress.advice}" if progress.advice else ""))
 
 
 def _by_level(losses: Mapping[str, float]) -> str:

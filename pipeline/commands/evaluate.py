@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dtpipe.pipeline.cli.console import ProgressLine
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
 
@@ -48,7 +49,13 @@ dtpipe eval runs/r50 finetune -c finetune_resnet50 --images imagenet:data@train 
 """
 
 
-@settings_command("eval", FLAGS, EXAMPLE, switches={"--levels": "Show every level, not only the best of each."})
+@settings_command(
+    "eval",
+    FLAGS,
+    EXAMPLE,
+    switches={"--levels": "Show every level, not only the best of each."},
+    whole="no result was written; trainings that are finished are kept, and the same command goes on from them",
+)
 def command(call: Call, levels: bool) -> None:
     """Score a student with few labels: its features frozen, or backbone and head trained.
 
@@ -58,9 +65,6 @@ def command(call: Call, levels: bool) -> None:
     on a disk that all nodes share.
     """
     config = call.settings("eval")
-    from dtpipe.pipeline.arms import runs_of
-    from dtpipe.pipeline.evaluate import evaluate
-
     if call.dry_run:
         from dtpipe.pipeline.plan.tuning import plan_tuning, print_tuning
 
@@ -68,7 +72,11 @@ def command(call: Call, levels: bool) -> None:
         print_tuning(call.console, plan)
         call.console.document(plan)
         return
-    evaluation = evaluate(config, call.console.note)
+    with ProgressLine("eval"):
+        from dtpipe.pipeline.arms import runs_of
+        from dtpipe.pipeline.evaluate import evaluate
+
+        evaluation = evaluate(config, call.console.note)
     if evaluation.rank:
         return
     for run in map(Path, runs_of(config)):

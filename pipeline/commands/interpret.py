@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.cli.console import ProgressLine, format_bytes, format_seconds
+from dtpipe.pipeline.cli.console import ProgressLine, format_bytes, speed
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ dtpipe interpret features/ --labels photos/ --labelled 40 --out head/ -n
 """
 
 
-@settings_command("interpret", FLAGS, EXAMPLE)
+@settings_command("interpret", FLAGS, EXAMPLE, whole="the checkpoint of --out is whole; run the same command to go on")
 def command(call: Call) -> None:
     """Train an interpreter: from a teacher's features to labels, with few labelled images.
 
@@ -54,14 +54,16 @@ def command(call: Call) -> None:
     after a crash: it goes on.
     """
     config = call.settings("interpret")
-    from dtpipe.pipeline.interpret.run import interpret, plan_interpreter
-
     if call.dry_run:
+        from dtpipe.pipeline.interpret.run import plan_interpreter
+
         plan = plan_interpreter(config, call.console.note)
         _print_plan(call, plan)
         call.console.document(plan)
         return
     with ProgressLine("interpret") as line:
+        from dtpipe.pipeline.interpret.run import interpret
+
         result = interpret(config, call.console.note, lambda progress: _show(line, progress))
     _print_result(call, result)
     call.console.document(result.to_json())
@@ -102,8 +104,5 @@ def _shown(value: float | None) -> str:
 
 
 def _show(line: ProgressLine, progress: TrainProgress) -> None:
-    line.update(
-        progress.step,
-        progress.num_steps,
-        f"loss {progress.losses['loss']:.4f}  lr {progress.lr:.2e}  ETA {format_seconds(progress.remaining_s)}",
-    )
+    losses = f"loss {progress.losses['loss']:.4f}  lr {progress.lr:.2e}"
+    line.update(progress.step, progress.num_steps, f"{speed(progress)}  {losses}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dtpipe.pipeline.cli.console import ProgressLine
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 FLAGS = (
@@ -21,7 +22,13 @@ dtpipe report runs/r50 runs/r50-untrained --out both.html
 """
 
 
-@settings_command("report", FLAGS, EXAMPLE, dry_run=False)
+@settings_command(
+    "report",
+    FLAGS,
+    EXAMPLE,
+    dry_run=False,
+    whole="no page was written, and one of before is as it was; nothing else is changed",
+)
 def command(call: Call) -> None:
     """Write one HTML page about a run, or about several beside each other.
 
@@ -30,8 +37,9 @@ def command(call: Call) -> None:
     same images.
     """
     config = call.settings("report")
-    from dtpipe.pipeline.report.page import write_report
+    with ProgressLine("report"):
+        from dtpipe.pipeline.report.page import write_report
 
-    path = write_report(config, call.console.note)
+        path = write_report(config, call.console.note)
     call.console.result(f"wrote {path}")
     call.console.document({"path": str(path)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.cli.console import ProgressLine, format_seconds
+from dtpipe.pipeline.cli.console import ProgressLine, format_seconds, speed
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
@@ -38,7 +38,13 @@ torchrun --nproc-per-node 8 --no-python dtpipe train-teacher -c adm_teacher --im
 """
 
 
-@settings_command("train-teacher", FLAGS, EXAMPLE, dry_run=False)
+@settings_command(
+    "train-teacher",
+    FLAGS,
+    EXAMPLE,
+    dry_run=False,
+    whole="the checkpoint of --out is whole; run the same command to go on",
+)
 def command(call: Call) -> None:
     """Train a small DDPM on your own images.
 
@@ -46,9 +52,9 @@ def command(call: Call) -> None:
     go on. Under torchrun, several GPUs share each batch.
     """
     config = call.settings("train_teacher")
-    from dtpipe.pipeline.train_teacher import train_teacher
-
     with ProgressLine("train-teacher") as line:
+        from dtpipe.pipeline.train_teacher import train_teacher
+
         result = train_teacher(config, lambda progress: _show(line, progress))
     if result.rank:
         return  # of several processes the first speaks for all
@@ -74,9 +80,5 @@ def command(call: Call) -> None:
 
 
 def _show(line: ProgressLine, progress: TrainProgress) -> None:
-    line.update(
-        progress.step,
-        progress.num_steps,
-        f"loss {progress.losses['loss']:.4f}  lr {progress.lr:.2e}  {progress.throughput_img_s:.1f} img/s  "
-        f"ETA {format_seconds(progress.remaining_s)}",
-    )
+    losses = f"loss {progress.losses['loss']:.4f}  lr {progress.lr:.2e}"
+    line.update(progress.step, progress.num_steps, f"{speed(progress)}  {losses}")

@@ -11,11 +11,13 @@ import click
 from dtpipe.manifests.errors import ConfigError, DtpipeError, IncompleteError, ProblemsFoundError
 from dtpipe.manifests.schema import DeviceName
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.cli.console import Console, format_bytes
+from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes
+from dtpipe.pipeline.cli.options import interruptible
 
 if TYPE_CHECKING:
     from dtpipe.manifests.check.measured import Measured
     from dtpipe.manifests.check.verify import VerifyLevel, VerifyReport
+    from dtpipe.pipeline.live.recompute import Recomputation
     from dtpipe.pipeline.soft_labels.recompute import LabelRecomputation
 
 _LEVELS = ("listing", "digest", "decode", "recompute")  # those of `manifests.check.verify`, which help does not import
@@ -93,27 +95,33 @@ def command(
     if repair:
         if level == "recompute":
             raise ConfigError("--repair works on stored bytes; choose --level listing, digest or decode")
-        _repair(console, url, level)
+        with interruptible("what was put aside so far is beside it as .rejected; run the same command to go on"):
+            _repair(console, url, level)
         return
-    from dtpipe.manifests.check.verify import verify
-    from dtpipe.pipeline.live.recompute import Recomputation
+    with interruptible("nothing was changed"), ProgressLine("verify"):
+        from dtpipe.manifests.check.verify import verify
 
-    recompute: Recomputation | LabelRecomputation | None = None
-    if level == "recompute":
-        from dtpipe.pipeline.soft_labels import recompute as of_labels
-
-        labels = of_labels.holds_labels(url)
-        if interpreter is not None and not labels:
-            raise ConfigError(f"{url} holds no soft labels; leave --interpreter out")
-        again = partial(of_labels.LabelRecomputation, interpreter=interpreter) if labels else Recomputation
-        recompute = again(url, teacher, device)
-    report = verify(url, level, recompute, rows, tolerance)
+        recompute = _recomputation(url, teacher, interpreter, device) if level == "recompute" else None
+        report = verify(url, level, recompute, rows, tolerance)
     measured = recompute.measured if recompute else None
     _print(console, report, measured)
     console.document({**_document(report), "flip_error": measured.flip_error if measured else {}})
     outcome = _outcome(report)
     if outcome is not None:
         raise outcome
+
+
+def _recomputation(
+    url: str, teacher: str | None, interpreter: str | None, device: str
+) -> Recomputation | LabelRecomputation:
+    from dtpipe.pipeline.live.recompute import Recomputation
+    from dtpipe.pipeline.soft_labels import recompute as of_labels
+
+    labels = of_labels.holds_labels(url)
+    if interpreter is not None and not labels:
+        raise ConfigError(f"{url} holds no soft labels; leave --interpreter out")
+    again = partial(of_labels.LabelRecomputation, interpreter=interpreter) if labels else Recomputation
+    return again(url, teacher, device)
 
 
 def _print(console: Console, report: VerifyReport, measured: Measured | None = None) -> None:
@@ -165,9 +173,10 @@ def _outcome(report: VerifyReport) -> DtpipeError | None:
 
 
 def _repair(console: Console, url: str, level: VerifyLevel) -> None:
-    from dtpipe.manifests.check.repair import repair
+    with ProgressLine("repair"):
+        from dtpipe.manifests.check.repair import repair
 
-    result = repair(url, level)
+        result = repair(url, level)
     shards = ", ".join(map(str, result.shards)) or "none"
     console.pairs(
         {"dataset": result.url, "sent back": f"shards {shards}", "rewritten": ", ".join(result.rewritten) or "nothing"}

@@ -20,7 +20,7 @@ from dtpipe.extract.sources.base import SourceItem
 from dtpipe.manifests.errors import ConfigError, DemoStepError, InputError
 from dtpipe.manifests.records.document import read_document
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.cli.console import Console, format_seconds
+from dtpipe.pipeline.cli.console import Console, ProgressLine, format_seconds
 from dtpipe.pipeline.config import DemoConfig
 from dtpipe.pipeline.demo.folder import held_folder
 
@@ -71,8 +71,9 @@ class _Demo:
             f"{config.num_images} digit scenes for distillation, {config.num_held_out} to score on, seed {config.seed}"
         )
         started = time.monotonic()
-        write_scenes(scenes, config.num_images, config.seed)
-        write_scenes(held_out, config.num_held_out, config.seed, part="held_out")
+        with ProgressLine("demo"):
+            write_scenes(scenes, config.num_images, config.seed)
+            write_scenes(held_out, config.num_held_out, config.seed, part="held_out")
         self.result.seconds["scenes"] = time.monotonic() - started
         teacher = config.teacher or str(shipped_teacher())
         self._extract_and_distill(str(scenes / "images"), teacher, [])

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dtpipe.manifests.errors import ConfigError, StoreError
+from dtpipe.manifests.phases import counted
 
 ScenePart = Literal["train", "held_out"]
 _Pixels = NDArray[np.uint8]
@@ -85,7 +86,7 @@ def write_scenes(out: str | Path, num: int, seed: int, px: int = 64, part: Scene
     """
     root, coco = Path(out), _CocoDocument(px)
     try:
-        for index, scene in enumerate(iterate_scenes(num, seed, px, part)):
+        for index, scene in enumerate(counted(iterate_scenes(num, seed, px, part), num, "digit scenes")):
             coco.add(index, f"images/{scene.digit}/{index:05d}.png", scene)
             for name, array in (("images", scene.image), ("semantic", scene.semantic), ("instance", scene.instance)):
                 path = root / name / str(scene.digit) / f"{index:05d}.png"

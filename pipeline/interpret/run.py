@@ -22,6 +22,7 @@ from dtpipe.extract.sources.layouts.registry import parse_layout
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import KIND_WORDS, Class, Mask
+from dtpipe.manifests.phases import phase
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Note
@@ -125,7 +126,8 @@ def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress 
         torch.set_num_threads(config.run.threads)
     device = training_device(config.run.device)
     interpreter_run(config).refuse_other()
-    opened = open_labels(config, note)
+    with phase("opening features and labels"):
+        opened = open_labels(config, note)
     train, test = opened.sides.train, opened.sides.test
     network, result = train_interpreter(config, train, opened.content, on_progress)
     arms = _score(config, network, train, test, device, note)

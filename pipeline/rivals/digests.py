@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError
+from dtpipe.manifests.phases import counted
 from dtpipe.manifests.records.image_digests import Digests, image_digest, pack_digests, read_digests, short_digest
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note
@@ -57,7 +58,7 @@ class DigestStore:
         unread = np.flatnonzero(digests == UNUSABLE)
         made = in_threads(lambda row: _digest(labelled, row), unread.tolist())
         part = max(1, -(-len(unread) // 10))
-        for done, digest in enumerate(made, 1):
+        for done, digest in enumerate(counted(made, len(unread), f"digests of {which} images"), 1):
             digests[unread[done - 1]] = UNUSABLE if digest is None else digest
             if len(unread) >= KEPT_FROM and (done % part == 0 or done == len(unread)):
                 self.note(f"{which} images are looked at, to find copies: {done} of {len(unread)} read")
@@ -95,7 +96,7 @@ class DigestStore:
 
     def _told(self, digests: Iterable[int], num: int, doing: str) -> Iterator[int]:
         """The same, with a word at every tenth of many."""
-        for done, digest in enumerate(digests, 1):
+        for done, digest in enumerate(counted(digests, num, doing), 1):
             yield digest
             if num >= KEPT_FROM and done % max(1, num // 10) == 0:
                 self.note(f"{doing}: {done} of {num} read")

@@ -21,6 +21,7 @@ from dtpipe.distill.downstream.frozen.probe import pooled_levels, pooled_rows
 from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes
 from dtpipe.distill.downstream.result import ACCURACY, FIXED, Score, mark_best
 from dtpipe.manifests.labels import Class
+from dtpipe.manifests.phases import counted
 
 QUERY_ROWS = 4096  # queries whose similarities to all labelled images are held at once
 
@@ -66,7 +67,7 @@ def knn_probe(
     truth = torch.from_numpy(test.read_classes())
     used, pooled = pooled_rows(extractor, train, draws, config.batch_size, concatenated=False)
     scores = []
-    for draw in draws:
+    for draw in counted(draws, len(draws), "draws of labels"):
         k = neighbours(len(draw.rows), len(np.unique(classes[draw.rows])), config.k)
         candidates = []
         for level, features in pooled.items():

@@ -22,6 +22,7 @@ from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
 from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes
 from dtpipe.distill.downstream.result import ACCURACY, ALL_LEVELS, FIXED, Score, mark_best
 from dtpipe.manifests.labels import Class
+from dtpipe.manifests.phases import counted
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def linear_probe(
     held_out, truth = pooled_levels(extractor, test, config.batch_size), torch.from_numpy(test.read_classes())
     used, pooled = pooled_rows(extractor, train, draws, config.batch_size)
     scores = []
-    for draw in draws:
+    for draw in counted(draws, len(draws), "draws of labels"):
         labels = classes[draw.rows]
         folds = stratified_folds(labels, config.folds)
         candidates = []

@@ -25,6 +25,7 @@ from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet, count_
 from dtpipe.distill.downstream.result import ALL_LEVELS, FIXED, FOREGROUND_AP, Score, mark_best
 from dtpipe.manifests.errors import ShapeError
 from dtpipe.manifests.labels import Mask
+from dtpipe.manifests.phases import counted
 
 FOREGROUND_IOU = "foreground IoU"
 MEAN_IOU = "mIoU"
@@ -223,7 +224,7 @@ def dense_readout(
     """
     num_classes = count_classes(train, test)
     fitted = []
-    for draw in draws:
+    for draw in counted(draws, len(draws), "draws of labels"):
         cells = draw_cells(extractor, train.subset(draw.rows), num_classes, draw.seed, config)
         fitted.append(fit_readouts(cells, draw, num_classes, config))
     seen = iter(_held_out(extractor, test, list(chain(*fitted)), num_classes, config))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.errors import TeacherError
+from dtpipe.manifests.phases import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +88,8 @@ def ddim_sample(
     """
     order = ddim_timesteps(len(schedule), steps)
     current = start
-    for timestep, following in zip(order, [*order[1:], None], strict=True):
+    steps_taken = counted(zip(order, [*order[1:], None], strict=True), len(order), "denoising steps")
+    for timestep, following in steps_taken:
         after = schedule[following] if following is not None else 1.0
         current = _ddim_step(current, predict_noise(current, timestep), schedule[timestep], after, clip=True)
     return current

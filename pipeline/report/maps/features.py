@@ -35,6 +35,7 @@ from dtpipe.distill.student.load import student_state
 from dtpipe.distill.student.regressor import FeatureRegressor
 from dtpipe.distill.student.timed import has_timed_heads
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.phases import phase
 from dtpipe.manifests.read.source import FeatureSource, read_images
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.pipeline.live.data import recorded_data
@@ -93,7 +94,8 @@ class RunFeatures:
     @classmethod
     def open(cls, run: Path, config: DistillConfig) -> RunFeatures:
         """Raises: what the dataset's readers raise, or what loading the live teacher or the checkpoint raises."""
-        data, read, live = _open_to_read(run, config)
+        with phase("opening data and student"):
+            data, read, live = _open_to_read(run, config)
         targets = choose_targets(config, data)
         if not targets.features:
             raise ConfigError("the run learned from soft labels alone, and regresses no features to show")
@@ -132,8 +134,10 @@ class RunFeatures:
 
     def see_parts(self, rows: RowIdxs) -> Iterator[SeenImages]:
         """The same, a few images at a time."""
-        for start in range(0, len(rows), _AT_ONCE):
-            yield self._see(rows[start : start + _AT_ONCE])
+        with phase("images through teacher and student", len(rows)) as seen:
+            for start in range(0, len(rows), _AT_ONCE):
+                yield self._see(rows[start : start + _AT_ONCE])
+                seen.done = min(start + _AT_ONCE, len(rows))
 
     def _see(self, rows: RowIdxs) -> SeenImages:
         import torch

@@ -15,6 +15,7 @@ from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import DtpipeError
+from dtpipe.manifests.phases import counted, phase
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.maps.activations import diffusion_teacher, heat, level_captions
@@ -71,7 +72,8 @@ def feature_section(shown: SeenImages) -> Section:
 
 def _segmentation(features: RunFeatures, shown: SeenImages, config: ReportConfig, notes: Notes) -> Iterator[Section]:
     try:
-        clustered = cluster_maps(features, shown, config.cluster_images, config.clusters, config.seed)
+        with phase("clusters of cells"):
+            clustered = cluster_maps(features, shown, config.cluster_images, config.clusters, config.seed)
     except DtpipeError as err:
         notes.leave_out("segmentation maps", err)
         return
@@ -112,7 +114,8 @@ def _activations(
         timesteps = [step for step in config.timesteps if step < (teacher.teacher.spec.num_timesteps or 0)]
         captions = level_captions(teacher.teacher)
         images = []
-        for idx, key in enumerate(shown.keys[:_MOST_ACTIVATED]):
+        keys = shown.keys[:_MOST_ACTIVATED]
+        for idx, key in enumerate(counted(keys, len(keys), "activations of the teacher")):
             maps = teacher.energies(shown.images[idx], key, timesteps, config.seed)
             rows = [
                 Row(f"timestep {step}", [data_uri(heat(levels[name])) for name in captions])

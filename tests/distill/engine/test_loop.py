@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,20 @@ def test_a_time_limit_stops_without_an_error_and_the_run_goes_on(config, tmp_pat
     assert (first.step, saved(config)["step"]) == (1, 1)
     assert fit(config).resumed_step == 1
     assert_equal_checkpoints(tmp_path / "whole" / "last.pt", Path(config.run.out) / "last.pt", KIND)
+
+
+def test_the_time_that_is_left_ends_at_the_time_limit_and_says_at_which_step(config):
+    said = []
+
+    def slow(_step: int) -> None:
+        time.sleep(0.02)
+
+    fit(changed(config, max_s=0.12), slow, said.append)
+    first = said[0]
+    assert 0 < first.remaining_s <= 0.12 and 1 < first.limit_step < first.num_steps
+    whole = []
+    fit(changed(config, max_s=1000), slow, whole.append)
+    assert {progress.limit_step for progress in whole} == {None} and whole[-1].remaining_s == 0
 
 
 def test_a_loss_that_is_not_finite_names_its_samples_on_all_ranks_and_spoils_no_weights(config, tmp_path):

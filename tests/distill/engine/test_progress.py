@@ -36,8 +36,8 @@ def test_an_activity_that_fails_is_charged_too():
     assert watch.seconds()["model"] >= 0.02
 
 
-@pytest.mark.parametrize("advice", [None, "raise it"])
-def test_a_line_of_metrics_reads_back(advice):
+@pytest.mark.parametrize(("advice", "limit_step"), [(None, None), ("raise it", 5)])
+def test_a_line_of_metrics_reads_back(advice, limit_step):
     progress = TrainProgress(
         step=3,
         num_steps=9,
@@ -50,6 +50,7 @@ def test_a_line_of_metrics_reads_back(advice):
         remaining_s=6.0,
         shares={"data": 0.25, "model": 0.75},
         advice=advice,
+        limit_step=limit_step,
     )
     assert TrainProgress.from_record(progress.record()) == progress
     assert ("advice" in progress.record()) == (advice is not None)
