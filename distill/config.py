@@ -118,7 +118,10 @@ class DistillRun(Tracking):
         default=False, description="Compile student and regressor with torch.compile: a slow start, faster steps."
     )
     read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
-    prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead.")
+    prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead, at most.")
+    prefetch_mb: int = Field(
+        default=2048, ge=1, description="Memory for what is read ahead, in MB; a single micro-batch may be larger."
+    )
     log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")
     save_every_s: float = Field(
         default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one."

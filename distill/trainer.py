@@ -258,6 +258,7 @@ def stream_settings(config: DistillConfig, levels: tuple[str, ...], ranks: Ranks
         reencode=config.reencode,
         read_threads=config.run.read_threads,
         prefetch=config.run.prefetch,
+        prefetch_bytes=config.run.prefetch_mb * 10**6,
         rank=ranks.rank,
         world=ranks.size,
     )

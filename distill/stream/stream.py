@@ -5,8 +5,9 @@ The position counts whole global batches: a run that stopped within one repeats 
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ from dtpipe.distill.stream.timesteps import view_timesteps
 from dtpipe.distill.stream.transfer import DeviceCopies, Sent
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.read.source import read_images
-from dtpipe.manifests.schema import IMAGE
+from dtpipe.manifests.read.texts import texts_of
+from dtpipe.manifests.schema import IMAGE, LevelSpec
 
 if TYPE_CHECKING:
     from dtpipe.manifests.codecs.coded import CodedLevels
@@ -57,6 +59,8 @@ class StreamSettings:
     reencode: float = 0.0
     read_threads: int = 2
     prefetch: int = 4
+    prefetch_bytes: int = 2 * 10**9
+    """Of samples that are read ahead; a single part may have more."""
     rank: int = 0
     world: int = 1
 
@@ -112,6 +116,8 @@ class FeatureStream:
         }  # (V,)
         self._keys, self._labels = source.columns.keys, source.columns.labels
         self._hashes = key_hashes(self._keys)
+        read = [level for level in source.levels if level.name in settings.levels]
+        self._sample_bytes = 3 * math.prod(source.image_px) + sum(map(_size_of, read))
 
     @property
     def epoch_size(self) -> int:
@@ -139,10 +145,16 @@ class FeatureStream:
             ahead: deque[tuple[Part, Future[_ReadPart]]] = deque()
             for part in parts:
                 ahead.append((part, pool.submit(self._read, part)))
-                if len(ahead) > settings.prefetch:
+                while len(ahead) > settings.prefetch or (
+                    len(ahead) > 1 and self._size(ahead) > settings.prefetch_bytes
+                ):
                     yield self._finish(*ahead.popleft())
             while ahead:
                 yield self._finish(*ahead.popleft())
+
+    def _size(self, ahead: Iterable[tuple[Part, object]]) -> int:
+        """Bytes that some parts take when they are read."""
+        return self._sample_bytes * sum(len(part.rows) for part, _ in ahead)
 
     def _parts(self, start: StreamPosition) -> Iterator[Part]:
         s = self.settings
@@ -164,7 +176,7 @@ class FeatureStream:
         num_stored = len(rows) - int(live.sum())
         images, coded = self._read_rows(rows, view, num_stored)
         fresh = part.epoch * self.sampling.max_passes + passes
-        samples = LiveSamples(self._keys_of(rows), view, flip, fresh).take(np.arange(num_stored, len(rows)))
+        samples = LiveSamples(texts_of(self._keys, rows), view, flip, fresh).take(np.arange(num_stored, len(rows)))
         prepared = self.live.prepare(samples) if self.live is not None and len(samples) else None
         mirror = {MIRROR: flip & ~(live & self._exact_live)} if self.mirrors else {}
         sent = self._copies.send({IMAGE: images, VIEW: view, FLIP: flip, **mirror})
@@ -182,9 +194,6 @@ class FeatureStream:
         stored_images, coded = self.source.read(rows[:num_stored], names, view[:num_stored])
         return np.concatenate([stored_images, images]), coded
 
-    def _keys_of(self, rows: np.ndarray) -> tuple[str, ...]:
-        return tuple(self._keys[row] for row in rows)
-
     def _finish(self, part: Part, future: Future[_ReadPart]) -> FeatureBatch:
         """Decode, add live levels, then flip; runs where the training loop runs."""
         read = future.result()
@@ -198,7 +207,7 @@ class FeatureStream:
         if mirror is not None:
             levels = {name: mirror_where(level, mirror) for name, level in levels.items()}
         images = flip_where(images, flip) if self.flips else images
-        keys, labels = self._keys_of(read.rows), tuple(self._labels[row] for row in read.rows)
+        keys, labels = texts_of(self._keys, read.rows), texts_of(self._labels, read.rows)
         return FeatureBatch(
             images,
             levels,
@@ -229,3 +238,8 @@ class FeatureStream:
             )
         images = images if pictures is shown else torch.cat([images[:num_stored], pictures]) if num_stored else pictures
         return images, {name: torch.cat([levels[name], fresh[name]]) if levels else fresh[name] for name in names}
+
+
+def _size_of(level: LevelSpec) -> int:
+    """Bytes of the features of one sample."""
+    return level.channels * level.height * level.width * np.dtype(level.dtype).itemsize

@@ -6,6 +6,7 @@ One rule: it behaves as the tuple of its values would, but for its memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -37,6 +38,21 @@ class Texts(Sequence[_Text]):
             return tuple(self[idx] for idx in range(len(self))[row])
         return self.column[int(row)].as_py()
 
+    def take(self, rows: NDArray[np.integer]) -> tuple[_Text, ...]:
+        """The texts of some rows, in their order."""
+        chunk_of = np.searchsorted(self._ends, rows, side="right")
+        texts = np.empty(len(rows), object)
+        for number in np.unique(chunk_of).tolist():  # Arrow's own `take` would join the chunks first
+            here, chunk = chunk_of == number, self.column.chunk(number)
+            first = int(self._ends[number]) - len(chunk)
+            texts[here] = chunk.take(pa.array(rows[here] - first)).to_pylist()
+        return tuple(texts.tolist())
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """By chunk of the column, the row behind its last one."""
+        return np.cumsum([len(chunk) for chunk in self.column.iterchunks()], dtype=np.int64)
+
     def __iter__(self) -> Iterator[_Text]:
         for chunk in self.column.iterchunks():
             for first in range(0, len(chunk), _AT_ONCE):
@@ -51,6 +67,11 @@ class Texts(Sequence[_Text]):
 
     def __repr__(self) -> str:
         return f"Texts({len(self)} rows)"
+
+
+def texts_of(texts: Sequence[_Text], rows: NDArray[np.integer]) -> tuple[_Text, ...]:
+    """The texts of some rows, in their order."""
+    return texts.take(rows) if isinstance(texts, Texts) else tuple(texts[row] for row in rows)
 
 
 def one_after_another(columns: Sequence[Sequence[_Text]]) -> Sequence[_Text]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -90,6 +91,20 @@ def test_reading_ahead_changes_nothing(source, threads, prefetch):
         FeatureStream(source, settings(read_threads=threads, prefetch=prefetch), CPU).batches(StreamPosition())
     )
     assert content(ahead) == content(plain)
+
+
+@pytest.mark.parametrize(("num_bytes", "most"), [(1, 1), (38_000, 3), (10**9, 9)])
+def test_no_more_is_read_ahead_than_fits_the_memory_for_it(source, num_bytes, most):
+    # an image of 3,072 bytes and levels of 6x8x8 and 10x2x2 float16: 3,920 a sample, in parts of 3 and 2
+    stream = FeatureStream(source, settings(prefetch=9, prefetch_bytes=num_bytes, read_threads=3), CPU)
+    batches = stream.batches(StreamPosition())
+    for consumed in range(1, 5):
+        next(batches)
+        time.sleep(0.05)
+        assert len(source.reads) == consumed + most
+    batches.close()
+    plain = list(FeatureStream(source, settings(), CPU).batches(StreamPosition()))
+    assert content(list(stream.batches(StreamPosition()))) == content(plain)
 
 
 def test_two_ranks_see_the_samples_of_one(source):

@@ -15,6 +15,7 @@ from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.codecs.registry import CODECS
 from dtpipe.manifests.errors import DamagedDataError, IncompleteError
+from dtpipe.manifests.read import chunks
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.store.store import Store
@@ -45,6 +46,12 @@ def settings(request: pytest.FixtureRequest) -> golden.Settings:
         return plain
     levels, files = codecs.fit_scales(golden.LEVELS)
     return replace(plain, levels=levels, fitted=files)
+
+
+@pytest.fixture(autouse=True)
+def compiled_from_the_first_chunk_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where much is read; what it does not find as expected is read chunk by chunk."""
+    monkeypatch.setattr(chunks, "NATIVE_FROM", 0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtpipe.manifests.read.texts import Texts, one_after_another, rows_with
+from dtpipe.manifests.read.texts import Texts, one_after_another, rows_with, texts_of
 
 VALUES = st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=9)
 
@@ -29,6 +29,8 @@ def test_texts_are_their_tuple(values: list[str | None], cut: int) -> None:
     assert (texts[1:3], texts[::-2]) == (expected[1:3], expected[::-2])
     for columns in ([texts, texts], [texts, expected], [texts]):
         assert tuple(one_after_another(columns)) == expected * len(columns)
+    rows = np.array([*range(len(values)), *range(0, len(values), 2)], np.int64)
+    assert texts_of(texts, rows) == texts_of(expected, rows) == tuple(expected[row] for row in rows)
     for value in (*values[:2], "ok"):
         if value is not None:
             assert rows_with(texts, value).tolist() == rows_with(expected, value).tolist()
