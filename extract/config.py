@@ -10,6 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.image_coding import COMPACT, PLAIN, ImageCoding, misfit
 from dtpipe.manifests.schema import (
     DeviceName,
     ErrorBudget,
@@ -103,8 +105,33 @@ class ShardConfig(StrictModel):
         default="stored",
         description="joined: leave the images out, since another dataset of the same keys has them (distill --join).",
     )
+    image_coding: ImageCoding | Literal["auto"] = Field(
+        default="auto",
+        description="How stored images become bytes, without loss: plain (pixels under zstd in zarr, PNG in tars), "
+        "predicted (zarr: residuals under zstd, a third smaller), webp (tars, a fifth smaller), or auto: plain where "
+        "the codec is cast, so that any reader opens all of it.",
+    )
     codec: str = Field(default="cast", description="Codec of feature levels (`dtpipe list codecs`).")
     zstd_level: int = Field(default=3, ge=1, le=19, description="Compression level of zstd.")
+
+    @model_validator(mode="after")
+    def _coding_fits(self) -> Self:
+        wrong = None
+        if self.image_coding != "auto":
+            wrong = misfit(self.image_coding, self.format, self.images == "stored")
+        if wrong:
+            raise ValueError(f"extract.shard.image_coding {wrong}")
+        return self
+
+    def image_coding_of(self, image_px: tuple[int, int]) -> ImageCoding:
+        """The coding of images of a height and width in px, after `auto`. Raises: ConfigError for one that has none."""
+        coding = self.image_coding
+        if coding == "auto":
+            compact, stored = COMPACT[self.format], self.images == "stored"
+            return PLAIN if self.codec == "cast" or misfit(compact, self.format, stored, image_px) else compact
+        if wrong := misfit(coding, self.format, self.images == "stored", image_px):
+            raise ConfigError(f"extract.shard.image_coding {wrong}")
+        return coding
 
 
 class ExtractRun(ErrorBudget):

@@ -159,6 +159,7 @@ def make_recipe(config: ExtractRecipeConfig, teacher: Teacher, source_kind: str,
         views=views,
         levels=levels,
         images=config.shard.images,
+        image_coding=config.shard.image_coding_of(image_px),
         codec=CodecRecipe(zstd_level=config.shard.zstd_level),
         shard=ShardRecipe(format=config.shard.format, samples=samples),
         compute=ComputeRecipe(

@@ -21,9 +21,12 @@ from pydantic import (
     model_validator,
 )
 
+from dtpipe.manifests.image_coding import PLAIN, ImageCoding, misfit
+
 Format = Literal["dtpipe-features/1", "dtpipe-features/2"]
 FORMAT: Final = "dtpipe-features/1"
-CODECS_AND_ROLES: Final = "dtpipe-features/2"  # where a level names a codec, or a role that its name does not imply
+CODECS_AND_ROLES: Final = "dtpipe-features/2"  # where a level names a codec, or a role that its name does not imply,
+# or images are not plain
 FORMATS: Final[tuple[Format, ...]] = (FORMAT, CODECS_AND_ROLES)
 FLOAT32_ERROR: Final = "float32_error"  # in provenance: by level, how far low precision is from float32
 MEASURED_SHARD: Final = 0  # whose entry holds it
@@ -222,6 +225,7 @@ class Recipe(StrictModel):
     views: tuple[ViewSpec, ...] = Field(min_length=1)
     levels: tuple[LevelSpec, ...] = Field(min_length=1)
     images: Literal["stored", "joined"] = "stored"
+    image_coding: ImageCoding = Field(default=PLAIN, description="How stored images become bytes, without loss.")
     codec: CodecRecipe = CodecRecipe()
     shard: ShardRecipe
     compute: ComputeRecipe
@@ -235,7 +239,19 @@ class Recipe(StrictModel):
     def format(self) -> Format:
         """The oldest format that can describe this."""
         v1 = all(level.codec == CodecSpec() and level.role == implied_role(level.name) for level in self.levels)
-        return FORMAT if v1 else CODECS_AND_ROLES
+        return FORMAT if v1 and self.image_coding == PLAIN else CODECS_AND_ROLES
+
+    @model_validator(mode="after")
+    def _coding_fits(self) -> Self:
+        px = self.transform.height, self.transform.width
+        if wrong := misfit(self.image_coding, self.shard.format, self.images == "stored", px):
+            raise ValueError(f"image_coding {wrong}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_plain(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("image_coding", PLAIN)}
 
 
 def _check_format(record: Plan | Manifest) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dtpipe.manifests.codecs.base import array_name
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.image_coding import PLAIN, ImageCoding
 from dtpipe.manifests.pieces import Pieces
 from dtpipe.manifests.schema import IMAGE, IndexRow, Members, Plan, Recipe
 
@@ -32,6 +33,7 @@ class ArraySpec:
     chunk_shape: tuple[int, ...]
     chunk_axes: tuple[str, ...]
     level: str | None = None  # whose codec made it; None: the image
+    image_coding: ImageCoding = PLAIN
 
     @property
     def chunks_per_row(self) -> int:
@@ -49,7 +51,8 @@ def stored_arrays(recipe: Recipe) -> dict[str, ArraySpec]:
     arrays = {}
     if recipe.images == "stored":
         shape = (recipe.transform.height, recipe.transform.width, 3)
-        arrays[IMAGE] = ArraySpec(IMAGE, np.dtype("u1"), None, shape, ("y", "x", "rgb"))
+        axes = ("y", "x", "rgb")
+        arrays[IMAGE] = ArraySpec(IMAGE, np.dtype("u1"), None, shape, axes, image_coding=recipe.image_coding)
     for level, codec in level_codecs(recipe).items():
         for part, spec in codec.parts.items():
             name = array_name(level, part)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from PIL import Image
 
 from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.errors import DamagedDataError
+from dtpipe.manifests.image_coding import PLAIN, ImageCoding
 from dtpipe.manifests.layout.arrays import (
     KEY,
     ArraySpec,
@@ -31,6 +33,23 @@ from dtpipe.manifests.layout.arrays import (
 from dtpipe.manifests.schema import IMAGE, IndexRow, Plan, Recipe
 
 _BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class _ImageFile:
+    """A lossless kind of image file, as Pillow writes it."""
+
+    kind: str
+    suffix: str
+    options: Mapping[str, int | bool]
+
+
+_IMAGE_FILES: Mapping[ImageCoding, _ImageFile] = {
+    # of photographs in half the time of the default level, 3 % larger
+    PLAIN: _ImageFile("PNG", "png", {"compress_level": 1}),
+    # the fastest method: the others take 4 to 20 times as long for at most a tenth less
+    "webp": _ImageFile("WEBP", "webp", {"lossless": True, "exact": True, "quality": 25, "method": 0}),
+}
 
 
 def tar_object_name(shard_idx: int) -> str:
@@ -73,7 +92,7 @@ def _suffixes(specs: Mapping[str, ArraySpec]) -> list[tuple[str, str]]:
     suffixes = [(KEY, "key.json")]
     for name, spec in specs.items():
         if spec.num_views is None:
-            suffixes.append((name, f"{name}.png"))
+            suffixes.append((name, f"{name}.{_IMAGE_FILES[spec.image_coding].suffix}"))
         else:
             suffixes += [(name, f"{name}.v{view_idx}.npy") for view_idx in range(spec.num_views)]
     return suffixes
@@ -86,7 +105,7 @@ def _row_chunks(
     yield KEY, encode_key(row)
     for name, spec in specs.items():
         if spec.num_views is None:
-            yield name, _encode_png(values[name])
+            yield name, _encode_image(spec, values[name])
         else:
             yield from ((name, _encode_npy(chunk)) for chunk in values[name])
 
@@ -103,11 +122,9 @@ def _header(name: str, size: int) -> bytes:
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
-def _encode_png(image: NDArray[np.generic]) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(image).save(
-        sink, "PNG", compress_level=1
-    )  # on photographs half the time of the default, 3 % larger
+def _encode_image(spec: ArraySpec, image: NDArray[np.generic]) -> bytes:
+    file, sink = _IMAGE_FILES[spec.image_coding], io.BytesIO()
+    Image.fromarray(image).save(sink, file.kind, **file.options)
     return sink.getvalue()
 
 
@@ -123,18 +140,19 @@ def decode_tar_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArray
 
     Raises: DamagedDataError when the content does not fit; the caller adds the place.
     """
-    values = _read_png(chunk) if spec.name == IMAGE else _read_npy(chunk)
+    values = _read_image(spec, chunk) if spec.name == IMAGE else _read_npy(chunk)
     if values.shape != spec.chunk_shape or values.dtype != spec.dtype:
         raise DamagedDataError(f"it holds {values.dtype}{list(values.shape)}, not {spec.dtype}{list(spec.chunk_shape)}")
     out[...] = values
 
 
-def _read_png(chunk: bytes) -> NDArray[np.generic]:
+def _read_image(spec: ArraySpec, chunk: bytes) -> NDArray[np.generic]:
+    kind = _IMAGE_FILES[spec.image_coding].kind
     try:
-        with Image.open(io.BytesIO(chunk), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(chunk), formats=[kind]) as image:
             return np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-        raise DamagedDataError(f"it is no PNG ({err})") from err
+        raise DamagedDataError(f"it is no {kind} ({err})") from err
 
 
 def _read_npy(chunk: bytes) -> NDArray[np.generic]:

@@ -33,6 +33,7 @@ from dtpipe.manifests.schema import Plan, Recipe
 from dtpipe.manifests.store.store import Store
 
 ROOT = "data.zarr"
+PREDICTED_CODEC = "dtpipe.predicted"  # `zarr_codecs` has it for zarr-python
 TRAILER_BYTES = 4  # the stored crc32c behind each chunk's zstd frame
 _EMPTY = np.uint64(2**64 - 1)  # index mark of a chunk beyond the last row
 
@@ -45,12 +46,23 @@ def shard_object_name(spec: ArraySpec, shard_idx: int) -> str:
 def encode_zarr_rows(recipe: Recipe, arrays: ShardArrays) -> CodedRows:
     """The chunks of some rows; equal input gives equal bytes. Raises: as `check_arrays`."""
     checked = check_arrays(recipe, arrays)
-    zstd = Zstd(level=recipe.codec.zstd_level, checksum=False)
-    chunks = {
-        name: [Chunk.of(bytes(zstd.encode(chunk))) for chunk in checked[name].reshape(-1, *spec.chunk_shape)]
-        for name, spec in stored_arrays(recipe).items()
-    }
+    chunks = {name: _encode_array(recipe, spec, checked[name]) for name, spec in stored_arrays(recipe).items()}
     return CodedRows(arrays.rows, chunks)
+
+
+def _encode_array(recipe: Recipe, spec: ArraySpec, values: NDArray[np.generic]) -> list[Chunk]:
+    chunks = values.reshape(-1, *spec.chunk_shape)
+    if spec.image_coding == "predicted":
+        from dtpipe.manifests.layout.prediction import predicted
+
+        chunks = predicted(chunks.astype(np.uint8, copy=False))
+    zstd = Zstd(level=_zstd_level(recipe, spec), checksum=False)
+    return [Chunk.of(bytes(zstd.encode(chunk))) for chunk in chunks]
+
+
+def _zstd_level(recipe: Recipe, spec: ArraySpec) -> int:
+    """Of residuals 1: they repeat by chance only, and higher levels, which look for it, make them larger."""
+    return 1 if spec.image_coding == "predicted" else recipe.codec.zstd_level
 
 
 def join_zarr_rows(plan: Plan, shard_idx: int, parts: Sequence[CodedRows]) -> Iterator[EncodedObject]:
@@ -95,6 +107,10 @@ def decode_zarr_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArra
             f"it holds {len(plain)} bytes, not the {out.nbytes} of {spec.dtype}{list(spec.chunk_shape)}"
         )
     out[...] = np.frombuffer(plain, spec.dtype).reshape(spec.chunk_shape)
+    if spec.image_coding == "predicted":
+        from dtpipe.manifests.layout.prediction import restore
+
+        restore(out[None])
 
 
 def write_zarr_metadata(store: Store, plan: Plan) -> None:
@@ -128,20 +144,21 @@ def _array_document(spec: ArraySpec, plan: Plan) -> dict[str, Any]:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.shape(samples))}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0.0 if spec.dtype.kind == "f" else 0,
-        "codecs": [_sharding([*row_axes, *spec.chunk_shape], spec.dtype.itemsize, plan.recipe.codec.zstd_level)],
+        "codecs": [_sharding(spec, [*row_axes, *spec.chunk_shape], _zstd_level(plan.recipe, spec))],
         "dimension_names": axes,
         "attributes": {},
         "storage_transformers": [],
     }
 
 
-def _sharding(chunk_shape: list[int], item_bytes: int, zstd_level: int) -> dict[str, Any]:
+def _sharding(spec: ArraySpec, chunk_shape: list[int], zstd_level: int) -> dict[str, Any]:
     little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+    filters = [{"name": PREDICTED_CODEC}] if spec.image_coding == "predicted" else []
     zstd = {"name": "zstd", "configuration": {"level": zstd_level, "checksum": False}}
     checksum = {"name": "crc32c"}
     configuration = {
         "chunk_shape": chunk_shape,
-        "codecs": [little if item_bytes > 1 else {"name": "bytes"}, zstd, checksum],
+        "codecs": [*filters, little if spec.dtype.itemsize > 1 else {"name": "bytes"}, zstd, checksum],
         "index_codecs": [little, checksum],
         "index_location": "end",
     }

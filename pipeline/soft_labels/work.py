@@ -15,6 +15,7 @@ from dtpipe.extract.recipe import device_type, resolve_recipe
 from dtpipe.extract.shards.teacher import TeacherJob
 from dtpipe.extract.work import HasGpus, Work, work_of
 from dtpipe.manifests.errors import DtpipeError, InputError, TeacherError
+from dtpipe.manifests.image_coding import PLAIN
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import CodecRecipe, ComputeRecipe, LevelSpec, Recipe, ShardRecipe, StoredDtype
 from dtpipe.manifests.soft_labels import interpreter_recipe, recipe_of_live
@@ -49,6 +50,7 @@ def cached_work(
             "views": tuple(label.view for label in views),
             "levels": (level,),
             "images": "joined",
+            "image_coding": PLAIN,
             "codec": CodecRecipe(zstd_level=config.shard.zstd_level),
             "shard": ShardRecipe(format=config.shard.format, samples=samples),
             "compute": ComputeRecipe(device=device, batch_size=config.batch_size, threads=config.threads),

@@ -52,6 +52,7 @@ class Settings:
     levels: tuple[LevelSpec, ...] = LEVELS
     views: tuple[ViewSpec, ...] = VIEWS
     images: str = "stored"
+    image_coding: str = "plain"
     bad: tuple[str, ...] = ("dog/3.png",)
     prefix: str = ""
     salt: int = 0
@@ -84,6 +85,7 @@ def make_recipe(settings: Settings) -> Recipe:
         views=settings.views,
         levels=settings.levels,
         images=settings.images,
+        image_coding=settings.image_coding,
         shard=ShardRecipe(format=settings.format, samples=settings.samples),  # type: ignore[arg-type]
     )
 
