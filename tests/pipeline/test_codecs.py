@@ -163,7 +163,7 @@ def test_what_is_shown_of_a_dataset_is_of_its_features(pair: Pair, tmp_path: Pat
 
 def test_a_plan_counts_what_the_codec_stores(turned: None, make_config: MakeConfig, tmp_path: Path) -> None:
     plain, coded = (
-        plan_extraction(make_config(shard={"samples": 3, "dtype": "float32", "codec": codec}))
+        plan_extraction(make_config(shard={"samples": 3, "dtype": "float32", "codec": codec, "image_coding": "plain"}))
         for codec in ("cast", "turned")
     )
     assert coded.levels == {name: size + (0 if name == "image" else 4) for name, size in plain.levels.items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import tomllib
 import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +62,15 @@ def test_residuals_are_those_of_the_book_and_pixels_come_back(images: np.ndarray
     np.testing.assert_array_equal(residuals, [by_the_book(image) for image in images])
     restore(residuals)
     np.testing.assert_array_equal(residuals, images)
+
+
+def test_the_code_of_the_formats_page_gives_the_pixels_back() -> None:
+    page = (REPO / "manifests" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def pixels.*?)```", page, re.DOTALL)
+    scope: dict[str, Any] = {"np": np}
+    exec(code, scope)
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(scope["pixels"](predicted(image[None])[0]), image)
 
 
 def test_a_case_by_hand() -> None:
