@@ -6,20 +6,19 @@ One rule: a module of such loops is imported where one of them is needed and not
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 
-Loop = Callable[..., None]
 
-
-def compiled(signature: str) -> Callable[[Loop], Loop]:
-    """Compiled for one signature when its module is imported; kept on disk for later imports, where that can be
+def compiled(signature: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiled for a signature when its module is imported, or when first called; kept on disk where that can be
     written."""
 
-    def compile_it(loop: Loop) -> Loop:
+    def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return numba.njit(signature, nogil=True, cache=True)(loop)
-        except RuntimeError:  # numba finds no folder for compiled code
-            return numba.njit(signature, nogil=True)(loop)
+            return numba.njit(signature, nogil=True, cache=True)(function)
+        except RuntimeError:  # no folder for compiled code
+            return numba.njit(signature, nogil=True)(function)
 
     return compile_it

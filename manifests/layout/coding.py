@@ -20,6 +20,8 @@ class ChunkCoding:
 
     zstd: bool
     lead: bytes = b""
+    predicted: bool = False
+    """Whether these bytes are residuals, to be restored."""
 
 
 def plain_coding(spec: ArraySpec, recipe: Recipe) -> ChunkCoding | None:
@@ -27,7 +29,7 @@ def plain_coding(spec: ArraySpec, recipe: Recipe) -> ChunkCoding | None:
     if getattr(spec, "image_coding", "plain") != "plain":
         return None
     if recipe.shard.format == "zarr":
-        return ChunkCoding(zstd=True)
+        return ChunkCoding(zstd=True, predicted=spec.image_coding == "predicted")
     return None if spec.name == IMAGE else ChunkCoding(zstd=False, lead=_npy_header(spec))
 
 

@@ -24,11 +24,18 @@ def predicted(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return residuals
 
 
-@compiled("void(uint8[:,:,:,::1])")
-def restore(residuals: Any) -> None:
-    """Pixels in place of their residuals. Shapes: [n, H, W, 3] uint8, contiguous."""
-    num, height, width, _ = residuals.shape
-    for image in range(num):
+def restore(residuals: NDArray[np.uint8], chosen: NDArray[np.int64] | None = None) -> None:
+    """Pixels in place of their residuals, of all images or those that are `chosen` by number, each once.
+
+    Shapes: [n, H, W, 3], contiguous; [k].
+    """
+    _restore(residuals, np.arange(len(residuals)) if chosen is None else chosen)
+
+
+@compiled("void(uint8[:,:,:,::1], int64[::1])")
+def _restore(residuals: Any, chosen: Any) -> None:
+    _, height, width, _ = residuals.shape
+    for image in chosen:
         values = residuals[image]
         for y in range(height):
             left0 = left1 = left2 = corner0 = corner1 = corner2 = above0 = above1 = above2 = np.int64(0)

@@ -110,7 +110,7 @@ def decode_zarr_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArra
     if spec.image_coding == "predicted":
         from dtpipe.manifests.layout.prediction import restore
 
-        restore(out[None])
+        restore(out[None].view(np.uint8))
 
 
 def write_zarr_metadata(store: Store, plan: Plan) -> None:

@@ -5,13 +5,12 @@ One rule: whatever is not exactly as expected ends that chunk with False, and no
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
-import numba
 import numpy as np
 from numba import types
 
+from dtpipe.manifests.compiled import compiled
 from dtpipe.manifests.read.functions import SYMBOL_PREFIX
 
 _BLOCK_BYTES = 256 * 2**10  # read and summed up at a time, while it is in a core's cache
@@ -33,19 +32,7 @@ _copy = _function("memcpy", _WORD(_WORD, _WORD, _WORD))
 _compare = _function("memcmp", _INT32(_WORD, _WORD, _WORD))
 
 
-def _compiled(signature: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiled for a signature, or when first called; kept on disk where that can be written."""
-
-    def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:  # no folder for compiled code
-            return numba.njit(signature, nogil=True)(function)
-
-    return compile_it
-
-
-@_compiled()
+@compiled()
 def _fetch(
     descriptor: Any, offset: Any, small: Any, lead_bytes: Any, to: Any, num_bytes: Any, trailer_bytes: Any, vectors: Any
 ) -> Any:
@@ -67,7 +54,7 @@ def _fetch(
             return np.int64(total)
 
 
-@_compiled(
+@compiled(
     "void(int32[::1], int64[::1], int64[::1], uint32[::1], int64[::1], int64[::1], boolean[::1], int64[::1],"
     " int64[::1], int64, boolean[::1])"
 )

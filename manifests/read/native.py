@@ -94,7 +94,16 @@ class Codings:
             lead_bytes,
         ).take(whole)
         whole[whole] = block.read(self._trailer_bytes)
+        self._restore(requests, chunks.take(whole))
         return whole
+
+    def _restore(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks) -> None:
+        """Pixels in place of the residuals that were read."""
+        for idx, request in enumerate(requests):
+            if request.array in self._codings and self._codings[request.array].predicted:
+                from dtpipe.manifests.layout.prediction import restore
+
+                restore(request.out.view(np.uint8), np.ascontiguousarray(chunks.item[chunks.request == idx]))
 
     def _columns(self, request: ChunkRequest) -> tuple[int, ...]:
         coding = self._codings.get(request.array)

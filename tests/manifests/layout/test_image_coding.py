@@ -28,6 +28,7 @@ from dtpipe.manifests.errors import DamagedDataError, ManifestError
 from dtpipe.manifests.layout.arrays import ArraySpec
 from dtpipe.manifests.layout.prediction import predicted, restore
 from dtpipe.manifests.layout.tar import decode_tar_chunk
+from dtpipe.manifests.read.chunks import NATIVE_FROM
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_images
 from dtpipe.manifests.schema import CODECS_AND_ROLES, Recipe
@@ -100,6 +101,8 @@ def test_the_images_that_were_written_are_read(dataset: FeatureDataset) -> None:
     rows = dataset.columns.ok_rows
     truth = [golden.true_image(dataset.columns.keys[row]) for row in rows]
     np.testing.assert_array_equal(read_images(dataset, rows), truth)
+    many = np.tile(rows, NATIVE_FROM // len(rows) + 1)  # read by compiled code, and each asked for more than once
+    np.testing.assert_array_equal(read_images(dataset, many), np.tile(truth, (len(many) // len(rows), 1, 1, 1)))
     assert dataset.recipe.format == CODECS_AND_ROLES
     assert verify(dataset.url, level="decode").problems == ()
 
