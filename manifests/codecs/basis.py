@@ -1,4 +1,4 @@
-"""The linear half of `transform`: normalising a sample, a basis over channels, cosines over the map, and back.
+"""The linear half of `transform`: normalising a sample, cosines over the map, bases over channels, and back.
 
 One rule: sums that decide what is stored are in float64 on one thread, so that a fit does not depend on the machine's
 load or cores.
@@ -6,8 +6,8 @@ load or cores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -16,36 +16,65 @@ from threadpoolctl import threadpool_limits
 
 Floats = NDArray[np.float64]
 
-BASIS_UNIT: Final = 2.0**-14
-"""Of a stored basis: 1 is exact in int16, and rounding to this is far below any step."""
+_ROW_STEPS: Final = 127  # of the largest entry of a row of a stored basis; what this rounds is far below any step
 
 
 @dataclass(frozen=True)
 class ChannelBasis:
-    """Rows of `basis` are orthonormal up to `BASIS_UNIT`, those of largest variance first."""
+    """For each region of frequencies a basis over channels: rows of unit length, of falling variance.
 
-    basis: NDArray[np.int16]
-    """(K, C), in units of `BASIS_UNIT`."""
+    Channels say other things of each other at other frequencies and directions; one basis for all is much worse.
+    """
+
+    basis: NDArray[np.int8]
+    """(R, C), in units of its row: the rows of the first region, of the second, ..."""
+    unit: NDArray[np.float32]
+    """(R,)."""
+    ranks: NDArray[np.int32]
+    """(Z,): how many rows each region has; R together."""
+    region: NDArray[np.uint8]
+    """(H, W): of each frequency."""
     centre: NDArray[np.float32]
     """(C,): mean of each normalised channel."""
 
+    @property
+    def components(self) -> int:
+        """K: rows of the zone that has most."""
+        return int(self.ranks.max(initial=0))
+
+    def regions(self) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+        """Of each region the flat frequencies (F,), and the rows (k, C)."""
+        region, ends = self.region.ravel(), np.cumsum(self.ranks)
+        for idx, (end, rank) in enumerate(zip(ends, self.ranks, strict=True)):
+            rows = slice(end - rank, end)
+            yield np.flatnonzero(region == idx), self.basis[rows].astype(np.float64) * self.unit[rows, None]
+
     def forward(self, normal: Floats) -> Floats:
-        """Coefficients of normalised features. Shapes: [.., C, H, W] -> [.., K, H, W]."""
-        centred = normal - self.centre.astype(np.float64)[:, None, None]
-        cells = self._rows() @ centred.reshape(
-            *centred.shape[:-2], centred.shape[-2] * centred.shape[-1]
-        )  # [.., K, H*W]
-        return cosines(cells.reshape(*cells.shape[:-1], *normal.shape[-2:]))
+        """Coefficients of normalised features. Shapes: [.., C, H, W] -> [.., K, H, W]; 0 beyond a region's rank."""
+        waves = cosines(normal - self.centre.astype(np.float64)[:, None, None])
+        flat = waves.reshape(*waves.shape[:-2], self.region.size)
+        coefficients = np.zeros((*flat.shape[:-2], self.components, flat.shape[-1]))
+        for cells, rows in self.regions():
+            coefficients[..., : len(rows), cells] = rows @ flat[..., cells]
+        return coefficients.reshape(*coefficients.shape[:-1], *self.region.shape)
 
     def inverse(self, coefficients: Floats) -> Floats:
         """Normalised features of coefficients. Shapes: [.., K, H, W] -> [.., C, H, W]."""
-        maps = from_cosines(coefficients)
-        cells = self._rows().T @ maps.reshape(*maps.shape[:-2], maps.shape[-2] * maps.shape[-1])
-        centred: Floats = cells.reshape(*cells.shape[:-1], *maps.shape[-2:])
-        return centred + self.centre.astype(np.float64)[:, None, None]
+        flat = coefficients.reshape(*coefficients.shape[:-2], self.region.size)
+        waves = np.zeros((*flat.shape[:-2], len(self.centre), flat.shape[-1]))
+        for cells, rows in self.regions():
+            waves[..., cells] = rows.T @ flat[..., : len(rows), cells]
+        maps = from_cosines(waves.reshape(*waves.shape[:-1], *self.region.shape))
+        return maps + self.centre.astype(np.float64)[:, None, None]
 
-    def _rows(self) -> Floats:
-        return self.basis.astype(np.float64) * BASIS_UNIT
+
+def frequency_regions(height: int, width: int) -> NDArray[np.uint8]:
+    """Frequencies down and across: 0, 1 to 2, 3 to 6, 7 to 14, ... are an octave; a pair of octaves is a region.
+
+    Shapes: -> [H, W].
+    """
+    down, across = (np.frexp(np.arange(1, side + 1))[1] - 1 for side in (height, width))
+    return np.asarray(down[:, None] * (across[-1] + 1) + across[None, :], np.uint8)
 
 
 def normalise(features: Floats) -> tuple[Floats, Floats]:
@@ -82,20 +111,54 @@ def from_cosines(coefficients: Floats) -> Floats:
     return np.asarray(down.T @ coefficients @ across)
 
 
-def fit_basis(samples: Iterable[Floats], channels: int) -> ChannelBasis:
-    """The Karhunen-Loeve basis of normalised samples [C, H, W], all C rows.
+def fit_basis(samples: Iterable[Floats], channels: int, region: NDArray[np.uint8]) -> ChannelBasis:
+    """The Karhunen-Loeve basis of each region, all rows, of normalised samples [C, H, W].
 
-    It is unique: rows by falling variance, the largest entry of each (of equal ones the first) above 0, and rounded,
-    so that what differs in the last bits does not show.
+    A region of few frequencies has seen few values: it leans on the covariance over all regions, as if C / 2 of these
+    were of it. The basis is unique: rows by falling variance, the largest entry of each (of equal ones the first) above
+    0, and rounded, so that what differs in the last bits does not show.
     """
+    cells = [np.flatnonzero(region.ravel() == idx) for idx in range(int(region.max()) + 1)]
+    moments, total, num = np.zeros((len(cells), channels, channels)), np.zeros(channels), 0
     with threadpool_limits(1):
-        total, squares, num = np.zeros(channels), np.zeros((channels, channels)), 0
         for sample in samples:
-            cells = sample.reshape(channels, -1)
-            total, squares, num = total + cells.sum(axis=1), squares + cells @ cells.T, num + cells.shape[1]
+            waves, num = cosines(sample).reshape(channels, -1), num + 1
+            total += waves[:, 0]
+            for idx, of_region in enumerate(cells):
+                moments[idx] += waves[:, of_region] @ waves[:, of_region].T
         mean = total / max(num, 1)
-        _variances, vectors = np.linalg.eigh(squares / max(num, 1) - np.outer(mean, mean))
-    rows = vectors.T[::-1]
+        moments[region[0, 0]] -= max(num, 1) * np.outer(mean, mean)
+        shared = moments.sum(axis=0)
+        rows = [_rows(moment, shared, num * len(of)) for moment, of in zip(moments, cells, strict=True)]
+    ranks = np.full(len(cells), channels, np.int32)
+    return _stored(np.concatenate(rows), ranks, region, (mean / np.sqrt(region.size)).astype(np.float32))
+
+
+def _rows(moment: Floats, shared: Floats, num: int) -> Floats:
+    """Of the covariance of `num` values, leaning on the shape of `shared`."""
+    channels, strength, trace = len(moment), np.trace(moment), np.trace(shared)
+    leaning = moment + shared * (strength / trace * channels / 2 / max(num, 1)) if trace > 0 else moment
+    _variances, vectors = np.linalg.eigh(leaning)
+    rows: Floats = vectors.T[::-1]
     signs = np.sign(rows[np.arange(channels), np.abs(np.round(rows, 6)).argmax(axis=1)])
-    units = np.rint(rows * np.where(signs == 0, 1, signs)[:, None] / BASIS_UNIT)
-    return ChannelBasis(units.astype(np.int16), mean.astype(np.float32))
+    return rows * np.where(signs == 0, 1, signs)[:, None]
+
+
+def _stored(
+    rows: Floats, ranks: NDArray[np.int32], region: NDArray[np.uint8], centre: NDArray[np.float32]
+) -> ChannelBasis:
+    unit = (np.abs(rows).max(axis=1, initial=0) / _ROW_STEPS).astype(np.float32)
+    basis = np.rint(rows / np.where(unit > 0, unit, 1)[:, None]).astype(np.int8)
+    return ChannelBasis(basis, unit, ranks, region, centre)
+
+
+def cut_basis(basis: ChannelBasis, used: NDArray[np.bool_]) -> ChannelBasis:
+    """Each region without the rows behind the last that is used. Shapes: used [C, H, W]."""
+    flat, ranks, kept, start = used.reshape(len(used), -1), list[int](), list[NDArray[np.int64]](), 0
+    for (cells, _rows_of), rank in zip(basis.regions(), basis.ranks, strict=True):
+        last = int(np.flatnonzero(flat[:, cells].any(axis=1)).max(initial=-1)) + 1
+        ranks.append(last)
+        kept.append(np.arange(start, start + last))
+        start += int(rank)
+    rows = np.concatenate(kept)
+    return replace(basis, basis=basis.basis[rows], unit=basis.unit[rows], ranks=np.array(ranks, np.int32))

@@ -42,12 +42,12 @@ class Quantiser:
         """(n,): the band of each symbol, rising."""
         return self.band.ravel()[self.order]
 
-    def quantise(self, coefficients: Floats) -> NDArray[np.int16]:
+    def quantise(self, coefficients: Floats | NDArray[np.float32]) -> NDArray[np.int16]:
         """To whole numbers in the order of bands. Shapes: [.., K, H, W] -> [.., n]."""
         values = np.take(coefficients.reshape(*coefficients.shape[:-3], -1), self.order, axis=-1)
         steps = np.abs(values) / self.step
         magnitude = np.clip(np.floor(steps + self.rounding[self.bands]), 1, _MOST)
-        return np.copysign(np.where(steps < self.zone[self.bands], 0, magnitude), values).astype(np.int16)
+        return np.asarray(np.copysign(np.where(steps < self.zone[self.bands], 0, magnitude), values), np.int16)
 
     def restore(self, numbers: NDArray[np.int16]) -> Floats:
         """The coefficients that whole numbers stand for. Shapes: [.., n] -> [.., K, H, W]."""

@@ -1,9 +1,9 @@
 """`transform`: features in a basis where few numbers say most, and these in equal steps.
 
 Each sample is normalised by its own mean and deviation, which are stored, so that raw features come back. Then come the
-fitted basis over channels (Karhunen-Loeve), the discrete cosine transform over the map, and one step for all
-coefficients, with a dead zone around 0 and points of reconstruction. Coefficients of like spread are a band, and
-symbols lie in the order of bands; coefficients that are always 0 are not stored.
+discrete cosine transform over the map, for each region of frequencies a fitted basis over channels (Karhunen-Loeve),
+and one step for all coefficients, with a dead zone around 0 and points of reconstruction. Coefficients of like spread
+are a band, and symbols lie in the order of bands; coefficients that are always 0 are not stored.
 
 One rule: what a sample lost is measured when it is encoded and stored with it, so that none is worse than it says.
 """
@@ -37,7 +37,7 @@ class TransformParameters:
 
     fitted: str
     components: int
-    """Rows of the basis that are used."""
+    """K: rows of the basis of the region that has most."""
     symbols: int
     """Coefficients that are stored, of a row and view."""
     wide: int
@@ -67,7 +67,9 @@ class TransformLevel:
     def basis(self) -> ChannelBasis:
         """Loaded and checked at the first use. Raises: DamagedDataError; what `FittedArrays.load` raises."""
         arrays = self._arrays
-        return ChannelBasis(arrays["basis"].astype(np.int16), arrays["centre"].astype(np.float32))
+        unit, centre = (arrays[name].astype(np.float32) for name in ("unit", "centre"))
+        ranks, region = arrays["ranks"].astype(np.int32), arrays["region"].astype(np.uint8)
+        return ChannelBasis(arrays["basis"].astype(np.int8), unit, ranks, region, centre)
 
     @cached_property
     def quantiser(self) -> Quantiser:
@@ -118,11 +120,15 @@ class TransformLevel:
 
 def _faults(level: LevelSpec, parameters: TransformParameters, arrays: Arrays) -> list[str]:
     """Where arrays are not what the parameters say; no symbol can then lead beyond them."""
-    components, bands = parameters.components, len(arrays.get("zone", ()))
+    components, bands, ranks = parameters.components, len(arrays.get("zone", ())), arrays.get("ranks", np.zeros(0))
+    rows, cells = int(ranks.sum()), (level.height, level.width)
     shapes: Mapping[str, tuple[str, tuple[int, ...]]] = {
-        "basis": ("int16", (components, level.channels)),
+        "basis": ("int8", (rows, level.channels)),
+        "unit": ("float32", (rows,)),
+        "ranks": ("int32", (len(ranks),)),
+        "region": ("uint8", cells),
         "centre": ("float32", (level.channels,)),
-        "band": ("uint8", (components, level.height, level.width)),
+        "band": ("uint8", (components, *cells)),
         "zone": ("float32", (bands,)),
         "rounding": ("float32", (bands,)),
         "shift": ("float32", (bands, 2)),
@@ -134,10 +140,12 @@ def _faults(level: LevelSpec, parameters: TransformParameters, arrays: Arrays) -
     ]
     if wrong:
         return wrong
+    if not len(ranks) or ranks.min() < 0 or ranks.max() != components or arrays["region"].max() >= len(ranks):
+        wrong.append(f"regions up to {arrays['region'].max()} have the ranks {ranks.tolist()}")
     coded = arrays["band"][arrays["band"] != NO_BAND]
     if coded.size != parameters.symbols or coded.max(initial=0) >= max(bands, 1):
         wrong.append(f"band has {coded.size} coefficients up to band {coded.max(initial=0)} of {bands}")
-    if not all(np.isfinite(arrays[name]).all() for name in ("centre", "zone", "rounding", "shift")):
+    if not all(np.isfinite(arrays[name]).all() for name in ("unit", "centre", "zone", "rounding", "shift")):
         wrong.append("not all values are finite")
     return wrong
 

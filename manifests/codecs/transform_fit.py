@@ -13,7 +13,7 @@ import numpy as np
 from numcodecs import Zstd
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.basis import ChannelBasis, Floats, fit_basis, normalise
+from dtpipe.manifests.codecs.basis import ChannelBasis, Floats, cut_basis, fit_basis, frequency_regions, normalise
 from dtpipe.manifests.codecs.fit import Fit, FitTarget
 from dtpipe.manifests.codecs.quantise import MAX_BANDS, NO_BAND, Quantiser, to_symbols
 from dtpipe.manifests.errors import ConfigError
@@ -22,10 +22,11 @@ from dtpipe.manifests.schema import LevelSpec
 HELD_OUT: Final = 4  # each fourth sample is kept from the basis
 ROOM: Final = 2  # numbers of one byte are to take so many times what the sample has
 NEVER: Final = 0.12  # coefficients of a deviation below so many steps are not stored
+LEANING: Final = 8  # samples
 BANDS_PER_OCTAVE: Final = 4
 ROUNDING: Final = 0.40
 STEPS: Final = (2.0**-10, 2.0**8)  # the least and the largest step that is tried
-HALVINGS: Final = 20
+HALVINGS: Final = 13
 NORM_BYTES: Final = 12
 
 
@@ -33,10 +34,10 @@ NORM_BYTES: Final = 12
 class Held:
     """Coefficients of the samples that were kept from the basis."""
 
-    coefficients: Floats
+    coefficients: NDArray[np.float32]
     """[n, C, H, W], of normalised features."""
     deviation: Floats
-    """[C, H, W]: root mean square of each coefficient, over all samples."""
+    """[C, H, W]: root mean square of each coefficient."""
 
 
 def fit_transform(level: LevelSpec, features: NDArray[np.generic], target: FitTarget) -> Fit:
@@ -65,7 +66,7 @@ def make_quantiser(held: Held, step: float) -> Quantiser:
     return Quantiser(step, band, zone, rounding, _shifts(plain, held.coefficients))
 
 
-def _shifts(plain: Quantiser, coefficients: Floats) -> NDArray[np.float32]:
+def _shifts(plain: Quantiser, coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
     """Where the mean of a band's values of magnitude 1, and of larger ones, lies below the magnitude."""
     numbers = np.abs(plain.quantise(coefficients))
     values = np.abs(coefficients.reshape(len(coefficients), -1)[:, plain.order]) / plain.step
@@ -90,17 +91,30 @@ def _check(level: LevelSpec, features: NDArray[np.generic]) -> None:
 
 def _transformed(features: NDArray[np.generic]) -> tuple[ChannelBasis, Held]:
     """The basis of three in four samples, and what it makes of the others. With fewer than 8, of all."""
-    num, channels = len(features), features.shape[1]
-    held_out = np.arange(num) % HELD_OUT == HELD_OUT - 1 if num >= 2 * HELD_OUT else np.ones(num, bool)
-    seen = ~held_out if num >= 2 * HELD_OUT else held_out
-    basis = fit_basis((normalise(features[idx].astype(np.float64))[0] for idx in np.flatnonzero(seen)), channels)
-    squares, kept = np.zeros(features.shape[1:]), []
-    for idx in range(num):
-        coefficients = basis.forward(normalise(features[idx].astype(np.float64))[0])
-        squares += np.square(coefficients)
-        if held_out[idx]:
-            kept.append(coefficients)
-    return basis, Held(np.stack(kept), np.sqrt(squares / num))
+    num, shape = len(features), features.shape[1:]
+    enough = num >= 2 * HELD_OUT
+    held = np.flatnonzero(np.arange(num) % HELD_OUT == HELD_OUT - 1) if enough else np.arange(num)
+    seen = np.setdiff1d(np.arange(num), held) if enough else held
+    region = frequency_regions(shape[1], shape[2])
+    basis = fit_basis((_normal(features[idx]) for idx in seen), shape[0], region)
+    coefficients = np.empty((len(held), *shape), np.float32)
+    for place, idx in enumerate(held):
+        coefficients[place] = basis.forward(_normal(features[idx]))
+    return basis, Held(coefficients, _deviation(coefficients, region))
+
+
+def _normal(sample: NDArray[np.generic]) -> Floats:
+    return normalise(sample.astype(np.float64))[0]
+
+
+def _deviation(coefficients: NDArray[np.float32], region: NDArray[np.uint8]) -> Floats:
+    """Root mean square of each coefficient, leaning on that of its component over the region by `LEANING` samples."""
+    squares = np.square(coefficients, dtype=np.float64).sum(axis=0).reshape(coefficients.shape[1], -1)
+    num = len(coefficients)
+    for idx in range(int(region.max()) + 1):
+        cells = region.ravel() == idx
+        squares[:, cells] += LEANING * squares[:, cells].mean(axis=1, keepdims=True) / num
+    return np.asarray(np.sqrt(squares / (num + LEANING)).reshape(coefficients.shape[1:]))
 
 
 def _meet(held: Held, target: FitTarget) -> float:
@@ -108,6 +122,7 @@ def _meet(held: Held, target: FitTarget) -> float:
     low, high = STEPS
     if target.relative_mse is not None:
         limit = target.relative_mse
+        low = min(max(low, np.sqrt(12 * limit) / 2), high)  # where all are finely cut, the error is step^2 / 12
         if _error(held, make_quantiser(held, high)) <= limit:
             return high
         return _boundary(low, high, lambda step: _error(held, make_quantiser(held, step)) > limit)
@@ -143,19 +158,21 @@ def _num_wide(numbers: NDArray[np.int16], quantiser: Quantiser) -> int:
 
 
 def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser) -> Fit:
-    """Without the components that no band has a coefficient of."""
-    used = (quantiser.band != NO_BAND).any(axis=(1, 2))
-    components = int(np.flatnonzero(used).max(initial=-1)) + 1
+    """Without the rows of the basis that no band has a coefficient of."""
+    cut = cut_basis(basis, quantiser.band != NO_BAND)
     parameters = {
-        "components": components,
+        "components": cut.components,
         "symbols": len(quantiser.order),
         "wide": _num_wide(quantiser.quantise(held.coefficients), quantiser),
         "step": quantiser.step,
     }
     arrays: dict[str, NDArray[np.generic]] = {
-        "basis": basis.basis[:components],
-        "centre": basis.centre,
-        "band": quantiser.band[:components],
+        "basis": cut.basis,
+        "unit": cut.unit,
+        "ranks": cut.ranks,
+        "region": cut.region,
+        "centre": cut.centre,
+        "band": quantiser.band[: cut.components],
         "zone": quantiser.zone,
         "rounding": quantiser.rounding,
         "shift": quantiser.shift,
