@@ -36,7 +36,7 @@ test: $(DEV_STAMP)          ## everything that continuous integration runs
 check: $(DEV_STAMP)         ## formatter, linter, type checker, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	MYPYPATH=.dev $(BIN)/mypy --strict -p dtpipe.manifests -p dtpipe.extract -p dtpipe.distill -p dtpipe.pipeline
+	MYPYPATH=.dev $(BIN)/mypy --strict -p dtpipe.manifests -p dtpipe.extract -p dtpipe.distill -p dtpipe.pipeline -m dtpipe -m dtpipe.__main__
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 bench: $(DEV_STAMP)         ## every benchmark with its defaults (hours on 2 cores: probe.py trains on three seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -23,8 +24,8 @@ FOLDERS = ("manifests", "extract", "distill", "pipeline")
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names in a wheel built from a copy of the tracked and new files, so that build leftovers cannot help."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the tracked and new files, so that build leftovers cannot help."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -53,8 +54,29 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, as pip lays it down, where nothing else of dtpipe is in reach."""
+    site = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def run_installed(site: Path, folder: Path, *words: str) -> str:
+    """What Python says in a folder, of the installed package and the shared ones."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def _wanted(path: Path) -> bool:
@@ -67,7 +89,7 @@ def package_folders() -> list[Path]:
 
 def test_pyproject_lists_every_package() -> None:
     listed = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted(f"dtpipe.{'.'.join(folder.parts)}" for folder in package_folders())
+    assert sorted(listed) == sorted(["dtpipe", *(f"dtpipe.{'.'.join(folder.parts)}" for folder in package_folders())])
 
 
 def imported_packages(source: str, at_import: bool = False) -> set[str]:
@@ -178,8 +200,18 @@ def test_wheel_holds_the_data_that_commands_read(wheel_names: set[str]) -> None:
 
 
 def test_wheel_holds_nothing_else(wheel_names: set[str]) -> None:
-    tops = {name.split("/")[0] for name in wheel_names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"dtpipe"}
+    """The package is mapped to the whole folder, with its tests, documents and benchmarks: none of these come along."""
+    of_packages = tuple(f"dtpipe/{folder}/" for folder in FOLDERS)
+    others = {name for name in wheel_names if not name.startswith(of_packages) and ".dist-info/" not in name}
+    assert others == {"dtpipe/__init__.py", "dtpipe/__main__.py", "dtpipe/py.typed"}
+
+
+def test_a_folder_named_dtpipe_where_one_works_hides_nothing(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "dtpipe" / "manifests").mkdir(parents=True)
+    code = "import dtpipe, dtpipe.manifests.schema; print(dtpipe.__file__); print(dtpipe.manifests.__file__)"
+    files = run_installed(installed, tmp_path, "-c", code).split()
+    assert files == [str(installed / "dtpipe" / name) for name in ("__init__.py", "manifests/__init__.py")]
+    assert run_installed(installed, tmp_path, "-m", "dtpipe", "--help").startswith("Usage: dtpipe [OPTIONS]")
 
 
 def test_the_constraints_pin_every_requirement_to_a_version_it_allows() -> None:

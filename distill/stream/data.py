@@ -22,7 +22,7 @@ from dtpipe.distill.stream.mismatched import MismatchedPairs
 from dtpipe.distill.stream.sampling import Sampling
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
+from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset, composed
 from dtpipe.manifests.read.source import FeatureSource
 from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.manifests.words import count_of
@@ -111,7 +111,7 @@ def open_data(config: DistillConfig) -> OpenedData:
     without = [part.url for part in parts if part.recipe.images != "stored"]
     if without and (len(without) == len(parts) or not config.join):
         raise ConfigError(f"{without[0]} stores no images; join it with the dataset that has them (--join)")
-    source = _compose(parts, config)
+    source = composed(parts, config.join)
     sizes = {part.recipe.student_px for part in parts}
     if len(sizes) > 1 and config.student_px is None:
         raise ConfigError(f"the datasets were made for student sizes {sorted(sizes)}; set distill.student_px")
@@ -147,12 +147,6 @@ def recorded_shards(record: Mapping[str, Any] | None, dataset_idx: int) -> list[
     """The shards of a dataset that a run began with; None for all of them, or for a run that begins now."""
     datasets = (record or {}).get("datasets", [])
     return datasets[dataset_idx].get("shards") if dataset_idx < len(datasets) else None
-
-
-def _compose(parts: Sequence[FeatureDataset], config: DistillConfig) -> FeatureSource:
-    if len(parts) == 1:
-        return parts[0]
-    return JoinedDataset(parts) if config.join else ConcatDataset(parts)
 
 
 def _row_weights(source: FeatureSource, rows: np.ndarray, config: DistillConfig) -> np.ndarray | None:

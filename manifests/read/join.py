@@ -16,7 +16,7 @@ from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
 from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.source import Columns, Integers, read_images
+from dtpipe.manifests.read.source import Columns, FeatureSource, Integers, read_images
 from dtpipe.manifests.read.texts import one_after_another
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.soft_labels import label_view_of, live_features_of, soft_labels_of
@@ -154,6 +154,13 @@ class ConcatDataset:
         if outside := [row for row in rows if not 0 <= row < len(self.columns)]:
             last = len(self.columns) - 1
             raise InputError(f"{self.columns.where} have no row {outside[0]}; they have rows 0 to {last}")
+
+
+def composed(parts: Sequence[FeatureDataset], join: bool) -> FeatureSource:
+    """One dataset as it is, several joined by key or one after the other. Raises: ConfigError naming what differs."""
+    if len(parts) == 1:
+        return parts[0]
+    return JoinedDataset(parts) if join else ConcatDataset(parts)
 
 
 def _without_codecs(recipe: Recipe) -> Recipe:

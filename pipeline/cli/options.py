@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,22 @@ class Call:
         return bool(self.document.get(section))
 
 
+_SPOKEN: ContextVar[str | None] = ContextVar("_SPOKEN", default=None)
+
+
 def command_line() -> str:
-    """The command as typed, for the records beside outputs."""
-    return shlex.join(["dtpipe", *sys.argv[1:]])
+    """The command as typed, or the call of a function that stands for it; for the records beside outputs."""
+    return _SPOKEN.get() or shlex.join(["dtpipe", *sys.argv[1:]])
+
+
+@contextmanager
+def called_as(text: str) -> Iterator[None]:
+    """What `command_line` is inside, where no command was typed."""
+    token = _SPOKEN.set(text)
+    try:
+        yield
+    finally:
+        _SPOKEN.reset(token)
 
 
 def _is_bool(field: FieldInfo) -> bool:

@@ -79,33 +79,39 @@ def command(call: Call, fresh: bool) -> None:
     share each batch under torchrun, or as Ray workers, which need --out on a disk that all nodes share.
     """
     if call.dry_run:
-        _plan(call)
-        return
-    with ProgressLine("distill") as line:
-        from dtpipe.distill.trainer import run_settings
-        from dtpipe.pipeline.live.data import training_data, warnings
+        from dtpipe.pipeline.plan.training import plan_training, print_training
 
-        config, data = training_data(call)
-        run_settings(config).refuse_other_place()
+        plan = plan_training(*_checked(call))
+        print_training(call.console, plan)
+        call.console.document(plan)
+        return
+    result = distilled(call, fresh)
+    if result.rank == 0:  # the first process says it for all
+        _print_result(call.console, result)
+
+
+def distilled(call: Call, fresh: bool) -> DistillResult:
+    """What the command does, without what it prints of the result. Raises: as `train`."""
+    with ProgressLine("distill") as line:
+        from dtpipe.pipeline.live.data import warnings
+
+        config, data = _checked(call)
         for warning in warnings(call, config, data):
             call.console.note(warning)
         result = _train(config, data, lambda progress: _show(line, progress), fresh)
-    if result.rank:
-        return  # the first process says it for all
-    record_command(result.run_dir)
-    _print_result(call.console, result)
+    if result.rank == 0:
+        record_command(result.run_dir)
+    return result
 
 
-def _plan(call: Call) -> None:
+def _checked(call: Call) -> tuple[DistillConfig, TrainingData]:
+    """The settings and the data, and a place to write to that is fit for it."""
     from dtpipe.distill.trainer import run_settings
     from dtpipe.pipeline.live.data import training_data
-    from dtpipe.pipeline.plan.training import plan_training, print_training
 
     config, data = training_data(call)
     run_settings(config).refuse_other_place()
-    plan = plan_training(config, data)
-    print_training(call.console, plan)
-    call.console.document(plan)
+    return config, data
 
 
 def _train(config: DistillConfig, data: TrainingData, on_progress: OnTrainProgress, fresh: bool) -> DistillResult:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtpipe.pipeline.cli.console import ProgressLine
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
+
+if TYPE_CHECKING:
+    from dtpipe.pipeline.evaluate import Evaluation
 
 FLAGS = (
     Flag("checkpoint", "eval.checkpoint", "RUN...", repeatable=True),
@@ -64,24 +68,30 @@ def command(call: Call, levels: bool) -> None:
     Tasks that train do so on several GPUs under torchrun, or with --train-workers as Ray workers, which need the output
     on a disk that all nodes share.
     """
-    config = call.settings("eval")
     if call.dry_run:
         from dtpipe.pipeline.plan.tuning import plan_tuning, print_tuning
 
-        plan = plan_tuning(config, call.console.note)
+        plan = plan_tuning(call.settings("eval"), call.console.note)
         print_tuning(call.console, plan)
         call.console.document(plan)
         return
+    evaluation = scored(call)
+    if evaluation.rank:
+        return
+    call.console.result(evaluation.result.to_table(levels))
+    call.console.result(f"wrote {evaluation.path}")
+    call.console.document(evaluation.result.to_json())
+
+
+def scored(call: Call) -> Evaluation:
+    """What the command does, without what it prints of the result. Raises: as `evaluate`."""
+    config = call.settings("eval")
     with ProgressLine("eval"):
         from dtpipe.pipeline.arms import runs_of
         from dtpipe.pipeline.evaluate import evaluate
 
         evaluation = evaluate(config, call.console.note)
-    if evaluation.rank:
-        return
-    for run in map(Path, runs_of(config)):
+    for run in map(Path, runs_of(config)) if evaluation.rank == 0 else ():
         if run.is_dir():
             record_command(run)
-    call.console.result(evaluation.result.to_table(levels))
-    call.console.result(f"wrote {evaluation.path}")
-    call.console.document(evaluation.result.to_json())
+    return evaluation

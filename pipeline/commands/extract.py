@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dtpipe.extract.config import ExtractConfig
     from dtpipe.extract.shards.progress import Progress
     from dtpipe.extract.tally import ExtractResult
+    from dtpipe.pipeline.plan.extraction import ExtractionPlan
+    from dtpipe.pipeline.soft_labels.request import LabelRequest
 
 FLAGS = (
     Flag("--images", "extract.images", "URL"),
@@ -64,21 +66,45 @@ def command(call: Call, fresh: bool) -> None:
     Runs on the GPUs there are, or on a Ray cluster. Run it again after a crash: committed shards are kept. With
     --interpreter, its soft labels are written: of the features of --from, or of a teacher that runs now.
     """
-    if call.has("soft_labels"):
-        _extract_labels(call, fresh)
-        return
-    config = call.settings("extract")
-    _say_before(call, config)
     if call.dry_run:
-        from dtpipe.pipeline.plan.extraction import plan_extraction, print_extraction
+        from dtpipe.pipeline.plan.extraction import print_extraction
 
-        plan = plan_extraction(config)
+        plan = _plan(call)
         print_extraction(call.console, plan)
         call.console.document(plan)
         return
-    result = _extract(call, config, fresh)
-    joined = "DATASET_WITH_IMAGES --join " if config.shard.images == "joined" else ""
-    _print_result(call.console, result, f"dtpipe distill {result.url} {joined}--student resnet50 --out runs/first")
+    result = extracted(call, fresh)
+    _print_result(call.console, result, _next(call, result))
+
+
+def extracted(call: Call, fresh: bool) -> ExtractResult:
+    """What the command does, without what it prints of the result. Raises: as `run_extraction`."""
+    if call.has("soft_labels"):
+        return _extract_labels(call, fresh)
+    config = call.settings("extract")
+    _say_before(call, config)
+    return _extract(call, config, fresh)
+
+
+def _plan(call: Call) -> ExtractionPlan:
+    if call.has("soft_labels"):
+        return _request(call).plan()
+    from dtpipe.pipeline.plan.extraction import plan_extraction
+
+    config = call.settings("extract")
+    _say_before(call, config)
+    return plan_extraction(config)
+
+
+def _next(call: Call, result: ExtractResult) -> str:
+    """The command to run on what was written."""
+    if call.has("soft_labels"):
+        features = _request(call).features
+        data = f"{features} {result.url} --join" if features else result.url
+    else:
+        joined = call.settings("extract").shard.images == "joined"
+        data = f"{result.url} DATASET_WITH_IMAGES --join" if joined else result.url
+    return f"dtpipe distill {data} --student resnet50 --out runs/first"
 
 
 def _say_before(call: Call, config: ExtractConfig) -> None:
@@ -110,21 +136,21 @@ def _save_png(call: Call, folder: str | None, url: str) -> None:
         call.console.note(f"wrote {count_of(save_images(url, folder), 'image')} to {folder}")
 
 
-def _extract_labels(call: Call, fresh: bool) -> None:
-    """Soft labels of features that are stored, are made first and kept, or are made and not kept."""
-    from dtpipe.extract.run import run_work
+def _request(call: Call) -> LabelRequest:
+    """What to make soft labels of, said and checked."""
     from dtpipe.pipeline.soft_labels.request import request_of
 
     request = request_of(call.document, call.names)
     if request.live is not None:
         _say_before(call, request.live)
-    if call.dry_run:
-        from dtpipe.pipeline.plan.extraction import print_extraction
+    return request
 
-        plan = request.plan()
-        print_extraction(call.console, plan)
-        call.console.document(plan)
-        return
+
+def _extract_labels(call: Call, fresh: bool) -> ExtractResult:
+    """Soft labels of features that are stored, are made first and kept, or are made and not kept."""
+    from dtpipe.extract.run import run_work
+
+    request = _request(call)
     if request.features_first is not None:
         features = _extract(call, request.features_first, fresh)
         call.console.note(f"features are in {features.url}")
@@ -132,12 +158,7 @@ def _extract_labels(call: Call, fresh: bool) -> None:
         progress = ProgressText(call.console, line)
         result = run_work(request.run, request.resolve, request.record, progress, fresh, command_line())
     _save_png(call, request.run.save_png, result.url)
-    beside = f"{request.features} " if request.features else ""
-    _print_result(
-        call.console,
-        result,
-        f"dtpipe distill {beside}{result.url} {'--join ' if beside else ''}--student resnet50 --out runs/first",
-    )
+    return result
 
 
 class ProgressText:
