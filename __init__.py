@@ -22,10 +22,10 @@ from dtpipe import extract as _extract
 if TYPE_CHECKING:
     from dtpipe.manifests.errors import DtpipeError as DtpipeError
     from dtpipe.pipeline.library.dataset import Dataset as Dataset
-    from dtpipe.pipeline.library.dataset import Sample as Sample
+    from dtpipe.pipeline.library.dataset import FeatureSample as Sample
     from dtpipe.pipeline.library.dataset import open_dataset as open
     from dtpipe.pipeline.library.stages import distill as distill
-    from dtpipe.pipeline.library.stages import evaluate as evaluate
+    from dtpipe.pipeline.library.stages import evaluate_run as evaluate
     from dtpipe.pipeline.library.stages import extract as extract
     from dtpipe.pipeline.library.stages import load_backbone as load_backbone
 
@@ -47,8 +47,8 @@ _STAGES = "dtpipe.pipeline.library.stages"
 _PLACES = {
     "Dataset": "dtpipe.pipeline.library.dataset:Dataset",
     "DtpipeError": "dtpipe.manifests.errors:DtpipeError",
-    "Sample": "dtpipe.pipeline.library.dataset:Sample",
-    "evaluate": f"{_STAGES}:evaluate",
+    "Sample": "dtpipe.pipeline.library.dataset:FeatureSample",
+    "evaluate": f"{_STAGES}:evaluate_run",
     "load_backbone": f"{_STAGES}:load_backbone",
     "open": "dtpipe.pipeline.library.dataset:open_dataset",
 }

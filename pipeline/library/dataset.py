@@ -80,14 +80,14 @@ class Dataset:
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self._position(key) is not None
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[FeatureSample]:
         return (self[idx] for idx in range(len(self)))
 
     @overload
-    def __getitem__(self, which: str | int) -> Sample: ...
+    def __getitem__(self, which: str | int) -> FeatureSample: ...
     @overload
     def __getitem__(self, which: slice | Sequence[int]) -> Dataset: ...
-    def __getitem__(self, which: str | int | slice | Sequence[int]) -> Sample | Dataset:
+    def __getitem__(self, which: str | int | slice | Sequence[int]) -> FeatureSample | Dataset:
         """A sample by key or position; of a slice, or of several positions, a dataset of these.
 
         Raises: InputError for an unknown key or position.
@@ -123,7 +123,7 @@ class Dataset:
         return FeatureSamples(self.source, self._rows, chosen, view, images, transform)
 
     def show(self, key: str | int, view: int = 0) -> Image:
-        """The image and its levels side by side, as a picture that a notebook displays; see `Sample.show`."""
+        """The image and its levels side by side, as a picture that a notebook displays; see `FeatureSample.show`."""
         return self[key].view(view).show()
 
     def __repr__(self) -> str:
@@ -133,9 +133,9 @@ class Dataset:
         where, num = self.source.columns.where, count_of(len(self), "sample")
         return f"Dataset({where}: {num}, {height}x{width} px, {levels}, {views})"
 
-    def _sample(self, row: int) -> Sample:
+    def _sample(self, row: int) -> FeatureSample:
         columns = self.source.columns
-        return Sample(columns.keys[row], columns.labels[row], row, self.source)
+        return FeatureSample(columns.keys[row], columns.labels[row], row, self.source)
 
     def _position(self, key: str) -> int | None:
         row = self.source.columns.find(key)
@@ -161,7 +161,7 @@ class Dataset:
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class FeatureSample:
     """One image with its levels under one view; both are read when they are looked at, once."""
 
     key: str
@@ -185,10 +185,10 @@ class Sample:
         """Decoded features by level. Shapes: each [C, h, w], in the level's dtype. Raises: DamagedDataError."""
         return _Levels(self)
 
-    def view(self, idx: int) -> Sample:
+    def view(self, idx: int) -> FeatureSample:
         """The same sample under another view. Raises: ConfigError when there are fewer."""
         _check_view(self.source, idx)
-        return Sample(self.key, self.label, self.row, self.source, idx)
+        return FeatureSample(self.key, self.label, self.row, self.source, idx)
 
     def show(self) -> Image:
         """The image, and of each level its three directions of most variance as red, green and blue.
@@ -203,7 +203,7 @@ class Sample:
 class _Levels(Mapping[str, NDArray[np.generic]]):
     """Levels of one sample, read when they are asked for."""
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: FeatureSample) -> None:
         self._sample = sample
         self._read: dict[str, NDArray[np.generic]] = {}
 

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from dtpipe.distill.trainer import DistillResult
     from dtpipe.extract.tally import ExtractResult
 
-Place = str | os.PathLike[str]
+PathOrUrl = str | os.PathLike[str]
 Configs = str | Sequence[str]
 _WHOLE = "what is written is whole, and the same call goes on"
 
 
 def extract(
-    images: Place | None = None,
-    teacher: Place | None = None,
-    out: Place | None = None,
+    images: PathOrUrl | None = None,
+    teacher: PathOrUrl | None = None,
+    out: PathOrUrl | None = None,
     *,
     config: Configs = (),
     settings: Mapping[str, Any] | None = None,
@@ -54,9 +54,9 @@ def extract(
 
 
 def distill(
-    datasets: Place | Sequence[Place] = (),
+    datasets: PathOrUrl | Sequence[PathOrUrl] = (),
     student: str | None = None,
-    out: Place | None = None,
+    out: PathOrUrl | None = None,
     *,
     config: Configs = (),
     settings: Mapping[str, Any] | None = None,
@@ -76,10 +76,10 @@ def distill(
         return distill_command.distilled(call, fresh)
 
 
-def evaluate(
-    checkpoint: Place | Sequence[Place],
+def evaluate_run(
+    checkpoint: PathOrUrl | Sequence[PathOrUrl],
     task: str | None = None,
-    images: Place | None = None,
+    images: PathOrUrl | None = None,
     *,
     config: Configs = (),
     settings: Mapping[str, Any] | None = None,
@@ -98,7 +98,7 @@ def evaluate(
         return evaluate_command.scored(call).result
 
 
-def load_backbone(run_or_file: Place, ema: bool = True) -> Student:
+def load_backbone(run_or_file: PathOrUrl, ema: bool = True) -> Student:
     """The trained student of a run folder, a checkpoint or an export: a torch module, on the CPU and in eval mode.
 
     It takes images (B, 3, H, W) in [-1, 1] and gives its levels, finest first, each (B, C, h, w); `strides` and
