@@ -30,6 +30,12 @@ TEACHER, UNTRAINED = "distilled", "untrained"
 SECONDS, OBJECTS = "seconds.json", "digits.json"
 UPRIGHT = ("-s", "eval.tune.augment.flip=0")
 """Mirrored digits are none."""
+GRIDS = {
+    "segment": "0.001,0.003,0.01,0.03",
+    "detect": "0.001,0.003,0.01",
+    "finetune": "0.0003,0.001,0.003,0.01",
+}
+"""Learning rates that each arm chooses from: wide enough that the best is not at an end."""
 PROTOCOL = {
     "question": "Is a backbone distilled from a generative teacher, without labels, better to fine-tune than none?",
     "arms": {
@@ -179,7 +185,7 @@ def table(case: Case, root: Path, args: argparse.Namespace) -> list[str]:
     """The command of one table."""
     arms = {arm: ",".join(str(root / f"{arm}{seed}") for seed in range(args.seeds)) for arm in (TEACHER, UNTRAINED)}
     steps = ["--steps", str(args.steps)] if args.steps else []
-    rates = ["-s", "eval.tune.lr_choice=first_seed", "-s", "eval.tune.folds=2"]
+    rates = ["--lr-grid", GRIDS[case.task], "-s", "eval.tune.lr_choice=first_seed", "-s", "eval.tune.folds=2"]
     labels = [*images_of(case.task, root), "--labelled", case.labels, "--seeds", str(args.seeds)]
     out = ["--out", str(result_file(case, root))]
     arms_given = [f"{TEACHER}={arms[TEACHER]}", case.task, "--compare", f"{UNTRAINED}={arms[UNTRAINED]}"]
