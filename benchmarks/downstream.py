@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commands import OBJECTS, digit_scenes, run, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
-
-from dtpipe.pipeline.demo.scenes import write_scenes
 
 STUDENT, PX = "resnet10t", 64
 TEACHER, UNTRAINED = "distilled", "untrained"
-SECONDS, OBJECTS = "seconds.json", "digits.json"
 UPRIGHT = ("-s", "eval.tune.augment.flip=0")
 """Mirrored digits are none."""
 GRIDS = {
@@ -109,19 +104,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def digits(args: argparse.Namespace, root: Path) -> None:
-    """Scenes to pre-train on, which labels are drawn from too, and held-out ones.
-
-    Masks are of the foreground and objects of one class: few scenes do not teach ten digits to any arm.
-    """
-    for part, num in (("train", args.num_images), ("held_out", args.num_held_out)):
-        folder = root / part
-        if not (folder / OBJECTS).is_file():  # written last
-            write_scenes(folder, num, seed=0, px=PX, part=part)
-            document = json.loads((folder / "instances.json").read_text(encoding="utf-8"))
-            for annotation in document["annotations"]:
-                annotation["category_id"] = 0
-            document["categories"] = [{"id": 0, "name": "digit"}]
-            (folder / OBJECTS).write_text(json.dumps(document), encoding="utf-8")
+    """Digit scenes."""
+    digit_scenes(root, args.num_images, args.num_held_out, PX)
 
 
 def flowers(args: argparse.Namespace, root: Path) -> None:
@@ -208,41 +192,13 @@ def result_file(case: Case, root: Path) -> Path:
     return root / "tables" / f"{case.name}.json"
 
 
-def run(command: Sequence[str], work: Path) -> None:
-    """Run one command of dtpipe, with its output on the terminal, and add to the seconds that it took so far."""
-    line = written(command, work)
-    print(f"\n$ {line}", flush=True)
-    started = time.monotonic()
-    try:
-        subprocess.run([sys.executable, "-m", "dtpipe.pipeline.cli.main", *command], check=True)
-    finally:
-        spent = seconds(work)
-        spent[line] = round(spent.get(line, 0.0) + time.monotonic() - started, 1)
-        (work / SECONDS).write_text(json.dumps(spent, indent=1), encoding="utf-8")
-
-
-def seconds(work: Path) -> dict[str, float]:
-    """What each command took over all calls."""
-    path = work / SECONDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def written(command: Sequence[str], work: Path) -> str:
-    """A command without the folders of this machine."""
-    line = shlex.join(["dtpipe", *command])
-    return line.replace(f"{work}/", "WORK/").replace(f"{REPO}/", "").replace(f"{REPO.parent}/", "../")
-
-
 def report(study: Study, root: Path, args: argparse.Namespace, commands: Sequence[Sequence[str]]) -> None:
     """Write what came out, with all that it takes to make it again."""
     results: dict[str, Any] = {}
     for case in chosen(study, args):
         text = result_file(case, root).read_text(encoding="utf-8").replace(str(args.work), "WORK")
         results[case.name] = json.loads(text)
-    spent = seconds(args.work)
-    lines = [
-        {"command": line, "seconds": spent[line]} for line in (written(command, args.work) for command in commands)
-    ]
+    lines = with_seconds(commands, args.work)
     content = {"data": study.name, "protocol": PROTOCOL, "seeds": args.seeds, "commands": lines, "results": results}
     digests = {study.name: teacher_digest(study.teacher)}
     publish("downstream", content, args.out / f"downstream_{study.name}.json", digests)
