@@ -18,7 +18,7 @@ from common import REPO
 
 from dtpipe.pipeline.demo.scenes import write_scenes
 
-SECONDS, OBJECTS = "seconds.json", "digits.json"
+SECONDS, FINISHED, OBJECTS = "seconds.json", "finished.json", "digits.json"
 Command = list[str]
 
 
@@ -38,6 +38,18 @@ def run(command: Sequence[str], work: Path) -> None:
         spent = seconds(work)
         spent[line] = round(spent.get(line, 0.0) + time.monotonic() - started, 1)
         (work / SECONDS).write_text(json.dumps(spent, indent=1), encoding="utf-8")
+
+
+def run_once(command: Sequence[str], work: Path) -> None:
+    """Run a command that has not finished, or whose --out is gone: one that has would only see that there is nothing
+    left to do.
+    """
+    path, line = work / FINISHED, written(command, work)
+    finished: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if line in finished and Path(command[command.index("--out") + 1]).exists():
+        return
+    run(command, work)
+    path.write_text(json.dumps(sorted({*finished, line}), indent=1), encoding="utf-8")
 
 
 def seconds(work: Path) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """Is it the teacher's training that helps, and do few labels help on top? Features, labels and both, distilled.
 
-    python benchmarks/labels.py                              # all seeds; goes on where it was stopped
-    python benchmarks/labels.py --seeds 2 --draws 1          # a look
+    python benchmarks/labels.py                          # goes on where it was stopped
+    python benchmarks/labels.py --part variants          # after it: what single settings of feature distillation do
+    python benchmarks/labels.py --seeds 2 --draws 2 --label-draws 1 --tuned-draws 1 --num-images 64 --num-held-out 32 \
+        --epochs 1 --steps 4 --pixel-models 1 --max-pixels 512 --num-teachers 0 --rate-seeds 1 --work DIR   # a look
 
 Digit scenes of 64 px, resnet10t, foreground masks. Everything is a command of dtpipe; all are printed and kept in the
-JSON. What was decided beforehand is `PROTOCOL`.
+JSON. What was decided beforehand is `PROTOCOL`. The read-out is scored on cells of 4 px, all else on pixels.
 """
 
 from __future__ import annotations
@@ -13,56 +15,79 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from commands import Command, command_of, digit_scenes, run, with_seconds
+import label_variants
+from commands import Command, command_of, digit_scenes, run_once, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
-from scipy.stats import ttest_1samp
+from contrasts import AP, IOU, SEED_STEP, Question, Scores, answered, compared, means, plain, read_scores
+from label_arms import (
+    BATCH,
+    FEATURE,
+    LABEL,
+    LABELLED,
+    MIX,
+    PER_DRAW,
+    PRIMARY,
+    arm_words,
+    extraction,
+    features_of,
+    frozen,
+    head_of,
+    labels,
+    masks_of,
+    numbers,
+    read_tables,
+    run_of,
+    student,
+    table,
+    tuning,
+)
 
-from dtpipe.distill.downstream.extractors import POSITION, RANDOM_INIT
-from dtpipe.distill.downstream.paired import difference_of, paired_differences
-from dtpipe.distill.downstream.result import FIXED, FOREGROUND_AP, HEAD
+from dtpipe.distill.downstream.extractors import PATCHES, POSITION, RANDOM_INIT
+from dtpipe.pipeline.demo.scenes import write_scenes
 
-FEATURE, LABEL, MIX = "feature", "label", "mix"
 UNTRAINED, MISMATCHED, MASKS = "untrained teacher", "mismatched pairs", "all masks"
-PERMUTED = "masks of other scenes"
-PRIMARY = 20
-"""Labelled scenes of the contrasts, and those that the interpreter learns from."""
-LABELLED = (PRIMARY, 80)
-MAX_PIXELS = 20_000
-"""Of the pixel classifiers that stand beside the interpreter."""
-DRAW_STEP = 100
-"""Seeds of labels of one draw lie this far from those of the next."""
+FROZEN, TUNED = "frozen", "tuned"
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+QUESTIONS = (
+    Question("feature - random, frozen", FEATURE, RANDOM_INIT, FROZEN, "+0.05 to +0.15"),
+    Question(
+        "feature - untrained teacher, frozen", FEATURE, UNTRAINED, FROZEN, "+0.02 to +0.10: the teacher's training"
+    ),
+    Question("label - feature, frozen", LABEL, FEATURE, FROZEN, "0 to +0.05"),
+    Question("mix - label, frozen", MIX, LABEL, FROZEN, "0 to +0.05"),
+    Question("feature - scratch, tuned", FEATURE, RANDOM_INIT, TUNED, "+0.01 to +0.04"),
+)
 PROTOCOL = {
     "arms": {
         FEATURE: "equation (3) on features of the trained teacher",
-        LABEL: f"equation (5) on soft labels of an interpreter that learned from {PRIMARY} masks",
-        MIX: "equation (6), both",
+        LABEL: f"equation (5) on soft labels of an interpreter that learned from {PRIMARY} masks; fine-tuned with its "
+        "decoder, as appendix G.4 does",
+        MIX: "equation (6), both; fine-tuned as label",
         RANDOM_INIT: "no pre-training",
-        "teacher 1, teacher 2": "as feature, with teachers of other training seeds, where --teachers names them",
+        UNTRAINED: "as feature, from the teacher's network with weights as drawn",
+        "teacher 1, teacher 2": "as feature, with teachers of other training seeds",
     },
     "controls": {
-        MASKS: "the student fine-tuned on the masks of all scenes: must be better than random by more than 0.2 IoU",
-        MISMATCHED: "images with the features of other images: must gain at most 0.02",
-        UNTRAINED: "features of the teacher's network with weights as drawn",
-        PERMUTED: f"the read-out learned from masks of other scenes: must give what {POSITION!r} gives",
+        MASKS: "a student that learned the masks of all scenes, by as many steps: must beat random by over 0.2 IoU",
+        MISMATCHED: "images with the features of other images: must gain at most 0.02 IoU on random",
+        "masks of other scenes": f"read-outs that learned them must not beat what {POSITION!r} makes of them by 0.02, "
+        "neither in IoU nor in AP",
     },
     "scores": {
-        "frozen": "held-out foreground IoU of a linear read-out of all levels at one regularisation, and its AP",
-        "tuned": "the same of UPerNet, backbone and head trained for 150 steps at one rate for all arms",
+        FROZEN: "held-out foreground IoU of a linear read-out of all levels at one regularisation, on cells of 4 px",
+        TUNED: "the same, on pixels, of UPerNet, backbone and head trained on the labels",
     },
-    "seeds": "vary weights, order and noise of the pre-training; scores of the draws of labels are averaged in each. "
-    "Contrasts with label and mix take the first draw alone, whose labels are those of the interpreter",
-    "contrasts": {
-        f"{FEATURE} - {RANDOM_INIT}, frozen": "expected +0.05 to +0.15",
-        f"{FEATURE} - {UNTRAINED}, frozen": "expected +0.02 to +0.10: what the teacher's training adds",
-        f"{LABEL} - {FEATURE}, frozen": "expected 0 to +0.05",
-        f"{MIX} - {LABEL}, frozen": "expected 0 to +0.05",
-        f"{FEATURE} - {RANDOM_INIT}, tuned": "expected +0.01 to +0.04: fine-tuned against scratch",
-    },
+    "rates": "distillation: 4e-3, the paper's. Fine-tuning: one for all arms, the best mean of feature and scratch on "
+    "other scenes with labels of their own; scratch's own best stands beside it",
+    "seeds": "vary weights, order and noise of pre-training; in each, scores of several draws of labels are averaged; "
+    "of label and mix each draw has an interpreter and students of its own, and contrasts take the draws of both arms",
+    "contrasts": {question.name: f"expected {question.expected}" for question in QUESTIONS},
+    "primary": f"IoU from {PRIMARY} labelled scenes; {LABELLED[-1]} and AP stand beside it. Interpreters learn from "
+    f"{PRIMARY} everywhere",
     "verdict": "95 % intervals of differences paired by seed; p of Student's t, adjusted by Holm over the contrasts",
 }
 
@@ -70,272 +95,242 @@ PROTOCOL = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and score everything, print and write what came out."""
     args = parse(argv)
-    root = args.work
-    digit_scenes(root, args.num_images, args.num_held_out)
-    permute_masks(root / "train")
-    commands = [*pretraining(args), *tables(args)]
-    for command in commands:
-        run(command, root)
-    scores = {kind: read_scores(kind, args) for kind in ("frozen", "tuned")}
-    content = {
-        "protocol": PROTOCOL,
-        "seeds": args.seeds,
-        "draws": {"frozen": args.draws, "tuned": args.tuned_draws},
-        "contrasts": contrasts(scores),
-        "controls": controls(scores, args),
-        "means": {kind: means(values) for kind, values in scores.items()},
-        "interpreters": [interpreter_scores(root / f"head{seed}") for seed in range(args.seeds)],
-        "scores": {kind: [asdict_of(key, value) for key, value in values.items()] for kind, values in scores.items()},
-        "commands": with_seconds(commands, root),
-    }
-    teachers = {path.name: teacher_digest(path) for path in (args.teacher, *args.teachers)}
-    publish("labels", content, args.out, teachers)
+    write_data(args)
+    if args.part == "variants":
+        return label_variants.report(args)
+    first = [*teachers(args), *pretraining(args), *rate_tables(args)]
+    for command in first:
+        run_once(command, args.work)
+    rates = best_rates(args)
+    second = [*tuned_tables(args, rates), *frozen_tables(args)]
+    for command in second:
+        run_once(command, args.work)
+    publish("labels", results(args, rates, [*first, *second]), args.out / "labels_digits.json", digests(args))
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["main", "variants"], default="main")
     parser.add_argument("--teacher", type=Path, default=REPO / "pipeline" / "demo" / "teacher")
-    parser.add_argument("--teachers", type=Path, nargs="*", default=[], help="the same of other training seeds")
+    parser.add_argument("--num-teachers", type=int, default=2, help="of other training seeds, trained here")
+    parser.add_argument("--teacher-steps", type=int, default=4200, help="of their training")
+    parser.add_argument("--teacher-images", type=int, default=6000)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--draws", type=int, default=5, help="of labels, for the frozen read-out")
-    parser.add_argument("--tuned-draws", type=int, default=2)
+    parser.add_argument("--label-draws", type=int, default=2, help="those with students of label and mix")
+    parser.add_argument("--tuned-draws", type=int, default=2, help="those that are fine-tuned on: at most as many")
+    parser.add_argument("--rate-seeds", type=int, default=2, help="of the tables that choose the rate of fine-tuning")
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--num-held-out", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--long-epochs", type=int, default=60, help="of the variants of noise")
     parser.add_argument("--steps", type=int, default=150, help="of fine-tuning")
-    parser.add_argument("--lr", default="3e-3", help="of fine-tuning, fixed on other scenes")
+    parser.add_argument("--pixel-models", type=int, default=10, help="of the ensemble beside the interpreter")
+    parser.add_argument("--max-pixels", type=int, help="that they learn from; default: all, as published")
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-labels")
-    parser.add_argument("--out", type=Path, default=RESULTS / "labels_digits.json")
-    return parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    args = parser.parse_args(argv)
+    if args.tuned_draws > args.label_draws or args.label_draws > args.draws:
+        parser.error("--tuned-draws is at most --label-draws, and that at most --draws")
+    return args
+
+
+def write_data(args: argparse.Namespace) -> None:
+    """Scenes to pre-train on, held-out ones, a few of those, others to choose rates on, and masks of other scenes."""
+    root, num_other = args.work, max(50, args.num_images // 4)
+    digit_scenes(root, args.num_images, args.num_held_out)
+    for name, num, seed, part in (("few", 8, 0, "held_out"), ("other", num_other, 1, "train")):
+        if not (root / name / "instances.json").is_file():
+            write_scenes(root / name, num, seed=seed, part=part)
+    permute_masks(root / "train")
 
 
 def permute_masks(train: Path) -> None:
     """Beside the masks, the same under the names of other scenes."""
-    out = train / "permuted"
-    if out.exists():
-        return
-    masks = sorted((train / "semantic").rglob("*.png"))
+    out, masks = train / "permuted", sorted((train / "semantic").rglob("*.png"))
     for mask, name in zip(masks, [*masks[1:], masks[0]], strict=True):
         place = out / name.relative_to(train / "semantic")
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(mask.absolute())
+        if not place.is_symlink():
+            place.symlink_to(mask.absolute())
 
 
-# --- pre-training ----------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def teachers(args: argparse.Namespace) -> Iterator[Command]:
+    """As the demo's, of other training seeds."""
+    images = args.work / "teacher_scenes"
+    if args.num_teachers and not (images / "instances.json").is_file():
+        write_scenes(images, args.teacher_images, seed=0)
+    settings = REPO / "pipeline" / "demo" / "teacher" / "train.yaml"
+    for idx in range(1, 1 + args.num_teachers):
+        places = ["--images", images / "images", "--out", other_teacher(args, idx), "--steps", args.teacher_steps]
+        decay = ["-s", f"train_teacher.run.decay_steps={min(700, args.teacher_steps)}"]
+        no_grid = ["-s", "train_teacher.run.num_samples=1", "-s", "train_teacher.run.sample_steps=1"]
+        seed = ["-s", f"train_teacher.seed={idx}"]
+        yield command_of("train-teacher", "-c", settings, *places, *decay, *no_grid, *seed)
+
+
+def other_teacher(args: argparse.Namespace, idx: int) -> Path:
+    """The folder of a teacher of another training seed."""
+    folder: Path = args.work / "teachers" / str(idx)
+    return folder
 
 
 def pretraining(args: argparse.Namespace) -> Iterator[Command]:
     """Features, interpreters, soft labels and students, seed by seed."""
     for seed in range(args.seeds):
-        yield from features(seed, args)
-        yield from labels(seed, args)
-        yield from students(seed, args)
-    yield all_masks(args)
+        yield extraction(args, "teacher", seed)
+        yield extraction(args, "untrained", seed, "--untrained", seed)
+        yield student(args, FEATURE, seed, features_of(args, "teacher", seed))
+        yield student(args, UNTRAINED, seed, features_of(args, "untrained", seed))
+        yield student(args, MISMATCHED, seed, features_of(args, "teacher", seed), "--mismatch", seed)
+        for idx in range(1, 1 + args.num_teachers):
+            yield extraction(args, f"teacher{idx}", seed, teacher=other_teacher(args, idx))
+            yield student(args, f"teacher {idx}", seed, features_of(args, f"teacher{idx}", seed))
+        for draw in range(args.label_draws):
+            yield from labels(args, seed, draw)
 
 
-def features(seed: int, args: argparse.Namespace) -> Iterator[Command]:
-    """Of the teacher, of its network untrained, and of other teachers."""
-    teachers = {"teacher": (args.teacher, []), "untrained": (args.teacher, ["--untrained", seed])}
-    teachers |= {f"teacher{idx}": (path, []) for idx, path in enumerate(args.teachers, 1)}
-    for name, (path, extra) in teachers.items():
-        out, images = args.work / "features" / f"{name}{seed}", args.work / "train" / "images"
-        noise = ["-s", f"extract.noise.seed={seed}", "-s", "extract.noise.timesteps=[50]"]
-        places = ["--images", images, "--teacher", path, "--out", out]
-        yield command_of("extract", "-c", "digits", *places, *noise, *extra, "--inline")
+def rate_tables(args: argparse.Namespace) -> Iterator[Command]:
+    """Feature and scratch at each rate, on other scenes."""
+    scenes = args.work / "other"
+    places = ["--images", scenes / "images", "--masks", scenes / "semantic", "--foreground", "--test-share", 0.6]
+    for lr in RATES:
+        labelled = ["--labelled", numbers(args.num_images // 10), "--seeds", args.rate_seeds]
+        out = ["--out", table(args, "rate", f"{lr:g}")]
+        runs = arm_words({FEATURE: [run_of(args, FEATURE, 0)]})
+        yield command_of("eval", *runs, "segment", *places, *labelled, *tuning(args, lr), *out)
 
 
-def labels(seed: int, args: argparse.Namespace) -> Iterator[Command]:
-    """An interpreter on the scenes that seed's first draw labels, and its soft labels of all scenes."""
-    source, head = args.work / "features" / f"teacher{seed}", args.work / f"head{seed}"
-    drawn = ["--labelled", PRIMARY, "--seed", seed, "--flip", "never", "--out", head]
-    yield command_of("interpret", source, *labelled(args), *drawn, "-s", f"interpret.rivals.max_pixels={MAX_PIXELS}")
-    out = args.work / "features" / f"labels{seed}"
-    yield command_of("extract", "--interpreter", head, "--from", source, "--out", out, "--inline")
-
-
-def students(seed: int, args: argparse.Namespace) -> Iterator[Command]:
-    """One of each arm."""
-    folder = args.work / "features"
-    only_labels = ["mse_weight=0", "at_weight=0"]
-    joined = [folder / f"teacher{seed}", folder / f"labels{seed}", "--join"]
-    arms: dict[str, list[Any]] = {
-        FEATURE: [folder / f"teacher{seed}"],
-        LABEL: [*joined, "-s", "distill.labels.weight=1", *(f"-sdistill.loss.{setting}" for setting in only_labels)],
-        MIX: joined,
-        UNTRAINED: [folder / f"untrained{seed}"],
-        MISMATCHED: [folder / f"teacher{seed}", "--mismatch", seed],
+def best_rates(args: argparse.Namespace) -> dict[str, Any]:
+    """The rate of all arms, scratch's own, and what each scored on the other scenes."""
+    tried = {lr: read_scores([table(args, "rate", f"{lr:g}")]) for lr in RATES}
+    scored = {
+        arm: {lr: statistics.fmean(line["mean"] for line in means(scores) if (line["arm"], line["score"]) == (arm, IOU))
+              for lr, scores in tried.items()}
+        for arm in (FEATURE, RANDOM_INIT)
+    }  # fmt: skip
+    both = {lr: sum(values[lr] for values in scored.values()) for lr in RATES}
+    return {"all": max(both, key=both.__getitem__), "scratch": max(RATES, key=scored[RANDOM_INIT].__getitem__)} | {
+        "tried": {arm: {f"{lr:g}": value for lr, value in values.items()} for arm, values in scored.items()}
     }
-    arms |= {f"teacher {idx}": [folder / f"teacher{idx}{seed}"] for idx in range(1, 1 + len(args.teachers))}
-    for name, words in arms.items():
-        out = ["--seed", seed, "--epochs", args.epochs, "--out", run_of(name, seed, args)]
-        yield command_of("distill", *words, "-c", "digits", *out)
-
-
-def all_masks(args: argparse.Namespace) -> Command:
-    """The control that must win: the student from scratch on every mask, which is the random arm of this table."""
-    out = args.work / "tables" / "all_masks.json"
-    runs = arm_words({FEATURE: 0}, args)
-    return command_of("eval", *runs, "segment", *labelled(args), *tuned(args), "--labelled", "all", "--out", out)
-
-
-def run_of(name: str, seed: int, args: argparse.Namespace) -> Path:
-    """The folder of an arm's student."""
-    if name == MASKS:
-        return args.work / "tables" / "all_masks" / f"random-initialisation-{args.num_images}-{seed}"
-    return args.work / name.replace(" ", "_") / str(seed)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def tables(args: argparse.Namespace) -> Iterator[Command]:
-    """Frozen and tuned, one command for each draw of labels, and the read-out of masks of other scenes."""
-    names = [
-        FEATURE,
-        LABEL,
-        MIX,
-        UNTRAINED,
-        MISMATCHED,
-        *(f"teacher {idx}" for idx in range(1, 1 + len(args.teachers))),
-    ]
-    counts = ",".join(map(str, LABELLED))
-    for kind, num_draws in (("frozen", args.draws), ("tuned", args.tuned_draws)):
-        for draw in range(num_draws):
-            out = ["--labelled", counts, "-s", f"eval.seed={DRAW_STEP * draw}", "--out", table_file(kind, draw, args)]
-            arms = arm_words(dict.fromkeys([*names, MASKS] if kind == "frozen" else names, 0), args)
-            task = ["readout"] if kind == "frozen" else ["segment", *tuned(args)]
-            yield command_of("eval", *arms[:1], *task, *arms[1:], *labelled(args), *out)
-    out = ["--labelled", PRIMARY, "--out", table_file("permuted", 0, args)]
-    yield command_of("eval", *arm_words({FEATURE: 0}, args), "readout", *labelled(args, "permuted"), *out)
+def tuned_tables(args: argparse.Namespace, rates: dict[str, Any]) -> Iterator[Command]:
+    """Every arm fine-tuned at one rate; scratch at its own, where that is another; one student on all masks."""
+    draws = range(args.tuned_draws)
+    for seed in range(args.seeds):
+        arms = {name: [run_of(args, name, seed)] for name in (FEATURE, UNTRAINED)}
+        arms |= {name: [run_of(args, name, seed, draw) for draw in draws] for name in PER_DRAW}
+        yield tuned(args, seed, arms, rates["all"], TUNED)
+        if rates["scratch"] != rates["all"]:
+            yield tuned(args, seed, {FEATURE: arms[FEATURE]}, rates["scratch"], "scratch")
+    steps = args.epochs * -(-args.num_images // BATCH)
+    words = [*masks_of(args), *tuning(args, rates["all"], steps, BATCH), "--labelled", "all", "--seeds", 1]
+    yield command_of("eval", run_of(args, FEATURE, 0), "segment", *words, "--out", table(args, "all_masks", 0))
 
 
-def arm_words(names: Mapping[str, int], args: argparse.Namespace) -> list[str]:
-    """The first arm, then `--compare` of the others; each with a run for every seed."""
-    written = [f"{name}=" + ",".join(str(run_of(name, seed, args)) for seed in range(args.seeds)) for name in names]
-    return [written[0], *(word for arm in written[1:] for word in ("--compare", arm))]
+def tuned(
+    args: argparse.Namespace, seed: int, arms: dict[str, list[Path]], lr: float, kind: str
+) -> Command:  # fmt: skip
+    """Arms of one seed, fine-tuned."""
+    drawn = ["--labelled", numbers(args.num_images), "--seeds", args.tuned_draws, "-s", f"eval.seed={SEED_STEP * seed}"]
+    first, *others = arm_words(arms)
+    words = [*masks_of(args), *drawn, *tuning(args, lr), "--out", table(args, kind, seed)]
+    return command_of("eval", first, "segment", *others, *words)
 
 
-def labelled(args: argparse.Namespace, masks: str = "semantic") -> list[str]:
-    """Where labels are drawn from, and the held-out ones."""
-    train, test = args.work / "train", args.work / "held_out"
-    places = {"images": train / "images", "masks": train / masks}
-    places |= {"test-images": test / "images", "test-masks": test / "semantic"}
-    return [*(str(word) for name, place in places.items() for word in (f"--{name}", place)), "--foreground"]
+def frozen_tables(args: argparse.Namespace) -> Iterator[Command]:
+    """Read-outs of every arm, seed by seed; of the digits themselves from one draw; of masks of other scenes."""
+    all_masks = args.work / "tables" / "all_masks" / "0" / f"random-initialisation-{args.num_images}-0"
+    names = [FEATURE, UNTRAINED, MISMATCHED, *(f"teacher {idx}" for idx in range(1, 1 + args.num_teachers))]
+    for seed in range(args.seeds):
+        arms = {name: [run_of(args, name, seed)] for name in names} | {MASKS: [all_masks]}
+        of_labels = {name: [run_of(args, name, seed, draw) for draw in range(args.label_draws)] for name in PER_DRAW}
+        yield frozen(args, seed, {**arms, **of_labels} if args.label_draws == args.draws else arms,
+                     table(args, FROZEN, seed), args.draws)  # fmt: skip
+        if args.label_draws < args.draws:
+            yield frozen(args, seed, of_labels, table(args, FROZEN, f"{seed}-labels"), args.label_draws)
+        yield frozen(args, seed, arms, table(args, "digits", seed), 1, foreground=False)
+    feature = {FEATURE: [run_of(args, FEATURE, 0)]}
+    yield frozen(args, 0, feature, table(args, "permuted", 0), args.draws, masks="permuted")
 
 
-def tuned(args: argparse.Namespace) -> list[str]:
-    """How backbone and head are trained: at one rate, without flips, since mirrored digits are none."""
-    settings = ["eval.tune.lr_grid=[]", f"eval.tune.lr={args.lr}", f"eval.tune.steps={args.steps}"]
-    settings += ["eval.tune.augment.flip=0"]
-    return ["-c", "segment_small", *(word for setting in settings for word in ("-s", setting))]
-
-
-def table_file(kind: str, draw: int, args: argparse.Namespace) -> Path:
-    """Where a table is written as JSON."""
-    return args.work / "tables" / f"{kind}{draw}.json"
-
-
-Scores = dict[tuple[str, int, int, str], list[float]]
-"""(arm, number of labelled scenes, seed, score) to the values of the draws, the first one first."""
-
-
-def read_scores(kind: str, args: argparse.Namespace) -> Scores:
-    """The headline's scores of all draws."""
-    scores: Scores = {}
-    for draw in range(args.draws if kind == "frozen" else args.tuned_draws):
-        document = json.loads(table_file(kind, draw, args).read_text())
-        for score in document["scores"]:
-            if score["level"] in (FIXED, HEAD):
-                key = (score["extractor"], score["num_labelled"], score["seed"] - DRAW_STEP * draw)
-                scores.setdefault((*key, "iou"), []).append(score["value"])
-                scores.setdefault((*key, "ap"), []).append(score["others"].get(FOREGROUND_AP, float("nan")))
-    return scores
-
-
-def by_seed(scores: Scores, arm: str, num: int, first_draw: bool = False, name: str = "iou") -> dict[int, float]:
-    """An arm's score of each seed: the mean of its draws, or the first."""
+def results(args: argparse.Namespace, rates: dict[str, Any], commands: Iterable[Command]) -> dict[str, Any]:
+    """What came out: the contrasts first."""
+    scores = {kind: read_tables(args, kind) for kind in (FROZEN, TUNED)}
+    beside = [(num, score) for num in LABELLED for score in (IOU, AP) if (num, score) != (PRIMARY, IOU)]
+    scratch = read_tables(args, "scratch") or scores[TUNED]
+    draws = {FROZEN: args.draws, "of label and mix": args.label_draws, TUNED: args.tuned_draws}
     return {
-        seed: values[0] if first_draw else statistics.fmean(values)
-        for (own, count, seed, score), values in scores.items()
-        if (own, count, score) == (arm, num, name)
+        "protocol": PROTOCOL,
+        "seeds": args.seeds,
+        "draws": draws,
+        "rates": rates,
+        "contrasts": answered(QUESTIONS, scores, PRIMARY, IOU),
+        "beside": [line for num, score in beside for line in answered(QUESTIONS, scores, num, score)],
+        "feature - scratch at its own rate": [
+            {"labelled": num, **compared(scores[TUNED], FEATURE, RANDOM_INIT, num, IOU, scratch)} for num in LABELLED
+        ],
+        "teachers": [
+            {"contrast": f"teacher {idx} - {FEATURE}", **compared(scores[FROZEN], f"teacher {idx}", FEATURE, PRIMARY)}
+            for idx in range(1, 1 + args.num_teachers)
+        ],
+        "controls": controls(scores[FROZEN], read_tables(args, "permuted")),
+        "references": references(args, scratch),
+        "means": {kind: means(values) for kind, values in (*scores.items(), ("digits", read_tables(args, "digits")))},
+        "scores": {kind: plain(values) for kind, values in scores.items()},
+        "commands": with_seconds(commands, args.work),
     }
 
 
-def contrasts(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
-    """What the protocol asks, in its order, with p adjusted by Holm; then the same of AP and of more labels."""
-    asked = [contrast(name, scores, PRIMARY, "iou") for name in PROTOCOL["contrasts"]]
-    ranked = sorted(range(len(asked)), key=lambda idx: asked[idx]["p"])
-    largest = 0.0
-    for rank, idx in enumerate(ranked):
-        largest = max(largest, min(1.0, (len(asked) - rank) * asked[idx]["p"]))
-        asked[idx]["p_holm"] = largest
-    more = [(num, score) for num in LABELLED for score in ("iou", "ap") if (num, score) != (PRIMARY, "iou")]
-    return asked + [contrast(name, scores, num, score) for num, score in more for name in PROTOCOL["contrasts"]]
-
-
-def contrast(name: str, scores: Mapping[str, Scores], num: int, score: str) -> dict[str, Any]:
-    """One difference, paired by seed."""
-    arms, _, kind = name.partition(", ")
-    first, second = arms.split(" - ")
-    with_labels = {first, second} & {LABEL, MIX} != set()
-    one, other = (by_seed(scores[kind], arm, num, with_labels, score) for arm in (first, second))
-    difference = difference_of(first, second, num, one, other)
-    values = paired_differences(one, other)
-    p = float(ttest_1samp(values, 0).pvalue) if len(values) > 1 else 1.0
-    return {"contrast": name, "score": score, "expected": PROTOCOL["contrasts"][name], "p": p} | (
-        asdict(difference) if difference else {}
-    )
-
-
-def controls(scores: Mapping[str, Scores], args: argparse.Namespace) -> dict[str, Any]:
-    """Whether the protocol can see."""
-    frozen = scores["frozen"]
-    base = by_seed(frozen, RANDOM_INIT, PRIMARY)
-    gains = {
-        arm: difference_of(arm, RANDOM_INIT, PRIMARY, by_seed(frozen, arm, PRIMARY), base)
-        for arm in (MASKS, MISMATCHED)
-    }
-    document = json.loads(table_file("permuted", 0, args).read_text())
-    permuted = {
-        arm: statistics.fmean(s["value"] for s in document["scores"] if (s["extractor"], s["level"]) == (arm, FIXED))
-        for arm in (FEATURE, POSITION)
-    }
+def controls(scores: Scores, permuted: Scores) -> dict[str, Any]:
+    """Whether the protocol can see. Each says what was found, and whether it holds."""
+    gains = {arm: compared(scores, arm, RANDOM_INIT, PRIMARY) for arm in (MASKS, MISMATCHED)}
+    beyond = {score: compared(permuted, FEATURE, POSITION, PRIMARY, score)["mean"] for score in (IOU, AP)}
+    values = {
+        f"{arm}, {score}": line for arm in (FEATURE, POSITION, PATCHES) for line in means(permuted)
+        for score in (line["score"],) if (line["arm"], line["labelled"]) == (arm, PRIMARY)
+    }  # fmt: skip
     return {
-        MASKS: {"gain": asdict_or_none(gains[MASKS]), "holds": gains[MASKS] is not None and gains[MASKS].mean > 0.2},
-        MISMATCHED: {
-            "gain": asdict_or_none(gains[MISMATCHED]),
-            "holds": gains[MISMATCHED] is not None and gains[MISMATCHED].mean <= 0.02,
+        MASKS: {"gain": gains[MASKS], "holds": gains[MASKS]["mean"] > 0.2},
+        MISMATCHED: {"gain": gains[MISMATCHED], "holds": gains[MISMATCHED]["mean"] <= 0.02},
+        "masks of other scenes": {
+            "values": {name: line["mean"] for name, line in values.items()},
+            "holds": all(value is not None and value <= 0.02 for value in beyond.values()),
         },
-        PERMUTED: permuted,
     }
 
 
-def interpreter_scores(head: Path) -> Any:
-    """Of the interpreter and its rivals, on held-out scenes."""
-    return json.loads((head / "interpreter.json").read_text())["scores"]
+def references(args: argparse.Namespace, scratch: Scores) -> dict[str, Any]:
+    """Interpreters and their rivals, foreground IoU on pixels and AP; scratch at its own best rate.
+
+    Teacher, patches and position stand in the frozen tables.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(args.seeds):
+        document = json.loads((head_of(args, seed, 0) / "interpreter.json").read_text(encoding="utf-8"))
+        for arm, record in document["scores"].items():
+            _, foreground = record["by_class"].values()
+            found.setdefault(arm, []).append({IOU: foreground, **record["others"]})
+    mean = {
+        arm: {name: statistics.fmean(line[name] for line in of_arm) for name in of_arm[0]}
+        for arm, of_arm in found.items()
+    }
+    return {**mean, "scratch": [line for line in means(scratch) if line["arm"] == RANDOM_INIT]}
 
 
-def means(scores: Scores) -> dict[str, dict[str, float]]:
-    """Mean over seeds and draws, and the deviation over seeds, by arm, labels and score."""
-    found: dict[str, dict[str, float]] = {}
-    for arm, num, score in dict.fromkeys((arm, num, score) for arm, num, _, score in scores):
-        values = list(by_seed(scores, arm, num, name=score).values())
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        found[f"{arm}, {num} labelled, {score}"] = {"mean": statistics.fmean(values), "std": std, "n": len(values)}
-    return found
-
-
-def asdict_or_none(difference: Any) -> dict[str, Any] | None:
-    """A record as plain values."""
-    return None if difference is None else asdict(difference)
-
-
-def asdict_of(key: tuple[str, int, int, str], values: Sequence[float]) -> dict[str, Any]:
-    """One line of all scores."""
-    arm, num, seed, score = key
-    return {"arm": arm, "labelled": num, "seed": seed, "score": score, "draws": list(values)}
+def digests(args: argparse.Namespace) -> dict[str, str]:
+    """Of all teachers that took part."""
+    others = {f"teacher {idx}": teacher_digest(other_teacher(args, idx)) for idx in range(1, 1 + args.num_teachers)}
+    return {"demo": teacher_digest(args.teacher), **others}
 
 
 if __name__ == "__main__":

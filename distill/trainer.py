@@ -86,9 +86,7 @@ def train(
             teacher = data.teacher(opened.source, device)
         ranks.first(run_settings(config, opened, fresh).refuse_other)
         regressed = choose_targets(config, opened).feature_names
-        statistics = (
-            ranks.first(lambda: run_statistics(config, opened, regressed, device, teacher)) if regressed else {}
-        )
+        statistics = ranks.first(lambda: run_statistics(config, opened, regressed, device, teacher))
         with seeded(config.seed, device):
             with phase("building the student"):
                 trainer = Distillation(config, opened, device, teacher, ranks, statistics)

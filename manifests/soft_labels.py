@@ -83,9 +83,10 @@ def label_views(
 
     One by one, each keeps its draw, timestep and flip. Together are those of one draw and flip, in the order of the
     `timesteps` that the interpreter was trained on, else in their own; their timestep is none.
-    Raises: ConfigError when a draw and flip have more or fewer of them.
+    Raises: ConfigError when a draw and flip have more or fewer of them, or a single one is of another timestep.
     """
     if num_together == 1:
+        _refuse_other_timesteps(views, timesteps)
         return tuple(LabelView(view, (idx,)) for idx, view in enumerate(views))
     groups: dict[tuple[int, bool], list[int]] = {}
     for idx, view in enumerate(views):
@@ -104,6 +105,20 @@ def label_views(
             )
         together.append(LabelView(ViewSpec(draw=draw, flip=flip), reads))
     return tuple(together)
+
+
+def _refuse_other_timesteps(views: Sequence[ViewSpec], timesteps: Sequence[int | None] | None) -> None:
+    others = dict.fromkeys(view.timestep for view in views if timesteps is not None and view.timestep not in timesteps)
+    if others:
+        raise ConfigError(
+            f"the interpreter was trained on features of timestep {_names(timesteps or ())}, and there are views of "
+            f"{_names(tuple(others))}, of which it learned nothing; give it features of its own timesteps "
+            "alone, or train another on these (`dtpipe interpret`)"
+        )
+
+
+def _names(timesteps: Sequence[int | None]) -> str:
+    return ", ".join("none" if timestep is None else str(timestep) for timestep in timesteps)
 
 
 def label_view_of(view: ViewSpec, labels: Sequence[ViewSpec]) -> int | None:

@@ -1,15 +1,17 @@
 """A rival of the interpreter: ddpm-segmentation's ensemble of pixel classifiers, which table 5 compares with.
 
 Small networks on the features of single pixels, all levels brought to the image's size; each pixel gets the class that
-most of them say.
+most of them say. As published, an epoch's last batch may be smaller; there a batch of one pixel, of which batch norm
+has no variance, ends in an error, and here it is left out.
 
 Source: yandex-research/ddpm-segmentation, src/pixel_classifier.py and train_interpreter.py; DatasetGAN.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ _INIT_STD = 0.02
 _MANY_CLASSES = 30  # from here on the networks are wider
 _PATIENCE_FROM_EPOCH, _PATIENCE = 3, 50  # after that epoch, so many steps without a lower loss end the training
 _AT_ONCE_PX = 8192
+_TIMED_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,26 @@ def fit_ensemble(config: RivalsConfig, train: LabelledFeatures, seed: int, devic
         return MaskPrediction(torch.cat(votes).view(size).cpu().numpy(), foreground)
 
     return predict
+
+
+def ensemble_seconds(
+    config: RivalsConfig, train: LabelledFeatures, seed: int, device: torch.device
+) -> tuple[float, float]:
+    """The least and the most that `fit_ensemble` would take, from some steps on the pixels of two images: its networks
+    stop between the first steps past the fourth epoch and the last epoch.
+
+    Raises: as `fit_ensemble`.
+    """
+    few = replace(train, labelled=train.labelled.subset(range(min(2, len(train)))))
+    data = _labelled_pixels(config.model_copy(update={"max_pixels": _TIMED_STEPS * BATCH_PX}), few, seed, device)
+    started = time.perf_counter()
+    fit_pixels(data, len(train.labelled.classes), 1, seed)
+    step_s = (time.perf_counter() - started) / -(-len(data.targets) // BATCH_PX)
+    num = sum(int((train.target(row) != IGNORE).sum()) for row in range(len(train)))
+    per_epoch = -(-min(num, config.max_pixels or num) // BATCH_PX)
+    most = config.pixel_epochs * per_epoch
+    least = min(most, (_PATIENCE_FROM_EPOCH + 1) * per_epoch + 2 + _PATIENCE)
+    return config.pixel_models * least * step_s, config.pixel_models * most * step_s
 
 
 def fit_pixels(data: LabelledPixels, num_classes: int, num_epochs: int, seed: int) -> nn.Module:

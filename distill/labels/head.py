@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from dtpipe.distill.labels.files import LoadedInterpreter, load_interpreter
 from dtpipe.distill.labels.interpreter import FeatureInterpreter, InterpreterSpec, views_in_channels
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.codecs.topk import TOPK
+from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, StoredDtype
 from dtpipe.manifests.soft_labels import LabelView, label_views, soft_label_name
@@ -49,14 +51,19 @@ class OpenHead:
             )
             for view in self.views
         ]
-        cells = (self.level.height, self.level.width)
-        shrunk = [values if values.shape[-2:] == cells else F.adaptive_avg_pool2d(values, cells) for values in logits]
+        shrunk = [at_cells(values, self.level) for values in logits]
         return {self.level.name: torch.stack(shrunk, dim=1)[:num_rows]}
 
     def _padded(self, values: Tensor) -> Tensor:
         values = values.to(self.device, torch.float32).contiguous()  # other layouts round otherwise
         missing = self.batch_size - len(values)
         return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing > 0 else values
+
+
+def at_cells(logits: Tensor, level: LevelSpec) -> Tensor:
+    """Logits averaged down to the cells of a level of soft labels. Shapes: (B, K, H, W) -> (B, K, h, w)."""
+    cells = (level.height, level.width)
+    return logits if logits.shape[-2:] == cells else F.adaptive_avg_pool2d(logits, cells)
 
 
 def open_head(interpreter: str, recipe: Recipe, features: Recipe, device: str) -> OpenHead:
@@ -73,6 +80,30 @@ def open_head(interpreter: str, recipe: Recipe, features: Recipe, device: str) -
     views = views_of(loaded, features)
     (level,) = recipe.levels
     return OpenHead(loaded.network, level, views, device, recipe.compute.batch_size)
+
+
+def features_record(features: Recipe, names: Sequence[str]) -> dict[str, Any]:
+    """What an interpreter says of the features of some levels that it was trained on: all that a teacher's depend on,
+    but for noise and codecs.
+    """
+    taps = {level.name: level.tap for level in features.levels if level.name in names}
+    made = features.model_dump(mode="json", include={"teacher", "transform"})
+    return {**made, "taps": taps}
+
+
+def refuse_other_features(loaded: LoadedInterpreter, features: Recipe, where: str) -> None:
+    """See that features are of the teacher, the taps and the image size that an interpreter was trained on, as far as
+    it says them.
+
+    Raises: TeacherError naming what differs.
+    """
+    own = features_record(features, [level.name for level in loaded.network.spec.levels])
+    said = {name: loaded.record[name] for name in own if isinstance(loaded.record.get(name), Mapping)}
+    if changes := differences(said, {name: own[name] for name in said}):
+        raise TeacherError(
+            f"the interpreter was trained on other features than {where} has ({listed(changes)}); give it features "
+            "that are made as those were, or train another (`dtpipe interpret`)"
+        )
 
 
 def views_of(loaded: LoadedInterpreter, features: Recipe) -> tuple[LabelView, ...]:

@@ -20,6 +20,7 @@ from dtpipe.distill.labels.arms import ArmPrediction, Predict, class_prediction,
 from dtpipe.distill.labels.config import RivalsConfig
 from dtpipe.distill.labels.data import LabelledFeatures
 from dtpipe.distill.student.blocks import resize
+from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Class
 from dtpipe.manifests.phases import phase
 
@@ -39,7 +40,10 @@ class _Cells:
 
 
 def fit_linear(config: RivalsConfig, train: LabelledFeatures, seed: int, device: torch.device) -> Predict:
-    """Fit it on the first reading of each image, unflipped; two folds of the images choose its regularisation."""
+    """Fit it on the first reading of each image, unflipped; two folds of the images choose its regularisation.
+
+    Raises: ConfigError where no cell of the masks counts.
+    """
     num = len(train.labelled.classes)
     with phase(f"fitting the {LINEAR}"):
         cells = _draw_cells(config, train, seed, device)
@@ -70,7 +74,7 @@ def _pooled(levels: Mapping[str, Tensor]) -> Tensor:
 
 
 def _draw_cells(config: RivalsConfig, train: LabelledFeatures, seed: int, device: torch.device) -> _Cells:
-    """Up to `max_cells`, as many random ones of every image; ignored ones are dropped."""
+    """Up to `max_cells` that count, as many random ones of every image. Raises: ConfigError where none does."""
     quota, generator = max(1, config.max_cells // len(train)), torch.Generator().manual_seed(seed)
     features, targets, images = [], [], []
     for row in range(len(train)):
@@ -82,11 +86,16 @@ def _draw_cells(config: RivalsConfig, train: LabelledFeatures, seed: int, device
             joined = _joined(levels)
             own_truth = majority(truth, joined.shape[-2:], len(train.labelled.classes)).flatten()
             own = joined[0].flatten(1).T
-        cells = torch.randperm(len(own_truth), generator=generator)[:quota]
-        cells = cells[own_truth[cells] != IGNORE]
+        known = torch.nonzero(own_truth != IGNORE)[:, 0]
+        cells = known[torch.randperm(len(known), generator=generator)[:quota]]
         features.append(own[cells].to(device))
         targets.append(own_truth[cells].to(device))
         images.append(torch.full((len(cells),), row, device=device))
+    if not any(map(len, targets)):
+        raise ConfigError(
+            "every cell of the labelled masks is mostly ignored, so the linear read-out has nothing to learn from; "
+            "give other masks, or leave it out with -s interpret.rivals.linear=false"
+        )
     return _Cells(torch.cat(features), torch.cat(targets), torch.cat(images))
 
 

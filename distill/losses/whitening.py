@@ -1,7 +1,7 @@
 """W of equation (1), the teacher's level as the student regresses it, and what a dataset says of its channels.
 
 Whitening is of each sample alone, or of the dataset: each channel by its own mean and variance. One rule: statistics
-are exact sums in float64 that merge, so that they do not depend on how the samples were cut.
+are float64 and merge, so that how the samples were cut changes their last bits alone.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
 from dtpipe.manifests.differences import differences, listed
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.same_images import refuse_other_images
 from dtpipe.manifests.read.source import Columns, FeatureSource, Integers, read_images
 from dtpipe.manifests.read.texts import one_after_another
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe, ViewSpec
@@ -50,6 +51,7 @@ class JoinedDataset:
         _refuse_differences(parts, ("transform", "student_px"))
         _refuse_other_keys(parts)
         _refuse_other_makers(parts)
+        refuse_other_images(parts)
         self.parts, first = tuple(parts), parts[0]
         self._part_rows = [
             np.array([part.columns.row_of(key) for key in first.columns.keys], np.int64) for part in parts
@@ -273,15 +275,6 @@ def _refuse_other_makers(parts: Sequence[FeatureDataset]) -> None:
             raise ConfigError(
                 f"{other.url} and {part.url} hold images of two generators, or of two noise seeds, under the same "
                 "keys; join only what was made of the same images"
-            )
-    digests = {part.manifest.digest for part, _ in makers if part.manifest is not None}
-    for part in made:
-        labels = soft_labels_of(part.recipe)
-        if labels is not None and labels.features.get("dataset", "") not in {"", *digests} and digests:
-            raise ConfigError(
-                f"{part.url} holds soft labels of other features than those it is joined with, whose images may be "
-                f"others under the same keys; make labels of these (dtpipe extract --interpreter .. --from "
-                f"{makers[0][0].url})"
             )
 
 

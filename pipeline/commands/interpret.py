@@ -10,7 +10,8 @@ from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
     from dtpipe.distill.engine.progress import TrainProgress
-    from dtpipe.pipeline.interpret.run import InterpretPlan, InterpretResult
+    from dtpipe.pipeline.interpret.plan import InterpretPlan
+    from dtpipe.pipeline.interpret.run import InterpretResult
 
 FLAGS = (
     Flag("features", "interpret.features", "FEATURES"),
@@ -55,7 +56,7 @@ def command(call: Call) -> None:
     """
     config = call.settings("interpret")
     if call.dry_run:
-        from dtpipe.pipeline.interpret.run import plan_interpreter
+        from dtpipe.pipeline.interpret.plan import plan_interpreter
 
         plan = plan_interpreter(config, call.console.note)
         _print_plan(call, plan)
@@ -78,9 +79,18 @@ def _print_plan(call: Call, plan: InterpretPlan) -> None:
             "reads": f"{', '.join(plan.levels)}, {count_of(plan.num_views, 'view')} at once",
             "mirrored": "yes" if plan.flips else "no",
             "parameters": f"{plan.num_parameters:,}",
-            "steps": plan.num_steps,
+            "training": f"about {format_seconds(plan.train_s)} for {count_of(plan.num_steps, 'step')} ({plan.device})",
+            "reading": f"about {format_seconds(plan.read_s)} for all features, stored or encoded",
+            **_rivals_line(plan),
         }
     )
+
+
+def _rivals_line(plan: InterpretPlan) -> dict[str, str]:
+    if plan.rivals_s is None:
+        return {}
+    least, most = map(format_seconds, plan.rivals_s)
+    return {"rivals": f"pixel classifiers {least} to {most}, by when they stop"}
 
 
 def _print_result(call: Call, result: InterpretResult) -> None:

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from dtpipe.distill.downstream.labelled import LabelledSet, check_several_classes, draw_labelled
 from dtpipe.distill.downstream.tuned.tasks.few_labels import cleaned
-from dtpipe.distill.engine.device import seeded, training_device
+from dtpipe.distill.engine.device import training_device
 from dtpipe.distill.engine.progress import OnTrainProgress
 from dtpipe.distill.labels.arms import ArmScore, Predict, interpreter_predict, score_arm
 from dtpipe.distill.labels.data import LabelledFeatures
 from dtpipe.distill.labels.ensemble import PIXEL_CLASSIFIERS, fit_ensemble
-from dtpipe.distill.labels.files import save_interpreter
+from dtpipe.distill.labels.files import load_interpreter, save_interpreter
+from dtpipe.distill.labels.head import features_record
 from dtpipe.distill.labels.interpreter import FeatureInterpreter
 from dtpipe.distill.labels.linear import LINEAR, fit_linear
-from dtpipe.distill.labels.train import interpreter_run, interpreter_spec, train_interpreter
+from dtpipe.distill.labels.train import interpreter_run, train_interpreter
 from dtpipe.extract.sources.layouts.registry import parse_layout
-from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.canonical import blake3_hex, canonical_json
+from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.labels import KIND_WORDS, Class, Mask
 from dtpipe.manifests.phases import phase
 from dtpipe.manifests.read.dataset import FeatureDataset
@@ -128,12 +129,17 @@ def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress 
     interpreter_run(config).refuse_other()
     with phase("opening features and labels"):
         opened = open_labels(config, note)
+    out = Path(config.run.out)
     train, test = opened.sides.train, opened.sides.test
     network, result = train_interpreter(config, train, opened.content, on_progress)
-    arms = _score(config, network, train, test, device, note)
-    save_interpreter(network, _record(config, opened, arms), Path(config.run.out))
+    num_pictures = min(config.run.num_pictures, len(test)) if train.labelled.kind is Mask else 0
+    arms, pictures = _kept_scores(network, _record(config, opened, ()), out), _pictures(out)[:num_pictures]
+    if arms is None or len(pictures) < num_pictures:
+        arms = _score(config, network, train, test, device, note)
+        pictures = draw_pictures(out, test.labelled, arms)
+        save_interpreter(network, _record(config, opened, arms), out)
     return InterpretResult(
-        out=Path(config.run.out),
+        out=out,
         measure="accuracy" if train.labelled.kind is Class else "mIoU",
         classes=train.labelled.classes.names,
         arms=arms,
@@ -142,8 +148,28 @@ def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress 
         step=result.step,
         num_steps=result.num_steps,
         resumed_step=result.resumed_step,
-        pictures=draw_pictures(Path(config.run.out), test.labelled, arms),
+        pictures=pictures,
     )
+
+
+def _kept_scores(network: FeatureInterpreter, record: Mapping[str, Any], out: Path) -> list[ArmScore] | None:
+    """What the folder says of this interpreter and its rivals on these images; None where it is of others, or nothing.
+
+    The settings of a run cannot change in its folder, so what rivals learn from is the same.
+    """
+    try:
+        kept = load_interpreter(out)
+    except DtpipeError:
+        return None
+    own = network.state_dict()
+    same = all(value.equal(own[name].cpu()) for name, value in kept.network.state_dict().items())
+    if not same or canonical_json({**kept.record, "scores": {}}) != canonical_json(record):
+        return None
+    return [ArmScore(name, **values) for name, values in kept.record["scores"].items()]
+
+
+def _pictures(out: Path) -> list[Path]:
+    return sorted((out / "pictures").glob("*.png"))
 
 
 def _score(
@@ -172,54 +198,9 @@ def _record(config: InterpretConfig, opened: OpenedLabels, arms: Sequence[ArmSco
     recipe, test = opened.dataset.recipe, opened.sides.test.labelled
     timesteps = dict.fromkeys(view.timestep for view in recipe.views)
     return {
-        "teacher": recipe.teacher.model_dump(mode="json"),
+        **features_record(recipe, [level.name for level in opened.sides.train.levels]),
         "timesteps": list(timesteps),
         "together": config.together,
         "data": {**opened.content, "held_out": test.content_digest(), "num_held_out": len(test)},
         "scores": {arm.name: arm.record() for arm in arms},
     }
-
-
-@dataclass(frozen=True)
-class InterpretPlan:
-    """What a training would take."""
-
-    num_labelled: int
-    num_held_out: int
-    num_by_key: int
-    """Labelled and held-out images whose features are in the dataset under their key."""
-    num_by_content: int
-    num_live: int
-    """Images that the teacher encodes."""
-    flips: bool
-    levels: Sequence[str]
-    num_views: int
-    num_parameters: int
-    num_steps: int
-    feature_bytes: int
-    """Of all labelled images, each read once."""
-
-
-def plan_interpreter(config: InterpretConfig, note: Note) -> InterpretPlan:
-    """Open all that a training needs and count it; nothing is written. Raises: as `open_labels`."""
-    import torch
-
-    interpreter_run(config).refuse_other_place()
-    sides = open_labels(config, note).sides
-    train, both = sides.train, (sides.found, sides.held_out)
-    with seeded(config.seed, torch.device("cpu")), torch.device("meta"):
-        network = FeatureInterpreter(interpreter_spec(config, train))
-    one = sum(level.numel() * level.element_size() for level in train.read(0, 0, False).values())
-    return InterpretPlan(
-        num_labelled=len(train),
-        num_held_out=len(sides.test),
-        num_by_key=sum(found.num_by_key for found in both),
-        num_by_content=sum(found.num_by_content for found in both),
-        num_live=sum(found.num_missing for found in both),
-        flips=train.flips,
-        levels=[level.name for level in train.levels],
-        num_views=train.num_views,
-        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
-        num_steps=config.epochs * -(-len(train) // config.batch_size),
-        feature_bytes=one * len(train) * train.num_readings * (2 if train.flips else 1),
-    )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.distill.labels.files import LoadedInterpreter, load_interpreter
-from dtpipe.distill.labels.head import label_level, levels_read, views_of
+from dtpipe.distill.labels.head import at_cells, label_level, levels_read, refuse_other_features, views_of
 from dtpipe.distill.labels.interpreter import views_in_channels
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.manifests.errors import ConfigError, TeacherError
@@ -64,16 +64,13 @@ class Labelling:
     def encode(self, images: Tensor, samples: LiveSamples, prepared: _Prepared) -> tuple[Tensor, Mapping[str, Tensor]]:
         """As `LiveTeacher.encode`, with logits averaged down to the soft labels' cells."""
         import torch
-        import torch.nn.functional as F
 
         shown, levels = self.teacher.encode(images, samples, prepared.own)
         read = [self.teacher.encode(images, other, ready)[1] for other, ready in prepared.read] or [levels]
         with torch.inference_mode():
             views = {name: [of_view[live].contiguous() for of_view in read] for name, live in self.names.items()}
             logits = self.head.network(views_in_channels(views))
-            cells = (self.level.height, self.level.width)
-            soft = logits if logits.shape[-2:] == cells else F.adaptive_avg_pool2d(logits, cells)
-        return shown, {**levels, self.level.name: soft.clone()}
+        return shown, {**levels, self.level.name: at_cells(logits, self.level).clone()}
 
 
 def reads_of(views: Sequence[ViewSpec], labels: Sequence[LabelView]) -> _Views:
@@ -119,9 +116,16 @@ def behind_dataset(
 def _read_by(
     head: LoadedInterpreter, digest: str | None, features: Sequence[tuple[FeatureDataset, Mapping[str, str]]]
 ) -> tuple[FeatureDataset, Mapping[str, str]]:
-    """The features that the labels were made of, else the first ones. Raises: ConfigError when it cannot read them."""
-    same = [(part, names) for part, names in features if part.manifest is not None and part.manifest.digest == digest]
-    chosen, names = (same or list(features))[0]
+    """The features that the labels were made of; else the first of the teacher that the interpreter learned from; else
+    the first.
+
+    Raises: ConfigError when it cannot read them; TeacherError when it was trained on others.
+    """
+    weights = (head.record.get("teacher") or {}).get("weights_blake3")
+    same = [pair for pair in features if pair[0].manifest is not None and pair[0].manifest.digest == digest]
+    of_teacher = [pair for pair in features if pair[0].recipe.teacher.weights_blake3 == weights]
+    chosen, names = [*same, *of_teacher, *features][0]
+    refuse_other_features(head, chosen.recipe, chosen.url)
     levels_read(head.network.spec, chosen.recipe.levels, chosen.url)
     return chosen, names
 
@@ -137,9 +141,11 @@ class LiveLabels:
 def live_labels(path: str, recipe: Recipe, device: str) -> LiveLabels:
     """The interpreter in a folder, for a teacher that runs as a recipe says.
 
-    Raises: ConfigError when the teacher lacks what it reads; as `load_interpreter`.
+    Raises: ConfigError when the teacher lacks what it reads, TeacherError when it was trained on another's features; as
+    `load_interpreter`.
     """
     head = load_interpreter(path, device)
+    refuse_other_features(head, recipe, "the teacher")
     read = levels_read(head.network.spec, recipe.levels, "the teacher")
     return LiveLabels(head, label_level(head.network.spec, read, recipe.student_px))
 

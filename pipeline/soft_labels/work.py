@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dtpipe.distill.labels.files import LoadedInterpreter, load_interpreter
-from dtpipe.distill.labels.head import label_level, levels_read, views_of
+from dtpipe.distill.labels.head import label_level, levels_read, refuse_other_features, views_of
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.recipe import device_type, resolve_recipe
 from dtpipe.extract.shards.teacher import TeacherJob
 from dtpipe.extract.work import HasGpus, Work, work_of
-from dtpipe.manifests.errors import DtpipeError, InputError, TeacherError
+from dtpipe.manifests.errors import DtpipeError, InputError
 from dtpipe.manifests.image_coding import PLAIN
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import CodecRecipe, ComputeRecipe, LevelSpec, Recipe, ShardRecipe, StoredDtype
@@ -98,22 +98,14 @@ def _open_source(url: str) -> FeatureDataset:
 def _label_level(
     labels: SoftLabelConfig, head: LoadedInterpreter, features: Recipe, where: str, dtype: StoredDtype
 ) -> tuple[LevelSpec, Recipe]:
-    """The level of soft labels, and the recipe of the features that are read for it. Raises: ConfigError."""
-    _refuse_other_teacher(head, features, where)
+    """The level of soft labels, and the recipe of the features that are read for it.
+
+    Raises: TeacherError for features that the interpreter was not trained on; ConfigError.
+    """
+    refuse_other_features(head, features, where)
     read = levels_read(head.network.spec, features.levels, where)
     level = label_level(head.network.spec, read, features.student_px, dtype, labels.stride, labels.top_k)
     return level, features.model_copy(update={"levels": read})
-
-
-def _refuse_other_teacher(head: LoadedInterpreter, features: Recipe, where: str) -> None:
-    """Raises: TeacherError when the interpreter says that it was trained on another teacher's features."""
-    teacher = head.record.get("teacher")
-    weights = teacher.get("weights_blake3") if isinstance(teacher, dict) else None
-    if weights is not None and weights != features.teacher.weights_blake3:
-        raise TeacherError(
-            f"the interpreter was trained on features of weights {weights[:16]}.., and {where} is of "
-            f"{features.teacher.weights_blake3[:16]}..; give it features of its own teacher, or train another"
-        )
 
 
 def _listing(dataset: FeatureDataset) -> Listing:

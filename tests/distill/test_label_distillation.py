@@ -35,7 +35,8 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def urls(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     root = tmp_path_factory.mktemp("data")
-    return str(write_dataset(root / "features", SOURCE)), str(write_labels(root / "labels", SOURCE))
+    features = write_dataset(root / "features", SOURCE)
+    return str(features), str(write_labels(root / "labels", SOURCE, features))
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_what_the_data_does_not_have_is_said(config, urls, changes, said):
 
 
 def test_labels_of_two_interpreters_are_refused_unless_one_is_named(config, urls, tmp_path):
-    other = str(write_labels(tmp_path / "other", SOURCE, LABELS.model_copy(update={"tap": "another"})))
+    other = str(write_labels(tmp_path / "other", SOURCE, urls[0], LABELS.model_copy(update={"tap": "another"})))
     both = changed(config, datasets=(*urls, other))
     with pytest.raises(ConfigError, match=r"l3.labels, l3.b are soft labels of several"):
         module.train(both)

@@ -41,6 +41,7 @@ def test_views_read_one_by_one_are_those_of_the_features() -> None:
     assert [(label.view, label.reads) for label in label_views(BOTH, 1)] == [
         (view, (idx,)) for idx, view in enumerate(BOTH)
     ]
+    assert label_views(BOTH, 1, [250, 150, 50]) == label_views(BOTH, 1)  # a head that learned of all of them
 
 
 def test_views_read_together_are_one_for_each_draw_and_flip_in_the_order_asked_for() -> None:
@@ -55,6 +56,8 @@ def test_views_read_together_are_one_for_each_draw_and_flip_in_the_order_asked_f
     ("num", "timesteps", "message"),
     [
         (3, None, "reads 3 views together, and draw 0 has timesteps 50, 150"),
+        (1, [50], "trained on features of timestep 50, and there are views of 150, of which it learned nothing"),
+        (1, [None], "trained on features of timestep none, and there are views of 50, 150"),
         (2, [50, 250], "reads 2 views together of timesteps 50, 250, and draw 0 has timesteps 50, 150"),
     ],
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,12 @@ def write_student(
 
 
 def write_dataset(
-    root: Path, source: MemorySource, prefix: str = "images", merged: bool = True, **changes: object
+    root: Path,
+    source: MemorySource,
+    prefix: str = "images",
+    merged: bool = True,
+    provenance: Mapping[str, Any] | None = None,
+    **changes: object,
 ) -> Path:
     """The content of a memory source as a feature dataset of 8-row shards; `changes` replace fields of the recipe.
 
@@ -138,7 +144,15 @@ def write_dataset(
     def arrays(plan: Plan, listing: Listing, shard_idx: int) -> ShardArrays:
         return shard_arrays(source, listing, plan.shard_rows(shard_idx), shard_idx, recipe)
 
-    write_features(root, recipe, listing, arrays, num_shards if merged else num_shards - 1, merged, {"command": "test"})
+    write_features(
+        root,
+        recipe,
+        listing,
+        arrays,
+        num_shards if merged else num_shards - 1,
+        merged,
+        provenance or {"command": "test"},
+    )
     return root
 
 

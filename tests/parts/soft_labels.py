@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.soft_labels import interpreter_recipe, soft_label_name
 from parts.memory import MemorySource, level_spec, write_dataset
@@ -37,12 +38,15 @@ class Labelled(MemorySource):
         return np.stack([np.zeros_like(bright), bright, -bright]).astype(level.dtype)
 
 
-def write_labels(root: Path, source: MemorySource, labels: LevelSpec = LABELS) -> Path:
+def write_labels(root: Path, source: MemorySource, features: Path | str, labels: LevelSpec = LABELS) -> Path:
     """The soft labels of a source as a dataset to join with that of its features."""
     assert labels.name == soft_label_name(labels.stride)
-    teacher = interpreter_recipe(HEAD, CLASSES, {"dataset": "ef" * 32})
+    manifest = FeatureDataset.open(features).manifest
+    assert manifest is not None
+    teacher = interpreter_recipe(HEAD, CLASSES, {"dataset": manifest.digest})
     soft = Labelled(source.num_rows, source.bad, source.views, (labels,), source.image_px)
-    return write_dataset(root, soft, teacher=teacher, images="joined")
+    recorded = {"config": {"soft_labels": {"features": str(features)}}}
+    return write_dataset(root, soft, provenance=recorded, teacher=teacher, images="joined")
 
 
 def with_labels(source: MemorySource, labels: LevelSpec = LABELS) -> Labelled:

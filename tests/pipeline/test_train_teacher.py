@@ -19,9 +19,11 @@ from dtpipe.extract.sources import folder as folder_source
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import ConfigError, ErrorBudgetError, InputError, TeacherError
 from dtpipe.pipeline import train_teacher as module
+from dtpipe.pipeline.cli.settings import load_document, validate
 from dtpipe.pipeline.train_teacher import load_images, start_from, train_teacher
 from parts.ddpm_training import tiny_teacher
 from parts.packing import folder_files, write_zip
+from parts.paths import REPO
 from parts.settings import changed
 
 
@@ -32,6 +34,14 @@ def config(image_folder: Path, tmp_path: Path) -> TrainTeacherConfig:
 
 def tiny_config(images: Path, **changes: object) -> TrainTeacherConfig:
     return tiny_teacher(images=str(images), **changes)
+
+
+def test_the_settings_of_the_demos_teacher_are_those_of_today():
+    document = load_document(str(REPO / "pipeline" / "demo" / "teacher" / "train.yaml"))
+    document["train_teacher"] |= {"images": "scenes"}
+    document["train_teacher"]["run"] |= {"out": "teacher"}
+    settings = validate(document, "train_teacher")
+    assert (settings.run.steps, settings.px, settings.lr) == (4200, 64, 0.0006)
 
 
 def test_the_result_is_a_teacher(config):

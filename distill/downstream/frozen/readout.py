@@ -23,9 +23,10 @@ from dtpipe.distill.downstream.frozen.probe import all_levels
 from dtpipe.distill.downstream.frozen.ranking import ForegroundRanking
 from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet, count_classes
 from dtpipe.distill.downstream.result import ALL_LEVELS, FIXED, FOREGROUND_AP, Score, mark_best
-from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.labels import Mask
 from dtpipe.manifests.phases import counted
+from dtpipe.manifests.words import count_of
 
 FOREGROUND_IOU = "foreground IoU"
 MEAN_IOU = "mIoU"
@@ -103,19 +104,27 @@ class Cells:
 def draw_cells(
     extractor: FeatureExtractor, labelled: LabelledSet, num_classes: int, seed: int, config: ProbeConfig
 ) -> Cells:
-    """Up to `max_cells` cells, equally many random ones of every labelled image; ignored cells are dropped."""
+    """Up to `max_cells` cells that count, equally many random ones of every labelled image.
+
+    Raises: ConfigError where all are ignored.
+    """
     quota = max(1, config.max_cells // len(labelled))
     generator = torch.Generator().manual_seed(seed)
     features: dict[str, list[Tensor]] = {}
     places: list[Tensor] = []  # per image (3, cells): target, image, turn
     for rows, levels, truth in _with_cells(extractor, labelled, num_classes, config):
         for offset, target in enumerate(truth.flatten(1)):
-            cells = torch.randperm(len(target), generator=generator)[:quota]
-            keep = target[cells] != IGNORE
+            known = torch.nonzero(target != IGNORE)[:, 0]
+            cells = known[torch.randperm(len(known), generator=generator)[:quota]]
             for name, level in levels.items():
-                features.setdefault(name, []).append(_at_cells(level[offset], truth.shape[1:], cells[keep]))
+                features.setdefault(name, []).append(_at_cells(level[offset], truth.shape[1:], cells))
             image = torch.full_like(cells, rows[offset])
-            places.append(torch.stack([target[cells], image, torch.arange(len(cells))])[:, keep])
+            places.append(torch.stack([target[cells], image, torch.arange(len(cells))]))
+    if not any(place.shape[1] for place in places):
+        raise ConfigError(
+            f"every cell of {count_of(len(labelled), 'labelled mask')} is mostly ignored, so there is nothing to learn "
+            "from; label more images, or give other masks"
+        )
     joined = {name: torch.cat(parts) for name, parts in features.items()}
     targets, image_idx, turn = torch.cat(places, dim=1).to(next(iter(joined.values())).device)
     return Cells(joined, targets, image_idx, turn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,18 @@ from torch import nn
 
 from dtpipe.distill.downstream.frozen.readout import masks_at_stride
 from dtpipe.distill.labels.arms import score_arm
-from dtpipe.distill.labels.ensemble import LabelledPixels, fit_ensemble, fit_pixels, majority_vote, pixel_classifier
+from dtpipe.distill.labels.ensemble import (
+    LabelledPixels,
+    ensemble_seconds,
+    fit_ensemble,
+    fit_pixels,
+    majority_vote,
+    pixel_classifier,
+)
 from dtpipe.distill.labels.linear import fit_linear, majority
 from dtpipe.distill.labels.pixels import features_at
 from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.labels import Mask
 from parts.interpreted import interpreted, interpreter_config
 
 CPU = torch.device("cpu")
@@ -62,6 +71,27 @@ def test_training_ends_51_steps_after_the_last_lower_loss_past_the_fourth_epoch(
     assert len(steps) == 6
 
 
+@pytest.mark.parametrize(("num", "steps"), [(100, 2), (129, 2), (130, 3)])
+def test_the_last_batch_of_an_epoch_may_be_smaller_but_for_one_pixel(
+    num: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ddpm-segmentation, whose loader keeps it; a batch of one is an error there."""
+    taken = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda _self: taken.append(1))
+    some = torch.zeros(num, dtype=torch.int64)
+    fit_pixels(LabelledPixels({"l2": torch.ones(1, 2, 1, 1)}, (1, 1), some, some, some), 2, num_epochs=1, seed=0)
+    assert len(taken) == steps
+
+
+def test_the_time_of_the_ensemble_lies_between_its_first_stop_and_its_last_epoch(tmp_path: Path) -> None:
+    """Six masks of 240 pixels that count are 23 batches: 4 epochs of them and 52 steps, or all 100 epochs."""
+    least, most = ensemble_seconds(interpreter_config(tmp_path).rivals, interpreted(6, 0), 0, CPU)
+    assert least > 0 and most / least == pytest.approx(100 * 23 / (4 * 23 + 52))
+    few = interpreter_config(tmp_path, rivals={"pixel_epochs": 3}).rivals
+    least, most = ensemble_seconds(few, interpreted(6, 0), 0, CPU)
+    assert least == most
+
+
 def test_the_ensemble_learns_and_its_members_differ(tmp_path: Path) -> None:
     train, test = interpreted(6, 0), interpreted(6, 1)
     config = interpreter_config(tmp_path, rivals={"pixel_models": 3, "pixel_epochs": 2}).rivals
@@ -104,6 +134,27 @@ def test_a_linear_read_out_of_masks_chooses_its_regularisation_and_learns(tmp_pa
     assert score.value > 0.7, score
     one = fit_linear(config, interpreted(1, 0), 0, CPU)
     assert score_arm("linear", one, test, CPU, 0).value > 0.3
+
+
+def test_a_linear_read_out_learns_from_the_cells_that_count_and_refuses_none(tmp_path: Path) -> None:
+    """With room for one cell an image, an ignored one is never the one that is drawn."""
+    train = interpreted(8, 0)
+    config = interpreter_config(tmp_path, rivals={"max_cells": 8, "l2_grid": [0.1]}).rivals
+    one_cell = replace(train, labelled=train.labelled.changed(only_the_first_cell))
+    assert score_arm("linear", fit_linear(config, one_cell, 0, CPU), train, CPU, 0).value > 0
+    nothing = replace(train, labelled=train.labelled.changed(ignored))
+    with pytest.raises(ConfigError, match="every cell of the labelled masks is mostly ignored"):
+        fit_linear(config, nothing, 0, CPU)
+
+
+def only_the_first_cell(target: Mask) -> Mask:
+    numbers = np.full_like(target.numbers, 255)
+    numbers[:4, :4] = target.numbers[:4, :4]
+    return Mask(numbers)
+
+
+def ignored(target: Mask) -> Mask:
+    return Mask(np.full_like(target.numbers, 255))
 
 
 def test_a_cell_has_the_class_that_the_read_out_of_eval_gives_it() -> None:

@@ -75,7 +75,9 @@ def document(text: str) -> dict[str, Any]:
     return values
 
 
-def test_a_head_is_written_scored_beside_its_rivals_and_drawn(scene: Scene, tmp_path: Path) -> None:
+def test_a_head_is_written_scored_beside_its_rivals_and_drawn(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, text = command(scene, tmp_path / "head", "--json")
     assert code == 0, text
     result = document(text)
@@ -87,12 +89,22 @@ def test_a_head_is_written_scored_beside_its_rivals_and_drawn(scene: Scene, tmp_
     loaded = load_interpreter(tmp_path / "head")
     dataset = FeatureDataset.open(scene.features)
     assert loaded.record["teacher"]["weights_blake3"] == dataset.recipe.teacher.weights_blake3
+    assert loaded.record["taps"] == {level.name: level.tap for level in dataset.levels}
+    assert loaded.record["transform"]["height"] == dataset.recipe.transform.height
     assert loaded.record["scores"] == result["scores"] and loaded.record["timesteps"] == [50]
     assert [level.name for level in loaded.network.spec.levels] == ["l2", "l3", "l4", "l5"][: len(dataset.levels)]
     with Image.open(tmp_path / "head" / "pictures" / "001.png") as picture:
         assert picture.width > 4 * picture.height and len(result["pictures"]) == 2
-    code, text = command(scene, tmp_path / "head", "--json")  # all steps are taken; nothing changes
+    nothing = lambda *_: pytest.fail("a rival is fitted again")  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr("dtpipe.pipeline.interpret.run.fit_linear", nothing)
+        code, text = command(scene, tmp_path / "head", "--json")  # all steps are taken; nothing changes
     assert code == 0 and document(text)["resumed_step"] == document(text)["num_steps"] == result["num_steps"]
+    again = document(text)
+    assert (again["scores"], again["pictures"]) == (result["scores"], result["pictures"])
+    (tmp_path / "head" / "pictures" / "001.png").unlink()
+    code, text = command(scene, tmp_path / "head", "--json")  # what is gone is made again
+    assert document(text)["scores"] == result["scores"] and (tmp_path / "head" / "pictures" / "001.png").is_file()
     assert load_interpreter(tmp_path / "head").digest == loaded.digest
     code, text = command(scene, tmp_path / "head", "--lr", "1e-3")
     assert code == 2 and "interpret.lr" in text
@@ -103,6 +115,7 @@ def test_features_come_by_key_by_content_and_from_the_teacher(scene: Scene, tmp_
     code, text = command(scene, tmp_path / "head", "-n", "--json")
     plan = document(text)
     assert (code, plan["num_by_key"], plan["num_by_content"], plan["num_live"]) == (0, 6, 1, 3), text
+    assert plan["train_s"] > 0 and plan["read_s"] > 0 and 0 < plan["rivals_s"][0] <= plan["rivals_s"][1]
     assert not (tmp_path / "head").exists()
     config, dataset = settings(scene), FeatureDataset.open(scene.features)
     train, test = open_sets(config, dataset.recipe.transform, print, as_masks=True)

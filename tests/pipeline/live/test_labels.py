@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dtpipe.distill.engine.run_folder import read_metrics
+from dtpipe.distill.labels.head import features_record
 from dtpipe.distill.stream.data import StoredData
 from dtpipe.distill.stream.live import LiveSamples
 from dtpipe.manifests.errors import TeacherError
@@ -78,6 +79,27 @@ def test_another_interpreter_is_refused(made, tmp_path):
         data.teacher(data.open(config).source, torch.device("cpu"))
 
 
+def test_labels_are_read_of_the_features_of_their_own_teacher(made, tmp_path):
+    """Of neither dataset by digest; the teacher's weights say which."""
+    of_images = ("--images", made.images, "--teacher", made.teacher, "--timesteps", "50,150", *EXACT)
+    other = dtpipe("extract", *of_images, "--untrained", "3", "--out", tmp_path / "untrained")["url"]
+    again = dtpipe("extract", *of_images, "-s", "extract.noise.seed=1", "--out", tmp_path / "again")["url"]
+    dataset = FeatureDataset.open(made.one)
+    record = features_record(dataset.recipe, [level.name for level in dataset.levels])
+    head = write_interpreter(tmp_path / "head", dataset.levels, record=record)
+    labels = dtpipe("extract", "--interpreter", head, "--from", made.one, *EXACT[:-1], "--out", tmp_path / "labels")[
+        "url"
+    ]
+    config = tiny_config(tmp_path, datasets=(other, again, labels), join=True, reencode=1.0)
+    data = StoredData(partial(open_live, {}, config=config))
+    live = data.teacher(data.open(config).source, torch.device("cpu"))
+    assert live.names["l2"] == "l2.b"
+    alone = tiny_config(tmp_path, datasets=(other, labels), join=True, reencode=1.0)
+    data = StoredData(partial(open_live, {}, config=alone))
+    with pytest.raises(TeacherError, match=r"trained on other features than .*untrained has \(.*teacher.weights_blake3"):
+        data.teacher(data.open(alone).source, torch.device("cpu"))
+
+
 def test_a_run_mixes_stored_and_fresh_labels(made, tmp_path):
     call = ("distill", made.one, made.labels["each"], "--join", "--reencode", "0.5", *TRAIN, *SMALL)
     dtpipe(*call, "--out", tmp_path / "run")
@@ -90,6 +112,11 @@ def test_images_with_a_teacher_and_an_interpreter_need_no_dataset(made, tmp_path
     call = ("distill", "--images", made.images, "--teacher", made.teacher, "--timesteps", "50", *TRAIN, *SMALL)
     dtpipe(*call, "--interpreter", made.heads["each"], "--out", tmp_path / "run")
     assert {"mse", "labels"} <= read_metrics(tmp_path / "run")[-1].keys()
+    stranger = write_interpreter(
+        tmp_path / "stranger", FeatureDataset.open(made.one).levels, record={"teacher": {"weights_blake3": "ab" * 32}}
+    )
+    with pytest.raises(RefusedError, match="trained on other features than the teacher has"):
+        dtpipe(*call, "--interpreter", stranger, "--out", tmp_path / "strange")
     with pytest.raises(RefusedError, match="interpreter"):
         other = write_interpreter(tmp_path / "other", FeatureDataset.open(made.one).levels, 1)
         dtpipe(*call, "--interpreter", other, "--out", tmp_path / "run")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dtpipe.distill.labels.head import features_record
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.errors import ConfigError
@@ -256,9 +257,20 @@ def test_a_head_of_other_features_is_refused(run: Run, features: str, tmp_path: 
     wide = [level.model_copy(update={"channels": 99}) for level in levels]
     with pytest.raises(RefusedError, match=r"reads level l2 of stride 4 with 99 channels, and .*has l2 \(stride 4, 8"):
         run(by=write_interpreter(tmp_path / "wide", wide))
-    stranger = write_interpreter(tmp_path / "stranger", levels, record={"teacher": {"weights_blake3": "ab" * 32}})
-    with pytest.raises(RefusedError, match=r"was trained on features of weights abababababababab\.\., and"):
-        run(by=stranger)
+    own = features_record(FeatureDataset.open(features).recipe, [level.name for level in levels])
+    run(by=write_interpreter(tmp_path / "own", levels, record=own), command="plan")
+    others = {
+        "teacher": ({**own["teacher"], "weights_blake3": "ab" * 32}, r'teacher.weights_blake3: "abab.*" -> "'),
+        "taps": ({**own["taps"], "l2": "up_blocks.9"}, r'taps.l2: "up_blocks.9" -> "up_blocks'),
+        "transform": ({**own["transform"], "height": 512}, r"transform.height: 512 -> 32"),
+    }
+    for name, (changed, message) in others.items():
+        stranger = write_interpreter(tmp_path / name, levels, record={**own, name: changed})
+        with pytest.raises(RefusedError, match=rf"was trained on other features than .* has \({message}"):
+            run(by=stranger)
+    early = write_interpreter(tmp_path / "early", levels, record={"timesteps": [50]})
+    with pytest.raises(RefusedError, match="of timestep 50, and there are views of 7"):
+        run(by=early)
     with pytest.raises(RefusedError, match=r"holds no interpreter"):
         run(by=str(tmp_path / "nothing"))
     with pytest.raises(RefusedError, match=r"--from .*|.*holds no feature dataset|.*is no feature dataset"):

@@ -179,3 +179,8 @@ def test_ignored_pixels_are_not_learned_from_whatever_their_value() -> None:
     assert set(cells[0].targets.tolist()) == {0, 1}
     assert torch.equal(cells[0].targets, cells[1].targets)
     assert torch.equal(cells[0].features["l2"], cells[1].features["l2"])
+    few = draw_cells(PYRAMID, part, 2, 0, ProbeConfig(max_cells=8))
+    assert len(few.targets) == 8  # one of each image, of those that count
+    nothing = with_masks(all_images(labelled), labelled.keys, np.full_like(masks, 9), ignore=9)
+    with pytest.raises(ConfigError, match="every cell of 8 labelled masks is mostly ignored"):
+        draw_cells(PYRAMID, nothing, 2, 0, ProbeConfig())

@@ -1,0 +1,150 @@
+"""What tables of several seeds say of differences: paired by seed, with intervals, p adjusted by Holm, equivalence.
+
+A seed varies the pre-training; in each, the scores of several draws of labels are averaged. Only draws that both arms
+have are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from dtpipe.distill.downstream.paired import CONFIDENCE, difference_of
+from dtpipe.distill.downstream.result import FIXED, FOREGROUND_AP, HEAD
+
+SEED_STEP = 100
+"""Draw d of seed s is drawn with seed `SEED_STEP * s + d`."""
+IOU, AP = "iou", "ap"
+
+Scores = dict[tuple[str, int, str], dict[int, dict[int, float]]]
+"""(arm, number of labelled images, score) to the value of each seed and draw."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One difference that was decided on beforehand."""
+
+    name: str
+    first: str
+    second: str
+    kind: str
+    """Of the tables: frozen or tuned."""
+    expected: str
+
+
+def read_scores(paths: Iterable[Path]) -> Scores:
+    """The headline's scores of all draws, from what `dtpipe eval` wrote; tables may hold the same arm twice."""
+    scores: Scores = {}
+    for path in paths:
+        for score in json.loads(path.read_text(encoding="utf-8"))["scores"]:
+            if score["level"] not in (FIXED, HEAD):
+                continue
+            seed, draw = divmod(score["seed"], SEED_STEP)
+            values = {IOU: score["value"], AP: score["others"].get(FOREGROUND_AP)}
+            for name, value in values.items():
+                if value is not None:
+                    key = (score["extractor"], score["num_labelled"], name)
+                    scores.setdefault(key, {}).setdefault(seed, {})[draw] = value
+    return scores
+
+
+def by_seed(scores: Scores, arm: str, num: int, score: str = IOU, like: str | None = None) -> dict[int, float]:
+    """An arm's mean over draws, by seed; `like`: over the draws that this other arm has too."""
+    own, others = scores.get((arm, num, score), {}), scores.get((like or arm, num, score), {})
+    shared = {seed: draws.keys() & others.get(seed, {}).keys() for seed, draws in own.items()}
+    return {
+        seed: statistics.fmean(own[seed][draw] for draw in sorted(draws)) for seed, draws in shared.items() if draws
+    }
+
+
+def compared(
+    scores: Scores, first: str, second: str, num: int, score: str = IOU, other_scores: Scores | None = None
+) -> dict[str, Any]:
+    """An arm's mean minus another's, its 95 % interval by Student's t over seeds, and p; None where no seed has both.
+
+    `other_scores`: of the second arm, where its tables are others.
+    """
+    both = scores | {key: values for key, values in (other_scores or {}).items() if key[0] == second}
+    one, other = by_seed(both, first, num, score, second), by_seed(both, second, num, score, first)
+    difference = difference_of(first, second, num, one, other)
+    if difference is None:
+        return {"mean": None, "low": None, "high": None, "n": 0, "p": None}
+    values = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    own = {name: getattr(difference, name) for name in ("mean", "low", "high", "n")}
+    return own | {"p": p_value(values), "by_seed": [round(value, 5) for value in values]}
+
+
+def p_value(values: Sequence[float]) -> float | None:
+    """Of the mean being 0, two-sided, by Student's t; None of one value. Equal values leave no doubt."""
+    if len(values) < 2:
+        return None
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    if deviation == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * student_t.sf(abs(mean) * math.sqrt(len(values)) / deviation, len(values) - 1))
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """p adjusted for all that are there: the smallest times their number, the next times one less, never falling.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    there = sorted((p, idx) for idx, p in enumerate(ps) if p is not None)
+    adjusted: list[float | None] = [None] * len(ps)
+    largest = 0.0
+    for rank, (p, idx) in enumerate(there):
+        largest = max(largest, min(1.0, (len(there) - rank) * p))
+        adjusted[idx] = largest
+    return adjusted
+
+
+def answered(questions: Sequence[Question], scores: Mapping[str, Scores], num: int, score: str) -> list[dict[str, Any]]:
+    """Every question at one number of labelled images, with p adjusted over all of them."""
+    found = [compared(scores[asked.kind], asked.first, asked.second, num, score) for asked in questions]
+    adjusted = holm([difference["p"] for difference in found])
+    return [
+        {"contrast": asked.name, "labelled": num, "score": score, "expected": asked.expected, **difference, "p_holm": p}
+        for asked, difference, p in zip(questions, found, adjusted, strict=True)
+    ]
+
+
+def equivalence(difference: Mapping[str, Any], p_holm: float | None, margin: float) -> str:
+    """Whether two settings differ, are equal within a margin, or neither can be said.
+
+    Different: p after Holm is below 1 - `CONFIDENCE`. Equal: the 95 % interval lies within the margin, which asks for
+    more than two one-sided tests at 5 % do. Both: a difference that does not matter.
+    """
+    low, high = difference["low"], difference["high"]
+    if low is None or p_holm is None:
+        return "undecided"
+    differs, equal = p_holm < 1 - CONFIDENCE, -margin < low and high < margin
+    if differs and equal:
+        return f"different, by less than {margin:g}"
+    return "different" if differs else f"equal within {margin:g}" if equal else "undecided"
+
+
+def means(scores: Scores) -> list[dict[str, Any]]:
+    """Mean over seeds and draws of every arm, and the deviation over seeds."""
+    lines = []
+    for arm, num, score in scores:
+        values = list(by_seed(scores, arm, num, score).values())
+        std = statistics.stdev(values) if len(values) > 1 else None
+        line = {"arm": arm, "labelled": num, "score": score, "mean": statistics.fmean(values), "std": std}
+        lines.append({**line, "seeds": len(values)})
+    return lines
+
+
+def plain(scores: Scores) -> list[dict[str, Any]]:
+    """All scores, a line for each arm, number of labelled images, score and seed."""
+    return [
+        {"arm": arm, "labelled": num, "score": score, "seed": seed, "draws": list(draws.values())}
+        for (arm, num, score), of_seed in scores.items()
+        for seed, draws in of_seed.items()
+    ]

@@ -1,0 +1,119 @@
+"""What single settings of feature distillation do, by the protocol of `labels.py`: different, equal, or undecided.
+
+Each variant is one change to the arm `feature`, which learns one frozen draw at T = 50; seeds, weights and order are
+the same. Variants of noise train for `--long-epochs`, where a frozen draw could be learned by heart, and have a base
+of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from commands import Command, run_once, with_seconds
+from common import publish, teacher_digest
+from contrasts import AP, IOU, Question, answered, equivalence, means, plain
+from label_arms import (
+    FEATURE,
+    LABELLED,
+    PRIMARY,
+    TIMESTEP,
+    extraction,
+    features_of,
+    frozen,
+    read_tables,
+    run_of,
+    student,
+    table,
+)
+
+MARGIN = 0.02
+TIMESTEPS = (20, 150, 250)
+THREE = (TIMESTEP, 150, 250)
+DRAWS = 8
+DETERMINISTIC, WITH_T, WITHOUT_T = "deterministic", "three T, heads with t", "three T, heads without t"
+CHANNEL, DATASET = "whitened by channel", "whitened by dataset"
+LONG, LONG_DRAWS, LONG_LIVE = "long", f"long, {DRAWS} draws", "long, live"
+TABLES = "variants"
+
+
+def _question(first: str, second: str) -> Question:
+    return Question(f"{first} - {second}", first, second, TABLES, "none")
+
+
+QUESTIONS = (
+    *(_question(f"T {timestep}", FEATURE) for timestep in TIMESTEPS),
+    _question(DETERMINISTIC, FEATURE),
+    _question(LONG_DRAWS, LONG),
+    _question(LONG_LIVE, LONG),
+    _question(LONG_LIVE, LONG_DRAWS),
+    _question(WITH_T, WITHOUT_T),
+    _question(CHANNEL, FEATURE),
+    _question(DATASET, FEATURE),
+)
+PROTOCOL = {
+    FEATURE: f"the arm of the main part: stochastic, T = {TIMESTEP}, one frozen draw, whitened by layer",
+    DETERMINISTIC: "features of the image carried to T by DDIM inversion",
+    f"{LONG}, {LONG_DRAWS}, {LONG_LIVE}": "more epochs: of one stored draw, of several, of a fresh one in each epoch",
+    f"{WITH_T}, {WITHOUT_T}": f"one draw at each of T = {', '.join(map(str, THREE))}, one of them a step",
+    f"{CHANNEL}, {DATASET}": "W of equation (1): over the channels of each position; each channel by its statistics",
+    "score": f"held-out foreground IoU of the frozen read-out from {PRIMARY} labelled scenes; {LABELLED[-1]} beside",
+    "answers": f"different: p of Holm over all contrasts is below 0.05; equal: the 95 % interval is within {MARGIN:g}; "
+    "both: a difference smaller than that; else undecided",
+}
+
+
+def commands(args: argparse.Namespace) -> Iterator[Command]:
+    """Features and students of all variants, seed by seed, and one table of each seed."""
+    for seed in range(args.seeds):
+        made = list(students(args, seed))
+        yield from (command for _, command in made)
+        arms = {arm: [run_of(args, arm, seed)] for arm, _ in made if arm is not None}
+        yield frozen(args, seed, arms, table(args, TABLES, seed), args.draws)
+
+
+def students(args: argparse.Namespace, seed: int) -> Iterator[tuple[str | None, Command]]:
+    """Each command with the arm that it trains; None for features."""
+    base, three, several = (features_of(args, name, seed) for name in ("teacher", "three", "draws"))
+    yield None, extraction(args, "teacher", seed)
+    yield FEATURE, student(args, FEATURE, seed, base)
+    for timestep in TIMESTEPS:
+        yield None, extraction(args, f"T{timestep}", seed, timesteps=(timestep,))
+        yield f"T {timestep}", student(args, f"T {timestep}", seed, features_of(args, f"T{timestep}", seed))
+    yield None, extraction(args, DETERMINISTIC, seed, "-s", "extract.teacher.options.encoding=ddim_inversion")
+    yield DETERMINISTIC, student(args, DETERMINISTIC, seed, features_of(args, DETERMINISTIC, seed))
+    yield None, extraction(args, "three", seed, timesteps=THREE)
+    yield WITH_T, student(args, WITH_T, seed, three, "-s", "distill.regressor.timestep=true")
+    yield WITHOUT_T, student(args, WITHOUT_T, seed, three, "-s", "distill.regressor.timestep=false")
+    yield CHANNEL, student(args, CHANNEL, seed, base, "-s", "distill.loss.whiten=channel")
+    yield DATASET, student(args, DATASET, seed, base, "-s", "distill.loss.whiten=dataset")
+    yield None, extraction(args, "draws", seed, "--draws", DRAWS)
+    long = args.long_epochs
+    yield LONG, student(args, LONG, seed, base, epochs=long)
+    yield LONG_DRAWS, student(args, LONG_DRAWS, seed, several, epochs=long)
+    yield LONG_LIVE, student(args, LONG_LIVE, seed, base, "--reencode", 1, epochs=long)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Train and score every variant, and say what differs."""
+    made = list(commands(args))
+    for command in made:
+        run_once(command, args.work)
+    scores = read_tables(args, TABLES)
+    beside = [(num, score) for num in LABELLED for score in (IOU, AP) if (num, score) != (PRIMARY, IOU)]
+    content: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "seeds": args.seeds,
+        "draws": args.draws,
+        "contrasts": [
+            {"answer": equivalence(line, line["p_holm"], MARGIN), **line}
+            for line in answered(QUESTIONS, {TABLES: scores}, PRIMARY, IOU)
+        ],
+        "beside": [line for num, score in beside for line in answered(QUESTIONS, {TABLES: scores}, num, score)],
+        "means": means(scores),
+        "scores": plain(scores),
+        "commands": with_seconds(made, args.work),
+    }
+    publish("labels", content, args.out / "labels_variants.json", {"demo": teacher_digest(args.teacher)})
+    return 0
