@@ -96,7 +96,7 @@ def test_labels_are_read_of_the_features_of_their_own_teacher(made, tmp_path):
     assert live.names["l2"] == "l2.b"
     alone = tiny_config(tmp_path, datasets=(other, labels), join=True, reencode=1.0)
     data = StoredData(partial(open_live, {}, config=alone))
-    with pytest.raises(TeacherError, match=r"trained on other features than .*untrained has \(.*teacher.weights_blake3"):
+    with pytest.raises(TeacherError, match=r"other features than .*untrained has \(.*teacher.weights_blake3"):
         data.teacher(data.open(alone).source, torch.device("cpu"))
 
 
