@@ -16,6 +16,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
+from dtpipe.distill.downstream.frozen.readout import FOREGROUND_IOU
 from dtpipe.distill.downstream.paired import CONFIDENCE, difference_of
 from dtpipe.distill.downstream.result import FIXED, FOREGROUND_AP, HEAD
 
@@ -40,14 +41,19 @@ class Question:
 
 
 def read_scores(paths: Iterable[Path]) -> Scores:
-    """The headline's scores of all draws, from what `dtpipe eval` wrote; tables may hold the same arm twice."""
+    """The headline's scores of all draws, from what `dtpipe eval` wrote; tables may hold the same arm twice.
+
+    Tasks that train lead with mIoU and have foreground IoU beside it, the read-out leads with the latter; of digits
+    all have mIoU.
+    """
     scores: Scores = {}
     for path in paths:
         for score in json.loads(path.read_text(encoding="utf-8"))["scores"]:
             if score["level"] not in (FIXED, HEAD):
                 continue
             seed, draw = divmod(score["seed"], SEED_STEP)
-            values = {IOU: score["value"], AP: score["others"].get(FOREGROUND_AP)}
+            others = score["others"]
+            values = {IOU: others.get(FOREGROUND_IOU, score["value"]), AP: others.get(FOREGROUND_AP)}
             for name, value in values.items():
                 if value is not None:
                     key = (score["extractor"], score["num_labelled"], name)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import label_variants
+import numpy as np
 from commands import Command, command_of, digit_scenes, run_once, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
-from contrasts import AP, IOU, SEED_STEP, Question, Scores, answered, compared, means, plain, read_scores
+from contrasts import AP, IOU, SEED_STEP, Question, Scores, answered, by_seed, compared, means, plain, read_scores
 from label_arms import (
     BATCH,
     FEATURE,
@@ -45,6 +46,7 @@ from label_arms import (
     table,
     tuning,
 )
+from PIL import Image
 
 from dtpipe.distill.downstream.extractors import PATCHES, POSITION, RANDOM_INIT
 from dtpipe.pipeline.demo.scenes import write_scenes
@@ -74,8 +76,8 @@ PROTOCOL = {
     "controls": {
         MASKS: "a student that learned the masks of all scenes, by as many steps: must beat random by over 0.2 IoU",
         MISMATCHED: "images with the features of other images: must gain at most 0.02 IoU on random",
-        "masks of other scenes": f"read-outs that learned them must not beat what {POSITION!r} makes of them by 0.02, "
-        "neither in IoU nor in AP",
+        "masks of other scenes": f"read-outs that learned them must not beat {POSITION!r}, which learned them too, by "
+        "0.02 in AP, nor the share of the foreground by 0.02 in IoU, which is the most that guesses have",
     },
     "scores": {
         FROZEN: "held-out foreground IoU of a linear read-out of all levels at one regularisation, on cells of 4 px",
@@ -283,7 +285,7 @@ def results(args: argparse.Namespace, rates: dict[str, Any], commands: Iterable[
             {"contrast": f"teacher {idx} - {FEATURE}", **compared(scores[FROZEN], f"teacher {idx}", FEATURE, PRIMARY)}
             for idx in range(1, 1 + args.num_teachers)
         ],
-        "controls": controls(scores[FROZEN], read_tables(args, "permuted")),
+        "controls": controls(scores[FROZEN], read_tables(args, "permuted"), foreground_share(args)),
         "references": references(args, scratch),
         "means": {kind: means(values) for kind, values in (*scores.items(), ("digits", read_tables(args, "digits")))},
         "scores": {kind: plain(values) for kind, values in scores.items()},
@@ -291,10 +293,11 @@ def results(args: argparse.Namespace, rates: dict[str, Any], commands: Iterable[
     }
 
 
-def controls(scores: Scores, permuted: Scores) -> dict[str, Any]:
+def controls(scores: Scores, permuted: Scores, share: float) -> dict[str, Any]:
     """Whether the protocol can see. Each says what was found, and whether it holds."""
     gains = {arm: compared(scores, arm, RANDOM_INIT, PRIMARY) for arm in (MASKS, MISMATCHED)}
-    beyond = {score: compared(permuted, FEATURE, POSITION, PRIMARY, score)["mean"] for score in (IOU, AP)}
+    beyond = compared(permuted, FEATURE, POSITION, PRIMARY, AP)["mean"]
+    iou = statistics.fmean(by_seed(permuted, FEATURE, PRIMARY).values())
     values = {
         f"{arm}, {score}": line for arm in (FEATURE, POSITION, PATCHES) for line in means(permuted)
         for score in (line["score"],) if (line["arm"], line["labelled"]) == (arm, PRIMARY)
@@ -304,9 +307,16 @@ def controls(scores: Scores, permuted: Scores) -> dict[str, Any]:
         MISMATCHED: {"gain": gains[MISMATCHED], "holds": gains[MISMATCHED]["mean"] <= 0.02},
         "masks of other scenes": {
             "values": {name: line["mean"] for name, line in values.items()},
-            "holds": all(value is not None and value <= 0.02 for value in beyond.values()),
+            "share of the foreground": share,
+            "holds": beyond <= 0.02 and iou <= share + 0.02,
         },
     }
+
+
+def foreground_share(args: argparse.Namespace) -> float:
+    """Of the pixels of held-out scenes."""
+    masks = sorted((args.work / "held_out" / "semantic").rglob("*.png"))
+    return statistics.fmean(float((np.asarray(Image.open(mask)) > 0).mean()) for mask in masks)
 
 
 def references(args: argparse.Namespace, scratch: Scores) -> dict[str, Any]:
@@ -318,8 +328,7 @@ def references(args: argparse.Namespace, scratch: Scores) -> dict[str, Any]:
     for seed in range(args.seeds):
         document = json.loads((head_of(args, seed, 0) / "interpreter.json").read_text(encoding="utf-8"))
         for arm, record in document["scores"].items():
-            _, foreground = record["by_class"].values()
-            found.setdefault(arm, []).append({IOU: foreground, **record["others"]})
+            found.setdefault(arm, []).append(record["others"])
     mean = {
         arm: {name: statistics.fmean(line[name] for line in of_arm) for name in of_arm[0]}
         for arm, of_arm in found.items()

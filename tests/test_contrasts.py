@@ -24,7 +24,9 @@ def table(path: Path, scores: list[tuple[str, int, int, float, float | None]], l
     """A result of `dtpipe eval`: arm, labelled, seed, IoU, AP; beside it a level that is no headline."""
     lines: list[dict[str, Any]] = []
     for arm, num, seed, iou, precision in scores:
-        others = {} if precision is None else {"foreground AP": precision}
+        others: dict[str, float] = {} if precision is None else {"foreground AP": precision}
+        if level == "head":  # of a task that trains, whose value is mIoU
+            others, iou = {**others, "foreground IoU": iou}, (1 + iou) / 2
         own = {"extractor": arm, "num_labelled": num, "seed": seed, "value": iou, "others": others}
         lines += [{**own, "level": level}, {**own, "level": "l2", "value": 9.0}]
     path.write_text(json.dumps({"scores": lines}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.cli.console import ProgressLine, format_bytes, speed
+from dtpipe.pipeline.cli.console import ProgressLine, format_bytes, format_seconds, speed
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 
 if TYPE_CHECKING:
