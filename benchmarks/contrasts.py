@@ -16,13 +16,14 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from dtpipe.distill.downstream.frozen.readout import FOREGROUND_IOU
 from dtpipe.distill.downstream.paired import CONFIDENCE, difference_of
 from dtpipe.distill.downstream.result import FIXED, FOREGROUND_AP, HEAD
 
 SEED_STEP = 100
 """Draw d of seed s is drawn with seed `SEED_STEP * s + d`."""
 IOU, AP = "iou", "ap"
+FOREGROUND_IOU = "foreground IoU"
+"""As tasks that train have it beside mIoU."""
 
 Scores = dict[tuple[str, int, str], dict[int, dict[int, float]]]
 """(arm, number of labelled images, score) to the value of each seed and draw."""
