@@ -112,7 +112,13 @@ class ShardConfig(StrictModel):
         "the codec is cast, so that any reader opens all of it.",
     )
     codec: str = Field(default="cast", description="Codec of feature levels (`dtpipe list codecs`).")
-    zstd_level: int = Field(default=3, ge=1, le=19, description="Compression level of zstd.")
+    zstd_level: int = Field(
+        default=3,
+        ge=0,
+        le=19,
+        description="Compression level of zstd in zarr. 0: none, which takes 8% more bytes of cast features and reads "
+        "several times as fast from disks and memory that keep up.",
+    )
 
     @model_validator(mode="after")
     def _coding_fits(self) -> Self:

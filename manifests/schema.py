@@ -26,7 +26,7 @@ from dtpipe.manifests.image_coding import PLAIN, ImageCoding, misfit
 Format = Literal["dtpipe-features/1", "dtpipe-features/2"]
 FORMAT: Final = "dtpipe-features/1"
 CODECS_AND_ROLES: Final = "dtpipe-features/2"  # where a level names a codec, or a role that its name does not imply,
-# or images are not plain
+# or images are not plain, or chunks are not compressed
 FORMATS: Final[tuple[Format, ...]] = (FORMAT, CODECS_AND_ROLES)
 FLOAT32_ERROR: Final = "float32_error"  # in provenance: by level, how far low precision is from float32
 MEASURED_SHARD: Final = 0  # whose entry holds it
@@ -204,7 +204,7 @@ class CodecRecipe(StrictModel):
     """How stored arrays become bytes."""
 
     name: Literal["cast"] = Field(default="cast", description="Codec of the levels that name none of their own.")
-    zstd_level: int = Field(default=3, ge=1, le=19)
+    zstd_level: int = Field(default=3, ge=0, le=19, description="Of the zarr store; 0: chunks are not compressed.")
 
 
 class ShardRecipe(StrictModel):
@@ -239,7 +239,7 @@ class Recipe(StrictModel):
     def format(self) -> Format:
         """The oldest format that can describe this."""
         v1 = all(level.codec == CodecSpec() and level.role == implied_role(level.name) for level in self.levels)
-        return FORMAT if v1 and self.image_coding == PLAIN else CODECS_AND_ROLES
+        return FORMAT if v1 and self.image_coding == PLAIN and self.codec.zstd_level > 0 else CODECS_AND_ROLES
 
     @model_validator(mode="after")
     def _coding_fits(self) -> Self:

@@ -6,7 +6,7 @@ One rule: an array is cut into chunks of one row and one view; `Members` tables 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import google_crc32c
@@ -34,6 +34,7 @@ class ArraySpec:
     chunk_axes: tuple[str, ...]
     level: str | None = None  # whose codec made it; None: the image
     image_coding: ImageCoding = PLAIN
+    zstd: bool = True  # in the zarr store
 
     @property
     def chunks_per_row(self) -> int:
@@ -57,7 +58,8 @@ def stored_arrays(recipe: Recipe) -> dict[str, ArraySpec]:
         for part, spec in codec.parts.items():
             name = array_name(level, part)
             arrays[name] = ArraySpec(name, spec.dtype, len(recipe.views), spec.shape, spec.axes, level)
-    return arrays
+    packed = recipe.codec.zstd_level > 0
+    return {name: replace(spec, zstd=packed or spec.image_coding == "predicted") for name, spec in arrays.items()}
 
 
 @dataclass(frozen=True)

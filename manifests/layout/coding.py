@@ -26,10 +26,8 @@ class ChunkCoding:
 
 def plain_coding(spec: ArraySpec, recipe: Recipe) -> ChunkCoding | None:
     """Of the chunks of one array; None where they are coded in another way."""
-    if getattr(spec, "image_coding", "plain") != "plain":
-        return None
     if recipe.shard.format == "zarr":
-        return ChunkCoding(zstd=True, predicted=spec.image_coding == "predicted")
+        return ChunkCoding(zstd=spec.zstd, predicted=spec.image_coding == "predicted")
     return None if spec.name == IMAGE else ChunkCoding(zstd=False, lead=_npy_header(spec))
 
 

@@ -3,7 +3,7 @@ view.
 
 One rule: any zarr v3 reader must read what is written here. Shards are put together by hand, because their bytes must
 follow from the content alone and because each chunk's place and checksum goes into the shard's entry: chunks in (row,
-view) order, each zstd and then crc32c, and the shard's index with its own crc32c at the end.
+view) order, each zstd (unless the recipe says 0) and then crc32c, and the shard's index with its own crc32c at the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dtpipe.manifests.store.store import Store
 
 ROOT = "data.zarr"
 PREDICTED_CODEC = "dtpipe.predicted"  # `zarr_codecs` has it for zarr-python
-TRAILER_BYTES = 4  # the stored crc32c behind each chunk's zstd frame
+TRAILER_BYTES = 4  # the stored crc32c behind each chunk
 _EMPTY = np.uint64(2**64 - 1)  # index mark of a chunk beyond the last row
 
 
@@ -56,6 +56,8 @@ def _encode_array(recipe: Recipe, spec: ArraySpec, values: NDArray[np.generic]) 
         from dtpipe.manifests.layout.prediction import predicted
 
         chunks = predicted(chunks.astype(np.uint8, copy=False))
+    if not spec.zstd:
+        return [Chunk.of(chunk.tobytes()) for chunk in chunks]
     zstd = Zstd(level=_zstd_level(recipe, spec), checksum=False)
     return [Chunk.of(bytes(zstd.encode(chunk))) for chunk in chunks]
 
@@ -99,7 +101,7 @@ def decode_zarr_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArra
     if trailer != _trailer(crc32c(chunk)):
         raise DamagedDataError("its stored checksum differs")
     try:
-        plain = Zstd().decode(chunk)
+        plain = Zstd().decode(chunk) if spec.zstd else chunk
     except RuntimeError as err:
         raise DamagedDataError(f"it is no zstd frame ({err})") from err
     if len(plain) != out.nbytes:
@@ -154,11 +156,11 @@ def _array_document(spec: ArraySpec, plan: Plan) -> dict[str, Any]:
 def _sharding(spec: ArraySpec, chunk_shape: list[int], zstd_level: int) -> dict[str, Any]:
     little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
     filters = [{"name": PREDICTED_CODEC}] if spec.image_coding == "predicted" else []
-    zstd = {"name": "zstd", "configuration": {"level": zstd_level, "checksum": False}}
+    zstd = [{"name": "zstd", "configuration": {"level": zstd_level, "checksum": False}}] if spec.zstd else []
     checksum = {"name": "crc32c"}
     configuration = {
         "chunk_shape": chunk_shape,
-        "codecs": [*filters, little if spec.dtype.itemsize > 1 else {"name": "bytes"}, zstd, checksum],
+        "codecs": [*filters, little if spec.dtype.itemsize > 1 else {"name": "bytes"}, *zstd, checksum],
         "index_codecs": [little, checksum],
         "index_location": "end",
     }

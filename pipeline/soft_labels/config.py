@@ -38,7 +38,7 @@ class LabelShardConfig(StrictModel):
     format: ShardFormat = "zarr"
     samples: int | None = Field(default=None, ge=1)
     dtype: StoredDtype = "float16"
-    zstd_level: int = Field(default=3, ge=1, le=19)
+    zstd_level: int = Field(default=3, ge=0, le=19)
 
 
 class CachedConfig(StrictModel):

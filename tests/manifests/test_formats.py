@@ -64,6 +64,11 @@ def test_what_v1_cannot_say_is_written_as_v2(changes: dict[str, object], written
     assert recipe(level(), other).format == "dtpipe-features/2"
 
 
+def test_chunks_that_are_not_compressed_are_of_v2() -> None:
+    for zstd_level, expected in ((1, "dtpipe-features/1"), (0, "dtpipe-features/2")):
+        assert golden.make_recipe(golden.Settings(zstd_level=zstd_level)).format == expected
+
+
 def test_a_level_keeps_its_role_under_another_name() -> None:
     renamed = level(name="l2.latent").model_copy(update={"name": "l2.b"})
     assert renamed.role == "latent"

@@ -17,6 +17,7 @@ import numpy as np
 from dtpipe.manifests.codecs.fitted import HeldFitted
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.schema import (
+    CodecRecipe,
     IndexRow,
     LevelSpec,
     Manifest,
@@ -55,6 +56,7 @@ class Settings:
     image_coding: str = "plain"
     bad: tuple[str, ...] = ("dog/3.png",)
     prefix: str = ""
+    zstd_level: int = 3
     salt: int = 0
     weights: str = "ab" * 32
     kind: str = "class_folder"
@@ -86,6 +88,7 @@ def make_recipe(settings: Settings) -> Recipe:
         levels=settings.levels,
         images=settings.images,
         image_coding=settings.image_coding,
+        codec=CodecRecipe(zstd_level=settings.zstd_level),
         shard=ShardRecipe(format=settings.format, samples=settings.samples),  # type: ignore[arg-type]
     )
 

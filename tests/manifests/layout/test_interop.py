@@ -29,11 +29,11 @@ def stored_level(dataset: FeatureDataset, level: LevelSpec) -> np.ndarray:
     return np.stack([golden.true_level(level, key) * np.uint8(status == "ok") for key, status in rows])
 
 
-@pytest.fixture(scope="module")
-def zarr_dataset(tmp_path_factory: pytest.TempPathFactory) -> FeatureDataset:
-    """A zarr dataset whose last shard is short."""
+@pytest.fixture(scope="module", params=[3, 0])
+def zarr_dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FeatureDataset:
+    """A zarr dataset whose last shard is short; compressed, and not."""
     root = tmp_path_factory.mktemp("zarr")
-    golden.write_shards(root, golden.Settings(format="zarr", **SETTINGS))
+    golden.write_shards(root, golden.Settings(format="zarr", zstd_level=request.param, **SETTINGS))
     return FeatureDataset.open(root)
 
 

@@ -24,14 +24,17 @@ NAMES = ("l2", "l3", "l4.b")
 NEVER = 10**9  # chunks
 
 
-@pytest.fixture(scope="module", params=["zarr", "webdataset"])
+FORMS = {"zarr": {}, "plain": {"zstd_level": 0}, "webdataset": {"format": "webdataset"}}
+
+
+@pytest.fixture(scope="module", params=FORMS)
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp(request.param) / "features", request.param)
 
 
-def write(root: Path, shard_format: str) -> Path:
+def write(root: Path, form: str) -> Path:
     """Thirteen rows in shards of three; one bad."""
-    golden.write_shards(root, golden.Settings(format=shard_format, num_rows=13, samples=3))
+    golden.write_shards(root, golden.Settings(**{"num_rows": 13, "samples": 3, **FORMS[form]}))
     return root
 
 
@@ -68,10 +71,11 @@ def requests_of(dataset: FeatureDataset, num: int) -> Iterator[tuple[np.ndarray,
         yield rows, rng.integers(0, 2, len(rows))
 
 
+@pytest.mark.parametrize("form", ["zarr", "plain"])
 def test_random_requests_have_the_values_of_plain_zarr_and_none_is_read_chunk_by_chunk(
-    tmp_path: Path, chunk_by_chunk: list[int]
+    tmp_path: Path, chunk_by_chunk: list[int], form: str
 ) -> None:
-    dataset = FeatureDataset.open(write(tmp_path / "features", "zarr"))
+    dataset = FeatureDataset.open(write(tmp_path / "features", form))
     chunk_by_chunk.clear()
     group = zarr.open_group(str(tmp_path / "features" / "data.zarr"), mode="r")
     truth = {name: np.asarray(group[name][:]) for name in ("image", *NAMES)}
