@@ -155,7 +155,17 @@ class ExtractRun(ErrorBudget):
         default=None, ge=0, description="GPUs per actor; default: 1 if the cluster has any."
     )
     cpus_per_worker: float = Field(default=1, gt=0, description="CPUs per actor that Ray reserves.")
-    decode_threads: int = Field(default=2, ge=1, description="Threads per worker that decode images.")
+    decode_threads: int = Field(default=2, ge=1, description="Threads per worker that read and decode images.")
+    code_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Threads per worker that compress; default: 2, beside a GPU half of its share of the CPUs.",
+    )
+    memory_gb: float = Field(
+        default=2.0,
+        gt=0,
+        description="Gigabytes that shards on their way to the store take per worker; one shard is always held whole.",
+    )
     ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one.")
     retries: int = Field(default=2, ge=0, description="Times a failed shard is tried again.")
     shard_deadline_s: float = Field(

@@ -139,6 +139,8 @@ def make_recipe(config: ExtractRecipeConfig, teacher: Teacher, source_kind: str,
     shrunk = (image_px[0] // spec.student_scale, image_px[1] // spec.student_scale)
     student_px = height_width(config.student_px or shrunk)
     levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype, config.shard.codec)
+    if spec.is_noise:
+        levels = tuple(level.model_copy(update={"role": "noise"}) for level in levels)
     views = make_views(config, spec)
     samples = config.shard.samples or shard_samples_for(
         bytes_per_sample(levels, len(views), image_px if config.shard.images == "stored" else None)

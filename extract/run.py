@@ -43,6 +43,7 @@ from dtpipe.manifests.write.commit import (
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import SOURCE_SEEN, plan_digest, start_plan
 
+STALLS = "stalls"  # key of a manifest's provenance: worker to what `Stalls.record` gives
 MERGE_ROUNDS = 3  # the merge may send shards back to work; so often it is done here, then by running again
 
 
@@ -187,6 +188,8 @@ def _hand_out(run: _Run, queue: ShardQueue, max_bad: int) -> None:
         epoch=run.lock.epoch,
         max_bad=max_bad,
         decode_threads=config.decode_threads,
+        code_threads=config.code_threads,
+        memory_bytes=int(config.memory_gb * 1e9),
         fault=os.environ.get(FAULT_VARIABLE),
         versions=package_versions(),
     )
@@ -204,7 +207,10 @@ def _hand_out(run: _Run, queue: ShardQueue, max_bad: int) -> None:
 
 def _measured(run: _Run) -> dict[str, Any]:
     """What was measured on the way, for the manifest."""
-    measured: dict[str, Any] = {"stage_seconds": dict(run.tally.stage_seconds)}
+    measured: dict[str, Any] = {
+        "stage_seconds": dict(run.tally.stage_seconds),
+        STALLS: {name: stalls.record() for name, stalls in run.tally.stalls.items()},
+    }
     if run.plan.recipe.compute.dtype != "float32" and run.store.exists(commit_name(MEASURED_SHARD)):
         entry = load_entry(run.store, run.plan, plan_digest(run.store), MEASURED_SHARD)
         measured[FLOAT32_ERROR] = entry.provenance.get(FLOAT32_ERROR, {})

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from dtpipe.extract.shards.progress import OnExtractProgress, ProgressMeter
 from dtpipe.extract.shards.task import BadSample, ShardSummary, bad_samples, budget_message
+from dtpipe.extract.shards.timeline import Stalls
 from dtpipe.manifests.errors import ErrorBudgetError
 from dtpipe.manifests.schema import FLOAT32_ERROR, Manifest, Plan, ShardEntry
 from dtpipe.manifests.write.plan import SOURCE_SEEN
@@ -37,8 +38,10 @@ class ExtractResult:
     source_change: str | None = None
     """What changed in the source since then."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    """prepare, extract, merge: wall clock. wait_for_decode, teacher, write: sums over shards, which overlap; decode:
-    over threads."""
+    """prepare, extract, merge: wall clock. All others are sums over shards, which overlap, or over threads; see
+    `shards.timeline`."""
+    stalls: dict[str, Stalls] = field(default_factory=dict)
+    """Where the time of this run's workers went, by their names."""
 
 
 class Tally:
@@ -55,6 +58,16 @@ class Tally:
         """What to say as soon as the counts are known."""
         self.source_change: str | None = None
         self.meter = ProgressMeter(0, 0)
+        self._stalls: dict[str, Stalls] = {}
+
+    @property
+    def stalls(self) -> dict[str, Stalls]:
+        """Where the time of all workers of this run went, over all rounds."""
+        later = self.meter.now().stalls
+        both = {
+            name: self._stalls.get(name, Stalls()) + later.get(name, Stalls()) for name in {**self._stalls, **later}
+        }
+        return dict(sorted(both.items()))
 
     @property
     def elapsed_s(self) -> float:
@@ -80,7 +93,7 @@ class Tally:
 
     def begin(self, plan: Plan, entries: Iterable[ShardEntry]) -> ProgressMeter:
         """Count from what is committed already; its bad samples are remembered too."""
-        shards_done, samples_done = 0, 0
+        shards_done, samples_done, self._stalls = 0, 0, self.stalls
         for entry in entries:
             self._bad += bad_samples(entry.rows)
             shards_done, samples_done = shards_done + 1, samples_done + len(entry.rows)
@@ -103,8 +116,7 @@ class Tally:
         self._rows_written += summary.num_rows
         self._bad += summary.bad
         for stage, seconds in summary.seconds.items():
-            if stage != "shard":
-                self.stage_seconds[stage] += seconds
+            self.stage_seconds[stage] += seconds
         self.meter.committed(summary.num_rows, summary.num_bad, summary.size_bytes)
         self.meter.report()
         self.check_budget(max_bad)
@@ -133,4 +145,5 @@ class Tally:
             ignored=manifest.provenance.get("plan", {}).get(SOURCE_SEEN, {}).get("ignored", {}),
             source_change=self.source_change,
             stage_seconds={name: round(value, 3) for name, value in self.stage_seconds.items()},
+            stalls=self.stalls,
         )

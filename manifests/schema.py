@@ -41,7 +41,7 @@ LevelName = Annotated[
     str, Field(pattern=r"^l[0-9](\.[a-z0-9]+)?$", description="l{n} has stride 2^n; l4.b is a second tap.")
 ]
 StoredDtype = Literal["float16", "float32"]
-Role = Literal["features", "latent", "soft_labels"]
+Role = Literal["features", "latent", "soft_labels", "noise"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Resize = Literal["center_crop", "stretch", "none"]
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
@@ -142,7 +142,7 @@ class LevelSpec(StrictModel):
     codec: CodecSpec = CodecSpec()
     role: Role = Field(
         default="features",
-        description="What it holds: features to regress, a latent teacher's own input, or soft labels. "
+        description="What it holds: features to regress, a latent teacher's own input, soft labels, or noise. "
         "A level called `l{n}.latent` that says nothing is a latent.",
     )
 

@@ -18,6 +18,8 @@ def are(number: int) -> str:
 
 def teacher_in_words(teacher: Mapping[str, Any]) -> str:
     """A teacher as a recipe records it, as plain values: its kind and weights, loudly where nobody trained them."""
+    if teacher["kind"] == "null":
+        return "null: NOISE for measuring speed, no features"
     seed = teacher.get("options", {}).get("untrained")
     untrained = "" if seed is None else f", UNTRAINED: new weights from seed {seed}"
     return f"{teacher['kind']}{untrained}, weights {teacher['weights_blake3'][:16]}"

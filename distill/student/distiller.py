@@ -58,9 +58,14 @@ class Distiller(nn.Module):
 def choose_levels(stored: Sequence[LevelSpec], names: Sequence[str] | None) -> tuple[LevelSpec, ...]:
     """The levels to regress, finest first; by default all that hold features. Soft labels are not regressed.
 
-    Raises: ConfigError when a level is named that is not stored.
+    Raises: ConfigError when a level is named that is not stored, or some are noise.
     """
     by_name = {level.name: level for level in stored}
+    if noise := [level.name for level in stored if level.role == "noise"]:
+        raise ConfigError(
+            f"levels {', '.join(noise)} are noise: teacher null, which is for measuring, wrote them in the place of "
+            "features; extract with a real teacher"
+        )
     unknown = [name for name in names or () if name not in by_name]
     if unknown:
         raise ConfigError(f"distill.levels names {unknown}, the dataset has {sorted(by_name)}; choose among those")

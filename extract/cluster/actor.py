@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dtpipe.extract.cluster.preflight import NodeReport, check_node, check_versions
 from dtpipe.extract.shards.task import ShardSummary, WorkerContext, summarize
+from dtpipe.extract.shards.timeline import Stalls
 from dtpipe.extract.shards.worker import ShardWorker
 from dtpipe.manifests.store.faults import arm_spec
 from dtpipe.manifests.store.store import Store
@@ -25,6 +26,8 @@ class News:
     """Rows through the teacher since it began."""
     notices: tuple[str, ...]
     """Lines of its log, which would lie unseen in Ray's folders: a store that fails and is tried again, mostly."""
+    stalls: Stalls = field(default_factory=Stalls)
+    """Where its time went since it began."""
 
 
 class _Keeper(logging.Handler):
@@ -66,7 +69,9 @@ class ExtractActor:
     def news(self) -> News:
         """Progress and log since the last call; also while `prepare` runs."""
         lines = [self._keeper.lines.popleft() for _ in range(len(self._keeper.lines))]
-        return News(self._worker.num_encoded if self._worker else 0, tuple(lines))
+        if self._worker is None:
+            return News(0, tuple(lines))
+        return News(self._worker.num_encoded, tuple(lines), self._worker.stalls())
 
     def stop(self) -> None:
         """Finish what is nearly done, drop the rest."""

@@ -11,6 +11,7 @@ from dtpipe.extract.cluster.connection import ray_module
 from dtpipe.extract.cluster.placement import Node, WorkerShape, live_nodes, most_workers, place_workers
 from dtpipe.extract.shards.queue import ShardTask
 from dtpipe.extract.shards.task import WorkerContext
+from dtpipe.extract.shards.timeline import Stalls
 from dtpipe.manifests.errors import DtpipeError, IncompleteError
 
 PREPARE_CRASHES = 3  # a node on which so many workers died while preparing is left out
@@ -27,6 +28,8 @@ class Member:
     since_s: float = 0.0  # when the oldest shard in hand could begin; what the deadline counts from
     asked: Any = None  # the reference of `news`, None when not asked
     num_encoded: int = 0
+    stalls: Stalls = field(default_factory=Stalls)
+    name: str = ""
 
     def references(self) -> list[Any]:
         """All calls that have not come back."""
@@ -43,6 +46,8 @@ class Crew:
         self._left_out: dict[str, DtpipeError] = {}  # node id -> why
         self._crashes: Counter[str] = Counter()
         self._encoded_by_gone = 0
+        self._stalls_of_gone: dict[str, Stalls] = {}
+        self._num_started = 0
 
     @property
     def ready(self) -> list[Member]:
@@ -58,6 +63,14 @@ class Crew:
     def num_encoded(self) -> int:
         """Rows produced by all members there have been."""
         return self._encoded_by_gone + sum(member.num_encoded for member in self.members)
+
+    @property
+    def stalls(self) -> dict[str, Stalls]:
+        """Where the time of all members there have been went, by their names."""
+        return {
+            **self._stalls_of_gone,
+            **{member.name: member.stalls for member in self.members if member.stalls.spans},
+        }
 
     def stranded(self, nodes: Sequence[Node]) -> list[Member]:
         """Members whose node is not among the live ones."""
@@ -96,12 +109,16 @@ class Crew:
             )
         )
         handle = actor.remote(self._context)
-        self.members.append(Member(handle, node, preparing=handle.prepare.remote()))
+        self._num_started += 1
+        name = f"worker {self._num_started} on {node.host}"
+        self.members.append(Member(handle, node, preparing=handle.prepare.remote(), name=name))
 
     def dismiss(self, member: Member) -> list[ShardTask]:
         """End a member; what it had in hand."""
         self.members.remove(member)
         self._encoded_by_gone += member.num_encoded
+        if member.stalls.spans:
+            self._stalls_of_gone[member.name] = member.stalls
         ray_module().kill(member.handle)
         tasks, member.in_hand = list(member.in_hand.values()), {}
         return tasks

@@ -14,6 +14,7 @@ from dtpipe.manifests.schema import ShardEntry
 from dtpipe.manifests.stopping import StopRequest
 
 _TICK_S = 0.5
+HERE = "worker in this process"
 
 
 def run_inline(
@@ -40,7 +41,7 @@ def run_inline(
                 done, _ = wait(in_hand, timeout=_TICK_S, return_when=FIRST_COMPLETED)
                 for future in done:
                     _answer(future, in_hand.pop(future), queue, meter, on_shard)
-                meter.encoded(worker.num_encoded)
+                meter.encoded(worker.num_encoded, {HERE: worker.stalls()})
                 meter.report()
         finally:
             worker.request_stop()

@@ -129,7 +129,7 @@ class Cluster:
         for ref in done:
             if owners[ref] in self._crew.members:
                 self._answer(owners[ref], ref)
-        self._meter.encoded(self._crew.num_encoded)
+        self._meter.encoded(self._crew.num_encoded, self._crew.stalls)
         self._meter.report()
 
     def _answer(self, member: Member, ref: Any) -> None:
@@ -150,7 +150,7 @@ class Cluster:
             self._meter.worker_ready()
             self._meter.report(f"worker {value.pid} on {value.host} ({value.device}) is ready")
         elif ref == member.asked:
-            member.asked, member.num_encoded = None, value.num_encoded
+            member.asked, member.num_encoded, member.stalls = None, value.num_encoded, value.stalls
             for notice in value.notices:
                 self._meter.report(f"worker on {member.node.host}: {notice}")
         else:

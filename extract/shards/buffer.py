@@ -1,12 +1,16 @@
-"""Where a shard gathers on the host while the teacher works: features leave the device coded.
+"""From a batch on the device to the bytes of its rows: symbols leave the device, and threads make bytes of them while
+the teacher goes on.
 
 On a GPU the copy of one batch overlaps with the forward pass of the next; nothing here waits for the device before
-`CodedBatch.levels`.
+`CodedBatch.wait`. What is kept of a shard are bytes as they will be stored, so a shard never lies in memory twice.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -14,9 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtpipe.extract.shards.codecs import encode_on_device, encode_on_host
+from dtpipe.extract.shards.memory import Room
+from dtpipe.extract.shards.timeline import CODEC, CODING, ROOM, TEACHER, ShardClock
 from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name
-from dtpipe.manifests.layout.arrays import ShardArrays, stored_arrays
-from dtpipe.manifests.schema import IMAGE, IndexRow, Recipe
+from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
+from dtpipe.manifests.schema import IMAGE, MEASURED_SHARD, IndexRow, Recipe
+from dtpipe.manifests.write.shard import encode_rows
+
+KEPT_ROWS = 8  # of the measured shard, as arrays
 
 
 class CodedBatch:
@@ -26,35 +35,85 @@ class CodedBatch:
         self.rows = list(rows)
         self._images = images  # (n, H, W, 3), where they are made or given here
         self._host: dict[str, tuple[LevelCodec, dict[str, Tensor], Tensor]] = {}
-        self._copied: torch.cuda.Event | None = None
+        self._marks: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # before encoding, after the copy
+        self.coding_s = 0.0
+        """Seconds that encoding took, where the CPU is the device."""
 
     def start(self, features: Mapping[str, Tensor], codecs: Mapping[str, LevelCodec]) -> None:
         """Encode on the device and begin the copy to the host.
 
         Shapes: {level: (B, V, C, h, w)}, B at least the number of rows; the rest is padding.
         """
-        self._images = None if self._images is None else _copy_to_host(self._images)
+        started_s = time.perf_counter()
+        before = _mark(features)
+        self._images = None if self._images is None else _copy_to_host(self._images[: len(self.rows)])
         for name, level in features.items():
             sent, finite = encode_on_device(codecs[name], level[: len(self.rows)])
             on_host = {part: _copy_to_host(values) for part, values in sent.items()}
             self._host[name] = codecs[name], on_host, _copy_to_host(finite)
-            if level.is_cuda and self._copied is None:
-                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        if self._copied is not None:
-            self._copied.record()
+        after = _mark(features)
+        self._marks = None if before is None or after is None else (before, after)
+        self.coding_s = 0.0 if self._marks else time.perf_counter() - started_s
 
-    def levels(self) -> dict[str, tuple[Mapping[str, Array], NDArray[np.bool_]]]:
-        """Wait for the copy: {level: ({part: [n, V, ..]}, [n] bool: the codec holds all values)}."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return {
+    def wait(self) -> float:
+        """Wait for a GPU's copy; seconds that encoding there and the copy took."""
+        if self._marks is None:
+            return 0.0
+        before, after = self._marks
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1000
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what lies on the host."""
+        tensors = [values for _, sent, _ in self._host.values() for values in sent.values()]
+        return sum(values.nbytes for values in [*tensors, *([] if self._images is None else [self._images])])
+
+    def arrays(self, recipe: Recipe) -> ShardArrays:
+        """The rows as they are stored; valid after `wait`. A row with features that are not finite or do not fit their
+        codec becomes bad: zeros.
+        """
+        levels = {
             name: encode_on_host(codec, {part: values.numpy() for part, values in sent.items()}, finite.numpy())
             for name, (codec, sent, finite) in self._host.items()
         }
+        rows = [self._judged(idx, levels) for idx in range(len(self.rows))]
+        named: dict[str, Array] = {} if self._images is None else {IMAGE: self._images.numpy()}
+        for name, (parts, _) in levels.items():
+            named |= {array_name(name, part): values for part, values in parts.items()}
+        bad = [idx for idx, row in enumerate(rows) if row.status != "ok"]
+        specs = stored_arrays(recipe)
+        zeros = {name: np.zeros(spec.shape(len(rows)), spec.dtype) for name, spec in specs.items() if not levels}
+        stored = zeros or {
+            name: _zeroed(named[name], bad).astype(spec.dtype, copy=False) for name, spec in specs.items()
+        }
+        return ShardArrays(stored, rows)
 
-    def images(self) -> NDArray[np.uint8] | None:
-        """[n, H, W, 3], where there are any; valid after `levels`."""
-        return None if self._images is None else self._images.numpy()
+    def _judged(self, idx: int, levels: Mapping[str, tuple[Mapping[str, Array], NDArray[np.bool_]]]) -> IndexRow:
+        row = self.rows[idx]
+        unfit = [name for name, (_, fits) in levels.items() if not fits[idx]]
+        if row.status != "ok" or not unfit:
+            return row
+        dtype = self._host[unfit[0]][0].level.dtype
+        return row.model_copy(update={"status": f"bad: features of {', '.join(unfit)} are not finite in {dtype}"})
+
+
+def _zeroed(values: Array, bad: Sequence[int]) -> Array:
+    """Some rows as zeros; what was given is left as it is, for a teacher may keep it."""
+    if not bad:
+        return values
+    values = values.copy()
+    values[list(bad)] = 0
+    return values
+
+
+def _mark(features: Mapping[str, Tensor]) -> torch.cuda.Event | None:
+    """A point on the device's stream, where features lie on a GPU."""
+    if not any(level.is_cuda for level in features.values()):
+        return None
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _copy_to_host(values: Tensor) -> Tensor:
@@ -66,33 +125,55 @@ def _copy_to_host(values: Tensor) -> Tensor:
 
 
 class ShardBuffer:
-    """The arrays of one shard, filled batch by batch in row order."""
+    """The rows of one shard, batch by batch in their order, on their way to bytes in the threads of a pool."""
 
-    def __init__(self, recipe: Recipe, num_rows: int, codecs: Mapping[str, LevelCodec]) -> None:
-        self.codecs, self.rows = codecs, list[IndexRow]()
-        specs = stored_arrays(recipe).items()
-        self._arrays = {name: np.zeros(spec.shape(num_rows), spec.dtype) for name, spec in specs}
+    def __init__(
+        self, recipe: Recipe, shard_idx: int, pool: ThreadPoolExecutor, ahead: int, room: Room, clock: ShardClock
+    ) -> None:
+        """`ahead`: batches that may wait for the threads of the pool."""
+        self._recipe, self._shard_idx = recipe, shard_idx
+        self._pool, self._ahead, self._room, self._clock = pool, ahead, room, clock
+        self._waiting: deque[Future[CodedRows]] = deque()
+        self._parts: list[CodedRows] = []
+        self._kept: dict[int, ShardArrays] = {}
+        self.num_rows = 0
 
     def take(self, batch: CodedBatch) -> None:
-        """Append one batch. A row with features that are not finite or do not fit their codec becomes bad: zeros."""
-        start, levels, images = len(self.rows), batch.levels(), batch.images()
-        for idx, index_row in enumerate(batch.rows):
-            row = index_row
-            unfit = [name for name, (_, fits) in levels.items() if not fits[idx]]
-            if row.status == "ok" and unfit:
-                dtype = self.codecs[unfit[0]].level.dtype
-                status = f"bad: features of {', '.join(unfit)} are not finite in {dtype}"
-                row = row.model_copy(update={"status": status})
-            self.rows.append(row)
-            if row.status != "ok":
-                continue
-            if IMAGE in self._arrays:
-                assert images is not None
-                self._arrays[IMAGE][start + idx] = images[idx]
-            for name, (parts, _) in levels.items():
-                for part, values in parts.items():
-                    self._arrays[array_name(name, part)][start + idx] = values[idx]
+        """Append one batch once it has left the device, waiting for it, for the threads and for room.
 
-    def arrays(self) -> ShardArrays:
-        """The shard, once every row is in."""
-        return ShardArrays(self._arrays, self.rows)
+        Raises: what making bytes of earlier batches raised.
+        """
+        self._clock.lap(TEACHER, {CODEC: batch.wait()})
+        while len(self._waiting) > self._ahead or (self._waiting and self._waiting[0].done()):
+            self._parts.append(self._waiting.popleft().result())
+        self._clock.lap(CODING)
+        self._room.take(self._shard_idx, batch.size_bytes)
+        self._clock.lap(ROOM)
+        self._waiting.append(self._pool.submit(self._encode, batch, self.num_rows))
+        self.num_rows += len(batch.rows)
+
+    def parts(self) -> list[CodedRows]:
+        """All rows as bytes, waiting for them. Raises: as `take`."""
+        while self._waiting:
+            self._parts.append(self._waiting.popleft().result())
+        return self._parts
+
+    def first_rows(self) -> ShardArrays:
+        """Arrays of the first `KEPT_ROWS` rows or more, of the shard that is measured; valid after `parts`."""
+        kept = [self._kept[start] for start in sorted(self._kept)]
+        arrays = {name: np.concatenate([part.arrays[name] for part in kept]) for name in kept[0].arrays}
+        return ShardArrays(arrays, [row for part in kept for row in part.rows])
+
+    def close(self) -> None:
+        """Let go of what is not done, and of the room."""
+        wait([future for future in self._waiting if not future.cancel()])
+        self._room.give_back(self._shard_idx)
+
+    def _encode(self, batch: CodedBatch, start: int) -> CodedRows:
+        with self._clock.working("compress"):
+            arrays = batch.arrays(self._recipe)
+            if self._shard_idx == MEASURED_SHARD and start < KEPT_ROWS:
+                self._kept[start] = arrays
+            coded = encode_rows(self._recipe, arrays)
+        self._room.exchange(self._shard_idx, batch.size_bytes, coded.size_bytes)
+        return coded

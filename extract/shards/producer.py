@@ -7,7 +7,7 @@ more of it than this.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dtpipe.manifests.schema import IndexRow, Plan
@@ -27,6 +27,8 @@ class PreparedRow:
     """As it was given, with what was seen of the row: its original size, or why it is bad."""
     content: Any
     """What the producer needs of it; None of a bad row."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What of the time that it took went to `read`, `decode` and `noise`; the rest counts as decode."""
 
 
 class Producer(Protocol):
@@ -49,7 +51,9 @@ class Producer(Protocol):
         ...
 
     def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:
-        """What is measured once per dataset, on its first shard, for the record; `codecs` by level."""
+        """What is measured once per dataset, on the first rows of its first shard, for the record; `codecs` by
+        level.
+        """
         ...
 
 

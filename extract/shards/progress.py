@@ -6,8 +6,10 @@ Numbers and sentences only; how they look on a terminal is the command line's bu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from dtpipe.extract.shards.timeline import Stalls
 
 RATE_WINDOW_S = 30.0
 
@@ -18,8 +20,9 @@ class Progress:
 
     shards_done: int
     shards_total: int
-    samples_done: int
+    samples_done: int  # committed
     samples_total: int
+    samples_encoded: int  # by the teacher, those of shards that are not written yet included
     num_bad: int
     size_bytes: int  # committed by this run
     elapsed_s: float
@@ -27,6 +30,8 @@ class Progress:
     throughput_mb_s: float  # committed megabytes per second over this run
     eta_s: float | None  # None until there is a rate
     workers: int
+    stalls: Mapping[str, Stalls] = field(default_factory=dict)
+    """Where the time of this run's workers went so far, by their names."""
     message: str | None = None
     """An event worth a line of its own: a worker that died, a shard that is tried again, a node that joined."""
 
@@ -48,6 +53,7 @@ class ProgressMeter:
     size_bytes: int = 0
     _encoded: int = 0  # samples encoded by this run, in flight included
     _committed: int = 0  # by this run
+    _stalls: dict[str, Stalls] = field(default_factory=dict)
     _started_s: float = field(default_factory=time.monotonic)
     _ready_s: float | None = None
     _window: list[tuple[float, int]] = field(default_factory=list)
@@ -61,9 +67,10 @@ class ProgressMeter:
         self._committed += num_rows
         self.encoded(self._committed)
 
-    def encoded(self, num_rows: int) -> None:
-        """Note how many samples this run has encoded so far, shards in flight included."""
+    def encoded(self, num_rows: int, stalls: Mapping[str, Stalls] | None = None) -> None:
+        """Note how many samples this run has encoded so far, shards in flight included, and where time went."""
         self._encoded = max(self._encoded, num_rows)
+        self._stalls |= stalls or {}
 
     def worker_ready(self) -> None:
         """Note that a worker has its teacher loaded; the first one starts the clock of `working_s`."""
@@ -86,12 +93,14 @@ class ProgressMeter:
         """The present moment as a value."""
         elapsed_s = time.monotonic() - self._started_s
         rate = self._rate(elapsed_s)
-        left = self.samples_total - self.samples_done
+        encoded = min(self.samples_total, self.samples_done - self._committed + self._encoded)
+        left = self.samples_total - encoded
         return Progress(
             shards_done=self.shards_done,
             shards_total=self.shards_total,
             samples_done=self.samples_done,
             samples_total=self.samples_total,
+            samples_encoded=encoded,
             num_bad=self.num_bad,
             size_bytes=self.size_bytes,
             elapsed_s=elapsed_s,
@@ -99,6 +108,7 @@ class ProgressMeter:
             throughput_mb_s=self.size_bytes / 1e6 / max(elapsed_s, 1e-9),
             eta_s=left / rate if rate > 0 else None,
             workers=self.workers,
+            stalls=dict(self._stalls),
             message=message,
         )
 

@@ -39,7 +39,15 @@ class ImageReader:
 
     def decode(self, row: int) -> NDArray[np.uint8]:
         """An image in its own size. Shapes: -> [H, W, 3] uint8. Raises: as `image`."""
-        return decode_image(self._read(self.listing.keys[row], self.listing.uris[row]), self.max_pixels)
+        return self.decode_bytes(self.read(row))
+
+    def read(self, row: int) -> bytes:
+        """An image file as it lies in the source. Raises: as `image`."""
+        return self._read(self.listing.keys[row], self.listing.uris[row])
+
+    def decode_bytes(self, data: bytes) -> NDArray[np.uint8]:
+        """As `decode`, of what was read. Raises: BadImage."""
+        return decode_image(data, self.max_pixels)
 
     def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """An image in the teacher's size. Raises: BadImage when it should have that size already and does not."""

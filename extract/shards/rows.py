@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from dtpipe.extract.shards.producer import PreparedRow, Producer
+from dtpipe.extract.shards.timeline import ShardClock
 from dtpipe.manifests.schema import IndexRow
 
 BATCHES_AHEAD = 2  # prepared batches that wait for the producer
-
-
-class StageSeconds:
-    """Seconds of one shard by stage; decode threads add up, so `decode` may exceed the wall clock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.values: dict[str, float] = {}
-
-    def add(self, stage: str, since_s: float) -> None:
-        """Add the time since `since_s` (time.perf_counter) to a stage."""
-        with self._lock:
-            self.values[stage] = round(self.values.get(stage, 0.0) + time.perf_counter() - since_s, 6)
 
 
 class BatchQueue:
@@ -36,9 +23,9 @@ class BatchQueue:
         batch_size: int,
         pool: ThreadPoolExecutor,
         rows: Sequence[IndexRow],
-        seconds: StageSeconds,
+        clock: ShardClock,
     ) -> None:
-        self._producer, self._pool, self._seconds = producer, pool, seconds
+        self._producer, self._pool, self._clock = producer, pool, clock
         self._batches = iter([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
         self._waiting: deque[Sequence[Future[PreparedRow]]] = deque()
         for _ in range(BATCHES_AHEAD):
@@ -51,9 +38,12 @@ class BatchQueue:
             self._waiting.append([self._pool.submit(self._prepare, index) for index in rows])
 
     def _prepare(self, index: IndexRow) -> PreparedRow:
+        """One row; what it does not say of its time is decoding."""
         started_s = time.perf_counter()
         prepared = self._producer.prepare(index)
-        self._seconds.add("decode", started_s)
+        known = sum(prepared.seconds.values())
+        rest = max(0.0, time.perf_counter() - started_s - known)
+        self._clock.add({**prepared.seconds, "decode": prepared.seconds.get("decode", 0.0) + rest})
         return prepared
 
     def take(self) -> list[PreparedRow] | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dtpipe.extract.shards.memory import DEFAULT_BYTES
 from dtpipe.manifests.schema import IndexRow, ShardEntry
 from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
     from dtpipe.extract.shards.producer import Job
 
+MOST_CODE_THREADS = 16
 NAMED_BAD = 20  # bad samples named per shard in its summary
 
 
@@ -29,6 +32,8 @@ class WorkerContext:
     epoch: int
     max_bad: int  # bad samples that the whole dataset may have
     decode_threads: int = 2
+    code_threads: int | None = None  # None: by `threads_that_code`
+    memory_bytes: int = DEFAULT_BYTES  # that shards on their way to the store may take
     fault: str | None = None  # armed fault hook, `name` or `name:n`
     versions: dict[str, str] = field(default_factory=dict)  # the driver's; every node must have the same
 
@@ -51,6 +56,7 @@ class ShardSummary:
     bad: tuple[BadSample, ...]  # the first few
     size_bytes: int
     seconds: dict[str, float]
+    """By span and by work of threads, see `timeline`."""
 
 
 def bad_samples(rows: Sequence[IndexRow]) -> list[BadSample]:
@@ -60,15 +66,25 @@ def bad_samples(rows: Sequence[IndexRow]) -> list[BadSample]:
 
 def summarize(entry: ShardEntry) -> ShardSummary:
     """The small part of a shard's entry that the driver needs."""
-    bad = bad_samples(entry.rows)
+    bad, seconds = bad_samples(entry.rows), entry.provenance.get("seconds", {})
     return ShardSummary(
         shard_idx=entry.shard,
         num_rows=len(entry.rows),
         num_bad=len(bad),
         bad=tuple(bad[:NAMED_BAD]),
         size_bytes=sum(stored.size_bytes for stored in entry.objects),
-        seconds=dict(entry.provenance.get("seconds", {})),
+        seconds={**seconds.get("spans", {}), **seconds.get("work", {})},
     )
+
+
+def threads_that_code(device: str) -> int:
+    """Threads of one worker that make bytes: on a GPU's machine its share of the CPUs but for decoding, else two."""
+    if not device.startswith("cuda"):
+        return 2
+    import torch
+
+    share = (os.cpu_count() or 1) // max(1, torch.cuda.device_count())
+    return max(2, min(MOST_CODE_THREADS, share // 2))
 
 
 def budget_message(where: str, num_bad: int, max_bad: int, bad: Sequence[BadSample]) -> str:

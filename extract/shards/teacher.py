@@ -18,6 +18,7 @@ from dtpipe.extract.noise import row_noise
 from dtpipe.extract.precision import float32_error
 from dtpipe.extract.shards.producer import PreparedRow
 from dtpipe.extract.shards.reader import ImageReader
+from dtpipe.extract.shards.timeline import ShardClock
 from dtpipe.extract.sources.features import FeaturesSource
 from dtpipe.extract.sources.registry import open_images
 from dtpipe.extract.teachers.arithmetic import exact
@@ -86,19 +87,25 @@ class TeacherProducer:
 
         Raises: InputError when reading fails for a reason that may pass.
         """
-        recipe = self.recipe
+        recipe, clock = self.recipe, ShardClock()
         image: NDArray[np.uint8] | None = None
         try:
             if not recipe.synthesized:
-                decoded = self.reader.decode(index.row)
+                data = self.reader.read(index.row)
+                clock.lap("read")
+                decoded = self.reader.decode_bytes(data)
                 size = {"original_height": decoded.shape[0], "original_width": decoded.shape[1]}
                 index = index.model_copy(update=size)
                 image = self.reader.resize(decoded)
+                clock.lap("decode")
         except BadImage as err:
-            return PreparedRow(index.model_copy(update={"status": f"bad: {err}"}), None)
+            return PreparedRow(index.model_copy(update={"status": f"bad: {err}"}), None, clock.spans)
         image_px = (recipe.transform.height, recipe.transform.width)
         noise = row_noise(recipe.noise_seed, index.key, recipe.views, self.teacher.spec.noise_shapes, image_px)
-        return PreparedRow(index, Sample(noise, image, self._latents(index.row)))
+        clock.lap("noise")
+        latents = self._latents(index.row)
+        clock.lap("read")
+        return PreparedRow(index, Sample(noise, image, latents), clock.spans)
 
     def _latents(self, row: int) -> Latents:
         """Raises: InputError when the dataset that has them is damaged there."""

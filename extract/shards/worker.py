@@ -1,38 +1,39 @@
 """One worker: from a shard's number to its committed objects. The same class runs inside a Ray actor and in-process.
 
-Three stages overlap. Threads prepare a bounded number of batches ahead of the producer, which takes one shard at a
-time; and while a shard is written the next one is produced, when `extract_shard` is called from two threads. One shard
-is in the producer and one in the writer, so a worker never holds more than two, and never has more than one whose
-objects are on the store without a commit.
+Stages overlap. Threads prepare a bounded number of batches ahead of the producer, which takes one shard at a time;
+other threads make bytes of what it gave; and while a shard is written the next one is produced, when `extract_shard` is
+called from two threads. One shard is in the producer and one in the writer, so a worker never holds more than two, and
+never has more than one whose objects are on the store without a commit.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
 from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
+from dtpipe.extract.shards.memory import Room
 from dtpipe.extract.shards.producer import PreparedRow
-from dtpipe.extract.shards.rows import BatchQueue, StageSeconds
-from dtpipe.extract.shards.task import ShardDroppedError, WorkerContext, bad_samples, budget_message
+from dtpipe.extract.shards.rows import BatchQueue
+from dtpipe.extract.shards.task import ShardDroppedError, WorkerContext, bad_samples, budget_message, threads_that_code
+from dtpipe.extract.shards.timeline import CODEC, ROWS, TEACHER, ShardClock, Stalls, Timeline
 from dtpipe.extract.teachers.arithmetic import exact
-from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ErrorBudgetError
-from dtpipe.manifests.layout.arrays import ShardArrays
+from dtpipe.manifests.layout.arrays import CodedRows
 from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, ShardEntry
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import commit_entry, commit_name, load_entry
 from dtpipe.manifests.write.listing import read_listing
 from dtpipe.manifests.write.lock import check_epoch
 from dtpipe.manifests.write.plan import load_plan, plan_digest
-from dtpipe.manifests.write.shard import write_shard
+from dtpipe.manifests.write.shard import write_rows
 
 NEARLY_DONE = 0.75  # a stop lets a shard finish when this share of it has been produced
 
@@ -49,18 +50,28 @@ class ShardWorker:
         self.codecs = level_codecs(self.plan.recipe, StoredFitted(self.store))
         self.producer = context.job.open(self.plan, self.listing, context.device)
         self.num_encoded = 0  # rows produced since start; read by progress
+        self.room = Room(context.memory_bytes)
+        self._num_coders = context.code_threads or threads_that_code(context.device)
         self._pool = ThreadPoolExecutor(context.decode_threads, thread_name_prefix="decode")
+        self._coders = ThreadPoolExecutor(self._num_coders, thread_name_prefix="code")
+        self._timeline = Timeline()
         self._producer_turn = threading.Lock()
         self._writer_turn = threading.Lock()
         self._stop = threading.Event()
+
+    def stalls(self) -> Stalls:
+        """Where the time of this worker went so far."""
+        threads = {"decode_threads": self.context.decode_threads, "code_threads": self._num_coders}
+        return replace(self._timeline.now(), **threads, cpus=os.cpu_count() or 1)
 
     def request_stop(self) -> None:
         """Ask running shards to finish if nearly done, else to raise ShardDroppedError."""
         self._stop.set()
 
     def close(self) -> None:
-        """End the threads that prepare rows."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the threads."""
+        for pool in (self._pool, self._coders):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def extract_shard(self, shard_idx: int) -> ShardEntry:
         """Prepare, produce, write and commit one shard; returns its entry. One that is committed already is not done
@@ -71,17 +82,23 @@ class ShardWorker:
         """
         if self.store.exists(commit_name(shard_idx)):  # by an earlier attempt whose answer was lost
             return load_entry(self.store, self.plan, self.plan_blake3, shard_idx)
-        seconds, started_s = StageSeconds(), time.perf_counter()
-        compute, rows = self.plan.recipe.compute, self.index_rows(shard_idx)
-        batches = BatchQueue(self.producer, compute.batch_size, self._pool, rows, seconds)
+        clock, compute = ShardClock(self._timeline), self.plan.recipe.compute
+        batches = BatchQueue(self.producer, compute.batch_size, self._pool, self.index_rows(shard_idx), clock)
+        shard = ShardBuffer(self.plan.recipe, shard_idx, self._coders, self._num_coders, self.room, clock)
         try:
-            with self._producer_turn, exact(torch.device(self.context.device), compute.threads):
-                arrays = self._produce(shard_idx, batches, seconds)
+            with self._producer_turn:
+                clock.lap("turn")
+                with self._timeline.producing(), exact(torch.device(self.context.device), compute.threads):
+                    self._produce(shard, shard_idx, batches, clock)
+            parts = shard.parts()
+            clock.lap("bytes")
+            self._check_budget(shard_idx, [row for part in parts for row in part.rows])
+            with self._writer_turn, self._timeline.writing():
+                clock.lap("writer")
+                return self._publish(shard_idx, shard, parts, clock)
         finally:
             batches.close()
-        self._check_budget(shard_idx, arrays.rows)
-        with self._writer_turn:
-            return self._publish(shard_idx, arrays, seconds, started_s)
+            shard.close()
 
     def index_rows(self, shard_idx: int) -> list[IndexRow]:
         """The rows of a shard as the listing has them."""
@@ -89,33 +106,29 @@ class ShardWorker:
         rows = self.plan.shard_rows(shard_idx)
         return [IndexRow(row=row, key=keys[row], shard=shard_idx, label=labels[row]) for row in rows]
 
-    def _produce(self, shard_idx: int, batches: BatchQueue, seconds: StageSeconds) -> ShardArrays:
-        """All rows of a shard, coded."""
+    def _produce(self, shard: ShardBuffer, shard_idx: int, batches: BatchQueue, clock: ShardClock) -> None:
+        """All rows of a shard, on their way to bytes."""
         num_rows = len(self.plan.shard_rows(shard_idx))
-        shard = ShardBuffer(self.plan.recipe, num_rows, self.codecs)
         on_device: CodedBatch | None = None  # one batch behind, so that its copy overlaps with the next forward pass
-        while len(shard.rows) < num_rows:
-            self._drop_if_stopped(shard_idx, len(shard.rows) / num_rows)
-            started_s = time.perf_counter()
+        while shard.num_rows < num_rows:
+            self._drop_if_stopped(shard_idx, shard.num_rows / num_rows)
             batch = batches.take()
-            seconds.add("wait_for_decode", started_s)
-            started_s = time.perf_counter()
-            coded = None if batch is None else self._start(batch, shard.codecs)
+            clock.lap(ROWS)
+            coded = None if batch is None else self._start(batch)
+            clock.lap(TEACHER, {CODEC: coded.coding_s} if coded else {})
             if on_device is not None:
                 shard.take(on_device)
                 self.num_encoded += len(on_device.rows)
-            seconds.add("teacher", started_s)
             on_device = coded
-        return shard.arrays()
 
-    def _start(self, batch: Sequence[PreparedRow], codecs: Mapping[str, LevelCodec]) -> CodedBatch:
+    def _start(self, batch: Sequence[PreparedRow]) -> CodedBatch:
         """Start one batch on the device; one without a good row has nothing to do there."""
         index = [row.index for row in batch]
         if all(row.content is None for row in batch):
             return CodedBatch(index)
         produced = self.producer.produce(batch)
         coded = CodedBatch(index, produced.images)
-        coded.start(produced.levels, codecs)
+        coded.start(produced.levels, self.codecs)
         return coded
 
     def _drop_if_stopped(self, shard_idx: int, share_done: float) -> None:
@@ -129,24 +142,19 @@ class ShardWorker:
         if len(bad) > self.context.max_bad:
             raise ErrorBudgetError(budget_message(f"shard {shard_idx}", len(bad), self.context.max_bad, bad))
 
-    def _publish(self, shard_idx: int, arrays: ShardArrays, seconds: StageSeconds, started_s: float) -> ShardEntry:
+    def _publish(self, shard_idx: int, shard: ShardBuffer, parts: Sequence[CodedRows], clock: ShardClock) -> ShardEntry:
         """Write the objects, then the entry, if the dataset is still ours."""
         measured = {}
         if shard_idx == MEASURED_SHARD:
             with self._producer_turn:
-                measured = self.producer.measure(arrays, self.codecs)
+                measured = self.producer.measure(shard.first_rows(), self.codecs)
+            clock.lap("measure")
         check_epoch(self.store, self.context.epoch)
-        wrote_s = time.perf_counter()
-        entry = write_shard(self.store, self.plan, self.plan_blake3, shard_idx, arrays, self.context.epoch, {})
-        seconds.add("write", wrote_s)
-        seconds.add("shard", started_s)
-        provenance = {
-            "host": os.uname().nodename,
-            "pid": os.getpid(),
-            "device": self.context.device,
-            "seconds": seconds.values,
-            **measured,
-        }
+        provenance = {"host": os.uname().nodename, "pid": os.getpid(), "device": self.context.device, **measured}
+        epoch = self.context.epoch
+        entry = write_rows(self.store, self.plan, self.plan_blake3, shard_idx, parts, epoch, {}, clock.working)
+        clock.lap("write")
+        provenance |= {"seconds": clock.record()}
         entry = entry.model_copy(update={"provenance": {**entry.provenance, **provenance}})
-        commit_entry(self.store, entry, self.context.epoch)
+        commit_entry(self.store, entry, epoch)
         return entry

@@ -48,6 +48,8 @@ class TeacherSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     timestep: int = 50
     """Where it is read unless settings say otherwise: the paper's for a teacher of its images' domain; no content."""
+    is_noise: bool = False
+    """Whether its levels are noise and no features; the recipe says so by their role."""
     student_scale: int = 1
     """How many times smaller than the teacher's image the student's is by default, so that its levels are l2 to l5."""
 

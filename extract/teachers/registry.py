@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtpipe.extract.teachers import module
+from dtpipe.extract.teachers import module, null
 from dtpipe.extract.teachers.base import Teacher, TeacherKind, parse_options
 from dtpipe.extract.teachers.biggan import icgan
 from dtpipe.extract.teachers.biggan import teacher as biggan
@@ -36,6 +36,7 @@ _FAMILIES = (
     stable_diffusion,
     stylegan2,
     vae,
+    null,
 )
 KINDS = {family.KIND.kind: family.KIND for family in _FAMILIES}
 

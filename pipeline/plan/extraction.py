@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from dtpipe.extract.cluster.preflight import free_bytes
 from dtpipe.extract.config import ExtractConfig, ExtractRun
 from dtpipe.extract.recipe import resolve_recipe
-from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
+from dtpipe.extract.shards.buffer import CodedBatch
 from dtpipe.extract.shards.producer import PreparedRow, Producer
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
 from dtpipe.extract.sources.names import bounded, ignored_text
@@ -21,6 +21,7 @@ from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.layout.arrays import ShardArrays
+from dtpipe.manifests.pieces import blake3_of
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
@@ -152,11 +153,10 @@ def _probe_producer(
         started = time.perf_counter()
         produced = producer.produce(rows)
         batch = CodedBatch([prepared.index for prepared in rows], produced.images)
-        shard = ShardBuffer(recipe, len(rows), level_codecs(recipe))
-        batch.start(produced.levels, shard.codecs)
-        shard.take(batch)
+        batch.start(produced.levels, level_codecs(recipe))
+        batch.wait()
         seconds = (time.perf_counter() - started) / compute.batch_size
-    return shard.arrays(), seconds, torch.cuda.max_memory_allocated() if compute.device == "cuda" else None
+    return batch.arrays(recipe), seconds, torch.cuda.max_memory_allocated() if compute.device == "cuda" else None
 
 
 def _probe_store(recipe: Recipe, shard: ShardArrays) -> tuple[int, float]:
@@ -165,7 +165,7 @@ def _probe_store(recipe: Recipe, shard: ShardArrays) -> tuple[int, float]:
     plan = _plan_of(recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})}), num)
     numbered = [index.model_copy(update={"row": row}) for row, index in enumerate(shard.rows)]
     shard, started = replace(shard, rows=numbered), time.perf_counter()
-    size = sum(len(encoded.data) for encoded in encode_shard(plan, 0, shard) if blake3_hex(encoded.data))
+    size = sum(encoded.size_bytes for encoded in encode_shard(plan, 0, shard) if blake3_of(encoded.content))
     return size // num, (time.perf_counter() - started) / num
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,7 @@ class CachedProducer:
 
         Raises: InputError when the features are damaged there.
         """
+        started_s = time.perf_counter()
         row = self.dataset.columns.row_of(index.key)
         if (status := self.dataset.columns.status[row]) != "ok":
             return PreparedRow(index.model_copy(update={"status": status}), None)
@@ -71,7 +73,8 @@ class CachedProducer:
             _, coded = self.dataset.read([row] * num_views, names, range(num_views), images=False)
         except DamagedDataError as err:
             raise InputError(str(err)) from err
-        return PreparedRow(index, coded.decode())
+        read_s = time.perf_counter() - started_s
+        return PreparedRow(index, coded.decode(), {"read": read_s})
 
     def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
         """As `Producer.produce`; bad rows are zeros."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dtpipe.extract.cluster.inline import HERE
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.recipe import make_recipe, stored_levels
@@ -30,6 +31,8 @@ from dtpipe.manifests.errors import (
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
 from dtpipe.manifests.read.source import read_image, read_level
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.commit import load_manifest
 from parts.codecs import register_turned
 from parts.extractions import Extract, MakeConfig
 from parts.stored import recomputed, stored_level
@@ -166,8 +169,24 @@ def test_progress_counts_to_the_end(make_config: MakeConfig) -> None:
     seen: list[Progress] = []
     run_extraction(make_config(), seen.append)
     assert (seen[-1].shards_done, seen[-1].samples_done, seen[-1].shards_total) == (3, 8, 3)
+    assert seen[-1].samples_encoded == 8
     assert [each.samples_done for each in seen] == sorted(each.samples_done for each in seen)
     assert max(each.throughput_img_s for each in seen) > 0
+
+
+def test_progress_moves_inside_a_shard_and_time_is_accounted_for(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtpipe.extract.cluster.inline._TICK_S", 0.005)
+    seen: list[Progress] = []
+    result = run_extraction(make_config(shard={"samples": 8}, batch_size=1), seen.append)
+    inside = [each for each in seen if each.samples_done == 0 and 0 < each.samples_encoded < 8]
+    assert len({each.samples_encoded for each in inside}) >= 2
+    assert all(each.eta_s is not None and each.stalls for each in inside)
+    (stalls,) = result.stalls.values()
+    assert sum(stalls.shares().values()) == pytest.approx(1)
+    recorded = load_manifest(Store(result.url)).provenance["stalls"]
+    assert {name: of_one["spans"].keys() for name, of_one in recorded.items()} == {HERE: stalls.spans.keys()}
 
 
 def test_rate_and_eta_come_from_what_was_encoded_lately(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +200,7 @@ def test_rate_and_eta_come_from_what_was_encoded_lately(monkeypatch: pytest.Monk
         now = meter.now()
     assert now.throughput_img_s == pytest.approx(8, rel=0.05)
     meter.committed(200, 3, 10**6)
-    assert meter.now().eta_s == pytest.approx(800 / 8, rel=0.05)
+    assert meter.now().eta_s == pytest.approx((1000 - 360) / 8, rel=0.05)  # those in flight are done with
 
 
 TAPS = (TapSpec("l2", 4, 8, "a"), TapSpec("l5", 32, 16, "b"), TapSpec("l5.b", 32, 4, "c"))

@@ -120,6 +120,11 @@ def module(folder: Path, network: type[nn.Module] = TinyDecoder) -> TinyTeacher:
     return TinyTeacher(folder / "weights.safetensors", 16, True, options, {"l2": "coarse"}, "module")
 
 
+def null(_folder: Path) -> TinyTeacher:
+    """Noise in small shapes."""
+    return TinyTeacher(Path("null"), 32, options={"channels": {"l2": 4, "l3": 6}, "px": 32})
+
+
 MAKERS = {
     "adm": adm,
     "stable_diffusion": stable_diffusion,
@@ -130,4 +135,5 @@ MAKERS = {
     "ddpm": ddpm,
     "vae": vae,
     "module": module,
+    "null": null,
 }

@@ -182,6 +182,21 @@ def test_soft_labels_have_one_digest_on_two_actors_and_inline(many_config: MakeC
     assert digest("two", inline=False, workers=2) == digest("inline")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_progress_moves_inside_a_shard_and_each_worker_says_where_its_time_goes(
+    ray_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtpipe.extract.cluster.ray._TICK_S", 0.02)
+    seen: list[Progress] = []
+    result = run_extraction(ray_config(shard={"samples": 30}, batch_size=1), seen.append)
+    assert any(each.samples_done == 0 and 0 < each.samples_encoded < 30 for each in seen)
+    assert [name.partition(" on ")[0] for name in result.stalls] == ["worker 1", "worker 2"]
+    for stalls in result.stalls.values():
+        assert sum(stalls.shares().values()) == pytest.approx(1)
+        assert 0 < stalls.spans["teacher"] < stalls.seconds <= result.seconds
+
+
 def writers(out: str) -> set[int]:
     """Processes that wrote the shards."""
     store = Store(out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,68 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards import worker as worker_module
-from dtpipe.extract.shards.buffer import ShardBuffer
+from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.shards.codecs import ENCODERS, encode_on_device
 from dtpipe.extract.shards.reader import ImageReader
-from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue, StageSeconds
-from dtpipe.extract.shards.task import ShardDroppedError, WorkerContext
-from dtpipe.extract.shards.teacher import TeacherJob, TeacherProducer
+from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue
+from dtpipe.extract.shards.task import ShardDroppedError
+from dtpipe.extract.shards.teacher import TeacherProducer
+from dtpipe.extract.shards.timeline import ShardClock
 from dtpipe.extract.shards.worker import ShardWorker
 from dtpipe.manifests.codecs.base import SYMBOLS, encode_level
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
-from dtpipe.manifests.layout.zarr import write_zarr_metadata
+from dtpipe.manifests.layout.arrays import CodedRows
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.store.patience import Patience
-from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import pending_shards
-from dtpipe.manifests.write.lock import Lock
-from dtpipe.manifests.write.plan import start_plan
-from parts.extractions import MakeConfig
-
-OpenWorker = Callable[..., ShardWorker]
-
-
-@pytest.fixture
-def open_worker(make_config: MakeConfig) -> Iterator[OpenWorker]:
-    """A worker on a fresh plan under a held lock; keyword arguments replace settings, `teacher` wraps the teacher."""
-    opened: list[Any] = []
-
-    def start(wrap: Callable[[Any], Any] = lambda teacher: teacher, **changes: Any) -> ShardWorker:
-        config = make_config(**changes)
-        resolved, store = resolve_recipe(config), Store(config.run.out)
-        lock = Lock.acquire(store)
-        plan, _ = start_plan(store, resolved.recipe, lambda: resolved.listing, {})
-        write_zarr_metadata(store, plan)
-        job = TeacherJob(config.teacher, config.images, resolved.source.kind, loaded=wrap(resolved.teacher))
-        context = WorkerContext(
-            out=config.run.out,
-            job=job,
-            device="cpu",
-            epoch=lock.epoch,
-            max_bad=config.run.max_bad_samples(plan.num_rows),
-        )
-        worker = ShardWorker(context)
-        opened.extend((worker, lock))
-        return worker
-
-    yield start
-    for each in opened:
-        each.close() if isinstance(each, ShardWorker) else each.release()
-
-
-class Wrapped:
-    """A teacher that runs a function on what it encodes."""
-
-    def __init__(self, teacher: Any, then: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-        self.spec, self._teacher, self._then = teacher.spec, teacher, then
-
-    def encode(
-        self, images: torch.Tensor, noise: Mapping[str, torch.Tensor], views: Sequence[Any]
-    ) -> dict[str, torch.Tensor]:
-        return self._then(self._teacher.encode(images, noise, views))
+from dtpipe.manifests.write.plan import bytes_per_sample
+from parts.workers import OpenWorker, Wrapped
 
 
 def test_shard_is_committed_once_and_not_done_again(open_worker: OpenWorker) -> None:
@@ -88,18 +43,32 @@ def test_shard_is_committed_once_and_not_done_again(open_worker: OpenWorker) -> 
     assert worker.num_encoded == encoded == 3
 
 
+def two_at_a_time(worker: ShardWorker) -> None:
+    """Four shards, as whoever feeds a worker does it."""
+    threads = [
+        threading.Thread(target=lambda idx=idx: [worker.extract_shard(idx), worker.extract_shard(idx + 1)])
+        for idx in (0, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not pending_shards(worker.store, worker.plan)
+
+
 def test_a_shard_is_encoded_while_another_is_written_and_no_third_is_in_memory(
     open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: list[weakref.ref[Any]] = []  # the pixels of each shard there was
-    most, overlapped, write = [0], [], worker_module.write_shard
+    held: list[weakref.ref[Any]] = []  # the rows of each shard there was
+    most, overlapped, write = [0], [], worker_module.write_rows
 
     class Counted(ShardBuffer):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def _encode(self, batch: CodedBatch, start: int) -> CodedRows:
+            coded = super()._encode(batch, start)
             gc.collect()
-            held.append(weakref.ref(self.arrays().arrays["image"]))
-            most[0] = max(most[0], sum(each() is not None for each in held))
+            held.append(weakref.ref(coded))
+            most[0] = max(most[0], len({alive.rows[0].shard for each in held if (alive := each()) is not None}))
+            return coded
 
     encoded_next = threading.Event()
 
@@ -113,24 +82,30 @@ def test_a_shard_is_encoded_while_another_is_written_and_no_third_is_in_memory(
         return features
 
     monkeypatch.setattr(worker_module, "ShardBuffer", Counted)
-    monkeypatch.setattr(worker_module, "write_shard", slow_write)
+    monkeypatch.setattr(worker_module, "write_rows", slow_write)
     worker = open_worker(lambda teacher: Wrapped(teacher, note), shard={"samples": 2})
-    threads = [
-        threading.Thread(target=lambda idx=idx: [worker.extract_shard(idx), worker.extract_shard(idx + 1)])
-        for idx in (0, 2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    two_at_a_time(worker)
     assert overlapped == [True] * 4
     assert most[0] == 2
-    assert not pending_shards(worker.store, worker.plan)
+
+
+def test_what_is_held_is_bounded_by_bytes(open_worker: OpenWorker) -> None:
+    worker = open_worker(shard={"samples": 2})
+    one_batch = 2 * bytes_per_sample(worker.plan.recipe.levels, 1, (32, 32))
+    two_at_a_time(worker)
+    roomy = worker.room.most_bytes
+    assert one_batch * 0.5 < roomy <= 2.1 * one_batch  # so small chunks of noise grow by zstd
+    worker = open_worker(out=f"{worker.context.out}-tight", shard={"samples": 2}, memory_gb=one_batch / 1e9)
+    two_at_a_time(worker)  # each alone, though there are two: none waits for ever
+    assert worker.room.most_bytes <= 1.1 * one_batch
+    worker = open_worker(out=f"{worker.context.out}er", shard={"samples": 8}, memory_gb=1e-9)
+    assert len(worker.extract_shard(0).rows) == 8  # a shard that is too large alone goes on
+    assert worker.room.most_bytes > 1.1 * one_batch
 
 
 def test_decoding_runs_a_bounded_number_of_batches_ahead(open_worker: OpenWorker, many_images: Path) -> None:
     worker = open_worker(images=str(many_images), shard={"samples": 60}, batch_size=4)
-    queue = BatchQueue(worker.producer, 4, worker._pool, worker.index_rows(0), StageSeconds())
+    queue = BatchQueue(worker.producer, 4, worker._pool, worker.index_rows(0), ShardClock())
     assert sum(len(batch) for batch in queue._waiting) == 4 * BATCHES_AHEAD
     rows = []
     while (batch := queue.take()) is not None:

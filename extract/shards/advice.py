@@ -1,0 +1,69 @@
+"""One sentence on what would make an extraction faster, from where the time of its workers went."""
+
+from __future__ import annotations
+
+from dtpipe.extract.shards.timeline import CODEC, TEACHER, WAIT, WRITE, Stalls
+
+_WORTH_IT = 0.1  # a smaller share of the time is not worth a change
+_TELLING_S = 1.0  # a shorter time says nothing
+
+
+def advice(stalls: Stalls) -> str | None:
+    """What holds the teacher up most and what to change, or that nothing does; None where too little ran to tell."""
+    shares = stalls.shares()
+    if stalls.seconds < _TELLING_S or not shares:
+        return None
+    cause = max((name for name in shares if name != TEACHER), key=lambda name: shares[name])
+    if shares[cause] < _WORTH_IT:
+        return (
+            f"the teacher is busy {shares[TEACHER]:.0%} of the time: only more or faster devices, or a lower "
+            "extract.teacher.dtype, make this faster"
+        )
+    return f"the teacher is held up {shares[cause]:.0%} of the time by {_REMEDIES[cause](stalls)}"
+
+
+def _read(stalls: Stalls) -> str:
+    threads = stalls.decode_threads
+    return (
+        f"reading images: raise extract.run.decode_threads from {threads} (to {4 * threads}, say: they wait more than "
+        "they work), or bring the images to a faster place"
+    )
+
+
+def _decode(stalls: Stalls) -> str:
+    return f"decoding images: {_more_decoders(stalls)}, or store them at the teacher's size beforehand"
+
+
+def _noise(stalls: Stalls) -> str:
+    return f"drawing noise: {_more_decoders(stalls)}"
+
+
+def _more_decoders(stalls: Stalls) -> str:
+    if stalls.decode_threads < stalls.cpus:
+        return f"raise extract.run.decode_threads from {stalls.decode_threads} to up to {stalls.cpus}"
+    return f"give each worker more than {stalls.cpus} CPUs"
+
+
+def _codec(stalls: Stalls) -> str:
+    on_device, behind = stalls.spans.get(CODEC, 0.0), stalls.spans.get("coding", 0.0)
+    if on_device >= behind:
+        return "the codec on the teacher's device: store fewer levels or views, or take a simpler extract.shard.codec"
+    if stalls.code_threads < stalls.cpus:
+        return f"compression: raise extract.run.code_threads from {stalls.code_threads} to up to {stalls.cpus}"
+    return f"compression: give each worker more than {stalls.cpus} CPUs, or lower extract.shard.zstd_level"
+
+
+def _write(stalls: Stalls) -> str:
+    if stalls.work.get("digest", 0.0) > stalls.work.get("store", 0.0):
+        return "digests of what is written: give each worker more CPUs"
+    return "writing: bring --out to a faster store, or raise extract.run.memory_gb where room in memory is short"
+
+
+def _wait(_stalls: Stalls) -> str:
+    return (
+        "having no shard to do, at the beginning or the end: fewer rows per shard (extract.shard.samples) divide the "
+        "work better, or use fewer workers"
+    )
+
+
+_REMEDIES = {"read": _read, "decode": _decode, "noise": _noise, CODEC: _codec, WRITE: _write, WAIT: _wait}
