@@ -26,8 +26,9 @@ from dtpipe.extract.sources.names import ignored_text
 from dtpipe.extract.tally import ExtractResult, Tally
 from dtpipe.extract.work import Resolve, Work, teacher_work
 from dtpipe.manifests.errors import IncompleteError
+from dtpipe.manifests.fidelity import CODEC_ERROR, merged_records
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
-from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, Manifest, Plan
+from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, CodecSpec, Manifest, Plan
 from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.store.faults import FAULT_VARIABLE
 from dtpipe.manifests.store.store import Store
@@ -211,6 +212,10 @@ def _measured(run: _Run) -> dict[str, Any]:
         "stage_seconds": dict(run.tally.stage_seconds),
         STALLS: {name: stalls.record() for name, stalls in run.tally.stalls.items()},
     }
+    if any(level.codec != CodecSpec() for level in run.plan.recipe.levels):
+        entries = load_entries(run.store, run.plan, plan_digest(run.store))
+        lost = merged_records(entry.provenance.get(CODEC_ERROR, {}) for entry in entries)
+        measured |= {CODEC_ERROR: lost} if lost else {}
     if run.plan.recipe.compute.dtype != "float32" and run.store.exists(commit_name(MEASURED_SHARD)):
         entry = load_entry(run.store, run.plan, plan_digest(run.store), MEASURED_SHARD)
         measured[FLOAT32_ERROR] = entry.provenance.get(FLOAT32_ERROR, {})

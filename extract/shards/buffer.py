@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,14 @@ from torch import Tensor
 from dtpipe.extract.shards.codecs import encode_on_device, encode_on_host
 from dtpipe.extract.shards.memory import Room
 from dtpipe.extract.shards.timeline import CODEC, CODING, ROOM, TEACHER, ShardClock
-from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name
+from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name, decode_level, parts_of
+from dtpipe.manifests.fidelity import Fidelity, merged_records
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, MEASURED_SHARD, IndexRow, Recipe
 from dtpipe.manifests.write.shard import encode_rows
 
 KEPT_ROWS = 8  # of the measured shard, as arrays
+EXACT = "cast"  # the codec that only rounds; what others lose is measured
 
 
 class CodedBatch:
@@ -35,13 +38,18 @@ class CodedBatch:
         self.rows = list(rows)
         self._images = images  # (n, H, W, 3), where they are made or given here
         self._host: dict[str, tuple[LevelCodec, dict[str, Tensor], Tensor]] = {}
+        self._true: dict[str, Tensor] = {}  # features of the row that is measured, (V, C, h, w)
+        self._measured: int | None = None
         self._marks: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # before encoding, after the copy
         self.coding_s = 0.0
         """Seconds that encoding took, where the CPU is the device."""
 
-    def start(self, features: Mapping[str, Tensor], codecs: Mapping[str, LevelCodec]) -> None:
+    def start(
+        self, features: Mapping[str, Tensor], codecs: Mapping[str, LevelCodec], measured: int | None = None
+    ) -> None:
         """Encode on the device and begin the copy to the host.
 
+        `measured`: a row whose features go along as they are, to see what its codecs make of them.
         Shapes: {level: (B, V, C, h, w)}, B at least the number of rows; the rest is padding.
         """
         started_s = time.perf_counter()
@@ -51,6 +59,9 @@ class CodedBatch:
             sent, finite = encode_on_device(codecs[name], level[: len(self.rows)])
             on_host = {part: _copy_to_host(values) for part, values in sent.items()}
             self._host[name] = codecs[name], on_host, _copy_to_host(finite)
+            if measured is not None and codecs[name].level.codec.name != EXACT:
+                self._true[name] = _copy_to_host(level[measured].float().contiguous())
+        self._measured = measured
         after = _mark(features)
         self._marks = None if before is None or after is None else (before, after)
         self.coding_s = 0.0 if self._marks else time.perf_counter() - started_s
@@ -88,6 +99,18 @@ class CodedBatch:
             name: _zeroed(named[name], bad).astype(spec.dtype, copy=False) for name, spec in specs.items()
         }
         return ShardArrays(stored, rows)
+
+    def fidelity(self, arrays: ShardArrays) -> dict[str, Fidelity]:
+        """By level, of the row that is measured; none where it is bad. `arrays` are those of this batch."""
+        idx = self._measured
+        if idx is None or arrays.rows[idx].status != "ok":
+            return {}
+        measured = {}
+        for name, true in self._true.items():
+            codec = self._host[name][0]
+            parts = {part: values[idx] for part, values in parts_of(codec, arrays.arrays).items()}
+            measured[name] = Fidelity.of(true.numpy(), decode_level(codec, parts))
+        return measured
 
     def _judged(self, idx: int, levels: Mapping[str, tuple[Mapping[str, Array], NDArray[np.bool_]]]) -> IndexRow:
         row = self.rows[idx]
@@ -136,6 +159,7 @@ class ShardBuffer:
         self._waiting: deque[Future[CodedRows]] = deque()
         self._parts: list[CodedRows] = []
         self._kept: dict[int, ShardArrays] = {}
+        self._fidelity: dict[int, dict[str, Fidelity]] = {}
         self.num_rows = 0
 
     def take(self, batch: CodedBatch) -> None:
@@ -164,6 +188,11 @@ class ShardBuffer:
         arrays = {name: np.concatenate([part.arrays[name] for part in kept]) for name in kept[0].arrays}
         return ShardArrays(arrays, [row for part in kept for row in part.rows])
 
+    def fidelity(self) -> dict[str, dict[str, Any]]:
+        """By level, over the rows that were measured; valid after `parts`."""
+        by_row = [self._fidelity[start] for start in sorted(self._fidelity)]
+        return merged_records({name: of_level.record() for name, of_level in row.items()} for row in by_row)
+
     def close(self) -> None:
         """Let go of what is not done, and of the room."""
         wait([future for future in self._waiting if not future.cancel()])
@@ -175,5 +204,6 @@ class ShardBuffer:
             if self._shard_idx == MEASURED_SHARD and start < KEPT_ROWS:
                 self._kept[start] = arrays
             coded = encode_rows(self._recipe, arrays)
+            self._fidelity[start] = batch.fidelity(arrays)
         self._room.exchange(self._shard_idx, batch.size_bytes, coded.size_bytes)
         return coded

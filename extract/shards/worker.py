@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ErrorBudgetError
+from dtpipe.manifests.fidelity import CODEC_ERROR
 from dtpipe.manifests.layout.arrays import CodedRows
 from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, ShardEntry
 from dtpipe.manifests.store.store import Store
@@ -35,6 +37,7 @@ from dtpipe.manifests.write.lock import check_epoch
 from dtpipe.manifests.write.plan import load_plan, plan_digest
 from dtpipe.manifests.write.shard import write_rows
 
+MEASURED_EVERY = 64  # rows of which one shows what the codecs lose
 NEARLY_DONE = 0.75  # a stop lets a shard finish when this share of it has been produced
 
 
@@ -61,8 +64,12 @@ class ShardWorker:
 
     def stalls(self) -> Stalls:
         """Where the time of this worker went so far."""
-        threads = {"decode_threads": self.context.decode_threads, "code_threads": self._num_coders}
-        return replace(self._timeline.now(), **threads, cpus=os.cpu_count() or 1)
+        return replace(
+            self._timeline.now(),
+            decode_threads=self.context.decode_threads,
+            code_threads=self._num_coders,
+            cpus=os.cpu_count() or 1,
+        )
 
     def request_stop(self) -> None:
         """Ask running shards to finish if nearly done, else to raise ShardDroppedError."""
@@ -109,26 +116,31 @@ class ShardWorker:
     def _produce(self, shard: ShardBuffer, shard_idx: int, batches: BatchQueue, clock: ShardClock) -> None:
         """All rows of a shard, on their way to bytes."""
         num_rows = len(self.plan.shard_rows(shard_idx))
+        num_started = 0
         on_device: CodedBatch | None = None  # one batch behind, so that its copy overlaps with the next forward pass
         while shard.num_rows < num_rows:
             self._drop_if_stopped(shard_idx, shard.num_rows / num_rows)
             batch = batches.take()
             clock.lap(ROWS)
-            coded = None if batch is None else self._start(batch)
+            coded = None if batch is None else self._start(batch, num_started)
+            num_started += 0 if batch is None else len(batch)
             clock.lap(TEACHER, {CODEC: coded.coding_s} if coded else {})
             if on_device is not None:
                 shard.take(on_device)
                 self.num_encoded += len(on_device.rows)
             on_device = coded
 
-    def _start(self, batch: Sequence[PreparedRow]) -> CodedBatch:
-        """Start one batch on the device; one without a good row has nothing to do there."""
+    def _start(self, batch: Sequence[PreparedRow], start: int) -> CodedBatch:
+        """Start one batch on the device, its first row being row `start` of the shard; one without a good row has
+        nothing to do there.
+        """
         index = [row.index for row in batch]
         if all(row.content is None for row in batch):
             return CodedBatch(index)
         produced = self.producer.produce(batch)
         coded = CodedBatch(index, produced.images)
-        coded.start(produced.levels, self.codecs)
+        good = next(idx for idx, row in enumerate(batch) if row.content is not None)
+        coded.start(produced.levels, self.codecs, good if start % MEASURED_EVERY < len(batch) else None)
         return coded
 
     def _drop_if_stopped(self, shard_idx: int, share_done: float) -> None:
@@ -144,10 +156,11 @@ class ShardWorker:
 
     def _publish(self, shard_idx: int, shard: ShardBuffer, parts: Sequence[CodedRows], clock: ShardClock) -> ShardEntry:
         """Write the objects, then the entry, if the dataset is still ours."""
-        measured = {}
+        lost = shard.fidelity()
+        measured: dict[str, Any] = {CODEC_ERROR: lost} if lost else {}
         if shard_idx == MEASURED_SHARD:
             with self._producer_turn:
-                measured = self.producer.measure(shard.first_rows(), self.codecs)
+                measured |= self.producer.measure(shard.first_rows(), self.codecs)
             clock.lap("measure")
         check_epoch(self.store, self.context.epoch)
         provenance = {"host": os.uname().nodename, "pid": os.getpid(), "device": self.context.device, **measured}

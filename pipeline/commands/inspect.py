@@ -72,6 +72,7 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
         for level in facts["levels"]
     ]
     console.table(("array", "stride", "per sample", "dtype", "stored", "ratio", "tap"), rows)
+    _print_errors(console, facts["levels"])
     _print_labels(console, facts["labels"])
     if facts["ignored"]:
         console.result(f"ignored: {ignored_text(facts['ignored'])}")
@@ -79,6 +80,23 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
         console.result(f"bad: {bad['key']}: {bad['reason']}")
     if len(facts["bad"]) > _SHOWN_BAD:
         console.result(f"and {len(facts['bad']) - _SHOWN_BAD} more bad samples; --json lists them all")
+
+
+def _print_errors(console: Console, levels: list[dict[str, Any]]) -> None:
+    """What codecs lost, beside what a fit expected."""
+    lossy = [level for level in levels if level["codec_error"] or level["expected"]]
+    if not lossy:
+        return
+    console.result()
+    names = ("relative_mse", "worst", "cosine", "attention")
+    rows = []
+    for level in lossy:
+        expected, measured = level["expected"] or {}, level["codec_error"] or {}
+        shown = [f"{measured[name]:.4f}" if name in measured else "-" for name in names]
+        predicted = f"{expected['relative_mse']:.4f}" if "relative_mse" in expected else "-"
+        rows.append((level["name"], level["codec"], predicted, *shown, str(measured.get("num", "-"))))
+    columns = ("level", "codec", "error expected", "measured", "worst", "cosine", "attention", "of")
+    console.table(columns, rows)
 
 
 def _print_labels(console: Console, labels: dict[str, int]) -> None:

@@ -17,11 +17,12 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dtpipe.manifests.errors import InputError, StoreError
+from dtpipe.manifests.fidelity import CODEC_ERROR, FIT_EXPECTS
 from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.layout.tables import SHARDS_FILE, SHARDS_SCHEMA, decode_table, shards_table
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
-from dtpipe.manifests.schema import IMAGE, LevelSpec, Recipe, ViewSpec
+from dtpipe.manifests.schema import IMAGE, LevelSpec, Manifest, Recipe, ViewSpec
 from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.store.paths import local_place
 from dtpipe.manifests.store.publish import write_whole
@@ -63,7 +64,10 @@ def describe_dataset(url: str) -> dict[str, Any]:
         "recipe": _recipe_summary(dataset.recipe),
         "views": [view.model_dump() for view in dataset.recipe.views],
         "images": _image_bytes(dataset.recipe, stored),
-        "levels": [_level_bytes(level, dataset.recipe, stored) for level in dataset.recipe.levels],
+        "levels": [
+            _level_bytes(level, dataset.recipe, stored) | _errors(level, dataset, complete)
+            for level in dataset.recipe.levels
+        ],
         "overhead_bytes": size_bytes - sum(stored[name][1] for name in arrays if name in stored),
         "labels": dict(sorted(Counter(label for label in dataset.columns.labels if label is not None).items())),
         "bad": bad_records(dataset),
@@ -195,6 +199,13 @@ def _level_bytes(level: LevelSpec, recipe: Recipe, stored: Mapping[str, tuple[in
     raw = num_views * level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
     summary = {"name": level.name, "stride": level.stride, "shape": shape, "dtype": level.dtype, "tap": level.tap}
     return summary | {"codec": level.codec.name, "role": level.role} | _ratio(raw, size_bytes)
+
+
+def _errors(level: LevelSpec, dataset: FeatureDataset, complete: Manifest | None) -> dict[str, Any]:
+    """What a level's codec was expected to lose, and what it lost; None where it was not fitted or not measured."""
+    expected = dataset.plan.provenance.get(FIT_EXPECTS, {}).get("levels", {})
+    measured = {} if complete is None else complete.provenance.get(CODEC_ERROR, {})
+    return {"expected": expected.get(level.name), "codec_error": measured.get(level.name)}
 
 
 def _image_bytes(recipe: Recipe, stored: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:

@@ -161,6 +161,33 @@ def test_what_is_shown_of_a_dataset_is_of_its_features(pair: Pair, tmp_path: Pat
     assert sum(part["size_bytes"] for part in parts) + described["overhead_bytes"] == described["totals"]["size_bytes"]
 
 
+def test_what_a_codec_loses_is_measured_as_it_is_written_and_shown(
+    extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the features that a second extraction, under float32 `cast`, stores."""
+    changes = {"batch_size": 1, "noise": {"timesteps": [50], "flips": True}}
+    coarse = FeatureDataset.open(extract("int8", shard={"samples": 3}, **codec_settings("int8"), **changes))
+    exact = FeatureDataset.open(extract("exact", shard={"samples": 3, "dtype": "float32"}, **changes))
+    assert coarse.manifest is not None
+    assert exact.manifest is not None
+    assert CODEC_ERROR not in exact.manifest.provenance
+    measured = coarse.manifest.provenance[CODEC_ERROR]
+    first = [row for row in (0, 3, 6) for _ in range(2)]  # one row of each shard, both views
+    for level in coarse.recipe.levels:
+        true, decoded = (
+            source.read(first, [level.name], [0, 1] * 3, images=False)[1].decode()[level.name]
+            for source in (exact, coarse)
+        )
+        assert measured[level.name] == pytest.approx(Fidelity.of(true, decoded).record(), rel=1e-3)
+        assert 0 < measured[level.name]["relative_mse"] < 1e-3
+    described = {level["name"]: level for level in command("inspect", coarse.url)["levels"]}
+    assert described["l2"]["codec_error"] == measured["l2"]
+    assert described["l2"]["expected"] is None
+    shown = CliRunner().invoke(main, ["inspect", coarse.url]).output
+    assert re.search(r"level +codec +error expected +measured +worst +cosine +attention +of\n", shown)
+    assert re.search(r"l2 +int8 +- +0\.0\d+ +0\.0\d+ +0\.99\d+ +0\.0\d+ +6", shown)
+
+
 def test_a_plan_counts_what_the_codec_stores(turned: None, make_config: MakeConfig, tmp_path: Path) -> None:
     plain, coded = (
         plan_extraction(make_config(shard={"samples": 3, "dtype": "float32", "codec": codec, "image_coding": "plain"}))
