@@ -55,14 +55,14 @@ if "$python" -c 'import pytest' 2> /dev/null; then
     step tests 90 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $(grep -rl 'mark\.gpu' tests)
 fi
 if [ -n "$small" ]; then
-    scenes=64 seconds=1 teachers="--small" steps="--num-images 64 --steps 2 --live-steps 1 --repeats 1"
+    seconds=1 teachers="--small" steps="--num-images 64 --steps 2 --live-steps 1 --repeats 1"
 else
-    scenes=2048 seconds=5 teachers="" steps="--num-images 2048 --batch-size 256 --steps 20 --live-steps 5 --repeats 3"
+    seconds=5 teachers="" steps="--num-images 2048 --batch-size 256 --steps 20 --live-steps 5 --repeats 3"
 fi
 # shellcheck disable=SC2086  # settings are several words
 {
-    step extract_overhead 60 "$python" benchmarks/extract_overhead.py --device "$device" --limit "$scenes" \
-        --seconds "$seconds" --teacher pipeline/demo/teacher --out-json "$out/extract_overhead.json"
+    step extract 90 "$python" benchmarks/extract.py --only ratio,cores,written --device "$device" ${small:+--small} \
+        --seconds "$seconds" --teacher pipeline/demo/teacher --out-json "$out/extract.json"
     step codec 45 "$python" benchmarks/codec.py --device "$device" --limit 64 --out-json "$out/codec.json"
     step distill_step 75 "$python" benchmarks/distill_step.py --device "$device" $steps --work "$work/distill_step" \
         --teacher demo=pipeline/demo/teacher --out-json "$out/distill_step.json"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dtpipe.extract.shards.codecs import encode_on_device, encode_on_host
 from dtpipe.extract.shards.memory import Room
-from dtpipe.extract.shards.timeline import CODEC, CODING, ROOM, TEACHER, ShardClock
+from dtpipe.extract.shards.timeline import CODEC, CODING, NETWORK, NO_ROOM, ShardClock
 from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name, decode_level, parts_of
 from dtpipe.manifests.fidelity import Fidelity, merged_records
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
@@ -140,9 +140,9 @@ def _mark(features: Mapping[str, Tensor]) -> torch.cuda.Event | None:
 
 
 def _copy_to_host(values: Tensor) -> Tensor:
-    """An asynchronous copy into pinned memory for a GPU tensor, the tensor itself on the CPU."""
+    """An asynchronous copy into pinned memory from a GPU of CUDA, the tensor itself on the CPU."""
     if not values.is_cuda:
-        return values
+        return values.cpu()
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     return host.copy_(values, non_blocking=True)
 
@@ -167,12 +167,12 @@ class ShardBuffer:
 
         Raises: what making bytes of earlier batches raised.
         """
-        self._clock.lap(TEACHER, {CODEC: batch.wait()})
+        self._clock.lap(NETWORK, {CODEC: batch.wait()})
         while len(self._waiting) > self._ahead or (self._waiting and self._waiting[0].done()):
             self._parts.append(self._waiting.popleft().result())
         self._clock.lap(CODING)
         self._room.take(self._shard_idx, batch.size_bytes)
-        self._clock.lap(ROOM)
+        self._clock.lap(NO_ROOM)
         self._waiting.append(self._pool.submit(self._encode, batch, self.num_rows))
         self.num_rows += len(batch.rows)
 

@@ -7,6 +7,7 @@ Each claim compares with a dataset of the same features under `cast`. Symbols wo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from dtpipe.distill.stream.data import STORED, StoredData
 from dtpipe.distill.stream.decode import DECODERS
 from dtpipe.distill.trainer import train
 from dtpipe.manifests.codecs.base import SYMBOLS
+from dtpipe.manifests.fidelity import CODEC_ERROR, Fidelity
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource, read_images
@@ -166,7 +168,7 @@ def test_what_a_codec_loses_is_measured_as_it_is_written_and_shown(
 ) -> None:
     """Against the features that a second extraction, under float32 `cast`, stores."""
     changes = {"batch_size": 1, "noise": {"timesteps": [50], "flips": True}}
-    coarse = FeatureDataset.open(extract("int8", shard={"samples": 3}, **codec_settings("int8"), **changes))
+    coarse = FeatureDataset.open(extract("int8", shard={"samples": 3, "codec": "int8"}, **changes))
     exact = FeatureDataset.open(extract("exact", shard={"samples": 3, "dtype": "float32"}, **changes))
     assert coarse.manifest is not None
     assert exact.manifest is not None
