@@ -22,6 +22,7 @@ from dtpipe.extract.config import ExtractConfig, ExtractRun
 from dtpipe.extract.shards.progress import OnExtractProgress
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.shards.task import WorkerContext
+from dtpipe.extract.shards.timeline import STALLS
 from dtpipe.extract.sources.names import ignored_text
 from dtpipe.extract.tally import ExtractResult, Tally
 from dtpipe.extract.work import Resolve, Work, teacher_work
@@ -44,7 +45,6 @@ from dtpipe.manifests.write.commit import (
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import SOURCE_SEEN, plan_digest, start_plan
 
-STALLS = "stalls"  # key of a manifest's provenance: worker to what `Stalls.record` gives
 MERGE_ROUNDS = 3  # the merge may send shards back to work; so often it is done here, then by running again
 
 

@@ -22,7 +22,7 @@ from dtpipe.extract.shards.codecs import encode_on_device, encode_on_host
 from dtpipe.extract.shards.memory import Room
 from dtpipe.extract.shards.timeline import CODEC, CODING, NETWORK, NO_ROOM, ShardClock
 from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name, decode_level, parts_of
-from dtpipe.manifests.fidelity import Fidelity, merged_records
+from dtpipe.manifests.fidelity import CODEC_ERROR, Fidelity, merged_records
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, MEASURED_SHARD, IndexRow, Recipe
 from dtpipe.manifests.write.shard import encode_rows
@@ -188,10 +188,11 @@ class ShardBuffer:
         arrays = {name: np.concatenate([part.arrays[name] for part in kept]) for name in kept[0].arrays}
         return ShardArrays(arrays, [row for part in kept for row in part.rows])
 
-    def fidelity(self) -> dict[str, dict[str, Any]]:
-        """By level, over the rows that were measured; valid after `parts`."""
+    def fidelity(self) -> dict[str, Any]:
+        """For the record of the shard, by level, over the rows that were measured; valid after `parts`."""
         by_row = [self._fidelity[start] for start in sorted(self._fidelity)]
-        return merged_records({name: of_level.record() for name, of_level in row.items()} for row in by_row)
+        lost = merged_records({name: of_level.record() for name, of_level in row.items()} for row in by_row)
+        return {CODEC_ERROR: lost} if lost else {}
 
     def close(self) -> None:
         """Let go of what is not done, and of the room."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+STALLS = "stalls"  # key of a manifest's provenance: worker to what `Stalls.record` gives
 NETWORK, CODEC, WRITE, WAIT = "teacher", "codec", "write", "wait"
 ROWS, CODING, NO_ROOM = "rows", "coding", "room"
 PRODUCING = (ROWS, NETWORK, CODEC, CODING, NO_ROOM)

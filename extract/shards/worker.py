@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,6 @@ from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ErrorBudgetError
-from dtpipe.manifests.fidelity import CODEC_ERROR
 from dtpipe.manifests.layout.arrays import CodedRows
 from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, ShardEntry
 from dtpipe.manifests.store.store import Store
@@ -97,12 +96,14 @@ class ShardWorker:
                 clock.lap("turn")
                 with self._timeline.producing(), exact(torch.device(self.context.device), compute.threads):
                     self._produce(shard, shard_idx, batches, clock)
+                measured = self._measure(shard, shard_idx)
+                clock.lap("measure")
             parts = shard.parts()
             clock.lap("bytes")
             self._check_budget(shard_idx, [row for part in parts for row in part.rows])
             with self._writer_turn, self._timeline.writing():
                 clock.lap("writer")
-                return self._publish(shard_idx, shard, parts, clock)
+                return self._publish(shard_idx, parts, {**measured, **shard.fidelity()}, clock)
         finally:
             batches.close()
             shard.close()
@@ -154,14 +155,19 @@ class ShardWorker:
         if len(bad) > self.context.max_bad:
             raise ErrorBudgetError(budget_message(f"shard {shard_idx}", len(bad), self.context.max_bad, bad))
 
-    def _publish(self, shard_idx: int, shard: ShardBuffer, parts: Sequence[CodedRows], clock: ShardClock) -> ShardEntry:
+    def _measure(self, shard: ShardBuffer, shard_idx: int) -> dict[str, Any]:
+        """What the producer measures on one shard, in that one's turn: while it is written, the next may wait for its
+        room, with the producer in hand.
+        """
+        if shard_idx != MEASURED_SHARD:
+            return {}
+        shard.parts()
+        return self.producer.measure(shard.first_rows(), self.codecs)
+
+    def _publish(
+        self, shard_idx: int, parts: Sequence[CodedRows], measured: Mapping[str, Any], clock: ShardClock
+    ) -> ShardEntry:
         """Write the objects, then the entry, if the dataset is still ours."""
-        lost = shard.fidelity()
-        measured: dict[str, Any] = {CODEC_ERROR: lost} if lost else {}
-        if shard_idx == MEASURED_SHARD:
-            with self._producer_turn:
-                measured |= self.producer.measure(shard.first_rows(), self.codecs)
-            clock.lap("measure")
         check_epoch(self.store, self.context.epoch)
         provenance = {"host": os.uname().nodename, "pid": os.getpid(), "device": self.context.device, **measured}
         epoch = self.context.epoch

@@ -37,6 +37,7 @@ SECTIONS = {
     "predict": "dtpipe.pipeline.config:PredictConfig",
     "report": "dtpipe.pipeline.config:ReportConfig",
     "demo": "dtpipe.pipeline.config:DemoConfig",
+    "plan": "dtpipe.pipeline.plan.prices:PlanConfig",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dtpipe.extract.shards.advice import advice
+from dtpipe.extract.shards.advice import advice, share_text
 from dtpipe.extract.shards.timeline import Stalls
 from dtpipe.extract.sources.names import ignored_text
 from dtpipe.manifests.words import count_of
@@ -71,9 +71,12 @@ def command(call: Call, fresh: bool) -> None:
     """
     if call.dry_run:
         from dtpipe.pipeline.plan.extraction import print_extraction
+        from dtpipe.pipeline.plan.prices import print_prices
 
         plan = _plan(call)
         print_extraction(call.console, plan)
+        if not call.has("soft_labels"):
+            print_prices(call.console, plan.comparison, call.settings("plan"))
         call.console.document(plan)
         return
     result = extracted(call, fresh)
@@ -96,7 +99,7 @@ def _plan(call: Call) -> ExtractionPlan:
 
     config = call.settings("extract")
     _say_before(call, config)
-    return plan_extraction(config)
+    return plan_extraction(config, call.settings("plan"))
 
 
 def _next(call: Call, result: ExtractResult) -> str:
@@ -188,12 +191,6 @@ def _shown_done(progress: Progress) -> int:
     """Samples that are encoded; the last one counts when all are written."""
     written = progress.shards_done == progress.shards_total
     return progress.samples_done if written else min(progress.samples_encoded, progress.samples_total - 1)
-
-
-def share_text(shares: Mapping[str, float], most: int | None = None) -> str:
-    """Shares of the time in order of size, those below a half per cent left out: `teacher 93 %, decode 5 %`."""
-    ordered = sorted(shares.items(), key=lambda item: -item[1])[:most]
-    return ", ".join(f"{cause} {100 * share:.0f} %" for cause, share in ordered if share >= 0.005)
 
 
 def _print_stalls(console: Console, stalls: Mapping[str, Stalls]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from dtpipe.distill.config import DistillRecipeConfig
+from dtpipe.manifests.schema import IMAGE
 from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.cli.settings import validate
@@ -53,22 +55,31 @@ def _plan_extraction(call: Call) -> dict[str, Any]:
     """The plan of an extraction, and of the distillation after it where there are settings of one."""
     from dtpipe.distill.engine.device import training_device
     from dtpipe.distill.labels.targets import targets_of
-    from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction
-    from dtpipe.pipeline.plan.training import print_training, time_training, with_teacher
+    from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction, store_speed
+    from dtpipe.pipeline.plan.prices import print_prices
+    from dtpipe.pipeline.plan.training import Reads, compared, print_training, time_training, with_teacher
 
-    config = call.settings("extract")
-    extraction, recipe = plan_recipe(config)
+    config, prices = call.settings("extract"), call.settings("plan")
+    extraction, recipe = plan_recipe(config, prices)
     print_extraction(call.console, extraction)
     if not call.has("distill"):
+        print_prices(call.console, extraction.comparison, prices)
         return {"extract": extraction}
     section = {"datasets": [config.run.out], **call.document["distill"]}
     student = validate({"distill": section}, "distill", call.names, DistillRecipeConfig)
     device = training_device((section.get("run") or {}).get("device", "auto"))
     soft = soft_labels_of(recipe)
     targets = targets_of(student, recipe.levels, {} if soft is None else {soft.level.name: soft.classes})
-    sizes = (targets, recipe.student_px, extraction.num_samples, extraction.stored_bytes)
-    training = with_teacher(time_training(student, device, *sizes), student, extraction.teacher_s / extraction.views)
+    reads = Reads(
+        sum(array.read_bytes for array in extraction.arrays if array.name in (IMAGE, *targets.names)),
+        extraction.decode_s,
+        store_speed(config.run.out, prices),
+    )
+    timed = time_training(student, device, targets, recipe.student_px, extraction.num_samples, reads)
+    training = with_teacher(timed, student, extraction.teacher_s / extraction.views)
     print_training(call.console, training)
+    extraction = replace(extraction, comparison=compared(extraction, timed, student.epochs, prices))
+    print_prices(call.console, extraction.comparison, prices)
     if student.reencode == 1:
         call.console.result("distill.reencode is 1: training on the images themselves, nothing needs to be extracted")
     return {"extract": extraction, "distill": training}

@@ -1,13 +1,18 @@
-"""What an extraction would take: bytes, time and memory, measured on a few real images before anything is spent.
+"""What an extraction would take: bytes, error, time and memory, measured on a few real images before anything is
+spent.
 
-Nothing is written. Sizes are exact before compression; the compressed size and the times come from one batch.
+Nothing is written. Sizes are exact before compression; the compressed size, what codecs lose and the times come from
+one batch.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from dtpipe.extract.cluster.preflight import free_bytes
 from dtpipe.extract.config import ExtractConfig, ExtractRun
@@ -15,21 +20,27 @@ from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards.buffer import CodedBatch
 from dtpipe.extract.shards.producer import PreparedRow, Producer
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
+from dtpipe.extract.shards.task import threads_that_code
 from dtpipe.extract.sources.names import bounded, ignored_text
 from dtpipe.extract.work import Work, work_of
 from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import InputError
-from dtpipe.manifests.layout.arrays import ShardArrays
+from dtpipe.manifests.layout.arrays import CodedRows, stored_arrays
 from dtpipe.manifests.pieces import blake3_of
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import bytes_per_sample
-from dtpipe.manifests.write.shard import encode_shard
+from dtpipe.manifests.write.shard import SHARD_FORMATS, encode_rows, join_rows
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
+from dtpipe.pipeline.plan.arrays import ArrayPlan, plan_arrays, print_arrays
+from dtpipe.pipeline.plan.limits import Limits, extraction_limits
+from dtpipe.pipeline.plan.prices import Comparison, PlanConfig, compare
 
+PRICES = PlanConfig()
 PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
 
 
@@ -46,6 +57,8 @@ class ExtractionPlan:
     raw_bytes: int
     stored_bytes: int
     """Estimate after compression, from the probe."""
+    arrays: tuple[ArrayPlan, ...]
+    """Bytes and error of each level, and of the image."""
     free_bytes: int | None
     device: str
     workers: int
@@ -54,9 +67,16 @@ class ExtractionPlan:
     prepare_s: float
     """Per image, reading, decoding, resizing, one thread."""
     code_s: float
-    """Per image, compression and checksums, one thread."""
+    """Per image, compression, checksums and digest, one thread."""
+    decode_s: float
+    """Per image and one view of each level: what reading them back takes, one thread, without the store."""
+    binds: str
+    """What lets through the fewest images."""
+    limits: Limits
     seconds: float
-    """The whole extraction: the slowest stage over all workers."""
+    """The whole extraction, at the rate of what binds."""
+    comparison: Comparison
+    """Cached features against a teacher that runs in every epoch."""
     memory_bytes: int
     """Peak of one worker: process with teacher and a batch, and the shards in hand."""
     device_bytes: int | None
@@ -66,12 +86,12 @@ class ExtractionPlan:
     """What lies in the source and is no sample: extension or why, to count."""
 
 
-def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
+def plan_extraction(config: ExtractConfig, prices: PlanConfig = PRICES) -> ExtractionPlan:
     """The plan of `plan_recipe` alone."""
-    return plan_recipe(config)[0]
+    return plan_recipe(config, prices)[0]
 
 
-def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
+def plan_recipe(config: ExtractConfig, prices: PlanConfig = PRICES) -> tuple[ExtractionPlan, Recipe]:
     """Resolve the recipe, run the teacher over one batch of real images, and scale up.
 
     Raises: what `extract` would raise before work: ConfigError, InputError, TeacherError.
@@ -79,10 +99,10 @@ def plan_recipe(config: ExtractConfig) -> tuple[ExtractionPlan, Recipe]:
     here = config.run.model_copy(update={"inline": True})
     resolved = resolve_recipe(config.model_copy(update={"run": here}))
     work = work_of(resolved)
-    return plan_work(work, config.run, bounded(resolved.source.ignored())), work.recipe
+    return plan_work(work, config.run, bounded(resolved.source.ignored()), prices), work.recipe
 
 
-def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int]) -> ExtractionPlan:
+def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: PlanConfig = PRICES) -> ExtractionPlan:
     """What any work would take: its own producer makes one batch of its rows.
 
     Raises: InputError when none of its first rows can be used, and what the producer raises.
@@ -91,12 +111,24 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int]) -> Extrac
     plan = _plan_of(recipe, len(listing))
     producer = work.job_here.open(plan, listing, recipe.compute.device)
     rows, prepare_s = _probe_rows(producer, listing, recipe.compute.batch_size)
-    shard, teacher_s, device_bytes = _probe_producer(producer, recipe, rows)
-    coded_bytes, code_s = _probe_store(recipe, shard)
-    num_samples = len(listing)
+    probe = _probe(producer, recipe, rows)
+    num_samples, workers = len(listing), _workers(run, recipe.compute.device)
+    stored_each = sum(array.stored_bytes for array in probe.arrays)
+    limits = extraction_limits(
+        on_gpu=recipe.compute.device != "cpu",
+        workers=workers,
+        cpus=os.cpu_count() or 1,
+        decode_threads=run.decode_threads,
+        code_threads=run.code_threads or threads_that_code(recipe.compute.device),
+        teacher_s=probe.teacher_s,
+        prepare_s=prepare_s,
+        code_s=probe.code_s,
+        stored_bytes=stored_each,
+        store=store_speed(run.out, prices),
+    )
+    seconds = num_samples / limits.rate
+    live_h = probe.teacher_s / len(recipe.views) * num_samples / 3600
     raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
-    workers = _workers(run, recipe.compute.device)
-    slowest_s = max(teacher_s, prepare_s / run.decode_threads, code_s)
     return ExtractionPlan(
         num_samples=num_samples,
         num_shards=plan.num_shards,
@@ -104,19 +136,35 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int]) -> Extrac
         views=len(recipe.views),
         levels=_bytes_by_array(recipe),
         raw_bytes=raw * num_samples,
-        stored_bytes=coded_bytes * num_samples,
+        stored_bytes=round(stored_each * num_samples),
+        arrays=probe.arrays,
         free_bytes=free_bytes(Store(run.out)),
         device=recipe.compute.device,
         workers=workers,
-        teacher_s=teacher_s,
+        teacher_s=probe.teacher_s,
         prepare_s=prepare_s,
-        code_s=code_s,
-        seconds=slowest_s * num_samples / workers,
-        memory_bytes=peak_memory() + SHARDS_IN_HAND * raw * min(recipe.shard.samples, num_samples),
-        device_bytes=device_bytes,
+        code_s=probe.code_s,
+        decode_s=probe.decode_s,
+        binds=limits.binding,
+        limits=limits,
+        seconds=seconds,
+        comparison=compare(prices, workers * seconds / 3600, stored_each * num_samples / 1e12, live_h, None),
+        memory_bytes=peak_memory() + _held(run, raw * min(recipe.shard.samples, num_samples)),
+        device_bytes=probe.device_bytes,
         num_probed=len(rows),
         ignored=dict(ignored),
     )
+
+
+def _held(run: ExtractRun, shard_bytes: int) -> int:
+    """Bytes of shards in hand, before compression: two, but within the setting, and one in any case."""
+    return max(shard_bytes, min(SHARDS_IN_HAND * shard_bytes, round(run.memory_gb * 1e9)))
+
+
+def store_speed(url: str, prices: PlanConfig) -> tuple[str, float]:
+    """What a dataset lies on, and the MB/s that the settings give it."""
+    local = Store(url).local is not None
+    return ("disk", prices.disk_mb_s) if local else ("network", prices.network_mb_s)
 
 
 def _probe_rows(producer: Producer, listing: Listing, num: int) -> tuple[list[PreparedRow], float]:
@@ -136,37 +184,69 @@ def _probe_rows(producer: Producer, listing: Listing, num: int) -> tuple[list[Pr
     return rows, (time.perf_counter() - started) / len(rows)
 
 
-def _probe_producer(
-    producer: Producer, recipe: Recipe, rows: Sequence[PreparedRow]
-) -> tuple[ShardArrays, float, int | None]:
-    """A shard of the probe's rows, seconds per row of a full batch after warm-up, codec included, peak bytes on the
-    GPU."""
+@dataclass(frozen=True)
+class _Probe:
+    """One batch, from images to bytes and back. Seconds are of one image."""
+
+    arrays: tuple[ArrayPlan, ...]
+    teacher_s: float
+    code_s: float
+    decode_s: float
+    device_bytes: int | None
+
+
+def _probe(producer: Producer, recipe: Recipe, rows: Sequence[PreparedRow]) -> _Probe:
+    """A full batch after warm-up; the codec counts with the teacher, since it runs on the same device."""
     import torch
 
     from dtpipe.extract.teachers.arithmetic import exact
 
-    compute = recipe.compute
+    compute, codecs = recipe.compute, level_codecs(recipe)
     if compute.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with exact(torch.device(compute.device), compute.threads):
         producer.produce(rows)
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         produced = producer.produce(rows)
         batch = CodedBatch([prepared.index for prepared in rows], produced.images)
-        batch.start(produced.levels, level_codecs(recipe))
+        batch.start(produced.levels, codecs)
         batch.wait()
-        seconds = (time.perf_counter() - started) / compute.batch_size
-    return batch.arrays(recipe), seconds, torch.cuda.max_memory_allocated() if compute.device == "cuda" else None
+        teacher_s = (time.perf_counter() - started_s) / compute.batch_size
+    started_s = time.perf_counter()
+    arrays = batch.arrays(recipe)
+    coded = encode_rows(recipe, arrays)
+    blake3_of(chunk.data for chunks in coded.chunks.values() for chunk in chunks)
+    code_s = (time.perf_counter() - started_s) / len(rows)
+    numbered = [row.model_copy(update={"row": idx}) for idx, row in enumerate(coded.rows)]  # bad ones were left out
+    objects = join_rows(_probe_plan(recipe, len(rows)), 0, [replace(coded, rows=numbered)])
+    object_bytes = sum(encoded.size_bytes for encoded in objects)
+    features = {name: level[: len(rows)].float().cpu().numpy() for name, level in produced.levels.items()}
+    return _Probe(
+        arrays=plan_arrays(recipe, codecs, arrays, coded, object_bytes, features),
+        teacher_s=teacher_s,
+        code_s=code_s,
+        decode_s=_time_decoding(recipe, codecs, coded),
+        device_bytes=torch.cuda.max_memory_allocated() if compute.device == "cuda" else None,
+    )
 
 
-def _probe_store(recipe: Recipe, shard: ShardArrays) -> tuple[int, float]:
-    """Stored bytes per sample and seconds per sample, from a shard that is never written."""
-    num = len(shard.rows)
-    plan = _plan_of(recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})}), num)
-    numbered = [index.model_copy(update={"row": row}) for row, index in enumerate(shard.rows)]
-    shard, started = replace(shard, rows=numbered), time.perf_counter()
-    size = sum(encoded.size_bytes for encoded in encode_shard(plan, 0, shard) if blake3_of(encoded.content))
-    return size // num, (time.perf_counter() - started) / num
+def _time_decoding(recipe: Recipe, codecs: Mapping[str, LevelCodec], coded: CodedRows) -> float:
+    """Seconds to get one row back from its bytes: the image, and one view of each level."""
+    form, specs = SHARD_FORMATS[recipe.shard.format], stored_arrays(recipe)
+    started_s = time.perf_counter()
+    plain = {}
+    for name, spec in specs.items():
+        chunk = coded.chunks[name][0]
+        plain[name] = np.empty(spec.chunk_shape, spec.dtype)
+        form.decode(spec, chunk.data, chunk.crc32c.to_bytes(form.trailer_bytes, "little"), plain[name])
+    for codec in codecs.values():
+        decode_level(codec, parts_of(codec, plain))
+    return time.perf_counter() - started_s
+
+
+def _probe_plan(recipe: Recipe, num: int) -> Plan:
+    """Of a dataset of one shard."""
+    return _plan_of(recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})}), num)
 
 
 def _plan_of(recipe: Recipe, num_rows: int) -> Plan:
@@ -210,22 +290,24 @@ def peak_memory() -> int:
 
 def print_extraction(console: Console, plan: ExtractionPlan) -> None:
     """The plan as lines; as one document with --json."""
-    raw_each = {name: format_bytes(size) for name, size in plan.levels.items()}
     free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free there"
     raw = f"{format_bytes(plan.raw_bytes)} before compression, {plan.raw_bytes / max(plan.stored_bytes, 1):.2f}x"
     workers = f"{plan.workers} worker{'s' if plan.workers > 1 else ''} ({plan.device})"
     console.pairs(
         {
             "samples": f"{plan.num_samples} in {count_of(plan.num_shards, 'shard')} of {plan.samples_per_shard}",
-            "per sample": f"{', '.join(f'{name} {size}' for name, size in raw_each.items())}; {plan.views} view(s)",
             "bytes": f"about {format_bytes(plan.stored_bytes)} ({raw}){free}",
             "time": f"about {format_seconds(plan.seconds)} on {workers}",
+            "limits": plan.limits.text(),
             "per image": f"teacher {_ms(plan.teacher_s)}, decode and resize {_ms(plan.prepare_s)}, "
             f"compress {_ms(plan.code_s)}",
             "memory": f"about {format_bytes(plan.memory_bytes)} per worker"
             + (f", {format_bytes(plan.device_bytes)} on the GPU" if plan.device_bytes is not None else ""),
         }
     )
+    console.result()
+    print_arrays(console, plan.arrays, plan.num_samples, plan.views, plan.num_probed)
+    console.result()
     if plan.ignored:
         console.result(f"ignored: {ignored_text(plan.ignored)}")
     console.result(f"measured on {plan.num_probed} of the images; nothing was written")

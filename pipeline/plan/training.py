@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,16 @@ from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.stream.timesteps import several_timesteps
 from dtpipe.distill.student.distiller import Distiller, build_distiller, student_size, with_timed_heads
 from dtpipe.distill.trainer import stream_settings
+from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import FeatureSource
+from dtpipe.manifests.schema import IMAGE
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
-from dtpipe.pipeline.plan.extraction import peak_memory
+from dtpipe.pipeline.plan.extraction import PRICES, ExtractionPlan, peak_memory, store_speed
+from dtpipe.pipeline.plan.limits import Limits, training_limits
+from dtpipe.pipeline.plan.prices import Comparison, PlanConfig, compare
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +58,15 @@ class TrainingPlan:
     device: str
     epochs: int
     read_bytes: int
-    """Stored bytes read per epoch."""
+    """Stored bytes read per epoch: of each sample its image, and one view of each level that is learned from."""
+    binds: str
+    """What lets through the fewest images."""
+    limits: Limits
     teacher_s: float | None = None
     """Per image that is encoded live; None where none is."""
 
 
-def plan_training(config: DistillConfig, data: TrainingData) -> TrainingPlan:
+def plan_training(config: DistillConfig, data: TrainingData, prices: PlanConfig = PRICES) -> TrainingPlan:
     """Time a few steps of the student on data that exists, and the teacher where it runs live.
 
     Raises: what opening them raises.
@@ -67,11 +77,12 @@ def plan_training(config: DistillConfig, data: TrainingData) -> TrainingPlan:
     teacher = data.teacher(opened.source, device)
     settings = stream_settings(config, targets.names)
     stream = FeatureStream(opened.source, settings, device, teacher, opened.sampling)
-    manifests = [FeatureDataset.open(url, allow_incomplete=True).manifest for url in config.datasets]
-    stored_bytes = sum(manifest.totals.size_bytes for manifest in manifests if manifest is not None)
+    parts = [FeatureDataset.open(url, allow_incomplete=True) for url in config.datasets]
+    sample_bytes = bytes_read_per_sample(parts, targets.names, config.join)
+    reads = Reads(sample_bytes, 0.0, _slowest([store_speed(url, prices) for url in config.datasets], prices))
     timed = with_timed_heads(config, several_timesteps(opened.source, targets.feature_names))
     image_px = student_size(config, opened.student_px)
-    plan = time_training(timed, device, targets, image_px, stream.epoch_size, stored_bytes)
+    plan = time_training(timed, device, targets, image_px, stream.epoch_size, reads)
     if teacher is None:
         return plan
     teacher_s = _time_teacher(teacher, opened.source, min(_timed_images(config, device), len(stream.rows)), device)
@@ -84,6 +95,51 @@ def with_teacher(plan: TrainingPlan, config: DistillRecipeConfig, teacher_s: flo
         return plan
     seconds = plan.seconds + config.reencode * teacher_s * plan.num_samples * config.epochs
     return replace(plan, seconds=seconds, teacher_s=teacher_s)
+
+
+def compared(extraction: ExtractionPlan, training: TrainingPlan, epochs: int, prices: PlanConfig) -> Comparison:
+    """Cached against live for a planned training: where stored features hold it up, what that costs counts too."""
+    held_up_s = 1 / training.limits.rate - 1 / training.throughput_img_s
+    live_s = extraction.teacher_s / extraction.views - held_up_s
+    live_h = max(0.0, live_s) * training.num_samples / 3600
+    stored_tb = extraction.stored_bytes / 1e12
+    return compare(prices, extraction.comparison.extraction_h, stored_tb, live_h, epochs)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What training reads of one sample, from stored features."""
+
+    sample_bytes: float
+    decode_s: float
+    """One thread; 0 where it was not measured."""
+    store: tuple[str, float]
+    """What the dataset lies on, and its MB/s."""
+
+
+def bytes_read_per_sample(parts: Sequence[FeatureDataset], names: Collection[str], joined: bool) -> float:
+    """Stored bytes of an image and one view of each level in `names`, mean over samples; a level that several joined
+    datasets have as views of one teacher is read from one of them.
+    """
+    from dtpipe.pipeline.report.inspect import shard_table, stored_bytes
+
+    total, num_rows = 0.0, 0
+    views: Counter[str] = Counter()
+    of_level: Counter[str] = Counter()
+    for idx, part in enumerate(parts):
+        stored = stored_bytes(shard_table(Store(part.url), part))
+        num_rows = max(num_rows, len(part.columns)) if joined else num_rows + len(part.columns)
+        total += stored.get(IMAGE, (0, 0))[1] if not joined or not total else 0
+        for spec in stored_arrays(part.recipe).values():
+            if spec.level in names and spec.name in stored:
+                key = spec.level if joined else f"{idx}/{spec.level}"
+                of_level[key] += stored[spec.name][1]
+                views[key] = views[key] + len(part.recipe.views) if spec.name == spec.level else views[key]
+    return (total + sum(size / views[key] for key, size in of_level.items())) / max(num_rows, 1)
+
+
+def _slowest(stores: Sequence[tuple[str, float]], prices: PlanConfig) -> tuple[str, float]:
+    return min(stores, key=lambda store: store[1], default=("disk", prices.disk_mb_s))
 
 
 def _time_teacher(teacher: LiveTeacher, source: FeatureSource, num: int, device: torch.device) -> float:
@@ -108,7 +164,7 @@ def time_training(
     targets: Targets,
     image_px: tuple[int, int],
     num_samples: int,
-    stored_bytes: int,
+    reads: Reads,
 ) -> TrainingPlan:
     """Time forward, loss and backward of a micro-batch of random targets, and scale up to all steps."""
     import torch
@@ -120,19 +176,30 @@ def time_training(
     timings = list(itertools.islice(_time_steps(model, config, device, targets, image_px, num), 1 + TIMED_STEPS))
     per_image_s = min(timings[1:]) / num
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+    cached = reads.sample_bytes * (1 - config.reencode)
+    limits = training_limits(
+        on_gpu=device.type != "cpu",
+        cpus=os.cpu_count() or 1,
+        step_img_s=1 / per_image_s,
+        decode_s=reads.decode_s * (1 - config.reencode),
+        read_bytes=cached,
+        store=reads.store,
+    )
     return TrainingPlan(
         student=config.student.name,
         num_parameters=sum(p.numel() for p in model.student.parameters()),
         regressor_parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith("student.")),
         num_samples=num_samples,
         num_steps=config.epochs * -(-num_samples // config.batch_size),
-        seconds=per_image_s * num_samples * config.epochs,
+        seconds=num_samples * config.epochs / limits.rate,
         throughput_img_s=1 / per_image_s,
         memory_bytes=memory,
         timed_images=num,
         device=device.type,
         epochs=config.epochs,
-        read_bytes=stored_bytes,
+        read_bytes=round(cached * num_samples),
+        binds=limits.binding,
+        limits=limits,
     )
 
 
@@ -184,7 +251,8 @@ def print_training(console: Console, plan: TrainingPlan) -> None:
             "training": f"{duration}, {count_of(plan.num_steps, 'step')} ({plan.device})",
             "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
             **live,
-            "reads": f"{format_bytes(plan.read_bytes)} per epoch",
+            "reads": f"{format_bytes(plan.read_bytes)} per epoch, of the views that are read",
+            "limits": plan.limits.text(),
             "memory": f"about {format_bytes(plan.memory_bytes)} with {plan.timed_images} images at a time",
         }
     )

@@ -51,8 +51,8 @@ def describe_dataset(url: str) -> dict[str, Any]:
     Raises: DamagedDataError when a file does not fit its digest; InputError when there is no dataset.
     """
     dataset = FeatureDataset.open(url, allow_incomplete=True)
-    table = _shard_table(Store(url), dataset)
-    stored = _stored_bytes(table)
+    table = shard_table(Store(url), dataset)
+    stored = stored_bytes(table)
     size_bytes = sum(table["size_bytes"].to_pylist())
     complete = dataset.manifest if dataset.manifest is not None and dataset.manifest.complete else None
     arrays = stored_arrays(dataset.recipe)
@@ -153,14 +153,14 @@ def view_name(view: ViewSpec) -> str:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _shard_table(store: Store, dataset: FeatureDataset) -> pa.Table:
+def shard_table(store: Store, dataset: FeatureDataset) -> pa.Table:
     """shards.parquet, or the same of the shards that are committed so far."""
     if dataset.manifest is not None and dataset.manifest.complete:
         return decode_table(store.read(SHARDS_FILE), SHARDS_SCHEMA, store.where(SHARDS_FILE))
     return shards_table(load_entries(store, dataset.plan, plan_digest(store), partial=True))
 
 
-def _stored_bytes(table: pa.Table) -> dict[str, tuple[int, int]]:
+def stored_bytes(table: pa.Table) -> dict[str, tuple[int, int]]:
     """Array name to its number of chunks and their bytes, over all objects."""
     import pyarrow.compute as pc
 

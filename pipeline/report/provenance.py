@@ -12,7 +12,10 @@ from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.engine.run_folder import read_config
 from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.shards.advice import advice, share_text
+from dtpipe.extract.shards.timeline import STALLS, Stalls
 from dtpipe.manifests.errors import DtpipeError
+from dtpipe.manifests.fidelity import CODEC_ERROR, FIT_EXPECTS
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
 from dtpipe.manifests.words import count_of, teacher_in_words
@@ -116,6 +119,23 @@ def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:
         shards = count_of(totals.num_shards, "shard")
         facts["samples"] = f"{totals.num_ok} ok, {totals.num_bad} bad, in {shards}, {format_bytes(totals.size_bytes)}"
         facts["digest"] = manifest.digest
+        facts |= _measured_facts(plan, manifest)
+    return facts
+
+
+def _measured_facts(plan: Plan, manifest: Manifest) -> dict[str, str]:
+    """What was measured while the dataset was written: what codecs lost, and where the time went."""
+    facts = {}
+    if lost := manifest.provenance.get(CODEC_ERROR):
+        expected = plan.provenance.get(FIT_EXPECTS, {}).get("levels", {})
+        facts["lost by codecs"] = ", ".join(
+            f"{level} {100 * values['relative_mse']:.2g} % of the variance"
+            + (f" (expected {100 * expected[level]['relative_mse']:.2g} %)" if level in expected else "")
+            for level, values in lost.items()
+        )
+    stalls = sum(map(Stalls.from_record, manifest.provenance.get(STALLS, {}).values()), Stalls())
+    if stalls.spans:
+        facts["extraction's time"] = "; ".join(filter(None, (share_text(stalls.shares()), advice(stalls))))
     return facts
 
 

@@ -1,0 +1,147 @@
+"""Bytes and error of each array of a dataset to come: measured on a probe, or assumed before a codec is fitted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
+from dtpipe.manifests.fidelity import Fidelity
+from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
+from dtpipe.manifests.schema import IMAGE, Recipe
+from dtpipe.pipeline.cli.console import Console, format_bytes
+
+HEADERS: Final = "headers"  # of objects and members, keys, and tables of chunks
+ASSUMED_RATIOS: Final = {0.01: 6.6, 0.03: 9.8, 0.06: 14.4, 0.1: 21.2}
+"""Features in float16 over stored bytes, by relative squared error, of codec transform."""
+ASSUMED_FROM: Final = "level l2 of the demo's teacher (64 px)"
+
+
+@dataclass(frozen=True)
+class ArrayPlan:
+    """One level with all its arrays, or the image. Bytes are of one sample, all views."""
+
+    name: str
+    codec: str
+    raw_bytes: int
+    """As features in the level's dtype, or as uint8."""
+    stored_bytes: float
+    read_bytes: float
+    """Of these, what an epoch of training reads: one view."""
+    error: float | None
+    """Share of the whitened features' variance that is lost; None of images, which are exact."""
+    assumed: bool = False
+    """Whether stored bytes and error are no measurement: the codec is not fitted yet."""
+
+
+def plan_arrays(
+    recipe: Recipe,
+    codecs: Mapping[str, LevelCodec],
+    arrays: ShardArrays,
+    coded: CodedRows,
+    object_bytes: int,
+    features: Mapping[str, NDArray[np.generic]],
+) -> tuple[ArrayPlan, ...]:
+    """From a probe: its features, and what their codecs and the store made of them; `object_bytes` of all its objects.
+
+    Shapes: features {level: [n, V, C, h, w]}.
+    """
+    num, views = len(coded.rows), len(recipe.views)
+    sizes = {name: sum(len(chunk.data) for chunk in chunks) / num for name, chunks in coded.chunks.items()}
+    plans = []
+    if recipe.images == "stored":
+        raw = 3 * recipe.transform.height * recipe.transform.width
+        plans.append(ArrayPlan(IMAGE, "exact", raw, sizes[IMAGE], sizes[IMAGE], None))
+    specs = stored_arrays(recipe).values()
+    for level in recipe.levels:
+        stored = sum(sizes[spec.name] for spec in specs if spec.level == level.name)
+        raw = views * level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
+        decoded = decode_level(codecs[level.name], parts_of(codecs[level.name], arrays.arrays))
+        shape = (-1, level.channels, level.height, level.width)
+        error = Fidelity.of(features[level.name].reshape(shape), decoded.reshape(shape)).relative_mse
+        plans.append(ArrayPlan(level.name, level.codec.name, raw, stored, stored / views, error))
+    headers = object_bytes / num - sum(plan.stored_bytes for plan in plans)
+    return (*plans, ArrayPlan(HEADERS, "", 0, headers, 0.0, None))
+
+
+def assume_codec(
+    plans: Sequence[ArrayPlan], codecs: Mapping[str, str], max_error: float | None, budget_bytes: float | None
+) -> tuple[ArrayPlan, ...]:
+    """Plans in which some levels, {name: codec}, are coded for an error, or all together for bytes of one sample.
+
+    Between the measured ratios, the logarithm of the error is taken as linear in that of the ratio.
+    """
+    chosen = [plan for plan in plans if plan.name in codecs]
+    if budget_bytes is not None:
+        left = budget_bytes - sum(plan.stored_bytes for plan in plans if plan.name not in codecs)
+        ratio = sum(plan.raw_bytes for plan in chosen) / max(left, 1.0)
+        error = assumed_error(ratio)
+    else:
+        assert max_error is not None
+        error, ratio = max_error, assumed_ratio(max_error)
+
+    def coded(plan: ArrayPlan) -> ArrayPlan:
+        if plan.name not in codecs:
+            return plan
+        stored = plan.raw_bytes / ratio
+        read = stored * plan.read_bytes / plan.stored_bytes
+        return replace(plan, codec=codecs[plan.name], stored_bytes=stored, read_bytes=read, error=error, assumed=True)
+
+    return tuple(coded(plan) for plan in plans)
+
+
+def assumed_ratio(error: float) -> float:
+    """Compression at an error."""
+    errors, ratios = zip(*sorted(ASSUMED_RATIOS.items()), strict=True)
+    return _interpolated(error, errors, ratios)
+
+
+def assumed_error(ratio: float) -> float:
+    """Inverse of `assumed_ratio`; at most 1, all of the variance."""
+    errors, ratios = zip(*sorted(ASSUMED_RATIOS.items()), strict=True)
+    return min(1.0, _interpolated(ratio, ratios, errors))
+
+
+def _interpolated(value: float, known: Sequence[float], wanted: Sequence[float]) -> float:
+    """Linear between the logarithms of points, and beyond them as in the nearest two."""
+    logs = [math.log(point) for point in known]
+    at = min(max(sum(point < math.log(value) for point in logs), 1), len(logs) - 1)
+    share = (math.log(value) - logs[at - 1]) / (logs[at] - logs[at - 1])
+    first, second = math.log(wanted[at - 1]), math.log(wanted[at])
+    return math.exp(first + share * (second - first))
+
+
+def print_arrays(
+    console: Console, plans: Sequence[ArrayPlan], num_samples: int, num_views: int, num_probed: int
+) -> None:
+    """Level by level: codec, bytes, error and total."""
+    rows = [_row(plan.name, plan.codec, plan.raw_bytes, plan.stored_bytes, plan.error, num_samples) for plan in plans]
+    raw, stored = sum(plan.raw_bytes for plan in plans), sum(plan.stored_bytes for plan in plans)
+    rows.append(_row("all", "", raw, stored, None, num_samples))
+    console.table(("array", "codec", "per sample", "stored", "ratio", "error", "in all"), rows)
+    if assumed := [plan.name for plan in plans if plan.assumed]:
+        console.result(
+            f"stored and error of {', '.join(assumed)} are ASSUMED, as measured on {ASSUMED_FROM}: the codec is fitted "
+            "when the extraction begins"
+        )
+    views = "" if num_views == 1 else f"; {num_views} views of each level"
+    console.result(f"error: share of the whitened features' variance that is lost; {num_probed} images{views}")
+
+
+def _row(name: str, codec: str, raw: float, stored: float, error: float | None, num_samples: int) -> tuple[str, ...]:
+    shown = "" if error is None else f"{error:.4f}"
+    ratio = f"{raw / max(stored, 1):.2f}" if raw else ""
+    return (
+        name,
+        codec,
+        format_bytes(raw) if raw else "",
+        format_bytes(stored),
+        ratio,
+        shown,
+        format_bytes(stored * num_samples),
+    )

@@ -1,0 +1,90 @@
+"""What a plan says of bytes is what an extraction writes; what it assumes is said to be assumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtpipe.extract.run import run_extraction
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.pipeline.cli.console import Console
+from dtpipe.pipeline.plan.arrays import ArrayPlan, assume_codec, assumed_error, assumed_ratio, print_arrays
+from dtpipe.pipeline.plan.extraction import plan_extraction
+from dtpipe.pipeline.plan.training import bytes_read_per_sample
+from dtpipe.pipeline.report.inspect import describe_dataset
+from parts.extractions import MakeConfig
+
+PLANS = (
+    ArrayPlan("image", "exact", 200, 100.0, 100.0, None),
+    ArrayPlan("l2", "cast", 4000, 3600.0, 1800.0, 0.0),
+    ArrayPlan("l3", "cast", 1000, 900.0, 450.0, 0.0),
+)
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_a_plan_that_saw_every_image_says_the_bytes_that_are_written(
+    form: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(
+        out=str(tmp_path / form), shard={"samples": 8, "format": form}, batch_size=8, noise={"flips": True}
+    )
+    plan = plan_extraction(config)
+    result = run_extraction(config)
+    assert plan.stored_bytes == result.size_bytes
+    described = describe_dataset(result.url)
+    written = {"image": described["images"], **{level["name"]: level for level in described["levels"]}}
+    arrays = {array.name: array for array in plan.arrays}
+    assert {name: array.stored_bytes * 8 for name, array in arrays.items() if name != "headers"} == {
+        name: parts["size_bytes"] for name, parts in written.items()
+    }
+    assert {name: array.raw_bytes * 8 for name, array in arrays.items() if name != "headers"} == {
+        name: parts["raw_bytes"] for name, parts in written.items()
+    }
+    assert arrays["headers"].stored_bytes * 8 == described["overhead_bytes"]
+    assert all((array.error or 0) < 1e-6 for array in plan.arrays)  # float16 rounds
+    dataset = FeatureDataset.open(result.url)
+    one_view = written["image"]["size_bytes"] / 8 + written["l2"]["size_bytes"] / 16
+    assert bytes_read_per_sample([dataset], ["l2"], joined=False) == pytest.approx(one_view)
+    assert arrays["image"].read_bytes + arrays["l2"].read_bytes == pytest.approx(one_view)
+    assert bytes_read_per_sample([dataset, dataset], ["l2"], joined=False) == pytest.approx(one_view)
+    twice = written["image"]["size_bytes"] / 8 + 2 * written["l2"]["size_bytes"] / 32  # four views, of which one
+    assert bytes_read_per_sample([dataset, dataset], ["l2"], joined=True) == pytest.approx(twice)
+
+
+def test_a_codec_that_loses_something_says_how_much_before_and_after(make_config: MakeConfig) -> None:
+    plan = plan_extraction(make_config(shard={"samples": 8, "codec": "int8"}, batch_size=8))
+    levels = {array.name: array for array in plan.arrays if array.codec == "int8"}
+    assert set(levels) == {"l2", "l3"}
+    assert all(1e-7 < (array.error or 0) < 1e-3 for array in levels.values())
+    assert all(array.raw_bytes / array.stored_bytes > 1.5 for array in levels.values())
+
+
+def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    codecs = {"l2": "transform", "l3": "transform"}
+    coded = assume_codec(PLANS, codecs, 0.03, None)
+    assert [(plan.codec, plan.assumed) for plan in coded] == [
+        ("exact", False),
+        ("transform", True),
+        ("transform", True),
+    ]
+    assert coded[1].stored_bytes == pytest.approx(4000 / 9.8)
+    assert coded[1].read_bytes == pytest.approx(4000 / 9.8 / 2)
+    assert coded[1].error == 0.03
+    within = assume_codec(PLANS, codecs, None, 100 + 5000 / 14.4)
+    assert sum(plan.stored_bytes for plan in within) == pytest.approx(100 + 5000 / 14.4)
+    assert within[2].error == pytest.approx(0.06)
+    print_arrays(Console(), coded, 1000, 2, 32)
+    shown = capsys.readouterr().out
+    assert "stored and error of l2, l3 are ASSUMED, as measured on level l2 of the demo's teacher (64 px)" in shown
+    print_arrays(Console(), PLANS, 1000, 1, 32)
+    assert "ASSUMED" not in capsys.readouterr().out
+
+
+def test_assumed_ratios_grow_with_the_error() -> None:
+    ratios = [assumed_ratio(error) for error in (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3)]
+    assert ratios == sorted(ratios)
+    assert (ratios[1], ratios[3], ratios[5]) == pytest.approx((6.6, 9.8, 21.2))
+    for error in (0.005, 0.02, 0.05, 0.3):
+        assert assumed_error(assumed_ratio(error)) == pytest.approx(error)
+    assert assumed_error(1e9) == 1
