@@ -47,6 +47,11 @@ def format_bytes(size: float) -> str:
     raise AssertionError("unreachable")
 
 
+def format_error(error: float) -> str:
+    """A share of a variance for people: `0.0302`, `1.3e-05`, `0`."""
+    return f"{error:.4f}" if error >= 5e-4 else f"{error:.1e}" if error else "0"
+
+
 def format_seconds(seconds: float) -> str:
     """A duration for people: `42 s`, `3 min 05 s`, `2 h 10 min`, `3 d 4 h`."""
     whole = round(seconds)

@@ -9,7 +9,7 @@ import click
 from dtpipe.extract.sources.names import ignored_text
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.words import teacher_in_words
-from dtpipe.pipeline.cli.console import Console, format_bytes
+from dtpipe.pipeline.cli.console import Console, format_bytes, format_error
 
 HELP = """Show what a feature dataset holds.
 
@@ -88,13 +88,13 @@ def _print_errors(console: Console, levels: list[dict[str, Any]]) -> None:
     if not lossy:
         return
     console.result()
-    names = ("relative_mse", "worst", "cosine", "attention")
     rows = []
     for level in lossy:
         expected, measured = level["expected"] or {}, level["codec_error"] or {}
-        shown = [f"{measured[name]:.4f}" if name in measured else "-" for name in names]
-        predicted = f"{expected['relative_mse']:.4f}" if "relative_mse" in expected else "-"
-        rows.append((level["name"], level["codec"], predicted, *shown, str(measured.get("num", "-"))))
+        errors = [expected.get("relative_mse"), *map(measured.get, ("relative_mse", "worst"))]
+        shown = ["-" if error is None else format_error(error) for error in errors]
+        apart = [f"{measured[name]:.4f}" if measured else "-" for name in ("cosine", "attention")]
+        rows.append((level["name"], level["codec"], *shown, *apart, str(measured.get("num", "-"))))
     columns = ("level", "codec", "error expected", "measured", "worst", "cosine", "attention", "of")
     console.table(columns, rows)
 

@@ -14,7 +14,7 @@ from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
 from dtpipe.manifests.fidelity import Fidelity
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, Recipe
-from dtpipe.pipeline.cli.console import Console, format_bytes
+from dtpipe.pipeline.cli.console import Console, format_bytes, format_error
 
 HEADERS: Final = "headers"  # of objects and members, keys, and tables of chunks
 ASSUMED_RATIOS: Final = {0.01: 6.6, 0.03: 9.8, 0.06: 14.4, 0.1: 21.2}
@@ -134,7 +134,7 @@ def print_arrays(
 
 
 def _row(name: str, codec: str, raw: float, stored: float, error: float | None, num_samples: int) -> tuple[str, ...]:
-    shown = "" if error is None else f"{error:.4f}"
+    shown = "" if error is None else format_error(error)
     ratio = f"{raw / max(stored, 1):.2f}" if raw else ""
     return (
         name,

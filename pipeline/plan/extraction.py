@@ -238,7 +238,8 @@ def _time_decoding(recipe: Recipe, codecs: Mapping[str, LevelCodec], coded: Code
     for name, spec in specs.items():
         chunk = coded.chunks[name][0]
         plain[name] = np.empty(spec.chunk_shape, spec.dtype)
-        form.decode(spec, chunk.data, chunk.crc32c.to_bytes(form.trailer_bytes, "little"), plain[name])
+        trailer = chunk.crc32c.to_bytes(form.trailer_bytes, "little") if form.trailer_bytes else b""
+        form.decode(spec, chunk.data, trailer, plain[name])
     for codec in codecs.values():
         decode_level(codec, parts_of(codec, plain))
     return time.perf_counter() - started_s

@@ -131,7 +131,7 @@ def bytes_read_per_sample(parts: Sequence[FeatureDataset], names: Collection[str
         num_rows = max(num_rows, len(part.columns)) if joined else num_rows + len(part.columns)
         total += stored.get(IMAGE, (0, 0))[1] if not joined or not total else 0
         for spec in stored_arrays(part.recipe).values():
-            if spec.level in names and spec.name in stored:
+            if spec.level is not None and spec.level in names and spec.name in stored:
                 key = spec.level if joined else f"{idx}/{spec.level}"
                 of_level[key] += stored[spec.name][1]
                 views[key] = views[key] + len(part.recipe.views) if spec.name == spec.level else views[key]
