@@ -81,7 +81,7 @@ def command(call: Call, fresh: bool) -> None:
     if call.dry_run:
         from dtpipe.pipeline.plan.training import plan_training, print_training
 
-        plan = plan_training(*_checked(call))
+        plan = plan_training(*_checked(call), call.settings("plan"))
         print_training(call.console, plan)
         call.console.document(plan)
         return
