@@ -1,7 +1,7 @@
 """How fast and how lean is `dtpipe extract`? Five questions, in one run on one machine.
 
 `ratio`: images/s of a whole extraction over a bare forward loop of the same teacher, interleaved; medians.
-`cores`: what an image of ADM-256's levels (5.6 MiB in float16, from the teacher `null`) costs on one core in codec,
+`cores`: what an image of ADM-256's levels (5.6 MiB in float16, of teacher `measure-only`) costs on one core in codec,
 zstd with checksums, digest and write, by codec; and how many cores a GPU of 400 and of 800 images/s needs for all but
 the codec, which runs on it. Reading and decoding of images come on top: they depend on the images.
 `written`: bytes that the kernel counts as written by an extraction over the bytes of its dataset.
@@ -80,7 +80,7 @@ class Bench:
         options: dict[str, Any] = {"px": px} | ({} if channels is None else {"channels": channels})
         shard = {"codec": codec, "format": self.args.format, **changes.pop("shard", {})}
         return self.config(
-            teacher={"path": "null", "options": options}, transform={"px": px}, noise={}, shard=shard, **changes
+            teacher={"path": "measure-only", "options": options}, transform={"px": px}, noise={}, shard=shard, **changes
         )
 
     def copies(self, number: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dtpipe.extract.shards.timeline import CODEC, NETWORK, WAIT, WRITE, Stalls
+from dtpipe.extract.shards.timeline import CODEC, TEACHING, WAIT, WRITE, Stalls
 
 _WORTH_IT = 0.1  # a smaller share of the time is not worth a change
 _TELLING_S = 1.0  # a shorter time says nothing
@@ -21,10 +21,10 @@ def advice(stalls: Stalls) -> str | None:
     shares = stalls.shares()
     if stalls.seconds < _TELLING_S or not shares:
         return None
-    cause = max((name for name in shares if name != NETWORK), key=lambda name: shares[name])
+    cause = max((name for name in shares if name != TEACHING), key=lambda name: shares[name])
     if shares[cause] < _WORTH_IT:
         return (
-            f"the teacher is busy {shares[NETWORK]:.0%} of the time: only more or faster devices, or a lower "
+            f"the teacher is busy {shares[TEACHING]:.0%} of the time: only more or faster devices, or a lower "
             "extract.teacher.dtype, make this faster"
         )
     return f"the teacher is held up {shares[cause]:.0%} of the time by {_REMEDIES[cause](stalls)}"

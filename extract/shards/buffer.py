@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dtpipe.extract.shards.codecs import encode_on_device, encode_on_host
 from dtpipe.extract.shards.memory import Room
-from dtpipe.extract.shards.timeline import CODEC, CODING, NETWORK, NO_ROOM, ShardClock
+from dtpipe.extract.shards.timeline import CODEC, CODING, NO_ROOM, TEACHING, ShardClock
 from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name, decode_level, parts_of
 from dtpipe.manifests.fidelity import CODEC_ERROR, Fidelity, merged_records
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
@@ -167,7 +167,7 @@ class ShardBuffer:
 
         Raises: what making bytes of earlier batches raised.
         """
-        self._clock.lap(NETWORK, {CODEC: batch.wait()})
+        self._clock.lap(TEACHING, {CODEC: batch.wait()})
         while len(self._waiting) > self._ahead or (self._waiting and self._waiting[0].done()):
             self._parts.append(self._waiting.popleft().result())
         self._clock.lap(CODING)

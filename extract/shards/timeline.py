@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 STALLS = "stalls"  # key of a manifest's provenance: worker to what `Stalls.record` gives
-NETWORK, CODEC, WRITE, WAIT = "teacher", "codec", "write", "wait"
+TEACHING, CODEC, WRITE, WAIT = "teacher", "codec", "write", "wait"
 ROWS, CODING, NO_ROOM = "rows", "coding", "room"
-PRODUCING = (ROWS, NETWORK, CODEC, CODING, NO_ROOM)
+PRODUCING = (ROWS, TEACHING, CODEC, CODING, NO_ROOM)
 """Spans in which a shard has the producer: waiting for rows, the network, symbols on the device, waiting for threads
 that make bytes, waiting for room in memory."""
 OF_ROWS = ("read", "decode", "noise")
 """Work that the producer waits for as `rows`."""
-CAUSES = (*OF_ROWS, NETWORK, CODEC, WRITE, WAIT)
+CAUSES = (*OF_ROWS, TEACHING, CODEC, WRITE, WAIT)
 """What the whole time of a worker is divided into, see `Stalls.shares`."""
 
 
@@ -62,7 +62,7 @@ class Stalls:
         of_rows = {stage: self.work.get(stage, 0.0) for stage in OF_ROWS}
         work = sum(of_rows.values())
         parts = {stage: spans.get(ROWS, 0.0) * value / work if work else 0.0 for stage, value in of_rows.items()}
-        parts[NETWORK] = spans.get(NETWORK, 0.0)
+        parts[TEACHING] = spans.get(TEACHING, 0.0)
         parts[CODEC] = spans.get(CODEC, 0.0) + spans.get(CODING, 0.0)
         parts[WRITE] = spans.get(WRITE, 0.0) + spans.get(NO_ROOM, 0.0)
         parts[WAIT] = spans.get(WAIT, 0.0) + (0.0 if work else spans.get(ROWS, 0.0))

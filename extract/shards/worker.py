@@ -22,7 +22,7 @@ from dtpipe.extract.shards.memory import Room
 from dtpipe.extract.shards.producer import PreparedRow
 from dtpipe.extract.shards.rows import BatchQueue
 from dtpipe.extract.shards.task import ShardDroppedError, WorkerContext, bad_samples, budget_message, threads_that_code
-from dtpipe.extract.shards.timeline import CODEC, NETWORK, ROWS, ShardClock, Stalls, Timeline
+from dtpipe.extract.shards.timeline import CODEC, ROWS, TEACHING, ShardClock, Stalls, Timeline
 from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
@@ -125,7 +125,7 @@ class ShardWorker:
             clock.lap(ROWS)
             coded = None if batch is None else self._start(batch, num_started)
             num_started += 0 if batch is None else len(batch)
-            clock.lap(NETWORK, {CODEC: coded.coding_s} if coded else {})
+            clock.lap(TEACHING, {CODEC: coded.coding_s} if coded else {})
             if on_device is not None:
                 shard.take(on_device)
                 self.num_encoded += len(on_device.rows)

@@ -25,6 +25,7 @@ from dtpipe.manifests.schema import StrictModel, ViewSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+_PATH = "measure-only"
 _ADM_256 = {"l2": 512, "l3": 512, "l4": 1024, "l5": 1024}  # channels; 5.6 MiB an image in float16
 
 
@@ -78,10 +79,10 @@ class NullTeacher:
 
 KIND = TeacherKind(
     "null",
-    "The word null; nothing to load. FOR MEASURING ONLY: its levels, in ADM-256's shapes, are noise and no features; "
-    "nothing trains on them.",
+    "The word measure-only; nothing to load. FOR MEASURING ONLY: its levels, in ADM-256's shapes, are noise and no "
+    "features; nothing trains on them.",
     Encoder,
-    lambda path: path == "null",
+    lambda path: path == _PATH,
     lambda config, device: NullTeacher(parse_options(config, NullOptions), device),
     options=NullOptions,
 )

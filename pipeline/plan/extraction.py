@@ -38,7 +38,7 @@ from dtpipe.manifests.write.shard import SHARD_FORMATS, encode_rows, join_rows
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 from dtpipe.pipeline.plan.arrays import ArrayPlan, plan_arrays, print_arrays
 from dtpipe.pipeline.plan.limits import Limits, extraction_limits
-from dtpipe.pipeline.plan.prices import Comparison, PlanConfig, compare
+from dtpipe.pipeline.plan.prices import CachedOrLive, PlanConfig, cached_or_live
 
 PRICES = PlanConfig()
 PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
@@ -75,7 +75,7 @@ class ExtractionPlan:
     limits: Limits
     seconds: float
     """The whole extraction, at the rate of what binds."""
-    comparison: Comparison
+    comparison: CachedOrLive
     """Cached features against a teacher that runs in every epoch."""
     memory_bytes: int
     """Peak of one worker: process with teacher and a batch, and the shards in hand."""
@@ -148,7 +148,7 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
         binds=limits.binding,
         limits=limits,
         seconds=seconds,
-        comparison=compare(prices, workers * seconds / 3600, stored_each * num_samples / 1e12, live_h, None),
+        comparison=cached_or_live(prices, workers * seconds / 3600, stored_each * num_samples / 1e12, live_h, None),
         memory_bytes=peak_memory() + _held(run, raw * min(recipe.shard.samples, num_samples)),
         device_bytes=probe.device_bytes,
         num_probed=len(rows),

@@ -26,7 +26,7 @@ class PlanConfig(StrictModel):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CachedOrLive:
     """What cached features cost beside a teacher that runs in every epoch; in the unit of the prices."""
 
     extraction_h: float
@@ -50,15 +50,15 @@ class Comparison:
         return self.extraction_price + self.storage_price
 
 
-def compare(
+def cached_or_live(
     prices: PlanConfig, extraction_h: float, stored_tb: float, live_h_per_epoch: float, epochs: int | None
-) -> Comparison:
+) -> CachedOrLive:
     """`extraction_h`: of workers; `live_h_per_epoch`: hours that an epoch takes longer with the live teacher."""
     storage_per_tb = prices.months * stored_tb
     per_epoch = live_h_per_epoch * prices.gpu_hour_price
     cached = extraction_h * prices.gpu_hour_price + storage_per_tb * prices.tb_month_price
     saved_h = 0.0 if epochs is None else epochs * live_h_per_epoch - extraction_h
-    return Comparison(
+    return CachedOrLive(
         extraction_h=extraction_h,
         extraction_price=extraction_h * prices.gpu_hour_price,
         storage_price=storage_per_tb * prices.tb_month_price,
@@ -70,7 +70,7 @@ def compare(
     )
 
 
-def print_prices(console: Console, comparison: Comparison, prices: PlanConfig) -> None:
+def print_prices(console: Console, comparison: CachedOrLive, prices: PlanConfig) -> None:
     """What cached and live cost, and from when on which is cheaper."""
     cached = (
         f"{_price(comparison.extraction_price)} for {format_seconds(3600 * comparison.extraction_h)} of workers, "
@@ -86,7 +86,7 @@ def print_prices(console: Console, comparison: Comparison, prices: PlanConfig) -
     )
 
 
-def _verdict(comparison: Comparison) -> str:
+def _verdict(comparison: CachedOrLive) -> str:
     if comparison.live_until_epochs is None:
         return "live is cheaper, for stored features save no time"
     below = f"cheaper below {comparison.live_until_epochs:.1f} epochs of all runs together"

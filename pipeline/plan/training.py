@@ -30,7 +30,7 @@ from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 from dtpipe.pipeline.plan.extraction import PRICES, ExtractionPlan, peak_memory, store_speed
 from dtpipe.pipeline.plan.limits import Limits, training_limits
-from dtpipe.pipeline.plan.prices import Comparison, PlanConfig, compare
+from dtpipe.pipeline.plan.prices import CachedOrLive, PlanConfig, cached_or_live
 
 if TYPE_CHECKING:
     import torch
@@ -97,13 +97,13 @@ def with_teacher(plan: TrainingPlan, config: DistillRecipeConfig, teacher_s: flo
     return replace(plan, seconds=seconds, teacher_s=teacher_s)
 
 
-def compared(extraction: ExtractionPlan, training: TrainingPlan, epochs: int, prices: PlanConfig) -> Comparison:
+def compared(extraction: ExtractionPlan, training: TrainingPlan, epochs: int, prices: PlanConfig) -> CachedOrLive:
     """Cached against live for a planned training: where stored features hold it up, what that costs counts too."""
     held_up_s = 1 / training.limits.rate - 1 / training.throughput_img_s
     live_s = extraction.teacher_s / extraction.views - held_up_s
     live_h = max(0.0, live_s) * training.num_samples / 3600
     stored_tb = extraction.stored_bytes / 1e12
-    return compare(prices, extraction.comparison.extraction_h, stored_tb, live_h, epochs)
+    return cached_or_live(prices, extraction.comparison.extraction_h, stored_tb, live_h, epochs)
 
 
 @dataclass(frozen=True)

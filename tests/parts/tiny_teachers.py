@@ -122,7 +122,7 @@ def module(folder: Path, network: type[nn.Module] = TinyDecoder) -> TinyTeacher:
 
 def null(_folder: Path) -> TinyTeacher:
     """Noise in small shapes."""
-    return TinyTeacher(Path("null"), 32, options={"channels": {"l2": 4, "l3": 6}, "px": 32})
+    return TinyTeacher(Path("measure-only"), 32, options={"channels": {"l2": 4, "l3": 6}, "px": 32})
 
 
 MAKERS = {

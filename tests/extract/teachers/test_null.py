@@ -23,12 +23,12 @@ from parts.extractions import Extract
 from parts.memory import tiny_config
 from parts.paths import FIXTURES
 
-NULL = {"path": "null", "options": {"channels": {"l2": 4, "l3": 6}, "px": 32}}
+NULL = {"path": "measure-only", "options": {"channels": {"l2": 4, "l3": 6}, "px": 32}}
 
 
 def test_levels_have_the_shapes_of_adm_256() -> None:
     """Channels of the decoder blocks at strides 4 to 32, by the published layout: what stands in its state dict."""
-    spec = load_teacher(TeacherConfig(path="null")).spec
+    spec = load_teacher(TeacherConfig(path="measure-only")).spec
     assert spec.image_px == (256, 256)
     cells = {level.name: 256 // level.stride for level in spec.levels}
     channels = {level.name: level.channels for level in spec.levels}
