@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -20,7 +20,11 @@ from dtpipe.manifests.store.faults import FAULT_VARIABLE, arm_spec
 from dtpipe.manifests.store.paths import refuse_unwritable
 from dtpipe.pipeline.cli.streams import keep_streams
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe --help`), in the order of use
+    "init": ("start.init", "Write settings, a Slurm script and a Ray job for your own data."),
     "list": ("catalogue", "Name the teachers, sources, codecs, tasks, presets and students there are."),
     "doctor": ("doctor", "Check this machine, a store, a teacher."),
     "train-teacher": ("train_teacher", "Train a small DDPM on your own images."),
@@ -34,7 +38,8 @@ COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe 
     "export": ("export", "Write a student for timm, torchvision, detectron2 and others."),
     "predict": ("predict", "Predict with a tuned network on new images."),
     "report": ("report", "Write one HTML page about a run, or several."),
-    "demo": ("demo", "Run everything on digit scenes, or on your own folder."),
+    "demo": ("start.demo", "Run everything on digit scenes, or on your own folder."),
+    "completion": ("start.completion", "Print what makes a shell complete commands, flags and names."),
 }
 INTERRUPTED = 130
 
@@ -62,6 +67,14 @@ class DtpipeGroup(click.Group):
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             ctx.fail(f"no command {args[0]!r}{f', did you mean {near[0]!r}?' if near else ''}")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of commands, without importing them; after a dash the group's own options."""
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  click's signature
         """The list of commands, without importing them."""

@@ -19,6 +19,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from dtpipe.manifests.errors import StoppedError
+from dtpipe.pipeline.cli.completion import complete_config, complete_key, completer
 from dtpipe.pipeline.cli.console import Console
 from dtpipe.pipeline.cli.settings import check_key, gather, parse_sets, parse_value, validate
 
@@ -110,14 +111,24 @@ def _add_flag(function: Callable[..., Any], flag: Flag, section: str) -> Callabl
     field = check_key(flag.key, flag.name)
     if flag.positional:
         many = _is_many(field) or flag.repeatable
-        return click.argument(flag.parameter, metavar=flag.metavar, nargs=-1 if many else 1, required=False)(function)
+        own: dict[str, Any] = {
+            "nargs": -1 if many else 1,
+            "required": False,
+            "shell_complete": completer(flag.key, flag.metavar or DEFAULT_METAVAR),
+        }
+        return click.argument(flag.parameter, metavar=flag.metavar, **own)(function)
     text = _help(field, flag.key, section)
     if _is_bool(field):
         names = f"{flag.name}/--no-{flag.name[2:]}" if field.default else flag.name
         return click.option(names, flag.parameter, is_flag=True, default=None, help=text)(function)
     metavar = flag.metavar or DEFAULT_METAVAR
     spelled = (flag.name, *flag.aliases, flag.parameter)
-    return click.option(*spelled, metavar=metavar, multiple=flag.repeatable, help=text)(function)
+    own = {
+        "metavar": metavar,
+        "multiple": flag.repeatable,
+        "shell_complete": completer(flag.key, flag.metavar or DEFAULT_METAVAR),
+    }
+    return click.option(*spelled, help=text, **own)(function)
 
 
 def _flag_values(flags: Sequence[Flag], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +203,8 @@ def _shared_options(function: Callable[..., Any], dry_run: bool) -> Callable[...
         text = "Say what it would cost, and stop."
         function = click.option("-n", "--dry-run", "dry", is_flag=True, help=text)(function)
     text = "Set any config key; VALUE is YAML. Repeatable."
-    function = click.option("-s", "--set", "set_", multiple=True, metavar="KEY=VALUE", help=text)(function)
+    own: dict[str, Any] = {"multiple": True, "metavar": "KEY=VALUE", "shell_complete": complete_key}
+    function = click.option("-s", "--set", "set_", help=text, **own)(function)
     text = "YAML file of settings, or the name of a preset. Repeatable; later wins."
-    return click.option("-c", "--config", "config", multiple=True, metavar="FILE|PRESET", help=text)(function)
+    own = {"multiple": True, "metavar": "FILE|PRESET", "shell_complete": complete_config}
+    return click.option("-c", "--config", "config", help=text, **own)(function)

@@ -47,11 +47,11 @@ def command(call: Call) -> None:
         print_extraction(call.console, labels)
         answer["soft_labels"] = labels
     elif call.has("extract") or not answer:
-        answer |= _plan_extraction(call)
+        answer |= plan_stages(call)
     call.console.document(answer)
 
 
-def _plan_extraction(call: Call) -> dict[str, Any]:
+def plan_stages(call: Call) -> dict[str, Any]:
     """The plan of an extraction, and of the distillation after it where there are settings of one."""
     from dtpipe.distill.engine.device import training_device
     from dtpipe.distill.labels.targets import targets_of
