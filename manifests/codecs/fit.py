@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,10 @@ class FitTarget:
     """Mean squared error of the features over their variance, both of each sample and level; mean over samples."""
     size_bytes: float | None = None
     """Of a row and view, as stored, without checksums and indexes."""
+    entropy: Literal["zstd", "rans"] = "zstd"
+    """How the symbols become bytes; sizes are by this."""
+    num_chunks: int | None = None
+    """Rows times views of the dataset, which share the arrays; None: so many that arrays cost nothing."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.relative_mse, self.size_bytes) if value is not None]

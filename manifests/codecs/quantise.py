@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dtpipe.manifests.codecs.basis import Floats
 
 NO_BAND: Final = 255  # of coefficients that are not stored: they are 0
-MAX_BANDS: Final = 255
+MAX_BANDS: Final = 254
 _MOST: Final = 127 * 256 + 127  # magnitude of a symbol of two bytes
 
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.base import SYMBOLS, Array, Arrays, Codec, FittedArrays, LevelCodec, PartSpec
+from dtpipe.manifests.codecs.base import SYMBOLS, Array, Arrays, Codec, Entropy, FittedArrays, LevelCodec, PartSpec
 from dtpipe.manifests.codecs.basis import ChannelBasis, normalise
 from dtpipe.manifests.codecs.fitted import FITTED
 from dtpipe.manifests.codecs.quantise import NO_BAND, Quantiser, from_symbols, to_symbols
-from dtpipe.manifests.codecs.transform_fit import fit_transform
+from dtpipe.manifests.codecs.rans import PLACES, RansTables
+from dtpipe.manifests.codecs.transform_fit import fit_transform, symbol_classes
 from dtpipe.manifests.errors import ConfigError, DamagedDataError
 from dtpipe.manifests.schema import LevelSpec
 
@@ -44,6 +45,8 @@ class TransformParameters:
     """How many of these, the first, take two bytes."""
     step: float
     """Of coefficients of normalised features."""
+    entropy: Entropy
+    """How the symbols become bytes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class TransformLevel:
         """Symbols in the order of bands, and (deviation, mean, error) of the sample."""
         num = self.parameters.symbols + self.parameters.wide
         return {
-            SYMBOLS: PartSpec(np.dtype("i1"), (num,), ("coefficient",)),
+            SYMBOLS: PartSpec(np.dtype("i1"), (num,), ("coefficient",), self.parameters.entropy),
             NORM: PartSpec(np.dtype("<f4"), (3,), ("norm",)),
         }
 
@@ -77,6 +80,12 @@ class TransformLevel:
         arrays = self._arrays
         floats = (arrays[name].astype(np.float32) for name in ("zone", "rounding", "shift"))
         return Quantiser(self.parameters.step, arrays["band"].astype(np.uint8), *floats)
+
+    @cached_property
+    def tables(self) -> RansTables:
+        """Of the symbols, under the entropy `rans`. Raises: as `basis`."""
+        arrays = self._arrays
+        return RansTables(arrays["frequencies"].astype(np.uint16), symbol_classes(self.quantiser, self.parameters.wide))
 
     def encode(self, features: Array) -> dict[str, Array]:
         """In float64. The sample's norm is infinite where features do not fit the level's dtype."""
@@ -132,6 +141,7 @@ def _faults(level: LevelSpec, parameters: TransformParameters, arrays: Arrays) -
         "zone": ("float32", (bands,)),
         "rounding": ("float32", (bands,)),
         "shift": ("float32", (bands, 2)),
+        "frequencies": ("uint16", (bands + 1, PLACES)),
     }
     wrong = [
         f"{name} should be {dtype}{list(shape)}"
@@ -152,7 +162,7 @@ def _faults(level: LevelSpec, parameters: TransformParameters, arrays: Arrays) -
 
 def _open(level: LevelSpec, fitted: FittedArrays) -> LevelCodec:
     given: dict[str, Any] = dict(level.codec.parameters)
-    names = {"components": int, "symbols": int, "wide": int, "step": float, FITTED: str}
+    names = {"components": int, "symbols": int, "wide": int, "step": float, "entropy": str, FITTED: str}
     if given.keys() != names.keys() or any(type(given[name]) is not kind for name, kind in names.items()):
         raise ConfigError(
             f"codec transform of level {level.name} takes {', '.join(names)}, which a fit gives; found {given}"
@@ -163,6 +173,7 @@ def _open(level: LevelSpec, fitted: FittedArrays) -> LevelCodec:
         not 0 <= parameters.components <= level.channels
         or not 0 <= parameters.wide <= parameters.symbols <= most
         or not 0 < parameters.step < np.inf
+        or parameters.entropy not in get_args(Entropy)
     ):
         raise ConfigError(f"codec transform of level {level.name} cannot have {given}; fit it again")
     return TransformLevel(level, parameters, fitted)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dtpipe.manifests.codecs.basis import ChannelBasis, Floats, cut_basis, fit_basis, frequency_regions, normalise
 from dtpipe.manifests.codecs.fit import Fit, FitTarget
 from dtpipe.manifests.codecs.quantise import MAX_BANDS, NO_BAND, Quantiser, to_symbols
+from dtpipe.manifests.codecs.rans import RansTables, expected_bytes, fit_tables
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec
 
@@ -49,7 +50,7 @@ def fit_transform(level: LevelSpec, features: NDArray[np.generic], target: FitTa
     basis, held = _transformed(features)
     step = _meet(held, target)
     quantiser = make_quantiser(held, step)
-    return _fit_of(basis, held, quantiser)
+    return _fit_of(basis, held, quantiser, target.entropy)
 
 
 def make_quantiser(held: Held, step: float) -> Quantiser:
@@ -128,7 +129,7 @@ def _meet(held: Held, target: FitTarget) -> float:
         return _boundary(low, high, lambda step: _error(held, make_quantiser(held, step)) > limit)
     assert target.size_bytes is not None
     most = target.size_bytes
-    return _boundary(high, low, lambda step: _size(held, make_quantiser(held, step)) > most)
+    return _boundary(high, low, lambda step: _size(held, make_quantiser(held, step), target.entropy) > most)
 
 
 def _boundary(good: float, bad: float, is_bad: Callable[[float], bool]) -> float:
@@ -144,10 +145,25 @@ def _error(held: Held, quantiser: Quantiser) -> float:
     return float(np.square(decoded - held.coefficients).mean())
 
 
-def _size(held: Held, quantiser: Quantiser) -> float:
-    numbers, zstd = quantiser.quantise(held.coefficients), Zstd(level=3)
-    symbols = to_symbols(numbers, _num_wide(numbers, quantiser))
+def _size(held: Held, quantiser: Quantiser, entropy: str) -> float:
+    """Of a row and view, by the symbols of the samples that were kept."""
+    symbols, tables = _symbols(held, quantiser)
+    if entropy == "rans":
+        return expected_bytes(symbols, tables) + NORM_BYTES
+    zstd = Zstd(level=3)
     return float(np.mean([len(zstd.encode(row)) for row in symbols])) + NORM_BYTES
+
+
+def _symbols(held: Held, quantiser: Quantiser) -> tuple[NDArray[np.int8], RansTables]:
+    numbers = quantiser.quantise(held.coefficients)
+    wide = _num_wide(numbers, quantiser)
+    symbols = to_symbols(numbers, wide)
+    return symbols, fit_tables(symbols, symbol_classes(quantiser, wide), len(quantiser.zone) + 1)
+
+
+def symbol_classes(quantiser: Quantiser, wide: int) -> NDArray[np.uint8]:
+    """Which table each symbol has: that of its band, and one for all second bytes. Shapes: -> [n + wide]."""
+    return np.append(quantiser.bands, np.full(wide, len(quantiser.zone), np.uint8))
 
 
 def _num_wide(numbers: NDArray[np.int16], quantiser: Quantiser) -> int:
@@ -157,7 +173,7 @@ def _num_wide(numbers: NDArray[np.int16], quantiser: Quantiser) -> int:
     return int((quantiser.bands <= last).sum()) if len(wide) else 0
 
 
-def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser) -> Fit:
+def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser, entropy: str) -> Fit:
     """Without the rows of the basis that no band has a coefficient of."""
     cut = cut_basis(basis, quantiser.band != NO_BAND)
     parameters = {
@@ -165,6 +181,7 @@ def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser) -> Fit:
         "symbols": len(quantiser.order),
         "wide": _num_wide(quantiser.quantise(held.coefficients), quantiser),
         "step": quantiser.step,
+        "entropy": entropy,
     }
     arrays: dict[str, NDArray[np.generic]] = {
         "basis": cut.basis,
@@ -176,5 +193,6 @@ def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser) -> Fit:
         "zone": quantiser.zone,
         "rounding": quantiser.rounding,
         "shift": quantiser.shift,
+        "frequencies": _symbols(held, quantiser)[1].frequencies,
     }
-    return Fit(parameters, arrays, _error(held, quantiser), _size(held, quantiser))
+    return Fit(parameters, arrays, _error(held, quantiser), _size(held, quantiser, entropy))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numcodecs import Zstd
 from scipy.fft import dctn, idctn
 from threadpoolctl import threadpool_limits
 
@@ -15,6 +16,7 @@ from dtpipe.manifests.codecs.base import decode_level, encode_level
 from dtpipe.manifests.codecs.basis import cosines, fit_basis, frequency_regions, from_cosines, normalise
 from dtpipe.manifests.codecs.fit import FitTarget
 from dtpipe.manifests.codecs.quantise import NO_BAND, Quantiser, from_symbols, to_symbols
+from dtpipe.manifests.codecs.rans import compress, decompress
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.codecs.transform import TransformLevel
 from dtpipe.manifests.codecs.transform_fit import fit_transform
@@ -159,7 +161,7 @@ def test_what_cannot_be_fitted_or_stored_is_refused() -> None:
 def test_parameters_and_arrays_that_do_not_fit_each_other_are_refused() -> None:
     features = smooth_features(9)
     level, fit = level_of(features), fit_transform(level_of(features), features, LOOSE)
-    with pytest.raises(ConfigError, match="takes components, symbols, wide, step, fitted, which a fit gives"):
+    with pytest.raises(ConfigError, match="takes components, symbols, wide, step, entropy, fitted, which a fit gives"):
         open_codec(level_of(features, "transform", step=1.0))
     with pytest.raises(ConfigError, match="fit it again"):
         codec = opened(level, fit)
@@ -178,3 +180,17 @@ def test_parameters_and_arrays_that_do_not_fit_each_other_are_refused() -> None:
         damaged = type(fit)(fit.parameters, {**fit.arrays, name: wrong}, 0, 0)
         with pytest.raises(DamagedDataError, match=r"fitted arrays [0-9a-f]{12} of level l2"):
             opened(level, damaged).encode(features)
+
+
+def test_symbols_of_other_samples_take_the_bytes_that_the_fit_foretold() -> None:
+    fit_on, others = smooth_features(64, 12, 16), smooth_features(64, 12, 16, seed=1)
+    for entropy in ("zstd", "rans"):
+        target = FitTarget(relative_mse=0.005, entropy=entropy)
+        fit = fit_transform(level_of(fit_on), fit_on, target)
+        codec = opened(level_of(fit_on), fit)
+        assert isinstance(codec, TransformLevel) and codec.parts[""].entropy == entropy
+        symbols = codec.encode(others)[""].astype(np.int8)
+        chunks = [compress(row, codec.tables) if entropy == "rans" else Zstd(3).encode(row) for row in symbols]
+        np.testing.assert_allclose(np.mean([len(chunk) for chunk in chunks]) + 12, fit.size_bytes, rtol=0.08)
+        if entropy == "rans":
+            np.testing.assert_array_equal(decompress(chunks, codec.tables), symbols)
