@@ -9,116 +9,117 @@ x >= f * 2^20, the low 16 bits of x become a word and x is shifted down by them;
 Coding goes from the last symbol to the first, decoding forwards. A chunk whose lanes do not end at 2^16, or that is not
 used up, is damaged.
 
+One rule: a decoder reads and writes nowhere but in its chunk and its row, whatever the bytes are, and its loops end
+with the symbols. This module compiles loops: it is imported only where something is coded.
+
 Source: Duda, arXiv 1311.2540 (rANS); Giesen, arXiv 1402.3392 (interleaving). Little-endian.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.manifests.codecs.rans_tables import ESCAPE, PRECISION, REACH, TOTAL, RansTables
 from dtpipe.manifests.errors import ConfigError, DamagedDataError
 
-PRECISION: Final = 12  # bits of a frequency
-TOTAL: Final = 2**PRECISION
-REACH: Final = 31  # symbols -31 to 31 have a place; others take the last, and a byte of their own
-PLACES: Final = 2 * REACH + 2
-ESCAPE: Final = PLACES - 1
-LEAST: Final = 2**16  # of a state
-_MOST_LANES: Final = 32
-_SYMBOLS_OF_A_LANE: Final = 2048  # a lane costs about two bytes, and is to be worth them
-_PRIOR: Final = 8.0  # symbols: how much a smooth distribution weighs in a table
+_LEAST = 2**16  # of a state
+_RENORMALISE = 32 - PRECISION
 
 
-@dataclass(frozen=True)
-class RansTables:
-    """What coder and decoder know before."""
-
-    frequencies: NDArray[np.uint16]
-    """(T, 64): of -31 to 31 and the escape, summing up to 4096; that of the escape is never 0."""
-    classes: NDArray[np.uint8]
-    """(n,): the table of each symbol of a chunk."""
-
-    def __post_init__(self) -> None:
-        sums = self.frequencies.astype(np.int64).sum(axis=1)
-        if self.frequencies.shape[1:] != (PLACES,) or (sums != TOTAL).any() or (self.frequencies[:, ESCAPE] == 0).any():
-            raise ConfigError(f"tables of rans have {PLACES} frequencies each that sum up to {TOTAL}; found {sums[:8]}")
-        if self.classes.max(initial=0) >= max(len(sums), 1):
-            raise ConfigError(f"a symbol of rans is of table {self.classes.max(initial=0)}, and there are {len(sums)}")
-
-    @property
-    def lanes(self) -> int:
-        """How many states take turns: a power of two, more where there are more symbols."""
-        return min(_MOST_LANES, 1 << max(0, (len(self.classes) // _SYMBOLS_OF_A_LANE).bit_length() - 1))
-
-    @cached_property
-    def starts(self) -> NDArray[np.uint16]:
-        """(T, 64): the sum of the frequencies before."""
-        ends = np.cumsum(self.frequencies, axis=1, dtype=np.int64)
-        return np.asarray(ends - self.frequencies, np.uint16)
-
-    @cached_property
-    def entries(self) -> NDArray[np.uint32]:
-        """(T, 4096): place, frequency * 2^6 and distance from the start * 2^19 of each remainder of a state."""
-        entries = np.empty((len(self.frequencies), TOTAL), np.uint32)
-        for row, frequencies, starts in zip(entries, self.frequencies.astype(np.int64), self.starts, strict=True):
-            place = np.repeat(np.arange(PLACES), frequencies)
-            row[:] = place | frequencies[place] << 6 | (np.arange(TOTAL) - starts[place]) << 19
-        return entries
+def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when first called, outside Python's lock; kept on disk where that can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder for compiled code
+        return numba.njit(nogil=True)(function)
 
 
-def fit_tables(symbols: NDArray[np.int8], classes: NDArray[np.uint8], num_tables: int) -> RansTables:
-    """Tables of the frequencies in a sample. Shapes: symbols [N, n], classes [n].
+@_loop
+def _encode_chunk(symbols: Any, classes: Any, frequencies: Any, starts: Any, lanes: Any, out: Any) -> Any:
+    """Write a chunk to the end of `out`, large enough for any; returns where it starts."""
+    num, end = len(symbols), len(out)
+    escapes = 0
+    for idx in range(num):
+        symbol = np.int64(symbols[idx])
+        if abs(symbol) > REACH or frequencies[classes[idx], symbol + REACH] == 0:
+            escapes += 1
+            out[end - escapes] = symbol & 255
+    states, at = np.full(lanes, _LEAST, np.int64), end - escapes
+    for idx in range(num - 1, -1, -1):
+        table, symbol = classes[idx], np.int64(symbols[idx])
+        place = symbol + REACH if abs(symbol) <= REACH else ESCAPE
+        if frequencies[table, place] == 0:
+            place = ESCAPE
+        frequency, state = np.int64(frequencies[table, place]), states[idx & (lanes - 1)]
+        if state >= frequency << _RENORMALISE:
+            at -= 2
+            out[at], out[at + 1] = state & 255, (state >> 8) & 255
+            state >>= 16
+        states[idx & (lanes - 1)] = ((state // frequency) << PRECISION) + state % frequency + starts[table, place]
+    for lane in range(lanes - 1, -1, -1):
+        at -= 4
+        for byte in range(4):
+            out[at + byte] = (states[lane] >> (8 * byte)) & 255
+    return at
 
-    A symbol and its negative count the same, and where there are few, a table leans on the two-sided geometric
-    distribution of its mean magnitude.
-    """
-    counts = np.zeros((num_tables, 256))
-    np.add.at(counts, (np.broadcast_to(classes, symbols.shape), symbols.astype(np.int64) + 128), 1)
-    counts[:, 1:] = (counts[:, 1:] + counts[:, :0:-1]) / 2
-    return RansTables(np.stack([_frequencies(row) for row in counts]), classes)
 
-
-def _frequencies(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
-    """Whole frequencies of a table. Shapes: counts of -128 to 127 [256] -> [64]."""
-    magnitudes = np.abs(np.arange(-128, 128))
-    mean = float(counts @ magnitudes) / max(counts.sum(), 1) + 1e-3
-    smooth = (mean / (1 + np.sqrt(1 + mean**2))) ** magnitudes  # whose mean magnitude is that
-    shares = counts + _PRIOR * smooth / smooth.sum()
-    shares *= TOTAL / shares.sum()
-    near = shares[128 - REACH : 128 + REACH + 1]
-    kept = np.where(near < 0.5, 0, np.maximum(np.rint(near), 1)).astype(np.int64)
-    escape = max(1, round(float(TOTAL - near[kept > 0].sum())))
-    largest = int(kept.argmax())
-    kept[largest] -= kept.sum() + escape - TOTAL
-    return np.append(kept, escape).astype(np.uint16)
-
-
-def expected_bytes(symbols: NDArray[np.int8], tables: RansTables) -> float:
-    """Mean size of the chunks of a sample by the entropy of its symbols under the tables. Shapes: symbols [N, n]."""
-    bits = PRECISION - np.log2(np.maximum(tables.frequencies, 2.0**-20))
-    places = np.where(np.abs(symbols.astype(np.int16)) <= REACH, symbols.astype(np.int16) + REACH, ESCAPE)
-    classes = np.broadcast_to(tables.classes, symbols.shape)
-    places = np.where(tables.frequencies[classes, places] == 0, ESCAPE, places)
-    total = bits[classes, places].sum() + 8 * (places == ESCAPE).sum()
-    return float(total / 8 / max(len(symbols), 1)) + 2.5 * tables.lanes
+@_loop
+def _decode_chunks(data: Any, starts: Any, ends: Any, entries: Any, classes: Any, lanes: Any, out: Any) -> Any:
+    """Decode each chunk into its row of `out`; returns the first that cannot be one, or -1."""
+    num, states = len(classes), np.empty(lanes, np.uint32)
+    for chunk in range(len(starts)):
+        at, end = starts[chunk], ends[chunk]
+        if end - at < 4 * lanes:
+            return chunk
+        for lane in range(lanes):
+            state = np.uint32(0)
+            for byte in range(4):
+                state |= np.uint32(data[at + byte]) << np.uint32(8 * byte)
+            states[lane] = state
+            at += 4
+        lane = 0
+        for idx in range(num):
+            state = states[lane]
+            entry = entries[classes[idx], state & np.uint32(TOTAL - 1)]
+            place = np.int64(entry & np.uint32(63))
+            state = ((entry >> np.uint32(6)) & np.uint32(8191)) * (state >> np.uint32(PRECISION)) + (
+                entry >> np.uint32(19)
+            )
+            if state < np.uint32(_LEAST):
+                if at + 2 > end:
+                    return chunk
+                state = (state << np.uint32(16)) | (np.uint32(data[at]) | (np.uint32(data[at + 1]) << np.uint32(8)))
+                at += 2
+            states[lane] = state
+            if place == ESCAPE:
+                end -= 1
+                if at > end:
+                    return chunk
+                out[chunk, idx] = np.int8(data[end])
+            else:
+                out[chunk, idx] = place - REACH
+            lane = lane + 1 if lane + 1 < lanes else 0
+        if at != end:
+            return chunk
+        for lane in range(lanes):
+            if states[lane] != np.uint32(_LEAST):
+                return chunk
+    return -1
 
 
 def compress(symbols: NDArray[np.int8], tables: RansTables) -> bytes:
     """The chunk of symbols [n]. Raises: ConfigError for another number of symbols than tables are for."""
-    from dtpipe.manifests.codecs.rans_loops import encode_chunk
-
     if symbols.shape != tables.classes.shape or symbols.dtype != np.int8:
         raise ConfigError(
             f"rans tables are for {len(tables.classes)} symbols int8, found {symbols.dtype}{symbols.shape}"
         )
     out = np.empty(4 * tables.lanes + 3 * len(symbols), np.uint8)
-    start = encode_chunk(
+    start = _encode_chunk(
         np.ascontiguousarray(symbols), tables.classes, tables.frequencies, tables.starts, tables.lanes, out
     )
     return out[start:].tobytes()
@@ -142,12 +143,10 @@ def decompress_joined(
 
     Raises: DamagedDataError naming the first chunk that is none, by its place.
     """
-    from dtpipe.manifests.codecs.rans_loops import decode_chunks
-
     symbols = np.empty((len(starts), len(tables.classes)), np.int8) if out is None else out
     if len(starts) and not (starts.min() >= 0 and (starts <= ends).all() and ends.max() <= len(data)):
         raise DamagedDataError(f"chunks of rans lie at {starts.min()} to {ends.max()} of {len(data)} bytes")
-    failed = int(decode_chunks(data, starts, ends, tables.entries, tables.classes, tables.lanes, symbols))
+    failed = int(_decode_chunks(data, starts, ends, tables.entries, tables.classes, tables.lanes, symbols))
     if failed >= 0:
         raise DamagedDataError(f"chunk {failed} of {len(starts)} is not what rans makes of these tables: damaged")
     return symbols

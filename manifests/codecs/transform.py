@@ -22,7 +22,7 @@ from dtpipe.manifests.codecs.base import SYMBOLS, Array, Arrays, Codec, Entropy,
 from dtpipe.manifests.codecs.basis import ChannelBasis, normalise
 from dtpipe.manifests.codecs.fitted import FITTED
 from dtpipe.manifests.codecs.quantise import NO_BAND, Quantiser, from_symbols, to_symbols
-from dtpipe.manifests.codecs.rans import PLACES, RansTables
+from dtpipe.manifests.codecs.rans_tables import PLACES, RansTables
 from dtpipe.manifests.codecs.transform_fit import fit_transform, symbol_classes
 from dtpipe.manifests.errors import ConfigError, DamagedDataError
 from dtpipe.manifests.schema import LevelSpec

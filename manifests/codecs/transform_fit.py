@@ -6,7 +6,7 @@ One rule: errors and sizes are of samples that the basis was not fitted on, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dtpipe.manifests.codecs.basis import ChannelBasis, Floats, cut_basis, fit_basis, frequency_regions, normalise
 from dtpipe.manifests.codecs.fit import Fit, FitTarget
 from dtpipe.manifests.codecs.quantise import MAX_BANDS, NO_BAND, Quantiser, to_symbols
-from dtpipe.manifests.codecs.rans import RansTables, expected_bytes, fit_tables
+from dtpipe.manifests.codecs.rans_tables import RansTables, expected_bytes, fit_tables
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec
 
@@ -26,6 +26,8 @@ NEVER: Final = 0.12  # coefficients of a deviation below so many steps are not s
 LEANING: Final = 8  # samples
 BANDS_PER_OCTAVE: Final = 4
 ROUNDING: Final = 0.40
+ROUNDS: Final = 2  # of moving thresholds
+PRICE: Final = 0.11  # squared steps that a bit is worth
 STEPS: Final = (2.0**-10, 2.0**8)  # the least and the largest step that is tried
 HALVINGS: Final = 13
 NORM_BYTES: Final = 12
@@ -62,21 +64,42 @@ def make_quantiser(held: Held, step: float) -> Quantiser:
     names = np.unique(octaves[kept])[::-1][:MAX_BANDS]
     band = np.where(kept, np.searchsorted(-names, -octaves), NO_BAND).astype(np.uint8)
     num = len(names)
-    zone, rounding = np.full(num, 1 - ROUNDING, np.float32), np.full(num, ROUNDING, np.float32)
-    plain = Quantiser(step, band, zone, rounding, np.zeros((num, 2), np.float32))
-    return Quantiser(step, band, zone, rounding, _shifts(plain, held.coefficients))
+    floats = np.full(num, 1 - ROUNDING, np.float32), np.full(num, ROUNDING, np.float32), np.zeros((num, 2), np.float32)
+    quantiser = Quantiser(step, band, *floats)
+    for _ in range(ROUNDS):
+        quantiser = _moved(quantiser, held.coefficients)
+    return replace(quantiser, shift=_counts_and_shifts(quantiser, held.coefficients)[1])
 
 
-def _shifts(plain: Quantiser, coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Where the mean of a band's values of magnitude 1, and of larger ones, lies below the magnitude."""
-    numbers = np.abs(plain.quantise(coefficients))
-    values = np.abs(coefficients.reshape(len(coefficients), -1)[:, plain.order]) / plain.step
-    apart, shifts = numbers - values, np.zeros((len(plain.zone), 2), np.float32)
-    for larger, chosen in enumerate((numbers == 1, numbers > 1)):
-        total = np.bincount(plain.bands, np.where(chosen, apart, 0).sum(axis=0), len(plain.zone))
-        counts = np.bincount(plain.bands, chosen.sum(axis=0), len(plain.zone))
-        shifts[:, larger] = np.clip(total / np.maximum(counts, 1), -0.5, 0.5)
-    return shifts
+def _moved(quantiser: Quantiser, coefficients: NDArray[np.float32]) -> Quantiser:
+    """Its thresholds where a value costs as much on both sides, in squared error and `PRICE` times bits.
+
+    Source: Chou, Lookabaugh, Gray, 1989, entropy-constrained quantisation; of magnitudes above 1, by their mean ratio.
+    """
+    counts, shifts = _counts_and_shifts(quantiser, coefficients)
+    zeros, ones, larger = (counts + 0.5).T
+    dearer = np.log2(zeros / ones) + 1  # in bits, with the sign
+    point = 1 - shifts[:, 0]
+    zone = np.clip((point + PRICE * dearer / point) / 2, 0.5, 1.5)
+    falling = np.log2((ones + larger) / larger)
+    rounding = np.clip(0.5 + shifts[:, 1] - PRICE * falling / 2, 0.2, 0.5)
+    return replace(quantiser, zone=zone.astype(np.float32), rounding=rounding.astype(np.float32))
+
+
+def _counts_and_shifts(quantiser: Quantiser, coefficients: NDArray[np.float32]) -> tuple[Floats, NDArray[np.float32]]:
+    """How many of a band's numbers have magnitude 0, 1 and more; and by how much values lie below 1, and below more.
+
+    Shapes: -> (B, 3), (B, 2).
+    """
+    numbers = np.abs(quantiser.quantise(coefficients))
+    values = np.abs(np.take(coefficients.reshape(len(coefficients), -1), quantiser.order, axis=1)) / quantiser.step
+    num, counts, below = len(quantiser.zone), list[Floats](), list[Floats]()
+    for chosen in (numbers == 0, numbers == 1, numbers > 1):
+        counts.append(np.bincount(quantiser.bands, chosen.sum(axis=0), num).astype(np.float64))
+        apart = np.where(chosen, numbers - values, 0).sum(axis=0)
+        below.append(np.bincount(quantiser.bands, apart, num) / np.maximum(counts[-1], 1))
+    shifts = np.clip(np.stack(below[1:], axis=1), -0.5, 0.5)
+    return np.stack(counts, axis=1), shifts.astype(np.float32)
 
 
 def _check(level: LevelSpec, features: NDArray[np.generic]) -> None:

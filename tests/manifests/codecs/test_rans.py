@@ -9,15 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtpipe.manifests.codecs.rans import (
+from dtpipe.manifests.codecs.rans import compress, decompress, decompress_joined
+from dtpipe.manifests.codecs.rans_tables import (
     ESCAPE,
     PLACES,
     REACH,
     TOTAL,
     RansTables,
-    compress,
-    decompress,
-    decompress_joined,
     expected_bytes,
     fit_tables,
 )

@@ -1,0 +1,95 @@
+"""The static tables of `rans`: how often each symbol is expected, by class; and what a sample costs under them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.manifests.errors import ConfigError
+
+PRECISION: Final = 12  # bits of a frequency
+TOTAL: Final = 2**PRECISION
+REACH: Final = 31  # symbols -31 to 31 have a place; others take the last, and a byte of their own
+PLACES: Final = 2 * REACH + 2
+ESCAPE: Final = PLACES - 1
+_MOST_LANES: Final = 32
+_SYMBOLS_OF_A_LANE: Final = 2048  # a lane costs about two bytes, and is to be worth them
+_PRIOR: Final = 8.0  # symbols: how much a smooth distribution weighs in a table
+
+
+@dataclass(frozen=True)
+class RansTables:
+    """What coder and decoder know before."""
+
+    frequencies: NDArray[np.uint16]
+    """(T, 64): of -31 to 31 and the escape, summing up to 4096; that of the escape is never 0."""
+    classes: NDArray[np.uint8]
+    """(n,): the table of each symbol of a chunk."""
+
+    def __post_init__(self) -> None:
+        sums = self.frequencies.astype(np.int64).sum(axis=1)
+        if self.frequencies.shape[1:] != (PLACES,) or (sums != TOTAL).any() or (self.frequencies[:, ESCAPE] == 0).any():
+            raise ConfigError(f"tables of rans have {PLACES} frequencies each that sum up to {TOTAL}; found {sums[:8]}")
+        if self.classes.max(initial=0) >= max(len(sums), 1):
+            raise ConfigError(f"a symbol of rans is of table {self.classes.max(initial=0)}, and there are {len(sums)}")
+
+    @property
+    def lanes(self) -> int:
+        """How many states take turns: a power of two, more where there are more symbols."""
+        return min(_MOST_LANES, 1 << max(0, (len(self.classes) // _SYMBOLS_OF_A_LANE).bit_length() - 1))
+
+    @cached_property
+    def starts(self) -> NDArray[np.uint16]:
+        """(T, 64): the sum of the frequencies before."""
+        ends = np.cumsum(self.frequencies, axis=1, dtype=np.int64)
+        return np.asarray(ends - self.frequencies, np.uint16)
+
+    @cached_property
+    def entries(self) -> NDArray[np.uint32]:
+        """(T, 4096): place, frequency * 2^6 and distance from the start * 2^19 of each remainder of a state."""
+        entries = np.empty((len(self.frequencies), TOTAL), np.uint32)
+        for row, frequencies, starts in zip(entries, self.frequencies.astype(np.int64), self.starts, strict=True):
+            place = np.repeat(np.arange(PLACES), frequencies)
+            row[:] = place | frequencies[place] << 6 | (np.arange(TOTAL) - starts[place]) << 19
+        return entries
+
+
+def fit_tables(symbols: NDArray[np.int8], classes: NDArray[np.uint8], num_tables: int) -> RansTables:
+    """Tables of the frequencies in a sample. Shapes: symbols [N, n], classes [n].
+
+    A symbol and its negative count the same, and where there are few, a table leans on the two-sided geometric
+    distribution of its mean magnitude.
+    """
+    counts = np.zeros((num_tables, 256))
+    np.add.at(counts, (np.broadcast_to(classes, symbols.shape), symbols.astype(np.int64) + 128), 1)
+    counts[:, 1:] = (counts[:, 1:] + counts[:, :0:-1]) / 2
+    return RansTables(np.stack([_frequencies(row) for row in counts]), classes)
+
+
+def _frequencies(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Whole frequencies of a table. Shapes: counts of -128 to 127 [256] -> [64]."""
+    magnitudes = np.abs(np.arange(-128, 128))
+    mean = float(counts @ magnitudes) / max(counts.sum(), 1) + 1e-3
+    smooth = (mean / (1 + np.sqrt(1 + mean**2))) ** magnitudes  # whose mean magnitude is that
+    shares = counts + _PRIOR * smooth / smooth.sum()
+    shares *= TOTAL / shares.sum()
+    near = shares[128 - REACH : 128 + REACH + 1]
+    kept = np.where(near < 0.5, 0, np.maximum(np.rint(near), 1)).astype(np.int64)
+    escape = max(1, round(float(TOTAL - near[kept > 0].sum())))
+    largest = int(kept.argmax())
+    kept[largest] -= kept.sum() + escape - TOTAL
+    return np.append(kept, escape).astype(np.uint16)
+
+
+def expected_bytes(symbols: NDArray[np.int8], tables: RansTables) -> float:
+    """Mean size of the chunks of a sample by the entropy of its symbols under the tables. Shapes: symbols [N, n]."""
+    bits = PRECISION - np.log2(np.maximum(tables.frequencies, 2.0**-20))
+    places = np.where(np.abs(symbols.astype(np.int16)) <= REACH, symbols.astype(np.int16) + REACH, ESCAPE)
+    classes = np.broadcast_to(tables.classes, symbols.shape)
+    places = np.where(tables.frequencies[classes, places] == 0, ESCAPE, places)
+    total = bits[classes, places].sum() + 8 * (places == ESCAPE).sum()
+    return float(total / 8 / max(len(symbols), 1)) + 2.5 * tables.lanes
