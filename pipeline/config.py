@@ -13,7 +13,7 @@ from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.manifests.labels import IGNORE_VALUE
 from dtpipe.manifests.schema import DeviceName, ErrorBudget, Resize, Size, StrictModel
-from dtpipe.manifests.store.paths import local_place, whole_if_there, whole_place
+from dtpipe.manifests.store.paths import any_place, local_place, whole_if_there, whole_place
 
 _LAYOUT_NAME = re.compile(r"[a-z][a-z0-9-]+")
 
@@ -224,16 +224,22 @@ class PredictConfig(ErrorBudget):
 
 
 class ReportConfig(StrictModel):
-    """What the page about a run shows."""
+    """What the page about a run, or a dataset, shows."""
 
     run: tuple[str, ...] = Field(
-        min_length=1, description="Run folder of `dtpipe distill`; several stand beside each other on one page."
+        min_length=1,
+        description="Run folder of `dtpipe distill`, several beside each other on one page; or a feature dataset, or "
+        "several as one.",
     )
     out: str | None = Field(
         default=None,
         description="HTML file to write; default: report.html in the run folder, of several comparison.html in the "
-        "first one.",
+        "first one, of a dataset NAME-report.html in the working directory.",
     )
+    join: bool = Field(
+        default=False, description="Several datasets are joined by key, as `distill --join` does; else they follow."
+    )
+    samples: int = Field(default=256, ge=2, description="Samples of a dataset that are looked at, drawn by the seed.")
     num_images: int = Field(default=4, ge=1, le=64, description="Images shown with their maps and predictions.")
     clusters: int = Field(default=10, ge=2, le=64, description="Clusters of the segmentation maps.")
     cluster_images: int = Field(default=32, ge=1, description="Images whose cells are clustered together.")
@@ -247,7 +253,8 @@ class ReportConfig(StrictModel):
     seed: int = Field(default=0, ge=0, description="Seed of the samples and of the choice of images.")
 
     _whole_teacher = field_validator("teacher")(whole_if_there)
-    _local = field_validator("run", "out")(local_place)
+    _places = field_validator("run")(any_place)
+    _local = field_validator("out")(local_place)
 
     @field_validator("run", mode="before")
     @classmethod

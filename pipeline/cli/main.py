@@ -37,7 +37,7 @@ COMMANDS = {  # name: (module in dtpipe.pipeline.commands, one line for `dtpipe 
     "eval": ("evaluate", "Score a student on labels: its features frozen, or the whole trained."),
     "export": ("export", "Write a student for timm, torchvision, detectron2 and others."),
     "predict": ("predict", "Predict with a tuned network on new images."),
-    "report": ("report", "Write one HTML page about a run, or several."),
+    "report": ("report", "Write one HTML page about a run, several, or a dataset."),
     "demo": ("start.demo", "Run everything on digit scenes, or on your own folder."),
     "completion": ("start.completion", "Print what makes a shell complete commands, flags and names."),
 }

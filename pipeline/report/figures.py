@@ -69,8 +69,10 @@ def curves(
     log: Sequence[str] = (),
     num_columns: int | None = None,
     against: Sequence[str] = (),
+    x_label: str = "step",
 ) -> Markup:
-    """Panels side by side, each with lines by name over steps; panels named in `log` get a logarithmic y axis.
+    """Panels side by side, each with lines by name over steps, or over what `x_label` says; panels named in `log` get a
+    logarithmic y axis.
 
     Panels named in `against` show 0 as what a constant has, and not what lies below `_LEAST_R2`. `num_columns` leaves
     room for more panels than there are.
@@ -88,7 +90,7 @@ def curves(
             axis.axhline(0.0, color=GREY, linewidth=1.2, linestyle="--", label="constant")
             axis.set_ylim(bottom=max(axis.get_ylim()[0], _LEAST_R2))
         axis.set_title(title, color=INK, fontsize=10, loc="left")
-        axis.set_xlabel("step", color=INK)
+        axis.set_xlabel(x_label, color=INK)
         axis.set_xlim(0, 1.03 * max(steps[-1] for steps, _ in lines.values()))
         axis.locator_params(axis="x", integer=True)
         if len(lines) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from dtpipe.manifests.errors import StoreError
 from dtpipe.manifests.store.outputs import refuse_other_file
@@ -15,6 +16,7 @@ from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.comparison import compared_sections
+from dtpipe.pipeline.report.dataset.page import dataset_page, dataset_page_path
 from dtpipe.pipeline.report.maps.sections import map_sections
 from dtpipe.pipeline.report.provenance import origin, provenance_section
 from dtpipe.pipeline.report.section import Notes, Section, render
@@ -34,6 +36,22 @@ def write_report(config: ReportConfig, note: Note) -> Path:
     out = Path(config.out) if config.out else first / ("report.html" if len(config.run) == 1 else "comparison.html")
     refuse_other_file(out, _MARK, "dtpipe report")
     html = run_page(first, config, note) if len(config.run) == 1 else comparison_page(config, note)
+    return _write(out, html)
+
+
+def write_dataset_report(config: ReportConfig, note: Note) -> tuple[Path, dict[str, Any]]:
+    """Write the page about datasets; returns where it is, and its figures as a document.
+
+    Raises: what readers of a dataset raise; InputError without a good sample; ConfigError for datasets that do not fit;
+    StoreError when it cannot be written.
+    """
+    out, notes = dataset_page_path(config), Notes(note)
+    refuse_other_file(out, _MARK, "dtpipe report")
+    title, subtitle, facts, sections, document = dataset_page(config, notes)
+    return _write(out, whole_page(title, subtitle, facts, sections, notes.sentences)), document
+
+
+def _write(out: Path, html: str) -> Path:
     try:
         write_whole(out, html)
     except OSError as err:

@@ -49,6 +49,13 @@ def provenance_section(run: Path, settings: DistillConfig, leave_out: LeaveOut) 
     return Section("How it was made", render("provenance.html", commands=commands, datasets=datasets, config=config))
 
 
+def datasets_section(urls: Sequence[str], leave_out: LeaveOut) -> Section:
+    """Commands, facts and settings of datasets."""
+    datasets = _datasets(urls, leave_out)
+    commands = [dataset.command for dataset in datasets if dataset.command]
+    return Section("How it was made", render("provenance.html", commands=commands, datasets=datasets, config=""))
+
+
 def origin(run: Path, settings: DistillConfig) -> str:
     """Where the features came from, in a few words."""
     if settings.datasets:

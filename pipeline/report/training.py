@@ -26,7 +26,10 @@ def read_run_config(run: Path) -> DistillConfig:
     from pydantic import ValidationError
 
     if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: no run of `dtpipe distill` is here (no config.yaml); give its --out folder")
+        raise InputError(
+            f"{run}: no run of `dtpipe distill` is here (no config.yaml), and no feature dataset; "
+            "give the --out folder of either"
+        )
     try:
         return DistillConfig.model_validate(DistillConfig.in_halves(read_config(run)))
     except ValidationError as err:

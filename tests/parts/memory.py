@@ -119,6 +119,7 @@ def write_student(
 def write_dataset(
     root: Path,
     source: MemorySource,
+    /,
     prefix: str = "images",
     merged: bool = True,
     provenance: Mapping[str, Any] | None = None,
@@ -126,8 +127,8 @@ def write_dataset(
 ) -> Path:
     """The content of a memory source as a feature dataset of 8-row shards; `changes` replace fields of the recipe.
 
-    Its rows are permuted; the sample with key `<prefix>/007.png` holds what row 7 of the source holds. Unmerged, it
-    lacks its last shard.
+    Its rows are permuted, unless the recipe says otherwise; the sample with key `<prefix>/007.png` holds what row 7 of
+    the source holds. Unmerged, it lacks its last shard.
     """
     fields: dict[str, object] = {
         "transform": TransformRecipe(height=source.image_px[0], width=source.image_px[1]),
@@ -137,8 +138,9 @@ def write_dataset(
         "shard": ShardRecipe(samples=8),
     }
     names = [f"{prefix}/{row:03d}.png" for row in range(source.num_rows)]
-    listing = build_listing(Item(name, label=label) for name, label in zip(names, source.columns.labels, strict=True))
     recipe = make_recipe(**{**fields, **changes})
+    items = (Item(name, label=label) for name, label in zip(names, source.columns.labels, strict=True))
+    listing = build_listing(items, recipe.source.order)
     num_shards = -(-source.num_rows // recipe.shard.samples)
 
     def arrays(plan: Plan, listing: Listing, shard_idx: int) -> ShardArrays:
