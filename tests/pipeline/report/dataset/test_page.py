@@ -49,7 +49,8 @@ def test_the_verdict_stands_on_the_page_in_the_answer_and_in_json(tmp_path: Path
 
 def test_joined_soft_labels_stand_beside_the_features_and_lie_in_shards_of_their_own(tmp_path: Path) -> None:
     source = Planted()
-    features, labels = write_planted(tmp_path / "features"), write_labels(tmp_path / "labels", source)
+    features = write_planted(tmp_path / "features")
+    labels = write_labels(tmp_path / "labels", source, features)
     answer = dtpipe("report", features, labels, "--join", "--out", tmp_path / "page.html", "--num-images", 1)
     assert [level["level"] for level in answer["levels"]] == ["l2", "l3", "l3.labels"]
     assert not [finding for finding in answer["findings"] if finding["severity"] == "wrong"]
