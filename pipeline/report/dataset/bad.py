@@ -31,7 +31,7 @@ class BadSampleShown:
     """What the file still shows, (h, w, 3); None where it shows nothing, or is not there any more."""
 
 
-def bad_samples(dataset: FeatureDataset) -> Iterator[BadSampleShown]:
+def shown_bad_samples(dataset: FeatureDataset) -> Iterator[BadSampleShown]:
     """The first `MOST_SHOWN`, in row order."""
     records = bad_records(dataset)[:MOST_SHOWN]
     uris = _uris(dataset) if records else []

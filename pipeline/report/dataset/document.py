@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dtpipe.pipeline.report.dataset.findings import Finding, headline
+from dtpipe.pipeline.report.dataset.findings import DatasetFinding, verdict_of
 from dtpipe.pipeline.report.dataset.labels import LabelCounts
 from dtpipe.pipeline.report.dataset.look import Looked
 from dtpipe.pipeline.report.dataset.opened import OpenedDatasets
@@ -14,7 +14,7 @@ from dtpipe.pipeline.report.inspect import bad_records
 
 
 def document_of(
-    opened: OpenedDatasets, looked: Looked, findings: Sequence[Finding], bytes_of: Sequence[dict[str, Any]]
+    opened: OpenedDatasets, looked: Looked, findings: Sequence[DatasetFinding], bytes_of: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """All that the page says in figures; `bytes_of` the levels as `level_bytes` gives them."""
     columns = opened.source.columns
@@ -22,7 +22,7 @@ def document_of(
     return {
         "datasets": [part.url for part in opened.parts],
         "digests": [None if part.manifest is None else part.manifest.digest for part in opened.parts],
-        "verdict": headline(findings, looked, len(columns.ok_rows)),
+        "verdict": verdict_of(findings, looked, len(columns.ok_rows)),
         "findings": [asdict(finding) for finding in findings],
         "samples": {"num": len(columns), "num_ok": len(columns.ok_rows), "looked_at": len(looked.rows)},
         "bad": [record for part in opened.parts for record in bad_records(part)],

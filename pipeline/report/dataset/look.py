@@ -22,6 +22,7 @@ from dtpipe.pipeline.report.dataset.labels import LogitSums
 from dtpipe.pipeline.report.dataset.moments import Moments, explained
 from dtpipe.pipeline.report.dataset.opened import OpenedDatasets
 from dtpipe.pipeline.report.dataset.sums import MOST_CHANNELS, LevelFigures, LevelSums
+from dtpipe.pipeline.report.maps.features import RowIdxs
 
 MOST_DRAWS = 4
 """Of a sample that are read."""
@@ -30,7 +31,6 @@ CELLS = 64
 MOST_SHARDS = 64
 _AT_ONCE_BYTES = 64_000_000
 _PIXEL_FEATURES = 24
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stack:
 class Looked:
     """What a look at a dataset gave."""
 
-    rows: Rows
+    rows: RowIdxs
     levels: Mapping[tuple[str, int | None], LevelFigures]
     """By level and timestep."""
     shards: Mapping[str, tuple[ShardFigures, ...]]
@@ -68,7 +68,7 @@ def stacks_of(source: FeatureSource) -> list[Stack]:
     ]
 
 
-def sample_rows(ok_rows: Rows, shard_of: Rows, num: int, seed: int) -> Rows:
+def sample_rows(ok_rows: RowIdxs, shard_of: RowIdxs, num: int, seed: int) -> RowIdxs:
     """About so many rows, ascending: equally many of each of at most `MOST_SHARDS` shards.
 
     Shapes: (N), the shard of each of them (N).
@@ -102,8 +102,8 @@ def look_at(opened: OpenedDatasets, num: int, seed: int) -> Looked:
     return sums.looked(rows, opened)
 
 
-def _in_parts(rows: Rows, source: FeatureSource) -> Iterator[Rows]:
-    """Rows whose decoded levels fit into `_AT_ONCE_BYTES`."""
+def _in_parts(rows: RowIdxs, source: FeatureSource) -> Iterator[RowIdxs]:
+    """RowIdxs whose decoded levels fit into `_AT_ONCE_BYTES`."""
     one = sum(level.channels * level.height * level.width * 8 for level in source.levels) * MOST_DRAWS
     at_once = max(1, _AT_ONCE_BYTES // one)
     with phase("samples", len(rows)) as seen:
@@ -176,7 +176,7 @@ class _Sums:
             return np.arange(level.channels)
         return np.sort(self.generator.choice(level.channels, MOST_CHANNELS, replace=False))
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: RowIdxs) -> None:
         """Read and sum some rows."""
         images = read_images(self.source, rows) if self.with_images else None
         for place, stack in enumerate(self.stacks):
@@ -193,7 +193,7 @@ class _Sums:
                 self._relate({name: level.astype(np.float64) for name, level in coded[0].decode().items()}, images)
         self.num += len(rows)
 
-    def _read(self, rows: Rows, view: int) -> CodedLevels:
+    def _read(self, rows: RowIdxs, view: int) -> CodedLevels:
         names = [level.name for level in self.source.levels]
         return self.source.read(rows, names, np.full(len(rows), view), images=False)[1]
 
@@ -220,7 +220,7 @@ class _Sums:
                 own.origin = own.origin if own.origin is not None else other.origin
                 own.add(beside.reshape(len(beside), -1).T[self._cells(level)])
 
-    def looked(self, rows: Rows, opened: OpenedDatasets) -> Looked:
+    def looked(self, rows: RowIdxs, opened: OpenedDatasets) -> Looked:
         """What follows from all that was added."""
         between: dict[tuple[str, str], float | None] = {}
         for (fine, coarse), pair in self.pairs.items():

@@ -13,15 +13,15 @@ from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.dataset.look import stacks_of
 from dtpipe.pipeline.report.dataset.opened import OpenedDatasets
 from dtpipe.pipeline.report.maps.clusters import MOST_CELLS, fit_clusters, matched, predict_clusters
+from dtpipe.pipeline.report.maps.features import RowIdxs
 from dtpipe.pipeline.report.maps.palette import shrunk
 from dtpipe.pipeline.report.maps.sections import MOST_PX, Row, cluster_picture
 from dtpipe.pipeline.report.section import Section, data_uri, render
 
-Rows = NDArray[np.int64]
-Levels = Mapping[str, NDArray[np.float32]]
+_Levels = Mapping[str, NDArray[np.float32]]
 
 
-def dataset_maps(opened: OpenedDatasets, rows: Rows, config: ReportConfig) -> Section:
+def dataset_maps(opened: OpenedDatasets, rows: RowIdxs, config: ReportConfig) -> Section:
     """Clusters of the cells of some of the rows, shown over the images, or alone where no images are stored."""
     generator = np.random.Generator(np.random.Philox(config.seed))
     num = min(len(rows), max(config.cluster_images, config.num_images))
@@ -45,7 +45,7 @@ def dataset_maps(opened: OpenedDatasets, rows: Rows, config: ReportConfig) -> Se
     return _section(opened, shown, maps, len(fitted), config)
 
 
-def _levels(opened: OpenedDatasets, rows: Rows, names: Sequence[str]) -> Levels:
+def _levels(opened: OpenedDatasets, rows: RowIdxs, names: Sequence[str]) -> _Levels:
     view = stacks_of(opened.source)[0].views[0]
     _, coded = opened.source.read(rows, names, np.full(len(rows), view), images=False)
     return {name: level.astype(np.float32) for name, level in coded.decode().items()}
@@ -53,7 +53,7 @@ def _levels(opened: OpenedDatasets, rows: Rows, names: Sequence[str]) -> Levels:
 
 def _section(
     opened: OpenedDatasets,
-    rows: Rows,
+    rows: RowIdxs,
     maps: Mapping[str, Sequence[NDArray[np.int64]]],
     num_images: int,
     config: ReportConfig,

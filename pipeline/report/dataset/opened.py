@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
@@ -15,8 +14,7 @@ from dtpipe.manifests.read.source import FeatureSource
 from dtpipe.manifests.store.paths import is_url
 from dtpipe.manifests.write.commit import MANIFEST_FILE
 from dtpipe.manifests.write.plan import PLAN_FILE
-
-Rows = NDArray[np.int64]
+from dtpipe.pipeline.report.maps.features import RowIdxs
 
 
 def is_dataset(place: str) -> bool:
@@ -45,7 +43,7 @@ class OpenedDatasets:
         stored = [part.recipe.images == "stored" for part in self.parts]
         return any(stored) if isinstance(self.source, JoinedDataset) else all(stored)
 
-    def shards(self) -> Rows:
+    def shards(self) -> RowIdxs:
         """The shard of each row, counted through where datasets lie one after the other. Shapes: -> (N)."""
         if isinstance(self.source, ConcatDataset):
             numbers, start = [], 0
@@ -55,7 +53,7 @@ class OpenedDatasets:
             return np.concatenate(numbers)
         return np.arange(len(self.source.columns)) // self.parts[0].recipe.shard.samples
 
-    def shards_of_level(self, name: str, rows: Rows) -> Rows:
+    def shards_of_level(self, name: str, rows: RowIdxs) -> RowIdxs:
         """The shards in which a level of some rows lies. Shapes: (n) -> (n)."""
         if not isinstance(self.source, JoinedDataset):
             return self.shards()[rows]

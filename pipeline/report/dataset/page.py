@@ -12,9 +12,9 @@ from dtpipe.manifests.words import count_of, teacher_in_words
 from dtpipe.pipeline.cli.console import format_bytes
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report import figures
-from dtpipe.pipeline.report.dataset.bad import bad_samples
+from dtpipe.pipeline.report.dataset.bad import shown_bad_samples
 from dtpipe.pipeline.report.dataset.document import document_of, level_bytes
-from dtpipe.pipeline.report.dataset.findings import Finding, findings_of, headline, level_name
+from dtpipe.pipeline.report.dataset.findings import DatasetFinding, findings_of, level_at, verdict_of
 from dtpipe.pipeline.report.dataset.labels import LabelCounts
 from dtpipe.pipeline.report.dataset.look import Looked, look_at
 from dtpipe.pipeline.report.dataset.maps import dataset_maps
@@ -47,7 +47,7 @@ def dataset_page(config: ReportConfig, notes: Notes) -> tuple[str, str, dict[str
     findings = findings_of(looked, opened.source.levels, num_bad, len(columns))
     stored = level_bytes(opened, descriptions)
     sections = [
-        Section("Verdict", verdict(findings, looked, len(columns.ok_rows))),
+        Section("Verdict", _verdict(findings, looked, len(columns.ok_rows))),
         *_labels_section(opened),
         Section("Levels", _levels_table(looked, stored)),
         *_relations_section(looked),
@@ -81,9 +81,9 @@ def _facts(opened: OpenedDatasets, descriptions: Sequence[Mapping[str, Any]], lo
     }
 
 
-def verdict(findings: Sequence[Finding], looked: Looked, num_ok: int) -> Any:
+def _verdict(findings: Sequence[DatasetFinding], looked: Looked, num_ok: int) -> Any:
     """The sentence on top, and what is behind it."""
-    return render("verdict.html", headline=headline(findings, looked, num_ok), findings=findings)
+    return render("verdict.html", headline=verdict_of(findings, looked, num_ok), findings=findings)
 
 
 def _labels_section(opened: OpenedDatasets) -> Iterator[Section]:
@@ -108,7 +108,7 @@ def _levels_table(looked: Looked, stored: Sequence[Mapping[str, Any]]) -> Any:
         own = of_level[name]
         rows.append(
             (
-                level_name(name, timestep, several),
+                level_at(name, timestep, several),
                 f"{of.mean:.3g} ± {of.deviation:.3g}",
                 f"{of.largest:.4g}",
                 str(len(of.dead)),
@@ -123,7 +123,7 @@ def _levels_table(looked: Looked, stored: Sequence[Mapping[str, Any]]) -> Any:
             )
         )
     lines = {
-        level_name(name, timestep, several): (list(range(1, len(of.strengths) + 1)), sorted(of.strengths, reverse=True))
+        level_at(name, timestep, several): (list(range(1, len(of.strengths) + 1)), sorted(of.strengths, reverse=True))
         for (name, timestep), of in looked.levels.items()
     }
     curve = figures.curves(
@@ -185,7 +185,7 @@ def _maps(opened: OpenedDatasets, looked: Looked, config: ReportConfig, notes: N
 
 
 def _bad_section(opened: OpenedDatasets) -> Iterator[Section]:
-    shown = [sample for part in opened.parts for sample in bad_samples(part)]
+    shown = [sample for part in opened.parts for sample in shown_bad_samples(part)]
     if shown:
         rows = [(one.key, one.reason, None if one.thumbnail is None else data_uri(one.thumbnail)) for one in shown]
         num = sum(status.startswith("bad") for status in opened.source.columns.status)

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.report.dataset import look as looking
-from dtpipe.pipeline.report.dataset.findings import findings_of, headline
+from dtpipe.pipeline.report.dataset.findings import findings_of, verdict_of
 from dtpipe.pipeline.report.dataset.look import Looked, look_at, pixel_features, pooled, sample_rows
 from dtpipe.pipeline.report.dataset.moments import Moments, effective_rank, explained
 from dtpipe.pipeline.report.dataset.opened import OpenedDatasets
@@ -104,6 +104,7 @@ def test_shards_are_compared_in_deviations_of_samples(tmp_path: Path) -> None:
         (planted.constant_level, {("wrong", "constant level", "l3")}),
         (planted.dead_channel, {("look", "dead channels", "l2")}),
         (planted.exploding_channel, {("wrong", "exploding channels", "l3"), ("look", "low rank", "l3")}),
+        (planted.linear_level, {("look", "linear levels", "l3")}),
         (planted.shifted_shard, {("wrong", "drift", "l2")}),
         (planted.louder_shard, {("wrong", "drift", "l3")}),
         (planted.equal_draws, {("wrong", "equal draws", "l2"), ("wrong", "equal draws", "l3")}),
@@ -126,7 +127,7 @@ def test_each_planted_fault_is_named_and_nothing_else(
     findings = findings_of(looked, opened.source.levels, 0, 48)
     assert {(finding.severity, finding.code, finding.where) for finding in findings} == expected
     wrong = sum(severity == "wrong" for severity, _, _ in expected)
-    assert headline(findings, looked, 48).startswith("Nothing is wrong" if not wrong else f"{wrong} thing")
+    assert verdict_of(findings, looked, 48).startswith("Nothing is wrong" if not wrong else f"{wrong} thing")
     if fault is planted.dead_channel:
         assert "1 of 12 channels never vary (7)" in findings[0].text
     if fault is planted.exploding_channel:
