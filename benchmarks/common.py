@@ -36,7 +36,9 @@ def publish(name: str, results: Mapping[str, Any], path: Path, teachers: Mapping
 
 def origin(teachers: Mapping[str, str]) -> dict[str, Any]:
     """Commit, command, teachers and machine of the running benchmark."""
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    places = {"--work": "WORK", "--out": "OUT"}
+    words = [places.get(flag, word) for flag, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     return {
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),

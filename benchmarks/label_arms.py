@@ -27,7 +27,7 @@ def features_of(args: argparse.Namespace, name: str, seed: int) -> Path:
 
 def run_of(args: argparse.Namespace, arm: str, seed: int, draw: int = 0) -> Path:
     """The folder of an arm's student."""
-    place = args.work / "students" / arm.replace(" ", "_") / str(seed)
+    place = args.work / "students" / arm.replace(",", "").replace(" ", "_") / str(seed)
     return place / str(draw) if arm in PER_DRAW else place
 
 

@@ -17,6 +17,7 @@ from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.comparison import compared_sections
 from dtpipe.pipeline.report.dataset.page import dataset_page, dataset_page_path
+from dtpipe.pipeline.report.interpreter import interpreter_sections
 from dtpipe.pipeline.report.maps.sections import map_sections
 from dtpipe.pipeline.report.provenance import origin, provenance_section
 from dtpipe.pipeline.report.section import Notes, Section, render
@@ -75,6 +76,7 @@ def run_page(run: Path, config: ReportConfig, note: Note) -> str:
         *task_sections(run, config, notes),
         *training_section(metrics),
         *map_sections(run, settings, config, notes),
+        *interpreter_sections(settings, config.num_images, notes.leave_out),
         provenance_section(run, settings, notes.leave_out),
     ]
     facts = facts_of(settings, metrics)
