@@ -122,13 +122,18 @@ class DistillRun(Tracking):
     prefetch_mb: int = Field(
         default=2048, ge=1, description="Memory for what is read ahead, in MB; a single micro-batch may be larger."
     )
+    cache: str | None = Field(
+        default=None,
+        description="Local folder that keeps the shards of remote datasets, shared by all runs that name it.",
+    )
+    cache_gb: float = Field(default=100.0, gt=0, description="Size of that folder; what was used last stays.")
     log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")
     save_every_s: float = Field(
         default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one."
     )
     keep_checkpoints: int = Field(default=2, ge=0, description="Epoch checkpoints kept in checkpoints/ beside last.pt.")
 
-    _local = field_validator("out")(local_place)
+    _local = field_validator("out", "cache")(local_place)
 
 
 class DistillRecipeConfig(Settings):

@@ -25,6 +25,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset, composed
 from dtpipe.manifests.read.source import FeatureSource
 from dtpipe.manifests.soft_labels import soft_labels_of
+from dtpipe.manifests.store.cache import ObjectCache
 from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
@@ -135,12 +136,18 @@ def _open_parts(config: DistillConfig) -> tuple[list[FeatureDataset], list[Shard
     shards: list[Shards] = []
     for idx, url in enumerate(config.datasets):
         kept: Shards = recorded_shards(recorded, idx)
-        part = FeatureDataset.open(url, config.run.allow_incomplete, kept)
+        part = FeatureDataset.open(url, config.run.allow_incomplete, kept, cache_of(config))
         if kept is None and (part.manifest is None or not part.manifest.complete):
             kept = list(part.shards)
         parts.append(part)
         shards.append(kept)
     return parts, shards
+
+
+def cache_of(config: DistillConfig) -> ObjectCache | None:
+    """Where a run keeps shards of remote datasets."""
+    run = config.run
+    return None if run.cache is None else ObjectCache(Path(run.cache), int(run.cache_gb * 10**9))
 
 
 def recorded_shards(record: Mapping[str, Any] | None, dataset_idx: int) -> list[int] | None:

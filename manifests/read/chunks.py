@@ -8,6 +8,7 @@ here, chunk by chunk, which says what is wrong.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,9 @@ from dtpipe.manifests.layout.arrays import ArraySpec, crc32c, stored_arrays
 from dtpipe.manifests.layout.coding import plain_coding
 from dtpipe.manifests.read import native
 from dtpipe.manifests.read.located import ChunkRequest, LocatedChunks, locate_chunks
-from dtpipe.manifests.read.places import ChunkTable
+from dtpipe.manifests.read.places import ChunkTable, StoredObjects
 from dtpipe.manifests.schema import Plan
+from dtpipe.manifests.store.cache import ObjectCache
 from dtpipe.manifests.store.open_files import OpenFile, OpenFiles
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.shard import SHARD_FORMATS
@@ -58,6 +60,8 @@ class ChunkReader:
         self._kind = SHARD_FORMATS[plan.recipe.shard.format]
         codings = {name: plain_coding(spec, plan.recipe) for name, spec in self.arrays.items()}
         self._codings = native.Codings(codings, self._kind.trailer_bytes)
+        self.cache: ObjectCache | None = None
+        """Where objects of a remote store are kept as files."""
         self._files, self._num_read = OpenFiles(), 0
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
@@ -79,8 +83,9 @@ class ChunkReader:
         chunks = locate_chunks(self.tables, requests, self._kind.trailer_bytes)
         self._num_read += len(chunks)
         fast = self._num_read >= NATIVE_FROM and native.available()
-        is_file = self.store.local is not None
-        pieces = chunks.pieces(_num_threads() if is_file else _REMOTE_THREADS, None if is_file else _PIECE_BYTES)
+        pieces = chunks.pieces(
+            _num_threads() if self.store.local else _REMOTE_THREADS, None if self._has_files else _PIECE_BYTES
+        )
         first, others = pieces[0], pieces[1:]
         running = [self._threads().submit(self._read_piece, requests, piece, fast) for piece in others]
         try:
@@ -104,7 +109,7 @@ class ChunkReader:
         return self._pool[1]
 
     def _read_piece(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks, fast: bool) -> None:
-        if fast and self.store.local is not None:
+        if fast and self._has_files:
             chunks = chunks.take(~self._read_files(requests, chunks))
         for span in chunks.spans() if len(chunks) else ():
             self._read_span(requests, span, fast)
@@ -118,25 +123,66 @@ class ChunkReader:
         opened[opened] = self._codings.read(requests, chunks.take(opened), descriptor[opened], chunks.offset[opened])
         return opened
 
+    @property
+    def _has_files(self) -> bool:
+        """Whether objects can be had as files."""
+        return self.store.local is not None or self.cache is not None
+
     def _file(self, object_idx: int) -> OpenFile | None:
         """An object as a file; None where it cannot be opened, of which those say more who read it otherwise."""
+        if self.cache is not None:
+            return self._files.get(object_idx, lambda: self._kept(object_idx))
         try:
             return self._files.get(object_idx, lambda: self.store.open(self._object_name(object_idx)))
         except DtpipeError:
             return None
 
+    def _kept(self, object_idx: int) -> OpenFile | None:
+        """An object of a remote store, in the cache."""
+        assert self.cache is not None
+        name, objects = self._object_name(object_idx), self._objects
+        return self.cache.open(
+            str(objects.digests[object_idx]),
+            int(objects.sizes[object_idx]),
+            lambda ranges: self.store.read_ranges([(name, offset, size) for offset, size in ranges]),
+        )
+
     def _read_span(self, requests: Sequence[ChunkRequest], span: LocatedChunks, fast: bool) -> None:
-        start, size = int(span.offset[0]), int((span.offset + span.size).max() - span.offset[0])
-        try:
-            data = self.store.read_range(self._object_name(int(span.object_idx[0])), start, size)
-        except DamagedDataError:  # one by one, to name the chunk that is hit and no other
-            data = None
+        object_idx, start = int(span.object_idx[0]), int(span.offset[0])
+        size = int((span.offset + span.size).max()) - start
+        kept = self._from_cache(object_idx, start, size)
+        data = self._from_store(object_idx, start, size) if kept is None else kept
         if data is not None and fast:
             span = span.take(~self._read_memory(requests, span, data))
         for idx in range(len(span)):
             chunk = self._chunk(requests, span, idx)
             here = chunk.offset - start
-            self._decode(chunk, self._fetch(chunk) if data is None else data[here : here + chunk.size])
+            try:
+                self._decode(chunk, self._fetch(chunk) if data is None else data[here : here + chunk.size])
+            except DamagedDataError:
+                if kept is None:
+                    raise
+                self._forget(object_idx)  # what is kept is damaged, which says nothing of the dataset
+                self._decode(chunk, self._fetch(chunk))
+
+    def _from_store(self, object_idx: int, start: int, size: int) -> bytes | None:
+        """Bytes of an object; None where it ends before: chunks are then read one by one, to name what is hit."""
+        try:
+            return self.store.read_range(self._object_name(object_idx), start, size)
+        except DamagedDataError:
+            return None
+
+    def _from_cache(self, object_idx: int, start: int, size: int) -> bytes | None:
+        """The same of an object that is kept as a file; None where none is, or none that can be read."""
+        file = self._file(object_idx) if self.cache is not None else None
+        if file is None:
+            return None
+        with contextlib.suppress(OSError):
+            data = file.read(start, size)
+            if len(data) == size:
+                return data
+        self._forget(object_idx)
+        return None
 
     def _read_memory(self, requests: Sequence[ChunkRequest], span: LocatedChunks, data: bytes) -> NDArray[np.bool_]:
         """Which chunks were read whole, out of the bytes from where the first one begins."""
@@ -144,7 +190,16 @@ class ChunkReader:
         return self._codings.read(requests, span, np.full(len(span), -1, np.int32), source)
 
     def _object_name(self, object_idx: int) -> str:
-        return str(next(iter(self.tables.values())).objects[object_idx])
+        return str(self._objects.names[object_idx])
+
+    @property
+    def _objects(self) -> StoredObjects:
+        return next(iter(self.tables.values())).objects
+
+    def _forget(self, object_idx: int) -> None:
+        assert self.cache is not None
+        self.cache.drop(str(self._objects.digests[object_idx]))
+        self._files.forget(object_idx)
 
     def _chunk(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks, idx: int) -> _Chunk:
         request, item = requests[chunks.request[idx]], int(chunks.item[idx])

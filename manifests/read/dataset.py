@@ -32,6 +32,7 @@ from dtpipe.manifests.layout.tables import (
     index_table,
     shards_table,
 )
+from dtpipe.manifests.read.buffers import Buffers
 from dtpipe.manifests.read.chunks import ChunkReader
 from dtpipe.manifests.read.compare import MISSING, compare_bad_rows, compare_merged
 from dtpipe.manifests.read.located import ChunkRequest
@@ -39,6 +40,7 @@ from dtpipe.manifests.read.places import ChunkTable, chunk_tables
 from dtpipe.manifests.read.source import Columns, Integers
 from dtpipe.manifests.read.texts import Texts, rows_with
 from dtpipe.manifests.schema import IMAGE, Manifest, Plan
+from dtpipe.manifests.store.cache import ObjectCache
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import COMMIT_FOLDER, MANIFEST_FILE, load_entries, load_manifest, refuse_misplaced
 from dtpipe.manifests.write.listing import read_listing_table
@@ -56,21 +58,29 @@ class FeatureDataset:
         self.levels, self.views = plan.recipe.levels, plan.recipe.views
         self.image_px = plan.recipe.transform.height, plan.recipe.transform.width
         self._chunks, self._codecs = chunks, level_codecs(plan.recipe, StoredFitted(store))
+        self._buffers = Buffers()
 
     @classmethod
     def open(
-        cls, url: str | os.PathLike[str], allow_incomplete: bool = False, shards: Collection[int] | None = None
+        cls,
+        url: str | os.PathLike[str],
+        allow_incomplete: bool = False,
+        shards: Collection[int] | None = None,
+        cache: ObjectCache | None = None,
     ) -> FeatureDataset:
         """Open a dataset and check manifest, plan, index and shard table against their digests.
 
         With `allow_incomplete` an unfinished dataset opens with the shards it has; rows of others have status
-        `missing`. So have rows that are not of `shards`, where that is given.
+        `missing`. So have rows that are not of `shards`, where that is given. Objects of a remote dataset are fetched
+        whole into `cache`, where one is given, when one of their chunks is read.
         Raises: InputError when there is none; IncompleteError when it is unfinished, or lacks one of `shards`;
         ManifestError naming what is damaged.
         """
         dataset = cls._open(Store(url), allow_incomplete)
         if shards is not None:
             dataset._keep_shards(shards)
+        if dataset.store.local is None:
+            dataset._chunks.cache = cache
         return dataset
 
     @classmethod
@@ -106,8 +116,9 @@ class FeatureDataset:
         self._check(rows, names, views, images)
         codecs = {name: self._codecs[name] for name in names}
         specs = [spec for spec in self._chunks.arrays.values() if spec.level in codecs]
-        arrays = {spec.name: np.empty((len(rows), *spec.chunk_shape), spec.dtype) for spec in specs}
-        pixels = np.empty((len(rows) if images else 0, *self.image_px, 3), np.uint8)
+        empty = self._buffers.empty
+        arrays = {spec.name: empty((len(rows), *spec.chunk_shape), spec.dtype) for spec in specs}
+        pixels = empty((len(rows) if images else 0, *self.image_px, 3), np.uint8)
         requests = [ChunkRequest(name, rows, views, out) for name, out in arrays.items()]
         if images:
             requests.append(ChunkRequest(IMAGE, rows, np.zeros_like(rows), pixels))

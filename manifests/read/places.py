@@ -38,6 +38,17 @@ class ChunkColumns:
     crc32c: NDArray[np.uint32]
 
 
+@dataclass(frozen=True)
+class StoredObjects:
+    """All objects of a dataset, by number."""
+
+    names: pa.Array
+    digests: pa.Array
+    """blake3"""
+    sizes: NDArray[np.int64]
+    """Bytes"""
+
+
 class ChunkTable:
     """Object, offset, size and crc32c of all chunks of one array, of the shards that are written."""
 
@@ -46,7 +57,7 @@ class ChunkTable:
         samples: int,
         width: int,
         shards: NDArray[np.int64],
-        objects: pa.Array,
+        objects: StoredObjects,
         object_of: NDArray[np.int64],
         first: NDArray[np.int64],
         columns: ChunkColumns,
@@ -59,7 +70,7 @@ class ChunkTable:
     def object_name(self, shard_idx: int) -> str | None:
         """Object of a shard; None where it is not written."""
         at = self._at(shard_idx)
-        return None if at is None else str(self.objects[int(self._object_of[at])])
+        return None if at is None else str(self.objects.names[int(self._object_of[at])])
 
     def chunk_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in the columns the chunks of some rows begin, whose shards are written. Shapes: [n] -> [n]."""
@@ -90,6 +101,7 @@ class _Listed:
     widths: NDArray[np.int64]
     """Chunks per row, by code."""
     objects: pa.Array
+    digests: pa.Array
     sizes: NDArray[np.int64]
     object_of: NDArray[np.int64]
     shard: NDArray[np.int64]
@@ -107,14 +119,14 @@ def chunk_tables(plan: Plan, shards: pa.Table, where: str, expected: Integers) -
     listed = _listed(plan, shards, where)
     _check_layout(plan, listed, where, expected)
     samples, order = plan.recipe.shard.samples, np.argsort(listed.shard, kind="stable")
-    tables = {}
+    tables, objects = {}, StoredObjects(listed.objects, listed.digests, listed.sizes)
     for code, (name, width) in enumerate(zip(listed.names, listed.widths.tolist(), strict=True)):
         items = order[listed.code[order] == code]
         tables[name] = ChunkTable(
             samples,
             width,
             listed.shard[items],
-            listed.objects,
+            objects,
             listed.object_of[items],
             listed.first[items],
             listed.columns,
@@ -139,9 +151,11 @@ def _listed(plan: Plan, shards: pa.Table, where: str) -> _Listed:
         num_objects, num_chunks = num_objects + len(batch), num_chunks + len(part["offset"])
         parts.append(part)
     whole = {name: _joined([part[name] for part in parts]) for name in parts[0]}
-    objects = shards["name"].combine_chunks() if shards.num_rows else pa.array([], pa.string())
+    objects, digests = (
+        shards[name].combine_chunks() if shards.num_rows else pa.array([], pa.string()) for name in ("name", "blake3")
+    )
     columns = ChunkColumns(*(whole.pop(field) for field in _FIELDS))
-    return _Listed(tuple(widths), np.array([*widths.values()]), objects, columns=columns, **whole)
+    return _Listed(tuple(widths), np.array([*widths.values()]), objects, digests, columns=columns, **whole)
 
 
 def _listed_in(batch: pa.RecordBatch, widths: Mapping[str, int], where: str) -> dict[str, NDArray[Any]]:

@@ -22,6 +22,14 @@ class OpenFile:
         """Raises: OSError."""
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place must not hang
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes from `offset`, fewer where the file ends. Raises: OSError."""
+        parts: list[bytes] = []
+        while size > 0 and (part := os.pread(self.descriptor, size, offset)):
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)
+
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             os.close(self.descriptor)
@@ -37,16 +45,23 @@ class OpenFiles:
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
         return OpenFiles, ()
 
-    def get(self, number: int, open_it: Callable[[], OpenFile]) -> OpenFile:
-        """The file of a number. Raises: what `open_it` raises."""
+    def get(self, number: int, open_it: Callable[[], OpenFile | None]) -> OpenFile | None:
+        """The file of a number; None where `open_it` gives none. Raises: what `open_it` raises."""
         with self._changing:
             file = self._files.get(number)
             if file is not None:
                 self._files.move_to_end(number)
                 return file
         file = open_it()
+        if file is None:
+            return None
         with self._changing:
             self._files[number] = file
             if len(self._files) > _MOST:
                 self._files.popitem(last=False)
         return file
+
+    def forget(self, number: int) -> None:
+        """Open it anew when it is asked for again."""
+        with self._changing:
+            self._files.pop(number, None)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -237,3 +238,19 @@ def test_labels_and_counts_of_the_chosen_samples_stay_with_their_keys(tmp_path, 
             np.testing.assert_array_equal(batch.images[idx].numpy(), read_image(source, number(key)))
             seen[number(key)] += 1
     assert seen == dict.fromkeys((row for row in source.columns.ok_rows if row % 2 == 0), 1)
+
+
+def test_a_run_keeps_remote_shards_in_its_cache(tmp_path, source):
+    root = write_dataset(tmp_path / "features", source)
+    files = fsspec.filesystem("memory")
+    for path in (path for path in root.rglob("*") if path.is_file()):
+        files.pipe_file(f"/cached-run/{path.relative_to(root)}", path.read_bytes())
+    config = tiny_config(tmp_path / "run", datasets=("memory://cached-run",), cache=str(tmp_path / "cache"))
+    stream = FeatureStream(open_data(config).source, stream_settings(config, ("l2",)), torch.device("cpu"))
+    plain = FeatureStream(
+        open_data(changed(config, datasets=(str(root),))).source, stream_settings(config, ("l2",)), torch.device("cpu")
+    )
+    for one, other in zip(stream.batches(StreamPosition()), plain.batches(StreamPosition()), strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.levels["l2"], other.levels["l2"])
+    assert any(path.suffix != ".lock" for path in (tmp_path / "cache").iterdir())
