@@ -15,12 +15,17 @@ setup: $(DEV_STAMP)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# A folder named dtpipe where one works would hide an editable install, but not a package on the path.
+ON_PATH = import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "dtpipe.pth").write_text("$(CURDIR)/.dev")
+
 $(RUN_STAMP): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -c '$(ON_PATH)'
 	@touch $@
 
 $(DEV_STAMP): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -c '$(ON_PATH)'
 	@touch $@ $(RUN_STAMP)
 
 demo: $(RUN_STAMP)          ## extract, verify, distill, score and report on digit scenes; goes on where it stopped

@@ -183,7 +183,7 @@ def test_wheel_holds_every_module(wheel_names: set[str]) -> None:
 
 
 def test_wheel_holds_the_data_that_commands_read(wheel_names: set[str]) -> None:
-    folders = ("pipeline/presets", "pipeline/report/templates", "pipeline/demo/teacher")
+    folders = ("pipeline/presets", "pipeline/report/templates", "pipeline/demo/teacher", "pipeline/init/templates")
     data = {
         f"dtpipe/{path.relative_to(REPO)}"
         for folder in folders
@@ -212,6 +212,15 @@ def test_a_folder_named_dtpipe_where_one_works_hides_nothing(installed: Path, tm
     files = run_installed(installed, tmp_path, "-c", code).split()
     assert files == [str(installed / "dtpipe" / name) for name in ("__init__.py", "manifests/__init__.py")]
     assert run_installed(installed, tmp_path, "-m", "dtpipe", "--help").startswith("Usage: dtpipe [OPTIONS]")
+
+
+def test_an_installed_dtpipe_finds_its_presets_templates_and_teacher(installed: Path, tmp_path: Path) -> None:
+    flags = ["--images", "a", "--teacher", "adm-imagenet", "--student", "resnet18", "--no-plan"]
+    run_installed(installed, tmp_path, "-m", "dtpipe", "init", "project", *flags)
+    assert (tmp_path / "project" / "slurm.sh").is_file()
+    assert "imagenet_r50" in run_installed(installed, tmp_path, "-m", "dtpipe", "list", "presets")
+    code = "from dtpipe.pipeline.demo.run import shipped_teacher as t; print((t() / 'model_index.json').is_file())"
+    assert run_installed(installed, tmp_path, "-c", code) == "True\n"
 
 
 def test_the_constraints_pin_every_requirement_to_a_version_it_allows() -> None:
