@@ -1,10 +1,14 @@
-"""What each codec makes of real features: bytes, error, and speed of encoding and decoding, by level.
+"""What each codec makes of real features: stored bytes against error on images that no fit saw, and speed on a CPU.
 
-Features of digit scenes by the demo's teacher (or of --images by --teacher), whitened as the loss sees them for the
-error. Bytes are those of the parts after zstd, chunk by chunk as a dataset stores them, against float16 without it.
-Speeds count bytes of float16 features; the reference runs in numpy, the device's own code where a codec has one.
+Features of digit scenes by the demo's teacher, and with the arguments below of photographs by a DDPM and by an
+autoencoder, and of a GAN's own noise. A third of the images is held out: errors are of these, relative to the variance
+of each sample and level. Bytes are what a dataset stores: the coded symbols of each row and view, what a codec keeps
+beside them under zstd, 20 bytes for each chunk's checksum and place, and a share of the fitted arrays, which `--rows`
+rows of one view carry together. Ratios are to float16. Speeds count float16 bytes of the features, on one thread, and
+with --device those of the device's own code. `--adm` adds arrays of ADM-256's shapes (not its features), for speed.
 
-    python benchmarks/codec.py [--images DIR] [--teacher DIR] [--limit 256] [--device cuda] [--out-json FILE]
+    python benchmarks/codec.py [--limit 600] [--rows 2000] [--adm] [--out-json FILE]
+        [--flowers DIR] [--taef2 DIR] [--dcgan netG.pth]
 """
 
 from __future__ import annotations
@@ -13,116 +17,241 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from batch_invariance import features_of, load_images
 from common import REPO, RESULTS, publish, teacher_digest
 from numcodecs import Zstd
 from numpy.typing import NDArray
 from teacher_forward import seconds_of
 
-from dtpipe.distill.losses.whitening import whiten
 from dtpipe.distill.stream.decode import DECODERS
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards.codecs import ENCODERS
-from dtpipe.manifests.codecs.base import Array, LevelCodec
-from dtpipe.manifests.codecs.fitted import NOT_FITTED
-from dtpipe.manifests.codecs.registry import CODECS
+from dtpipe.manifests.codecs.base import SYMBOLS, LevelCodec
+from dtpipe.manifests.codecs.fit import FitTarget
+from dtpipe.manifests.codecs.fitted import FITTED, HeldFitted, encode_fitted
+from dtpipe.manifests.codecs.rans import compress, decompress
+from dtpipe.manifests.codecs.registry import open_codec
+from dtpipe.manifests.codecs.transform import TransformLevel
+from dtpipe.manifests.codecs.transform_fit import fit_transform
 from dtpipe.manifests.schema import CodecSpec, LevelSpec
 from dtpipe.pipeline.demo.scenes import write_scenes
 
+Features = Mapping[str, NDArray[np.float32]]
+TARGETS = (0.01, 0.03, 0.06, 0.10)
+CHUNK_BYTES = 20  # checksum, and place in the index
+ADM_256 = {"l2": (512, 64), "l3": (512, 32), "l4": (1024, 16), "l5": (1024, 8)}
 
-def measure_codec(codec: LevelCodec, features: NDArray[np.float32], repeats: int, device: str) -> dict[str, Any]:
-    """Figures of one codec on one level. Shapes: features [N, V, C, H, W]."""
-    parts = codec.encode(features)
-    float16_bytes = 2 * features.size
-    row: dict[str, Any] = {
-        "ratio_to_float16": round(float16_bytes / stored_bytes(parts), 3),
-        "relative_mse": relative_mse(codec.decode(parts), features),
-        "encode_mb_s": mb_s(float16_bytes, repeats, lambda: codec.encode(features)),
-        "decode_mb_s": mb_s(float16_bytes, repeats, lambda: codec.decode(parts)),
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is measured."""
+
+    rows: int
+    repeats: int
+    device: str
+
+
+def level_spec(name: str, features: NDArray[np.float32], codec: CodecSpec) -> LevelSpec:
+    """The level of features [N, C, H, W], float16."""
+    channels, height, width = features.shape[1:]
+    fields = {"channels": channels, "height": height, "width": width, "tap": "-", "codec": codec}
+    return LevelSpec.model_validate({"name": name, "stride": 2 ** int(name[1]), **fields})
+
+
+def fit(name: str, features: NDArray[np.float32], target: FitTarget) -> tuple[LevelCodec, int]:
+    """`transform` for a target, and the bytes of the file of its arrays."""
+    result = fit_transform(level_spec(name, features, CodecSpec()), features, target)
+    digest, data = encode_fitted(result.arrays)
+    spec = CodecSpec(name="transform", parameters={**result.parameters, FITTED: digest})
+    return open_codec(level_spec(name, features, spec), HeldFitted({digest: data})), len(data)
+
+
+def ratios(codec: LevelCodec, held: NDArray[np.float32], file_bytes: int, settings: Settings) -> dict[str, Any]:
+    """Stored bytes of a row by entropy stage, and the error. Shapes: held [n, C, H, W]."""
+    parts = codec.encode(held)
+    beside = sum(zstd_bytes(values) + CHUNK_BYTES for part, values in parts.items() if part != SYMBOLS)
+    beside += CHUNK_BYTES + file_bytes / settings.rows
+    sizes = {f"zstd_{level}": zstd_bytes(parts[SYMBOLS], level) for level in (3, 19)}
+    if isinstance(codec, TransformLevel):
+        sizes["rans"] = statistics.fmean(len(compress(row, codec.tables)) for row in parts[SYMBOLS].astype(np.int8))
+    return {
+        "float16_bytes": 2 * held[0].size,
+        "relative_mse": round(relative_mse(codec.decode(parts), held), 5),
+        "bytes": {entropy: round(size + beside, 1) for entropy, size in sizes.items()},
+        "ratio": {entropy: round(2 * held[0].size / (size + beside), 2) for entropy, size in sizes.items()},
+        "file_bytes": file_bytes,
     }
-    name = codec.level.codec.name
+
+
+def zstd_bytes(values: NDArray[np.generic], level: int = 3) -> float:
+    """Mean size of a row's chunk."""
+    zstd = Zstd(level=level)
+    return statistics.fmean(len(zstd.encode(np.ascontiguousarray(row))) for row in values)
+
+
+def relative_mse(decoded: NDArray[np.generic], true: NDArray[np.float32]) -> float:
+    """Mean over samples of the squared error over the sample's variance."""
+    axes = (1, 2, 3)
+    apart = np.square(decoded.astype(np.float64) - true).mean(axis=axes)
+    return float((apart / true.astype(np.float64).var(axis=axes)).mean())
+
+
+def speeds(codec: LevelCodec, held: NDArray[np.float32], settings: Settings) -> dict[str, float]:
+    """MB/s of float16 features through each stage; entropy stages interleaved."""
+    parts, zstd, num_bytes = codec.encode(held), Zstd(level=3), 2 * held.size
+    frames = [zstd.encode(row) for row in np.ascontiguousarray(parts[SYMBOLS])]
+    runs: dict[str, Callable[[], object]] = {
+        "encode": lambda: codec.encode(held),
+        "decode": lambda: codec.decode(parts),
+        "zstd_3_encode": lambda: [zstd.encode(row) for row in parts[SYMBOLS]],
+        "zstd_3_decode": lambda: [zstd.decode(frame) for frame in frames],
+    }
+    if isinstance(codec, TransformLevel):
+        symbols, tables = parts[SYMBOLS].astype(np.int8), codec.tables
+        chunks = [compress(row, tables) for row in symbols]
+        runs["rans_encode"] = lambda: [compress(row, tables) for row in symbols]
+        runs["rans_decode"] = lambda: decompress(chunks, tables)
+    name, device = codec.level.codec.name, settings.device
     if name in ENCODERS and name in DECODERS:
-        on_device = torch.from_numpy(features).to(device)
-        flat = {part: torch.from_numpy(values[:, 0].copy()).to(device) for part, values in parts.items()}
-        row["device_encode_mb_s"] = mb_s(float16_bytes, repeats, lambda: ENCODERS[name](codec, on_device))
-        row["device_decode_mb_s"] = mb_s(flat_bytes(features), repeats, lambda: DECODERS[name](codec, flat))
-    return row
+        views = torch.from_numpy(held[:, None]).to(device)
+        flat = {part: torch.from_numpy(np.array(values)).to(device) for part, values in parts.items()}
+        runs["device_encode"] = lambda: ENCODERS[name](codec, views)
+        runs["device_decode"] = lambda: DECODERS[name](codec, {part: values.clone() for part, values in flat.items()})
+    return interleaved(runs, num_bytes, settings.repeats)
 
 
-def flat_bytes(features: NDArray[np.float32]) -> int:
-    """Bytes in float16 of the first view alone."""
-    return int(2 * features[:, 0].size)
+def interleaved(runs: Mapping[str, Callable[[], object]], num_bytes: int, repeats: int) -> dict[str, float]:
+    """Median speed of each in MB/s; a first round is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            seconds[name].append(seconds_of(run))
+    return {name: round(num_bytes / statistics.median(times[1:]) / 1e6, 1) for name, times in seconds.items()}
 
 
-def stored_bytes(parts: Mapping[str, Array]) -> int:
-    """Bytes of all parts, each row and view coded by itself, as a dataset's chunks are."""
-    zstd = Zstd(level=3)
-    return sum(
-        len(zstd.encode(np.ascontiguousarray(values[row, view])))
-        for values in parts.values()
-        for row in range(values.shape[0])
-        for view in range(values.shape[1])
-    )
+def measure(features: Features, settings: Settings) -> dict[str, Any]:
+    """Every codec and target on every level, and the sums of a dataset's levels."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, values in features.items():
+        seen, held = np.arange(len(values)) % 3 < 2, np.arange(len(values)) % 3 == 2
+        fit_on, other = values[seen], values[held]
+        for plain in ("cast", "int8"):
+            codec = open_codec(level_spec(name, values, CodecSpec(name=plain)))
+            rows.setdefault(plain, {})[name] = ratios(codec, other, 0, settings)
+        for target in TARGETS:
+            codec, file_bytes = fit(name, fit_on, FitTarget(relative_mse=target, entropy="rans"))
+            row = ratios(codec, other, file_bytes, settings)
+            if target == 0.03:
+                row["mb_s"] = speeds(codec, other[:64], settings)
+            rows.setdefault(f"transform {target:g}", {})[name] = row
+    return {
+        "num_images": len(next(iter(features.values()))),
+        "codecs": {name: summed(row) for name, row in rows.items()},
+    }
 
 
-def relative_mse(found: Array, exact: NDArray[np.float32]) -> float:
-    """Mean squared error of the whitened features; their variance is 1."""
-    one, other = (whiten(torch.from_numpy(np.asarray(values)[:, 0]).float(), "layer") for values in (found, exact))
-    return float((one - other).square().mean())
+def summed(levels: Mapping[str, Any]) -> dict[str, Any]:
+    """With the ratio of all levels together."""
+    float16 = sum(row["float16_bytes"] for row in levels.values())
+    entropies = next(iter(levels.values()))["bytes"]
+    total = {name: round(float16 / sum(row["bytes"][name] for row in levels.values()), 2) for name in entropies}
+    return {"total_ratio": total, "levels": dict(levels)}
 
 
-def mb_s(size_bytes: int, repeats: int, run: Any) -> float:
-    """Median speed in MB/s, a first call left out."""
-    run()
-    return round(size_bytes / statistics.median(seconds_of(run) for _ in range(repeats)) / 1e6, 1)
+def encoded(images: str, teacher: str, limit: int, folder: str, **fields: Any) -> Features:
+    """Levels of a source's images, first view: [N, C, H, W]."""
+    run = {"out": f"{folder}/features", "device": "cpu", "inline": True}
+    config = {"images": images, "teacher": {"path": teacher}, "limit": limit, "run": run, **fields}
+    resolved = resolve_recipe(ExtractConfig.model_validate(config))
+    pixels, keys = load_images(resolved)
+    levels = features_of(resolved, resolved.recipe, pixels, keys)
+    return {level.name: levels[level.name][:, 0] for level in resolved.recipe.levels if level.role == "features"}
 
 
-def measure(config: ExtractConfig, repeats: int) -> dict[str, Any]:
-    """Every codec on every level."""
-    resolved = resolve_recipe(config)
-    images, keys = load_images(resolved)
-    features = features_of(resolved, resolved.recipe, images, keys)
-    results: dict[str, Any] = {}
-    for level in resolved.recipe.levels:
-        for name in ("cast", "int8"):
-            codec = CODECS[name]
-            spec: LevelSpec = level.model_copy(update={"codec": CodecSpec(name=name)})
-            row = measure_codec(
-                codec.open(spec, NOT_FITTED), features[level.name], repeats, resolved.recipe.compute.device
-            )
-            results.setdefault(name, {})[level.name] = row
-    return {"num_images": len(keys), "codecs": results}
+def dcgan_features(path: Path, limit: int) -> Features:
+    """After the ReLU of a DCGAN of 64 px, from noise: l2 of 16 cells a side, l3, l4."""
+    tensors = torch.load(path, weights_only=True)
+    maps = torch.from_numpy(np.random.Generator(np.random.Philox(0)).standard_normal((limit, 100, 1, 1), np.float32))
+    levels = {}
+    with torch.inference_mode():
+        for name, conv in (("l4", 0), ("l3", 3), ("l2", 6)):
+            stride, padding = (1, 0) if conv == 0 else (2, 1)
+            maps = F.conv_transpose2d(maps, tensors[f"main.{conv}.weight"], stride=stride, padding=padding)
+            norm = (tensors[f"main.{conv + 1}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+            maps = F.relu(F.batch_norm(maps, *norm))
+            levels[name] = maps.numpy()
+    return dict(sorted(levels.items()))
 
 
-def main() -> int:
+def adm_shaped(num: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Arrays of the shapes of ADM-256's levels: falling spectra, mixed channels. No features of it."""
+    rng = np.random.Generator(np.random.Philox(0))
+    for name, (channels, side) in ADM_256.items():
+        wave = np.fft.fftfreq(side) * side
+        decay = 1 / (1 + wave[:, None] ** 2 + wave[None, :] ** 2)
+        maps = np.fft.ifft2(np.fft.fft2(rng.standard_normal((num, channels, side, side))) * decay).real
+        mix = rng.standard_normal((channels, channels)) / (1 + np.arange(channels))
+        mixed = mix @ maps.reshape(num, channels, -1)
+        yield name, mixed.reshape(maps.shape).astype(np.float32)
+
+
+def measure_adm(settings: Settings, num: int = 9) -> dict[str, Any]:
+    """Speeds at ADM-256's shapes, at 3 %."""
+    levels = {}
+    for name, values in adm_shaped(num):
+        start = time.perf_counter()
+        codec, file_bytes = fit(name, values, FitTarget(relative_mse=0.03, entropy="rans"))
+        seconds = time.perf_counter() - start
+        speed = speeds(codec, values[:2], settings)
+        levels[name] = {"shape": values.shape[1:], "fit_s": round(seconds, 1), "file_bytes": file_bytes, "mb_s": speed}
+    return levels
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="image source; default: digit scenes")
-    parser.add_argument("--teacher", default=str(REPO / "pipeline" / "demo" / "teacher"))
-    parser.add_argument("--limit", type=int, default=256)
-    parser.add_argument("--timestep", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--limit", type=int, default=600, help="images of each teacher")
+    parser.add_argument("--rows", type=int, default=2000, help="rows of the dataset that shares the fitted arrays")
+    parser.add_argument("--flowers", help="photographs, for the DDPM of benchmarks/weights/flowers64 and for taef2")
+    parser.add_argument("--taef2", help="folder of taef2, an autoencoder")
+    parser.add_argument("--dcgan", type=Path, help="weights of a DCGAN of 64 px")
+    parser.add_argument("--adm", action="store_true", help="also speeds at ADM-256's shapes")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
     parser.add_argument("--out-json", type=Path, default=RESULTS / "codec.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    settings = Settings(args.rows, args.repeats, pick_device(args.device))
+    results, teachers = {}, {"demo": str(REPO / "pipeline" / "demo" / "teacher")}
+    noise = {"noise": {"timesteps": [50]}}
     with tempfile.TemporaryDirectory() as folder:
-        fields = {
-            "images": args.images or str(write_scenes(Path(folder) / "scenes", args.limit, seed=0)),
-            "teacher": {"path": args.teacher},
-            "noise": {"timesteps": [args.timestep]},
-            "limit": args.limit,
-            "run": {"out": f"{folder}/features", "device": pick_device(args.device), "inline": True},
-        }
-        results = measure(ExtractConfig.model_validate(fields), args.repeats)
-        publish("codec", results, args.out_json, {"teacher": teacher_digest(args.teacher)})
+        scenes = str(write_scenes(Path(folder) / "scenes", args.limit, seed=0))
+        results["demo"] = measure(encoded(scenes, teachers["demo"], args.limit, folder, **noise), settings)
+        if args.flowers:
+            teachers["flowers64"] = str(REPO / "benchmarks" / "weights" / "flowers64")
+            levels = encoded(args.flowers, teachers["flowers64"], args.limit, folder, transform={"px": 64}, **noise)
+            results["flowers64"] = measure(levels, settings)
+        if args.flowers and args.taef2:
+            teachers["taef2"] = args.taef2
+            results["taef2"] = measure(
+                encoded(args.flowers, args.taef2, args.limit, folder, transform={"px": 64}), settings
+            )
+        if args.dcgan:
+            results["dcgan"] = measure(dcgan_features(args.dcgan, args.limit), settings)
+    if args.adm:
+        results["adm_256_shapes"] = measure_adm(settings)
+    digests = {name: teacher_digest(path) for name, path in teachers.items()}
+    publish("codec", {"rows": args.rows, "teachers": results}, args.out_json, digests)
     return 0
 
 

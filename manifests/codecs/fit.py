@@ -26,8 +26,6 @@ class FitTarget:
     """Of a row and view, as stored, without checksums and indexes."""
     entropy: Literal["zstd", "rans"] = "zstd"
     """How the symbols become bytes; sizes are by this."""
-    num_chunks: int | None = None
-    """Rows times views of the dataset, which share the arrays; None: so many that arrays cost nothing."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.relative_mse, self.size_bytes) if value is not None]

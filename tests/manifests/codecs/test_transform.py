@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from dtpipe.manifests.codecs.transform import TransformLevel
 from dtpipe.manifests.codecs.transform_fit import fit_transform
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, TeacherError
 from parts.fits import fitted_codec, level_of, opened, relative_mse, smooth_features
+from parts.paths import REPO
 
 LOOSE = FitTarget(relative_mse=0.05)
 
@@ -194,3 +196,18 @@ def test_symbols_of_other_samples_take_the_bytes_that_the_fit_foretold() -> None
         np.testing.assert_allclose(np.mean([len(chunk) for chunk in chunks]) + 12, fit.size_bytes, rtol=0.08)
         if entropy == "rans":
             np.testing.assert_array_equal(decompress(chunks, codec.tables), symbols)
+
+
+def test_the_page_of_the_format_says_how_to_decode() -> None:
+    page = (REPO / "manifests" / "README.md").read_text(encoding="utf-8")
+    snippet = page[page.index("from scipy.fft import idctn") :].split("```")[0]
+    names: dict[str, Any] = {"np": np}
+    exec(snippet, names)
+    true = smooth_features(16)
+    codec = fitted_codec(true, FitTarget(relative_mse=0.001))
+    assert isinstance(codec, TransformLevel) and codec.parameters.wide
+    parts, arrays, known = codec.encode(true), codec.arrays.load(codec.parameters.fitted), codec.parameters
+    for idx in (0, 7):
+        symbols, norm = parts[""][idx], parts["norm"][idx]
+        decoded = names["features"](symbols, norm, arrays, known.symbols, known.wide, known.step)
+        np.testing.assert_allclose(decoded, codec.decode(parts)[idx], atol=1e-5 * norm[0])
