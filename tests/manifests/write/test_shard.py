@@ -78,6 +78,26 @@ def test_each_object_is_written_once_and_is_what_its_entry_says(
     assert entry.rows == tuple(arrays.rows)
 
 
+def kernel_bytes() -> int:
+    """What this process sent towards storage so far, as the kernel counts it."""
+    counters = Path("/proc/self/io")
+    if not counters.exists():
+        pytest.skip("the kernel shows no counters of what a process writes (/proc/self/io)")
+    return next(int(line.split()[1]) for line in counters.read_text().splitlines() if line.startswith("write_bytes"))
+
+
+def test_nothing_is_written_twice(tmp_path: Path) -> None:
+    """By the kernel's count, in pages of 4 KiB: no copy under another name, and no second pass for the digest."""
+    content = [bytes([idx]) * 1_000_000 for idx in range(24)]
+    before = kernel_bytes()
+    (tmp_path / "plain").write_bytes(b"".join(content))
+    plain = kernel_bytes() - before
+    if plain < 24_000_000:
+        pytest.skip(f"the kernel counts {plain} bytes for a plain file of 24 MB here: it lies in memory")
+    Store(tmp_path / "features").write("data/00000.tar", content)
+    assert kernel_bytes() - before - plain < 1.02 * plain
+
+
 def test_blocks_of_pieces_are_the_content() -> None:
     pieces = [b"a" * 10, b"", b"b" * 3_000_000, *[b"cd" * 100_000] * 11, b"e"]
     blocks = list(in_blocks(pieces))
