@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dtpipe.extract.shards.advice import advice, share_text
@@ -193,17 +192,12 @@ def _shown_done(progress: Progress) -> int:
     return progress.samples_done if written else min(progress.samples_encoded, progress.samples_total - 1)
 
 
-def _print_stalls(console: Console, stalls: Mapping[str, Stalls]) -> None:
-    """Where the time of the workers went: in total, of each, and what to change."""
-    total = sum(stalls.values(), Stalls())
-    if not total.spans:
-        return
-    lines = {"time": share_text(total.shares())}
-    if len(stalls) > 1:
-        lines |= {f"  {name}": share_text(of_one.shares()) for name, of_one in stalls.items()}
-    console.pairs(lines)
-    if (sentence := advice(total)) is not None:
-        console.result(f"speed    {sentence}")
+def _time_rows(stalls: Stalls) -> dict[str, str]:
+    """Where the time of the workers went, and what to change."""
+    if not stalls.spans:
+        return {}
+    sentence = advice(stalls)
+    return {"time": share_text(stalls.shares())} | ({} if sentence is None else {"speed": sentence})
 
 
 def _print_result(console: Console, result: ExtractResult, following: str) -> None:
@@ -214,9 +208,12 @@ def _print_result(console: Console, result: ExtractResult, following: str) -> No
             "size": format_bytes(result.size_bytes),
             "digest": result.digest,
             "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s",
+            **_time_rows(sum(result.stalls.values(), Stalls())),
         }
     )
-    _print_stalls(console, result.stalls)
+    if len(result.stalls) > 1:
+        for name, stalls in result.stalls.items():
+            console.result(f"  {name}: {share_text(stalls.shares())}")
     if result.ignored:
         console.result(f"ignored: {ignored_text(result.ignored)}")
     if result.float32_error:
