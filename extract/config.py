@@ -25,6 +25,7 @@ from dtpipe.manifests.schema import (
     StrictModel,
 )
 from dtpipe.manifests.store.paths import any_place, local_place, whole_if_there, whole_place
+from dtpipe.manifests.words import parse_bytes
 
 
 class SourceConfig(StrictModel):
@@ -111,7 +112,6 @@ class ShardConfig(StrictModel):
         "predicted (zarr: residuals under zstd, a third smaller), webp (tars, a fifth smaller), or auto: plain where "
         "the codec is cast, so that any reader opens all of it.",
     )
-    codec: str = Field(default="cast", description="Codec of feature levels (`dtpipe list codecs`).")
     zstd_level: int = Field(
         default=3,
         ge=0,
@@ -129,15 +129,64 @@ class ShardConfig(StrictModel):
             raise ValueError(f"extract.shard.image_coding {wrong}")
         return self
 
-    def image_coding_of(self, image_px: tuple[int, int]) -> ImageCoding:
-        """The coding of images of a height and width in px, after `auto`. Raises: ConfigError for one that has none."""
+    def image_coding_of(self, image_px: tuple[int, int], plain: bool = True) -> ImageCoding:
+        """The coding of images of a height and width in px, after `auto`; `plain`: any reader opens the levels.
+
+        Raises: ConfigError for one that has none.
+        """
         coding = self.image_coding
         if coding == "auto":
             compact, stored = COMPACT[self.format], self.images == "stored"
-            return PLAIN if self.codec == "cast" or misfit(compact, self.format, stored, image_px) else compact
+            return PLAIN if plain or misfit(compact, self.format, stored, image_px) else compact
         if wrong := misfit(coding, self.format, self.images == "stored", image_px):
             raise ConfigError(f"extract.shard.image_coding {wrong}")
         return coding
+
+
+class CodecConfig(StrictModel):
+    """How feature levels are coded."""
+
+    name: str | None = Field(
+        default=None,
+        description="Codec of feature levels (`dtpipe list codecs`); default: cast, which rounds to shard.dtype, or "
+        "transform where max_error or budget is given.",
+    )
+    levels: dict[str, str] = Field(default={}, description="Codec of single levels by name, in place of that.")
+    max_error: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the features' variance that a level may lose, mean over samples, for codecs that are "
+        "fitted; 0.03 if neither this nor budget is given.",
+    )
+    budget: str | None = Field(
+        default=None,
+        description="In place of max_error: bytes that the whole dataset may take, images included, as 500GB.",
+    )
+    fit_samples: int = Field(default=512, ge=1, description="Samples that a codec is fitted to before the plan.")
+
+    @field_validator("budget")
+    @classmethod
+    def _size(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            parse_bytes(budget)
+        return budget
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.max_error is not None and self.budget is not None:
+            raise ValueError("give max_error or budget, not both: one follows from the other")
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """True where every level is only rounded."""
+        return {self.name_for(level) for level in ("", *self.levels)} == {"cast"}
+
+    def name_for(self, level: str) -> str:
+        """The codec of a level."""
+        fitted = self.max_error is not None or self.budget is not None
+        return self.levels.get(level) or self.name or ("transform" if fitted else "cast")
 
 
 class ExtractRun(ErrorBudget):
@@ -196,6 +245,7 @@ class ExtractRecipeConfig(Settings):
     teacher: TeacherConfig
     noise: NoiseConfig = NoiseConfig()
     shard: ShardConfig = ShardConfig()
+    codec: CodecConfig = CodecConfig()
     student_px: Size | None = Field(
         default=None,
         description="Student's image size in px; default: the stored one, half of it for Stable Diffusion.",

@@ -14,14 +14,15 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from dtpipe.extract.census import Census, take_census
-from dtpipe.extract.config import ExtractConfig, ExtractRecipeConfig, ExtractRun
+from dtpipe.extract.config import CodecConfig, ExtractConfig, ExtractRecipeConfig, ExtractRun
 from dtpipe.extract.device import pick_device
+from dtpipe.extract.fitting.base import DEFAULT_MAX_ERROR, FitRequest
 from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.registry import SOURCES, open_images
 from dtpipe.extract.teachers.base import Generator, TapSpec, Teacher, TeacherSpec
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.codecs.registry import open_codec
+from dtpipe.manifests.codecs.registry import is_fitted_codec, open_codec
 from dtpipe.manifests.errors import ConfigError, InputError, TeacherError
 from dtpipe.manifests.schema import (
     SYNTHESIZED,
@@ -40,9 +41,11 @@ from dtpipe.manifests.schema import (
     height_width,
 )
 from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.words import parse_bytes
 from dtpipe.manifests.write.listing import Listing, build_listing, read_key_file
 from dtpipe.manifests.write.plan import bytes_per_sample, find_plan, shard_samples_for
 
+NO_CODEC = CodecConfig()  # every level under cast
 Config = TypeVar("Config", bound=ExtractRecipeConfig)
 
 
@@ -60,6 +63,8 @@ class Resolved:
     """The listing of a dataset that is to begin."""
     census: Census | None
     """What the source holds, where a dataset is to begin."""
+    fit: FitRequest | None = None
+    """What is to be fitted before the plan, and is not in the recipe yet."""
 
     @cached_property
     def listing(self) -> Listing:
@@ -84,7 +89,7 @@ def resolve_recipe(
     source = open_images(config.images, config.num_samples, kind)
     census = None if stored else _census(config, source)
     listed = None if stored else list_source(config, source)
-    selection = {
+    selection: dict[str, Any] = {
         "limit": config.limit,
         "keys_blake3": None
         if config.keys is None
@@ -95,9 +100,11 @@ def resolve_recipe(
     if config.run.inline:
         pick_device(device)
     teacher = load_teacher(config.teacher, device if config.run.inline else "cpu")
-    return Resolved(
-        config, make_recipe(config, teacher, source.kind, device), teacher, source, selection, listed, census
-    )
+    recipe = make_recipe(config, teacher, source.kind, device)
+    fit = fit_request(config, recipe)
+    if fit is not None:
+        selection["fit"] = fit.record()
+    return Resolved(config, recipe, teacher, source, selection, listed, census, fit)
 
 
 def list_source(config: ExtractRecipeConfig, source: Source) -> Listing:
@@ -138,7 +145,7 @@ def make_recipe(config: ExtractRecipeConfig, teacher: Teacher, source_kind: str,
         _check_synthesized(config, spec, image_px)
     shrunk = (image_px[0] // spec.student_scale, image_px[1] // spec.student_scale)
     student_px = height_width(config.student_px or shrunk)
-    levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype, config.shard.codec)
+    levels = stored_levels(spec.levels, image_px, student_px, config.shard.dtype, config.codec)
     if spec.is_noise:
         levels = tuple(level.model_copy(update={"role": "noise"}) for level in levels)
     views = make_views(config, spec)
@@ -161,7 +168,7 @@ def make_recipe(config: ExtractRecipeConfig, teacher: Teacher, source_kind: str,
         views=views,
         levels=levels,
         images=config.shard.images,
-        image_coding=config.shard.image_coding_of(image_px),
+        image_coding=config.shard.image_coding_of(image_px, config.codec.plain),
         codec=CodecRecipe(zstd_level=config.shard.zstd_level),
         shard=ShardRecipe(format=config.shard.format, samples=samples),
         compute=ComputeRecipe(
@@ -254,10 +261,10 @@ def stored_levels(
     image_px: tuple[int, int],
     student_px: tuple[int, int],
     dtype: StoredDtype,
-    codec: str = "cast",
+    codecs: CodecConfig = NO_CODEC,
 ) -> tuple[LevelSpec, ...]:
-    """The teacher's levels as stored: strides and names count pixels of the student's image; `codec` is of those to
-    regress.
+    """The teacher's levels as stored: strides and names count pixels of the student's image; `codecs` are of those
+    to regress, where they need no fit.
 
     Raises: ConfigError when the image's sides are no multiple of the largest stride, or the student's are no 2^n-th
     of them, or there is no such codec.
@@ -268,15 +275,40 @@ def stored_levels(
             f"extract.transform.px is {image_px[0]}x{image_px[1]}; this teacher needs sides that are multiples of "
             f"{largest}"
         )
-    return tuple(_coded(_stored_level(tap, image_px, student_px, dtype), codec) for tap in taps)
+    levels = [_stored_level(tap, image_px, student_px, dtype) for tap in taps]
+    if unknown := sorted(codecs.levels.keys() - {level.name for level in levels if level.role == "features"}):
+        raise ConfigError(
+            f"extract.codec.levels names {unknown[0]}, and the levels of features are "
+            f"{', '.join(level.name for level in levels if level.role == 'features')}"
+        )
+    return tuple(_coded(level, codecs) for level in levels)
 
 
-def _coded(level: LevelSpec, codec: str) -> LevelSpec:
-    """Under a codec where it holds features: the latents that a teacher reads are rounded as they always were."""
-    if level.role == "features":
-        level = level.model_copy(update={"codec": CodecSpec(name=codec)})
+def _coded(level: LevelSpec, codecs: CodecConfig) -> LevelSpec:
+    """Under a codec where it holds features: the latents that a teacher reads are rounded as they always were. One that
+    is to be fitted has no parameters yet."""
+    name = codecs.name_for(level.name)
+    if level.role == "features" and not is_fitted_codec(name):
+        level = level.model_copy(update={"codec": CodecSpec(name=name)})
     open_codec(level)
     return level
+
+
+def fit_request(config: ExtractRecipeConfig, recipe: Recipe) -> FitRequest | None:
+    """What is to be fitted before the plan; None where no level has a codec that is. Raises: ConfigError."""
+    codec = config.codec
+    named = {level.name: codec.name_for(level.name) for level in recipe.levels if level.role == "features"}
+    fitted = {level: name for level, name in named.items() if is_fitted_codec(name)}
+    if not fitted:
+        if codec.max_error is not None or codec.budget is not None:
+            raise ConfigError(
+                f"extract.codec gives {'a budget' if codec.max_error is None else 'max_error'}, and no level has a "
+                "codec that is fitted for one; leave extract.codec.name out, or set it to transform"
+            )
+        return None
+    max_error = None if codec.budget else codec.max_error or DEFAULT_MAX_ERROR
+    budget = parse_bytes(codec.budget) if codec.budget else None
+    return FitRequest(fitted, max_error, budget, codec.fit_samples, config.source.seed)
 
 
 def _stored_level(

@@ -19,6 +19,7 @@ from dtpipe.extract.cluster.connection import Connection
 from dtpipe.extract.cluster.preflight import check_space, package_versions, space_warning
 from dtpipe.extract.cluster.ray import Cluster
 from dtpipe.extract.config import ExtractConfig, ExtractRun
+from dtpipe.extract.fitting.run import FitPlace, fit_before_plan
 from dtpipe.extract.shards.progress import OnExtractProgress
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.shards.task import WorkerContext
@@ -43,7 +44,7 @@ from dtpipe.manifests.write.commit import (
     pending_shards,
 )
 from dtpipe.manifests.write.lock import Lock
-from dtpipe.manifests.write.plan import SOURCE_SEEN, plan_digest, start_plan
+from dtpipe.manifests.write.plan import SOURCE_SEEN, find_plan, plan_digest, start_plan
 
 MERGE_ROUNDS = 3  # the merge may send shards back to work; so often it is done here, then by running again
 
@@ -98,6 +99,8 @@ def run_work(
         work = resolve(fresh=fresh, cluster_has_gpus=None if config.inline else connection.has_gpus)
         stop.raise_if_requested(config.out)
         with Lock.acquire(store, config.lock_stale_s) as lock:
+            find_plan(store, fresh)
+            work = fit_before_plan(work, store, FitPlace(config, connection, stop, on_progress))
             plan = _planned(store, work, tally, describe(), fresh)
             tally.stage_seconds["prepare"] = tally.elapsed_s
             run = _Run(config, store, plan, work, lock, connection, stop, tally, describe)
@@ -108,6 +111,7 @@ def run_work(
 def _planned(store: Store, work: Work, tally: Tally, record: dict[str, Any], fresh: bool) -> Plan:
     """The plan, written or found, and what is to be said of the source."""
     census = work.census
+    record |= work.record
     record |= {} if census is None else {SOURCE_SEEN: census.record()}
     plan, _ = start_plan(store, work.recipe, work.listing, record, fresh, work.selection)
     if census is None:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from dtpipe.extract.census import Census, change_since
 from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.fitting.base import FitRequest
 from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.shards.producer import Job
 from dtpipe.manifests.schema import Recipe
@@ -36,6 +37,10 @@ class Work:
     """What the source holds, where a dataset is to begin."""
     change: Callable[[Mapping[str, Any], str], str | None] = lambda _seen, _url: None
     """What changed in the source since the plan saw it, for a dataset at a URL."""
+    fit: FitRequest | None = None
+    """What codecs of the recipe are to be fitted, before there is a plan."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """More for the provenance of the plan."""
     num_bad_before: int = 0
     """Rows known to be bad before any work: the error budget is of others."""
 
@@ -69,6 +74,7 @@ def work_of(resolved: Resolved) -> Work:
         job=job,
         job_here=replace(job, loaded=resolved.teacher),
         selection=resolved.selection,
+        fit=resolved.fit,
         census=resolved.census,
         change=lambda seen, url: change_since(seen, source, url),
     )

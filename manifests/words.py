@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,3 +24,15 @@ def teacher_in_words(teacher: Mapping[str, Any]) -> str:
     seed = teacher.get("options", {}).get("untrained")
     untrained = "" if seed is None else f", UNTRAINED: new weights from seed {seed}"
     return f"{teacher['kind']}{untrained}, weights {teacher['weights_blake3'][:16]}"
+
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGTP]?)B?")
+
+
+def parse_bytes(text: str) -> int:
+    """`500GB`, `1.5 TB`, `2000000`: bytes, in powers of 1000. Raises: ValueError."""
+    match = _BYTES.fullmatch(text.strip())
+    size = float(match[1]) * 1000 ** " kMGTP".index(match[2] or " ") if match else 0
+    if size < 1:
+        raise ValueError(f" is {text!r}; write a size such as 500GB or 1.5TB")
+    return int(size)

@@ -47,9 +47,10 @@ from dtpipe.extract.noise import row_noise
 from dtpipe.extract.shards.codecs import encode_on_device
 from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import KINDS, load_teacher
-from dtpipe.manifests.codecs.base import encode_level
+from dtpipe.manifests.codecs.base import LevelCodec, encode_level
 from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
-from dtpipe.manifests.codecs.registry import CODECS, open_codec
+from dtpipe.manifests.codecs.fit import FitTarget
+from dtpipe.manifests.codecs.registry import CODECS, is_fitted_codec, open_codec
 from dtpipe.manifests.labels import ClassTable
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import LATENT_SUFFIX, CodecSpec, ComputeRecipe, ViewSpec
@@ -58,6 +59,7 @@ from dtpipe.pipeline.live.teacher import open_live
 from parts.ddpm_training import noise_images, tiny_teacher
 from parts.extractions import Extract
 from parts.fake_device import CUDA, META, blank, moved_to, running_on
+from parts.fits import fitted_codec, smooth_features
 from parts.memory import level_spec, tiny_config
 from parts.tiny_teachers import MAKERS, TinyDecoder, TinyTeacher, module
 
@@ -191,10 +193,17 @@ OF_CODEC: dict[str, dict[str, Any]] = {
 """What a level needs that lies under a codec with parameters."""
 
 
+def opened_codec(name: str, dtype: str) -> LevelCodec:
+    """The codec of a level of 6 channels and 8x8 cells, fitted where it is to be."""
+    if is_fitted_codec(name):
+        return fitted_codec(smooth_features(16), FitTarget(relative_mse=0.05), name, dtype)
+    return open_codec(level_spec("l2", 4, 6, dtype=dtype, **OF_CODEC.get(name, {"codec": CodecSpec(name=name)})))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", CODECS)
 def test_a_codec_works_where_the_features_are(name: str, dtype: str) -> None:
-    codec = open_codec(level_spec("l2", 4, 6, dtype=dtype, **OF_CODEC.get(name, {"codec": CodecSpec(name=name)})))
+    codec = opened_codec(name, dtype)
     with running_on(CUDA):
         parts, finite = encode_on_device(codec, blank(CUDA, 3, 2, 6, 8, 8))
     assert on(CUDA, {**parts, "finite": finite})

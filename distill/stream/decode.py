@@ -1,20 +1,27 @@
 """From symbols to features on the training device: symbols cross to it, and are decoded there.
 
-One rule: a decoder gives what its codec's reference gives. Levels of a codec without one are decoded by the reference
+One rule: a decoder gives what its codec's reference gives; that of `transform` sums in float32, which is within the
+error that the codec states beside what it lost. Levels of a codec without one are decoded by the reference
 before they cross.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from dtpipe.distill.stream.transfer import DeviceCopies, Sent
-from dtpipe.manifests.codecs.base import SYMBOLS, Arrays, LevelCodec, decode_level
+from dtpipe.manifests.codecs.base import SYMBOLS, Array, Arrays, LevelCodec, decode_level
+from dtpipe.manifests.codecs.basis import cosine_matrix
 from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
+from dtpipe.manifests.codecs.int8 import INT8, SCALE
 from dtpipe.manifests.codecs.topk import CLASSES, REST, TOPK
+from dtpipe.manifests.codecs.transform import NORM, TRANSFORM, TransformLevel
 
 Decode = Callable[[LevelCodec, Mapping[str, Tensor]], Tensor]
 """(codec, parts of (B, C, h, w)) -> features (B, C, h, w), in the level's dtype."""
@@ -30,7 +37,107 @@ def _topk(codec: LevelCodec, parts: Mapping[str, Tensor]) -> Tensor:
     return logits.scatter(1, parts[CLASSES].long(), parts[SYMBOLS])
 
 
-DECODERS: dict[str, Decode] = {"cast": _cast, TOPK: _topk}
+def _int8(codec: LevelCodec, parts: Mapping[str, Tensor]) -> Tensor:
+    step, offset = (parts[SCALE][:, row, :, None, None] for row in (0, 1))
+    return _rounded(parts[SYMBOLS].float() * step + offset, codec.level.dtype)
+
+
+def _rounded(values: Tensor, dtype: str) -> Tensor:
+    """The nearest value that the dtype has, at most its largest."""
+    most = torch.finfo(getattr(torch, dtype)).max
+    return values.clamp(-most, most).to(getattr(torch, dtype))
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What `transform` was fitted with, on a device, in float32."""
+
+    regions: tuple[tuple[slice, Tensor], ...]
+    """Where the frequencies of each region lie, in the order of regions, and its columns (C, k)."""
+    order: Tensor
+    """(n,): where stored coefficients go, with frequencies in the order of regions."""
+    back: Tensor
+    """(F,): where each frequency lies in that order."""
+    centre: Tensor
+    """(C, 1, 1)."""
+    down: Tensor
+    across: Tensor
+    shift: Tensor
+    """(2, n): of each symbol's band."""
+
+    @classmethod
+    def of(cls, codec: TransformLevel, device: torch.device) -> _Basis:
+        """As the codec has it."""
+        basis, quantiser, level = codec.basis, codec.quantiser, codec.level
+
+        def on_device(array: Array) -> Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        cells = [of_region for of_region, _ in basis.regions()]
+        back, ends = np.argsort(np.concatenate(cells)), np.cumsum([len(of_region) for of_region in cells])
+        places = [slice(int(end) - len(of_region), int(end)) for end, of_region in zip(ends, cells, strict=True)]
+        columns = [on_device(rows.T) for _, rows in basis.regions()]
+        component, frequency = np.divmod(quantiser.order, len(back))
+        return cls(
+            tuple(zip(places, columns, strict=True)),
+            on_device(component * len(back) + back[frequency]),
+            on_device(back),
+            on_device(basis.centre[:, None, None]),
+            on_device(cosine_matrix(level.height)),
+            on_device(cosine_matrix(level.width)),
+            on_device(quantiser.shift[quantiser.bands].T),
+        )
+
+    def inverse(self, coefficients: Tensor) -> Tensor:
+        """Normalised features. Shapes: (B, K, F), by region -> (B, C, h, w)."""
+        parts = [torch.matmul(columns, coefficients[:, : columns.shape[1], place]) for place, columns in self.regions]
+        waves = torch.cat(parts, dim=2)[:, :, self.back]
+        maps = waves.reshape(*waves.shape[:2], len(self.down), len(self.across))
+        return self.down.T @ maps @ self.across + self.centre
+
+
+_MOST_KEPT = 16
+_bases: dict[tuple[str, str], _Basis] = {}  # by digest of what was fitted, and device
+
+
+def _basis_of(codec: TransformLevel, device: torch.device) -> _Basis:
+    key = codec.parameters.fitted, str(device)
+    if key not in _bases:
+        while len(_bases) >= _MOST_KEPT:
+            _bases.pop(next(iter(_bases)), None)
+        _bases[key] = _Basis.of(codec, device)
+    return _bases[key]
+
+
+def _transform(codec: LevelCodec, parts: Mapping[str, Tensor]) -> Tensor:
+    assert isinstance(codec, TransformLevel)
+    symbols, norm, wide = parts[SYMBOLS].float(), parts[NORM], codec.parameters.wide
+    basis, num_cells = _basis_of(codec, symbols.device), codec.level.height * codec.level.width
+    numbers = symbols[:, : codec.parameters.symbols]
+    numbers[:, :wide] += 256 * symbols[:, codec.parameters.symbols :]
+    shift = torch.where(numbers.abs() > 1, basis.shift[1], basis.shift[0])
+    coefficients = numbers.new_zeros(len(numbers), codec.parameters.components * num_cells)
+    coefficients[:, basis.order] = (numbers - numbers.sign() * shift) * codec.parameters.step
+    with _whole_float32(symbols.device):
+        normal = basis.inverse(coefficients.reshape(len(numbers), codec.parameters.components, num_cells))
+    deviation, mean = (norm[:, place, None, None, None] for place in (0, 1))
+    return _rounded(normal * deviation + mean, codec.level.dtype)
+
+
+@contextmanager
+def _whole_float32(device: torch.device) -> Iterator[None]:
+    """Products in all of float32's digits, whatever the process has chosen for itself."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+DECODERS: dict[str, Decode] = {"cast": _cast, INT8: _int8, TOPK: _topk, TRANSFORM: _transform}
 _ROWS = "rows"  # sent beside the parts of a piece that is not the whole batch
 
 
@@ -77,6 +184,15 @@ def _decode(piece: _SentPiece, copies: DeviceCopies) -> tuple[Tensor | None, Ten
     rows = parts.pop(_ROWS, None)
     decode = DECODERS.get(piece.codec.level.codec.name, _cast)  # decoded already where there is none
     return rows, decode(piece.codec, parts)
+
+
+def decode_on_device(codec: LevelCodec, parts: Mapping[str, Tensor]) -> Tensor:
+    """Features of parts that are on a device already. Shapes: {part: (B, ..)} -> (B, C, h, w), in the level's dtype."""
+    decode = DECODERS.get(codec.level.codec.name)
+    if decode is not None:
+        return decode(codec, parts)
+    decoded = decode_level(codec, {name: values.cpu().numpy() for name, values in parts.items()})
+    return torch.from_numpy(np.ascontiguousarray(decoded)).to(parts[SYMBOLS].device)
 
 
 def _to_send(piece: CodedPiece) -> Arrays:

@@ -55,7 +55,7 @@ def _more_decoders(stalls: Stalls) -> str:
 def _codec(stalls: Stalls) -> str:
     on_device, behind = stalls.spans.get(CODEC, 0.0), stalls.spans.get("coding", 0.0)
     if on_device >= behind:
-        return "the codec on the teacher's device: store fewer levels or views, or take a simpler extract.shard.codec"
+        return "the codec on the teacher's device: store fewer levels or views, or take a simpler extract.codec"
     if stalls.code_threads < stalls.cpus:
         return f"compression: raise extract.run.code_threads from {stalls.code_threads} to up to {stalls.cpus}"
     return f"compression: give each worker more than {stalls.cpus} CPUs, or lower extract.shard.zstd_level"

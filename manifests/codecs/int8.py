@@ -14,7 +14,7 @@ from dtpipe.manifests.schema import LevelSpec
 
 INT8: Final = "int8"
 SCALE: Final = "scale"  # part: of each channel the step, and the value of symbol 0
-_MOST: Final = 127
+LARGEST: Final = 127  # symbol
 _ROUNDED: Final = 2.0**-22  # of a channel's largest value: what float32 rounds away, in scale, offset and sum
 _SUBNORMAL: Final = 2.0**-126  # and what it has no steps for
 
@@ -38,13 +38,13 @@ class Int8Level:
         """To the nearest step, of equally near ones the even. A channel of one value has step 0."""
         values = features.astype(np.float64)
         least, most = values.min(axis=(-2, -1)), values.max(axis=(-2, -1))
-        scale = np.stack([(most - least) / (2 * _MOST), (most + least) / 2], axis=-2).astype("<f4")
-        if np.abs(features).max(initial=0) > np.finfo(self.level.dtype).max:
-            scale[...] = np.inf  # says that these features do not fit
+        scale = np.stack([(most - least) / (2 * LARGEST), (most + least) / 2], axis=-2).astype("<f4")
+        too_large = np.abs(values).max(axis=(-3, -2, -1)) > np.finfo(self.level.dtype).max
+        scale[too_large] = np.inf  # says that these features do not fit
         step, offset = (scale[..., row, :, None, None].astype(np.float64) for row in (0, 1))
         with np.errstate(invalid="ignore", divide="ignore"):
             steps = np.where(step > 0, (values - offset) / step, 0)
-        symbols = np.clip(np.rint(np.nan_to_num(steps)), -_MOST, _MOST)
+        symbols = np.clip(np.rint(np.nan_to_num(steps)), -LARGEST, LARGEST)
         return {SYMBOLS: symbols.astype("i1"), SCALE: scale}
 
     def decode(self, parts: Arrays) -> Array:
@@ -57,7 +57,7 @@ class Int8Level:
         """Half a step of each channel, and what is rounded away in float32 and in the level's dtype."""
         scale = parts[SCALE].astype(np.float64)
         step, offset = scale[..., 0, :], np.abs(scale[..., 1, :])
-        largest = offset + _MOST * step
+        largest = offset + LARGEST * step
         rounded = np.spacing(np.minimum(largest, np.finfo(self.level.dtype).max).astype(self.level.dtype)) / 2
         worst = step / 2 + largest * _ROUNDED + _SUBNORMAL + rounded.astype(np.float64)
         return np.asarray(np.sqrt(np.square(worst).mean(axis=-1)))

@@ -13,7 +13,7 @@ from dtpipe.manifests.codecs.basis import Floats
 
 NO_BAND: Final = 255  # of coefficients that are not stored: they are 0
 MAX_BANDS: Final = 254
-_MOST: Final = 127 * 256 + 127  # magnitude of a symbol of two bytes
+LARGEST_NUMBER: Final = 127 * 256 + 127  # magnitude of a symbol of two bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Quantiser:
         """To whole numbers in the order of bands. Shapes: [.., K, H, W] -> [.., n]."""
         values = np.take(coefficients.reshape(*coefficients.shape[:-3], -1), self.order, axis=-1)
         steps = np.abs(values) / self.step
-        magnitude = np.clip(np.floor(steps + self.rounding[self.bands]), 1, _MOST)
+        magnitude = np.clip(np.floor(steps + self.rounding[self.bands]), 1, LARGEST_NUMBER)
         return np.asarray(np.copysign(np.where(steps < self.zone[self.bands], 0, magnitude), values), np.int16)
 
     def restore(self, numbers: NDArray[np.int16]) -> Floats:

@@ -26,3 +26,8 @@ def open_codec(level: LevelSpec, fitted: FittedArrays = NOT_FITTED) -> LevelCode
 def level_codecs(recipe: Recipe, fitted: FittedArrays = NOT_FITTED) -> dict[str, LevelCodec]:
     """The codec of each level, by name. Raises: as `open_codec`."""
     return {level.name: open_codec(level, fitted) for level in recipe.levels}
+
+
+def is_fitted_codec(name: str) -> bool:
+    """True for a codec that is fitted before a plan; what there is none of, too, is not."""
+    return name in CODECS and CODECS[name].fit is not None

@@ -29,7 +29,8 @@ from dtpipe.manifests.schema import LevelSpec
 
 TRANSFORM: Final = "transform"
 NORM: Final = "norm"  # part: deviation and mean of the sample, and the root mean square of what it lost
-_ROUNDED: Final = 2.0**-20  # of a sample's root mean square: what decoders in float32 may round away
+ROUNDED: Final = {"float32": 2.0**-20, "float16": 2.0**-14}
+"""Of a sample's root mean square: what decoders that sum in float32 may round otherwise, by the level's dtype."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class TransformLevel:
         lost = self.decode(parts).astype(np.float64) - values
         axes = (-3, -2, -1)
         size = np.sqrt(np.square(values).mean(axis=axes))
-        error = np.sqrt(np.square(lost).mean(axis=axes)) + size * _ROUNDED
+        error = np.sqrt(np.square(lost).mean(axis=axes)) + size * ROUNDED[self.level.dtype]
         with np.errstate(over="ignore"):
             parts[NORM][..., 2] = np.nextafter(error.astype(np.float32), np.float32(np.inf))
         parts[NORM][np.abs(values).max(axis=axes) > np.finfo(self.level.dtype).max] = np.inf

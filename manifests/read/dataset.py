@@ -57,7 +57,7 @@ class FeatureDataset:
         self.url, self.recipe = store.url, plan.recipe
         self.levels, self.views = plan.recipe.levels, plan.recipe.views
         self.image_px = plan.recipe.transform.height, plan.recipe.transform.width
-        self._chunks, self._codecs = chunks, level_codecs(plan.recipe, StoredFitted(store))
+        self._chunks, self.codecs = chunks, level_codecs(plan.recipe, StoredFitted(store))
         self._buffers = Buffers()
 
     @classmethod
@@ -114,7 +114,7 @@ class FeatureDataset:
         self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64], images: bool
     ) -> tuple[NDArray[np.uint8], CodedLevels]:
         self._check(rows, names, views, images)
-        codecs = {name: self._codecs[name] for name in names}
+        codecs = {name: self.codecs[name] for name in names}
         specs = [spec for spec in self._chunks.arrays.values() if spec.level in codecs]
         empty = self._buffers.empty
         arrays = {spec.name: empty((len(rows), *spec.chunk_shape), spec.dtype) for spec in specs}
@@ -136,8 +136,8 @@ class FeatureDataset:
         self.columns = replace(self.columns, status=Texts(pa.chunked_array([status])))
 
     def _check(self, rows: NDArray[np.int64], names: Sequence[str], views: NDArray[np.int64], images: bool) -> None:
-        if unknown := [name for name in names if name not in self._codecs]:
-            raise ConfigError(f"{self.url} has no level {unknown[0]!r}; choose from {', '.join(self._codecs)}")
+        if unknown := [name for name in names if name not in self.codecs]:
+            raise ConfigError(f"{self.url} has no level {unknown[0]!r}; choose from {', '.join(self.codecs)}")
         if images and self.recipe.images != "stored":
             raise ConfigError(f"{self.url} stores no images; join it with the dataset that has them (--join)")
         if len(views) != len(rows):

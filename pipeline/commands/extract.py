@@ -37,6 +37,8 @@ FLAGS = (
     Flag("--timesteps", "extract.noise.timesteps", "T,T"),
     Flag("--draws", "extract.noise.draws", "K"),
     Flag("--flips", "extract.noise.flips"),
+    Flag("--max-error", "extract.codec.max_error", "SHARE"),
+    Flag("--budget", "extract.codec.budget", "SIZE"),
     Flag("--format", "extract.shard.format", "zarr|webdataset"),
     Flag("--batch-size", "extract.batch_size", "N"),
     Flag("--limit", "extract.limit", "N"),

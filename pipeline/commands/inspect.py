@@ -72,6 +72,8 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
         for level in facts["levels"]
     ]
     console.table(("array", "stride", "per sample", "dtype", "stored", "ratio", "tap"), rows)
+    if facts["fitted_bytes"]:
+        console.result(f"codecs were fitted before: {format_bytes(facts['fitted_bytes'])} in codecs/")
     _print_errors(console, facts["levels"])
     _print_labels(console, facts["labels"])
     if facts["ignored"]:

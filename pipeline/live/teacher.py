@@ -6,7 +6,7 @@ What is encoded live is what `extract` would store for the same draw, but for la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +22,14 @@ from dtpipe.extract.latents import Latents, StoredLatents
 from dtpipe.extract.noise import RowNoise, row_noise
 from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
+from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource
 from dtpipe.manifests.schema import LevelSpec, ViewSpec
 from dtpipe.manifests.soft_labels import soft_labels_of
+from dtpipe.pipeline.live.codecs import as_stored
 from dtpipe.pipeline.live.labels import behind_dataset
 from dtpipe.pipeline.live.recorded import RecipeTeacher, open_teacher
 
@@ -51,6 +53,8 @@ class LivePart:
     """Draws that are stored: fresh draw n is the recipe's draw `num_stored` + n."""
     latents: StoredLatents | None = None
     """Kept latents, which save the teacher its VAE."""
+    codecs: Mapping[str, LevelCodec] = field(default_factory=dict)
+    """Of the levels, by their names in the source, where live features are to be as stored ones."""
 
     def rows(self, samples: LiveSamples, timestep: int | None) -> Rows:
         """Noise, and latents where they are kept, of samples of one timestep; on the host, without images."""
@@ -133,7 +137,9 @@ class LiveRecipes:
             if self.makes_images:
                 assert encoded.images is not None
                 shown[idxs] = encoded.images
-            for name, features in encoded.levels.items():
+            for name, raw in encoded.levels.items():
+                codec = chunk.part.codecs.get(name)
+                features = raw if codec is None else as_stored(codec, raw)
                 if name not in levels:
                     levels[name] = features.new_empty((len(samples), *features.shape[2:]))
                 levels[name][idxs] = features[:, 0]
@@ -204,7 +210,10 @@ def open_live(
             level.model_copy(update={"name": names.get((idx, level.name), level.name)}) for level in recipe.levels
         ]
         latents = StoredLatents.find(datasets[idx], opened.teacher.spec, recipe)
-        parts.append(LivePart(opened, levels, 1 + max(view.draw for view in recipe.views), latents))
+        codecs = {
+            level.name: datasets[idx].codecs[stored.name] for level, stored in zip(levels, recipe.levels, strict=True)
+        }
+        parts.append(LivePart(opened, levels, 1 + max(view.draw for view in recipe.views), latents, codecs))
     teacher = LiveRecipes(parts, route)
     level = None if config is None else soft_label_level(config, source.levels)
     if level is None or config is None or not isinstance(source, JoinedDataset):

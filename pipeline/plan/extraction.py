@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,8 @@ class ExtractionPlan:
     num_probed: int
     ignored: dict[str, int]
     """What lies in the source and is no sample: extension or why, to count."""
+    to_fit: dict[str, Any] | None = None
+    """What `extract` would fit before its plan; sizes here are of these levels under cast."""
 
 
 def plan_extraction(config: ExtractConfig, prices: PlanConfig = PRICES) -> ExtractionPlan:
@@ -153,6 +156,7 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
         device_bytes=probe.device_bytes,
         num_probed=len(rows),
         ignored=dict(ignored),
+        to_fit=None if work.fit is None else work.fit.record(),
     )
 
 
@@ -306,6 +310,8 @@ def print_extraction(console: Console, plan: ExtractionPlan) -> None:
             + (f", {format_bytes(plan.device_bytes)} on the GPU" if plan.device_bytes is not None else ""),
         }
     )
+    if plan.to_fit is not None:
+        console.result(_fit_in_words(plan.to_fit))
     console.result()
     print_arrays(console, plan.arrays, plan.num_samples, plan.views, plan.num_probed)
     console.result()
@@ -314,6 +320,15 @@ def print_extraction(console: Console, plan: ExtractionPlan) -> None:
     console.result(f"measured on {plan.num_probed} of the images; nothing was written")
     if plan.free_bytes is not None and plan.stored_bytes > plan.free_bytes:
         console.result("warning: that does not fit; store fewer levels or views, or write to another place")
+
+
+def _fit_in_words(fit: dict[str, Any]) -> str:
+    levels = ", ".join(f"{name} {codec}" for name, codec in fit["levels"].items())
+    target = f"{fit['max_error']:.1%} error" if "max_error" in fit else format_bytes(fit["budget_bytes"])
+    return (
+        f"codecs ({levels}) would be fitted for {target} to {count_of(fit['samples'], 'sample')} at most, before "
+        "anything is stored; the bytes above are of these levels as they are, unfitted"
+    )
 
 
 def _ms(seconds: float) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from dtpipe.manifests.codecs.fitted import fitted_names
 from dtpipe.manifests.errors import InputError, StoreError
 from dtpipe.manifests.fidelity import CODEC_ERROR, FIT_EXPECTS
 from dtpipe.manifests.layout.arrays import stored_arrays
@@ -46,7 +47,8 @@ def describe_dataset(url: str) -> dict[str, Any]:
     """Everything worth knowing about a dataset, as one JSON-able document; an unfinished one is described as far as
     it is.
 
-    Units: sizes in bytes. `ratio` is raw over stored bytes; `overhead_bytes` are keys, headers and chunk tables. Of an
+    Units: sizes in bytes. `ratio` is raw over stored bytes; `fitted_bytes` are of the
+    arrays that codecs were fitted with; `overhead_bytes` are keys, headers and chunk tables. Of an
     unfinished dataset, statuses and sizes are of the shards that are committed.
     Raises: DamagedDataError when a file does not fit its digest; InputError when there is no dataset.
     """
@@ -68,6 +70,7 @@ def describe_dataset(url: str) -> dict[str, Any]:
             _level_bytes(level, dataset.recipe, stored) | _errors(level, dataset, complete)
             for level in dataset.recipe.levels
         ],
+        "fitted_bytes": sum(len(Store(url).read(name)) for name in fitted_names(*dataset.recipe.levels)),
         "overhead_bytes": size_bytes - sum(stored[name][1] for name in arrays if name in stored),
         "labels": dict(sorted(Counter(label for label in dataset.columns.labels if label is not None).items())),
         "bad": bad_records(dataset),

@@ -83,7 +83,7 @@ def live_work(
     assert isinstance(work.job, TeacherJob)
     assert isinstance(work.job_here, TeacherJob)
     job = LiveJob(labels.interpreter, work.job, features)
-    return replace(work, recipe=recipe, job=job, job_here=replace(job, teacher=work.job_here))
+    return replace(work, recipe=recipe, fit=None, job=job, job_here=replace(job, teacher=work.job_here))
 
 
 def _open_source(url: str) -> FeatureDataset:

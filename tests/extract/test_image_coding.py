@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dtpipe.extract.config import ShardConfig
+from dtpipe.extract.config import CodecConfig, ShardConfig
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_images
@@ -16,23 +17,23 @@ from parts.extractions import Extract
 
 
 @pytest.mark.parametrize(
-    ("fields", "coding"),
+    ("codec", "fields", "coding"),
     [
-        ({}, "plain"),  # v1, and whole for any reader
-        ({"format": "webdataset"}, "plain"),
-        ({"codec": "int8"}, "predicted"),
-        ({"codec": "int8", "format": "webdataset"}, "webp"),
-        ({"codec": "int8", "images": "joined"}, "plain"),
-        ({"codec": "int8", "image_coding": "plain"}, "plain"),
-        ({"image_coding": "predicted"}, "predicted"),
+        ({}, {}, "plain"),  # v1, and whole for any reader
+        ({}, {"format": "webdataset"}, "plain"),
+        ({"name": "int8"}, {}, "predicted"),
+        ({"levels": {"l2": "int8"}}, {"format": "webdataset"}, "webp"),
+        ({"max_error": 0.03}, {"images": "joined"}, "plain"),
+        ({"max_error": 0.03}, {"image_coding": "plain"}, "plain"),
+        ({}, {"image_coding": "predicted"}, "predicted"),
     ],
 )
-def test_images_are_compact_where_levels_are(fields: dict[str, str], coding: str) -> None:
-    assert ShardConfig(**fields).image_coding_of((64, 64)) == coding  # type: ignore[arg-type]
+def test_images_are_compact_where_levels_are(codec: dict[str, Any], fields: dict[str, Any], coding: str) -> None:
+    assert ShardConfig(**fields).image_coding_of((64, 64), CodecConfig(**codec).plain) == coding
 
 
 def test_webp_is_not_chosen_for_what_it_cannot_hold() -> None:
-    assert ShardConfig(format="webdataset", codec="int8").image_coding_of((64, 16384)) == "plain"
+    assert ShardConfig(format="webdataset").image_coding_of((64, 16384), False) == "plain"
     with pytest.raises(ConfigError, match="image_coding is webp, which has sides up to 16383 px, not 64x16384"):
         ShardConfig(format="webdataset", image_coding="webp").image_coding_of((64, 16384))
 

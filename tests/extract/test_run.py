@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dtpipe.extract.cluster.inline import HERE
-from dtpipe.extract.config import TeacherConfig
+from dtpipe.extract.config import CodecConfig, TeacherConfig
 from dtpipe.extract.noise import draw_noise
 from dtpipe.extract.recipe import make_recipe, stored_levels
 from dtpipe.extract.run import run_extraction
@@ -222,12 +222,12 @@ def test_a_codec_is_of_features_and_latents_stay_rounded_as_the_teacher_reads_th
 ) -> None:
     register_turned(monkeypatch)
     taps = (*TAPS[:2], TapSpec("l3.latent", 8, 8, "VAE"))
-    levels = stored_levels(taps, (64, 64), (64, 64), "float16", "turned")
+    levels = stored_levels(taps, (64, 64), (64, 64), "float16", CodecConfig(name="turned"))
     assert [(level.role, level.codec.name) for level in levels] == [("features", "turned")] * 2 + [("latent", "cast")]
 
 
 def test_an_unknown_codec_is_refused_before_anything_is_written(make_config: MakeConfig) -> None:
-    config = make_config(shard={"samples": 3, "codec": "nf4"})
+    config = make_config(shard={"samples": 3}, codec={"name": "nf4"})
     with pytest.raises(ConfigError, match="codec 'nf4' of level l2 is unknown; choose one of cast"):
         run_extraction(config)
     assert not Path(config.run.out).exists()

@@ -60,7 +60,7 @@ def pair(extract: Extract, turned: None) -> Pair:
         shard = {"samples": 3, "format": form, "dtype": dtype}
         urls = (
             extract(f"cast{name}", shard=shard, **changes),
-            extract(f"turned{name}", shard={**shard, "codec": "turned"}, **changes),
+            extract(f"turned{name}", shard=shard, codec={"name": "turned"}, **changes),
         )
         return tuple(FeatureDataset.open(url) for url in urls)
 
@@ -192,7 +192,9 @@ def test_what_a_codec_loses_is_measured_as_it_is_written_and_shown(
 
 def test_a_plan_counts_what_the_codec_stores(turned: None, make_config: MakeConfig, tmp_path: Path) -> None:
     plain, coded = (
-        plan_extraction(make_config(shard={"samples": 3, "dtype": "float32", "codec": codec, "image_coding": "plain"}))
+        plan_extraction(
+            make_config(shard={"samples": 3, "dtype": "float32", "image_coding": "plain"}, codec={"name": codec})
+        )
         for codec in ("cast", "turned")
     )
     assert coded.levels == {name: size + (0 if name == "image" else 4) for name, size in plain.levels.items()}

@@ -10,9 +10,11 @@ from dtpipe.distill.stream.decode import DECODERS, SentLevels
 from dtpipe.distill.stream.transfer import DeviceCopies
 from dtpipe.manifests.codecs.base import SYMBOLS, encode_level
 from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
+from dtpipe.manifests.codecs.fit import FitTarget
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.schema import CodecSpec
 from parts.codecs import register_turned
+from parts.fits import fitted_codec, level_of, smooth_features
 from parts.memory import level_spec
 
 DEVICES = [
@@ -53,6 +55,27 @@ def test_decoding_on_a_device_equals_the_reference(
         assert level.device.type == device
         np.testing.assert_array_equal(level.cpu().numpy(), expected[name])
         assert level.dtype == getattr(torch, str(expected[name].dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_int8_is_decoded_bit_for_bit_and_transform_within_what_it_states(dtype: str, device: str) -> None:
+    features = smooth_features(24, channels=12, seed=1)
+    int8 = open_codec(level_of(features, "int8", dtype))
+    fitted = fitted_codec(smooth_features(64, channels=12), FitTarget(relative_mse=0.002), dtype=dtype)
+    coded = {"int8": CodedPiece(int8, encode_level(int8, features)), "l2": CodedPiece(fitted, fitted.encode(features))}
+    copies = DeviceCopies(torch.device(device))
+    levels = SentLevels.send(CodedLevels(24, {name: [piece] for name, piece in coded.items()}), copies).receive(copies)
+    decoded = {name: level.cpu().numpy() for name, level in levels.items()}
+    assert {values.dtype.name for values in decoded.values()} == {dtype}
+    np.testing.assert_array_equal(decoded["int8"], int8.decode(coded["int8"].parts))
+    expected, stated = fitted.decode(coded["l2"].parts), fitted.error(coded["l2"].parts)
+    lost = decoded["l2"].astype(np.float64) - features
+    assert (np.sqrt(np.square(lost).mean(axis=(1, 2, 3))) <= stated).all()
+    apart = np.abs(decoded["l2"].astype(np.float64) - expected)
+    size = np.sqrt(np.square(expected.astype(np.float64)).mean(axis=(1, 2, 3), keepdims=True))
+    steps = 0 if dtype == "float32" else np.spacing(np.abs(expected)).astype(np.float64)  # another neighbour there
+    assert (apart <= steps + 2**-18 * size).all()  # float32 sums of 12 x 64 numbers
 
 
 def test_levels_of_one_codec_cross_to_the_cpu_without_a_copy(coded: CodedLevels) -> None:

@@ -1,0 +1,65 @@
+"""Dividing bytes over levels: the least error, added over all, that so many bytes allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Floats = NDArray[np.float64]
+
+CURVE_ERRORS: Final = (0.001, 0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+_HALVINGS: Final = 60
+_STEPS: Final = 512
+_PRICES: Final = (1e-12, 1e3)  # error that a byte is worth
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Sizes that one level takes at several errors, which rise."""
+
+    errors: tuple[float, ...]
+    sizes: tuple[float, ...]
+    """Bytes of a view; they fall."""
+
+    def error_of(self, price: float) -> float:
+        """The error where a level costs least, at a price of a byte: error + price * size."""
+        errors, sizes = self._finely
+        return float(errors[np.argmin(errors + price * sizes)])
+
+    def size_of(self, error: float) -> float:
+        """Bytes at an error, between those that were measured on the logarithm of the error."""
+        errors, sizes = self._finely
+        return float(np.interp(np.log(error), np.log(errors), sizes))
+
+    @cached_property
+    def _finely(self) -> tuple[_Floats, _Floats]:
+        """Errors close to each other, and their sizes."""
+        known = np.log(np.maximum(np.maximum.accumulate(self.errors), 1e-12))
+        errors = np.linspace(known[0], known[-1], _STEPS)
+        return np.exp(errors), np.interp(errors, known, np.minimum.accumulate(self.sizes))
+
+
+def divide(curves: Mapping[str, Curve], view_bytes: float) -> dict[str, float] | None:
+    """The error of each level: the least in sum that fits into the bytes of a view; None where nothing fits.
+
+    Lagrangian: at the solution all levels have the same error per byte, the price. Errors are relative, so levels
+    count alike, as their losses do.
+    """
+
+    def size_at(price: float) -> float:
+        return sum(curve.size_of(curve.error_of(price)) for curve in curves.values())
+
+    low, high = _PRICES
+    if size_at(high) > view_bytes:
+        return None
+    if size_at(low) <= view_bytes:
+        return {name: curve.error_of(low) for name, curve in curves.items()}
+    for _ in range(_HALVINGS):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if size_at(middle) > view_bytes else (low, middle)
+    return {name: curve.error_of(high) for name, curve in curves.items()}

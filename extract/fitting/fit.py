@@ -1,0 +1,151 @@
+"""From a sample of features to codecs: for an error of each level, or for a size of the whole dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtpipe.extract.fitting.base import FitRequest, FitResult, OnFitted
+from dtpipe.extract.fitting.budget import CURVE_ERRORS, Curve, divide
+from dtpipe.extract.fitting.sample import FitSample, chosen_rows, read_sample, sample_plan
+from dtpipe.extract.shards.producer import Job
+from dtpipe.manifests.codecs.base import array_name, encode_level
+from dtpipe.manifests.codecs.fit import Fit, FitTarget
+from dtpipe.manifests.codecs.fitted import FITTED, HeldFitted, encode_fitted
+from dtpipe.manifests.codecs.registry import CODECS, level_codecs
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.layout.arrays import ShardArrays, stored_arrays
+from dtpipe.manifests.schema import IMAGE, CodecSpec, LevelSpec, Recipe
+from dtpipe.manifests.words import count_of
+from dtpipe.manifests.write.listing import Listing
+from dtpipe.manifests.write.shard import encode_shard
+
+_FEW: Final = 64  # samples; a basis of fewer is said to be one
+_CURVE_SAMPLES: Final = 128  # that sizes at several errors are measured on
+_MEASURED: Final = 64  # samples whose stored bytes are measured
+_ROOM: Final = 0.98  # of a budget; the sample is not the whole
+_LESS: Final = 0.99  # of it in each round, since sizes between those that were tried are not exact
+_ROUNDS: Final = 8  # so often a budget is divided again by what was measured
+"""Stored bytes have parts that a fit does not see: images, headers, checksums."""
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """A whole fit, for any process; small."""
+
+    draft: Recipe
+    """Levels that are to be fitted have no codec there yet."""
+    request: FitRequest
+    job: Job
+    listing: Listing
+    """Of the rows that are looked at."""
+    num_rows: int
+    """Of the whole dataset."""
+    decode_threads: int
+
+    def run(self, device: str, on_fitted: OnFitted) -> FitResult:
+        """Read the sample and fit. Raises: as `read_sample`; ConfigError when no codec meets the request."""
+        sample = read_sample(self.draft, self.listing, self.job, device, self.decode_threads, on_fitted)
+        return fit_codecs(self.draft, sample, self.request, self.num_rows, on_fitted)
+
+
+def fit_task(draft: Recipe, listing: Listing, request: FitRequest, job: Job, decode_threads: int) -> FitTask:
+    """The fit of a dataset that is to begin."""
+    return FitTask(draft, request, job, chosen_rows(draft, listing, request), len(listing), decode_threads)
+
+
+def fit_codecs(draft: Recipe, sample: FitSample, request: FitRequest, num_rows: int, on_fitted: OnFitted) -> FitResult:
+    """Codecs of the levels that a request names. Raises: ConfigError when none meets it."""
+    fits = _Fits(draft, sample, request, on_fitted)
+    if request.budget_bytes is None:
+        assert request.max_error is not None
+        return fits.result(dict.fromkeys(request.codecs, request.max_error))
+    return fits.within(request.budget_bytes, num_rows)
+
+
+class _Fits:
+    """Fits of one sample."""
+
+    def __init__(self, draft: Recipe, sample: FitSample, request: FitRequest, on_fitted: OnFitted) -> None:
+        self._draft, self._sample, self._request, self._on_fitted = draft, sample, request, on_fitted
+        self._levels = {level.name: level for level in draft.levels if level.name in request.codecs}
+
+    def result(self, errors: Mapping[str, float]) -> FitResult:
+        """Each level fitted for its error."""
+        codecs, files, expected = {}, {}, {}
+        for name, level in self._levels.items():
+            fit = self._fit(level, self._sample.levels[name], errors[name])
+            digest, data = encode_fitted(fit.arrays)
+            files[digest] = data
+            codecs[name] = CodecSpec(name=self._request.codecs[name], parameters={**fit.parameters, FITTED: digest})
+            expected[name] = {"relative_mse": float(fit.relative_mse), "size_bytes": float(fit.size_bytes)}
+            self._say(f"level {name} is fitted: {_percent(fit.relative_mse)} error, {_ratio(level, fit.size_bytes)}")
+        num = len(self._sample.rows)
+        few = f"codecs were fitted to {count_of(num, 'sample')} only, which may be too few for others like them"
+        return FitResult(codecs, files, expected, num, (few,) if num < _FEW else ())
+
+    def within(self, budget_bytes: int, num_rows: int) -> FitResult:
+        """The least error, added over levels, within bytes of the whole dataset: one price of a byte for all levels."""
+        num_views = len(self._draft.views)
+        view_bytes = _ROOM * budget_bytes / num_rows / num_views
+        curves = {name: self._curve(level) for name, level in self._levels.items()}
+        beside = 0.0  # images, headers, levels that are not fitted
+        for tried in range(_ROUNDS):
+            errors = divide(curves, (view_bytes - beside) * _LESS**tried)
+            if errors is None:
+                break
+            result = self.result(errors)
+            stored = self._stored_bytes(result) / num_views
+            if stored <= view_bytes:
+                return result
+            beside = stored - sum(level["size_bytes"] for level in result.expected.values())
+        least = beside + sum(curve.sizes[-1] for curve in curves.values())
+        raise ConfigError(
+            f"extract.codec.budget of {budget_bytes} bytes is {view_bytes * num_views:.0f} for each of "
+            f"{count_of(num_rows, 'sample')}; images and levels at {CURVE_ERRORS[-1]:.0%} error take about "
+            f"{least * num_views:.0f}: give more, or store fewer levels, views or samples"
+        )
+
+    def _curve(self, level: LevelSpec) -> Curve:
+        """Sizes of a level at several errors."""
+        features = self._sample.levels[level.name][:_CURVE_SAMPLES]
+        fits = [self._fit(level, features, error) for error in CURVE_ERRORS]
+        self._say(f"level {level.name} was tried at {len(fits)} errors")
+        return Curve(tuple(fit.relative_mse for fit in fits), tuple(fit.size_bytes for fit in fits))
+
+    def _fit(self, level: LevelSpec, features: NDArray[np.float32], error: float) -> Fit:
+        fit = CODECS[self._request.codecs[level.name]].fit
+        assert fit is not None, "only codecs that are fitted are asked for"
+        return fit(level, features, FitTarget(relative_mse=error))
+
+    def _stored_bytes(self, result: FitResult) -> float:
+        """Of one sample in its store, all views, images and headers included, by the sample of the fit."""
+        recipe = result.recipe(self._draft)
+        num = min(len(self._sample.rows), _MEASURED)
+        plan = sample_plan(recipe, num)
+        codecs = level_codecs(recipe, HeldFitted(result.files))
+        arrays = {name: np.zeros(spec.shape(num), spec.dtype) for name, spec in stored_arrays(recipe).items()}
+        if self._sample.images is not None:
+            arrays[IMAGE][...] = self._sample.images[:num]
+        for name, codec in codecs.items():
+            for part, values in encode_level(codec, self._sample.levels[name][:num]).items():
+                arrays[array_name(name, part)][...] = values[:, None]
+        rows = [row.model_copy(update={"row": idx}) for idx, row in enumerate(self._sample.rows[:num])]
+        return sum(encoded.size_bytes for encoded in encode_shard(plan, 0, ShardArrays(arrays, rows))) / num
+
+    def _say(self, what: str) -> None:
+        num = len(self._sample.rows)
+        self._on_fitted(num, num, what)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share < 0.1 else f"{share:.0%}"
+
+
+def _ratio(level: LevelSpec, size_bytes: float) -> str:
+    raw = level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
+    return f"{size_bytes:.0f} of {raw} bytes a view, {raw / max(size_bytes, 1):.1f}x"

@@ -1,0 +1,123 @@
+"""The sample of rows that codecs are fitted to, and its features, by the path that extraction takes."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dtpipe.extract.fitting.base import FitRequest, OnFitted
+from dtpipe.extract.shards.producer import Job, PreparedRow, Producer
+from dtpipe.extract.shards.rows import BatchQueue
+from dtpipe.extract.shards.timeline import ShardClock
+from dtpipe.extract.teachers.arithmetic import exact
+from dtpipe.manifests.canonical import blake3_hex
+from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.schema import IndexRow, Plan, Recipe
+from dtpipe.manifests.write.listing import Listing, permutation
+
+_MOST_BYTES = 4 * 2**30  # of the features of a sample, as float32
+
+
+@dataclass(frozen=True)
+class FitSample:
+    """What a fit sees."""
+
+    rows: tuple[IndexRow, ...]
+    levels: dict[str, NDArray[np.float32]]
+    """{level: [n, C, h, w]}: of each row one view, in turn."""
+    images: NDArray[np.uint8] | None
+    """[n, H, W, 3], where they are to be stored."""
+
+
+def chosen_rows(recipe: Recipe, listing: Listing, request: FitRequest) -> Listing:
+    """The rows that are looked at: by seed alone, no more than memory holds, in the order of the listing."""
+    sample_bytes = sum(4 * level.channels * level.height * level.width for level in recipe.levels)
+    most = min(request.num_samples, max(1, _MOST_BYTES // sample_bytes))
+    chosen = sorted(permutation(len(listing), request.seed)[:most])
+    rows = listing.rows(chosen)
+    return Listing(tuple(row.key for row in rows), tuple(row.uri for row in rows), tuple(row.label for row in rows))
+
+
+def sample_plan(recipe: Recipe, num_rows: int) -> Plan:
+    """A plan of some rows in one shard, which is never written."""
+    shard = recipe.shard.model_copy(update={"samples": num_rows})
+    return Plan(
+        format=recipe.format,
+        recipe=recipe.model_copy(update={"shard": shard}),
+        num_rows=num_rows,
+        num_shards=1,
+        listing_blake3=blake3_hex(b""),
+    )
+
+
+def read_sample(
+    recipe: Recipe, listing: Listing, job: Job, device: str, threads: int, on_fitted: OnFitted
+) -> FitSample:
+    """The features of all rows of a listing, without bad ones and those whose features are not finite.
+
+    Raises: InputError when none can be used; what the job and its producer raise.
+    """
+    producer = job.open(sample_plan(recipe, len(listing)), listing, device)
+    rows = [IndexRow(row=row, key=key, shard=0, label=listing.labels[row]) for row, key in enumerate(listing.keys)]
+    gathered = _Gathered(recipe)
+    with ThreadPoolExecutor(threads, thread_name_prefix="fit") as pool:
+        batches = BatchQueue(producer, recipe.compute.batch_size, pool, rows, ShardClock())
+        try:
+            with exact(torch.device(device), recipe.compute.threads):
+                while (batch := batches.take()) is not None:
+                    gathered.take(producer, batch)
+                    on_fitted(gathered.num_seen, len(rows), None)
+        finally:
+            batches.close()
+    return gathered.sample()
+
+
+class _Gathered:
+    """What has been read."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._rows: list[IndexRow] = []
+        self._levels: dict[str, list[NDArray[np.float32]]] = {level.name: [] for level in recipe.levels}
+        self._images: list[NDArray[np.uint8]] = []
+        self.num_seen = 0
+        self._why = ""
+
+    def take(self, producer: Producer, batch: list[PreparedRow]) -> None:
+        """Add the good rows of one batch."""
+        first, self.num_seen = self.num_seen, self.num_seen + len(batch)
+        good = [place for place, row in enumerate(batch) if row.content is not None]
+        self._why = next((row.index.status for row in batch if row.content is None), self._why)
+        if not good:
+            return
+        produced = producer.produce(batch)
+        view = torch.tensor([(first + place) % len(self._recipe.views) for place in good])
+        picked = {
+            name: level[torch.tensor(good), view.to(level.device)].float() for name, level in produced.levels.items()
+        }
+        finite = (
+            torch.stack([torch.isfinite(level).flatten(1).all(dim=1) for level in picked.values()]).all(dim=0).cpu()
+        )
+        if not finite.all():
+            self._why = "bad: its features are not finite"
+        self._rows += [batch[place].index for place, fits in zip(good, finite.tolist(), strict=True) if fits]
+        for name, level in picked.items():
+            self._levels[name] += list(level.cpu()[finite].numpy())
+        if self._recipe.images == "stored" and produced.images is not None:
+            self._images += list(produced.images[torch.tensor(good)].cpu()[finite].numpy())
+
+    def sample(self) -> FitSample:
+        """All of it. Raises: InputError when there is nothing."""
+        if not self._rows:
+            raise InputError(
+                f"a codec is to be fitted, and none of the {self.num_seen} samples looked at can be used "
+                f"({self._why.removeprefix('bad: ')}); look at the images, or extract with -s extract.codec.name=cast"
+            )
+        levels = {}
+        for name in list(self._levels):  # one by one, so that no level is held twice
+            levels[name] = np.stack(self._levels.pop(name))
+        return FitSample(tuple(self._rows), levels, np.stack(self._images) if self._images else None)

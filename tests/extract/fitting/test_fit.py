@@ -1,0 +1,183 @@
+"""Codecs are fitted before the plan, once: what is stored keeps the error asked for, and goes on with the same fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtpipe.extract.run import run_extraction
+from dtpipe.manifests.check.repair import repair
+from dtpipe.manifests.check.verify import verify
+from dtpipe.manifests.codecs.fitted import fitted_names
+from dtpipe.manifests.errors import ConfigError, InputError, PlanChangedError
+from dtpipe.manifests.fidelity import FIT_EXPECTS
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_level
+from dtpipe.manifests.store.store import Store
+from dtpipe.pipeline.plan.extraction import plan_extraction
+from parts.damage import flip
+from parts.extractions import Extract, MakeConfig
+from parts.fits import relative_mse
+from parts.images import write_images
+
+
+def levels_of(url: str) -> dict[str, np.ndarray]:
+    """All good rows. Shapes: -> {level: [N, C, h, w]}."""
+    dataset = FeatureDataset.open(url)
+    rows = dataset.columns.ok_rows
+    return dataset.read(rows, [level.name for level in dataset.levels], [0] * len(rows), images=False)[1].decode()
+
+
+def objects_of(root: Path | str) -> dict[str, bytes]:
+    files = [path for path in sorted(Path(root).rglob("*")) if path.is_file()]
+    named = {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+    return {name: data for name, data in named.items() if name.startswith(("data", "codecs"))}
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> str:
+    """Forty images."""
+    return str(write_images(tmp_path / "many", 40))
+
+
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_stored_features_lose_what_was_asked_for(form: str, extract: Extract, many: str) -> None:
+    shard = {"samples": 20, "format": form}
+    coded = extract("coded", images=many, shard=shard, codec={"max_error": 0.05})
+    plain = levels_of(extract("plain", images=many, shard={**shard, "dtype": "float32"}))
+    dataset = FeatureDataset.open(coded)
+    assert {level.codec.name for level in dataset.levels} == {"transform"}
+    assert set(fitted_names(*dataset.levels)) <= set(dataset.manifest.files)  # type: ignore[union-attr]
+    for name, decoded in levels_of(coded).items():
+        assert relative_mse(decoded, plain[name]) == pytest.approx(0.05, rel=0.3)  # the held-out samples are ten
+    assert dataset.plan.provenance[FIT_EXPECTS]["samples"] == 40
+    assert verify(coded, "decode").ok
+
+
+def test_a_fit_follows_from_the_settings_and_not_from_how_the_run_went(extract: Extract, many: str) -> None:
+    codec = {"max_error": 0.1, "fit_samples": 20}
+    settings: dict[str, Any] = {"images": many, "shard": {"samples": 16}, "codec": codec}
+    first = objects_of(extract("first", **settings))
+    assert objects_of(extract("second", **settings, decode_threads=5)) == first
+    other = objects_of(extract("other", **settings, source={"seed": 1}))
+    fits = [{name for name in objects if name.startswith("codecs")} for objects in (first, other)]
+    assert fits[0].isdisjoint(fits[1])
+
+
+def test_a_dataset_that_is_gone_on_with_keeps_its_fit(
+    make_config: MakeConfig, many: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(images=many, shard={"samples": 16}, codec={"max_error": 0.1})
+    digest = run_extraction(config).digest
+    out = Path(config.run.out)
+    (out / "manifest.json").unlink()
+    (out / "commits/00001.json").unlink()
+    monkeypatch.setattr("dtpipe.extract.fitting.run.fit_task", None)  # another fit would fail
+    assert run_extraction(config).digest == digest
+    with pytest.raises(PlanChangedError, match=r"fit.max_error: 0.1 -> 0.2"):
+        run_extraction(config.model_copy(update={"codec": config.codec.model_copy(update={"max_error": 0.2})}))
+    with pytest.raises(PlanChangedError, match=r"levels.*codec"):
+        run_extraction(config.model_copy(update={"codec": type(config.codec)()}))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "deleted"])
+def test_a_lost_fit_is_found_named_and_fitted_again(damage: str, make_config: MakeConfig, many: str) -> None:
+    config = make_config(images=many, shard={"samples": 16}, codec={"max_error": 0.1})
+    digest = run_extraction(config).digest
+    before, dataset = objects_of(config.run.out), FeatureDataset.open(config.run.out)
+    (name,) = fitted_names(next(level for level in dataset.levels if level.name == "l2"))
+    path = Path(config.run.out) / name
+    flip(path) if damage == "flipped" else path.unlink()
+    with pytest.raises(Exception, match=name):
+        read_level(FeatureDataset.open(config.run.out), "l2", 0)
+    read_level(FeatureDataset.open(config.run.out), "l3", 0)
+    (problem,) = verify(config.run.out, "decode").problems
+    assert (problem.name, problem.mend) == (name, "fit")
+    kept = repair(config.run.out, stale_s=1).kept
+    assert list(kept) == ([name] if damage == "flipped" else [])
+    assert run_extraction(config).digest == digest
+    assert verify(config.run.out, "decode").ok
+    assert objects_of(config.run.out).items() >= before.items()
+
+
+def test_a_fit_that_comes_out_otherwise_is_not_taken_for_the_lost_one(make_config: MakeConfig, many: str) -> None:
+    config = make_config(images=many, shard={"samples": 16}, codec={"max_error": 0.1})
+    run_extraction(config)
+    (name, *_) = fitted_names(*FeatureDataset.open(config.run.out).levels)
+    (Path(config.run.out) / name).unlink()
+    shutil.rmtree(many)
+    write_images(Path(many), 40, start=40)
+    with pytest.raises(PlanChangedError, match=r"fitting again gives other numbers.*put back a copy"):
+        run_extraction(config)
+
+
+def test_a_budget_is_kept_by_the_whole_dataset(make_config: MakeConfig, many: str) -> None:
+    plain = run_extraction(make_config(images=many, shard={"samples": 40}, out=f"{many}-plain"))
+    budget = plain.size_bytes // 2
+    config = make_config(images=many, shard={"samples": 40}, codec={"budget": str(budget)})
+    run_extraction(config)
+    size = sum(len(data) for name, data in objects_of(config.run.out).items() if "/c/" in name)
+    assert 0.8 * budget < size <= budget
+    with pytest.raises(ConfigError, match=r"extract.codec.budget of 1000 bytes is \d+ for each of 40 samples"):
+        run_extraction(make_config(images=many, out=f"{many}-small", codec={"budget": "1kB"}))
+    assert not Store(f"{many}-small").exists("plan.json")
+
+
+def test_generators_are_fitted_to_what_they_make(gan: dict[str, str], make_config: MakeConfig) -> None:
+    result = run_extraction(
+        make_config(
+            images=None,
+            num_samples=24,
+            teacher=gan,
+            noise={},
+            shard={"samples": 8},
+            codec={"max_error": 0.2},
+            max_bad=2,
+        )
+    )
+    assert {level.codec.name for level in FeatureDataset.open(result.url).levels} == {"transform"}
+    assert verify(result.url, "decode").ok
+
+
+def test_bad_images_are_passed_over_and_a_source_without_a_good_one_is_named(
+    make_config: MakeConfig, image_folder: Path
+) -> None:
+    said: list[str] = []
+    paths = sorted(image_folder.rglob("*.png"))
+    paths[0].write_bytes(b"no image")
+    config = make_config(codec={"max_error": 0.1}, max_bad=10)
+    result = run_extraction(config, lambda progress: said.append(progress.message or ""))
+    assert (result.num_ok, result.num_bad) == (7, 1)
+    assert any("fitted to 7 samples only" in text for text in said)
+    for path in paths:
+        path.write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"a codec is to be fitted, and none of the 8 samples"):
+        run_extraction(make_config(codec={"max_error": 0.1}, out=f"{config.run.out}-bad"))
+
+
+def test_codecs_are_chosen_by_level_and_without_a_fit_where_none_is_needed(extract: Extract, many: str) -> None:
+    mixed = FeatureDataset.open(
+        extract("mixed", images=many, shard={"samples": 20}, codec={"levels": {"l3": "int8"}, "max_error": 0.1})
+    )
+    assert {level.name: level.codec.name for level in mixed.levels} == {"l2": "transform", "l3": "int8"}
+    plain = FeatureDataset.open(extract("int8", images=many, shard={"samples": 20}, codec={"name": "int8"}))
+    assert FIT_EXPECTS not in plain.plan.provenance
+    assert plain.plan.provenance["selection"].keys() == {"limit", "keys_blake3"}
+    for refused, why in (
+        ({"levels": {"l7": "int8"}}, "names l7, and the levels of features are l2, l3"),
+        ({"name": "int8", "max_error": 0.1}, "no level has a codec that is fitted"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            extract("refused", images=many, codec=refused)
+
+
+def test_a_plan_fits_nothing_and_says_what_would_be(
+    make_config: MakeConfig, many: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtpipe.extract.fitting.run.fit_task", None)
+    plan = plan_extraction(make_config(images=many, codec={"max_error": 0.1}))
+    assert plan.to_fit == {"levels": {"l2": "transform", "l3": "transform"}, "max_error": 0.1, "samples": 512}
