@@ -2,9 +2,17 @@
 
 All take the same steps (model, loss, optimiser, batch size) in turns in one run, so ratios hold on a noisy machine:
 
+- bare:   forward and backward pass of the student alone, on images in memory: what no training can do without.
+- network: the same of student and regressor.
 - memory: batches that lie on the device already. No pipeline is faster; `cached` less this is the wait for data.
 - cached: the feature dataset, as `dtpipe distill` reads it.
 - live:   every sample encoded anew by the teacher, as the paper does it in each step of each experiment.
+
+The first teacher's steps from memory are also taken with other settings of `distill.run`, beside how far the loss of
+one batch is then from its own:
+
+- contiguous: channels_last=false.
+- compiled:   compile=true; needs a C++ compiler on the CPU, and some minutes.
 
 Also how many images a second the stream alone delivers: how fast a student it could feed.
 
@@ -23,7 +31,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -31,10 +39,12 @@ from typing import Any
 
 import torch
 from common import REPO, RESULTS, publish, teacher_digest
+from torch import nn
 
 from dtpipe.distill.config import DistillConfig, DistillRun, StudentConfig
+from dtpipe.distill.engine.device import autocast
 from dtpipe.distill.engine.loop import Loop
-from dtpipe.distill.stream.batch import FeatureBatch
+from dtpipe.distill.stream.batch import FeatureBatch, student_images
 from dtpipe.distill.stream.data import OpenedData, open_data
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.trainer import Distillation
@@ -44,6 +54,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.pipeline.demo.scenes import write_scenes
 from dtpipe.pipeline.live.teacher import open_live
 
+OPTIONS = {"contiguous": {"channels_last": False}, "compiled": {"compile": True}}
 PREFETCHED = 8  # steps at the start of a turn that reading ahead has prepared; not counted
 
 
@@ -82,9 +93,29 @@ def from_memory(trainer: Distillation) -> Distillation:
     return trainer
 
 
-def seconds_per_step(steps: Generator[FeatureBatch, None, None], device: torch.device, num: int) -> float:
-    """Wall clock of one step over `num` of them, after those that reading ahead has prepared."""
-    for _ in islice(steps, PREFETCHED):
+def passes(trainer: Distillation, part: nn.Module) -> Generator[FeatureBatch, None, None]:
+    """Forward and backward passes of a part of the model, by the trainer's batches."""
+    for batch in trainer.batches(0):
+        images = student_images(batch.images, trainer.image_px)
+        with autocast(trainer.course.precision, trainer.device):
+            outputs = part(images) if part is trainer.model.student else part(images, batch.timesteps)
+        levels = outputs.values() if isinstance(outputs, dict) else outputs
+        torch.stack([level.float().mean() for level in levels]).sum().backward()  # type: ignore[no-untyped-call]
+        part.zero_grad(set_to_none=True)
+        yield batch
+
+
+def loss_of(trainer: Distillation) -> float:
+    """Of the first batch, which changes nothing."""
+    state = {name: values.clone() for name, values in trainer.model.state_dict().items()}
+    loss = float(trainer.losses(next(iter(trainer.batches(0))))["loss"].detach())
+    trainer.model.load_state_dict(state)
+    return loss
+
+
+def seconds_per_step(steps: Generator[FeatureBatch, None, None], device: torch.device, num: int, skipped: int) -> float:
+    """Wall clock of one step over `num` of them, after some that are not counted."""
+    for _ in islice(steps, skipped):
         pass
     wait(device)
     started = time.perf_counter()
@@ -113,8 +144,10 @@ def stream_rate(trainer: Distillation, seconds: float) -> float:
     return rate
 
 
-def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one teacher."""
+def measure(
+    name: str, path: str, args: argparse.Namespace, options: Mapping[str, Mapping[str, bool]]
+) -> dict[str, Any]:
+    """All figures of one teacher; `options`: settings of `distill.run` to take steps with."""
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
     config = DistillConfig(
         datasets=(extracted(name, path, args),),
@@ -127,23 +160,38 @@ def measure(name: str, path: str, args: argparse.Namespace) -> dict[str, Any]:
     make = partial(trainer_of, config, data, device)
     trainers = {"memory": from_memory(make(False)), "cached": make(False), "live": make(True)}
     rate = stream_rate(make(False), seconds=5)
-    turns = {way: Loop(trainer).steps() for way, trainer in trainers.items()}
+    plain_loss = loss_of(trainers["memory"])
+    away = {}
+    for option, changes in options.items():
+        changed = config.model_copy(update={"run": config.run.model_copy(update=changes)})
+        trainers[option] = from_memory(trainer_of(changed, data, device, live=False))
+        away[option] = abs(loss_of(trainers[option]) / plain_loss - 1)
+    bare = from_memory(make(False))
+    turns = {"bare": passes(bare, bare.model.student), "network": passes(bare, bare.network)}
+    turns |= {way: Loop(trainer).steps() for way, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {way: [] for way in turns}
     for _ in range(args.repeats):
         for way, steps in turns.items():
-            seconds[way].append(seconds_per_step(steps, device, args.steps if way != "live" else args.live_steps))
+            skipped = PREFETCHED if way in ("cached", "live") else 1
+            num = args.steps if way != "live" else args.live_steps
+            seconds[way].append(seconds_per_step(steps, device, num, skipped))
     for steps in turns.values():
         steps.close()
+
+    def over(way: str, other: str) -> float:
+        return round(statistics.median(w / o for w, o in zip(seconds[way], seconds[other], strict=True)), 4)
+
     median = {way: statistics.median(values) for way, values in seconds.items()}
     found = {
         "levels": {level.name: [level.channels, level.height, level.width] for level in data.source.levels},
         "image_px": list(data.student_px),
-        "cached_over_memory": round(
-            statistics.median(c / m for c, m in zip(seconds["cached"], seconds["memory"], strict=True)), 4
-        ),
-        "live_over_cached": round(
-            statistics.median(v / c for v, c in zip(seconds["live"], seconds["cached"], strict=True)), 4
-        ),
+        "cached_over_memory": over("cached", "memory"),
+        "live_over_cached": over("live", "cached"),
+        "network_over_bare": over("network", "bare"),
+        "memory_over_network": over("memory", "network"),
+        "cached_over_bare": over("cached", "bare"),
+        "options_over_memory": {option: over(option, "memory") for option in options},
+        "options_loss_away": {option: float(f"{value:.2e}") for option, value in away.items()},
         "seconds_per_step": {way: round(value, 4) for way, value in median.items()},
         "img_s": {way: round(args.batch_size / value, 1) for way, value in median.items()},
         "shares_cached": {what: round(value, 4) for what, value in shares_of(trainers["cached"]).items()},
@@ -176,9 +224,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-images", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--timestep", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=20, help="steps per turn")
-    parser.add_argument("--live-steps", type=int, default=10, help="steps per turn with the live teacher")
+    parser.add_argument("--steps", type=int, default=10, help="steps per turn")
+    parser.add_argument("--live-steps", type=int, default=5, help="steps per turn with the live teacher")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each")
+    parser.add_argument(
+        "--options", action=argparse.BooleanOptionalAction, default=True, help="measure settings of run"
+    )
     parser.add_argument("--read-threads", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -197,7 +248,8 @@ def main() -> int:
         f"flowers64={REPO / 'benchmarks' / 'weights' / 'flowers64'}",
     ]
     named = [each.partition("=")[::2] for each in args.teacher or default]
-    teachers = {name: measure(name, path, args) for name, path in named}
+    options = OPTIONS if args.options else {}
+    teachers = {name: measure(name, path, args, {} if idx else options) for idx, (name, path) in enumerate(named)}
     settings = {key: value for key, value in vars(args).items() if key not in ("teacher", "work", "out_json")}
     digests = {name: teacher_digest(path) for name, path in named}
     publish("distill_step", {"settings": settings, "teachers": teachers}, args.out_json, digests)

@@ -115,7 +115,9 @@ class DistillRun(Tracking):
         default=True, description="Weights and images in channels-last memory layout, which GPUs prefer."
     )
     compile: bool = Field(
-        default=False, description="Compile student and regressor with torch.compile: a slow start, faster steps."
+        default=False,
+        description="Compile student, regressor and feature losses with torch.compile, which fuses the passes over "
+        "each level: a start of minutes, faster steps; on the CPU it needs a C++ compiler.",
     )
     read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
     prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead, at most.")

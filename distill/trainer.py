@@ -29,6 +29,7 @@ from dtpipe.distill.engine.timing import IDLE, Stopwatch
 from dtpipe.distill.engine.trainer import Course
 from dtpipe.distill.labels.decoder import DECODER, DECODER_EMA, DECODER_SPEC, decoder_record
 from dtpipe.distill.labels.targets import choose_targets
+from dtpipe.distill.losses.features import LevelValues, level_values
 from dtpipe.distill.losses.fit import with_r2
 from dtpipe.distill.losses.labels import mixed_losses
 from dtpipe.distill.losses.whitening import Whitener
@@ -150,8 +151,10 @@ class Distillation:
         if config.run.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         freeze_unused(self.model, device)
-        network: nn.Module = torch.compile(self.model) if config.run.compile else self.model  # type: ignore[assignment]
-        self.network = ranks.wrap(network, device)
+        # static shapes: with others, which code runs, and so the last bits, would depend on which batch came first
+        compiled = partial(torch.compile, dynamic=False) if config.run.compile else lambda function: function
+        self.network = ranks.wrap(compiled(self.model), device)
+        self._level_values: LevelValues = compiled(level_values)
         self.ema = _average(self.model.student, config)
         self.decoder_ema = _average(self.model.decoder, config)
         self.optimizer = build_optimizer(self.model, config.opt, config.peak_lr, config.weight_decay, config.betas)
@@ -170,7 +173,9 @@ class Distillation:
         with norms_for(self.model, batch.smallest), autocast(self.course.precision, self.device):
             predicted = self.network(images, batch.timesteps)
         weights = self.data.level_weights
-        return mixed_losses(predicted, batch.levels, self.targets, self.config, weights, self.whitener)
+        return mixed_losses(
+            predicted, batch.levels, self.targets, self.config, weights, self.whitener, self._level_values
+        )
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, then half a cosine."""

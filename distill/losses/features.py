@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dtpipe.distill.config import LossConfig
+from dtpipe.distill.losses.base import LevelLoss
 from dtpipe.distill.losses.fit import ERROR, SPREAD
 from dtpipe.distill.losses.registry import LOSSES
 from dtpipe.distill.losses.whitening import Whitener
@@ -26,12 +27,43 @@ class FeatureLoss:
     """`mse/l2`, `at/l2`, .. of each level; and `spread/l2`, the squared error of a constant, where that is known."""
 
 
+def level_values(
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    losses: Mapping[str, LevelLoss],
+    whitener: Whitener,
+) -> dict[str, Tensor]:
+    """What is computed of levels: `mse/l2` by loss and level, and `spread/l2` where that is known; scalars, float32.
+
+    One rule: it is tensors and plain records only, so that torch.compile makes few passes over each level of it.
+
+    Shapes: student[name], teacher[name] (B, C, H, W), the same names. Raises: ShapeError when shapes differ.
+    """
+    values = {}
+    for name, level in teacher.items():
+        level, predicted = level.float(), student[name].float()
+        white = whitener(name, level)
+        for loss, compute in losses.items():
+            values[f"{loss}/{name}"] = compute(predicted, level, white)
+        spread = whitener.spread(name, white) if ERROR in losses else None
+        if spread is not None:
+            values[f"{SPREAD}/{name}"] = spread
+    return values
+
+
+LevelValues = Callable[
+    [Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, LevelLoss], Whitener], dict[str, Tensor]
+]
+"""`level_values`, or what torch.compile makes of it."""
+
+
 def feature_loss(
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor],
     config: LossConfig,
     level_weights: Mapping[str, float] | None = None,
     whitener: Whitener | None = None,
+    compute: LevelValues = level_values,
 ) -> FeatureLoss:
     """Equation (3): L_MSE + lambda_AT * L_AT, each a mean over the levels; with `level_weights`, a weighted mean.
 
@@ -46,21 +78,18 @@ def feature_loss(
             f"the regressor gives levels {sorted(student)}, the data {sorted(teacher)}; they must be the same"
         )
     shares = _level_shares(list(student), level_weights or {})
-    whitener = whitener or Whitener(config.whiten)
-    white = {name: whitener(name, level) for name, level in teacher.items()}
-    terms: dict[str, Tensor] = {}
-    levels: dict[str, Tensor] = {}
-    for loss, weight in config.weights.items():
-        if weight > 0:
-            level_loss = LOSSES[loss].build(config)
-            values = {name: level_loss(student[name], teacher[name], white[name]) for name in student}
-            terms[loss] = torch.stack([share * values[name] for name, share in shares.items()]).sum()
-            levels |= {f"{loss}/{name}": value.detach() for name, value in values.items()}
-    if ERROR in terms:
-        spreads = {name: whitener.spread(name, white[name]) for name in student}
-        levels |= {f"{SPREAD}/{name}": spread for name, spread in spreads.items() if spread is not None}
-    total = torch.stack([config.weights[loss] * term for loss, term in terms.items()]).sum()
-    return FeatureLoss(total, {loss: term.detach() for loss, term in terms.items()}, levels)
+    weights = {loss: weight for loss, weight in config.weights.items() if weight > 0}
+    losses = {loss: LOSSES[loss].build(config) for loss in weights}
+    values = compute(student, teacher, losses, whitener or Whitener(config.whiten))
+    terms = {
+        loss: torch.stack([share * values[f"{loss}/{name}"] for name, share in shares.items()]).sum() for loss in losses
+    }
+    total = torch.stack([weight * terms[loss] for loss, weight in weights.items()]).sum()
+    return FeatureLoss(
+        total,
+        {loss: term.detach() for loss, term in terms.items()},
+        {name: value.detach() for name, value in values.items()},
+    )
 
 
 def _level_shares(levels: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtpipe.distill.config import DistillRecipeConfig, LabelsConfig
 from dtpipe.distill.labels.targets import Targets
-from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.losses.features import LevelValues, feature_loss, level_values
 from dtpipe.distill.losses.whitening import Whitener
 from dtpipe.manifests.errors import ShapeError
 
@@ -60,6 +60,7 @@ def mixed_losses(
     config: DistillRecipeConfig,
     level_weights: Mapping[str, float] | None = None,
     whitener: Whitener | None = None,
+    compute: LevelValues = level_values,
 ) -> dict[str, Tensor]:
     """Equation (6) as `loss`, L_feat + lambda_ld * L_ld or one of them, with the terms of both.
 
@@ -71,7 +72,7 @@ def mixed_losses(
     if targets.features:
         names = [level.name for level in targets.features]
         student, teacher = ({name: values[name] for name in names} for values in (predicted, levels))
-        features = feature_loss(student, teacher, config.loss, level_weights, whitener)
+        features = feature_loss(student, teacher, config.loss, level_weights, whitener, compute)
         totals.append(features.total)
         terms |= {**features.terms, **features.levels}
     if targets.labels is not None:

@@ -245,6 +245,7 @@ def test_config_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch hides it where it is but shown
 def test_channels_last_and_compiled_training_take_the_same_steps(tmp_path, data, monkeypatch):
     """Compiled as on a GPU but for the last stage, which writes C++ for minutes here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.debugging import aot_eager
 
 from dtpipe.distill.config import LossConfig
 from dtpipe.distill.losses.attention import AttentionTransfer
 from dtpipe.distill.losses.cosine import CosineDistance
-from dtpipe.distill.losses.features import feature_loss
+from dtpipe.distill.losses.features import feature_loss, level_values
 from dtpipe.distill.losses.mse import RegressionLoss
 from dtpipe.distill.losses.registry import LOSSES
 from dtpipe.distill.losses.whitening import whiten
 from dtpipe.manifests.errors import ConfigError, ShapeError
+from parts.ranks import fork_ranks
 
 TOLERANCE = 2e-5  # float32 sums of up to a few thousand terms against float64
 
@@ -109,6 +112,45 @@ def test_feature_loss_is_equations_1_to_3(seed, batch, shapes, scale, at_weight)
     if at_weight > 0:
         assert loss.terms["at"].item() == pytest.approx(at, rel=TOLERANCE, abs=TOLERANCE)
     assert loss.total.item() == pytest.approx(mse + at_weight * at, rel=TOLERANCE, abs=10 * TOLERANCE)
+
+
+def compiled_steps(_rank: int) -> dict[str, Any]:
+    """Losses and gradients of batches of 3, 2 and 3 samples, compiled but for the last stage, which writes C++."""
+    graphs: list[list[tuple[int, ...]]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(sorted({tuple(map(int, values.shape)) for values in inputs if values.dim() == 4}))
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(level_values, dynamic=False, fullgraph=True, backend=backend)
+    steps = []
+    for batch in (3, 2, 3):  # the tail of an epoch between two whole batches
+        students, teachers = random_levels(batch, batch, SHAPES), random_levels(7, batch, SHAPES, 4.0)
+        terms, gradients = [], []
+        for compute in (compiled, level_values):
+            ready = {name: level.requires_grad_() for name, level in as_tensors(students).items()}
+            loss = feature_loss(ready, as_tensors(teachers), LossConfig(), compute=compute)
+            loss.total.backward()
+            terms.append({name: term.item() for name, term in loss.terms.items()})
+            gradients.append([level.grad.clone() for level in ready.values()])
+            for level in ready.values():
+                level.grad = None
+        away = [float((one - other).abs().max()) for one, other in zip(*gradients, strict=True)]
+        truth = {"mse": loop_mse(students, teachers), "at": loop_at(students, teachers)}
+        steps.append({"terms": terms[0], "truth": truth, "away": max(away)})
+    return {"graphs": graphs, "steps": steps}
+
+
+SHAPES = [(4, 3, 5), (6, 2, 2)]
+
+
+def test_compiled_losses_are_equations_1_to_3_in_one_graph_of_each_batch_size(tmp_path):
+    """In a process of its own: who has compiled does not fork any more."""
+    (found,) = fork_ranks(compiled_steps, tmp_path, 1)
+    assert found["graphs"] == [[[batch, *shape] for shape in SHAPES] for batch in (3, 2)]
+    for step in found["steps"]:
+        assert step["terms"] == pytest.approx(step["truth"], rel=TOLERANCE)
+        assert step["away"] < 1e-6
 
 
 @pytest.mark.parametrize("over", ["layer", "channel", "none"])
