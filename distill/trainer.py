@@ -152,9 +152,10 @@ class Distillation:
             self.model = self.model.to(memory_format=torch.channels_last)
         freeze_unused(self.model, device)
         # static shapes: with others, which code runs, and so the last bits, would depend on which batch came first
-        compiled = partial(torch.compile, dynamic=False) if config.run.compile else lambda function: function
-        self.network = ranks.wrap(compiled(self.model), device)
-        self._level_values: LevelValues = compiled(level_values)
+        compiled = partial(torch.compile, dynamic=False)
+        network: nn.Module = compiled(self.model) if config.run.compile else self.model  # type: ignore[assignment]
+        self.network = ranks.wrap(network, device)
+        self._level_values: LevelValues = compiled(level_values) if config.run.compile else level_values
         self.ema = _average(self.model.student, config)
         self.decoder_ema = _average(self.model.decoder, config)
         self.optimizer = build_optimizer(self.model, config.opt, config.peak_lr, config.weight_decay, config.betas)

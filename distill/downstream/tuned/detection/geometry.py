@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dtpipe.distill.downstream.tuned.config import AugmentConfig
-from dtpipe.distill.downstream.tuned.segmentation.inference import scaled_size
+from dtpipe.distill.downstream.tuned.segmentation.augment import drawn_size
 from dtpipe.distill.stream.batch import scaled_levels
 from dtpipe.manifests.labels import Pixels
 
@@ -32,7 +32,7 @@ def vary_whole(
     image: Any = tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1))
     colours: list[v2.Transform] = [v2.RandomPhotometricDistort()] if config.photometric else []
     image, tied = v2.Compose([*colours, v2.RandomHorizontalFlip(config.flip)])(image, dict(tied))
-    size = _draw_size(pixels.shape, config)
+    size = list(drawn_size((pixels.shape[0], pixels.shape[1]), config))
     image, tied = v2.functional.resize(image, size, antialias=True), {k: _resized(v, size) for k, v in tied.items()}
     if config.crop_px is not None:
         height, width = (min(*sides) for sides in zip(config.crop_px, image.shape[-2:], strict=True))
@@ -56,11 +56,3 @@ def _resized(value: Tensor, size: list[int]) -> Tensor:
 def to_student(image: Tensor) -> Tensor:
     """As students take it. Shapes: (3, H, W) uint8 -> (3, H, W) float32 in [-1, 1]."""
     return scaled_levels(image.as_subclass(Tensor))
-
-
-def _draw_size(shape: tuple[int, ...], config: AugmentConfig) -> list[int]:
-    """Height and width at a drawn short side, within the limit of the long one, times a random scale."""
-    low, high = config.scale
-    scale = low + (high - low) * float(torch.rand(()))
-    short = config.short_px[int(torch.randint(len(config.short_px), ()))] if config.short_px else None
-    return list(scaled_size((shape[0], shape[1]), short, config.long_px, scale))

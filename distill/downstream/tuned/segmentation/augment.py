@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from dtpipe.distill.downstream.labelled import IGNORE
 from dtpipe.distill.downstream.tuned.base import Example
 from dtpipe.distill.downstream.tuned.config import AugmentConfig, TuneConfig
-from dtpipe.distill.downstream.tuned.segmentation.inference import scaled_size
+from dtpipe.distill.downstream.tuned.segmentation.inference import Px, scaled_size
 from dtpipe.distill.downstream.tuned.segmentation.network import MASK_TARGET
 from dtpipe.distill.stream.batch import scaled_levels
 from dtpipe.manifests.errors import InputError
@@ -78,14 +78,20 @@ def _photometric() -> Callable[[Any], Any]:
     return jitter
 
 
-def _scale(image: Any, mask: Any, augment: AugmentConfig) -> tuple[Any, Any]:
-    """Another size, of the same aspect."""
+def drawn_size(size_px: Px, augment: AugmentConfig) -> Px:
+    """Height and width at a drawn short side, within the limit of the long one, times a drawn scale; what leaves no
+    choice draws nothing."""
     low, high = augment.scale
     scale = low + (high - low) * float(torch.rand(())) if high > low else low
     drawn = int(torch.randint(len(augment.short_px), ())) if len(augment.short_px) > 1 else 0
     short_px = augment.short_px[drawn] if augment.short_px else None
+    return scaled_size(size_px, short_px, augment.long_px, scale)
+
+
+def _scale(image: Any, mask: Any, augment: AugmentConfig) -> tuple[Any, Any]:
+    """Another size, of the same aspect."""
     own = (image.shape[-2], image.shape[-1])
-    size = scaled_size(own, short_px, augment.long_px, scale)
+    size = drawn_size(own, augment)
     if size == own:
         return image, mask
     nearest = F.interpolate(mask[None].float(), size=size, mode="nearest-exact")[0].long()
