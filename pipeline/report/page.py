@@ -21,6 +21,7 @@ from dtpipe.pipeline.report.interpreter import interpreter_sections
 from dtpipe.pipeline.report.maps.sections import map_sections
 from dtpipe.pipeline.report.provenance import origin, provenance_section
 from dtpipe.pipeline.report.section import Notes, Section, render
+from dtpipe.pipeline.report.summary import context_of, summary_section
 from dtpipe.pipeline.report.tasks.section import task_sections
 from dtpipe.pipeline.report.training import facts_of, read_run_config, run_metrics, training_section
 
@@ -73,13 +74,14 @@ def run_page(run: Path, config: ReportConfig, note: Note) -> str:
     settings, notes = read_run_config(run), Notes(note)
     metrics = run_metrics(run, notes.leave_out)
     sections = [
+        *summary_section(run),
         *task_sections(run, config, notes),
         *training_section(metrics),
         *map_sections(run, settings, config, notes),
         *interpreter_sections(settings, config.num_images, notes.leave_out),
         provenance_section(run, settings, notes.leave_out),
     ]
-    facts = facts_of(settings, metrics)
+    facts = facts_of(settings, metrics) | context_of(run, settings, metrics)
     return whole_page(
         f"{settings.student.name}, distilled", f"{run} · {origin(run, settings)}", facts, sections, notes.sentences
     )

@@ -15,6 +15,9 @@ from dtpipe.pipeline.report.section import LeaveOut, Section, render
 Metrics = Sequence[Mapping[str, Any]]
 BY_LEVEL = " by level"
 R2_TITLE, ERROR_TITLE = f"R²{BY_LEVEL}", f"squared error{BY_LEVEL}"
+_RATE, _SPEED, _SHARES = "learning rate", "images per second", "shares of the time"
+_PER_ROW = 3
+_LEAST_SHARE = 0.01
 R2_MEANS = (
     "R² of the regressor's output: 1 is the teacher's whitened level; 0, the dashed line, a constant: the dataset's "
     "mean of each channel."
@@ -64,14 +67,15 @@ def training_section(metrics: Metrics) -> Iterator[Section]:
     """Curves; nothing where there are none."""
     if not metrics:
         return
-    panels = {
-        "loss": _panel(metrics, loss_names(metrics)),
-        **level_lines(metrics),
-        "learning rate": _panel(metrics, ["lr"]),
-    }
-    curves = figures.curves({title: lines for title, lines in panels.items() if lines}, against=[R2_TITLE])
-    said = f"{R2_MEANS if R2_TITLE in panels else ''} {_spent(metrics)}"
-    yield Section("Training", render("training.html", figures=[curves], caption=said.strip()))
+    panels = {"loss": _panel(metrics, loss_names(metrics)), **level_lines(metrics), **term_lines(metrics)}
+    shown = {title: lines for title, lines in panels.items() if lines}
+    course = {_RATE: _panel(metrics, ["lr"]), _SPEED: _panel(metrics, ["throughput_img_s"]), _SHARES: _shares(metrics)}
+    drawn = [
+        figures.curves(shown, against=[R2_TITLE], num_columns=max(_PER_ROW, len(shown))),
+        figures.curves({title: lines for title, lines in course.items() if lines}, num_columns=_PER_ROW),
+    ]
+    said = f"{R2_MEANS if R2_TITLE in panels else ''} {_rate(metrics)} {_spent(metrics)}"
+    yield Section("Training", render("training.html", figures=drawn, caption=" ".join(said.split())))
 
 
 def loss_names(metrics: Metrics) -> list[str]:
@@ -95,6 +99,37 @@ def line_of(metrics: Metrics, name: str) -> figures.Series:
     """Values of one name over the steps at which they were written."""
     known = [line for line in metrics if isinstance(line.get(name), int | float)]
     return [line["step"] for line in known], [line[name] for line in known]
+
+
+def term_lines(metrics: Metrics) -> dict[str, dict[str, figures.Series]]:
+    """A panel for each term of the loss that is known by level, with a line per level."""
+    names = dict.fromkeys(name for line in metrics for name in line if "/" in name)
+    terms = dict.fromkeys(name.partition("/")[0] for name in names)
+    drawn = {name.partition("/")[0] for name in names if name.startswith(("r2/", "share/"))}
+    if not any(name.startswith("r2/") for name in names):
+        drawn.add("mse")  # it stands in place of R²
+    return {
+        f"{term}{BY_LEVEL}": {
+            name.partition("/")[2]: line_of(metrics, name) for name in names if name.startswith(f"{term}/")
+        }
+        for term in terms
+        if term not in drawn
+    }
+
+
+def _shares(metrics: Metrics) -> dict[str, figures.Series]:
+    """Share of the time of each activity, over the steps; what never takes a hundredth is left out."""
+    names = dict.fromkeys(name for line in metrics for name in line if name.startswith("share/"))
+    lines = {name.removeprefix("share/"): line_of(metrics, name) for name in names}
+    return {name: line for name, line in lines.items() if max(line[1]) >= _LEAST_SHARE}
+
+
+def _rate(metrics: Metrics) -> str:
+    """Where the learning rate was highest."""
+    if "lr" not in metrics[0]:
+        return ""
+    top = max(metrics, key=lambda line: float(line["lr"]))
+    return f"The learning rate rose to {top['lr']:.3g} at step {top['step']} and ended at {metrics[-1]['lr']:.2g}."
 
 
 def _panel(metrics: Metrics, names: Sequence[str]) -> dict[str, figures.Series]:

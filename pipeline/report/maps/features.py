@@ -196,6 +196,11 @@ def pca_pairs(seen: SeenImages) -> dict[str, list[tuple[Picture, Picture]]]:
     return pairs
 
 
+def backbone_pictures(seen: SeenImages) -> dict[str, list[Picture]]:
+    """Per level and image the backbone's own, in one basis of a level over all images."""
+    return {name: pca_to_rgb(list(levels)) for name, levels in seen.backbone.items()}
+
+
 def _open(run: Path, config: DistillConfig) -> tuple[TrainingData, OpenedData]:
     here = config.run.model_copy(update={"out": str(run), "device": "cpu"})  # a run folder may have been moved
     config = config.model_copy(update={"run": here})

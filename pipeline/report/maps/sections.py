@@ -20,7 +20,7 @@ from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.maps.activations import diffusion_teacher, heat, level_captions
 from dtpipe.pipeline.report.maps.clusters import Clustered, cluster_maps
-from dtpipe.pipeline.report.maps.features import RunFeatures, SeenImages, pca_pairs
+from dtpipe.pipeline.report.maps.features import RunFeatures, SeenImages, backbone_pictures, pca_pairs
 from dtpipe.pipeline.report.maps.palette import colours_of, overlay, shrunk
 from dtpipe.pipeline.report.section import Notes, Section, data_uri, render
 
@@ -47,6 +47,7 @@ def map_sections(run: Path, settings: DistillConfig, config: ReportConfig, notes
     else:
         yield feature_section(shown)
         yield from _segmentation(features, shown, config, notes)
+        yield from _neighbours(features, config, notes)
         yield from _activations(run, settings, shown, config, notes)
     if config.teacher is not None:
         yield from _samples(config.teacher, config)
@@ -54,7 +55,7 @@ def map_sections(run: Path, settings: DistillConfig, config: ReportConfig, notes
 
 def feature_section(shown: SeenImages) -> Section:
     """Teacher and regressor in one PCA basis per level."""
-    pairs = pca_pairs(shown)
+    pairs, own = pca_pairs(shown), backbone_pictures(shown)
     errors = shown.errors()
     columns = [(name, f"error {errors[name]:.2f}") for name in pairs]
     images = [
@@ -63,7 +64,8 @@ def feature_section(shown: SeenImages) -> Section:
             [
                 Row(who, [data_uri(pairs[name][idx][place]) for name in pairs])
                 for place, who in enumerate(("teacher", "student"))
-            ],
+            ]
+            + [Row("backbone", [data_uri(own[name][idx]) if name in own else None for name in pairs])],
         )
         for idx in range(len(shown.keys))
     ]
@@ -102,6 +104,18 @@ def cluster_rows(shown: SeenImages, clustered: Clustered, idx: int) -> Iterator[
 def cluster_picture(image: NDArray[np.uint8], numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Cluster numbers as colours over an image. Shapes: (H, W, 3), (h, w) -> (H, W, 3)."""
     return overlay(image, numbers, colours_of(int(numbers.max()) + 1))
+
+
+def _neighbours(features: RunFeatures, config: ReportConfig, notes: Notes) -> Iterator[Section]:
+    from dtpipe.pipeline.report.maps.neighbours import neighbour_section
+
+    try:
+        section = neighbour_section(features, config)
+    except DtpipeError as err:
+        notes.leave_out("nearest neighbours", err)
+        return
+    if section is not None:
+        yield section
 
 
 def _activations(

@@ -40,14 +40,16 @@ def test_page_asks_for_no_other_file_and_has_every_part(small_run: Path, tmp_pat
     config = ReportConfig(run=str(small_run), out=str(tmp_path / "page.html"), num_images=2, cluster_images=3)
     html = write_report(config, notes.append).read_text()
     assert re.findall("<h2>(.*?)</h2>", html) == [
-        *("Training", "Feature maps", "Segmentation maps", "Activation maps", "How it was made"),
+        *("Training", "Feature maps", "Segmentation maps", "Nearest neighbours", "Activation maps", "How it was made"),
     ]
     assert notes == []
     outside = re.sub("<svg.*?</svg>", "", html, flags=re.DOTALL)
     assert not re.search("https?:|url\\(|<link|<script", outside)
     assert not re.search(r'(src|href)="(?!data:|#)', html)
-    levels, timesteps = 2, 4
-    assert html.count("data:image/png;base64,") == 2 * ((1 + 2 * levels) + (1 + 3 * levels) + (1 + timesteps * levels))
+    levels, timesteps, neighbours = 2, 4, 5
+    assert html.count("data:image/png;base64,") == 2 * (
+        (1 + 3 * levels) + (1 + 3 * levels) + (1 + 2 * neighbours) + (1 + timesteps * levels)
+    )
 
 
 def test_damaged_records_are_left_out_with_a_note(small_run: Path, tmp_path: Path) -> None:

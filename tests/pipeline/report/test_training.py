@@ -33,14 +33,15 @@ def test_a_run_from_before_there_was_r2_shows_its_errors(small_run: Path) -> Non
     assert "R²" not in section.html and ">constant<" not in section.html
 
 
-def test_a_run_without_a_regression_shows_no_levels() -> None:
+def test_a_run_without_a_regression_shows_the_terms_that_it_has() -> None:
     metrics = [
         {"step": step, "num_steps": 2, "loss": 1.0, "cosine": 1.0, "cosine/l2": 1.0, "lr": 0.1, "throughput_img_s": 1.0}
         for step in (1, 2)
     ]
     assert level_lines(metrics) == {}
     (section,) = training_section(metrics)
-    assert "by level" not in section.html
+    assert "cosine by level" in section.html and "R²" not in section.html and "squared error" not in section.html
+    assert "rose to 0.1 at step 1 and" in section.html
 
 
 @pytest.mark.parametrize(("lowest", "shown"), [(-0.2, True), (-30.0, False)])
