@@ -13,11 +13,11 @@ from dtpipe.pipeline.extractors import TEACHER
 from dtpipe.pipeline.report.maps.clusters import BACKBONE
 from dtpipe.pipeline.report.maps.features import RunFeatures, SeenImages
 from dtpipe.pipeline.report.maps.palette import shrunk
-from dtpipe.pipeline.report.maps.sections import MOST_PX, Row
 from dtpipe.pipeline.report.section import Section, data_uri, render
 
 NUM_NEIGHBOURS, AMONG = 5, 64
-Vectors = NDArray[np.float64]
+_PICTURE_PX = 96
+_Vectors = NDArray[np.float64]
 
 
 def neighbour_section(features: RunFeatures, config: ReportConfig) -> Section | None:
@@ -28,10 +28,10 @@ def neighbour_section(features: RunFeatures, config: ReportConfig) -> Section | 
     rows = features.choose(max(AMONG, config.cluster_images), config.seed)
     if len(rows) < NUM_NEIGHBOURS + 2:
         return None
-    vectors: dict[str, list[Vectors]] = {TEACHER: [], BACKBONE: []}
+    vectors: dict[str, list[_Vectors]] = {TEACHER: [], BACKBONE: []}
     images, keys = [], list[str]()
     for part in features.see_parts(rows):
-        images += [shrunk(image, MOST_PX // 2) for image in part.images]
+        images += [shrunk(image, _PICTURE_PX) for image in part.images]
         keys += part.keys
         for network, maps in (TEACHER, part.teacher), (BACKBONE, part.backbone):
             vectors[network].append(pooled_vectors(maps, part))
@@ -40,7 +40,10 @@ def neighbour_section(features: RunFeatures, config: ReportConfig) -> Section | 
         (
             keys[idx],
             data_uri(images[idx]),
-            [Row(network, [data_uri(images[other]) for other in order[idx]]) for network, order in nearest.items()],
+            [
+                {"name": network, "pictures": [data_uri(images[other]) for other in order[idx]]}
+                for network, order in nearest.items()
+            ],
         )
         for idx in range(min(config.num_images, len(images)))
     ]
@@ -49,7 +52,7 @@ def neighbour_section(features: RunFeatures, config: ReportConfig) -> Section | 
     return Section("Nearest neighbours", render("maps.html", kind="neighbours", columns=columns, images=shown, num=num))
 
 
-def pooled_vectors(maps: Mapping[str, NDArray[np.float32]], seen: SeenImages) -> Vectors:
+def pooled_vectors(maps: Mapping[str, NDArray[np.float32]], seen: SeenImages) -> _Vectors:
     """The mean of the coarsest level over positions. Shapes: -> (N, C)."""
     if not maps:
         return np.zeros((len(seen.keys), 1))
@@ -57,7 +60,7 @@ def pooled_vectors(maps: Mapping[str, NDArray[np.float32]], seen: SeenImages) ->
     return np.asarray(coarsest.mean(axis=(2, 3)), np.float64)
 
 
-def nearest_idx(vectors: Vectors, num: int) -> NDArray[np.int64]:
+def nearest_idx(vectors: _Vectors, num: int) -> NDArray[np.int64]:
     """The most alike by cosine, channels centred over the images, nearest first; none is its own neighbour.
 
     Shapes: (N, C) -> (N, num).

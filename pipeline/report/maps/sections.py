@@ -21,6 +21,7 @@ from dtpipe.pipeline.config import ReportConfig
 from dtpipe.pipeline.report.maps.activations import diffusion_teacher, heat, level_captions
 from dtpipe.pipeline.report.maps.clusters import Clustered, cluster_maps
 from dtpipe.pipeline.report.maps.features import RunFeatures, SeenImages, backbone_pictures, pca_pairs
+from dtpipe.pipeline.report.maps.neighbours import neighbour_section
 from dtpipe.pipeline.report.maps.palette import colours_of, overlay, shrunk
 from dtpipe.pipeline.report.section import Notes, Section, data_uri, render
 
@@ -107,8 +108,6 @@ def cluster_picture(image: NDArray[np.uint8], numbers: NDArray[np.int64]) -> NDA
 
 
 def _neighbours(features: RunFeatures, config: ReportConfig, notes: Notes) -> Iterator[Section]:
-    from dtpipe.pipeline.report.maps.neighbours import neighbour_section
-
     try:
         section = neighbour_section(features, config)
     except DtpipeError as err:
