@@ -29,7 +29,8 @@ from parts.interpreters import LabelSettings, label_settings, write_interpreter
 
 NUM_SHARDS = 20
 REPAIR_POINTS = tuple(name for name in FAULT_POINTS if name.startswith("repair."))
-EXTRACT_POINTS = tuple(name for name in FAULT_POINTS if name not in (*REPAIR_POINTS, "merge.rejected"))
+EXTRACT_POINTS = tuple(name for name in FAULT_POINTS if name not in (*REPAIR_POINTS, "merge.rejected", "fit.kept"))
+CODED_POINTS = ("fit.kept", "plan.listing", "shard.object", "merge.before_manifest")  # of levels that are fitted
 NTH = {"store.temporary": 9, "shard.object": 5, "shard.objects": 3, "commit.before": 3, "commit.after": 3}  # or 1
 
 
@@ -45,14 +46,19 @@ def unbroken(many_config: MakeConfig, runs: Any, digests: dict[str, str], tmp_pa
 
     def digest(form: str) -> str:
         if form not in digests:
-            answer = runs.finish(
-                many_config(out=str(tmp_path / f"unbroken-{form}"), shard={"samples": 3, "format": form})
-            )
+            answer = runs.finish(many_config(out=str(tmp_path / f"unbroken-{form}"), **stored_as(form)))
             assert answer["shards_written"] == NUM_SHARDS
             digests[form] = answer["digest"]
         return digests[form]
 
     return digest
+
+
+def stored_as(form: str) -> dict[str, Any]:
+    """Settings of a form: a shard format, and `fitted` where a codec is."""
+    shard_format, _, fitted = form.partition(" ")
+    codec = {"codec": {"max_error": 0.1, "fit_samples": 12}} if fitted else {}
+    return {"shard": {"samples": 3, "format": shard_format}, **codec}
 
 
 def begun_shards(out: str) -> set[int]:
@@ -79,13 +85,19 @@ def assert_recovers(
     assert not verify(config.run.out, "digest").problems
 
 
-@pytest.mark.parametrize("form", ["zarr", "webdataset"])
-@pytest.mark.parametrize("point", EXTRACT_POINTS)
+@pytest.mark.parametrize(
+    ("point", "form"),
+    [
+        *((point, form) for point in EXTRACT_POINTS for form in ("zarr", "webdataset")),
+        *((point, "zarr fitted") for point in CODED_POINTS),
+        ("fit.kept", "webdataset fitted"),
+    ],
+)
 def test_kill_at_each_step_of_extraction_loses_at_most_one_shard(
     point: str, form: str, many_config: MakeConfig, runs: Any, unbroken: Any
 ) -> None:
     digest = unbroken(form)
-    settings = many_config(shard={"samples": 3, "format": form})
+    settings = many_config(**stored_as(form))
     pid = runs.start(settings, fault=f"{point}:{NTH.get(point, 1)}")
     assert runs.wait(pid) == -signal.SIGKILL
     assert f"fault point {point}: kill" in runs.log(pid)
