@@ -19,6 +19,13 @@ def draw_image(idx: int, px: int = PX) -> np.ndarray:
     return np.asarray(coarse.resize((px, px), Image.Resampling.BICUBIC))
 
 
+def draw_oblong(height: int = 24, width: int = 40, idx: int = 0) -> np.ndarray:
+    """A smooth random picture without any symmetry, uint8 [height, width, 3]."""
+    rng = np.random.Generator(np.random.Philox(idx))
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    return np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
 def png(array: np.ndarray, mode: str | None = None) -> bytes:
     """A PNG file of an array, in Pillow's own mode for it or another."""
     image, file = Image.fromarray(array), io.BytesIO()

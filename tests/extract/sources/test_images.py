@@ -1,4 +1,4 @@
-"""Any file decodes as it is meant to be looked at, or is a BadImage with one line; resizing matches its sources."""
+"""Any file decodes as it is meant to be looked at, or is a BadImage with one line."""
 
 from __future__ import annotations
 
@@ -11,24 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageCms, ImageSequence
 
-from dtpipe.extract.sources.images import decode_image, resize_image
+from dtpipe.extract.sources.images import decode_image
 from dtpipe.manifests.errors import BadImage
-from dtpipe.manifests.schema import TransformRecipe
+from parts.images import draw_oblong
 
 LIMIT = 128_000_000
-
-
-def picture(height: int = 24, width: int = 40, idx: int = 0) -> np.ndarray:
-    """A smooth random picture without any symmetry, uint8 [height, width, 3]."""
-    rng = np.random.Generator(np.random.Philox(idx))
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
-    return np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def saved(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -69,7 +61,7 @@ def as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(orientation: int, form: str) -> None:
-    upright = picture()
+    upright = draw_oblong()
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(form, {})
@@ -83,19 +75,19 @@ def test_exif_orientation_is_undone(orientation: int, form: str) -> None:
 def test_impossible_orientation_is_none(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert_array_equal(decode(saved(Image.fromarray(picture()), exif=exif.tobytes())), picture())
+    assert_array_equal(decode(saved(Image.fromarray(draw_oblong()), exif=exif.tobytes())), draw_oblong())
 
 
 def test_broken_exif_does_not_spoil_the_pixels() -> None:
-    data = saved(Image.fromarray(picture()), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
-    assert_array_equal(decode(data), picture())
+    data = saved(Image.fromarray(draw_oblong()), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert_array_equal(decode(data), draw_oblong())
 
 
 # --- modes -----------------------------------------------------------------------------------------------------------
 
 
 def test_plain_rgb_is_untouched() -> None:
-    assert_array_equal(decode(saved(Image.fromarray(picture()))), picture())
+    assert_array_equal(decode(saved(Image.fromarray(draw_oblong()))), draw_oblong())
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
@@ -154,7 +146,7 @@ def test_values_that_are_not_finite_are_bad(bad: float) -> None:
 
 
 def test_grey_palette_and_1_bit_become_rgb() -> None:
-    image = Image.fromarray(picture())
+    image = Image.fromarray(draw_oblong())
     grey = np.asarray(image.convert("L"))
     assert_array_equal(decode(saved(image.convert("L"))), np.repeat(grey[:, :, None], 3, 2))
     paletted = image.quantize(16)
@@ -164,10 +156,10 @@ def test_grey_palette_and_1_bit_become_rgb() -> None:
 
 
 def test_alpha_is_dropped_and_the_colour_below_kept() -> None:
-    rgba = np.dstack([picture(), np.arange(24 * 40, dtype=np.uint16).reshape(24, 40).astype(np.uint8)])
+    rgba = np.dstack([draw_oblong(), np.arange(24 * 40, dtype=np.uint16).reshape(24, 40).astype(np.uint8)])
     for form in "PNG", "TIFF":
-        assert_array_equal(decode(saved(Image.fromarray(rgba), form)), picture())
-    la = np.dstack([picture()[..., 0], rgba[..., 3]])
+        assert_array_equal(decode(saved(Image.fromarray(rgba), form)), draw_oblong())
+    la = np.dstack([draw_oblong()[..., 0], rgba[..., 3]])
     assert_array_equal(decode(saved(Image.frombytes("LA", (40, 24), la.tobytes())))[..., 2], la[..., 0])
 
 
@@ -181,7 +173,7 @@ def test_palette_with_transparency_keeps_its_colours() -> None:
 
 
 def test_cmyk_follows_the_ink_formula() -> None:
-    inks = np.dstack([picture(idx=1), picture(idx=2)[..., 0]])
+    inks = np.dstack([draw_oblong(idx=1), draw_oblong(idx=2)[..., 0]])
     decoded = decode(saved(Image.frombytes("CMYK", (40, 24), inks.tobytes()), "TIFF"))
     expected = (255 - inks[..., :3].astype(float)) * (255 - inks[..., 3:].astype(float)) / 255
     assert np.abs(decoded - expected).max() <= 1.01  # Pillow rounds in integers
@@ -212,8 +204,8 @@ def test_animation_gives_its_first_frame(form: str) -> None:
 @pytest.mark.parametrize("form", ["AVIF", "JPEG2000", "QOI", "BMP", "TGA", "WEBP", "ICO", "SGI", "PCX"])
 def test_other_formats_are_read(form: str) -> None:
     options = {"AVIF": {"quality": 100, "subsampling": "4:4:4"}, "WEBP": {"lossless": True}}.get(form, {})
-    decoded = decode(saved(Image.fromarray(picture(32, 32)), form, **options))
-    assert np.abs(decoded.astype(int) - picture(32, 32)).max() <= (8 if form == "AVIF" else 0)
+    decoded = decode(saved(Image.fromarray(draw_oblong(32, 32)), form, **options))
+    assert np.abs(decoded.astype(int) - draw_oblong(32, 32)).max() <= (8 if form == "AVIF" else 0)
 
 
 # --- bad files -------------------------------------------------------------------------------------------------------
@@ -232,8 +224,8 @@ def png_of(width: int, height: int) -> bytes:
 def test_reasons_say_what_is_wrong() -> None:
     assert reason(b"") == "empty file"
     assert "no decoder takes this file, which starts with 68 65 6c 6c 6f" in reason(b"hello")
-    assert "truncated" in reason(saved(Image.fromarray(picture(200, 200)), "JPEG")[:-600])
-    assert "truncated" in reason(saved(Image.fromarray(picture(200, 200)), "PNG")[:-600])
+    assert "truncated" in reason(saved(Image.fromarray(draw_oblong(200, 200)), "JPEG")[:-600])
+    assert "truncated" in reason(saved(Image.fromarray(draw_oblong(200, 200)), "PNG")[:-600])
 
 
 def test_reasons_are_equal_on_every_run() -> None:
@@ -249,14 +241,14 @@ def test_bomb_is_refused_before_it_is_decoded(side: int) -> None:
 
 
 def test_limit_is_inclusive() -> None:
-    data = saved(Image.fromarray(picture(24, 40)))
+    data = saved(Image.fromarray(draw_oblong(24, 40)))
     assert decode_image(data, 24 * 40).shape == (24, 40, 3)
     assert "960 pixels (40x24)" in reason(data, 24 * 40 - 1)
 
 
 def test_limit_above_pillows_own_is_honoured_and_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow by itself refuses above 800
-    data = saved(Image.fromarray(picture(24, 40)))
+    data = saved(Image.fromarray(draw_oblong(24, 40)))
     assert decode_image(data, 1000).shape == (24, 40, 3)
     assert "960 pixels" in reason(data, 900)
     assert Image.MAX_IMAGE_PIXELS == 500
@@ -265,7 +257,7 @@ def test_limit_above_pillows_own_is_honoured_and_never_lowered(monkeypatch: pyte
 
 
 def test_icon_that_holds_more_than_it_announces_is_measured_again() -> None:
-    icon = bytearray(saved(Image.fromarray(picture(128, 128)), "ICO", sizes=[(128, 128)]))
+    icon = bytearray(saved(Image.fromarray(draw_oblong(128, 128)), "ICO", sizes=[(128, 128)]))
     assert icon[6:8] == b"\x80\x80"
     icon[6:8] = b"\x10\x10"  # directory says 16x16
     assert "16384 pixels" in reason(bytes(icon), 16 * 16)
@@ -294,7 +286,7 @@ def test_any_exception_of_a_decoder_is_a_bad_image(monkeypatch: pytest.MonkeyPat
     form=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "QOI", "TGA", "ICO", "AVIF"]),
 )
 def test_damaged_files_decode_or_are_bad_and_nothing_else(data: st.DataObject, form: str) -> None:
-    original = saved(Image.fromarray(picture(16, 16)), form)
+    original = saved(Image.fromarray(draw_oblong(16, 16)), form)
     damaged = bytearray(original[: data.draw(st.integers(0, len(original)))])
     for place in data.draw(st.lists(st.integers(0, max(0, len(damaged) - 1)), max_size=8)) if damaged else []:
         damaged[place] = data.draw(st.integers(0, 255))
@@ -307,7 +299,7 @@ def test_damaged_files_decode_or_are_bad_and_nothing_else(data: st.DataObject, f
 
 
 def test_libtiff_does_not_write_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    data = bytearray(saved(Image.fromarray(picture(64, 64)), "TIFF", compression="tiff_adobe_deflate"))
+    data = bytearray(saved(Image.fromarray(draw_oblong(64, 64)), "TIFF", compression="tiff_adobe_deflate"))
     data[20:400] = bytes(380)
     reason(bytes(data))
     assert capfd.readouterr() == ("", "")
@@ -344,7 +336,7 @@ def test_other_modules_still_warn_while_images_decode() -> None:
 
 
 def test_many_threads_decode_alike_and_leave_the_warning_filters_alone() -> None:
-    good, filters = saved(Image.fromarray(picture(64, 64)), "JPEG"), len(warnings.filters)
+    good, filters = saved(Image.fromarray(draw_oblong(64, 64)), "JPEG"), len(warnings.filters)
     jobs = [
         (good, None),
         (warning_file(), None),
@@ -366,128 +358,3 @@ def test_many_threads_decode_alike_and_leave_the_warning_filters_alone() -> None
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(work, range(8))) == len(jobs)
     assert len(warnings.filters) <= filters + 1
-
-
-# --- resizing --------------------------------------------------------------------------------------------------------
-
-
-def recipe(height: int, width: int, **options: object) -> TransformRecipe:
-    return TransformRecipe.model_validate({"height": height, "width": width, **options})
-
-
-def center_crop_restated(image: np.ndarray, px: int) -> np.ndarray:
-    """guided-diffusion's rule for squares, restated step by step."""
-    current = Image.fromarray(image)
-    while min(current.size) >= 2 * px:
-        current = current.resize(tuple(side // 2 for side in current.size), resample=Image.Resampling.BOX)
-    scale = px / min(current.size)
-    current = current.resize(tuple(round(side * scale) for side in current.size), resample=Image.Resampling.BICUBIC)
-    array = np.array(current)
-    top, left = (array.shape[0] - px) // 2, (array.shape[1] - px) // 2
-    return array[top : top + px, left : left + px]
-
-
-@settings(max_examples=80, deadline=None)
-@given(height=st.integers(20, 300), width=st.integers(20, 300), px=st.sampled_from([8, 16, 32, 64, 100]))
-def test_center_crop_equals_guided_diffusions(height: int, width: int, px: int) -> None:
-    image = picture(height, width)
-    assert_array_equal(resize_image(image, recipe(px, px)), center_crop_restated(image, px))
-
-
-@pytest.mark.parametrize(("height", "width"), [(720, 1280), (1280, 720), (100, 900), (33, 35), (128, 256)])
-def test_center_crop_to_an_oblong_keeps_aspect_and_middle(height: int, width: int) -> None:
-    """A picture whose red is its row and green its column shows where each output pixel came from."""
-    rows, columns = np.mgrid[0:height, 0:width]
-    image = np.dstack([rows * 255 // (height - 1), columns * 255 // (width - 1), rows * 0]).astype(np.uint8)
-    out = resize_image(image, recipe(64, 128)).astype(float)
-    assert out.shape == (64, 128, 3)
-    scale = max(64 / height, 128 / width)
-    centre = ((np.arange(64) - 31.5) / scale + (height - 1) / 2) / (height - 1) * 255
-    across = ((np.arange(128) - 63.5) / scale + (width - 1) / 2) / (width - 1) * 255
-    slack = 3 + 255 / scale / min(height, width)  # rounding of colours, and of the crop by under one output px
-    assert np.abs(out[:, :, 0] - centre[:, None]).max() <= slack
-    assert np.abs(out[:, :, 1] - across[None, :]).max() <= slack
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 100_000), (100_000, 1), (3, 50_000), (40, 60_000)])
-def test_extreme_strips_neither_explode_nor_shift(height: int, width: int) -> None:
-    ramp = np.linspace(0, 255, max(height, width)).astype(np.uint8)
-    image = np.repeat(
-        np.broadcast_to(ramp if width > height else ramp[:, None], (height, width))[:, :, None], 3, axis=2
-    )
-    out = resize_image(np.ascontiguousarray(image), recipe(64, 64))
-    assert out.shape == (64, 64, 3)
-    assert np.abs(out.astype(int) - 127).max() <= 2  # the middle of the ramp
-
-
-def test_strip_equals_the_long_way_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = picture(16, 900)
-    expected = center_crop_restated(image, 32)
-    monkeypatch.setattr("dtpipe.extract.sources.images._MAX_OVERHANG", 4)
-    assert np.abs(resize_image(image, recipe(32, 32)).astype(int) - expected).max() <= 1
-    tall = np.ascontiguousarray(image.transpose(1, 0, 2))
-    assert np.abs(resize_image(tall, recipe(32, 32)).astype(int) - center_crop_restated(tall, 32)).max() <= 1
-
-
-@pytest.mark.parametrize("name", ["box", "bilinear", "bicubic", "lanczos"])
-def test_stretch_is_one_antialiased_resize(name: str) -> None:
-    image = picture(90, 160)
-    expected = Image.fromarray(image).resize((64, 32), Image.Resampling[name.upper()])
-    assert_array_equal(resize_image(image, recipe(32, 64, resize="stretch", filter=name)), np.asarray(expected))
-
-
-def test_without_antialias_bilinear_equals_torch() -> None:
-    image = picture(90, 161)
-    out = resize_image(image, recipe(32, 50, resize="stretch", filter="bilinear", antialias=False))
-    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].double()
-    expected = torch.nn.functional.interpolate(tensor, (32, 50), mode="bilinear", align_corners=False, antialias=False)
-    assert np.abs(out - expected[0].permute(1, 2, 0).numpy()).max() <= 0.501  # rounding to 8 bits
-
-
-def test_without_antialias_box_takes_the_nearest_pixel() -> None:
-    image = picture(90, 161)
-    out = resize_image(image, recipe(30, 23, resize="stretch", filter="box", antialias=False))
-    assert_array_equal(out, image[1::3, 3::7])  # 90/30 = 3, 161/23 = 7: the middle of each cell
-
-
-@pytest.mark.parametrize("name", ["bicubic", "lanczos"])
-def test_without_antialias_enlarging_equals_pillow(name: str) -> None:
-    """Enlarging, a filter has its own width in both; Pillow renormalises at the border where we repeat it."""
-    image = picture(20, 30)
-    out = resize_image(image, recipe(50, 75, resize="stretch", filter=name, antialias=False)).astype(int)
-    expected = np.asarray(Image.fromarray(image).resize((75, 50), Image.Resampling[name.upper()])).astype(int)
-    assert np.abs(out - expected)[8:-8, 8:-8].max() <= 2  # Pillow rounds between its two passes
-
-
-def test_antialias_matters() -> None:
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    smooth = resize_image(stripes, recipe(16, 16, resize="center_crop"))
-    rough = resize_image(stripes, recipe(16, 16, resize="center_crop", filter="box", antialias=False))
-    assert np.abs(smooth.astype(int) - 127).max() <= 1
-    assert set(np.unique(rough)) <= {0, 255}
-
-
-def test_none_takes_only_the_right_size() -> None:
-    image = picture(24, 40)
-    assert_array_equal(resize_image(image, recipe(24, 40, resize="none")), image)
-    with pytest.raises(BadImage, match="40x24 px, and resize=none takes only 24x24"):
-        resize_image(image, recipe(24, 24, resize="none"))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    height=st.integers(1, 80),
-    width=st.integers(1, 80),
-    target=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    resize=st.sampled_from(["center_crop", "stretch"]),
-    name=st.sampled_from(["box", "bilinear", "bicubic", "lanczos"]),
-    antialias=st.booleans(),
-)
-def test_any_size_gives_the_size_asked_for_and_flat_stays_flat(
-    height: int, width: int, target: tuple[int, int], resize: str, name: str, antialias: bool
-) -> None:
-    flat = np.full((height, width, 3), (10, 200, 77), np.uint8)
-    out = resize_image(flat, recipe(*target, resize=resize, filter=name, antialias=antialias))
-    assert_array_equal(out, np.full((*target, 3), (10, 200, 77), np.uint8))
-    assert out.dtype == np.uint8
