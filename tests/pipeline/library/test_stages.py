@@ -14,6 +14,7 @@ import torch
 
 import dtpipe
 from dtpipe.manifests.errors import ConfigError, DtpipeError, InputError, StoppedError
+from dtpipe.pipeline import evaluate as evaluation
 from dtpipe.pipeline.report.history import read_commands
 from parts.command_line import RefusedError, said
 from parts.images import write_images
@@ -75,10 +76,14 @@ def test_a_call_again_goes_on_and_finds_all_done(features, run, photos, ddpm):
     assert again.resumed_step == 6
 
 
-def test_evaluate_gives_the_table_of_the_command(run, photos):
+def test_evaluate_gives_the_table_of_the_command_and_shows_its_scores_in_the_trackers(run, photos, monkeypatch):
+    sent = []
+    monkeypatch.setattr(evaluation, "send_scores", lambda *words: sent.append(words))
     small = {"eval.probe.max_iter": 3, "eval.probe.l2_grid": [0.1], "eval.probe.folds": 2}
     result = dtpipe.evaluate(run, "probe", photos, labelled=[4], seeds=1, settings=small)
     assert result.subject == "distilled" and "random initialisation" in result.to_table()
+    ((value,),) = (by_seed.values() for by_seed in result.by_seed("distilled").values())
+    assert sent == [(run, "eval", {"eval/probe/4": value})]
     stored = json.loads((run / "eval" / "probe.json").read_text())
     assert [score.value for score in result.scores] == [score["value"] for score in stored["scores"]]
 
