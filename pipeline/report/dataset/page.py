@@ -114,7 +114,7 @@ def _levels_table(looked: Looked, stored: Sequence[Mapping[str, Any]]) -> Any:
                 str(len(of.dead)),
                 str(len(of.exploding)),
                 f"{of.effective_rank:.1f} of {of.num_ranked}",
-                _percent(of.image_share),
+                _percent(None if of.image_share is None else min(1.0, of.image_share)),
                 _percent(of.noise_share),
                 _number(looked.of_pixels.get(name)),
                 own["codec"],

@@ -163,7 +163,7 @@ def test_what_is_no_run_or_stands_twice_is_refused_in_a_sentence(small_run: Path
     for arguments, code, said in (
         ([small_run, tmp_path], 3, f"{tmp_path}: no run of `dtpipe distill` is here"),
         ([small_run, small_run], 2, f"{small_run} is given twice; name each run once"),
-        ([], 2, "RUN..."),
+        ([], 2, "RUN|FEATURES..."),
     ):
         done = report(*arguments)
         assert done.exit_code == code
