@@ -168,7 +168,7 @@ def test_what_a_codec_loses_is_measured_as_it_is_written_and_shown(
 ) -> None:
     """Against the features that a second extraction, under float32 `cast`, stores."""
     changes = {"batch_size": 1, "noise": {"timesteps": [50], "flips": True}}
-    coarse = FeatureDataset.open(extract("int8", shard={"samples": 3, "codec": "int8"}, **changes))
+    coarse = FeatureDataset.open(extract("int8", shard={"samples": 3}, codec={"name": "int8"}, **changes))
     exact = FeatureDataset.open(extract("exact", shard={"samples": 3, "dtype": "float32"}, **changes))
     assert coarse.manifest is not None
     assert exact.manifest is not None
