@@ -4,7 +4,7 @@ Synthetic features (normal noise in float16, which zstd makes 1.08 times smaller
 written by each library's own writer: dtpipe's by the write path of an extraction, in zarr and in tars. Each contender
 then reads in a process of its own, batches of 64, warm, in rounds that are interleaved; medians are kept.
 
-    python benchmarks/read.py [--sizes 48KB 0.2MB 0.6MB 5.6MB] [--rounds 3] [--seconds 0.6]
+    python benchmarks/read.py [--sizes 48KB 0.2MB 0.6MB 5.6MB] [--rounds 3] [--seconds 0.4]
                               [--peers PYTHON] [--folder DIR] [--out-json FILE]
 
 `--peers` is an interpreter that has litdata and mosaicml-streaming beside this project's packages; what it lacks is
@@ -231,7 +231,7 @@ def measure_size(sample: Sample, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     try:
         running = list(contenders(folder, sample, options.peers))
-        least = 2 if sample.size_bytes < 1 << 20 else 4
+        print(f"{sample.size_bytes} bytes a sample: {len(running)} contenders are ready", file=sys.stderr)
         for round_idx in range(options.rounds + 1):  # the first fills the page cache and loads what is loaded late
             for contender in running:
                 slow = contender.name == "zarr"
@@ -239,7 +239,7 @@ def measure_size(sample: Sample, options: argparse.Namespace) -> dict[str, Any]:
                     continue
                 for mode in contender.modes:
                     seconds = options.seconds if round_idx else options.seconds / 2
-                    result = contender.measure(mode, seconds, 1 if slow else least)
+                    result = contender.measure(mode, seconds, 1 if slow else 2)
                     if round_idx:
                         found.setdefault(contender.name, {}).setdefault(mode, []).append(result)
         for contender in running:
@@ -283,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.6, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement")
     parser.add_argument("--peers", default=sys.executable, help="interpreter with litdata and mosaicml-streaming")
     parser.add_argument("--folder", type=Path, default=None, help="where data lies meanwhile; default: the temp folder")
     parser.add_argument("--out-json", type=Path, default=RESULTS / "read.json")
