@@ -7,12 +7,13 @@ change.
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from dtpipe.manifests.store.open_files import ProcessLock
 
 _LEAST_BYTES = 4 * 2**20  # what is smaller comes from pages that the process has
 _MOST_IDLE_BYTES = 2**30
@@ -37,7 +38,7 @@ class Buffers:
     def __init__(self) -> None:
         self._idle: list[NDArray[np.uint8]] = []
         self._back: deque[NDArray[np.uint8]] = deque(maxlen=_MOST_BACK)
-        self._changing = threading.Lock()
+        self._changing = ProcessLock()
 
     def __reduce__(self) -> tuple[type[Buffers], tuple[()]]:
         return Buffers, ()

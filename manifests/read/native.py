@@ -7,7 +7,6 @@ it again by itself, which names it. Where a library is not found, all chunks are
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 from dtpipe.manifests.layout.coding import ChunkCoding
 from dtpipe.manifests.read.functions import register_functions
 from dtpipe.manifests.read.located import ChunkRequest, LocatedChunks
+from dtpipe.manifests.store.open_files import ProcessLock
 
-_loading = threading.Lock()
+_loading = ProcessLock()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _MOST = 128  # kept open
 
@@ -35,12 +36,30 @@ class OpenFile:
             os.close(self.descriptor)
 
 
+class ProcessLock:
+    """A lock of one process's threads, for `with`. A process that was forked while it was held finds it free."""
+
+    def __init__(self) -> None:
+        self._lock = os.getpid(), threading.Lock()
+
+    def __reduce__(self) -> tuple[type[ProcessLock], tuple[()]]:
+        return ProcessLock, ()
+
+    def __enter__(self) -> None:
+        if self._lock[0] != os.getpid():  # whoever held it does not live in this process
+            self._lock = os.getpid(), threading.Lock()
+        self._lock[1].acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock[1].release()
+
+
 class OpenFiles:
     """The files that were used last, by number; for many threads, picklable without the files."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[int, OpenFile] = OrderedDict()
-        self._changing = threading.Lock()
+        self._changing = ProcessLock()
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
         return OpenFiles, ()
