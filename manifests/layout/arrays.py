@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.codecs.base import array_name
 from dtpipe.manifests.codecs.registry import level_codecs
-from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.image_coding import PLAIN, ImageCoding
 from dtpipe.manifests.pieces import Pieces
 from dtpipe.manifests.schema import IMAGE, IndexRow, Members, Plan, Recipe
@@ -56,6 +56,11 @@ def stored_arrays(recipe: Recipe) -> dict[str, ArraySpec]:
         arrays[IMAGE] = ArraySpec(IMAGE, np.dtype("u1"), None, shape, axes, image_coding=recipe.image_coding)
     for level, codec in level_codecs(recipe).items():
         for part, spec in codec.parts.items():
+            if spec.entropy != "zstd":
+                raise ConfigError(
+                    f"level {level} is coded by {spec.entropy}, and stores know zstd only; fit its codec for zstd, or "
+                    "install the version of dtpipe that wrote it"
+                )
             name = array_name(level, part)
             arrays[name] = ArraySpec(name, spec.dtype, len(recipe.views), spec.shape, spec.axes, level)
     packed = recipe.codec.zstd_level > 0

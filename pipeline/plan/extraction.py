@@ -327,7 +327,7 @@ def _fit_in_words(fit: dict[str, Any]) -> str:
     target = f"{fit['max_error']:.1%} error" if "max_error" in fit else format_bytes(fit["budget_bytes"])
     return (
         f"codecs ({levels}) would be fitted for {target} to {count_of(fit['samples'], 'sample')} at most, before "
-        "anything is stored; the bytes above are of these levels as they are, unfitted"
+        "anything is stored; the bytes below are of these levels as they are, unfitted"
     )
 
 
