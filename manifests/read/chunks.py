@@ -83,7 +83,7 @@ class ChunkReader:
         chunks = locate_chunks(self.tables, requests, self._kind.trailer_bytes)
         self._num_read += len(chunks)
         fast = self._num_read >= NATIVE_FROM and native.available()
-        pieces = chunks.pieces(
+        pieces = chunks.cut(
             _num_threads() if self.store.local else _REMOTE_THREADS, None if self._has_files else _PIECE_BYTES
         )
         first, others = pieces[0], pieces[1:]

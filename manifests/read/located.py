@@ -49,7 +49,7 @@ class LocatedChunks:
         """Some of them."""
         return LocatedChunks(**{name: column[chosen] for name, column in self.__dict__.items()})
 
-    def pieces(self, num: int, most_bytes: int | None = None) -> list[LocatedChunks]:
+    def cut(self, num: int, most_bytes: int | None = None) -> list[LocatedChunks]:
         """Cut into up to `num` pieces that take about equally long, or more where they would have too many bytes."""
         cost = np.cumsum(self.size + _CHUNK_COST_BYTES)
         num = max(1, min(num, int(cost[-1]) // _PIECE_BYTES))

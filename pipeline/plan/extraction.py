@@ -37,7 +37,7 @@ from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import bytes_per_sample
 from dtpipe.manifests.write.shard import SHARD_FORMATS, encode_rows, join_rows
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
-from dtpipe.pipeline.plan.arrays import ArrayPlan, plan_arrays, print_arrays
+from dtpipe.pipeline.plan.arrays import ArrayPlan, assume_codec, plan_arrays, print_arrays
 from dtpipe.pipeline.plan.limits import Limits, extraction_limits
 from dtpipe.pipeline.plan.prices import CachedOrLive, PlanConfig, cached_or_live
 
@@ -116,7 +116,8 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
     rows, prepare_s = _probe_rows(producer, listing, recipe.compute.batch_size)
     probe = _probe(producer, recipe, rows)
     num_samples, workers = len(listing), _workers(run, recipe.compute.device)
-    stored_each = sum(array.stored_bytes for array in probe.arrays)
+    arrays = _fitted_arrays(work, probe.arrays, num_samples)
+    stored_each = sum(array.stored_bytes for array in arrays)
     limits = extraction_limits(
         on_gpu=recipe.compute.device != "cpu",
         workers=workers,
@@ -140,7 +141,7 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
         levels=_bytes_by_array(recipe),
         raw_bytes=raw * num_samples,
         stored_bytes=round(stored_each * num_samples),
-        arrays=probe.arrays,
+        arrays=arrays,
         free_bytes=free_bytes(Store(run.out)),
         device=recipe.compute.device,
         workers=workers,
@@ -158,6 +159,14 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
         ignored=dict(ignored),
         to_fit=None if work.fit is None else work.fit.record(),
     )
+
+
+def _fitted_arrays(work: Work, arrays: tuple[ArrayPlan, ...], num_samples: int) -> tuple[ArrayPlan, ...]:
+    """What arrays take once codecs are fitted, as far as that can be said before."""
+    if work.fit is None:
+        return arrays
+    budget = work.fit.budget_bytes and work.fit.budget_bytes / num_samples
+    return assume_codec(arrays, work.fit.codecs, work.fit.max_error, budget)
 
 
 def _held(run: ExtractRun, shard_bytes: int) -> int:
