@@ -51,15 +51,19 @@ class Int8Level:
         """symbol * step + offset, in float32."""
         scale = parts[SCALE].astype(np.float32, copy=False)
         step, offset = (scale[..., row, :, None, None] for row in (0, 1))
-        return _cast(parts[SYMBOLS].astype(np.float32) * step + offset, self.level.dtype)
+        with np.errstate(over="ignore"):  # beyond the largest number by rounding, which the cast takes back
+            return _cast(parts[SYMBOLS].astype(np.float32) * step + offset, self.level.dtype)
 
     def error(self, parts: Arrays) -> NDArray[np.float64]:
         """Half a step of each channel, and what is rounded away in float32 and in the level's dtype."""
         scale = parts[SCALE].astype(np.float64)
         step, offset = scale[..., 0, :], np.abs(scale[..., 1, :])
         largest = offset + LARGEST * step
-        rounded = np.spacing(np.minimum(largest, np.finfo(self.level.dtype).max).astype(self.level.dtype)) / 2
-        worst = step / 2 + largest * _ROUNDED + _SUBNORMAL + rounded.astype(np.float64)
+        most = np.nextafter(
+            np.finfo(self.level.dtype).max, 0, dtype=self.level.dtype
+        )  # the next one's step is the same
+        rounded = np.spacing(np.minimum(largest, most).astype(self.level.dtype)).astype(np.float64) / 2
+        worst = step / 2 + largest * _ROUNDED + _SUBNORMAL + rounded
         return np.asarray(np.sqrt(np.square(worst).mean(axis=-1)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -28,6 +28,8 @@ def test_one_channel_by_hand() -> None:
     arrays(np.float32, (2, 3, 2, 2), elements=st.floats(allow_nan=False, allow_infinity=False, width=32)),
     st.sampled_from([1.0, 1e-30, 2.0**-149]),
 )
+@example(np.full((2, 3, 2, 2), [[np.finfo(np.float32).max, 3e38], [-1e38, -np.finfo(np.float32).max]], np.float32), 1.0)
+@example(np.full((2, 3, 2, 2), [[np.finfo(np.float32).max, 0], [1e38, 3e38]], np.float32), 1.0)
 def test_decoded_features_are_within_the_stated_error_at_any_scale(values: np.ndarray, scale: float) -> None:
     values = (values.astype(np.float64) * scale).astype(np.float32)
     codec = open_codec(level_of(values, "int8"))

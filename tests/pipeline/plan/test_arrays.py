@@ -76,7 +76,10 @@ def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[
     assert within[2].error == pytest.approx(0.06)
     print_arrays(Console(), coded, 1000, 2, 32)
     shown = capsys.readouterr().out
-    assert "stored and error of l2, l3 are ASSUMED, as measured on all levels of the demo's teacher (64 px, zstd 3)" in shown
+    assert (
+        "stored and error of l2, l3 are ASSUMED, as measured on all levels of the demo's teacher (64 px, zstd 3)"
+        in shown
+    )
     print_arrays(Console(), PLANS, 1000, 1, 32)
     assert "ASSUMED" not in capsys.readouterr().out
 
