@@ -71,7 +71,7 @@ def test_a_folder_from_before_settings_had_halves_is_gone_on_with(tmp_path):
         RunFolder.open(run_settings(changed(config, epochs=4)))
     RunFolder.open(run_settings(config)).close()
     assert read_config(tmp_path) == config.model_dump(mode="json")
-    later = {"trackers", "project"}  # fields that came since
+    later = {"trackers", "project", "prefetch_mb", "cache", "cache_gb"}  # fields that came since
     assert DistillConfig.in_halves(recorded)["run"].keys() == config.run.model_dump().keys() - later
 
 
