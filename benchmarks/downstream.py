@@ -26,7 +26,7 @@ TEACHER, UNTRAINED = "distilled", "untrained"
 UPRIGHT = ("-s", "eval.tune.augment.flip=0")
 """Mirrored digits are none."""
 GRIDS = {
-    "segment": "0.001,0.003,0.01,0.03,0.1",
+    "segment": "0.001,0.003,0.01,0.03",
     "detect": "0.001,0.003,0.01",
     "finetune": "0.0003,0.001,0.003,0.01",
 }
