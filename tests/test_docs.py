@@ -131,6 +131,23 @@ def test_the_readmes_results_are_those_of_the_benchmarks() -> None:
             assert cell == f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}", (row, extractor)
 
 
+def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark() -> None:
+    document = json.loads((REPO / "benchmarks" / "results" / "downstream_digits.json").read_text())
+    found, arms = document["results"]["segment"], ("distilled", "untrained", "random initialisation")
+    rows = README.partition("| fine-tuned, labelled scenes |")[2].splitlines()[2:5]
+    for row, count in zip(rows, (5, 20, 80), strict=True):
+        of_arm = {
+            arm: [s["value"] for s in found["scores"] if (s["extractor"], s["num_labelled"]) == (arm, count)]
+            for arm in arms
+        }
+        expected = [f"{statistics.mean(of_arm[arm]):.3f} ± {statistics.stdev(of_arm[arm]):.3f}" for arm in arms]
+        for other in ("random initialisation", "untrained"):
+            gains = [ours - theirs for ours, theirs in zip(of_arm["distilled"], of_arm[other], strict=True)]
+            mean, half = statistics.mean(gains), 2.7764 * statistics.stdev(gains) / 5**0.5  # t of 4 degrees of freedom
+            expected.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
+
+
 def session(text: str) -> list[tuple[list[str], list[str]]]:
     """Commands of the README's `console` blocks, each with the lines of its answer."""
     steps: list[tuple[list[str], list[str]]] = []
