@@ -175,7 +175,9 @@ class CodecConfig(StrictModel):
     @model_validator(mode="after")
     def _one_target(self) -> Self:
         if self.max_error is not None and self.budget is not None:
-            raise ValueError("give max_error or budget, not both: one follows from the other")
+            raise ValueError(
+                "extract.codec.max_error and extract.codec.budget are both set; give one, the other follows from it"
+            )
         return self
 
     @property

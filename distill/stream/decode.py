@@ -74,9 +74,8 @@ class _Basis:
             tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device)
             return tensor.float() if tensor.is_floating_point() else tensor
 
-        cells = [of_region for of_region, _ in basis.regions()]
-        back, ends = np.argsort(np.concatenate(cells)), np.cumsum([len(of_region) for of_region in cells])
-        places = [slice(int(end) - len(of_region), int(end)) for end, of_region in zip(ends, cells, strict=True)]
+        by_region, places = basis.by_region()
+        back = np.argsort(by_region)
         columns = [on_device(rows.T) for _, rows in basis.regions()]
         component, frequency = np.divmod(quantiser.order, len(back))
         return cls(

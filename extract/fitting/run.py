@@ -99,7 +99,7 @@ def _telling(meter: ProgressMeter, stop: StopRequest) -> Callable[[int, int, str
 
     def tell(done: int, _total: int, event: str | None) -> None:
         nonlocal shown_s
-        stop.raise_if_requested("codecs were being fitted, nothing was written yet")
+        stop.raise_if_requested("codecs were being fitted", "nothing is written yet")
         meter.samples_done = done
         meter.encoded(done)
         if event is not None or time.monotonic() - shown_s > _SHOWN_EVERY_S:

@@ -93,9 +93,7 @@ class _Basis:
             tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device)
             return tensor.double() if tensor.is_floating_point() else tensor
 
-        cells = [of_region for of_region, _ in basis.regions()]
-        by_region, ends = np.concatenate(cells), np.cumsum([len(of_region) for of_region in cells])
-        places = [slice(int(end) - len(of_region), int(end)) for end, of_region in zip(ends, cells, strict=True)]
+        by_region, places = basis.by_region()
         rows = [on_device(of_region) for _, of_region in basis.regions()]
         return cls(
             tuple(zip(places, rows, strict=True)),

@@ -49,6 +49,12 @@ class ChannelBasis:
             rows = slice(end - rank, end)
             yield np.flatnonzero(region == idx), self.basis[rows].astype(np.float64) * self.unit[rows, None]
 
+    def by_region(self) -> tuple[NDArray[np.int64], list[slice]]:
+        """All flat frequencies region by region, (F,), and where each region lies among them."""
+        cells = [of_region for of_region, _ in self.regions()]
+        ends = np.cumsum([len(of_region) for of_region in cells]).tolist()
+        return np.concatenate(cells), [slice(end - len(part), end) for end, part in zip(ends, cells, strict=True)]
+
     def forward(self, normal: Floats) -> Floats:
         """Coefficients of normalised features. Shapes: [.., C, H, W] -> [.., K, H, W]; 0 beyond a region's rank."""
         waves = cosines(normal - self.centre.astype(np.float64)[:, None, None])

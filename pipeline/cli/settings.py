@@ -279,7 +279,8 @@ def explain(err: ValidationError, model: type[BaseModel], section: str, names: M
     parts = [f"{', '.join(missing)} must be given"] if missing else []
     for key, texts in problems.items():
         named = key == section or texts[0].startswith(f"{key}.")  # a check of several fields names them itself
-        parts.append(("" if named else key) + " or ".join(dict.fromkeys(texts)))
+        apart = "" if named or texts[0].startswith((" ", ":")) else ": "
+        parts.append(("" if named else key) + apart + " or ".join(dict.fromkeys(texts)))
     return "; ".join(parts[:4])
 
 

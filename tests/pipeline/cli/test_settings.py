@@ -139,6 +139,15 @@ def test_a_check_of_several_fields_names_each_once() -> None:
     }
     with pytest.raises(ConfigError, match=r"^distill.loss.mse_weight, distill.loss.at_weight, .* are all 0;"):
         validate(gather([], {}, values), "distill")
+    needed = {"eval.tune.steps": 1, "eval.tune.epochs": 1}
+    with pytest.raises(ConfigError, match=r"^eval\.tune: give eval\.tune\.steps or eval\.tune\.epochs, one of them"):
+        validate(
+            gather([], {}, {"eval.checkpoint": "run", "eval.images": "photos", "eval.task": "segment", **needed}),
+            "eval",
+        )
+    both = {"extract.codec.max_error": 0.1, "extract.codec.budget": "1GB"}
+    with pytest.raises(ConfigError, match=r"^extract\.codec\.max_error and extract\.codec\.budget are both set;"):
+        validate(gather([], {**both}, NEEDED), "extract")
 
 
 @pytest.mark.parametrize(
