@@ -8,7 +8,7 @@ DIGEST := $(shell cksum < pyproject.toml | tr ' ' '-')
 RUN_STAMP := $(VENV)/.run-$(DIGEST)
 DEV_STAMP := $(VENV)/.dev-$(DIGEST)
 
-.PHONY: setup demo demo-teacher test check bench clean
+.PHONY: setup demo demo-teacher test check docs bench clean
 
 setup: $(DEV_STAMP)
 
@@ -43,6 +43,9 @@ check: $(DEV_STAMP)         ## formatter, linter, type checker, layers
 	$(BIN)/ruff check .
 	MYPYPATH=.dev $(BIN)/mypy --strict -p dtpipe.manifests -p dtpipe.extract -p dtpipe.distill -p dtpipe.pipeline -m dtpipe -m dtpipe.__main__
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+docs: $(DEV_STAMP)          ## the documents as a site: build/site/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs/site . build/site
 
 bench: $(DEV_STAMP)         ## every benchmark with its defaults (hours on 2 cores: probe.py trains on three seeds)
 	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script || exit 1; done
