@@ -1,4 +1,4 @@
-"""The site of the documents, which `make docs` builds into build/site: the Markdown files of the repository, as they lie.
+"""The site of the documents, which `make docs` builds into build/site, from the Markdown files as they lie.
 
 `NAV` is the order in which a user needs the pages; a page that is not in it is an error of the build.
 """
