@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 from torch.nn.parallel import distributed  # noqa: F401  imported once, not in each fork
 
 from dtpipe.manifests.errors import DtpipeError
@@ -19,9 +20,8 @@ def fork_ranks(call: Callable[[int], Any], folder: Path, size: int) -> list[Any]
     """What `call(rank)` returns in each of `size` processes, or its error's type, sentence and exit code; None if it
     was killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As under torchrun, the parent holds the port, so that nothing else can take it before rank 0 does.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = [folder / f"rank{rank}.json" for rank in range(size)]
     pids = []
     for rank, answer in enumerate(answers):
@@ -29,7 +29,8 @@ def fork_ranks(call: Callable[[int], Any], folder: Path, size: int) -> list[Any]
         pid = os.fork()
         if not pid:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
             _answer(call, rank, answer)
         pids.append(pid)
     for pid in pids:
@@ -43,5 +44,7 @@ def _answer(call: Callable[[int], Any], rank: int, answer: Path) -> None:
         answer.write_text(json.dumps(call(rank)))
     except DtpipeError as err:
         answer.write_text(json.dumps([type(err).__name__, str(err), err.exit_code]))
+    except BaseException:
+        traceback.print_exc()  # the one who asked only sees that there is no answer
     finally:
         os._exit(0)
