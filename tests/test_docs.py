@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -27,14 +26,13 @@ from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.pipeline.cli.main import COMMANDS, main
 from dtpipe.pipeline.cli.reference import help_text, reference
 from dtpipe.pipeline.cli.settings import SECTIONS, check_key
+from parts.documents import PAGES, blocks, commands_in, parse
 from parts.extractions import Extract
 from parts.images import write_images
 from parts.packing import contents, folder_files
 from parts.paths import REPO
 
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 SMALL = {  # settings that make a command of the README small enough for a test; they change no flag that it shows
     "train-teacher": "train_teacher: {channels: [8, 8, 8, 8, 8, 8], blocks: 1, head_channels: 8, norm_groups: 4,"
@@ -45,29 +43,6 @@ SMALL = {  # settings that make a command of the README small enough for a test;
     "eval": "eval: {probe: {max_iter: 3, l2_grid: [0.1], folds: 2}}",
     "report": "report: {num_images: 1}",
 }
-
-
-def blocks(text: str, *languages: str) -> list[str]:
-    """Fenced blocks of some languages."""
-    return [block for language, block in FENCE.findall(text) if language in languages]
-
-
-def commands_in(text: str) -> Iterator[list[str]]:
-    """Command lines of dtpipe in a text, without comments; lines that end with a backslash go on."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.removeprefix("$ "), comments=True) if "dtpipe " in line else []
-        if "dtpipe" in words:
-            yield words[words.index("dtpipe") + 1 :]
-        elif words and words[0].endswith("/dtpipe"):
-            yield words[1:]
-
-
-def parse(words: list[str]) -> None:
-    """Parse one command line without running it; click raises on an unknown command, flag or choice."""
-    group = click.Context(main, info_name="dtpipe", **main.context_settings)
-    command = main.get_command(group, words[0])
-    assert command is not None, words[0]
-    command.make_context(words[0], words[1:], parent=group)
 
 
 def test_the_command_reference_is_fresh() -> None:
@@ -94,7 +69,7 @@ def test_every_command_line_in_the_documents_parses() -> None:
 
 
 def test_every_setting_named_in_the_documents_exists() -> None:
-    key = re.compile(rf"(?<![\w/.])(?:{'|'.join(SECTIONS)})\.[a-z_]+[a-z0-9_.]*\b")
+    key = re.compile(rf"(?<![\w/.])(?:{'|'.join(SECTIONS)})\.(?!json\b)[a-z_]+[a-z0-9_.]*\b")
     written = [page.read_text() for page in PAGES if page.name != "cli.md"]  # which the commands write themselves
     named = {name for text in written for name in key.findall(text)}
     assert len(named) >= 12

@@ -13,7 +13,7 @@ from typing import Any
 REPO = Path(__file__).parents[2]
 NAV = {
     "Begin": ["docs/install", "A notebook <examples/notebook>"],
-    "Features": ["docs/teachers", "docs/datasets"],
+    "Features": ["docs/teachers", "docs/datasets", "docs/costs", "docs/clusters"],
     "Students": ["docs/training", "docs/labels", "docs/recipes", "docs/trackers"],
     "Scores and use": ["docs/evaluation", "docs/segmentation", "docs/detection", "docs/reports", "docs/exports"],
     "Reference": ["docs/settings", "docs/cli", "docs/library", "docs/api", "The format <manifests/README>"],

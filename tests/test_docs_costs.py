@@ -1,0 +1,59 @@
+"""The tables of docs/costs.md are those that the counted figures give, and some of their cells by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from types import ModuleType
+
+import pytest
+
+from parts.paths import REPO
+
+PAGE = (REPO / "docs" / "costs.md").read_text(encoding="utf-8")
+SCRIPT = REPO / "docs" / "site" / "cost_tables.py"
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cost_tables", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(start: str, nth: int = 0) -> list[str]:
+    """Cells of the nth row of the page that begins so."""
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith(f"| {start}")
+    ][nth]
+
+
+def test_the_page_is_fresh(tables: ModuleType) -> None:
+    assert tables.filled(PAGE) == PAGE, "run `python docs/site/cost_tables.py`"
+    assert re.findall(r"<!-- (\w+) -->\n\|", PAGE) == list(tables.TABLES)
+
+
+def test_bytes_of_an_adm_by_hand() -> None:
+    """Channels times cells at strides 4 to 32 of 256 px, two bytes each, and an image of three bytes a pixel."""
+    features = 2 * (512 * 64**2 + 512 * 32**2 + 1024 * 16**2 + 1024 * 8**2)
+    sample = features + 3 * 256**2
+    tight = 3 * 256**2 + features / float(row("bytes in float16")[2])
+    _, _, one, many, imagenet, coded = row("ADM, 256 px")
+    assert one == f"{sample / 1e6:.2f} MB" and many == f"{sample / 1e4:.0f} GB"
+    assert imagenet == f"{sample * 1.281167e-6:.2f} TB" and coded == f"{tight * 1.281167e-6:.2f} TB"
+
+
+def test_hours_of_an_adm_by_hand() -> None:
+    """973 GFLOP and a million images at 80 TFLOP/s; an H100 has 989 / 312 of an A100's peak."""
+    *_, a100, h100 = row("ADM, 256 px", 1)
+    seconds = 973e9 * 1e6 / 80e12
+    assert a100 == f"{seconds / 3600:.1f} h" and h100 == f"{seconds * 312 / 989 / 3600:.1f} h"
+
+
+def test_from_when_on_cached_is_cheaper_by_hand() -> None:
+    """Hours at 2 and terabytes at 25 were spent before the first epoch; each live epoch costs the hours again."""
+    spent = 2 * 973e9 * 1_281_167 / 80e12 / 3600
+    stored = 25 * float(row("ADM, 256 px")[4].split()[0])
+    assert float(row("ADM, 256 px", 2)[1].split()[0]) == pytest.approx((spent + stored) / spent, abs=0.1)
