@@ -84,7 +84,9 @@ def ratios(codec: LevelCodec, held: NDArray[np.float32], file_bytes: int, settin
     beside += CHUNK_BYTES + file_bytes / settings.rows
     sizes = {f"zstd_{level}": zstd_bytes(parts[SYMBOLS], level) for level in (3, 19)}
     if isinstance(codec, TransformLevel):
-        sizes["rans"] = statistics.fmean(len(compress(row, codec.tables)) for row in parts[SYMBOLS].astype(np.int8))
+        sizes["rans"] = statistics.fmean(
+            len(compress(row, codec.load_tables())) for row in parts[SYMBOLS].astype(np.int8)
+        )
     return {
         "float16_bytes": 2 * held[0].size,
         "relative_mse": round(relative_mse(codec.decode(parts), held), 5),
@@ -118,7 +120,7 @@ def speeds(codec: LevelCodec, held: NDArray[np.float32], settings: Settings) -> 
         "zstd_3_decode": lambda: [zstd.decode(frame) for frame in frames],
     }
     if isinstance(codec, TransformLevel):
-        symbols, tables = parts[SYMBOLS].astype(np.int8), codec.tables
+        symbols, tables = parts[SYMBOLS].astype(np.int8), codec.load_tables()
         chunks = [compress(row, tables) for row in symbols]
         runs["rans_encode"] = lambda: [compress(row, tables) for row in symbols]
         runs["rans_decode"] = lambda: decompress(chunks, tables)

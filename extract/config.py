@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.image_coding import COMPACT, PLAIN, ImageCoding, misfit
 from dtpipe.manifests.schema import (
@@ -164,6 +165,11 @@ class CodecConfig(StrictModel):
         description="In place of max_error: bytes that the whole dataset may take, images included, as 500GB.",
     )
     fit_samples: int = Field(default=512, ge=1, description="Samples that a codec is fitted to before the plan.")
+    coder: Coder = Field(
+        default="zstd",
+        description="How the symbols of codecs that are fitted become bytes: zstd, which any zarr reader opens (tars "
+        "hold them as plain npy), or rans under fitted tables, which takes a quarter less than zstd.",
+    )
 
     @field_validator("budget")
     @classmethod

@@ -300,6 +300,11 @@ def fit_request(config: ExtractRecipeConfig, recipe: Recipe) -> FitRequest | Non
     named = {level.name: codec.name_for(level.name) for level in recipe.levels if level.role == "features"}
     fitted = {level: name for level, name in named.items() if is_fitted_codec(name)}
     if not fitted:
+        if codec.coder != "zstd":
+            raise ConfigError(
+                f"extract.codec.coder is {codec.coder}, whose tables are fitted, and no level has a codec that is; set "
+                "extract.codec.max_error or extract.codec.budget, or leave coder out"
+            )
         if codec.max_error is not None or codec.budget is not None:
             raise ConfigError(
                 f"extract.codec gives {'a budget' if codec.max_error is None else 'max_error'}, and no level has a "
@@ -308,7 +313,7 @@ def fit_request(config: ExtractRecipeConfig, recipe: Recipe) -> FitRequest | Non
         return None
     max_error = None if codec.budget else codec.max_error or DEFAULT_MAX_ERROR
     budget = parse_bytes(codec.budget) if codec.budget else None
-    return FitRequest(fitted, max_error, budget, codec.fit_samples, config.source.seed)
+    return FitRequest(fitted, max_error, budget, codec.fit_samples, config.source.seed, codec.coder)
 
 
 def _stored_level(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from dtpipe.manifests.codecs.fitted import FITTED
+from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe
 
 DEFAULT_MAX_ERROR: Final = 0.03
@@ -32,11 +33,14 @@ class FitRequest:
     num_samples: int
     seed: int
     """Of the choice of samples."""
+    coder: Coder = "zstd"
+    """Of the symbols."""
 
     def record(self) -> dict[str, Any]:
         """What a dataset that is gone on with must have been asked for, too."""
         target = {"max_error": self.max_error} if self.budget_bytes is None else {"budget_bytes": self.budget_bytes}
-        return {"levels": dict(self.codecs), **target, "samples": self.num_samples}
+        coder = {} if self.coder == "zstd" else {"coder": self.coder}
+        return {"levels": dict(self.codecs), **target, "samples": self.num_samples, **coder}
 
 
 @dataclass(frozen=True)

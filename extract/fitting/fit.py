@@ -120,14 +120,15 @@ class _Fits:
     def _fit(self, level: LevelSpec, features: NDArray[np.float32], error: float) -> Fit:
         fit = CODECS[self._request.codecs[level.name]].fit
         assert fit is not None, "only codecs that are fitted are asked for"
-        return fit(level, features, FitTarget(relative_mse=error))
+        return fit(level, features, FitTarget(relative_mse=error, entropy=self._request.coder))
 
     def _stored_bytes(self, result: FitResult) -> float:
         """Of one sample in its store, all views, images and headers included, by the sample of the fit."""
         recipe = result.recipe(self._draft)
         num = min(len(self._sample.rows), _MEASURED)
         plan = sample_plan(recipe, num)
-        codecs = level_codecs(recipe, HeldFitted(result.files))
+        held = HeldFitted(result.files)
+        codecs = level_codecs(recipe, held)
         arrays = {name: np.zeros(spec.shape(num), spec.dtype) for name, spec in stored_arrays(recipe).items()}
         if self._sample.images is not None:
             arrays[IMAGE][...] = self._sample.images[:num]
@@ -135,7 +136,7 @@ class _Fits:
             for part, values in encode_level(codec, self._sample.levels[name][:num]).items():
                 arrays[array_name(name, part)][...] = values[:, None]
         rows = [row.model_copy(update={"row": idx}) for idx, row in enumerate(self._sample.rows[:num])]
-        return sum(encoded.size_bytes for encoded in encode_shard(plan, 0, ShardArrays(arrays, rows))) / num
+        return sum(encoded.size_bytes for encoded in encode_shard(plan, 0, ShardArrays(arrays, rows), held)) / num
 
     def _say(self, what: str) -> None:
         num = len(self._sample.rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -25,7 +25,6 @@ from dtpipe.manifests.codecs.base import Array, LevelCodec, array_name, decode_l
 from dtpipe.manifests.fidelity import CODEC_ERROR, Fidelity, merged_records
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, MEASURED_SHARD, IndexRow, Recipe
-from dtpipe.manifests.write.shard import encode_rows
 
 KEPT_ROWS = 8  # of the measured shard, as arrays
 EXACT = "cast"  # the codec that only rounds; what others lose is measured
@@ -151,10 +150,17 @@ class ShardBuffer:
     """The rows of one shard, batch by batch in their order, on their way to bytes in the threads of a pool."""
 
     def __init__(
-        self, recipe: Recipe, shard_idx: int, pool: ThreadPoolExecutor, ahead: int, room: Room, clock: ShardClock
+        self,
+        recipe: Recipe,
+        shard_idx: int,
+        encode: Callable[[ShardArrays], CodedRows],
+        pool: ThreadPoolExecutor,
+        ahead: int,
+        room: Room,
+        clock: ShardClock,
     ) -> None:
-        """`ahead`: batches that may wait for the threads of the pool."""
-        self._recipe, self._shard_idx = recipe, shard_idx
+        """`encode` makes bytes of arrays; `ahead`: batches that may wait for the threads of the pool."""
+        self._recipe, self._shard_idx, self._to_bytes = recipe, shard_idx, encode
         self._pool, self._ahead, self._room, self._clock = pool, ahead, room, clock
         self._waiting: deque[Future[CodedRows]] = deque()
         self._parts: list[CodedRows] = []
@@ -204,7 +210,7 @@ class ShardBuffer:
             arrays = batch.arrays(self._recipe)
             if self._shard_idx == MEASURED_SHARD and start < KEPT_ROWS:
                 self._kept[start] = arrays
-            coded = encode_rows(self._recipe, arrays)
+            coded = self._to_bytes(arrays)
             self._fidelity[start] = batch.fidelity(arrays)
         self._room.exchange(self._shard_idx, batch.size_bytes, coded.size_bytes)
         return coded

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from dtpipe.manifests.write.commit import commit_entry, commit_name, load_entry
 from dtpipe.manifests.write.listing import read_listing
 from dtpipe.manifests.write.lock import check_epoch
 from dtpipe.manifests.write.plan import load_plan, plan_digest
-from dtpipe.manifests.write.shard import write_rows
+from dtpipe.manifests.write.shard import encode_rows, write_rows
 
 MEASURED_EVERY = 64  # rows of which one shows what the codecs lose
 NEARLY_DONE = 0.75  # a stop lets a shard finish when this share of it has been produced
@@ -49,7 +50,8 @@ class ShardWorker:
         self.store = Store(context.out)
         self.plan, self.plan_blake3 = load_plan(self.store), plan_digest(self.store)
         self.listing = read_listing(self.store, self.plan.listing_blake3)
-        self.codecs = level_codecs(self.plan.recipe, StoredFitted(self.store))
+        self.fitted = StoredFitted(self.store)
+        self.codecs = level_codecs(self.plan.recipe, self.fitted)
         self.producer = context.job.open(self.plan, self.listing, context.device)
         self.num_encoded = 0  # rows produced since start; read by progress
         self.room = Room(context.memory_bytes)
@@ -90,7 +92,8 @@ class ShardWorker:
             return load_entry(self.store, self.plan, self.plan_blake3, shard_idx)
         clock, compute = ShardClock(self._timeline), self.plan.recipe.compute
         batches = BatchQueue(self.producer, compute.batch_size, self._pool, self.index_rows(shard_idx), clock)
-        shard = ShardBuffer(self.plan.recipe, shard_idx, self._coders, self._num_coders, self.room, clock)
+        encode = partial(encode_rows, self.plan.recipe, fitted=self.fitted)
+        shard = ShardBuffer(self.plan.recipe, shard_idx, encode, self._coders, self._num_coders, self.room, clock)
         try:
             with self._producer_turn:
                 clock.lap("turn")

@@ -17,7 +17,7 @@ import pyarrow as pa
 from dtpipe.manifests.canonical import blake3_hex, load_record
 from dtpipe.manifests.check.evidence import find_plan_evidence, outvoted, read_all, rebuilt_plan
 from dtpipe.manifests.check.problems import UNREADABLE, Problem, problem_of, reason
-from dtpipe.manifests.codecs.fitted import fitted_names, read_fitted
+from dtpipe.manifests.codecs.fitted import StoredFitted, fitted_names, read_fitted
 from dtpipe.manifests.errors import ConfigError, DtpipeError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.layout.tables import (
@@ -31,7 +31,7 @@ from dtpipe.manifests.layout.tables import (
     index_table,
     shards_table,
 )
-from dtpipe.manifests.layout.zarr import zarr_metadata
+from dtpipe.manifests.layout.zarr import zarr_document, zarr_metadata_names
 from dtpipe.manifests.read.compare import compare_merged
 from dtpipe.manifests.read.places import check_objects
 from dtpipe.manifests.schema import Manifest, Plan, ShardEntry
@@ -202,12 +202,14 @@ def _check_fitted(store: Store, plan: Plan, problems: list[Problem]) -> None:
 
 
 def _check_zarr_metadata(store: Store, plan: Plan, manifest: Manifest | None, problems: list[Problem]) -> None:
-    if plan.recipe.shard.format != "zarr":
-        return
-    for name, data in zarr_metadata(plan).items():
+    fitted, lost = StoredFitted(store), {problem.name for problem in problems if problem.mend == "fit"}
+    for name in zarr_metadata_names(plan):
         named = manifest.files.get(name) if manifest is not None else None
         try:
-            if blake3_hex(store.read(name)) != (named.blake3 if named else blake3_hex(data)):
+            digest = blake3_hex(store.read(name))
+            if named is None and lost:
+                continue  # what it should hold follows from that
+            if digest != (named.blake3 if named else blake3_hex(zarr_document(plan, name, fitted))):
                 problems.append(Problem(name, "is not as it was written", "rewrite"))
         except MissingObjectError:
             problems.append(Problem(name, "is missing", "rewrite"))
@@ -218,9 +220,7 @@ def _check_zarr_metadata(store: Store, plan: Plan, manifest: Manifest | None, pr
 def _check_files(plan: Plan, manifest: Manifest, problems: list[Problem]) -> None:
     """The manifest names the files that a dataset has, and the listing of its plan."""
     expected = {PLAN_FILE, LISTING_FILE, SHARDS_FILE, INDEX_FILE}
-    if plan.recipe.shard.format == "zarr":
-        expected |= zarr_metadata(plan).keys()
-    expected |= set(fitted_names(*plan.recipe.levels))
+    expected |= {*zarr_metadata_names(plan), *fitted_names(*plan.recipe.levels)}
     named = manifest.files
     whats = [f"does not name {name}" for name in sorted(expected - named.keys())]
     whats += [f"names {name!r}, which is no file of this dataset" for name in sorted(named.keys() - expected)]

@@ -101,6 +101,8 @@ def _row_problems(reader: ChunkReader, codecs: Mapping[str, LevelCodec], row: In
     place = f"sample {row.key!r} (row {row.row})"
     values: dict[str, NDArray[np.generic]] = {}
     for name, spec in reader.arrays.items():
+        if spec.tables is not None and spec.level not in codecs:
+            continue  # its tables are lost, which is said already
         try:
             chunks = np.empty((spec.chunks_per_row, *spec.chunk_shape), spec.dtype)
             views = np.arange(spec.chunks_per_row)

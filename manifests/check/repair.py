@@ -15,9 +15,11 @@ from dtpipe.manifests.check.metadata import Metadata
 from dtpipe.manifests.check.objects import check_chunks
 from dtpipe.manifests.check.problems import Mend, Problem
 from dtpipe.manifests.check.verify import VerifyLevel, check_stored
-from dtpipe.manifests.errors import ConfigError, ManifestError
+from dtpipe.manifests.codecs.fitted import StoredFitted
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, ManifestError
 from dtpipe.manifests.layout.tables import LISTING_FILE
-from dtpipe.manifests.layout.zarr import zarr_metadata
+from dtpipe.manifests.layout.zarr import zarr_document, zarr_metadata_names
+from dtpipe.manifests.schema import Plan
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.write.commit import MANIFEST_FILE, commit_name, put_aside
@@ -104,15 +106,23 @@ class _Repair:
         """Write again what follows from the manifest or the plan; a damaged lock went when this one was taken."""
         names = sorted({problem.name for problem in self.problems if problem.mend == "rewrite"})
         plan, data = self.metadata.plan, self.metadata.plan_bytes
-        documents = zarr_metadata(plan) if plan is not None and plan.recipe.shard.format == "zarr" else {}
-        if data is not None:
-            documents[PLAN_FILE] = data
+        of_zarr = set() if plan is None else set(zarr_metadata_names(plan))
         for name in names:
-            if name in documents:
+            document = data if name == PLAN_FILE else None
+            if plan is not None and name in of_zarr:
+                document = self._zarr_document(plan, name)
+            if document is not None:
                 self.lock.check()
                 self._keep(name)
-                self.store.write(name, documents[name])
+                self.store.write(name, document)
         return tuple(names)
+
+    def _zarr_document(self, plan: Plan, name: str) -> bytes | None:
+        """None where it holds tables that are lost: the next extract fits again, and writes it."""
+        try:
+            return zarr_document(plan, name, StoredFitted(self.store))
+        except DamagedDataError:
+            return None
 
     def _mark_incomplete(self) -> None:
         """Only the next merge makes the dataset complete again; a manifest that is not of this plan is put aside."""

@@ -10,13 +10,14 @@ checksums come after a codec and are the stores' affair. A codec is a file here 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.codecs.fit import Fit, FitTarget
+from dtpipe.manifests.codecs.rans_tables import RansTables
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.words import count_of
@@ -26,8 +27,6 @@ Arrays = Mapping[str, Array]
 
 SYMBOLS = ""  # name of the part that holds the level itself; others are what decoding needs beside it, such as `scale`
 LEVEL_AXES = ("channel", "y", "x")
-Entropy = Literal["zstd", "rans"]
-"""How the chunks of an array become bytes: by zstd, which any reader knows, or by the tables of its codec."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class PartSpec:
     """Of one row and view."""
     axes: tuple[str, ...]
     """Names of these axes."""
-    entropy: Entropy = "zstd"
+    tables: Callable[[], RansTables] | None = field(default=None, compare=False)
+    """Loads what its chunks become bytes by, under the coder `rans`; None: the coder `zstd`. Picklable."""
 
 
 class FittedArrays(Protocol):

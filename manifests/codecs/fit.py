@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.errors import ConfigError
 
 
@@ -24,7 +25,7 @@ class FitTarget:
     """Mean squared error of the features over their variance, both of each sample and level; mean over samples."""
     size_bytes: float | None = None
     """Of a row and view, as stored, without checksums and indexes."""
-    entropy: Literal["zstd", "rans"] = "zstd"
+    entropy: Coder = "zstd"
     """How the symbols become bytes; sizes are by this."""
 
     def __post_init__(self) -> None:

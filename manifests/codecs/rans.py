@@ -17,29 +17,21 @@ Source: Duda, arXiv 1311.2540 (rANS); Giesen, arXiv 1402.3392 (interleaving). Li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.codecs.rans_tables import ESCAPE, PRECISION, REACH, TOTAL, RansTables
+from dtpipe.manifests.compiled import compiled
 from dtpipe.manifests.errors import ConfigError, DamagedDataError
 
 _LEAST = 2**16  # of a state
 _RENORMALISE = 32 - PRECISION
 
 
-def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled when first called, outside Python's lock; kept on disk where that can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder for compiled code
-        return numba.njit(nogil=True)(function)
-
-
-@_loop
+@compiled()
 def _encode_chunk(symbols: Any, classes: Any, frequencies: Any, starts: Any, lanes: Any, out: Any) -> Any:
     """Write a chunk to the end of `out`, large enough for any; returns where it starts."""
     num, end = len(symbols), len(out)
@@ -68,48 +60,49 @@ def _encode_chunk(symbols: Any, classes: Any, frequencies: Any, starts: Any, lan
     return at
 
 
-@_loop
-def _decode_chunks(data: Any, starts: Any, ends: Any, entries: Any, classes: Any, lanes: Any, out: Any) -> Any:
-    """Decode each chunk into its row of `out`; returns the first that cannot be one, or -1."""
-    num, states = len(classes), np.empty(lanes, np.uint32)
+@compiled()
+def _decode_chunk(data: Any, at: Any, end: Any, entries: Any, classes: Any, states: Any, out: Any) -> Any:
+    """Decode the chunk of some bytes of `data` into `out`; False where it cannot be one."""
+    lanes = len(states)
+    if end - at < 4 * lanes:
+        return False
+    for lane in range(lanes):
+        state = np.uint32(0)
+        for byte in range(4):
+            state |= np.uint32(data[at + byte]) << np.uint32(8 * byte)
+        states[lane] = state
+        at += 4
+    lane = 0
+    for idx in range(len(classes)):
+        state = states[lane]
+        entry = entries[classes[idx], state & np.uint32(TOTAL - 1)]
+        place = np.int64(entry & np.uint32(63))
+        state = ((entry >> np.uint32(6)) & np.uint32(8191)) * (state >> np.uint32(PRECISION)) + (entry >> np.uint32(19))
+        if state < np.uint32(_LEAST):
+            if at + 2 > end:
+                return False
+            state = (state << np.uint32(16)) | (np.uint32(data[at]) | (np.uint32(data[at + 1]) << np.uint32(8)))
+            at += 2
+        states[lane] = state
+        if place == ESCAPE:
+            end -= 1
+            if at > end:
+                return False
+            out[idx] = np.int8(data[end])
+        else:
+            out[idx] = place - REACH
+        lane = lane + 1 if lane + 1 < lanes else 0
+    return at == end and (states == np.uint32(_LEAST)).all()
+
+
+@compiled()
+def _decode_chunks(
+    data: Any, starts: Any, ends: Any, entries: Any, classes: Any, lanes: Any, rows: Any, out: Any, whole: Any
+) -> None:
+    """Decode each chunk into a row of `out`, and say in `whole` whether it was one."""
+    states = np.empty(lanes, np.uint32)
     for chunk in range(len(starts)):
-        at, end = starts[chunk], ends[chunk]
-        if end - at < 4 * lanes:
-            return chunk
-        for lane in range(lanes):
-            state = np.uint32(0)
-            for byte in range(4):
-                state |= np.uint32(data[at + byte]) << np.uint32(8 * byte)
-            states[lane] = state
-            at += 4
-        lane = 0
-        for idx in range(num):
-            state = states[lane]
-            entry = entries[classes[idx], state & np.uint32(TOTAL - 1)]
-            place = np.int64(entry & np.uint32(63))
-            state = ((entry >> np.uint32(6)) & np.uint32(8191)) * (state >> np.uint32(PRECISION)) + (
-                entry >> np.uint32(19)
-            )
-            if state < np.uint32(_LEAST):
-                if at + 2 > end:
-                    return chunk
-                state = (state << np.uint32(16)) | (np.uint32(data[at]) | (np.uint32(data[at + 1]) << np.uint32(8)))
-                at += 2
-            states[lane] = state
-            if place == ESCAPE:
-                end -= 1
-                if at > end:
-                    return chunk
-                out[chunk, idx] = np.int8(data[end])
-            else:
-                out[chunk, idx] = place - REACH
-            lane = lane + 1 if lane + 1 < lanes else 0
-        if at != end:
-            return chunk
-        for lane in range(lanes):
-            if states[lane] != np.uint32(_LEAST):
-                return chunk
-    return -1
+        whole[chunk] = _decode_chunk(data, starts[chunk], ends[chunk], entries, classes, states, out[rows[chunk]])
 
 
 def compress(symbols: NDArray[np.int8], tables: RansTables) -> bytes:
@@ -139,14 +132,32 @@ def decompress_joined(
     tables: RansTables,
     out: NDArray[np.int8] | None = None,
 ) -> NDArray[np.int8]:
-    """Symbols of chunks that lie in one buffer, decoded without Python's lock. Shapes: starts, ends [N] -> [N, n].
+    """Symbols of chunks that lie in one buffer. Shapes: starts, ends [N] -> [N, n].
 
     Raises: DamagedDataError naming the first chunk that is none, by its place.
     """
     symbols = np.empty((len(starts), len(tables.classes)), np.int8) if out is None else out
     if len(starts) and not (starts.min() >= 0 and (starts <= ends).all() and ends.max() <= len(data)):
         raise DamagedDataError(f"chunks of rans lie at {starts.min()} to {ends.max()} of {len(data)} bytes")
-    failed = int(_decode_chunks(data, starts, ends, tables.entries, tables.classes, tables.lanes, symbols))
-    if failed >= 0:
-        raise DamagedDataError(f"chunk {failed} of {len(starts)} is not what rans makes of these tables: damaged")
+    whole = decode_chunks(data, starts, ends, tables, np.arange(len(starts)), symbols)
+    if not whole.all():
+        first = int(whole.argmin())
+        raise DamagedDataError(f"chunk {first} of {len(starts)} is not what rans makes of these tables: damaged")
     return symbols
+
+
+def decode_chunks(
+    data: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    tables: RansTables,
+    rows: NDArray[np.int64],
+    out: NDArray[np.int8],
+) -> NDArray[np.bool_]:
+    """Decode chunks, which lie within `data`, into rows of `out` [M, n], without Python's lock.
+
+    Shapes: starts, ends, rows [N] -> [N]: False for each that is no chunk of these tables, whose row is then anything.
+    """
+    whole = np.zeros(len(starts), np.bool_)
+    _decode_chunks(data, starts, ends, tables.entries, tables.classes, tables.lanes, rows, out, whole)
+    return whole

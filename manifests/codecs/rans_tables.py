@@ -1,16 +1,23 @@
-"""The static tables of `rans`: how often each symbol is expected, by class; and what a sample costs under them."""
+"""The static tables of `rans`: how often each symbol is expected, by class; what a sample costs under them; and the
+same as JSON, for readers that have no file of fitted arrays.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.errors import ConfigError
 
+Coder = Literal["zstd", "rans"]
+"""How the chunks of an array become bytes: by zstd, which any reader knows, or by the tables of its codec."""
 PRECISION: Final = 12  # bits of a frequency
 TOTAL: Final = 2**PRECISION
 REACH: Final = 31  # symbols -31 to 31 have a place; others take the last, and a byte of their own
@@ -56,6 +63,32 @@ class RansTables:
             place = np.repeat(np.arange(PLACES), frequencies)
             row[:] = place | frequencies[place] << 6 | (np.arange(TOTAL) - starts[place]) << 19
         return entries
+
+
+def tables_to_json(tables: RansTables) -> dict[str, Any]:
+    """`frequencies`: base64 of those of all tables, uint16, little-endian; `counts`: symbols of each table, in whose
+    order they lie.
+    """
+    assert (np.diff(tables.classes.astype(np.int64)) >= 0).all(), "symbols lie in the order of their tables"
+    counts = np.bincount(tables.classes, minlength=len(tables.frequencies))
+    return {
+        "frequencies": base64.b64encode(tables.frequencies.astype("<u2").tobytes()).decode(),
+        "counts": counts.tolist(),
+    }
+
+
+def tables_from_json(fields: Mapping[str, Any]) -> RansTables:
+    """The inverse of `tables_to_json`. Raises: ConfigError for what it does not make."""
+    try:
+        frequencies = np.frombuffer(base64.b64decode(fields["frequencies"], validate=True), "<u2")
+        counts = [int(count) for count in fields["counts"]]
+        classes = np.repeat(np.arange(len(counts)), counts).astype(np.uint8)
+        return RansTables(frequencies.reshape(len(counts), PLACES).astype(np.uint16), classes)
+    except (KeyError, TypeError, ValueError, binascii.Error) as err:
+        raise ConfigError(
+            f"tables of rans are base64 of {PLACES} numbers each, and a count of symbols for each; found other fields "
+            f"({err})"
+        ) from err
 
 
 def fit_tables(symbols: NDArray[np.int8], classes: NDArray[np.uint8], num_tables: int) -> RansTables:

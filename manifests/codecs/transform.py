@@ -18,11 +18,11 @@ from typing import Any, Final, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.base import SYMBOLS, Array, Arrays, Codec, Entropy, FittedArrays, LevelCodec, PartSpec
+from dtpipe.manifests.codecs.base import SYMBOLS, Array, Arrays, Codec, FittedArrays, LevelCodec, PartSpec
 from dtpipe.manifests.codecs.basis import ChannelBasis, normalise
 from dtpipe.manifests.codecs.fitted import FITTED
 from dtpipe.manifests.codecs.quantise import NO_BAND, Quantiser, from_symbols, to_symbols
-from dtpipe.manifests.codecs.rans_tables import PLACES, RansTables
+from dtpipe.manifests.codecs.rans_tables import PLACES, Coder, RansTables
 from dtpipe.manifests.codecs.transform_fit import fit_transform, symbol_classes
 from dtpipe.manifests.errors import ConfigError, DamagedDataError
 from dtpipe.manifests.schema import LevelSpec
@@ -31,6 +31,10 @@ TRANSFORM: Final = "transform"
 NORM: Final = "norm"  # part: deviation and mean of the sample, and the root mean square of what it lost
 ROUNDED: Final = {"float32": 2.0**-20, "float16": 2.0**-14}
 """Of a sample's root mean square: what decoders that sum in float32 may round otherwise, by the level's dtype."""
+
+
+_MOST_TABLES: Final = 32
+_tables: dict[TransformParameters, RansTables] = {}  # of this process
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class TransformParameters:
     """How many of these, the first, take two bytes."""
     step: float
     """Of coefficients of normalised features."""
-    entropy: Entropy
+    entropy: Coder
     """How the symbols become bytes."""
 
 
@@ -62,8 +66,9 @@ class TransformLevel:
     def parts(self) -> dict[str, PartSpec]:
         """Symbols in the order of bands, and (deviation, mean, error) of the sample."""
         num = self.parameters.symbols + self.parameters.wide
+        tables = self.load_tables if self.parameters.entropy == "rans" else None
         return {
-            SYMBOLS: PartSpec(np.dtype("i1"), (num,), ("coefficient",), self.parameters.entropy),
+            SYMBOLS: PartSpec(np.dtype("i1"), (num,), ("coefficient",), tables),
             NORM: PartSpec(np.dtype("<f4"), (3,), ("norm",)),
         }
 
@@ -82,11 +87,17 @@ class TransformLevel:
         floats = (arrays[name].astype(np.float32) for name in ("zone", "rounding", "shift"))
         return Quantiser(self.parameters.step, arrays["band"].astype(np.uint8), *floats)
 
-    @cached_property
-    def tables(self) -> RansTables:
-        """Of the symbols, under the entropy `rans`. Raises: as `basis`."""
-        arrays = self._arrays
-        return RansTables(arrays["frequencies"].astype(np.uint16), symbol_classes(self.quantiser, self.parameters.wide))
+    def load_tables(self) -> RansTables:
+        """Of the symbols, for the coder `rans`; kept by what was fitted, for stores open codecs often. Raises: as
+        `basis`.
+        """
+        key = self.parameters
+        if key not in _tables:
+            frequencies, classes = self._arrays["frequencies"], symbol_classes(self.quantiser, key.wide)
+            while len(_tables) >= _MOST_TABLES:
+                _tables.pop(next(iter(_tables)), None)
+            _tables[key] = RansTables(frequencies.astype(np.uint16), classes)
+        return _tables[key]
 
     def encode(self, features: Array) -> dict[str, Array]:
         """In float64. The sample's norm is infinite where features do not fit the level's dtype."""
@@ -174,7 +185,7 @@ def _open(level: LevelSpec, fitted: FittedArrays) -> LevelCodec:
         not 0 <= parameters.components <= level.channels
         or not 0 <= parameters.wide <= parameters.symbols <= most
         or not 0 < parameters.step < np.inf
-        or parameters.entropy not in get_args(Entropy)
+        or parameters.entropy not in get_args(Coder)
     ):
         raise ConfigError(f"codec transform of level {level.name} cannot have {given}; fit it again")
     return TransformLevel(level, parameters, fitted)

@@ -5,17 +5,19 @@ One rule: an array is cut into chunks of one row and one view; `Members` tables 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.base import array_name
+from dtpipe.manifests.codecs.base import FittedArrays, array_name
+from dtpipe.manifests.codecs.fitted import NOT_FITTED
+from dtpipe.manifests.codecs.rans_tables import RansTables
 from dtpipe.manifests.codecs.registry import level_codecs
-from dtpipe.manifests.errors import ConfigError, ShapeError
+from dtpipe.manifests.errors import ShapeError
 from dtpipe.manifests.image_coding import PLAIN, ImageCoding
 from dtpipe.manifests.pieces import Pieces
 from dtpipe.manifests.schema import IMAGE, IndexRow, Members, Plan, Recipe
@@ -34,7 +36,8 @@ class ArraySpec:
     chunk_axes: tuple[str, ...]
     level: str | None = None  # whose codec made it; None: the image
     image_coding: ImageCoding = PLAIN
-    zstd: bool = True  # in the zarr store
+    zstd_level: int = 3  # in the zarr store; 0: chunks are not compressed
+    tables: Callable[[], RansTables] | None = field(default=None, compare=False)  # of the coder rans, in place of zstd
 
     @property
     def chunks_per_row(self) -> int:
@@ -47,24 +50,25 @@ class ArraySpec:
         return (num_rows, *views, *self.chunk_shape)
 
 
-def stored_arrays(recipe: Recipe) -> dict[str, ArraySpec]:
-    """All arrays of a dataset by name: the image, then those that each level's codec makes. Raises: as `open_codec`."""
-    arrays = {}
+def stored_arrays(recipe: Recipe, fitted: FittedArrays = NOT_FITTED) -> dict[str, ArraySpec]:
+    """All arrays of a dataset by name: the image, then those that each level's codec makes; without `fitted`, to ask
+    what there is. Raises: as `open_codec`.
+    """
+    arrays, zstd_level = {}, recipe.codec.zstd_level
     if recipe.images == "stored":
         shape = (recipe.transform.height, recipe.transform.width, 3)
         axes = ("y", "x", "rgb")
-        arrays[IMAGE] = ArraySpec(IMAGE, np.dtype("u1"), None, shape, axes, image_coding=recipe.image_coding)
-    for level, codec in level_codecs(recipe).items():
+        # residuals repeat by chance only, and levels above 1, which look for it, make them larger
+        of_image = 1 if recipe.image_coding == "predicted" else zstd_level
+        coding = recipe.image_coding
+        arrays[IMAGE] = ArraySpec(IMAGE, np.dtype("u1"), None, shape, axes, None, coding, of_image)
+    for level, codec in level_codecs(recipe, fitted).items():
         for part, spec in codec.parts.items():
-            if spec.entropy != "zstd":
-                raise ConfigError(
-                    f"level {level} is coded by {spec.entropy}, and stores know zstd only; fit its codec for zstd, or "
-                    "install the version of dtpipe that wrote it"
-                )
-            name = array_name(level, part)
-            arrays[name] = ArraySpec(name, spec.dtype, len(recipe.views), spec.shape, spec.axes, level)
-    packed = recipe.codec.zstd_level > 0
-    return {name: replace(spec, zstd=packed or spec.image_coding == "predicted") for name, spec in arrays.items()}
+            name, views = array_name(level, part), len(recipe.views)
+            arrays[name] = ArraySpec(
+                name, spec.dtype, views, spec.shape, spec.axes, level, zstd_level=zstd_level, tables=spec.tables
+            )
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -157,12 +161,12 @@ def check_rows(plan: Plan, shard_idx: int, rows: Sequence[IndexRow]) -> None:
         )
 
 
-def check_arrays(recipe: Recipe, arrays: ShardArrays) -> dict[str, NDArray[np.generic]]:
+def check_arrays(specs: Mapping[str, ArraySpec], arrays: ShardArrays) -> dict[str, NDArray[np.generic]]:
     """The arrays of some rows by name, if they are those of the recipe, in the stored dtypes.
 
     Raises: ShapeError naming the array.
     """
-    shard_idx, specs, named = arrays.rows[0].shard, stored_arrays(recipe), arrays.arrays
+    shard_idx, named = arrays.rows[0].shard, arrays.arrays
     if named.keys() != specs.keys():
         raise ShapeError(f"shard {shard_idx} has arrays {sorted(named)}, the recipe says {sorted(specs)}")
     for name, spec in specs.items():

@@ -10,12 +10,14 @@ import io
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from dtpipe.manifests.canonical import canonical_json
+from dtpipe.manifests.codecs.base import FittedArrays
 from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.image_coding import PLAIN, ImageCoding
 from dtpipe.manifests.layout.arrays import (
@@ -30,6 +32,7 @@ from dtpipe.manifests.layout.arrays import (
     check_rows,
     stored_arrays,
 )
+from dtpipe.manifests.layout.symbols import decode_symbols, encode_symbols
 from dtpipe.manifests.schema import IMAGE, IndexRow, Plan, Recipe
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -57,9 +60,10 @@ def tar_object_name(shard_idx: int) -> str:
     return f"data/{shard_idx:05d}.tar"
 
 
-def encode_tar_rows(recipe: Recipe, arrays: ShardArrays) -> CodedRows:
+def encode_tar_rows(recipe: Recipe, arrays: ShardArrays, fitted: FittedArrays) -> CodedRows:
     """The members of some rows; equal input gives equal bytes. Raises: as `check_arrays`."""
-    checked, specs = check_arrays(recipe, arrays), stored_arrays(recipe)
+    specs = stored_arrays(recipe, fitted)
+    checked = check_arrays(specs, arrays)
     chunks = {name: list[Chunk]() for name in [KEY, *specs]}
     for idx, row in enumerate(arrays.rows):
         for array, data in _row_chunks(row, specs, {name: values[idx] for name, values in checked.items()}):
@@ -94,7 +98,8 @@ def _suffixes(specs: Mapping[str, ArraySpec]) -> list[tuple[str, str]]:
         if spec.num_views is None:
             suffixes.append((name, f"{name}.{_IMAGE_FILES[spec.image_coding].suffix}"))
         else:
-            suffixes += [(name, f"{name}.v{view_idx}.npy") for view_idx in range(spec.num_views)]
+            kind = "npy" if spec.tables is None else "rans"
+            suffixes += [(name, f"{name}.v{view_idx}.{kind}") for view_idx in range(spec.num_views)]
     return suffixes
 
 
@@ -107,7 +112,8 @@ def _row_chunks(
         if spec.num_views is None:
             yield name, _encode_image(spec, values[name])
         else:
-            yield from ((name, _encode_npy(chunk)) for chunk in values[name])
+            encode = _encode_npy if spec.tables is None else partial(encode_symbols, spec)
+            yield from ((name, encode(chunk)) for chunk in values[name])
 
 
 def encode_key(row: IndexRow) -> bytes:
@@ -140,6 +146,9 @@ def decode_tar_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArray
 
     Raises: DamagedDataError when the content does not fit; the caller adds the place.
     """
+    if spec.tables is not None:
+        out[...] = decode_symbols(spec, chunk)
+        return
     values = _read_image(spec, chunk) if spec.name == IMAGE else _read_npy(chunk)
     if values.shape != spec.chunk_shape or values.dtype != spec.dtype:
         raise DamagedDataError(f"it holds {values.dtype}{list(values.shape)}, not {spec.dtype}{list(spec.chunk_shape)}")

@@ -3,7 +3,8 @@ view.
 
 One rule: any zarr v3 reader must read what is written here. Shards are put together by hand, because their bytes must
 follow from the content alone and because each chunk's place and checksum goes into the shard's entry: chunks in (row,
-view) order, each zstd (unless the recipe says 0) and then crc32c, and the shard's index with its own crc32c at the end.
+view) order, each zstd (unless the recipe says 0) or rans and then crc32c, and the shard's index with its own crc32c at
+the end. What is under rans needs our codec, which zarr-python finds where dtpipe is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
+from dtpipe.manifests.codecs.base import FittedArrays
+from dtpipe.manifests.codecs.fitted import NOT_FITTED, StoredFitted
+from dtpipe.manifests.codecs.rans_tables import tables_to_json
 from dtpipe.manifests.errors import DamagedDataError, MissingObjectError
 from dtpipe.manifests.layout.arrays import (
     ArraySpec,
@@ -29,11 +33,13 @@ from dtpipe.manifests.layout.arrays import (
     crc32c,
     stored_arrays,
 )
+from dtpipe.manifests.layout.symbols import decode_symbols, encode_symbols
 from dtpipe.manifests.schema import Plan, Recipe
 from dtpipe.manifests.store.store import Store
 
 ROOT = "data.zarr"
-PREDICTED_CODEC = "dtpipe.predicted"  # `zarr_codecs` has it for zarr-python
+PREDICTED_CODEC = "dtpipe.predicted"  # `zarr_codecs` has these for zarr-python
+RANS_CODEC = "dtpipe.rans"
 TRAILER_BYTES = 4  # the stored crc32c behind each chunk
 _EMPTY = np.uint64(2**64 - 1)  # index mark of a chunk beyond the last row
 
@@ -43,28 +49,25 @@ def shard_object_name(spec: ArraySpec, shard_idx: int) -> str:
     return "/".join([ROOT, spec.name, "c", str(shard_idx), *["0"] * (len(spec.shape(1)) - 1)])
 
 
-def encode_zarr_rows(recipe: Recipe, arrays: ShardArrays) -> CodedRows:
+def encode_zarr_rows(recipe: Recipe, arrays: ShardArrays, fitted: FittedArrays) -> CodedRows:
     """The chunks of some rows; equal input gives equal bytes. Raises: as `check_arrays`."""
-    checked = check_arrays(recipe, arrays)
-    chunks = {name: _encode_array(recipe, spec, checked[name]) for name, spec in stored_arrays(recipe).items()}
-    return CodedRows(arrays.rows, chunks)
+    specs = stored_arrays(recipe, fitted)
+    checked = check_arrays(specs, arrays)
+    return CodedRows(arrays.rows, {name: _encode_array(spec, checked[name]) for name, spec in specs.items()})
 
 
-def _encode_array(recipe: Recipe, spec: ArraySpec, values: NDArray[np.generic]) -> list[Chunk]:
+def _encode_array(spec: ArraySpec, values: NDArray[np.generic]) -> list[Chunk]:
     chunks = values.reshape(-1, *spec.chunk_shape)
+    if spec.tables is not None:
+        return [Chunk.of(encode_symbols(spec, chunk)) for chunk in chunks]
     if spec.image_coding == "predicted":
         from dtpipe.manifests.layout.prediction import predicted
 
         chunks = predicted(chunks.astype(np.uint8, copy=False))
-    if not spec.zstd:
+    if spec.zstd_level == 0:
         return [Chunk.of(chunk.tobytes()) for chunk in chunks]
-    zstd = Zstd(level=_zstd_level(recipe, spec), checksum=False)
+    zstd = Zstd(level=spec.zstd_level, checksum=False)
     return [Chunk.of(bytes(zstd.encode(chunk))) for chunk in chunks]
-
-
-def _zstd_level(recipe: Recipe, spec: ArraySpec) -> int:
-    """Of residuals 1: they repeat by chance only, and higher levels, which look for it, make them larger."""
-    return 1 if spec.image_coding == "predicted" else recipe.codec.zstd_level
 
 
 def join_zarr_rows(plan: Plan, shard_idx: int, parts: Sequence[CodedRows]) -> Iterator[EncodedObject]:
@@ -100,8 +103,11 @@ def decode_zarr_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArra
     """
     if trailer != _trailer(crc32c(chunk)):
         raise DamagedDataError("its stored checksum differs")
+    if spec.tables is not None:
+        out[...] = decode_symbols(spec, chunk)
+        return
     try:
-        plain = Zstd().decode(chunk) if spec.zstd else chunk
+        plain = Zstd().decode(chunk) if spec.zstd_level else chunk
     except RuntimeError as err:
         raise DamagedDataError(f"it is no zstd frame ({err})") from err
     if len(plain) != out.nbytes:
@@ -116,8 +122,10 @@ def decode_zarr_chunk(spec: ArraySpec, chunk: bytes, trailer: bytes, out: NDArra
 
 
 def write_zarr_metadata(store: Store, plan: Plan) -> None:
-    """Write the zarr.json files of group and arrays where they are not as they should be."""
-    for name, data in zarr_metadata(plan).items():
+    """Write the zarr.json files of group and arrays where they are not as they should be; what levels were fitted with
+    is there.
+    """
+    for name, data in zarr_metadata(plan, StoredFitted(store)).items():
         try:
             intact = store.read(name) == data
         except MissingObjectError:
@@ -126,13 +134,24 @@ def write_zarr_metadata(store: Store, plan: Plan) -> None:
             store.write(name, data)
 
 
-def zarr_metadata(plan: Plan) -> dict[str, bytes]:
-    """The zarr.json documents by object name, as the zarr v3 specification has them; they follow from the plan."""
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {"format": plan.format}}
-    documents: dict[str, dict[str, Any]] = {f"{ROOT}/zarr.json": group}
-    for name, spec in stored_arrays(plan.recipe).items():
-        documents[f"{ROOT}/{name}/zarr.json"] = _array_document(spec, plan)
-    return {name: (json.dumps(document, indent=2) + "\n").encode() for name, document in documents.items()}
+def zarr_metadata_names(plan: Plan) -> list[str]:
+    """Object names of the zarr.json documents; none in another store."""
+    arrays = stored_arrays(plan.recipe) if plan.recipe.shard.format == "zarr" else None
+    return [] if arrays is None else [f"{ROOT}/zarr.json", *(f"{ROOT}/{name}/zarr.json" for name in arrays)]
+
+
+def zarr_metadata(plan: Plan, fitted: FittedArrays = NOT_FITTED) -> dict[str, bytes]:
+    """The zarr.json documents by object name; they follow from the plan and what it names."""
+    return {name: zarr_document(plan, name, fitted) for name in zarr_metadata_names(plan)}
+
+
+def zarr_document(plan: Plan, name: str, fitted: FittedArrays) -> bytes:
+    """One of them, as the zarr v3 specification has it. Raises: as `FittedArrays.load`, where it holds tables."""
+    document: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {"format": plan.format}}
+    if name != f"{ROOT}/zarr.json":
+        array = name.removeprefix(f"{ROOT}/").removesuffix("/zarr.json")
+        document = _array_document(stored_arrays(plan.recipe, fitted)[array], plan)
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def _array_document(spec: ArraySpec, plan: Plan) -> dict[str, Any]:
@@ -146,22 +165,32 @@ def _array_document(spec: ArraySpec, plan: Plan) -> dict[str, Any]:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.shape(samples))}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0.0 if spec.dtype.kind == "f" else 0,
-        "codecs": [_sharding(spec, [*row_axes, *spec.chunk_shape], _zstd_level(plan.recipe, spec))],
+        "codecs": [_sharding(spec, [*row_axes, *spec.chunk_shape])],
         "dimension_names": axes,
         "attributes": {},
         "storage_transformers": [],
     }
 
 
-def _sharding(spec: ArraySpec, chunk_shape: list[int], zstd_level: int) -> dict[str, Any]:
-    little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
-    filters = [{"name": PREDICTED_CODEC}] if spec.image_coding == "predicted" else []
-    zstd = [{"name": "zstd", "configuration": {"level": zstd_level, "checksum": False}}] if spec.zstd else []
+_LITTLE: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+
+
+def _sharding(spec: ArraySpec, chunk_shape: list[int]) -> dict[str, Any]:
     checksum = {"name": "crc32c"}
     configuration = {
         "chunk_shape": chunk_shape,
-        "codecs": [*filters, little if spec.dtype.itemsize > 1 else {"name": "bytes"}, *zstd, checksum],
-        "index_codecs": [little, checksum],
+        "codecs": [*_inner_codecs(spec), checksum],
+        "index_codecs": [_LITTLE, checksum],
         "index_location": "end",
     }
     return {"name": "sharding_indexed", "configuration": configuration}
+
+
+def _inner_codecs(spec: ArraySpec) -> list[dict[str, Any]]:
+    """Of a chunk, without its checksum."""
+    if spec.tables is not None:
+        return [{"name": RANS_CODEC, "configuration": tables_to_json(spec.tables())}]
+    filters = [{"name": PREDICTED_CODEC}] if spec.image_coding == "predicted" else []
+    zstd = {"name": "zstd", "configuration": {"level": spec.zstd_level, "checksum": False}}
+    to_bytes = _LITTLE if spec.dtype.itemsize > 1 else {"name": "bytes"}
+    return [*filters, to_bytes, *([zstd] if spec.zstd_level else [])]

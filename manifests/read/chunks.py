@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError
 from dtpipe.manifests.layout.arrays import ArraySpec, crc32c, stored_arrays
 from dtpipe.manifests.layout.coding import plain_coding
@@ -56,7 +57,7 @@ class ChunkReader:
 
     def __init__(self, store: Store, plan: Plan, tables: Mapping[str, ChunkTable], keys: Keys) -> None:
         self.store, self.tables, self._plan, self._keys = store, tables, plan, keys
-        self.arrays: dict[str, ArraySpec] = stored_arrays(plan.recipe)
+        self.arrays: dict[str, ArraySpec] = stored_arrays(plan.recipe, StoredFitted(store))
         self._kind = SHARD_FORMATS[plan.recipe.shard.format]
         codings = {name: plain_coding(spec, plan.recipe) for name, spec in self.arrays.items()}
         self._codings = native.Codings(codings, self._kind.trailer_bytes)
@@ -75,11 +76,15 @@ class ChunkReader:
     def read(self, requests: Sequence[ChunkRequest]) -> None:
         """Fill the `out` of every request; neighbouring chunks are read as one range.
 
-        Raises: DamagedDataError naming shard, array, sample and object.
+        Raises: DamagedDataError naming shard, array, sample and object, or the file that a level was fitted with.
         """
         requests = [request for request in requests if len(request.rows)]
         if not requests:
             return
+        for request in requests:
+            load = self.arrays[request.array].tables if request.array in self.arrays else None
+            if load is not None:
+                load()  # here, where it is no fault of a chunk
         chunks = locate_chunks(self.tables, requests, self._kind.trailer_bytes)
         self._num_read += len(chunks)
         fast = self._num_read >= NATIVE_FROM and native.available()

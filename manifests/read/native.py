@@ -27,7 +27,7 @@ class ChunkBlock:
     """Some chunks, by column. Shapes: each [n].
 
     A chunk's bytes are `lead_bytes` that are known, then the array's, plain or as a zstd frame; behind them, in some
-    stores, its checksum stands again as a trailer.
+    stores, its checksum stands again as a trailer. Chunks of other coders are read as plain ones.
     """
 
     descriptor: NDArray[np.int32]
@@ -80,38 +80,57 @@ class Codings:
         Shapes: all [n] -> [n], True for each that is as expected and was decoded.
         """
         columns = np.array([self._columns(request) for request in requests], np.int64)[chunks.request].T
-        out, out_bytes, zstd, lead, lead_bytes, known = columns
+        out, out_bytes, zstd, lead, lead_bytes, known, coded = columns
         whole: NDArray[np.bool_] = known.astype(np.bool_)
+        size = chunks.size - self._trailer_bytes
+        ends = np.cumsum(np.where(coded, size, 0))
+        symbols = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)  # chunks of rans as they are stored
         block = ChunkBlock(
             descriptor,
             source,
-            chunks.size - self._trailer_bytes,
+            size,
             chunks.crc32c,
-            out + chunks.item * out_bytes,
-            out_bytes,
+            np.where(coded, symbols.ctypes.data + ends - size, out + chunks.item * out_bytes),
+            np.where(coded, size, out_bytes),
             zstd.astype(np.bool_),
             lead,
             lead_bytes,
         ).take(whole)
         whole[whole] = block.read(self._trailer_bytes)
-        self._restore(requests, chunks.take(whole))
+        for idx, request in enumerate(requests):
+            chosen = np.flatnonzero(whole & (chunks.request == idx))
+            items = np.ascontiguousarray(chunks.item[chosen])
+            whole[chosen] = self._finish(request, items, symbols, (ends - size)[chosen], ends[chosen])
         return whole
 
-    def _restore(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks) -> None:
-        """Pixels in place of the residuals that were read."""
-        for idx, request in enumerate(requests):
-            if request.array in self._codings and self._codings[request.array].predicted:
-                from dtpipe.manifests.layout.prediction import restore
+    def _finish(
+        self,
+        request: ChunkRequest,
+        items: NDArray[np.int64],
+        symbols: NDArray[np.uint8],
+        starts: NDArray[np.int64],
+        ends: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """Pixels in place of residuals, and symbols of their chunks, of `items` that were read. Shapes: all [n]."""
+        coding = self._codings.get(request.array)
+        if coding is not None and coding.predicted:
+            from dtpipe.manifests.layout.prediction import restore
 
-                restore(request.out.view(np.uint8), np.ascontiguousarray(chunks.item[chunks.request == idx]))
+            restore(request.out.view(np.uint8), items)
+        if coding is not None and coding.tables is not None:
+            from dtpipe.manifests.codecs.rans import decode_chunks
+
+            return decode_chunks(symbols, starts, ends, coding.tables(), items, request.out.view(np.int8))
+        return np.ones(len(items), np.bool_)
 
     def _columns(self, request: ChunkRequest) -> tuple[int, ...]:
         coding = self._codings.get(request.array)
         if coding is None:
-            return (0,) * 6
+            return (0,) * 7
         out, lead = request.out, self._leads[request.array]
         assert out.flags.c_contiguous, "arrays are written to by address"
-        return out.ctypes.data, out[0].nbytes, coding.zstd, lead.ctypes.data, len(lead), True
+        coded = coding.tables is not None
+        return out.ctypes.data, out[0].nbytes, coding.zstd, lead.ctypes.data, len(lead), True, coded
 
 
 def available() -> bool:

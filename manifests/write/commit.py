@@ -30,7 +30,7 @@ from dtpipe.manifests.layout.tables import (
     index_table,
     shards_table,
 )
-from dtpipe.manifests.layout.zarr import zarr_metadata
+from dtpipe.manifests.layout.zarr import zarr_metadata_names
 from dtpipe.manifests.schema import FileEntry, Manifest, ObjectEntry, Plan, ShardEntry, Totals
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.local import ObjectStat
@@ -298,8 +298,7 @@ def _send_back(store: Store, misfits: list[int], lock: Lock) -> None:
 
 
 def _metadata_files(store: Store, plan: Plan) -> dict[str, FileEntry]:
-    names = [PLAN_FILE, LISTING_FILE, *(zarr_metadata(plan) if plan.recipe.shard.format == "zarr" else ())]
-    names += fitted_names(*plan.recipe.levels)
+    names = [PLAN_FILE, LISTING_FILE, *zarr_metadata_names(plan), *fitted_names(*plan.recipe.levels)]
     return {
         name: FileEntry(size_bytes=len(data), blake3=blake3_hex(data))
         for name, data in zip(names, _together(store.read, names), strict=True)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.manifests.codecs.base import FittedArrays
+from dtpipe.manifests.codecs.fitted import NOT_FITTED, StoredFitted
 from dtpipe.manifests.layout.arrays import ArraySpec, CodedRows, EncodedObject, ShardArrays
 from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_rows, join_tar_rows
 from dtpipe.manifests.layout.zarr import TRAILER_BYTES, decode_zarr_chunk, encode_zarr_rows, join_zarr_rows
@@ -31,7 +33,7 @@ Timed = Callable[[str], AbstractContextManager[Any]]
 class ShardFormatKind:
     """One way to lay out shards: how rows become bytes, a shard objects, and one chunk an array again."""
 
-    encode: Callable[[Recipe, ShardArrays], CodedRows]
+    encode: Callable[[Recipe, ShardArrays, FittedArrays], CodedRows]
     join: Callable[[Plan, int, Sequence[CodedRows]], Iterator[EncodedObject]]
     decode: Callable[[ArraySpec, bytes, bytes, NDArray[np.generic]], None]
     """(array, chunk, trailer, out): fills `out`, or raises DamagedDataError."""
@@ -45,9 +47,12 @@ SHARD_FORMATS: Mapping[str, ShardFormatKind] = {
 }
 
 
-def encode_rows(recipe: Recipe, arrays: ShardArrays) -> CodedRows:
-    """Some rows as bytes; any thread may do it. Raises: ShapeError when the arrays are not those of the recipe."""
-    return SHARD_FORMATS[recipe.shard.format].encode(recipe, arrays)
+def encode_rows(recipe: Recipe, arrays: ShardArrays, fitted: FittedArrays = NOT_FITTED) -> CodedRows:
+    """Some rows as bytes; any thread may do it. `fitted` has what levels were fitted with, where a coder needs it.
+
+    Raises: ShapeError when the arrays are not those of the recipe.
+    """
+    return SHARD_FORMATS[recipe.shard.format].encode(recipe, arrays, fitted)
 
 
 def join_rows(plan: Plan, shard_idx: int, parts: Sequence[CodedRows]) -> Iterator[EncodedObject]:
@@ -58,9 +63,11 @@ def join_rows(plan: Plan, shard_idx: int, parts: Sequence[CodedRows]) -> Iterato
     return SHARD_FORMATS[plan.recipe.shard.format].join(plan, shard_idx, parts)
 
 
-def encode_shard(plan: Plan, shard_idx: int, arrays: ShardArrays) -> Iterator[EncodedObject]:
+def encode_shard(
+    plan: Plan, shard_idx: int, arrays: ShardArrays, fitted: FittedArrays = NOT_FITTED
+) -> Iterator[EncodedObject]:
     """As `encode_rows` and `join_rows` of a whole shard."""
-    return join_rows(plan, shard_idx, [encode_rows(plan.recipe, arrays)])
+    return join_rows(plan, shard_idx, [encode_rows(plan.recipe, arrays, fitted)])
 
 
 def write_shard(
@@ -73,7 +80,8 @@ def write_shard(
     provenance: Mapping[str, Any],
 ) -> ShardEntry:
     """As `write_rows`, from arrays. Raises: what `encode_shard` and `write_rows` raise."""
-    return write_rows(store, plan, plan_blake3, shard_idx, [encode_rows(plan.recipe, arrays)], epoch, provenance)
+    parts = [encode_rows(plan.recipe, arrays, StoredFitted(store))]
+    return write_rows(store, plan, plan_blake3, shard_idx, parts, epoch, provenance)
 
 
 def write_rows(

@@ -96,7 +96,8 @@ def _print_errors(console: Console, levels: list[dict[str, Any]]) -> None:
         errors = [expected.get("relative_mse"), *map(measured.get, ("relative_mse", "worst"))]
         shown = ["-" if error is None else format_error(error) for error in errors]
         apart = [f"{measured[name]:.4f}" if measured else "-" for name in ("cosine", "attention")]
-        rows.append((level["name"], level["codec"], *shown, *apart, str(measured.get("num", "-"))))
+        codec = level["codec"] if level["coder"] == "zstd" else f"{level['codec']}, {level['coder']}"
+        rows.append((level["name"], codec, *shown, *apart, str(measured.get("num", "-"))))
     columns = ("level", "codec", "error expected", "measured", "worst", "cosine", "attention", "of")
     console.table(columns, rows)
 

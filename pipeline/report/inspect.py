@@ -195,13 +195,15 @@ def _recipe_summary(recipe: Recipe) -> dict[str, Any]:
 
 def _level_bytes(level: LevelSpec, recipe: Recipe, stored: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """Bytes of all arrays of a level, beside those of its features as they are read."""
-    names = [spec.name for spec in stored_arrays(recipe).values() if spec.level == level.name]
+    specs = stored_arrays(recipe)
+    names = [spec.name for spec in specs.values() if spec.level == level.name]
     size_bytes = sum(stored[name][1] for name in names if name in stored)
     shape = [len(recipe.views), level.channels, level.height, level.width]
     num_views, _ = stored.get(level.name, (0, 0))
     raw = num_views * level.channels * level.height * level.width * np.dtype(level.dtype).itemsize
     summary = {"name": level.name, "stride": level.stride, "shape": shape, "dtype": level.dtype, "tap": level.tap}
-    return summary | {"codec": level.codec.name, "role": level.role} | _ratio(raw, size_bytes)
+    coder = "zstd" if specs[level.name].tables is None else "rans"
+    return summary | {"codec": level.codec.name, "coder": coder, "role": level.role} | _ratio(raw, size_bytes)
 
 
 def _errors(level: LevelSpec, dataset: FeatureDataset, complete: Manifest | None) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.codecs.fit import Fit, FitTarget
 from dtpipe.manifests.codecs.fitted import FITTED, HeldFitted, encode_fitted
+from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.codecs.registry import CODECS, open_codec
+from dtpipe.manifests.codecs.transform_fit import fit_transform
 from dtpipe.manifests.schema import CodecSpec, LevelSpec
 
 Features = NDArray[np.float32]
@@ -34,6 +38,22 @@ def fitted_codec(features: Features, target: FitTarget, codec: str = "transform"
     level, fit = level_of(features, dtype=dtype), CODECS[codec].fit
     assert fit is not None
     return opened(level, fit(level, features, target), codec)
+
+
+def fit_levels(
+    levels: Sequence[LevelSpec], coder: Coder = "rans", max_error: float = 0.01
+) -> tuple[tuple[LevelSpec, ...], dict[str, bytes]]:
+    """Levels under `transform`, fitted to smooth features of their shapes, and the files that they name."""
+    files, coded = {}, []
+    for level in levels:
+        rng = np.random.Generator(np.random.Philox(level.stride))
+        features = rng.standard_normal((12, level.channels, level.height, level.width)).astype(np.float32)
+        fit = fit_transform(level, features, FitTarget(relative_mse=max_error, entropy=coder))
+        digest, data = encode_fitted(fit.arrays)
+        files[digest] = data
+        spec = CodecSpec(name="transform", parameters={**fit.parameters, FITTED: digest})
+        coded.append(level.model_copy(update={"codec": spec}))
+    return tuple(coded), files
 
 
 def smooth_features(num: int, channels: int = 6, side: int = 8, seed: int = 0) -> Features:

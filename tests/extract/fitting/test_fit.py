@@ -19,6 +19,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.store.store import Store
 from dtpipe.pipeline.plan.extraction import plan_extraction
+from dtpipe.pipeline.report.inspect import describe_dataset
 from parts.damage import flip
 from parts.extractions import Extract, MakeConfig
 from parts.fits import relative_mse
@@ -44,13 +45,13 @@ def many(tmp_path: Path) -> str:
     return str(write_images(tmp_path / "many", 40))
 
 
-@pytest.mark.parametrize("form", ["zarr", "webdataset"])
-def test_stored_features_lose_what_was_asked_for(form: str, extract: Extract, many: str) -> None:
+@pytest.mark.parametrize(("form", "coder"), [("zarr", "zstd"), ("zarr", "rans"), ("webdataset", "rans")])
+def test_stored_features_lose_what_was_asked_for(form: str, coder: str, extract: Extract, many: str) -> None:
     shard = {"samples": 20, "format": form}
-    coded = extract("coded", images=many, shard=shard, codec={"max_error": 0.05})
+    coded = extract("coded", images=many, shard=shard, codec={"max_error": 0.05, "coder": coder})
     plain = levels_of(extract("plain", images=many, shard={**shard, "dtype": "float32"}))
     dataset = FeatureDataset.open(coded)
-    assert {level.codec.name for level in dataset.levels} == {"transform"}
+    assert {(level["codec"], level["coder"]) for level in describe_dataset(coded)["levels"]} == {("transform", coder)}
     assert set(fitted_names(*dataset.levels)) <= set(dataset.manifest.files)  # type: ignore[union-attr]
     for name, decoded in levels_of(coded).items():
         assert relative_mse(decoded, plain[name]) == pytest.approx(0.05, rel=0.3)  # the held-out samples are ten
@@ -80,13 +81,17 @@ def test_a_dataset_that_is_gone_on_with_keeps_its_fit(
     assert run_extraction(config).digest == digest
     with pytest.raises(PlanChangedError, match=r"fit.max_error: 0.1 -> 0.2"):
         run_extraction(config.model_copy(update={"codec": config.codec.model_copy(update={"max_error": 0.2})}))
+    with pytest.raises(PlanChangedError, match=r"fit.coder.*rans"):
+        run_extraction(config.model_copy(update={"codec": config.codec.model_copy(update={"coder": "rans"})}))
     with pytest.raises(PlanChangedError, match=r"levels.*codec"):
         run_extraction(config.model_copy(update={"codec": type(config.codec)()}))
 
 
-@pytest.mark.parametrize("damage", ["flipped", "deleted"])
-def test_a_lost_fit_is_found_named_and_fitted_again(damage: str, make_config: MakeConfig, many: str) -> None:
-    config = make_config(images=many, shard={"samples": 16}, codec={"max_error": 0.1})
+@pytest.mark.parametrize(("damage", "coder"), [("flipped", "zstd"), ("flipped", "rans"), ("deleted", "rans")])
+def test_a_lost_fit_is_found_named_and_fitted_again(
+    damage: str, coder: str, make_config: MakeConfig, many: str
+) -> None:
+    config = make_config(images=many, shard={"samples": 16}, codec={"max_error": 0.1, "coder": coder})
     digest = run_extraction(config).digest
     before, dataset = objects_of(config.run.out), FeatureDataset.open(config.run.out)
     (name,) = fitted_names(next(level for level in dataset.levels if level.name == "l2"))
@@ -115,10 +120,11 @@ def test_a_fit_that_comes_out_otherwise_is_not_taken_for_the_lost_one(make_confi
         run_extraction(config)
 
 
-def test_a_budget_is_kept_by_the_whole_dataset(make_config: MakeConfig, many: str) -> None:
+@pytest.mark.parametrize("coder", ["zstd", "rans"])
+def test_a_budget_is_kept_by_the_whole_dataset(coder: str, make_config: MakeConfig, many: str) -> None:
     plain = run_extraction(make_config(images=many, shard={"samples": 40}, out=f"{many}-plain"))
     budget = plain.size_bytes // 2
-    config = make_config(images=many, shard={"samples": 40}, codec={"budget": str(budget)})
+    config = make_config(images=many, shard={"samples": 40}, codec={"budget": str(budget), "coder": coder})
     run_extraction(config)
     size = sum(len(data) for name, data in objects_of(config.run.out).items() if "/c/" in name)
     assert 0.8 * budget < size <= budget
@@ -170,6 +176,7 @@ def test_codecs_are_chosen_by_level_and_without_a_fit_where_none_is_needed(extra
     for refused, why in (
         ({"levels": {"l7": "int8"}}, "names l7, and the levels of features are l2, l3"),
         ({"name": "int8", "max_error": 0.1}, "no level has a codec that is fitted"),
+        ({"coder": "rans"}, "coder is rans, whose tables are fitted, and no level has a codec that is"),
     ):
         with pytest.raises(ConfigError, match=why):
             extract("refused", images=many, codec=refused)

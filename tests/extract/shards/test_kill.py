@@ -55,9 +55,9 @@ def unbroken(many_config: MakeConfig, runs: Any, digests: dict[str, str], tmp_pa
 
 
 def stored_as(form: str) -> dict[str, Any]:
-    """Settings of a form: a shard format, and `fitted` where a codec is."""
-    shard_format, _, fitted = form.partition(" ")
-    codec = {"codec": {"max_error": 0.1, "fit_samples": 12}} if fitted else {}
+    """Settings of a form: a shard format, and a coder where codecs are fitted."""
+    shard_format, _, coder = form.partition(" ")
+    codec = {"codec": {"max_error": 0.1, "fit_samples": 12, "coder": coder}} if coder else {}
     return {"shard": {"samples": 3, "format": shard_format}, **codec}
 
 
@@ -89,8 +89,8 @@ def assert_recovers(
     ("point", "form"),
     [
         *((point, form) for point in EXTRACT_POINTS for form in ("zarr", "webdataset")),
-        *((point, "zarr fitted") for point in CODED_POINTS),
-        ("fit.kept", "webdataset fitted"),
+        *((point, "zarr rans") for point in CODED_POINTS),
+        ("fit.kept", "webdataset rans"),
     ],
 )
 def test_kill_at_each_step_of_extraction_loses_at_most_one_shard(

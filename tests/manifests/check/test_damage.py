@@ -23,13 +23,14 @@ from dtpipe.manifests.write.commit import load_entry
 from dtpipe.manifests.write.plan import load_plan, plan_digest
 from parts import codecs, golden
 from parts.damage import flip, flipped
+from parts.fits import fit_levels
 
 FORMATS = ("zarr", "webdataset")
 READ_ON_OPEN = {"manifest.json", "plan.json", "listing.parquet", "index.parquet", "shards.parquet"}
 
 
-CODED = tuple(f"{shard_format} fitted" for shard_format in FORMATS)
-"""Datasets whose levels lie under a codec that was fitted."""
+CODED = tuple(f"{shard_format} {coder}" for shard_format in FORMATS for coder in ("fitted", "rans"))
+"""Datasets whose levels lie under a codec that was fitted, and of these whose symbols are under fitted tables, too."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def settings(request: pytest.FixtureRequest) -> golden.Settings:
     plain = golden.golden_settings(shard_format)
     if not fitted:
         return plain
-    levels, files = codecs.fit_scales(golden.LEVELS)
+    levels, files = codecs.fit_scales(golden.LEVELS) if fitted == "fitted" else fit_levels(golden.LEVELS[:2])
     return replace(plain, levels=levels, fitted=files)
 
 
@@ -71,7 +72,8 @@ def files_of(root: Path) -> list[str]:
 def hit_files(root: Path, settings: golden.Settings) -> list[str]:
     """All but locks; of a coded dataset those that others have not."""
     named = [name for name in files_of(root) if not name.startswith("lock")]
-    return [name for name in named if not settings.fitted or name.startswith(("codecs/", "plan"))]
+    own = ("codecs/", "plan", *(("data",) if settings.levels[0].codec.name == "transform" else ()))
+    return [name for name in named if not settings.fitted or name.startswith(own)]
 
 
 def touched_bytes(root: Path) -> dict[str, set[int]]:

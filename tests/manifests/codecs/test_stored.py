@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.codecs.base import decode_level, encode_level
 from dtpipe.manifests.codecs.registry import CODECS
-from dtpipe.manifests.errors import ConfigError, DamagedDataError
+from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
@@ -98,14 +97,6 @@ def test_bytes_per_sample_count_every_array_that_a_codec_makes() -> None:
     expected = sum(2 * int(np.prod(spec.chunk_shape)) * spec.dtype.itemsize for spec in arrays_)
     assert bytes_per_sample(TURNED, 2, None) == expected == 2 * 4 * (12 + 12 + 10 + 3)
     assert bytes_per_sample(golden.LEVELS, 2, (4, 6)) == 2 * (2 * 12 + 2 * 12 + 4 * 10) + 72
-
-
-def test_an_entropy_stage_that_no_store_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = codecs.TurnedLevel(golden.LEVELS[0]).parts
-    coded = {part: replace(spec, entropy="rans") for part, spec in plain.items()}
-    monkeypatch.setattr(codecs.TurnedLevel, "parts", coded)
-    with pytest.raises(ConfigError, match="level l2 is coded by rans, and stores know zstd only"):
-        stored_arrays(golden.make_recipe(settings()))
 
 
 @given(arrays(np.float32, (2, 5, 1, 2), elements=st.floats(-1e6, 1e6, width=32)))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-import tomllib
 import warnings
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from hypothesis.extra.numpy import arrays
 from numcodecs.zstd import Zstd
 from PIL import Image
 from pydantic import ValidationError
-from zarr.registry import register_codec
 
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
@@ -39,6 +36,7 @@ from parts import golden
 from parts.damage import flipped
 from parts.paths import REPO
 from parts.reseal import edit_document
+from parts.zarr_readers import register_entry_points
 
 COMPACT = {"zarr": "predicted", "webdataset": "webp"}
 
@@ -123,9 +121,7 @@ def test_every_flipped_byte_of_an_image_is_an_error_that_names_it(dataset: Featu
 
 
 def test_zarr_python_reads_predicted_images_by_the_entry_point(tmp_path: Path) -> None:
-    points = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["entry-points"]["zarr.codecs"]
-    for name, value in points.items():
-        register_codec(name, EntryPoint(name, value, "zarr.codecs").load())
+    register_entry_points()
     golden.write_shards(tmp_path, golden.Settings("zarr", image_coding="predicted"))
     dataset = FeatureDataset.open(tmp_path)
     images = zarr.open_array(f"{dataset.url}/data.zarr/image", mode="r")
