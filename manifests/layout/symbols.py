@@ -27,6 +27,7 @@ def decode_symbols(spec: ArraySpec, chunk: bytes) -> NDArray[np.int8]:
     assert spec.tables is not None, "the array is under rans"
     tables = spec.tables()
     try:
-        return decompress([chunk], tables)[0]
+        symbols: NDArray[np.int8] = decompress([chunk], tables)[0]
     except DamagedDataError as err:
         raise DamagedDataError("it is not what rans makes of these tables") from err
+    return symbols

@@ -72,7 +72,8 @@ def files_of(root: Path) -> list[str]:
 def hit_files(root: Path, settings: golden.Settings) -> list[str]:
     """All but locks; of a coded dataset those that others have not."""
     named = [name for name in files_of(root) if not name.startswith("lock")]
-    own = ("codecs/", "plan", *(("data",) if settings.levels[0].codec.name == "transform" else ()))
+    rans = settings.levels[0].codec.name == "transform"
+    own = ("codecs/", "data/", "data.zarr/l2/") if rans else ("codecs/", "plan")
     return [name for name in named if not settings.fitted or name.startswith(own)]
 
 

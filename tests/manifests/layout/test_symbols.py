@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.codecs.base import SYMBOLS, encode_level
 from dtpipe.manifests.codecs.fitted import HeldFitted
 from dtpipe.manifests.codecs.rans import compress, decompress
-from dtpipe.manifests.codecs.rans_tables import tables_from_json, tables_to_json
+from dtpipe.manifests.codecs.rans_tables import fit_tables, tables_from_json, tables_to_json
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.codecs.transform import TransformLevel
 from dtpipe.manifests.errors import ConfigError, DamagedDataError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from parts import golden
 from parts.fits import fit_levels
+from parts.paths import REPO
 from parts.zarr_readers import register_entry_points
 
 LEVELS, FILES = fit_levels(golden.LEVELS)
@@ -87,13 +89,25 @@ def test_rans_takes_fewer_bytes_than_zstd_of_the_same_symbols(tmp_path: Path) ->
             dataset = FeatureDataset.open(root)
             rows = dataset.columns.ok_rows
             decoded[shard_format, coder] = dataset.read(rows, ("l2",), np.zeros_like(rows))[1].decode()["l2"]
-            stored = [
-                path for path in root.rglob("*") if (path.is_file() and "l2" in path.parts) or ".tar" in path.name
-            ]
-            sizes[shard_format, coder] = sum(path.stat().st_size for path in stored)
+            stored = [*root.glob("data/*.tar"), *root.glob("data.zarr/l2/**/*")]
+            sizes[shard_format, coder] = sum(path.stat().st_size for path in stored if path.is_file())
         assert sizes[shard_format, "rans"] < sizes[shard_format, "zstd"]
     for values in decoded.values():
         np.testing.assert_array_equal(values, decoded["zarr", "zstd"])
+
+
+def test_the_code_of_the_formats_page_gives_the_symbols_back() -> None:
+    page = (REPO / "manifests" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def symbols.*?)```", page, re.DOTALL)
+    scope: dict[str, Any] = {"np": np}
+    exec(code, scope)
+    rng = np.random.default_rng(0)
+    values = np.clip(np.rint(rng.laplace(0, np.linspace(20, 0.05, 4200), (3, 4200))), -128, 127).astype(np.int8)
+    tables = fit_tables(values, (np.arange(4200) // 600).astype(np.uint8), 7)
+    assert tables.lanes == 2
+    for row in values:
+        found = scope["symbols"](compress(row, tables), tables.frequencies, tables.classes)
+        np.testing.assert_array_equal(found, row)
 
 
 def test_another_reader_without_our_codec_refuses_the_array_and_reads_the_others(dataset: FeatureDataset) -> None:
