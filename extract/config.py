@@ -236,6 +236,12 @@ class ExtractRun(ErrorBudget):
     )
     lock_stale_s: float = Field(default=120, gt=0, description="A lock without a heartbeat for so long is taken over.")
     device: DeviceName = Field(default="auto", description="Where the teacher runs.")
+    lower_batch_to: int | None = Field(
+        default=None,
+        ge=1,
+        description="Images per forward pass for the shards that are left, where extract.batch_size does not fit; "
+        "each shard's record says it.",
+    )
 
     _at_home = field_validator("out")(any_place)
     _local = field_validator("save_png")(local_place)

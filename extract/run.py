@@ -26,7 +26,7 @@ from dtpipe.extract.shards.task import WorkerContext
 from dtpipe.extract.shards.timeline import STALLS
 from dtpipe.extract.sources.names import ignored_text
 from dtpipe.extract.tally import ExtractResult, Tally
-from dtpipe.extract.work import Resolve, Work, teacher_work
+from dtpipe.extract.work import Resolve, Work, refuse_lower_batch, teacher_work
 from dtpipe.manifests.errors import IncompleteError
 from dtpipe.manifests.fidelity import CODEC_ERROR, merged_records
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
@@ -34,6 +34,7 @@ from dtpipe.manifests.schema import FLOAT32_ERROR, MEASURED_SHARD, CodecSpec, Ma
 from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.store.faults import FAULT_VARIABLE
 from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.batches import BatchSizes, sizes_before
 from dtpipe.manifests.write.commit import (
     MANIFEST_FILE,
     commit_name,
@@ -90,6 +91,7 @@ def run_work(
     Raises: as `run_extraction`.
     """
     store = Store(config.out)
+    refuse_lower_batch(config, store, fresh)
     tally = Tally(store.url, on_progress)
 
     def describe() -> dict[str, Any]:
@@ -192,6 +194,9 @@ def _hand_out(run: _Run, queue: ShardQueue, max_bad: int) -> None:
         device=run.plan.recipe.compute.device,
         epoch=run.lock.epoch,
         max_bad=max_bad,
+        batch_sizes=BatchSizes(
+            config.lower_batch_to, sizes_before(run.store, run.plan, pending_shards(run.store, run.plan))
+        ),
         decode_threads=config.decode_threads,
         code_threads=config.code_threads,
         memory_bytes=int(config.memory_gb * 1e9),

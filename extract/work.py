@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from dtpipe.extract.census import Census, change_since
-from dtpipe.extract.config import ExtractConfig
+from dtpipe.extract.config import ExtractConfig, ExtractRun
 from dtpipe.extract.fitting.base import FitRequest
 from dtpipe.extract.recipe import Resolved, resolve_recipe
 from dtpipe.extract.shards.producer import Job
+from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import Recipe
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.listing import Listing
+from dtpipe.manifests.write.plan import find_plan
 
 HasGpus = Callable[[], bool | None]
 
@@ -78,3 +81,25 @@ def work_of(resolved: Resolved) -> Work:
         census=resolved.census,
         change=lambda seen, url: change_since(seen, source, url),
     )
+
+
+def refuse_lower_batch(config: ExtractRun, store: Store, fresh: bool = False) -> None:
+    """See that smaller batches are asked for only where a dataset is that began with larger ones.
+
+    Raises: ConfigError saying what to give in their place.
+    """
+    lower_to = config.lower_batch_to
+    if lower_to is None:
+        return
+    plan = find_plan(store, fresh)
+    if plan is None:
+        raise ConfigError(
+            f"--lower-batch-to is {lower_to}, and {store.url} holds no dataset yet whose shards could be left; give "
+            f"--batch-size {lower_to}"
+        )
+    planned = plan.recipe.compute.batch_size
+    if lower_to > planned:
+        raise ConfigError(
+            f"--lower-batch-to is {lower_to}, and {store.url} was begun with batches of {planned}; give less, or leave "
+            "it out"
+        )

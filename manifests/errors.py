@@ -19,6 +19,7 @@
     ├── StoreError               8  the store is full, unwritable or breaks its promises
     ├── DivergedError            9  a loss or its gradient is not finite
     ├── ExportError             10  an export does not compute what the student computes
+    ├── DeviceMemoryError       11  a batch does not fit the memory of its device
     ├── DemoStepError            *  that of the demo's command that failed
     └── StoppedError             *  130 or 143: a signal asked for a stop, and the run stopped cleanly
 
@@ -129,6 +130,12 @@ class ExportError(DtpipeError):
     """An export, loaded again, does not compute what the student computes; nothing was left behind."""
 
     exit_code = 10
+
+
+class DeviceMemoryError(DtpipeError):
+    """A batch does not fit the memory of its device; what was written before stays."""
+
+    exit_code = 11
 
 
 class DemoStepError(DtpipeError):

@@ -199,6 +199,10 @@ class ComputeRecipe(StrictModel):
     batch_size: int = Field(ge=1, description="Images per forward pass; short batches are padded.")
     threads: int = Field(ge=1, description="CPU threads per worker.")
 
+    def in_batches(self, batch_size: int) -> Self:
+        """The same with batches of another size."""
+        return self.model_copy(update={"batch_size": batch_size})
+
 
 class CodecRecipe(StrictModel):
     """How stored arrays become bytes."""
@@ -316,6 +320,14 @@ class IndexRow(StrictModel):
     original_width: _Number32 | None = None
 
 
+class BatchRange(StrictModel):
+    """Consecutive shards that were made in smaller batches than the recipe says."""
+
+    batch_size: int = Field(ge=1)
+    first: _Number32
+    last: _Number32
+
+
 class ShardEntry(StrictModel):
     """commits/00042.json: written last; its presence is the commit."""
 
@@ -323,9 +335,17 @@ class ShardEntry(StrictModel):
     shard: _Number32
     plan_blake3: Digest = Field(description="Digest of plan.json's bytes: an entry of another plan is refused.")
     epoch: _Count = Field(description="Epoch of the writer's lock.")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="Images per forward pass that made it, where fewer than the recipe says."
+    )
     objects: tuple[ObjectEntry, ...]
     rows: tuple[IndexRow, ...]
     provenance: dict[str, Any] = Field(default_factory=dict, description="Host, seconds, versions; not content.")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_planned(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("batch_size", None)}
 
 
 class FileEntry(StrictModel):
@@ -352,6 +372,9 @@ class Manifest(StrictModel):
     complete: bool = Field(description="False after a repair has sent shards back to work.")
     digest: Digest = Field(description="Digest of the content: equal for any number of workers and after kills.")
     recipe: Recipe
+    batch_sizes: tuple[BatchRange, ...] = Field(
+        default=(), description="Shards that were made in smaller batches than the recipe says, in order."
+    )
     totals: Totals
     files: dict[str, FileEntry] = Field(description="plan.json, listing, shards, index, zarr metadata.")
     provenance: dict[str, Any] = Field(default_factory=dict, description="Versions, devices, commands; not content.")
@@ -360,3 +383,8 @@ class Manifest(StrictModel):
     def _format_fits(self) -> Self:
         _check_format(self)
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_planned(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if name != "batch_sizes" or value}

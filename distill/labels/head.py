@@ -34,17 +34,16 @@ class OpenHead:
     """Of the soft labels."""
     views: Sequence[LabelView]
     device: str
-    batch_size: int
 
     @torch.inference_mode()
-    def soft_labels(self, levels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def soft_labels(self, levels: Mapping[str, Tensor], batch_size: int) -> dict[str, Tensor]:
         """Logits, averaged down to the level's cells. A row's do not depend on the rows beside it: short batches are
         padded.
 
         Shapes: {level: (B, V, C, h, w)} of at most a batch -> {level of soft labels: (B, V', K, h, w)}, float32.
         """
         num_rows, read = len(next(iter(levels.values()))), [level.name for level in self.network.spec.levels]
-        padded = {name: self._padded(levels[name]) for name in read}
+        padded = {name: self._padded(levels[name], batch_size) for name in read}
         logits = [
             self.network(
                 views_in_channels({name: [values[:, idx] for idx in view.reads] for name, values in padded.items()})
@@ -54,9 +53,9 @@ class OpenHead:
         shrunk = [at_cells(values, self.level) for values in logits]
         return {self.level.name: torch.stack(shrunk, dim=1)[:num_rows]}
 
-    def _padded(self, values: Tensor) -> Tensor:
+    def _padded(self, values: Tensor, batch_size: int) -> Tensor:
         values = values.to(self.device, torch.float32).contiguous()  # other layouts round otherwise
-        missing = self.batch_size - len(values)
+        missing = batch_size - len(values)
         return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing > 0 else values
 
 
@@ -79,7 +78,7 @@ def open_head(interpreter: str, recipe: Recipe, features: Recipe, device: str) -
         )
     views = views_of(loaded, features)
     (level,) = recipe.levels
-    return OpenHead(loaded.network, level, views, device, recipe.compute.batch_size)
+    return OpenHead(loaded.network, level, views, device)
 
 
 def features_record(features: Recipe, names: Sequence[str]) -> dict[str, Any]:

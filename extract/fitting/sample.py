@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dtpipe.extract.device import NOTHING_YET, saying_what_to_lower
 from dtpipe.extract.fitting.base import FitRequest, OnFitted
 from dtpipe.extract.shards.producer import Job, PreparedRow, Producer
 from dtpipe.extract.shards.rows import BatchQueue
@@ -67,7 +68,9 @@ def read_sample(
     with ThreadPoolExecutor(threads, thread_name_prefix="fit") as pool:
         batches = BatchQueue(producer, recipe.compute.batch_size, pool, rows, ShardClock())
         try:
-            with exact(torch.device(device), recipe.compute.threads):
+            size = batches.batch_size
+            no_room = saying_what_to_lower("the sample that codecs are fitted to", device, size, NOTHING_YET)
+            with exact(torch.device(device), recipe.compute.threads), no_room:
                 while (batch := batches.take()) is not None:
                     gathered.take(producer, batch)
                     on_fitted(gathered.num_seen, len(rows), None)
@@ -94,7 +97,7 @@ class _Gathered:
         self._why = next((row.index.status for row in batch if row.content is None), self._why)
         if not good:
             return
-        produced = producer.produce(batch)
+        produced = producer.produce(batch, self._recipe.compute.batch_size)
         view = torch.tensor([(first + place) % len(self._recipe.views) for place in good])
         picked = {
             name: level[torch.tensor(good), view.to(level.device)].float() for name, level in produced.levels.items()

@@ -41,16 +41,16 @@ class Producer(Protocol):
         """
         ...
 
-    def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
-        """Levels of at most a batch of rows, one of which at least is good, in their order; images where they are made
-        here.
+    def produce(self, rows: Sequence[PreparedRow], batch_size: int) -> Encoded:
+        """Levels of at most `batch_size` rows, one of which at least is good, in their order; images where they are
+        made here. Fewer rows come out as if there were as many.
 
         Bad rows give something of the right shape. Shapes: -> {level: (B, V, C, h, w)}, images (B, H, W, 3) uint8 or
         None.
         """
         ...
 
-    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:
+    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec], batch_size: int) -> dict[str, Any]:
         """What is measured once per dataset, on the first rows of its first shard, for the record; `codecs` by
         level.
         """

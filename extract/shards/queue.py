@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dtpipe.manifests.errors import (
     ConfigError,
+    DeviceMemoryError,
     DtpipeError,
     ErrorBudgetError,
     IncompleteError,
@@ -68,7 +69,7 @@ class ShardQueue:
     def fail(self, task: ShardTask, error: BaseException | str, *, alone: bool = False) -> bool:
         """Count a failure; True if the shard will be tried again.
 
-        Raises: `error` itself when no shard would fare better, or when the store has failed on every try.
+        Raises: `error` itself when no shard would fare better, or when store or memory have failed on every try.
         """
         if isinstance(error, FATAL):
             raise error
@@ -82,7 +83,7 @@ class ShardQueue:
             task.not_before_s = time.monotonic() + min(LONGEST_PAUSE_S, 2.0 ** (task.failures - 1))
             self._waiting.append(task)
             return True
-        if isinstance(error, StoreError):
+        if isinstance(error, StoreError | DeviceMemoryError):
             raise error
         self.failed.append(task)
         return False

@@ -25,6 +25,7 @@ class BatchQueue:
         rows: Sequence[IndexRow],
         clock: ShardClock,
     ) -> None:
+        self.batch_size = batch_size
         self._producer, self._pool, self._clock = producer, pool, clock
         self._batches = iter([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
         self._waiting: deque[Sequence[Future[PreparedRow]]] = deque()

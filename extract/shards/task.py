@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dtpipe.extract.shards.memory import DEFAULT_BYTES
 from dtpipe.manifests.schema import IndexRow, ShardEntry
 from dtpipe.manifests.words import count_of
+from dtpipe.manifests.write.batches import PLANNED, BatchSizes
 
 if TYPE_CHECKING:
     from dtpipe.extract.shards.producer import Job
@@ -31,6 +32,7 @@ class WorkerContext:
     device: str
     epoch: int
     max_bad: int  # bad samples that the whole dataset may have
+    batch_sizes: BatchSizes = PLANNED
     decode_threads: int = 2
     code_threads: int | None = None  # None: by `threads_that_code`
     memory_bytes: int = DEFAULT_BYTES  # that shards on their way to the store may take

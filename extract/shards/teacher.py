@@ -117,14 +117,16 @@ class TeacherProducer:
         except DamagedDataError as err:
             raise InputError(str(err)) from err
 
-    def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
+    def produce(self, rows: Sequence[PreparedRow], batch_size: int) -> Encoded:
         """As `Producer.produce`; bad rows are zeros."""
         samples: list[Sample | None] = [row.content for row in rows]
         stacked = stack_rows(samples, self.recipe.views, self.recipe.levels)
-        return encode(self.teacher, stacked, self.device, self.recipe.compute)
+        return encode(self.teacher, stacked, self.device, self.recipe.compute.in_batches(batch_size))
 
-    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:
+    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec], batch_size: int) -> dict[str, Any]:
         """What low precision costs."""
         if self.recipe.compute.dtype == "float32":
             return {}
-        return {FLOAT32_ERROR: float32_error(self.config, self.recipe, arrays, codecs, self.device)}
+        compute = self.recipe.compute.in_batches(batch_size)
+        recipe = self.recipe.model_copy(update={"compute": compute})
+        return {FLOAT32_ERROR: float32_error(self.config, recipe, arrays, codecs, self.device)}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dtpipe.extract.device import saying_what_to_lower
 from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.shards.memory import Room
 from dtpipe.extract.shards.producer import PreparedRow
@@ -86,20 +87,21 @@ class ShardWorker:
         again.
 
         Raises: ErrorBudgetError before anything is written when this shard alone has too many bad samples;
-        ShardDroppedError on a stop; LockHeldError when another writer took the dataset over.
+        ShardDroppedError on a stop; LockHeldError when another writer took the dataset over; DeviceMemoryError.
         """
         if self.store.exists(commit_name(shard_idx)):  # by an earlier attempt whose answer was lost
             return load_entry(self.store, self.plan, self.plan_blake3, shard_idx)
         clock, compute = ShardClock(self._timeline), self.plan.recipe.compute
-        batches = BatchQueue(self.producer, compute.batch_size, self._pool, self.index_rows(shard_idx), clock)
+        size = self.context.batch_sizes.of(shard_idx, compute.batch_size)
+        batches = BatchQueue(self.producer, size, self._pool, self.index_rows(shard_idx), clock)
         encode = partial(encode_rows, self.plan.recipe, fitted=self.fitted)
         shard = ShardBuffer(self.plan.recipe, shard_idx, encode, self._coders, self._num_coders, self.room, clock)
         try:
-            with self._producer_turn:
+            with self._producer_turn, saying_what_to_lower(f"shard {shard_idx}", self.context.device, size):
                 clock.lap("turn")
                 with self._timeline.producing(), exact(torch.device(self.context.device), compute.threads):
                     self._produce(shard, shard_idx, batches, clock)
-                measured = self._measure(shard, shard_idx)
+                measured = self._measure(shard, shard_idx, size)
                 clock.lap("measure")
             parts = shard.parts()
             clock.lap("bytes")
@@ -126,7 +128,7 @@ class ShardWorker:
             self._drop_if_stopped(shard_idx, shard.num_rows / num_rows)
             batch = batches.take()
             clock.lap(ROWS)
-            coded = None if batch is None else self._start(batch, num_started)
+            coded = None if batch is None else self._start(batch, num_started, batches.batch_size)
             num_started += 0 if batch is None else len(batch)
             clock.lap(TEACHING, {CODEC: coded.coding_s} if coded else {})
             if on_device is not None:
@@ -134,14 +136,14 @@ class ShardWorker:
                 self.num_encoded += len(on_device.rows)
             on_device = coded
 
-    def _start(self, batch: Sequence[PreparedRow], start: int) -> CodedBatch:
+    def _start(self, batch: Sequence[PreparedRow], start: int, size: int) -> CodedBatch:
         """Start one batch on the device, its first row being row `start` of the shard; one without a good row has
         nothing to do there.
         """
         index = [row.index for row in batch]
         if all(row.content is None for row in batch):
             return CodedBatch(index)
-        produced = self.producer.produce(batch)
+        produced = self.producer.produce(batch, size)
         coded = CodedBatch(index, produced.images)
         good = next(idx for idx, row in enumerate(batch) if row.content is not None)
         coded.start(produced.levels, self.codecs, good if start % MEASURED_EVERY < len(batch) else None)
@@ -158,14 +160,14 @@ class ShardWorker:
         if len(bad) > self.context.max_bad:
             raise ErrorBudgetError(budget_message(f"shard {shard_idx}", len(bad), self.context.max_bad, bad))
 
-    def _measure(self, shard: ShardBuffer, shard_idx: int) -> dict[str, Any]:
+    def _measure(self, shard: ShardBuffer, shard_idx: int, size: int) -> dict[str, Any]:
         """What the producer measures on one shard, in that one's turn: while it is written, the next may wait for its
         room, with the producer in hand.
         """
         if shard_idx != MEASURED_SHARD:
             return {}
         shard.parts()
-        return self.producer.measure(shard.first_rows(), self.codecs)
+        return self.producer.measure(shard.first_rows(), self.codecs, size)
 
     def _publish(
         self, shard_idx: int, parts: Sequence[CodedRows], measured: Mapping[str, Any], clock: ShardClock
@@ -177,6 +179,12 @@ class ShardWorker:
         entry = write_rows(self.store, self.plan, self.plan_blake3, shard_idx, parts, epoch, {}, clock.working)
         clock.lap("write")
         provenance |= {"seconds": clock.record()}
-        entry = entry.model_copy(update={"provenance": {**entry.provenance, **provenance}})
+        lower = self.context.batch_sizes.recorded(shard_idx, self.plan.recipe.compute.batch_size)
+        entry = entry.model_copy(
+            update={
+                "provenance": {**entry.provenance, **provenance},
+                **({} if lower is None else {"batch_size": lower}),
+            }
+        )
         commit_entry(self.store, entry, epoch)
         return entry

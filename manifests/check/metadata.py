@@ -8,7 +8,7 @@ file gives is used before it was compared with what the plan implies.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -20,6 +20,7 @@ from dtpipe.manifests.check.problems import UNREADABLE, Problem, problem_of, rea
 from dtpipe.manifests.codecs.fitted import StoredFitted, fitted_names, read_fitted
 from dtpipe.manifests.errors import ConfigError, DtpipeError, ManifestError, MissingObjectError
 from dtpipe.manifests.layout.arrays import stored_arrays
+from dtpipe.manifests.layout.batches import batch_ranges, lower_batches
 from dtpipe.manifests.layout.tables import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -62,6 +63,8 @@ class Metadata:
     """shards.parquet of the entries that are sound."""
     index: pa.Table = field(default_factory=INDEX_SCHEMA.empty_table)
     """index.parquet of these."""
+    batch_sizes: Mapping[int, int] = field(default_factory=dict)
+    """By shard, of these, where it is not the recipe's."""
     disagreement: str = ""
     """Why nobody can say of which plan the dataset is; then nothing may be changed."""
 
@@ -89,14 +92,14 @@ def check_metadata(store: Store, problems: list[Problem]) -> Metadata:
         return Metadata(manifest)
     plan_blake3 = blake3_hex(evidence.plan_bytes)
     found: list[Problem] = []
-    shards, index, plans = _check_entries(store, plan, plan_blake3, listing, manifest, found)
-    if manifest is None and (disagreement := outvoted(plan_blake3, plans)):
+    entries = _check_entries(store, plan, plan_blake3, listing, manifest, found)
+    if manifest is None and (disagreement := outvoted(plan_blake3, entries.plans)):
         problems.append(Problem(PLAN_FILE, disagreement, "nobody"))
         return Metadata(disagreement=disagreement)
     problems += found
     _check_fitted(store, plan, problems)
     _check_zarr_metadata(store, plan, manifest, problems)
-    metadata = Metadata(manifest, plan, evidence.plan_bytes, shards, index)
+    metadata = Metadata(manifest, plan, evidence.plan_bytes, entries.shards, entries.index, entries.batch_sizes)
     if manifest is not None:
         _check_files(plan, manifest, problems)
         if manifest.complete:
@@ -122,6 +125,16 @@ def _check_locks(store: Store, problems: list[Problem]) -> None:
             problems.append(problem_of(name, err, "rewrite"))
 
 
+@dataclass(frozen=True)
+class _Entries:
+    """The sound entries, as `Metadata` has them; and how many entries are of which plan."""
+
+    shards: pa.Table
+    index: pa.Table
+    batch_sizes: Mapping[int, int]
+    plans: Counter[str]
+
+
 def _check_entries(
     store: Store,
     plan: Plan,
@@ -129,18 +142,18 @@ def _check_entries(
     listing: pa.Table | None,
     manifest: Manifest | None,
     problems: list[Problem],
-) -> tuple[pa.Table, pa.Table, Counter[str]]:
-    """The sound entries as tables; and how many entries are of which plan."""
+) -> _Entries:
     committed = committed_shards(store, plan)
     if manifest is not None and manifest.complete:
         problems += _missing_entries(plan, set(committed))
-    plans: Counter[str] = Counter()
+    plans, batch_sizes = Counter[str](), dict[int, int]()
     shards, index = [SHARDS_SCHEMA.empty_table()], [INDEX_SCHEMA.empty_table()]
     for entries in in_batches(_parsed(store, plan, plan_blake3, committed, plans, problems)):
         for sound in _fitting(store, plan, entries, listing, problems):
             shards.append(shards_table(sound))
             index.append(index_table(sound))
-    return pa.concat_tables(shards), pa.concat_tables(index), plans
+            batch_sizes |= lower_batches(sound)
+    return _Entries(pa.concat_tables(shards), pa.concat_tables(index), batch_sizes, plans)
 
 
 def _missing_entries(plan: Plan, committed: set[int]) -> Iterator[Problem]:
@@ -241,6 +254,8 @@ def _check_tables(
 ) -> None:
     """shards.parquet and index.parquet against the manifest, the listing, and the entries."""
     tables, all_sound = {}, len(metadata.sound_shards) == plan.num_shards
+    if all_sound and manifest.batch_sizes != batch_ranges(metadata.batch_sizes):
+        problems.append(Problem(MANIFEST_FILE, "says other batch sizes than the entries in commits/", "merge"))
     known = {problem.name for problem in problems}
     for name, derived in ((SHARDS_FILE, metadata.shards), (INDEX_FILE, metadata.index)):
         try:

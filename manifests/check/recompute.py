@@ -21,9 +21,9 @@ from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import MANIFEST_FILE
 
-Recompute = Callable[[NDArray[np.uint8], Sequence[str]], Mapping[str, NDArray[np.generic]]]
-"""The teacher run again: stored images [B, H, W, 3] and their keys -> {level: [B, V, C, h, w] float}; [0, H, W, 3] for
-soft labels of a feature dataset, which need none.
+Recompute = Callable[[NDArray[np.uint8], Sequence[str], int], Mapping[str, NDArray[np.generic]]]
+"""The teacher run again: stored images [B, H, W, 3], their keys, and how many go through it together -> {level:
+[B, V, C, h, w] float}; images are [0, H, W, 3] for soft labels of a feature dataset, which need none.
 """
 
 _TINY = 1e-30  # keeps an all-zero level from dividing by zero
@@ -36,9 +36,16 @@ def needs_images(recipe: Recipe) -> bool:
 
 
 def check_recompute(
-    store: Store, recompute: Recompute, rows: int, tolerance: float, problems: list[Problem]
+    store: Store,
+    recompute: Recompute,
+    batch_sizes: Mapping[int, int],
+    rows: int,
+    tolerance: float,
+    problems: list[Problem],
 ) -> tuple[int, dict[str, float]]:
-    """Rows compared, and the largest relative error by level."""
+    """Rows compared, and the largest relative error by level. Each row goes through the teacher in batches of the size
+    that made its shard: `batch_sizes`, where it is not the recipe's.
+    """
     try:
         dataset = FeatureDataset.open(store.url, allow_incomplete=True)
     except DtpipeError as err:
@@ -50,18 +57,36 @@ def check_recompute(
     if not len(good):
         return 0, {}
     chosen = good[np.unique(np.linspace(0, len(good) - 1, min(rows, len(good))).astype(int))].tolist()
-    stored = dataset.recipe.images == "stored"
-    images = read_images(dataset, chosen) if stored else np.empty((0, *dataset.image_px, 3), np.uint8)
-    try:
-        again = recompute(images, [dataset.columns.keys[row] for row in chosen])
-    except DamagedDataError as err:  # what the levels were made of
-        problems.append(Problem(MANIFEST_FILE, f"nothing was recomputed: {reason(err)}", "nobody"))
-        return 0, {}
-    errors = {
-        level.name: _compare(dataset, level.name, chosen, again[level.name], tolerance, problems)
-        for level in dataset.levels
-    }
+    errors: dict[str, float] = {}
+    for batch_size, together in _by_batch_size(dataset, chosen, batch_sizes).items():
+        try:
+            again = _again(dataset, recompute, together, batch_size)
+        except DamagedDataError as err:  # what the levels were made of
+            problems.append(Problem(MANIFEST_FILE, f"nothing was recomputed: {reason(err)}", "nobody"))
+            return 0, {}
+        for name in (level.name for level in dataset.levels):
+            worst = _compare(dataset, name, together, again[name], tolerance, problems)
+            errors[name] = max(errors.get(name, 0.0), worst)
     return len(chosen), errors
+
+
+def _by_batch_size(
+    dataset: FeatureDataset, rows: Sequence[int], batch_sizes: Mapping[int, int]
+) -> dict[int, list[int]]:
+    """Rows by the size of the batches that made them."""
+    recipe, groups = dataset.recipe, dict[int, list[int]]()
+    for row in rows:
+        batch_size = batch_sizes.get(row // recipe.shard.samples, recipe.compute.batch_size)
+        groups.setdefault(batch_size, []).append(row)
+    return groups
+
+
+def _again(
+    dataset: FeatureDataset, recompute: Recompute, rows: Sequence[int], batch_size: int
+) -> Mapping[str, NDArray[np.generic]]:
+    stored = dataset.recipe.images == "stored"
+    images = read_images(dataset, rows) if stored else np.empty((0, *dataset.image_px, 3), np.uint8)
+    return recompute(images, [dataset.columns.keys[row] for row in rows], batch_size)
 
 
 def _compare(

@@ -87,7 +87,8 @@ def verify(
     if depth >= 2 and metadata.plan is not None:
         num_chunks = check_chunks(store, metadata.plan, metadata.shards, metadata.index, problems)
     if recompute and depth >= 3:
-        num_recomputed, errors = check_recompute(store, recompute, rows, tolerance, problems)
+        sizes = metadata.batch_sizes
+        num_recomputed, errors = check_recompute(store, recompute, sizes, rows, tolerance, problems)
     return _report(store, level, metadata, problems, num_chunks, num_recomputed, errors)
 
 

@@ -14,28 +14,38 @@ import pyarrow.compute as pc
 from blake3 import blake3
 
 from dtpipe.manifests.canonical import canonical_json
-from dtpipe.manifests.schema import Recipe
+from dtpipe.manifests.schema import BatchRange, Recipe
 
 _PIECE = 1 << 16  # items put together at a time
 _QUOTE, _BACKSLASH, _SPACE = b'"\\ '  # JSON escapes the first two, and all that comes before a space
 
 
-def dataset_digest(recipe: Recipe, keys: pa.ChunkedArray | Sequence[str], objects: pa.Table) -> str:
-    """Digest of `{format, recipe, keys, objects: [{name, size, blake3}] by name}`.
+def dataset_digest(
+    recipe: Recipe,
+    keys: pa.ChunkedArray | Sequence[str],
+    objects: pa.Table,
+    batch_sizes: Sequence[BatchRange] = (),
+) -> str:
+    """Digest of `{format, recipe, keys, objects: [{name, size, blake3}] by name}`, and of `batch_sizes` where there are
+    any.
 
     `keys` by row; `objects` with the columns `name`, `size_bytes` and `blake3` of shards.parquet, in any order. Times,
     hosts, URIs and versions stay out.
     """
     texts = keys if isinstance(keys, pa.ChunkedArray) else pa.chunked_array([pa.array(keys, pa.string())])
     digest = blake3()
-    for piece in _document(recipe, texts, objects.select(["name", "size_bytes", "blake3"])):
+    for piece in _document(recipe, texts, objects.select(["name", "size_bytes", "blake3"]), batch_sizes):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def _document(recipe: Recipe, keys: pa.ChunkedArray, objects: pa.Table) -> Iterator[bytes]:
+def _document(
+    recipe: Recipe, keys: pa.ChunkedArray, objects: pa.Table, batch_sizes: Sequence[BatchRange]
+) -> Iterator[bytes]:
     """The canonical JSON: fields in alphabetical order."""
-    yield b'{"format":' + canonical_json(recipe.format) + b',"keys":['
+    lower = [same.model_dump(mode="json") for same in batch_sizes]
+    yield b'{"batch_sizes":' + canonical_json(lower) + b"," if lower else b"{"
+    yield b'"format":' + canonical_json(recipe.format) + b',"keys":['
     yield from _joined(_quoted(piece) for piece in _pieces(keys))
     yield b'],"objects":['
     ordered = objects.sort_by([(name, "ascending") for name in ("name", "size_bytes", "blake3")])

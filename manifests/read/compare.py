@@ -61,8 +61,8 @@ def compare_merged(
         said, counted = getattr(manifest.totals, name), getattr(totals, name)
         if said != counted:
             yield Contradiction(MANIFEST_FILE, f"says {name} {said}, the tables give {counted}")
-    if dataset_digest(plan.recipe, listing["key"], shards) != manifest.digest:
-        yield Contradiction(MANIFEST_FILE, "its digest is not that of recipe, keys and objects")
+    if dataset_digest(plan.recipe, listing["key"], shards, manifest.batch_sizes) != manifest.digest:
+        yield Contradiction(MANIFEST_FILE, "its digest is not that of recipe, keys, objects and batch sizes")
 
 
 def compare_bad_rows(reader: ChunkReader, columns: Columns) -> Iterator[Contradiction]:

@@ -20,6 +20,7 @@ from blake3 import blake3
 from dtpipe.manifests.canonical import blake3_hex, dump_record, load_record
 from dtpipe.manifests.codecs.fitted import fitted_names
 from dtpipe.manifests.errors import IncompleteError, ManifestError, MissingObjectError
+from dtpipe.manifests.layout.batches import batch_ranges, lower_batches
 from dtpipe.manifests.layout.digest import dataset_digest
 from dtpipe.manifests.layout.tables import (
     INDEX_FILE,
@@ -31,7 +32,7 @@ from dtpipe.manifests.layout.tables import (
     shards_table,
 )
 from dtpipe.manifests.layout.zarr import zarr_metadata_names
-from dtpipe.manifests.schema import FileEntry, Manifest, ObjectEntry, Plan, ShardEntry, Totals
+from dtpipe.manifests.schema import BatchRange, FileEntry, Manifest, ObjectEntry, Plan, ShardEntry, Totals
 from dtpipe.manifests.store.faults import fault_point
 from dtpipe.manifests.store.local import ObjectStat
 from dtpipe.manifests.store.store import Store
@@ -121,6 +122,8 @@ def refuse_other_entry(store: Store, plan: Plan, plan_blake3: str, shard_idx: in
         problem = f"does not hold rows {rows.start} to {rows.stop - 1}"
     elif len({stored.name for stored in entry.objects}) != len(entry.objects):
         problem = "names an object twice"
+    elif entry.batch_size is not None and entry.batch_size >= plan.recipe.compute.batch_size:
+        problem = f"says batches of {entry.batch_size}, which is not below the recipe's"
     else:
         return
     where = store.where(commit_name(shard_idx))
@@ -175,7 +178,7 @@ def merge(store: Store, plan: Plan, lock: Lock, provenance: Mapping[str, Any]) -
     """
     lock.check()
     listing = read_listing_table(store, plan.listing_blake3, ("key", "label"))
-    shards, index = _gather(store, plan, listing, lock)
+    shards, index, batch_sizes = _gather(store, plan, listing, lock)
     files = _metadata_files(store, plan)
     for name, table, step in ((SHARDS_FILE, shards, "merge.shards"), (INDEX_FILE, index, "merge.index")):
         data = encode_table(table)
@@ -183,7 +186,7 @@ def merge(store: Store, plan: Plan, lock: Lock, provenance: Mapping[str, Any]) -
         store.write(name, data)
         files[name] = FileEntry(size_bytes=len(data), blake3=blake3_hex(data))
         fault_point(step)
-    manifest = _manifest(plan, shards, index, dict(sorted(files.items())), provenance)
+    manifest = _manifest(plan, shards, index, batch_sizes, dict(sorted(files.items())), provenance)
     lock.check()
     fault_point("merge.before_manifest")
     store.write(MANIFEST_FILE, dump_record(manifest))
@@ -234,18 +237,22 @@ def _holds_rows(entry: ShardEntry, rows: range) -> bool:
     return len(entry.rows) == len(rows) and all((row.row, row.shard) == (idx, entry.shard) for row, idx in expected)
 
 
-def _gather(store: Store, plan: Plan, listing: pa.Table, lock: Lock) -> tuple[pa.Table, pa.Table]:
-    """shards.parquet and index.parquet as tables, if all entries fit the listing and their objects."""
-    stats, misfits = store.stats("data"), list[int]()
+def _gather(
+    store: Store, plan: Plan, listing: pa.Table, lock: Lock
+) -> tuple[pa.Table, pa.Table, tuple[BatchRange, ...]]:
+    """shards.parquet and index.parquet as tables, and batch sizes, if all entries fit the listing and their objects."""
+    stats, misfits, lower = store.stats("data"), list[int](), dict[int, int]()
     tables: tuple[list[pa.Table], list[pa.Table]] = [], []
     for entries in in_batches(load_entries(store, plan, plan_digest(store))):
         tables[0].append(shards_table(entries))
         tables[1].append(index_table(entries))
         refuse_misplaced(store, entries, tables[1][-1], listing)
         misfits += _misfits(store, entries, stats)
+        lower |= lower_batches(entries)
     _send_back(store, misfits, lock)
     # whole here, so that encoding copies nothing while the parts are still held
-    return pa.concat_tables(tables[0]).combine_chunks(), pa.concat_tables(tables[1]).combine_chunks()
+    shards, index = (pa.concat_tables(parts).combine_chunks() for parts in tables)
+    return shards, index, batch_ranges(lower)
 
 
 def refuse_misplaced(store: Store, entries: Sequence[ShardEntry], index: pa.Table, listing: pa.Table) -> None:
@@ -306,14 +313,20 @@ def _metadata_files(store: Store, plan: Plan) -> dict[str, FileEntry]:
 
 
 def _manifest(
-    plan: Plan, shards: pa.Table, index: pa.Table, files: dict[str, FileEntry], provenance: Mapping[str, Any]
+    plan: Plan,
+    shards: pa.Table,
+    index: pa.Table,
+    batch_sizes: tuple[BatchRange, ...],
+    files: dict[str, FileEntry],
+    provenance: Mapping[str, Any],
 ) -> Manifest:
     kept = {**provenance, "plan": plan.provenance}  # so that a lost plan.json can be written again, byte for byte
     return Manifest(
         format=plan.format,
         complete=True,
-        digest=dataset_digest(plan.recipe, index["key"], shards),
+        digest=dataset_digest(plan.recipe, index["key"], shards, batch_sizes),
         recipe=plan.recipe,
+        batch_sizes=batch_sizes,
         totals=totals_of(plan, shards, index["status"]),
         files=files,
         provenance=kept,

@@ -12,7 +12,7 @@ from typing import Any
 from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
 from dtpipe.manifests.codecs.fitted import is_fitted_name
 from dtpipe.manifests.codecs.registry import open_codec
-from dtpipe.manifests.differences import differences, refuse_differences
+from dtpipe.manifests.differences import Difference, differences, refuse_differences
 from dtpipe.manifests.errors import ConfigError, ManifestError, MissingObjectError, PlanChangedError
 from dtpipe.manifests.layout.tables import LISTING_FILE
 from dtpipe.manifests.schema import LevelSpec, Plan, Recipe
@@ -144,7 +144,16 @@ def _refuse_changes(store: Store, plan: Plan, recipe: Recipe, selection: Mapping
     changes = differences(plan.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if selection is not None:
         changes += differences(plan.provenance.get(SELECTION, {}), selection)
-    refuse_differences(f"{store.url} holds a dataset of another recipe", changes)
+    remedy = "set them back, or choose another --out"
+    if _is_lower_batch(changes):
+        lower_to = changes[0].wanted
+        remedy = f"to make the shards that are left in smaller batches set it back and give --lower-batch-to {lower_to}"
+    refuse_differences(f"{store.url} holds a dataset of another recipe", changes, remedy)
+
+
+def _is_lower_batch(changes: Sequence[Difference]) -> bool:
+    """Whether a smaller batch is all that was asked for."""
+    return [change.name for change in changes] == ["compute.batch_size"] and changes[0].wanted < changes[0].stored
 
 
 def _stored_listing(

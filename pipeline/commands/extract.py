@@ -41,6 +41,7 @@ FLAGS = (
     Flag("--budget", "extract.codec.budget", "SIZE"),
     Flag("--format", "extract.shard.format", "zarr|webdataset"),
     Flag("--batch-size", "extract.batch_size", "N"),
+    Flag("--lower-batch-to", "extract.run.lower_batch_to", "N"),
     Flag("--limit", "extract.limit", "N"),
     Flag("--keys", "extract.keys", "FILE"),
     Flag("--max-bad", "extract.run.max_bad", "N|SHARE"),

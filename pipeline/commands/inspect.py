@@ -56,6 +56,7 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
             "samples": f"{totals['num_ok']} ok, {totals['num_bad']} bad, of {totals['num_rows']}",
             "size": format_bytes(totals["size_bytes"]),
             "teacher": teacher_in_words(recipe["teacher"]),
+            **_batches(facts),
             "views": "; ".join(_view(view) for view in facts["views"]),
             "source": f"{recipe['source']['kind']}, {recipe['source']['order']} order",
             "format": f"{recipe['shard']['format']}, {recipe['shard']['samples']} samples per shard",
@@ -100,6 +101,16 @@ def _print_errors(console: Console, levels: list[dict[str, Any]]) -> None:
         rows.append((level["name"], codec, *shown, *apart, str(measured.get("num", "-"))))
     columns = ("level", "codec", "error expected", "measured", "worst", "cosine", "attention", "of")
     console.table(columns, rows)
+
+
+def _batches(facts: dict[str, Any]) -> dict[str, str]:
+    """Batch sizes, where not all shards have the recipe's."""
+    if not facts["batch_sizes"]:
+        return {}
+    lower = ", ".join(
+        f"{same['batch_size']} in shards {same['first']} to {same['last']}" for same in facts["batch_sizes"]
+    )
+    return {"batches": f"{facts['recipe']['compute']['batch_size']} images, but {lower}"}
 
 
 def _print_labels(console: Console, labels: dict[str, int]) -> None:

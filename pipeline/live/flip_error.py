@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 _TINY = 1e-30  # keeps an all-zero level from dividing by zero
 
 
-def flip_errors(opened: RecipeTeacher, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, float]:
+def flip_errors(
+    opened: RecipeTeacher, images: NDArray[np.uint8], keys: Sequence[str], batch_size: int | None = None
+) -> dict[str, float]:
     """By level, the mean over samples and unflipped views of |mirror(f(x)) - f(mirror(x))| / |f(mirror(x))|, L2 norms.
 
     Shapes: images [N, H, W, 3] uint8. An error of 1.4 is that of two unrelated features of equal size.
@@ -35,8 +37,9 @@ def flip_errors(opened: RecipeTeacher, images: NDArray[np.uint8], keys: Sequence
     recipe, spec = opened.recipe, opened.teacher.spec
     views = [view for view in recipe.views if not view.flip]
     rows = recipe_rows(recipe, spec, keys, images, views)
-    straight = encode(opened.teacher, rows, opened.device, recipe.compute).levels
-    mirrored = encode(opened.teacher, _mirrored(rows, spec), opened.device, recipe.compute).levels
+    compute = recipe.compute.in_batches(batch_size or recipe.compute.batch_size)
+    straight = encode(opened.teacher, rows, opened.device, compute).levels
+    mirrored = encode(opened.teacher, _mirrored(rows, spec), opened.device, compute).levels
     return {name: _relative_error(straight[name].flip(-1), level) for name, level in mirrored.items()}
 
 
@@ -57,9 +60,11 @@ def _mirrored(rows: Rows, spec: TeacherSpec) -> Rows:
     return replace(rows, images=rows.images.flip(2), noise=noise)
 
 
-def measure(opened: RecipeTeacher, dataset: FeatureDataset, images: NDArray[np.uint8], keys: Sequence[str]) -> Measured:
+def measure(
+    opened: RecipeTeacher, dataset: FeatureDataset, images: NDArray[np.uint8], keys: Sequence[str], batch_size: int
+) -> Measured:
     """Measure on some samples, and keep it beside the dataset where that can be written."""
-    measured = Measured(flip_error=flip_errors(opened, images, keys), num_samples=len(keys))
+    measured = Measured(flip_error=flip_errors(opened, images, keys, batch_size), num_samples=len(keys))
     try:
         write_measured(dataset.store, measured)
     except (StoreError, OSError):  # a dataset that may only be read: the caller has the numbers

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.extract.device import RECOMPUTE, saying_what_to_lower
 from dtpipe.manifests.check.measured import Measured
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.live.flip_error import measure
@@ -25,9 +26,18 @@ class Recomputation:
         self._opened = open_teacher(self._dataset.plan, {"path": teacher} if teacher else {}, device)
         self.measured: Measured | None = None
 
-    def __call__(self, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:
-        """Shapes: images [N, H, W, 3] -> {level: [N, V, C, h, w] float32}."""
+    def __call__(
+        self, images: NDArray[np.uint8], keys: Sequence[str], batch_size: int
+    ) -> dict[str, NDArray[np.generic]]:
+        """Shapes: images [N, H, W, 3] -> {level: [N, V, C, h, w] float32}. Raises: DeviceMemoryError."""
+        with saying_what_to_lower("recomputing", self._opened.device, batch_size, RECOMPUTE):
+            return self._encoded(images, keys, batch_size)
+
+    def _encoded(
+        self, images: NDArray[np.uint8], keys: Sequence[str], batch_size: int
+    ) -> dict[str, NDArray[np.generic]]:
         recipe = self._opened.recipe
-        if not recipe.synthesized and not any(view.flip for view in recipe.views):
-            self.measured = measure(self._opened, self._dataset, images, keys)
-        return {name: features.float().cpu().numpy() for name, features in self._opened.encode(images, keys).items()}
+        if self.measured is None and not recipe.synthesized and not any(view.flip for view in recipe.views):
+            self.measured = measure(self._opened, self._dataset, images, keys, batch_size)
+        levels = self._opened.encode(images, keys, batch_size)
+        return {name: features.float().cpu().numpy() for name, features in levels.items()}

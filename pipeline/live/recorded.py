@@ -41,10 +41,15 @@ class RecipeTeacher:
     teacher: Teacher
     device: str
 
-    def encode(self, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, Tensor]:
-        """Features of stored images. Shapes: [N, H, W, 3] -> {level: (N, V, C, h, w)} on the device."""
+    def encode(
+        self, images: NDArray[np.uint8], keys: Sequence[str], batch_size: int | None = None
+    ) -> dict[str, Tensor]:
+        """Features of stored images, in batches of the recipe's size or another. Shapes: [N, H, W, 3] -> {level:
+        (N, V, C, h, w)} on the device.
+        """
         rows = recipe_rows(self.recipe, self.teacher.spec, keys, images)
-        return encode(self.teacher, rows, self.device, self.recipe.compute).levels
+        compute = self.recipe.compute
+        return encode(self.teacher, rows, self.device, compute.in_batches(batch_size or compute.batch_size)).levels
 
 
 def teacher_differences(recipe: Recipe, spec: TeacherSpec, dtype: str) -> list[str]:

@@ -17,20 +17,21 @@ import numpy as np
 
 from dtpipe.extract.cluster.preflight import free_bytes
 from dtpipe.extract.config import ExtractConfig, ExtractRun
+from dtpipe.extract.device import NOTHING_YET, saying_what_to_lower
 from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards.buffer import CodedBatch
 from dtpipe.extract.shards.producer import PreparedRow, Producer
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
 from dtpipe.extract.shards.task import threads_that_code
 from dtpipe.extract.sources.names import bounded, ignored_text
-from dtpipe.extract.work import Work, work_of
+from dtpipe.extract.work import Work, refuse_lower_batch, work_of
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.layout.arrays import CodedRows, stored_arrays
 from dtpipe.manifests.pieces import blake3_of
-from dtpipe.manifests.schema import IndexRow, Plan, Recipe
+from dtpipe.manifests.schema import ComputeRecipe, IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
 from dtpipe.manifests.write.listing import Listing
@@ -113,8 +114,10 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
     recipe, listing = work.recipe, work.listing()
     plan = _plan_of(recipe, len(listing))
     producer = work.job_here.open(plan, listing, recipe.compute.device)
-    rows, prepare_s = _probe_rows(producer, listing, recipe.compute.batch_size)
-    probe = _probe(producer, recipe, rows)
+    refuse_lower_batch(run, Store(run.out))
+    compute = recipe.compute.in_batches(run.lower_batch_to or recipe.compute.batch_size)
+    rows, prepare_s = _probe_rows(producer, listing, compute.batch_size)
+    probe = _probe(producer, recipe, rows, compute)
     num_samples, workers = len(listing), _workers(run, recipe.compute.device)
     arrays = _fitted_arrays(work, probe.arrays, num_samples)
     stored_each = sum(array.stored_bytes for array in arrays)
@@ -208,19 +211,23 @@ class _Probe:
     device_bytes: int | None
 
 
-def _probe(producer: Producer, recipe: Recipe, rows: Sequence[PreparedRow]) -> _Probe:
-    """A full batch after warm-up; the codec counts with the teacher, since it runs on the same device."""
+def _probe(producer: Producer, recipe: Recipe, rows: Sequence[PreparedRow], compute: ComputeRecipe) -> _Probe:
+    """A full batch after warm-up; the codec counts with the teacher, since it runs on the same device.
+
+    Raises: DeviceMemoryError where there is no room for it.
+    """
     import torch
 
     from dtpipe.extract.teachers.arithmetic import exact
 
-    compute, codecs = recipe.compute, level_codecs(recipe)
+    codecs = level_codecs(recipe)
     if compute.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with exact(torch.device(compute.device), compute.threads):
-        producer.produce(rows)
+    no_room = saying_what_to_lower("a first batch", compute.device, compute.batch_size, NOTHING_YET)
+    with exact(torch.device(compute.device), compute.threads), no_room:
+        producer.produce(rows, compute.batch_size)
         started_s = time.perf_counter()
-        produced = producer.produce(rows)
+        produced = producer.produce(rows, compute.batch_size)
         batch = CodedBatch([prepared.index for prepared in rows], produced.images)
         batch.start(produced.levels, codecs)
         batch.wait()

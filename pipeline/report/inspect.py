@@ -20,10 +20,11 @@ from dtpipe.manifests.codecs.fitted import fitted_names
 from dtpipe.manifests.errors import InputError, StoreError
 from dtpipe.manifests.fidelity import CODEC_ERROR, FIT_EXPECTS
 from dtpipe.manifests.layout.arrays import stored_arrays
+from dtpipe.manifests.layout.batches import batch_ranges, lower_batches
 from dtpipe.manifests.layout.tables import SHARDS_FILE, SHARDS_SCHEMA, decode_table, shards_table
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
-from dtpipe.manifests.schema import IMAGE, LevelSpec, Manifest, Recipe, ViewSpec
+from dtpipe.manifests.schema import IMAGE, BatchRange, LevelSpec, Manifest, Recipe, ViewSpec
 from dtpipe.manifests.store.outputs import refuse_other_file
 from dtpipe.manifests.store.paths import local_place
 from dtpipe.manifests.store.publish import write_whole
@@ -64,6 +65,7 @@ def describe_dataset(url: str) -> dict[str, Any]:
         "digest": None if complete is None else complete.digest,
         "totals": _totals(dataset, table, size_bytes),
         "recipe": _recipe_summary(dataset.recipe),
+        "batch_sizes": [same.model_dump() for same in _batch_sizes(Store(url), dataset, complete)],
         "views": [view.model_dump() for view in dataset.recipe.views],
         "images": _image_bytes(dataset.recipe, stored),
         "levels": [
@@ -186,6 +188,13 @@ def _totals(dataset: FeatureDataset, table: pa.Table, size_bytes: int) -> dict[s
         "num_shards_committed": len(set(table["shard"].to_pylist())),
         "size_bytes": size_bytes,
     }
+
+
+def _batch_sizes(store: Store, dataset: FeatureDataset, complete: Manifest | None) -> tuple[BatchRange, ...]:
+    """Of shards that were made in smaller batches than the recipe says; of those that are committed."""
+    if complete is not None:
+        return complete.batch_sizes
+    return batch_ranges(lower_batches(load_entries(store, dataset.plan, plan_digest(store), partial=True)))
 
 
 def _recipe_summary(recipe: Recipe) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class CachedProducer:
         read_s = time.perf_counter() - started_s
         return PreparedRow(index, coded.decode(), {"read": read_s})
 
-    def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
+    def produce(self, rows: Sequence[PreparedRow], batch_size: int) -> Encoded:
         """As `Producer.produce`; bad rows are zeros."""
         import torch
 
@@ -84,9 +84,14 @@ class CachedProducer:
         missing = {name: np.zeros_like(values) for name, values in first.items()}
         contents = [missing if row.content is None else row.content for row in rows]
         levels = {name: torch.from_numpy(np.stack([content[name] for content in contents])) for name in first}
-        return Encoded(self.head.soft_labels(levels), None)
+        return Encoded(self.head.soft_labels(levels, batch_size), None)
 
-    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:  # noqa: ARG002
+    def measure(
+        self,
+        arrays: ShardArrays,  # noqa: ARG002
+        codecs: Mapping[str, LevelCodec],  # noqa: ARG002
+        batch_size: int,  # noqa: ARG002
+    ) -> dict[str, Any]:
         """Nothing: the head runs in float32."""
         return {}
 
@@ -118,11 +123,16 @@ class LiveProducer:
         """As `TeacherProducer.prepare`."""
         return self.teacher.prepare(index)
 
-    def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
+    def produce(self, rows: Sequence[PreparedRow], batch_size: int) -> Encoded:
         """Soft labels, and the images that the teacher saw or made."""
-        encoded = self.teacher.produce(rows)
-        return Encoded(self.head.soft_labels(encoded.levels), encoded.images)
+        encoded = self.teacher.produce(rows, batch_size)
+        return Encoded(self.head.soft_labels(encoded.levels, batch_size), encoded.images)
 
-    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:  # noqa: ARG002
+    def measure(
+        self,
+        arrays: ShardArrays,  # noqa: ARG002
+        codecs: Mapping[str, LevelCodec],  # noqa: ARG002
+        batch_size: int,  # noqa: ARG002
+    ) -> dict[str, Any]:
         """Nothing: what low precision costs is measured on features, and none are stored."""
         return {}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.distill.labels.head import OpenHead, open_head
-from dtpipe.extract.device import pick_device
+from dtpipe.extract.device import RECOMPUTE, pick_device, saying_what_to_lower
 from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.schema import IndexRow, Plan
 from dtpipe.manifests.soft_labels import live_features_of, soft_labels_of
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _Item = TypeVar("_Item")
-_Again = Callable[[NDArray[np.uint8], Sequence[str]], dict[str, NDArray[np.generic]]]
+_Again = Callable[[NDArray[np.uint8], Sequence[str], int], dict[str, NDArray[np.generic]]]
 
 
 def holds_labels(url: str) -> bool:
@@ -43,6 +43,7 @@ class LabelRecomputation:
     def __init__(self, url: str, teacher: str | None, device: str, interpreter: str | None = None) -> None:
         """Raises: ConfigError when nothing says where interpreter or features are; as what opens them."""
         plan, device = load_plan(Store(url)), pick_device(device)
+        self._device = device
         recorded = (plan.provenance.get("config") or {}).get("soft_labels") or {}
         path = _named(interpreter or recorded.get("interpreter"), "interpreter", "give it with --interpreter")
         features = live_features_of(plan.recipe)
@@ -55,9 +56,14 @@ class LabelRecomputation:
             head = open_head(path, plan.recipe, features, device)
             self._again = _of_live(head, plan.model_copy(update={"recipe": features}), teacher, device)
 
-    def __call__(self, images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:
-        """Shapes: images [N, H, W, 3], where they are stored -> {level: [N, V, K, h, w] float32}."""
-        return self._again(images, keys)
+    def __call__(
+        self, images: NDArray[np.uint8], keys: Sequence[str], batch_size: int
+    ) -> dict[str, NDArray[np.generic]]:
+        """Shapes: images [N, H, W, 3], where they are stored -> {level: [N, V, K, h, w] float32}. Raises:
+        DeviceMemoryError.
+        """
+        with saying_what_to_lower("recomputing", self._device, batch_size, RECOMPUTE):
+            return self._again(images, keys, batch_size)
 
 
 def _named(path: Any, what: str, remedy: str) -> str:
@@ -69,9 +75,9 @@ def _named(path: Any, what: str, remedy: str) -> str:
 
 
 def _of_stored(producer: CachedProducer) -> _Again:
-    def again(_images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+    def again(_images: NDArray[np.uint8], keys: Sequence[str], batch_size: int) -> dict[str, NDArray[np.generic]]:
         rows = [producer.prepare(IndexRow(row=0, key=key, shard=0)) for key in keys]
-        return _joined([producer.produce(batch).levels for batch in _batches(rows, producer.head.batch_size)])
+        return _joined([producer.produce(batch, batch_size).levels for batch in _batches(rows, batch_size)])
 
     return again
 
@@ -79,12 +85,13 @@ def _of_stored(producer: CachedProducer) -> _Again:
 def _of_live(head: OpenHead, plan: Plan, teacher: str | None, device: str) -> _Again:
     opened = open_teacher(plan, {"path": teacher} if teacher else {}, device)
 
-    def again(images: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:
-        levels = opened.encode(images, keys)
-        idxs = _batches(range(len(keys)), head.batch_size)
-        return _joined(
-            [head.soft_labels({name: values[list(batch)] for name, values in levels.items()}) for batch in idxs]
-        )
+    def again(images: NDArray[np.uint8], keys: Sequence[str], batch_size: int) -> dict[str, NDArray[np.generic]]:
+        levels = opened.encode(images, keys, batch_size)
+        batches = [
+            {name: values[list(batch)] for name, values in levels.items()}
+            for batch in _batches(range(len(keys)), batch_size)
+        ]
+        return _joined([head.soft_labels(batch, batch_size) for batch in batches])
 
     return again
 

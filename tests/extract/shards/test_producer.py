@@ -50,7 +50,7 @@ class Numbers:
             return PreparedRow(index.model_copy(update={"status": "bad: no good"}), None)
         return PreparedRow(index, index.row)
 
-    def produce(self, rows: Sequence[PreparedRow]) -> Encoded:
+    def produce(self, rows: Sequence[PreparedRow], batch_size: int) -> Encoded:
         assert self.plan is not None
         levels = {
             level.name: torch.stack(
@@ -60,7 +60,7 @@ class Numbers:
         }
         return Encoded(levels, None)
 
-    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec]) -> dict[str, Any]:
+    def measure(self, arrays: ShardArrays, codecs: Mapping[str, LevelCodec], batch_size: int) -> dict[str, Any]:
         return {"rows": len(arrays.rows)}
 
 

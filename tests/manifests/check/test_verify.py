@@ -30,10 +30,10 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "features"
 
 
-def teacher(error: float = 0.0) -> Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]]:
+def teacher(error: float = 0.0) -> Callable[[np.ndarray, Sequence[str], int], dict[str, np.ndarray]]:
     """The true values again, in float32, times 1 + error."""
 
-    def run(images: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    def run(images: np.ndarray, keys: Sequence[str], batch_size: int) -> dict[str, np.ndarray]:
         assert images.shape == (len(keys), 4, 6, 3)
         true = {level.name: np.stack([golden.true_level(level, key) for key in keys]) for level in golden.LEVELS}
         return {name: values.astype(np.float32) * np.float32(1 + error) for name, values in true.items()}

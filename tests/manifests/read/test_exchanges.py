@@ -125,7 +125,10 @@ def test_opening_refuses_what_was_exchanged_in_a_table(root: Path, what: str) ->
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(spoil_digest, "its digest is not that of recipe, keys and objects"), (spoil_totals, "says num_ok 8")],
+    [
+        (spoil_digest, "its digest is not that of recipe, keys, objects and batch sizes"),
+        (spoil_totals, "says num_ok 8"),
+    ],
 )
 def test_opening_refuses_a_manifest_that_says_otherwise_than_the_tables(
     root: Path, change: Callable[[dict[str, Any]], object], message: str
