@@ -6,30 +6,19 @@ import json
 import re
 import shlex
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
-from dtpipe.distill.config import LossConfig
-from dtpipe.extract.teachers import registry
-from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.pipeline.cli.main import COMMANDS, main
 from dtpipe.pipeline.cli.reference import help_text, reference
 from dtpipe.pipeline.cli.settings import SECTIONS, check_key
 from parts.documents import PAGES, blocks, commands_in, parse
-from parts.extractions import Extract
 from parts.images import write_images
-from parts.packing import contents, folder_files
 from parts.paths import REPO
 
 README = PAGES[0].read_text(encoding="utf-8")
@@ -168,48 +157,3 @@ def test_the_readmes_python_runs_and_prints_what_it_says(used: Path, monkeypatch
         with redirect_stdout(StringIO()) as shown:
             exec(compile(code, "README.md", "exec"), {})
         assert shown.getvalue()
-
-
-# --- what CONTRIBUTING says of new files -----------------------------------------------------------------------------
-
-CONTRIBUTING = PAGES[1].read_text(encoding="utf-8")
-
-
-def example(path: str) -> dict[str, Any]:
-    """What the example file of that path defines."""
-    (code,) = (code for code in blocks(CONTRIBUTING, "python") if code.startswith(f"# {path}\n"))
-    module = ModuleType(path)
-    sys.modules[path] = module  # dataclasses look their module up
-    exec(compile(code, path, "exec"), vars(module))
-    return vars(module)
-
-
-def test_the_rooms_and_registries_are_there() -> None:
-    named = re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", CONTRIBUTING)
-    assert len(named) >= 20
-    assert [path for path in named if not (REPO / path).exists()] == []
-
-
-def test_the_example_of_a_loss_is_one() -> None:
-    loss = example("distill/losses/huber.py")["LOSS"].build(LossConfig())
-    student, teacher = torch.tensor([0.5, 3.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
-    assert float(loss(student, teacher, teacher)) == pytest.approx((0.5 * 0.5**2 + (3 - 0.5)) / 2)
-
-
-def test_the_example_of_a_source_reads_images(image_folder: Path, tmp_path: Path) -> None:
-    kind = example("extract/sources/path_list.py")["KIND"]
-    files = folder_files(image_folder)
-    (image_folder / "train.list").write_text("\n".join(reversed(files)))
-    assert kind.recognise(str(image_folder)) is None
-    assert contents(kind.recognise(f"{image_folder}/train.list")) == files
-
-
-def test_the_example_of_a_teacher_extracts(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = example("extract/teachers/cell_means.py")["KIND"]
-    monkeypatch.setitem(registry.KINDS, kind.kind, kind)
-    noise = {"timesteps": [50], "flips": True}
-    dataset = FeatureDataset.open(extract(teacher={"path": "cell_means"}, noise=noise, transform={"px": 32}))
-    pixels = read_image(dataset, 3) / 127.5 - 1
-    for view, seen in enumerate((pixels, pixels[:, ::-1])):
-        means = seen.reshape(4, 8, 4, 8, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
-        np.testing.assert_allclose(read_level(dataset, "l3", 3, view), means, atol=1e-3)  # float16

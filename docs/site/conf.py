@@ -17,7 +17,7 @@ NAV = {
     "Students": ["docs/training", "docs/labels", "docs/recipes", "docs/trackers"],
     "Scores and use": ["docs/evaluation", "docs/segmentation", "docs/detection", "docs/reports", "docs/exports"],
     "Reference": ["docs/settings", "docs/cli", "docs/library", "docs/api", "The format <manifests/README>"],
-    "Extend": ["CONTRIBUTING", "CHANGELOG"],
+    "Extend": ["docs/write_a_teacher", "docs/extend", "CONTRIBUTING", "CHANGELOG"],
 }
 
 project = "dtpipe"

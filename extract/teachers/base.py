@@ -19,6 +19,7 @@ from dtpipe.manifests.errors import ConfigError, ShapeError
 from dtpipe.manifests.schema import StrictModel, ViewSpec
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from torch import Tensor
 
     from dtpipe.extract.config import TeacherConfig
@@ -152,13 +153,17 @@ Options = TypeVar("Options", bound=StrictModel)
 
 
 def parse_options(config: TeacherConfig, model: type[Options]) -> Options:
-    """`extract.teacher.options` as a family's own settings. Raises: ConfigError that names the option."""
+    """`extract.teacher.options` as a family's own settings. Raises: ConfigError naming all that is wrong or missing."""
     try:
         return model.model_validate(config.options)
     except ValidationError as err:
-        first = err.errors()[0]
-        name = ".".join(("extract.teacher.options", *map(str, first["loc"])))
-        known = ", ".join(model.model_fields) or "none"
-        raise ConfigError(
-            f"{name}: {first['msg']} (found {first['input']!r}); options of this teacher: {known}"
-        ) from err
+        faults = "; ".join(_fault(fault, model) for fault in err.errors())
+        raise ConfigError(f"{faults}; options of this teacher: {', '.join(model.model_fields) or 'none'}") from err
+
+
+def _fault(fault: ErrorDetails, model: type[StrictModel]) -> str:
+    """One wrong or missing option in a sentence."""
+    name = ".".join(("extract.teacher.options", *map(str, fault["loc"])))
+    if fault["type"] == "missing" and len(fault["loc"]) == 1:
+        return f"{name} must be given ({model.model_fields[str(fault['loc'][0])].description})"
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')} (found {fault['input']!r})"

@@ -1,19 +1,21 @@
-"""Any generator or encoder as a teacher: kind `module`, a torch module of your own installed code.
+"""Any generator or encoder as a teacher: kind `module`, a torch module of your own code.
 
-The class comes from a package that you name, the weights from a file of tensors; nothing in that file is executed.
+The class comes from a module that you name, installed or in the working directory; the weights come from a file of
+tensors, and nothing in that file is executed.
 Taps are named in `extract.teacher.taps`; without them the error lists what there is to name.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dtpipe.extract.teachers.arithmetic import arithmetic, storable
 from dtpipe.extract.teachers.base import TapSpec, Teacher, TeacherKind, TeacherSpec, parse_options
@@ -43,16 +45,23 @@ class ModuleOptions(StrictModel):
     )
     image_px: tuple[int, int] = Field(description="Height and width of the images, in px.")
     z_shape: tuple[int, ...] | None = Field(
-        default=None, min_length=1, description="Shape of one z, which is standard normal."
+        default=None, min_length=1, validate_default=True, description="Shape of one z, which is standard normal."
     )
     value_range: tuple[float, float] = Field(
         default=(-1.0, 1.0), description="What black and white are in the module's images."
     )
 
+    @field_validator("z_shape")
+    @classmethod
+    def _goes_with_mode(cls, shape: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        if "mode" in info.data and (shape is not None) != (info.data["mode"] == "synthesize"):
+            raise ValueError(
+                "a module that makes images from z needs z_shape; one that takes images, mode=encode alone"
+            )
+        return shape
+
     @model_validator(mode="after")
     def _fit(self) -> ModuleOptions:
-        if (self.z_shape is not None) != (self.mode == "synthesize"):
-            raise ValueError("z_shape belongs to mode synthesize, and only to it")
         if min(*self.image_px, *(self.z_shape or ())) < 1 or self.value_range[0] >= self.value_range[1]:
             raise ValueError("image_px and z_shape must be positive, and black less than white in value_range")
         return self
@@ -157,6 +166,8 @@ def _build(options: ModuleOptions) -> nn.Module:
     from torch import nn
 
     package, _, path = options.module.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last, so that nothing that is installed is hidden
     try:
         network_class: Any = importlib.import_module(package)
         for name in path.split("."):
@@ -165,7 +176,8 @@ def _build(options: ModuleOptions) -> nn.Module:
     except Exception as err:  # code of others raises anything
         raise TeacherError(
             f"extract.teacher.options.module: {options.module} with arguments {options.arguments} cannot be made "
-            f"({_said(err)}); install its package in this environment, or correct the path"
+            f"({_said(err)}); install its package in this environment, start from the folder it lies in, or correct "
+            f"the path"
         ) from err
     if not isinstance(network, nn.Module):
         raise TeacherError(
@@ -275,6 +287,8 @@ def _suggest(network: nn.Module, forward: Callable[[], object], options: ModuleO
 
     with ExitStack() as hooks:
         for path, module in network.named_modules():
+            if not path:  # the whole, which has no name to copy
+                continue
             hooks.callback(module.register_forward_hook(partial(note, path)).remove)
         forward()
     if not last:
@@ -303,7 +317,7 @@ def _images_in(output: object, options: ModuleOptions) -> Tensor:
 
 KIND = TeacherKind(
     kind="module",
-    reads="Weights of a torch module of your own installed code, named in the options; ask for it by kind.",
+    reads="Weights of a torch module of your own code, named in the options; ask for it by kind.",
     protocol=Teacher,
     matches=lambda _: False,
     load=load_module_teacher,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         return self.head(self.down(images).mean((2, 3)))
+
+
+class Bare(nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 8, 4, 4)
 
 
 def function():
@@ -310,8 +316,8 @@ def test_a_level_that_is_no_whole_part_of_the_image_is_refused(nets: Any, tmp_pa
     ("options", "message"),
     [
         ({"module": "no_colon"}, r"options\.module"),
-        ({"z_shape": None}, "z_shape belongs to mode synthesize"),
-        ({"mode": "encode"}, "z_shape belongs to mode synthesize"),
+        ({"z_shape": None}, r"options\.z_shape: a module that makes images from z needs z_shape"),
+        ({"mode": "encode"}, "one that takes images, mode=encode alone"),
         ({"image_px": [0, 64]}, "must be positive"),
         ({"value_range": [1, 0]}, "black less than white"),
         ({"classes": 3}, r"options\.classes"),
@@ -320,6 +326,38 @@ def test_a_level_that_is_no_whole_part_of_the_image_is_refused(nets: Any, tmp_pa
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str, weights: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load(weights, **options)
+
+
+def test_all_that_is_missing_is_said_at_once(weights: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_teacher(TeacherConfig(path=str(weights), kind="module", options={"width": 3}))
+    for words in (
+        "module must be given (Import path",
+        "image_px must be given (Height",
+        "z_shape: ",
+        "options.width: ",
+    ):
+        assert words in str(caught.value)
+
+
+def test_a_class_in_the_working_directory_is_found_last(weights: Path, tmp_path: Path, monkeypatch) -> None:
+    """By a command, whose own folder is on the path and the user's is not."""
+    (tmp_path / "net_of_this_folder.py").write_text(NETS)
+    (tmp_path / "json.py").write_text("raise RuntimeError('hides the standard library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    teacher = load(weights, module="net_of_this_folder:Generator")
+    assert isinstance(teacher, Generator) and sys.path[-1] == str(tmp_path)
+    assert teacher.spec == replace(load(weights).spec, options=teacher.spec.options)
+    del sys.modules["net_of_this_folder"]
+
+
+def test_the_whole_module_is_no_tap_to_copy(nets: Any, tmp_path: Path) -> None:
+    """Its output is a map of stride 4, but it has no name."""
+    torch.save(nets.Bare().state_dict(), tmp_path / "bare.pt")
+    options = {"arguments": {}, "z_shape": None, "mode": "encode"}
+    with pytest.raises(TeacherError, match="none of its modules has stride 4, 8, 16 or 32"):
+        load(tmp_path / "bare.pt", "Bare", taps=None, **options)
 
 
 def test_weights_are_only_tensors(weights: Path, tmp_path: Path) -> None:
