@@ -125,16 +125,59 @@ def answered(questions: Sequence[Question], scores: Mapping[str, Scores], num: i
 def equivalence(difference: Mapping[str, Any], p_holm: float | None, margin: float) -> str:
     """Whether two settings differ, are equal within a margin, or neither can be said.
 
-    Different: p after Holm is below 1 - `CONFIDENCE`. Equal: the 95 % interval lies within the margin, which asks for
-    more than two one-sided tests at 5 % do. Both: a difference that does not matter.
+    Equal: the 95 % interval lies within the margin, which asks for more than two one-sided tests at 5 % do.
     """
     low, high = difference["low"], difference["high"]
-    if low is None or p_holm is None:
+    return verdict(p_holm, None if low is None else -margin < low and high < margin, f"{margin:g}")
+
+
+def verdict(p_holm: float | None, equal: bool | None, margin: str) -> str:
+    """Different: p after Holm is below 1 - `CONFIDENCE`. Both: a difference that does not matter."""
+    if equal is None or p_holm is None:
         return "undecided"
-    differs, equal = p_holm < 1 - CONFIDENCE, -margin < low and high < margin
+    differs = p_holm < 1 - CONFIDENCE
     if differs and equal:
-        return f"different, by less than {margin:g}"
-    return "different" if differs else f"equal within {margin:g}" if equal else "undecided"
+        return f"different, by less than {margin}"
+    return "different" if differs else f"equal within {margin}" if equal else "undecided"
+
+
+def kept_gain(
+    scores: Scores, setting: str, reference: str, base: str, num: int, share: float, score: str = IOU
+) -> dict[str, Any]:
+    """Whether a setting lies within a share of what the reference gains on a base, above it and below.
+
+    For each seed d = setting - reference and m = share * (reference - base): two one-sided tests of d + m > 0 and
+    m - d > 0, each at (1 - `CONFIDENCE`) / 2. The margin is measured too, so its spread counts.
+
+    Source: Hauck & Anderson, Some issues in the design and analysis of equivalence trials, 1999 (a share of an effect);
+    Schuirmann, 1987 (two one-sided tests).
+    """
+    difference = compared(scores, setting, reference, num, score)
+    gains = compared(scores, reference, base, num, score)
+    line = {"setting": setting, "labelled": num, "score": score, **difference}
+    apart, margins = difference.get("by_seed", []), [share * gain for gain in gains.get("by_seed", [])]
+    if len(apart) < 2 or len(apart) != len(margins):
+        return {**line, "margin": None, "kept": None, "p_margin": None, "within": None}
+    sides = (
+        [d + m for d, m in zip(apart, margins, strict=True)],
+        [m - d for d, m in zip(apart, margins, strict=True)],
+    )
+    p = max(above_zero(side) for side in sides)
+    return {
+        **line,
+        "margin": statistics.fmean(margins),
+        "kept": 1 + difference["mean"] / gains["mean"] if gains["mean"] else None,
+        "p_margin": p,
+        "within": p < (1 - CONFIDENCE) / 2,
+    }
+
+
+def above_zero(values: Sequence[float]) -> float:
+    """p of a one-sided test that the mean of two values or more is above 0, by Student's t."""
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    if deviation == 0:
+        return 0.0 if mean > 0 else 1.0
+    return float(student_t.sf(mean * math.sqrt(len(values)) / deviation, len(values) - 1))
 
 
 def means(scores: Scores) -> list[dict[str, Any]]:

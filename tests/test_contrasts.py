@@ -14,7 +14,22 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
 
-from contrasts import AP, IOU, Question, answered, by_seed, compared, equivalence, holm, means, p_value, read_scores  # noqa: E402
+from contrasts import (  # noqa: E402
+    AP,
+    IOU,
+    Question,
+    above_zero,
+    answered,
+    by_seed,
+    compared,
+    equivalence,
+    holm,
+    kept_gain,
+    means,
+    p_value,
+    read_scores,
+    verdict,
+)
 
 DIFFERENCES = [0.03, 0.01, 0.04, 0.02]
 """Mean 0.025, deviation sqrt(5/3) / 100; t = 0.025 / (0.012910 / 2) = 3.87298 at 3 degrees of freedom."""
@@ -117,3 +132,30 @@ def test_questions_are_answered_together(tmp_path: Path) -> None:
 )
 def test_a_difference_is_seen_excluded_or_neither(low: float | None, high: float | None, p: float, said: str) -> None:
     assert equivalence({"low": low, "high": high}, p, 0.02) == said
+
+
+def test_a_gain_is_kept_where_both_one_sided_tests_say_so(tmp_path: Path) -> None:
+    """At 3 degrees of freedom one side is half of the closed form's two. The reference gains 0.2 in each seed, so the
+    margin is 0.1; the differences have the mean 0.025, so the upper side, 0.1 - 0.025, is the nearer one."""
+    arms = {"setting": [0.7 + value for value in DIFFERENCES], "reference": [0.7] * 4, "random": [0.5] * 4}
+    rows = [(arm, 20, 100 * seed, value, None) for arm, values in arms.items() for seed, value in enumerate(values)]
+    scores = read_scores([table(tmp_path / "a.json", rows)])
+    line = kept_gain(scores, "setting", "reference", "random", 20, 0.5)
+    error = math.sqrt(5 / 3) / 100 / 2
+    assert line["p_margin"] == pytest.approx(t_tail_of_three_degrees((0.1 - 0.025) / error) / 2, rel=1e-6)
+    assert (line["margin"], line["kept"], line["within"]) == (pytest.approx(0.1), pytest.approx(1.125), True)
+    narrow = kept_gain(scores, "setting", "reference", "random", 20, 0.15)
+    assert narrow["p_margin"] == pytest.approx(t_tail_of_three_degrees((0.03 - 0.025) / error) / 2, rel=1e-6)
+    assert narrow["within"] is False and verdict(0.5, False, "m") == "undecided"
+    assert above_zero([-1.0, -1.0]) == 1.0 and above_zero([1.0, 1.0]) == 0.0
+    assert above_zero([-value for value in DIFFERENCES]) == pytest.approx(1 - above_zero(DIFFERENCES))
+    assert kept_gain(scores, "setting", "reference", "nobody", 20, 0.5)["within"] is None
+
+
+def test_the_spread_of_the_gain_counts_in_the_margin(tmp_path: Path) -> None:
+    """A setting that is the reference in every seed is equal to it only as far as there is a gain beyond chance."""
+    for gains, within in (([0.2, 0.22, 0.18, 0.2], True), ([0.6, -0.2, 0.5, -0.1], False)):
+        arms = {"setting": [0.7] * 4, "reference": [0.7] * 4, "random": [0.7 - gain for gain in gains]}
+        rows = [(arm, 20, 100 * seed, value, None) for arm, values in arms.items() for seed, value in enumerate(values)]
+        scores = read_scores([table(tmp_path / f"{within}.json", rows)])
+        assert kept_gain(scores, "setting", "reference", "random", 20, 0.5)["within"] is within
