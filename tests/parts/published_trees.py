@@ -175,6 +175,25 @@ def ddpm_seg() -> Files:
     }
 
 
+PARTS_MASK = np.repeat(np.arange(4, dtype=np.uint8) * 6, 6).reshape(1, 4, 6)  # rows of 0, 6, 12, 18; half the image's
+
+
+def datasetgan() -> Files:
+    """Two cars, one without its mask; a mask without an image; photographs paired by order alone."""
+    training, testing = "annotation/training_data/car_processed", "annotation/testing_data/car_20_class"
+    return {
+        f"{training}/image_0.jpg": jpeg(1),
+        f"{training}/image_mask0.npy": npy(PARTS_MASK),
+        f"{training}/image_1.jpg": jpeg(2),
+        f"{training}/image_mask12.npy": npy(PARTS_MASK),
+        f"{testing}/b.jpg": jpeg(3),
+        f"{testing}/c.jpg": jpeg(4),
+        f"{testing}/a.npy": npy(PARTS_MASK[0]),
+        f"{testing}/z.npy": npy(PARTS_MASK[0, ::-1]),
+        "training_latent/car_20/latent_stylegan1.npy": npy(np.zeros((16, 512), np.float32)),
+    }
+
+
 # --- objects and segments --------------------------------------------------------------------------------------------
 
 
@@ -299,5 +318,6 @@ TREES: dict[str, tuple[Callable[[], Files], str, str]] = {
     "voc": (voc, "VOC2012", "train"),
     "voc-ins": (voc, "VOC2012", "train"),
     "ddpm-seg": (ddpm_seg, "bedroom_28", "train"),
+    "datasetgan": (datasetgan, "dataset_release", "car-train"),
 }
 """Layout to the maker of a tree, the name of its root, and a split that it has."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtpipe.extract.sources.layouts.base import LabelledSource, Layout
 from dtpipe.extract.sources.layouts.generic import coco, csv_table, folders, masks, yolo
-from dtpipe.extract.sources.layouts.published import ade20k, bdd100k, cityscapes, ddpm_seg, imagenet, voc
+from dtpipe.extract.sources.layouts.published import ade20k, bdd100k, cityscapes, datasetgan, ddpm_seg, imagenet, voc
 from dtpipe.extract.sources.layouts.published import coco as published_coco
 
 _DECLARED: tuple[Layout, ...] = (
@@ -20,6 +20,7 @@ _DECLARED: tuple[Layout, ...] = (
     *cityscapes.LAYOUTS,
     *voc.LAYOUTS,
     ddpm_seg.LAYOUT,
+    datasetgan.LAYOUT,
 )
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _DECLARED}
 

@@ -11,7 +11,6 @@ Differs: whoever resizes masks here takes the nearest pixel to a centre, and Ope
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,14 +20,13 @@ from dtpipe.extract.sources.layouts.base import LabelledSource, Layout
 from dtpipe.extract.sources.layouts.files import Tree
 from dtpipe.extract.sources.layouts.listed import ListedSource
 from dtpipe.extract.sources.layouts.published.pairs import check_split, pair_up
-from dtpipe.extract.sources.layouts.published.pixels import Values, read_label, renumbered
+from dtpipe.extract.sources.layouts.published.pixels import read_array, read_label, renumbered
 from dtpipe.extract.sources.layouts.published.tables import published_classes
 from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.labels import Mask
 
 _NAME, _SPLITS = "ddpm-seg", ("train", "test", "ddpm")
 _IGNORED = {"bedroom_28": 0, **dict.fromkeys(("ffhq_34", "cat_15", "horse_21", "celeba_19", "ade_bedroom_30"), 255)}
-_MAX_PX = 4096  # a side of a mask
 
 
 def _open(root: str, split: str | None) -> LabelledSource:
@@ -62,38 +60,12 @@ class _ArrayLabels:
         where = f"{self.where}: {name}"
         if image_px[0] != image_px[1]:
             raise InputError(f"{where}: its image has {image_px[1]}x{image_px[0]} px; this benchmark's are square")
-        values = _read_array(read_label(self.tree, uri, where), where)
+        values = read_array(read_label(self.tree, uri, where), where)
+        if values.shape[0] != values.shape[1]:
+            raise InputError(f"{where} has shape {values.shape}; a mask is a square of class numbers; fetch it again")
         known = np.isin(np.arange(256), [*range(self.num_classes), self.ignore])
         numbers = renumbered(values, np.arange(256, dtype=np.uint8), known, where)
         return Mask(numbers, self.ignore)
-
-
-def _read_array(data: bytes, where: str) -> Values:
-    """A square array of whole numbers. Raises: InputError; what holds objects is not unpickled."""
-    again = "fetch it again"
-    try:
-        with np.errstate(invalid="ignore"):
-            file = io.BytesIO(data)
-            shape = _shape(file)
-            if len(shape) != 2 or shape[0] != shape[1] or not 0 < shape[0] <= _MAX_PX:
-                raise InputError(f"{where} has shape {shape}; a mask is a square of class numbers; {again}")
-            file.seek(0)
-            values = np.load(file, allow_pickle=False)
-            numbers: Values = values.astype(np.int64)
-    except InputError:
-        raise
-    except Exception as err:  # readers raise what they like
-        raise InputError(f"{where} is no array of numbers that can be read ({err}); {again}") from err
-    odd = values[numbers != values]
-    if odd.size:
-        raise InputError(f"{where} holds {odd[0]}, which is no class number; {again}")
-    return numbers
-
-
-def _shape(file: io.BytesIO) -> tuple[int, ...]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return tuple(read(file)[0])
 
 
 LAYOUT = Layout(

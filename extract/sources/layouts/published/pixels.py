@@ -1,6 +1,7 @@
-"""Pixels of labels as they stand in a PNG file: numbers, palette indices or channels, never colours.
+"""Pixels of labels as they stand in a file: in a PNG numbers, palette indices or channels, never colours; in an .npy
+numbers.
 
-What is read has the size of its image, so that no file can unpack to more than its image did.
+A PNG has the size of its image, and an array a bounded one, so that no file can unpack to more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dtpipe.manifests.errors import BadImage, InputError
 from dtpipe.manifests.labels import Target
 
 Values = NDArray[np.integer[Any]]
+_MAX_PX = 4096  # a side of an array
 _NUMBER_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
@@ -66,6 +68,38 @@ def read_png(data: bytes, where: str, image_px: tuple[int, int], channels: int) 
         seen = f"{values.shape[-1]} channels" if values.ndim == 3 else "one channel"
         raise InputError(f"{where} has {seen}, and the published file has {channels}; fetch it again, unconverted")
     return values.astype(np.uint8) if values.dtype == np.bool_ else values
+
+
+def read_array(data: bytes, where: str) -> Values:
+    """An .npy file of whole numbers; axes of length 1 are left out. Shapes: -> (H, W).
+
+    Raises: InputError for anything else, before it takes memory; what holds objects is not unpickled.
+    """
+    again = "fetch it again"
+    try:
+        with np.errstate(invalid="ignore"):
+            file = io.BytesIO(data)
+            shape = _array_shape(file)
+            sides = shape if len(shape) == 2 else tuple(side for side in shape if side != 1)
+            if len(sides) != 2 or not 0 < min(sides) <= max(sides) <= _MAX_PX:
+                raise InputError(f"{where} has shape {shape}; a mask has a class number per pixel; {again}")
+            file.seek(0)
+            values = np.load(file, allow_pickle=False).reshape(sides)
+            numbers: Values = values.astype(np.int64)
+    except InputError:
+        raise
+    except Exception as err:  # readers raise what they like
+        raise InputError(f"{where} is no array of numbers that can be read ({err}); {again}") from err
+    odd = values[numbers != values]
+    if odd.size:
+        raise InputError(f"{where} holds {odd[0]}, which is no class number; {again}")
+    return numbers
+
+
+def _array_shape(file: io.BytesIO) -> tuple[int, ...]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return tuple(read(file)[0])
 
 
 def check_label_size(label_px: tuple[int, int], image_px: tuple[int, int], where: str) -> None:

@@ -136,7 +136,7 @@ def pickled() -> bytes:
         (trees.npy(np.full((4, 4), 0.5)), "holds 0.5, which is no class number"),
         (trees.npy(np.full((4, 4), np.nan)), "holds nan"),
         (trees.npy(np.zeros((4, 5), np.uint8)), r"has shape \(4, 5\); a mask is a square"),
-        (trees.npy(np.zeros((4, 4, 3), np.uint8)), r"has shape \(4, 4, 3\)"),
+        (trees.npy(np.zeros((4, 4, 3), np.uint8)), r"has shape \(4, 4, 3\); a mask has a class number per pixel"),
     ],
 )
 def test_an_array_that_is_no_mask_is_refused_and_nothing_is_unpickled(
@@ -164,6 +164,41 @@ def test_images_of_the_benchmark_are_square(tmp_path: Path) -> None:
 def test_a_set_of_another_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'bedrooms' is no set of this benchmark.*bedroom_28, ffhq_34, cat_15"):
         opened("ddpm-seg", write_files(tmp_path / "bedrooms", trees.ddpm_seg()), "train")
+
+
+# --- DatasetGAN ------------------------------------------------------------------------------------------------------
+
+
+def test_datasetgan_pairs_training_images_by_number_and_photographs_by_order(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "dataset_release", trees.datasetgan())
+    cars = opened("datasetgan", root, "car-train")
+    assert [item.key for item in cars.items] == ["image_0.jpg"]
+    np.testing.assert_array_equal(mask(cars).numbers, trees.PARTS_MASK[0])
+    assert cars.classes.names[18] == "window" and len(cars.classes) == 20
+    photographs = opened("datasetgan", root, "car-test")
+    assert [item.key for item in photographs.items] == ["b.jpg", "c.jpg"]
+    np.testing.assert_array_equal(mask(photographs).numbers, trees.PARTS_MASK[0])
+    np.testing.assert_array_equal(mask(photographs, 1).numbers, trees.PARTS_MASK[0, ::-1])
+    (root / "annotation" / "testing_data" / "car_20_class" / "z.npy").unlink()
+    with pytest.raises(InputError, match="car_20_class has 2 images and 1 array, and they are paired in the order"):
+        opened("datasetgan", root, "car-test")
+
+
+def test_datasetgan_refuses_masks_of_other_classes_or_another_aspect(tmp_path: Path) -> None:
+    name = "annotation/training_data/car_processed/image_mask0.npy"
+    for array, message in (
+        (np.full((4, 6), 20), "value 20, which is the number of no class; known are 0-19"),
+        (np.zeros((4, 4), np.uint8), "has 4x4 px and its image, .* 12x8"),
+    ):
+        root = write_files(tmp_path / "dataset_release", {**trees.datasetgan(), name: trees.npy(array)})
+        with pytest.raises(InputError, match=message):
+            mask(opened("datasetgan", root, "car-train"))
+    for path in root.glob("annotation/training_data/car_processed/*.npy"):
+        path.unlink()
+    with pytest.raises(
+        InputError, match=r"no image_0.jpg in .* has its image_mask0.npy; there is image_0.jpg, image_1"
+    ):
+        opened("datasetgan", root, "car-train")
 
 
 # --- what no mask holds ----------------------------------------------------------------------------------------------
