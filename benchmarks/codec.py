@@ -2,10 +2,12 @@
 
 Features of digit scenes by the demo's teacher, and with the arguments below of photographs by a DDPM and by an
 autoencoder, and of a GAN's own noise. A third of the images is held out: errors are of these, relative to the variance
-of each sample and level. Bytes are what a dataset stores: the coded symbols of each row and view, what a codec keeps
-beside them under zstd, 20 bytes for each chunk's checksum and place, and a share of the fitted arrays, which `--rows`
-rows of one view carry together. Ratios are to float16. Speeds count float16 bytes of the features, on one thread, and
-with --device those of the device's own code. `--adm` adds arrays of ADM-256's shapes (not its features), for speed.
+of each sample and level. Bytes are those of real stores: the objects of a shard of these images (symbols, what a codec
+keeps beside them, checksums, index, headers and padding of members), and a share of the fitted arrays and of the
+metadata with their tables, which `--rows` rows of one view carry together. They are measured for zarr under zstd 3, 12
+and 19 and under rans, and for tars of plain npy and of rans. Ratios are to float16. Speeds count float16 bytes of the
+features, on one thread, and with --device those of the device's own code. `--adm` adds arrays of ADM-256's shapes (not
+its features), for speed.
 
     python benchmarks/codec.py [--limit 600] [--rows 2000] [--adm] [--out-json FILE]
         [--flowers DIR] [--taef2 DIR] [--dcgan netG.pth]
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +40,54 @@ from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards.codecs import ENCODERS
-from dtpipe.manifests.codecs.base import SYMBOLS, LevelCodec
+from dtpipe.manifests.codecs.base import SYMBOLS, Arrays, LevelCodec, array_name
 from dtpipe.manifests.codecs.fit import FitTarget
 from dtpipe.manifests.codecs.fitted import FITTED, HeldFitted, encode_fitted
 from dtpipe.manifests.codecs.rans import compress, decompress
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.codecs.transform import TransformLevel
 from dtpipe.manifests.codecs.transform_fit import fit_transform
-from dtpipe.manifests.schema import CodecSpec, LevelSpec
+from dtpipe.manifests.layout.arrays import ShardArrays
+from dtpipe.manifests.layout.zarr import zarr_metadata
+from dtpipe.manifests.schema import (
+    CodecRecipe,
+    CodecSpec,
+    ComputeRecipe,
+    IndexRow,
+    LevelSpec,
+    Plan,
+    Recipe,
+    ShardFormat,
+    ShardRecipe,
+    SourceRecipe,
+    TeacherRecipe,
+    TransformRecipe,
+    ViewSpec,
+)
+from dtpipe.manifests.write.shard import encode_shard
 from dtpipe.pipeline.demo.scenes import write_scenes
 
 Features = Mapping[str, NDArray[np.float32]]
 TARGETS = (0.01, 0.03, 0.06, 0.10)
-CHUNK_BYTES = 20  # checksum, and place in the index
 ADM_256 = {"l2": (512, 64), "l3": (512, 32), "l4": (1024, 16), "l5": (1024, 8)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What makes bytes of symbols."""
+
+    name: str
+    coder: str
+    zstd_level: int = 3
+    form: ShardFormat = "zarr"
+
+
+STAGES = (
+    *(Stage(f"zstd_{level}", "zstd", level) for level in (3, 12, 19)),
+    Stage("rans", "rans"),
+    Stage("tar_npy", "zstd", form="webdataset"),
+    Stage("tar_rans", "rans", form="webdataset"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,37 +106,57 @@ def level_spec(name: str, features: NDArray[np.float32], codec: CodecSpec) -> Le
     return LevelSpec.model_validate({"name": name, "stride": 2 ** int(name[1]), **fields})
 
 
-def fit(name: str, features: NDArray[np.float32], target: FitTarget) -> tuple[LevelCodec, int]:
-    """`transform` for a target, and the bytes of the file of its arrays."""
+def fit(name: str, features: NDArray[np.float32], target: FitTarget) -> tuple[LevelCodec, dict[str, bytes]]:
+    """`transform` for a target, and the file of its arrays by digest."""
     result = fit_transform(level_spec(name, features, CodecSpec()), features, target)
     digest, data = encode_fitted(result.arrays)
     spec = CodecSpec(name="transform", parameters={**result.parameters, FITTED: digest})
-    return open_codec(level_spec(name, features, spec), HeldFitted({digest: data})), len(data)
+    return open_codec(level_spec(name, features, spec), HeldFitted({digest: data})), {digest: data}
 
 
-def ratios(codec: LevelCodec, held: NDArray[np.float32], file_bytes: int, settings: Settings) -> dict[str, Any]:
-    """Stored bytes of a row by entropy stage, and the error. Shapes: held [n, C, H, W]."""
-    parts = codec.encode(held)
-    beside = sum(zstd_bytes(values) + CHUNK_BYTES for part, values in parts.items() if part != SYMBOLS)
-    beside += CHUNK_BYTES + file_bytes / settings.rows
-    sizes = {f"zstd_{level}": zstd_bytes(parts[SYMBOLS], level) for level in (3, 19)}
-    if isinstance(codec, TransformLevel):
-        sizes["rans"] = statistics.fmean(
-            len(compress(row, codec.load_tables())) for row in parts[SYMBOLS].astype(np.int8)
-        )
+def ratios(
+    codec: LevelCodec, files: Mapping[str, bytes], held: NDArray[np.float32], settings: Settings
+) -> dict[str, Any]:
+    """Stored bytes of a row by what makes bytes of symbols, and the error. Shapes: held [n, C, H, W]."""
+    parts, float16_bytes = codec.encode(held), 2 * held[0].size
+    fitted = isinstance(codec, TransformLevel)
+    stages = [stage for stage in STAGES if fitted or stage.coder == "zstd"]
+    sizes = {stage.name: stored_bytes(codec.level, files, parts, stage, settings.rows) for stage in stages}
     return {
-        "float16_bytes": 2 * held[0].size,
+        "float16_bytes": float16_bytes,
         "relative_mse": round(relative_mse(codec.decode(parts), held), 5),
-        "bytes": {entropy: round(size + beside, 1) for entropy, size in sizes.items()},
-        "ratio": {entropy: round(2 * held[0].size / (size + beside), 2) for entropy, size in sizes.items()},
-        "file_bytes": file_bytes,
+        "bytes": {stage: round(size, 1) for stage, size in sizes.items()},
+        "ratio": {stage: round(float16_bytes / size, 2) for stage, size in sizes.items()},
+        "file_bytes": sum(map(len, files.values())),
     }
 
 
-def zstd_bytes(values: NDArray[np.generic], level: int = 3) -> float:
-    """Mean size of a row's chunk."""
-    zstd = Zstd(level=level)
-    return statistics.fmean(len(zstd.encode(np.ascontiguousarray(row))) for row in values)
+def stored_bytes(level: LevelSpec, files: Mapping[str, bytes], parts: Arrays, stage: Stage, rows: int) -> float:
+    """Of one row of a real store: its share of the shard's objects, and of what `rows` rows have once."""
+    coded = level.codec.parameters
+    if "entropy" in coded:
+        spec = level.codec.model_copy(update={"parameters": {**coded, "entropy": stage.coder}})
+        level = level.model_copy(update={"codec": spec})
+    num, held = len(next(iter(parts.values()))), HeldFitted(files)
+    recipe = Recipe(
+        source=SourceRecipe(kind="folder"),
+        transform=TransformRecipe(height=64, width=64),
+        student_px=(64, 64),
+        teacher=TeacherRecipe(kind="ddpm", weights_blake3="0" * 64),
+        views=(ViewSpec(draw=0),),
+        levels=(level,),
+        images="joined",
+        codec=CodecRecipe(zstd_level=max(stage.zstd_level, 1), symbols_zstd_level=max(stage.zstd_level, 1)),
+        shard=ShardRecipe(samples=num, format=stage.form),
+        compute=ComputeRecipe(device="cpu", batch_size=1, threads=1),
+    )
+    plan = Plan(format=recipe.format, recipe=recipe, num_rows=num, num_shards=1, listing_blake3="0" * 64)
+    arrays = {array_name(level.name, part): values[:, None] for part, values in parts.items()}
+    index = [IndexRow(row=row, key=f"{row}.png", shard=0) for row in range(num)]
+    objects = encode_shard(plan, 0, ShardArrays(arrays, index), held)
+    of_rows = sum(encoded.size_bytes for encoded in objects) / num
+    once = [*files.values(), *zarr_metadata(plan, held).values()]
+    return of_rows + sum(map(len, once)) / rows
 
 
 def relative_mse(decoded: NDArray[np.generic], true: NDArray[np.float32]) -> float:
@@ -112,12 +169,14 @@ def relative_mse(decoded: NDArray[np.generic], true: NDArray[np.float32]) -> flo
 def speeds(codec: LevelCodec, held: NDArray[np.float32], settings: Settings) -> dict[str, float]:
     """MB/s of float16 features through each stage; entropy stages interleaved."""
     parts, zstd, num_bytes = codec.encode(held), Zstd(level=3), 2 * held.size
+    harder = {level: Zstd(level=level) for level in (12, 19)}
     frames = [zstd.encode(row) for row in np.ascontiguousarray(parts[SYMBOLS])]
     runs: dict[str, Callable[[], object]] = {
         "encode": lambda: codec.encode(held),
         "decode": lambda: codec.decode(parts),
-        "zstd_3_encode": lambda: [zstd.encode(row) for row in parts[SYMBOLS]],
+        "zstd_3_encode": partial(_encode_all, zstd, parts[SYMBOLS]),
         "zstd_3_decode": lambda: [zstd.decode(frame) for frame in frames],
+        **{f"zstd_{level}_encode": partial(_encode_all, coder, parts[SYMBOLS]) for level, coder in harder.items()},
     }
     if isinstance(codec, TransformLevel):
         symbols, tables = parts[SYMBOLS].astype(np.int8), codec.load_tables()
@@ -131,6 +190,10 @@ def speeds(codec: LevelCodec, held: NDArray[np.float32], settings: Settings) -> 
         runs["device_encode"] = lambda: ENCODERS[name](codec, views)
         runs["device_decode"] = lambda: DECODERS[name](codec, {part: values.clone() for part, values in flat.items()})
     return interleaved(runs, num_bytes, settings.repeats)
+
+
+def _encode_all(zstd: Zstd, symbols: NDArray[np.generic]) -> list[bytes]:
+    return [zstd.encode(np.ascontiguousarray(row)) for row in symbols]
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], num_bytes: int, repeats: int) -> dict[str, float]:
@@ -150,10 +213,10 @@ def measure(features: Features, settings: Settings) -> dict[str, Any]:
         fit_on, other = values[seen], values[held]
         for plain in ("cast", "int8"):
             codec = open_codec(level_spec(name, values, CodecSpec(name=plain)))
-            rows.setdefault(plain, {})[name] = ratios(codec, other, 0, settings)
+            rows.setdefault(plain, {})[name] = ratios(codec, {}, other, settings)
         for target in TARGETS:
-            codec, file_bytes = fit(name, fit_on, FitTarget(relative_mse=target, entropy="rans"))
-            row = ratios(codec, other, file_bytes, settings)
+            codec, files = fit(name, fit_on, FitTarget(relative_mse=target, entropy="rans"))
+            row = ratios(codec, files, other, settings)
             if target == 0.03:
                 row["mb_s"] = speeds(codec, other[:64], settings)
             rows.setdefault(f"transform {target:g}", {})[name] = row
@@ -213,10 +276,10 @@ def measure_adm(settings: Settings, num: int = 9) -> dict[str, Any]:
     levels = {}
     for name, values in adm_shaped(num):
         start = time.perf_counter()
-        codec, file_bytes = fit(name, values, FitTarget(relative_mse=0.03, entropy="rans"))
+        codec, files = fit(name, values, FitTarget(relative_mse=0.03, entropy="rans"))
         seconds = time.perf_counter() - start
         speed = speeds(codec, values[:2], settings)
-        row = ratios(codec, values[:2], file_bytes, settings)
+        row = ratios(codec, files, values[:2], settings)
         levels[name] = {"shape": values.shape[1:], "fit_s": round(seconds, 1), "ratio": row["ratio"], "mb_s": speed}
     return levels
 

@@ -118,7 +118,8 @@ class ShardConfig(StrictModel):
         ge=0,
         le=19,
         description="Compression level of zstd in zarr. 0: none, which takes 8% more bytes of cast features and reads "
-        "several times as fast from disks and memory that keep up.",
+        "several times as fast from disks and memory that keep up. Symbols of codecs that are fitted have a level of "
+        "their own, extract.codec.zstd_level.",
     )
 
     @model_validator(mode="after")
@@ -169,6 +170,13 @@ class CodecConfig(StrictModel):
         default="zstd",
         description="How the symbols of codecs that are fitted become bytes: zstd, which any zarr reader opens (tars "
         "hold them as plain npy), or rans under fitted tables, which takes a quarter less than zstd.",
+    )
+    zstd_level: int | None = Field(
+        default=None,
+        ge=1,
+        le=19,
+        description="Compression level of zstd for these symbols, in zarr; default: 12 where the teacher runs on a "
+        "CPU, 3 beside a GPU, which would wait. All else has extract.shard.zstd_level.",
     )
 
     @field_validator("budget")

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from dtpipe.extract.census import Census, take_census
 from dtpipe.extract.config import CodecConfig, ExtractConfig, ExtractRecipeConfig, ExtractRun
 from dtpipe.extract.device import pick_device
-from dtpipe.extract.fitting.base import DEFAULT_MAX_ERROR, FitRequest
+from dtpipe.extract.fitting.base import FitRequest
+from dtpipe.extract.fitting.request import codec_recipe, fit_request
 from dtpipe.extract.sources.base import Source
 from dtpipe.extract.sources.registry import SOURCES, open_images
 from dtpipe.extract.teachers.base import Generator, TapSpec, Teacher, TeacherSpec
@@ -26,7 +27,6 @@ from dtpipe.manifests.codecs.registry import is_fitted_codec, open_codec
 from dtpipe.manifests.errors import ConfigError, InputError, TeacherError
 from dtpipe.manifests.schema import (
     SYNTHESIZED,
-    CodecRecipe,
     CodecSpec,
     ComputeRecipe,
     LevelSpec,
@@ -41,7 +41,6 @@ from dtpipe.manifests.schema import (
     height_width,
 )
 from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.words import parse_bytes
 from dtpipe.manifests.write.listing import Listing, build_listing, read_key_file
 from dtpipe.manifests.write.plan import bytes_per_sample, find_plan, shard_samples_for
 
@@ -169,7 +168,7 @@ def make_recipe(config: ExtractRecipeConfig, teacher: Teacher, source_kind: str,
         levels=levels,
         images=config.shard.images,
         image_coding=config.shard.image_coding_of(image_px, config.codec.plain),
-        codec=CodecRecipe(zstd_level=config.shard.zstd_level),
+        codec=codec_recipe(config, levels, device),
         shard=ShardRecipe(format=config.shard.format, samples=samples),
         compute=ComputeRecipe(
             device=device, dtype=config.teacher.dtype, batch_size=config.batch_size, threads=config.threads
@@ -292,28 +291,6 @@ def _coded(level: LevelSpec, codecs: CodecConfig) -> LevelSpec:
         level = level.model_copy(update={"codec": CodecSpec(name=name)})
     open_codec(level)
     return level
-
-
-def fit_request(config: ExtractRecipeConfig, recipe: Recipe) -> FitRequest | None:
-    """What is to be fitted before the plan; None where no level has a codec that is. Raises: ConfigError."""
-    codec = config.codec
-    named = {level.name: codec.name_for(level.name) for level in recipe.levels if level.role == "features"}
-    fitted = {level: name for level, name in named.items() if is_fitted_codec(name)}
-    if not fitted:
-        if codec.coder != "zstd":
-            raise ConfigError(
-                f"extract.codec.coder is {codec.coder}, whose tables are fitted, and no level has a codec that is; set "
-                "extract.codec.max_error or extract.codec.budget, or leave coder out"
-            )
-        if codec.max_error is not None or codec.budget is not None:
-            raise ConfigError(
-                f"extract.codec gives {'a budget' if codec.max_error is None else 'max_error'}, and no level has a "
-                "codec that is fitted for one; leave extract.codec.name out, or set it to transform"
-            )
-        return None
-    max_error = None if codec.budget else codec.max_error or DEFAULT_MAX_ERROR
-    budget = parse_bytes(codec.budget) if codec.budget else None
-    return FitRequest(fitted, max_error, budget, codec.fit_samples, config.source.seed, codec.coder)
 
 
 def _stored_level(

@@ -209,6 +209,13 @@ class CodecRecipe(StrictModel):
 
     name: Literal["cast"] = Field(default="cast", description="Codec of the levels that name none of their own.")
     zstd_level: int = Field(default=3, ge=0, le=19, description="Of the zarr store; 0: chunks are not compressed.")
+    symbols_zstd_level: int | None = Field(
+        default=None, ge=1, le=19, description="Of symbols of codecs that are fitted; null: as zstd_level."
+    )
+
+    def level_of(self, sparse: bool) -> int:
+        """The level of zstd of an array; `sparse`: of symbols that are mostly 0."""
+        return self.zstd_level if self.symbols_zstd_level is None or not sparse else self.symbols_zstd_level
 
 
 class ShardRecipe(StrictModel):
@@ -255,6 +262,8 @@ class Recipe(StrictModel):
     @model_serializer(mode="wrap")
     def _leave_out_plain(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = dump(self)
+        if self.codec.symbols_zstd_level is None:
+            fields.get("codec", {}).pop("symbols_zstd_level", None)
         return {name: value for name, value in fields.items() if (name, value) != ("image_coding", PLAIN)}
 
 

@@ -120,7 +120,9 @@ class _Fits:
     def _fit(self, level: LevelSpec, features: NDArray[np.float32], error: float) -> Fit:
         fit = CODECS[self._request.codecs[level.name]].fit
         assert fit is not None, "only codecs that are fitted are asked for"
-        return fit(level, features, FitTarget(relative_mse=error, entropy=self._request.coder))
+        in_zarr = self._draft.shard.format == "zarr"
+        zstd_level = self._draft.codec.level_of(sparse=True) if in_zarr else 0  # tars hold plain npy
+        return fit(level, features, FitTarget(relative_mse=error, entropy=self._request.coder, zstd_level=zstd_level))
 
     def _stored_bytes(self, result: FitResult) -> float:
         """Of one sample in its store, all views, images and headers included, by the sample of the fit."""

@@ -58,7 +58,10 @@ def _codec(stalls: Stalls) -> str:
         return "the codec on the teacher's device: store fewer levels or views, or take a simpler extract.codec"
     if stalls.code_threads < stalls.cpus:
         return f"compression: raise extract.run.code_threads from {stalls.code_threads} to up to {stalls.cpus}"
-    return f"compression: give each worker more than {stalls.cpus} CPUs, or lower extract.shard.zstd_level"
+    return (
+        f"compression: give each worker more than {stalls.cpus} CPUs, or lower extract.shard.zstd_level (of fitted "
+        "codecs extract.codec.zstd_level, or take the coder rans)"
+    )
 
 
 def _write(stalls: Stalls) -> str:

@@ -41,6 +41,8 @@ class PartSpec:
     """Names of these axes."""
     tables: Callable[[], RansTables] | None = field(default=None, compare=False)
     """Loads what its chunks become bytes by, under the coder `rans`; None: the coder `zstd`. Picklable."""
+    sparse: bool = False
+    """Mostly 0, so that a high level of zstd makes fewer bytes of it."""
 
 
 class FittedArrays(Protocol):

@@ -27,6 +27,8 @@ class FitTarget:
     """Of a row and view, as stored, without checksums and indexes."""
     entropy: Coder = "zstd"
     """How the symbols become bytes; sizes are by this."""
+    zstd_level: int = 3
+    """Of zstd; 0: the symbols are stored as they are."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.relative_mse, self.size_bytes) if value is not None]

@@ -68,7 +68,7 @@ class TransformLevel:
         num = self.parameters.symbols + self.parameters.wide
         tables = self.load_tables if self.parameters.entropy == "rans" else None
         return {
-            SYMBOLS: PartSpec(np.dtype("i1"), (num,), ("coefficient",), tables),
+            SYMBOLS: PartSpec(np.dtype("i1"), (num,), ("coefficient",), tables, sparse=True),
             NORM: PartSpec(np.dtype("<f4"), (3,), ("norm",)),
         }
 

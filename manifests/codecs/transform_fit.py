@@ -52,7 +52,7 @@ def fit_transform(level: LevelSpec, features: NDArray[np.generic], target: FitTa
     basis, held = _transformed(features)
     step = _meet(held, target)
     quantiser = make_quantiser(held, step)
-    return _fit_of(basis, held, quantiser, target.entropy)
+    return _fit_of(basis, held, quantiser, target)
 
 
 def make_quantiser(held: Held, step: float) -> Quantiser:
@@ -152,7 +152,7 @@ def _meet(held: Held, target: FitTarget) -> float:
         return _boundary(low, high, lambda step: _error(held, make_quantiser(held, step)) > limit)
     assert target.size_bytes is not None
     most = target.size_bytes
-    return _boundary(high, low, lambda step: _size(held, make_quantiser(held, step), target.entropy) > most)
+    return _boundary(high, low, lambda step: _size(held, make_quantiser(held, step), target) > most)
 
 
 def _boundary(good: float, bad: float, is_bad: Callable[[float], bool]) -> float:
@@ -168,12 +168,14 @@ def _error(held: Held, quantiser: Quantiser) -> float:
     return float(np.square(decoded - held.coefficients).mean())
 
 
-def _size(held: Held, quantiser: Quantiser, entropy: str) -> float:
+def _size(held: Held, quantiser: Quantiser, target: FitTarget) -> float:
     """Of a row and view, by the symbols of the samples that were kept."""
     symbols, tables = _symbols(held, quantiser)
-    if entropy == "rans":
+    if target.entropy == "rans":
         return expected_bytes(symbols, tables) + NORM_BYTES
-    zstd = Zstd(level=3)
+    if target.zstd_level == 0:
+        return float(symbols.shape[1]) + NORM_BYTES
+    zstd = Zstd(level=target.zstd_level)
     return float(np.mean([len(zstd.encode(row)) for row in symbols])) + NORM_BYTES
 
 
@@ -196,7 +198,7 @@ def _num_wide(numbers: NDArray[np.int16], quantiser: Quantiser) -> int:
     return int((quantiser.bands <= last).sum()) if len(wide) else 0
 
 
-def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser, entropy: str) -> Fit:
+def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser, target: FitTarget) -> Fit:
     """Without the rows of the basis that no band has a coefficient of."""
     cut = cut_basis(basis, quantiser.band != NO_BAND)
     parameters = {
@@ -204,7 +206,7 @@ def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser, entropy: str)
         "symbols": len(quantiser.order),
         "wide": _num_wide(quantiser.quantise(held.coefficients), quantiser),
         "step": quantiser.step,
-        "entropy": entropy,
+        "entropy": target.entropy,
     }
     arrays: dict[str, NDArray[np.generic]] = {
         "basis": cut.basis,
@@ -218,4 +220,4 @@ def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser, entropy: str)
         "shift": quantiser.shift,
         "frequencies": _symbols(held, quantiser)[1].frequencies,
     }
-    return Fit(parameters, arrays, _error(held, quantiser), _size(held, quantiser, entropy))
+    return Fit(parameters, arrays, _error(held, quantiser), _size(held, quantiser, target))

@@ -54,17 +54,18 @@ def stored_arrays(recipe: Recipe, fitted: FittedArrays = NOT_FITTED) -> dict[str
     """All arrays of a dataset by name: the image, then those that each level's codec makes; without `fitted`, to ask
     what there is. Raises: as `open_codec`.
     """
-    arrays, zstd_level = {}, recipe.codec.zstd_level
+    arrays = {}
     if recipe.images == "stored":
         shape = (recipe.transform.height, recipe.transform.width, 3)
         axes = ("y", "x", "rgb")
         # residuals repeat by chance only, and levels above 1, which look for it, make them larger
-        of_image = 1 if recipe.image_coding == "predicted" else zstd_level
+        of_image = 1 if recipe.image_coding == "predicted" else recipe.codec.zstd_level
         coding = recipe.image_coding
         arrays[IMAGE] = ArraySpec(IMAGE, np.dtype("u1"), None, shape, axes, None, coding, of_image)
     for level, codec in level_codecs(recipe, fitted).items():
         for part, spec in codec.parts.items():
             name, views = array_name(level, part), len(recipe.views)
+            zstd_level = recipe.codec.level_of(spec.sparse)
             arrays[name] = ArraySpec(
                 name, spec.dtype, views, spec.shape, spec.axes, level, zstd_level=zstd_level, tables=spec.tables
             )

@@ -16,10 +16,17 @@ from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, Recipe
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_error
 
+_FAST: Final = 10  # level of zstd up to which it looks for little
 HEADERS: Final = "headers"  # of objects and members, keys, and tables of chunks
 ASSUMED_RATIOS: Final = {0.01: 5.2, 0.03: 7.5, 0.06: 10.7, 0.1: 15.1}
 """Features in float16 over stored bytes, by relative squared error, of codec transform."""
-ASSUMED_FROM: Final = "all levels of the demo's teacher (64 px, zstd 3)"
+ASSUMED_BY_STAGE: Final = {
+    "zstd 3": ASSUMED_RATIOS,
+    "zstd 12": {0.01: 5.7, 0.03: 8.7, 0.06: 12.7, 0.1: 18.2},
+    "rans": {0.01: 7.0, 0.03: 11.0, 0.06: 16.4, 0.1: 23.8},
+    "npy": {0.01: 1.88, 0.03: 1.9, 0.06: 2.05, 0.1: 2.26},
+}
+"""The same by what makes bytes of symbols; `npy` does nothing, in tars."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class ArrayPlan:
     """Of these, what an epoch of training reads: one view."""
     error: float | None
     """Share of the whitened features' variance that is lost; None of images, which are exact."""
-    assumed: bool = False
-    """Whether stored bytes and error are no measurement: the codec is not fitted yet."""
+    assumed: str | None = None
+    """What made the bytes that are assumed, where the codec is not fitted yet; None: all was measured."""
 
 
 def plan_arrays(
@@ -70,40 +77,52 @@ def plan_arrays(
 
 
 def assume_codec(
-    plans: Sequence[ArrayPlan], codecs: Mapping[str, str], max_error: float | None, budget_bytes: float | None
+    plans: Sequence[ArrayPlan],
+    codecs: Mapping[str, str],
+    max_error: float | None,
+    budget_bytes: float | None,
+    stage: str = "zstd 3",
 ) -> tuple[ArrayPlan, ...]:
     """Plans in which some levels, {name: codec}, are coded for an error, or all together for bytes of one sample.
 
-    Between the measured ratios, the logarithm of the error is taken as linear in that of the ratio.
+    `stage` is one of `ASSUMED_BY_STAGE`. Between the measured ratios, the logarithm of the error is taken as linear in
+    that of the ratio.
     """
     chosen = [plan for plan in plans if plan.name in codecs]
     if budget_bytes is not None:
         left = budget_bytes - sum(plan.stored_bytes for plan in plans if plan.name not in codecs)
         ratio = sum(plan.raw_bytes for plan in chosen) / max(left, 1.0)
-        error = assumed_error(ratio)
+        error = assumed_error(ratio, stage)
     else:
         assert max_error is not None
-        error, ratio = max_error, assumed_ratio(max_error)
+        error, ratio = max_error, assumed_ratio(max_error, stage)
 
     def coded(plan: ArrayPlan) -> ArrayPlan:
         if plan.name not in codecs:
             return plan
         stored = plan.raw_bytes / ratio
         read = stored * plan.read_bytes / plan.stored_bytes
-        return replace(plan, codec=codecs[plan.name], stored_bytes=stored, read_bytes=read, error=error, assumed=True)
+        return replace(plan, codec=codecs[plan.name], stored_bytes=stored, read_bytes=read, error=error, assumed=stage)
 
     return tuple(coded(plan) for plan in plans)
 
 
-def assumed_ratio(error: float) -> float:
+def assumed_stage(recipe: Recipe, coder: str) -> str:
+    """What makes bytes of the symbols of a recipe, of `ASSUMED_BY_STAGE`."""
+    if coder == "zstd" and recipe.shard.format != "zarr":
+        return "npy"
+    return coder if coder == "rans" else "zstd 12" if recipe.codec.level_of(sparse=True) > _FAST else "zstd 3"
+
+
+def assumed_ratio(error: float, stage: str = "zstd 3") -> float:
     """Compression at an error."""
-    errors, ratios = zip(*sorted(ASSUMED_RATIOS.items()), strict=True)
+    errors, ratios = zip(*sorted(ASSUMED_BY_STAGE[stage].items()), strict=True)
     return _interpolated(error, errors, ratios)
 
 
-def assumed_error(ratio: float) -> float:
+def assumed_error(ratio: float, stage: str = "zstd 3") -> float:
     """Inverse of `assumed_ratio`; at most 1, all of the variance."""
-    errors, ratios = zip(*sorted(ASSUMED_RATIOS.items()), strict=True)
+    errors, ratios = zip(*sorted(ASSUMED_BY_STAGE[stage].items()), strict=True)
     return min(1.0, _interpolated(ratio, ratios, errors))
 
 
@@ -124,10 +143,11 @@ def print_arrays(
     raw, stored = sum(plan.raw_bytes for plan in plans), sum(plan.stored_bytes for plan in plans)
     rows.append(_row("all", "", raw, stored, None, num_samples))
     console.table(("array", "codec", "per sample", "stored", "ratio", "error", "in all"), rows)
-    if assumed := [plan.name for plan in plans if plan.assumed]:
+    if assumed := {plan.name: plan.assumed for plan in plans if plan.assumed}:
+        stage = next(iter(assumed.values()))
         console.result(
-            f"stored and error of {', '.join(assumed)} are ASSUMED, as measured on {ASSUMED_FROM}: the codec is fitted "
-            "when the extraction begins"
+            f"stored and error of {', '.join(assumed)} are ASSUMED, as measured on all levels of the demo's teacher "
+            f"(64 px, {stage}): the codec is fitted when the extraction begins"
         )
     views = "" if num_views == 1 else f"; {num_views} views of each level"
     console.result(f"error: share of the whitened features' variance that is lost; {num_probed} images{views}")

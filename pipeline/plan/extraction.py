@@ -38,7 +38,7 @@ from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import bytes_per_sample
 from dtpipe.manifests.write.shard import SHARD_FORMATS, encode_rows, join_rows
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
-from dtpipe.pipeline.plan.arrays import ArrayPlan, assume_codec, plan_arrays, print_arrays
+from dtpipe.pipeline.plan.arrays import ArrayPlan, assume_codec, assumed_stage, plan_arrays, print_arrays
 from dtpipe.pipeline.plan.limits import Limits, extraction_limits
 from dtpipe.pipeline.plan.prices import CachedOrLive, PlanConfig, cached_or_live
 
@@ -169,7 +169,8 @@ def _fitted_arrays(work: Work, arrays: tuple[ArrayPlan, ...], num_samples: int) 
     if work.fit is None:
         return arrays
     budget = work.fit.budget_bytes and work.fit.budget_bytes / num_samples
-    return assume_codec(arrays, work.fit.codecs, work.fit.max_error, budget)
+    stage = assumed_stage(work.recipe, work.fit.coder)
+    return assume_codec(arrays, work.fit.codecs, work.fit.max_error, budget, stage)
 
 
 def _held(run: ExtractRun, shard_bytes: int) -> int:

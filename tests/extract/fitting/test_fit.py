@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dtpipe.extract.config import LiveConfig
+from dtpipe.extract.fitting.request import codec_recipe
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
@@ -20,6 +22,7 @@ from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.store.store import Store
 from dtpipe.pipeline.plan.extraction import plan_extraction
 from dtpipe.pipeline.report.inspect import describe_dataset
+from parts import golden
 from parts.damage import flip
 from parts.extractions import Extract, MakeConfig
 from parts.fits import relative_mse
@@ -57,6 +60,38 @@ def test_stored_features_lose_what_was_asked_for(form: str, coder: str, extract:
         assert relative_mse(decoded, plain[name]) == pytest.approx(0.05, rel=0.3)  # the held-out samples are ten
     assert dataset.plan.provenance[FIT_EXPECTS]["samples"] == 40
     assert verify(coded, "decode").ok
+
+
+@pytest.mark.parametrize(
+    ("device", "codec", "level"),
+    [
+        ("cpu", {"max_error": 0.1}, 12),
+        ("cuda", {"max_error": 0.1}, 3),  # a GPU is not to wait
+        ("cuda", {"max_error": 0.1, "zstd_level": 19}, 19),
+        ("cpu", {"max_error": 0.1, "coder": "rans"}, None),
+        ("cpu", {"name": "int8"}, None),  # of which a higher level makes no fewer bytes
+        ("cpu", {}, None),
+    ],
+)
+def test_symbols_have_a_level_of_zstd_of_their_own(device: str, codec: dict[str, Any], level: int | None) -> None:
+    """So that leaving all else uncompressed, `zstd_level: 0`, is no half of the bytes thrown away."""
+    for form in ("zarr", "webdataset"):  # tars have no zstd
+        chosen = {name: value for name, value in codec.items() if form == "zarr" or name != "zstd_level"}
+        fields = {"images": "x", "teacher": {"path": "x"}, "codec": chosen, "shard": {"zstd_level": 0, "format": form}}
+        config = LiveConfig.model_validate(fields)
+        recipe = codec_recipe(config, golden.LEVELS, device)
+        assert (recipe.zstd_level, recipe.symbols_zstd_level) == (0, level if form == "zarr" else None)
+    assert golden.make_recipe(golden.Settings()).model_dump()["codec"] == {"name": "cast", "zstd_level": 3}
+
+
+def test_chunks_left_uncompressed_are_not_the_symbols(extract: Extract, many: str) -> None:
+    urls = [
+        extract(f"level{level}", images=many, shard={"samples": 40, "zstd_level": level}, codec={"max_error": 0.1})
+        for level in (0, 3)
+    ]
+    symbols = [objects_of(url)["data.zarr/l2/c/0/0/0"] for url in urls]
+    norms = [objects_of(url)["data.zarr/l2_norm/c/0/0/0"] for url in urls]
+    assert symbols[0] == symbols[1] and norms[0] != norms[1]
 
 
 def test_a_fit_follows_from_the_settings_and_not_from_how_the_run_went(extract: Extract, many: str) -> None:
@@ -176,6 +211,8 @@ def test_codecs_are_chosen_by_level_and_without_a_fit_where_none_is_needed(extra
     for refused, why in (
         ({"levels": {"l7": "int8"}}, "names l7, and the levels of features are l2, l3"),
         ({"name": "int8", "max_error": 0.1}, "no level has a codec that is fitted"),
+        ({"zstd_level": 9}, "zstd_level is 9, of symbols that are fitted .* there are none"),
+        ({"max_error": 0.1, "coder": "rans", "zstd_level": 9}, "zstd_level is 9"),
         ({"coder": "rans"}, "coder is rans, whose tables are fitted, and no level has a codec that is"),
     ):
         with pytest.raises(ConfigError, match=why):

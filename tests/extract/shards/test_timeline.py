@@ -144,7 +144,7 @@ def test_advice_knows_what_there_is_to_raise() -> None:
     assert said({"rows": 50}, {"noise": 1}, cpus=8).endswith("decode_threads from 2 to up to 8")
     assert said({"rows": 50}, {"noise": 1}, cpus=2).endswith("drawing noise: give each worker more than 2 CPUs")
     assert said({"coding": 20}, {}, cpus=8).endswith("compression: raise extract.run.code_threads from 2 to up to 8")
-    assert said({"coding": 20}, {}, cpus=2).endswith("or lower extract.shard.zstd_level")
+    assert said({"coding": 20}, {}, cpus=2).endswith("extract.codec.zstd_level, or take the coder rans)")
     assert "codec on the teacher's device" in said({"codec": 20}, {}, cpus=2)
     assert "by digests" in said({"write": 20}, {"digest": 2, "store": 1}, cpus=2)
     assert "extract.shard.samples" in said({"wait": 20}, {}, cpus=2)

@@ -184,15 +184,21 @@ def test_parameters_and_arrays_that_do_not_fit_each_other_are_refused() -> None:
             opened(level, damaged).encode(features)
 
 
+def _coded(row: np.ndarray, codec: TransformLevel, entropy: str, zstd_level: int) -> bytes:
+    if entropy == "rans":
+        return compress(row, codec.load_tables())
+    return bytes(Zstd(zstd_level).encode(row)) if zstd_level else row.tobytes()
+
+
 def test_symbols_of_other_samples_take_the_bytes_that_the_fit_foretold() -> None:
     fit_on, others = smooth_features(64, 12, 16), smooth_features(64, 12, 16, seed=1)
-    for entropy in ("zstd", "rans"):
-        target = FitTarget(relative_mse=0.005, entropy=entropy)
+    for entropy, zstd_level in (("zstd", 3), ("zstd", 12), ("zstd", 0), ("rans", 3)):
+        target = FitTarget(relative_mse=0.005, entropy=entropy, zstd_level=zstd_level)
         fit = fit_transform(level_of(fit_on), fit_on, target)
         codec = opened(level_of(fit_on), fit)
         assert isinstance(codec, TransformLevel) and (codec.parts[""].tables is not None) == (entropy == "rans")
         symbols = codec.encode(others)[""].astype(np.int8)
-        chunks = [compress(row, codec.load_tables()) if entropy == "rans" else Zstd(3).encode(row) for row in symbols]
+        chunks = [_coded(row, codec, entropy, zstd_level) for row in symbols]
         np.testing.assert_allclose(np.mean([len(chunk) for chunk in chunks]) + 12, fit.size_bytes, rtol=0.08)
         if entropy == "rans":
             np.testing.assert_array_equal(decompress(chunks, codec.load_tables()), symbols)

@@ -8,11 +8,21 @@ import pytest
 
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.schema import CodecRecipe
 from dtpipe.pipeline.cli.console import Console
-from dtpipe.pipeline.plan.arrays import ArrayPlan, assume_codec, assumed_error, assumed_ratio, print_arrays
+from dtpipe.pipeline.plan.arrays import (
+    ASSUMED_BY_STAGE,
+    ArrayPlan,
+    assume_codec,
+    assumed_error,
+    assumed_ratio,
+    assumed_stage,
+    print_arrays,
+)
 from dtpipe.pipeline.plan.extraction import plan_extraction
 from dtpipe.pipeline.plan.training import bytes_read_per_sample
 from dtpipe.pipeline.report.inspect import describe_dataset
+from parts import golden
 from parts.extractions import MakeConfig
 
 PLANS = (
@@ -64,9 +74,9 @@ def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[
     codecs = {"l2": "transform", "l3": "transform"}
     coded = assume_codec(PLANS, codecs, 0.03, None)
     assert [(plan.codec, plan.assumed) for plan in coded] == [
-        ("exact", False),
-        ("transform", True),
-        ("transform", True),
+        ("exact", None),
+        ("transform", "zstd 3"),
+        ("transform", "zstd 3"),
     ]
     assert coded[1].stored_bytes == pytest.approx(4000 / 7.5)
     assert coded[1].read_bytes == pytest.approx(4000 / 7.5 / 2)
@@ -84,10 +94,29 @@ def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[
     assert "ASSUMED" not in capsys.readouterr().out
 
 
-def test_assumed_ratios_grow_with_the_error() -> None:
-    ratios = [assumed_ratio(error) for error in (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3)]
+@pytest.mark.parametrize("stage", ASSUMED_BY_STAGE)
+def test_assumed_ratios_grow_with_the_error(stage: str) -> None:
+    ratios = [assumed_ratio(error, stage) for error in (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.3)]
     assert ratios == sorted(ratios)
-    assert (ratios[1], ratios[3], ratios[5]) == pytest.approx((5.2, 7.5, 15.1))
+    known = ASSUMED_BY_STAGE[stage]
+    assert (ratios[1], ratios[3], ratios[5]) == pytest.approx((known[0.01], known[0.03], known[0.1]))
     for error in (0.005, 0.02, 0.05, 0.3):
-        assert assumed_error(assumed_ratio(error)) == pytest.approx(error)
-    assert assumed_error(1e9) == 1
+        assert assumed_error(assumed_ratio(error, stage), stage) == pytest.approx(error)
+    assert assumed_error(1e9, stage) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "coder", "zstd_level", "stage"),
+    [
+        ("zarr", "zstd", 3, "zstd 3"),
+        ("zarr", "zstd", 19, "zstd 12"),
+        ("zarr", "rans", None, "rans"),
+        ("webdataset", "zstd", None, "npy"),
+        ("webdataset", "rans", None, "rans"),
+    ],
+)
+def test_what_is_assumed_is_of_what_makes_the_bytes(form: str, coder: str, zstd_level: int | None, stage: str) -> None:
+    recipe = golden.make_recipe(golden.Settings(form))
+    coded = recipe.model_copy(update={"codec": CodecRecipe(symbols_zstd_level=zstd_level)})
+    assert assumed_stage(coded, coder) == stage
+    assert assume_codec(PLANS, {"l2": "transform"}, 0.03, None, stage)[1].assumed == stage
