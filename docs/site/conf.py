@@ -12,7 +12,7 @@ from typing import Any
 
 REPO = Path(__file__).parents[2]
 NAV = {
-    "Begin": ["docs/install", "A notebook <examples/notebook>"],
+    "Begin": ["docs/install", "A notebook <examples/notebook>", "docs/troubleshooting"],
     "Features": ["docs/teachers", "docs/datasets", "docs/costs", "docs/clusters"],
     "Students": ["docs/training", "docs/labels", "docs/recipes", "docs/trackers"],
     "Scores and use": ["docs/evaluation", "docs/segmentation", "docs/detection", "docs/reports", "docs/exports"],
