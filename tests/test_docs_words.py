@@ -9,6 +9,7 @@ import shlex
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,3 +97,16 @@ def test_words_of_shell_blocks_close_their_quotes() -> None:
     for page in WRITTEN:
         for block in blocks(page.read_text(), "sh"):
             shlex.split(block, comments=True)
+
+
+def test_the_config_of_mmdet_has_the_colours_of_imagenet() -> None:
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    page = (REPO / "docs" / "exports.md").read_text()
+    (code,) = (block for block in blocks(page, "python") if block.startswith("_base_ ="))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    colours = names["model"]["data_preprocessor"]
+    assert colours["mean"] == pytest.approx([255 * value for value in IMAGENET_DEFAULT_MEAN])
+    assert colours["std"] == pytest.approx([255 * value for value in IMAGENET_DEFAULT_STD])
+    assert colours["bgr_to_rgb"] is True

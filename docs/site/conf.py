@@ -34,6 +34,8 @@ default_role = "literal"
 add_module_names = False
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_class_signature = "separated"
+autodoc_default_options = {"exclude-members": "__init__, __new__"}  # nobody builds these classes
 
 html_theme = "furo"
 html_static_path = ["static"]
@@ -44,10 +46,14 @@ html_theme_options = {"top_of_page_buttons": []}
 
 
 def markdown_of(_app: Any, docname: str, content: list[str]) -> None:
-    """The navigation goes below the first page, where the repository's readers need none; a notebook becomes a page."""
+    """The navigation goes below the first page, where the repository's readers need none; a notebook becomes a page;
+    messages are marked, so that they wrap.
+    """
     if docname == root_doc:
         for title, pages in NAV.items():
             content[0] += "\n".join(["\n\n```{toctree}", ":hidden:", f":caption: {title}", "", *pages, "```"])
+    elif docname == "docs/troubleshooting":
+        content[0] = content[0].replace("```text\n", "```{code-block} text\n:class: message\n\n")
     elif docname == "examples/notebook":
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(content[0])["cells"]]
         content[0] = "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in cells)
