@@ -39,7 +39,7 @@ def test_bytes_of_an_adm_by_hand() -> None:
     """Channels times cells at strides 4 to 32 of 256 px, two bytes each, and an image of three bytes a pixel."""
     features = 2 * (512 * 64**2 + 512 * 32**2 + 1024 * 16**2 + 1024 * 8**2)
     sample = features + 3 * 256**2
-    tight = 3 * 256**2 + features / float(row("bytes in float16")[2])
+    tight = 3 * 256**2 + features / float(row("zstd at level 3")[2])
     _, _, one, many, imagenet, coded = row("ADM, 256 px")
     assert one == f"{sample / 1e6:.2f} MB" and many == f"{sample / 1e4:.0f} GB"
     assert imagenet == f"{sample * 1.281167e-6:.2f} TB" and coded == f"{tight * 1.281167e-6:.2f} TB"
