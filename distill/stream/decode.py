@@ -2,7 +2,8 @@
 
 One rule: a decoder gives what its codec's reference gives; that of `transform` sums in float32, which is within the
 error that the codec states beside what it lost. Levels of a codec without one are decoded by the reference
-before they cross.
+before they cross. Chunks under rans cross as they are stored where a GPU decodes them, which takes Triton; else
+compiled loops decode them where they are read.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dtpipe.distill.stream.mismatched import MismatchedPairs
 from dtpipe.distill.stream.transfer import DeviceCopies, Sent
-from dtpipe.manifests.codecs.base import SYMBOLS, Array, Arrays, LevelCodec, decode_level
+from dtpipe.manifests.codecs.base import SYMBOLS, Array, LevelCodec, decode_level
 from dtpipe.manifests.codecs.basis import cosine_matrix
 from dtpipe.manifests.codecs.coded import CodedLevels, CodedPiece
 from dtpipe.manifests.codecs.int8 import INT8, SCALE
+from dtpipe.manifests.codecs.rans_tables import RansTables
 from dtpipe.manifests.codecs.topk import CLASSES, REST, TOPK
 from dtpipe.manifests.codecs.transform import NORM, TRANSFORM, TransformLevel
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
+from dtpipe.manifests.read.source import FeatureSource
 
 Decode = Callable[[LevelCodec, Mapping[str, Tensor]], Tensor]
 """(codec, parts of (B, C, h, w)) -> features (B, C, h, w), in the level's dtype."""
@@ -140,10 +147,29 @@ DECODERS: dict[str, Decode] = {"cast": _cast, INT8: _int8, TOPK: _topk, TRANSFOR
 _ROWS = "rows"  # sent beside the parts of a piece that is not the whole batch
 
 
+_PACKED, _ENDS = "packed/", "ends/"  # before the name of a part, of its chunks as they are stored
+
+
+def unpacks_rans(device: torch.device) -> bool:
+    """Whether chunks under rans are decoded there: on a GPU of CUDA, by Triton."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def keep_packed(source: FeatureSource, device: torch.device) -> None:
+    """Have the datasets of a source leave chunks under rans as they are stored, where the device decodes them."""
+    if isinstance(source, MismatchedPairs):
+        keep_packed(source.source, device)
+    for part in source.parts if isinstance(source, JoinedDataset | ConcatDataset) else (source,):
+        if isinstance(part, FeatureDataset):
+            part.keeps_packed = unpacks_rans(device)
+
+
 @dataclass(frozen=True)
 class _SentPiece:
     codec: LevelCodec
     parts: Sent
+    packed: Mapping[str, RansTables]
+    """Tables of the parts that cross as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +182,7 @@ class SentLevels:
     @classmethod
     def send(cls, coded: CodedLevels, copies: DeviceCopies) -> SentLevels:
         """Start copying; for any thread."""
-        pieces = {
-            name: [_SentPiece(piece.codec, copies.send(_to_send(piece))) for piece in of_level]
-            for name, of_level in coded.pieces.items()
-        }
+        pieces = {name: [_send(piece, copies) for piece in of_level] for name, of_level in coded.pieces.items()}
         return cls(coded.num_rows, pieces)
 
     def receive(self, copies: DeviceCopies) -> dict[str, Tensor]:
@@ -182,7 +205,18 @@ def _decode(piece: _SentPiece, copies: DeviceCopies) -> tuple[Tensor | None, Ten
     parts = copies.receive(piece.parts)
     rows = parts.pop(_ROWS, None)
     decode = DECODERS.get(piece.codec.level.codec.name, _cast)  # decoded already where there is none
-    return rows, decode(piece.codec, parts)
+    if not piece.packed:
+        return rows, decode(piece.codec, parts)
+    from dtpipe.distill.stream.rans import device_tables, unpack_on_device
+
+    whole = None
+    for part, tables in piece.packed.items():
+        data, ends = parts.pop(_PACKED + part), parts.pop(_ENDS + part)
+        parts[part], fits = unpack_on_device(data, ends, device_tables(tables, data.device))
+        whole = fits if whole is None else whole & fits
+    assert whole is not None, "something is packed"
+    features = decode(piece.codec, parts)  # of a chunk that is none, though its checksum fits, NaN stops the training
+    return rows, torch.where(whole[:, None, None, None], features, float("nan"))
 
 
 def decode_on_device(codec: LevelCodec, parts: Mapping[str, Tensor]) -> Tensor:
@@ -194,8 +228,17 @@ def decode_on_device(codec: LevelCodec, parts: Mapping[str, Tensor]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(decoded)).to(parts[SYMBOLS].device)
 
 
-def _to_send(piece: CodedPiece) -> Arrays:
-    """Parts as they are, or features where the device cannot decode; and the rows, where these are not all."""
-    known = piece.codec.level.codec.name in DECODERS
-    parts = dict(piece.parts) if known else {SYMBOLS: decode_level(piece.codec, piece.parts)}
-    return parts if piece.rows is None else {**parts, _ROWS: piece.rows}
+def _send(piece: CodedPiece, copies: DeviceCopies) -> _SentPiece:
+    packed = piece.packed if piece.codec.level.codec.name in DECODERS and unpacks_rans(copies.device) else {}
+    parts = {**piece.parts} if packed else _on_host(piece)
+    for part, chunks in packed.items():
+        parts |= {_PACKED + part: chunks.data, _ENDS + part: chunks.ends}
+    if piece.rows is not None:
+        parts[_ROWS] = piece.rows
+    return _SentPiece(piece.codec, copies.send(parts), {part: chunks.tables for part, chunks in packed.items()})
+
+
+def _on_host(piece: CodedPiece) -> dict[str, Array]:
+    """Parts as they are, or features where the device cannot decode."""
+    known, parts = piece.codec.level.codec.name in DECODERS, piece.unpacked()
+    return dict(parts) if known else {SYMBOLS: decode_level(piece.codec, parts)}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtpipe.distill.engine.timing import Stopwatch
 from dtpipe.distill.stream.batch import FeatureBatch, flip_where, mirror_where
-from dtpipe.distill.stream.decode import SentLevels
+from dtpipe.distill.stream.decode import SentLevels, keep_packed
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.order import (
     Part,
@@ -98,6 +98,7 @@ class FeatureStream:
         self.source, self.settings, self.device, self.live = source, settings, device, live
         self._watch = watch or Stopwatch(device)
         self._copies = DeviceCopies(device)
+        keep_packed(source, device)
         self.sampling = sampling or Sampling(source.columns.ok_rows, len(source.columns))
         self.rows = self.sampling.rows
         if len(self.rows) == 0:

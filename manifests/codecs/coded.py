@@ -7,12 +7,35 @@ One rule: nobody computes with symbols. `CodedLevels` is no array and gives none
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.base import Array, Arrays, LevelCodec, decode_level, parts_of
+from dtpipe.manifests.codecs.base import Array, Arrays, LevelCodec, array_name, decode_level
+from dtpipe.manifests.codecs.rans_tables import RansTables
+
+
+@dataclass(frozen=True)
+class PackedChunks:
+    """Chunks of symbols under `rans` as they are stored, each of which was compared with its checksum."""
+
+    data: NDArray[np.uint8]
+    """All of them, one behind the other."""
+    starts: NDArray[np.int64]
+    """(N,): where each begins."""
+    tables: RansTables
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """(N,)."""
+        return np.append(self.starts[1:], len(self.data)) if len(self.starts) else self.starts
+
+    def unpack(self) -> NDArray[np.int8]:
+        """The symbols. Shapes: -> [N, n]. Raises: DamagedDataError for a chunk that is none of these tables."""
+        from dtpipe.manifests.codecs.rans import decompress_joined
+
+        return decompress_joined(self.data, self.starts, self.ends, self.tables)
 
 
 @dataclass(frozen=True)
@@ -24,6 +47,12 @@ class CodedPiece:
     """Symbols and what goes with them; for decoders only."""
     rows: NDArray[np.int64] | None = None
     """Which samples of the batch these are; None: all, in order."""
+    packed: Mapping[str, PackedChunks] = field(default_factory=dict)
+    """The parts whose chunks were left as they are stored."""
+
+    def unpacked(self) -> Arrays:
+        """All parts. Raises: as `PackedChunks.unpack`."""
+        return {**self.parts, **{part: chunks.unpack() for part, chunks in self.packed.items()}}
 
 
 class CodedLevels:
@@ -33,9 +62,21 @@ class CodedLevels:
         self.num_rows, self.pieces = num_rows, {name: tuple(of_level) for name, of_level in pieces.items()}
 
     @classmethod
-    def of_arrays(cls, num_rows: int, codecs: Mapping[str, LevelCodec], arrays: Arrays) -> CodedLevels:
-        """All samples of each level under its one codec; `arrays` by their stored names."""
-        return cls(num_rows, {name: [CodedPiece(codec, parts_of(codec, arrays))] for name, codec in codecs.items()})
+    def of_arrays(
+        cls,
+        num_rows: int,
+        codecs: Mapping[str, LevelCodec],
+        arrays: Arrays,
+        packed: Mapping[str, PackedChunks] | None = None,
+    ) -> CodedLevels:
+        """All samples of each level under its one codec; `arrays` by their stored names, or `packed`."""
+        pieces = {}
+        for name, codec in codecs.items():
+            stored = {part: array_name(name, part) for part in codec.parts}
+            left = {part: packed[array] for part, array in stored.items() if packed and array in packed}
+            parts = {part: arrays[array] for part, array in stored.items() if part not in left}
+            pieces[name] = [CodedPiece(codec, parts, None, left)]
+        return cls(num_rows, pieces)
 
     def __array__(self, *_args: object, **_options: object) -> Array:
         raise TypeError("coded levels hold symbols, no features; call decode()")
@@ -57,11 +98,11 @@ class CodedLevels:
         errors = {name: np.empty(self.num_rows, np.float64) for name in self.pieces}
         for name, pieces in self.pieces.items():
             for piece in pieces:
-                errors[name][slice(None) if piece.rows is None else piece.rows] = piece.codec.error(piece.parts)
+                errors[name][slice(None) if piece.rows is None else piece.rows] = piece.codec.error(piece.unpacked())
         return errors
 
     def _decode_level(self, pieces: Sequence[CodedPiece]) -> Array:
-        decoded = [decode_level(piece.codec, piece.parts) for piece in pieces]
+        decoded = [decode_level(piece.codec, piece.unpacked()) for piece in pieces]
         if pieces[0].rows is None:
             return decoded[0]
         features: Array = np.empty((self.num_rows, *decoded[0].shape[1:]), decoded[0].dtype)

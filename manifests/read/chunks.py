@@ -50,6 +50,7 @@ class _Chunk:
     offset: int
     size: int  # with the trailer
     crc32c: int
+    as_stored: bool  # or decoded
 
 
 class ChunkReader:
@@ -100,6 +101,12 @@ class ChunkReader:
                 piece.exception()  # nothing may write into `out` once this has returned
         for piece in running:
             piece.result()
+
+    def packed_request(self, array: str, rows: NDArray[np.int64], views: NDArray[np.int64]) -> ChunkRequest:
+        """For chunks as they are stored, one behind the other in the order of `rows`."""
+        size = self.tables[array].places(rows, views)[2].astype(np.int64)
+        ends = np.cumsum(size)
+        return ChunkRequest(array, rows, views, np.empty(int(size.sum()), np.uint8), ends - size)
 
     def read_bytes(self, array: str, row: int, view: int = 0) -> bytes:
         """The checked bytes of one chunk, not decoded."""
@@ -208,15 +215,20 @@ class ChunkReader:
 
     def _chunk(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks, idx: int) -> _Chunk:
         request, item = requests[chunks.request[idx]], int(chunks.item[idx])
+        out, size = request.out, int(chunks.size[idx])
+        if request.starts is not None:
+            start = int(request.starts[item])
+            out = out[start : start + size - self._kind.trailer_bytes]
         return _Chunk(
             request.array,
             int(request.rows[item]),
             int(request.views[item]),
-            request.out[item, ...],
+            out[item, ...] if request.starts is None else out,
             self._object_name(int(chunks.object_idx[idx])),
             int(chunks.offset[idx]),
-            int(chunks.size[idx]),
+            size,
             int(chunks.crc32c[idx]),
+            request.starts is not None,
         )
 
     def _fetch(self, chunk: _Chunk) -> bytes:
@@ -237,6 +249,11 @@ class ChunkReader:
 
     def _decode(self, chunk: _Chunk, data: bytes) -> None:
         content, trailer = self._checked(chunk, data)
+        if chunk.as_stored:
+            if trailer not in (b"", chunk.crc32c.to_bytes(4, "little")):
+                raise self._damaged(chunk, "its stored checksum differs")
+            chunk.out[...] = np.frombuffer(content, np.uint8)
+            return
         try:
             self._kind.decode(self.arrays[chunk.array], content, trailer, chunk.out)
         except DamagedDataError as err:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.codecs.coded import CodedLevels
+from dtpipe.manifests.codecs.coded import CodedLevels, PackedChunks
 from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ConfigError, IncompleteError, InputError, ManifestError, MissingObjectError
@@ -59,6 +59,8 @@ class FeatureDataset:
         self.image_px = plan.recipe.transform.height, plan.recipe.transform.width
         self._chunks, self.codecs = chunks, level_codecs(plan.recipe, StoredFitted(store))
         self._buffers = Buffers()
+        self.keeps_packed = False
+        """Whether symbols under rans are read as they are stored, for a device that decodes them."""
 
     @classmethod
     def open(
@@ -116,14 +118,25 @@ class FeatureDataset:
         self._check(rows, names, views, images)
         codecs = {name: self.codecs[name] for name in names}
         specs = [spec for spec in self._chunks.arrays.values() if spec.level in codecs]
-        empty = self._buffers.empty
+        left = [spec for spec in specs if self.keeps_packed and spec.tables is not None]
+        as_stored = {spec.name: self._chunks.packed_request(spec.name, rows, views) for spec in left}
+        specs, empty = [spec for spec in specs if spec.name not in as_stored], self._buffers.empty
         arrays = {spec.name: empty((len(rows), *spec.chunk_shape), spec.dtype) for spec in specs}
         pixels = empty((len(rows) if images else 0, *self.image_px, 3), np.uint8)
-        requests = [ChunkRequest(name, rows, views, out) for name, out in arrays.items()]
+        requests = [*(ChunkRequest(name, rows, views, out) for name, out in arrays.items()), *as_stored.values()]
         if images:
             requests.append(ChunkRequest(IMAGE, rows, np.zeros_like(rows), pixels))
         self._chunks.read(requests)
-        return pixels, CodedLevels.of_arrays(len(rows), codecs, arrays)
+        return pixels, CodedLevels.of_arrays(len(rows), codecs, arrays, self._packed(as_stored))
+
+    def _packed(self, as_stored: Mapping[str, ChunkRequest]) -> dict[str, PackedChunks]:
+        """Of requests that were read, by array."""
+        packed = {}
+        for name, request in as_stored.items():
+            load = self._chunks.arrays[name].tables
+            assert load is not None and request.starts is not None, "only arrays under rans are left packed"
+            packed[name] = PackedChunks(request.out.view(np.uint8), request.starts, load())
+        return packed
 
     def _keep_shards(self, shards: Collection[int]) -> None:
         """Rows of other shards count as missing."""

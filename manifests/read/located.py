@@ -26,6 +26,8 @@ class ChunkRequest:
     views: NDArray[np.int64]
     out: NDArray[np.generic]
     """[n, *chunk_shape], contiguous."""
+    starts: NDArray[np.int64] | None = None
+    """Where in `out`, which is then bytes, each chunk goes as it is stored; None: arrays are decoded."""
 
 
 @dataclass(frozen=True)

@@ -80,18 +80,23 @@ class Codings:
         Shapes: all [n] -> [n], True for each that is as expected and was decoded.
         """
         columns = np.array([self._columns(request) for request in requests], np.int64)[chunks.request].T
-        out, out_bytes, zstd, lead, lead_bytes, known, coded = columns
+        out, out_bytes, zstd, lead, lead_bytes, known, coded, as_stored = columns
         whole: NDArray[np.bool_] = known.astype(np.bool_)
         size = chunks.size - self._trailer_bytes
         ends = np.cumsum(np.where(coded, size, 0))
         symbols = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)  # chunks of rans as they are stored
+        goes_to = np.where(coded, symbols.ctypes.data + ends - size, out + chunks.item * out_bytes)
+        for idx, request in enumerate(requests):
+            if request.starts is not None:
+                here = chunks.request == idx
+                goes_to[here] = out[here] + request.starts[chunks.item[here]]
         block = ChunkBlock(
             descriptor,
             source,
             size,
             chunks.crc32c,
-            np.where(coded, symbols.ctypes.data + ends - size, out + chunks.item * out_bytes),
-            np.where(coded, size, out_bytes),
+            goes_to,
+            np.where(coded | as_stored, size, out_bytes),
             zstd.astype(np.bool_),
             lead,
             lead_bytes,
@@ -117,7 +122,7 @@ class Codings:
             from dtpipe.manifests.layout.prediction import restore
 
             restore(request.out.view(np.uint8), items)
-        if coding is not None and coding.tables is not None:
+        if coding is not None and coding.tables is not None and request.starts is None:
             from dtpipe.manifests.codecs.rans import decode_chunks
 
             return decode_chunks(symbols, starts, ends, coding.tables(), items, request.out.view(np.int8))
@@ -126,11 +131,13 @@ class Codings:
     def _columns(self, request: ChunkRequest) -> tuple[int, ...]:
         coding = self._codings.get(request.array)
         if coding is None:
-            return (0,) * 7
+            return (0,) * 8
         out, lead = request.out, self._leads[request.array]
         assert out.flags.c_contiguous, "arrays are written to by address"
+        if request.starts is not None:
+            return out.ctypes.data, 0, False, 0, 0, True, False, True
         coded = coding.tables is not None
-        return out.ctypes.data, out[0].nbytes, coding.zstd, lead.ctypes.data, len(lead), True, coded
+        return out.ctypes.data, out[0].nbytes, coding.zstd, lead.ctypes.data, len(lead), True, coded, False
 
 
 def available() -> bool:

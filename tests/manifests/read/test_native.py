@@ -205,6 +205,24 @@ def test_damage_that_comes_after_a_file_was_opened_is_found(url: Path, tmp_path:
     assert before["l2"].any()
 
 
+@pytest.mark.parametrize("form", ["rans", "webdataset rans"])
+def test_chunks_left_as_they_are_stored_are_those_and_checked_as_all_are(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = FeatureDataset.open(write(tmp_path / "features", form))
+    asked = [*requests_of(dataset, 3)]
+    expected = [read(dataset, *request) for request in asked]
+    dataset.keeps_packed = True
+    for start in (0, NEVER):
+        monkeypatch.setattr(chunks, "NATIVE_FROM", start)
+        for request, truth in zip(asked, expected, strict=True):
+            for name, values in read(dataset, *request).items():
+                np.testing.assert_array_equal(values, truth[name])
+    path = objects_of(tmp_path / "features")[0 if form == "webdataset rans" else -2]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert path.name in expect_same_error(dataset, monkeypatch)
+
+
 def test_without_the_libraries_all_is_read_chunk_by_chunk(
     url: Path, monkeypatch: pytest.MonkeyPatch, chunk_by_chunk: list[int]
 ) -> None:
