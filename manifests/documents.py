@@ -142,11 +142,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path, refusal: Refusal, where: str | None = None) -> Any:
-    """The value of a YAML file. Raises: the refusal."""
-    return parse_yaml(read_utf8(path, refusal, where), where or path, refusal)
-
-
 def parse_yaml(text: str, where: object, refusal: Refusal) -> Any:
     """A value from YAML; keys that come twice are refused too. Raises: the refusal."""
     try:

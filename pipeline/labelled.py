@@ -166,7 +166,7 @@ class LabelledReader:
         if len(rows) > LOOKED_AT:
             note(
                 f"{self.where}: of {len(rows)} images {_FEW} are looked at first; the others are read when they are "
-                "needed"
+                "needed, and a run on them that goes on later compares their keys alone"
             )
             rows = spread(rows, _FEW)
         with ThreadPoolExecutor(_AT_ONCE) as pool:

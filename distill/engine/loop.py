@@ -93,14 +93,6 @@ def run_in(
         return replace(result, notes=notes)
 
 
-def run_in_memory(trainer: Trainer[P]) -> dict[str, float]:
-    """Take all steps of a training that leaves no folder and cannot go on; the losses of the last step."""
-    loop, losses = Loop(trainer), {}
-    for _ in loop.steps():
-        losses, loop.meter = loop.meter.losses(), Meter(trainer.watch)
-    return losses
-
-
 class Loop(Generic[P]):
     """The steps of one trainer on one rank, and the numbers that go with them."""
 

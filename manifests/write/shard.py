@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.manifests.codecs.base import FittedArrays
-from dtpipe.manifests.codecs.fitted import NOT_FITTED, StoredFitted
+from dtpipe.manifests.codecs.fitted import NOT_FITTED
 from dtpipe.manifests.layout.arrays import ArraySpec, CodedRows, EncodedObject, ShardArrays
 from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_rows, join_tar_rows
 from dtpipe.manifests.layout.zarr import TRAILER_BYTES, decode_zarr_chunk, encode_zarr_rows, join_zarr_rows
@@ -68,20 +68,6 @@ def encode_shard(
 ) -> Iterator[EncodedObject]:
     """As `encode_rows` and `join_rows` of a whole shard."""
     return join_rows(plan, shard_idx, [encode_rows(plan.recipe, arrays, fitted)])
-
-
-def write_shard(
-    store: Store,
-    plan: Plan,
-    plan_blake3: str,
-    shard_idx: int,
-    arrays: ShardArrays,
-    epoch: int,
-    provenance: Mapping[str, Any],
-) -> ShardEntry:
-    """As `write_rows`, from arrays. Raises: what `encode_shard` and `write_rows` raise."""
-    parts = [encode_rows(plan.recipe, arrays, StoredFitted(store))]
-    return write_rows(store, plan, plan_blake3, shard_idx, parts, epoch, provenance)
 
 
 def write_rows(

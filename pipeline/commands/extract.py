@@ -132,7 +132,7 @@ def _extract(call: Call, config: ExtractConfig, fresh: bool) -> ExtractResult:
     from dtpipe.extract.run import run_extraction
 
     with ProgressLine("extract") as line:
-        result = run_extraction(config, ProgressText(call.console, line), fresh, command_line())
+        result = run_extraction(config, ProgressText(line), fresh, command_line())
     _save_png(call, config.run.save_png, result.url)
     return result
 
@@ -163,7 +163,7 @@ def _extract_labels(call: Call, fresh: bool) -> ExtractResult:
         features = _extract(call, request.features_first, fresh)
         call.console.note(f"features are in {features.url}")
     with ProgressLine("labels") as line:
-        progress = ProgressText(call.console, line)
+        progress = ProgressText(line)
         result = run_work(request.run, request.resolve, request.record, progress, fresh, command_line())
     _save_png(call, request.run.save_png, result.url)
     return result
@@ -172,8 +172,7 @@ def _extract_labels(call: Call, fresh: bool) -> ExtractResult:
 class ProgressText:
     """Turns an extraction's progress into one line; events get a line of their own."""
 
-    def __init__(self, console: Console, line: ProgressLine) -> None:
-        self._console = console
+    def __init__(self, line: ProgressLine) -> None:
         self._line = line
 
     def __call__(self, progress: Progress) -> None:

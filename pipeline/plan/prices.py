@@ -44,11 +44,6 @@ class CachedOrLive:
     equal_tb_month_price: float | None = None
     """Live is cheaper above this price; None: whatever it is."""
 
-    @property
-    def cached_price(self) -> float:
-        """Before the first epoch."""
-        return self.extraction_price + self.storage_price
-
 
 def cached_or_live(
     prices: PlanConfig, extraction_h: float, stored_tb: float, live_h_per_epoch: float, epochs: int | None

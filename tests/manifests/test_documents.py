@@ -11,7 +11,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dtpipe.manifests.documents import Refusal, parse_json, parse_yaml, read_object, read_utf8, read_yaml
+from dtpipe.manifests.documents import Refusal, parse_json, parse_yaml, read_object, read_utf8
 from dtpipe.manifests.errors import InputError
 
 REFUSAL = Refusal(InputError, "give another")
@@ -144,7 +144,7 @@ def latin_1(path: Path) -> None:
         (latin_1, "is no UTF-8 text"),
     ],
 )
-@pytest.mark.parametrize("read", [read_utf8, read_object, read_yaml])
+@pytest.mark.parametrize("read", [read_utf8, read_object])
 def test_what_lies_in_a_files_place_is_named(
     put: Callable[[Path], None], words: str, read: Callable[[Path, Refusal], object], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
 from dtpipe.manifests.schema import (
@@ -27,7 +28,7 @@ from dtpipe.manifests.write.fitted import keep_fitted
 from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import plan_digest, start_plan
-from dtpipe.manifests.write.shard import write_shard
+from dtpipe.manifests.write.shard import encode_rows, write_rows
 
 MakeArrays = Callable[[Plan, Listing, int], ShardArrays]
 
@@ -78,6 +79,7 @@ def write_features(
             write_zarr_metadata(store, plan)
         for shard_idx in pending_shards(store, plan)[:limit]:
             content = arrays(plan, listing, shard_idx)
-            entry = write_shard(store, plan, plan_digest(store), shard_idx, content, lock.epoch, provenance)
+            parts = [encode_rows(plan.recipe, content, StoredFitted(store))]
+            entry = write_rows(store, plan, plan_digest(store), shard_idx, parts, lock.epoch, provenance)
             commit_entry(store, entry, lock.epoch)
         return merge(store, plan, lock, provenance) if merged else None

@@ -204,6 +204,7 @@ def test_of_very_many_images_a_few_are_looked_at(image_folder: Path, monkeypatch
     labelled = read(image_folder).select(range(8), notes.append)
     assert len(labelled) == 7 and labelled.digests == () and labelled.occurring is None
     assert notes[0].startswith(f"{image_folder}: of 8 images 2 are looked at first")
+    assert notes[0].endswith("a run on them that goes on later compares their keys alone")
     assert notes[1].startswith("left out cat/001.png")
     masks = write_files(
         image_folder.with_name("masks"), {f"{key}": png(np.ones((32, 32), np.uint8)) for key in labelled.keys}

@@ -17,8 +17,6 @@ from dtpipe.distill.student.student import Student
 from dtpipe.manifests.errors import ConfigError
 
 _FINEST = 4
-POOLED = "pool"
-"""Name of the level that only proposals are made on."""
 
 
 def norm_layer(norm: str) -> Callable[[int], nn.Module] | None:

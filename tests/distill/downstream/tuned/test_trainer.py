@@ -17,7 +17,8 @@ from dtpipe.distill.downstream.tuned.run import check_finite, tune
 from dtpipe.distill.downstream.tuned.scoring import image_tensor
 from dtpipe.distill.downstream.tuned.trainer import TUNED_KIND, Tuning
 from dtpipe.distill.engine.checkpoint import load_checkpoint
-from dtpipe.distill.engine.loop import run_in_memory
+from dtpipe.distill.engine.loop import Loop
+from dtpipe.distill.engine.progress import Meter
 from dtpipe.manifests.errors import ConfigError, DivergedError, PlanChangedError
 from parts.ranks import fork_ranks
 from parts.tuning import STUDENT, bright_halves, tune_config, tune_job, tune_losses
@@ -75,6 +76,15 @@ def test_two_processes_take_the_steps_of_one_and_join_their_scores(tmp_path: Pat
     assert fork_ranks(call, tmp_path, 2) == [[0, 2, one.value], [1, 2, one.value]]
     np.testing.assert_allclose(tune_losses(tmp_path / "two"), tune_losses(tmp_path / "one"), rtol=0, atol=1e-5)
     assert len(list((tmp_path / "two" / "predictions").glob("*.json"))) == 5 + 1  # keys.json
+
+
+def run_in_memory(trainer: Tuning) -> list[float]:
+    """Take all steps without a folder; the loss of each."""
+    loop, losses = Loop(trainer), []
+    for _ in loop.steps():
+        losses.append(loop.meter.losses()["loss"])
+        loop.meter = Meter(trainer.watch)
+    return losses
 
 
 def test_reading_processes_change_nothing() -> None:
