@@ -34,6 +34,7 @@ from dtpipe.manifests.stopping import StopRequest
 
 _NUM_KEYS_SHOWN = 8
 _TELLING_STEPS = 5  # fewer say nothing of where time goes: the first waits for what later ones find ready
+TELL_EVERY_S = 2.0  # between lines of metrics.jsonl, where steps are slow, who waits is told of the last one
 _log = logging.getLogger(__name__)
 
 
@@ -69,15 +70,21 @@ def run_in(
     Raises: DivergedError on a loss that is not finite; StoppedError after SIGTERM or SIGINT, once the state is saved.
     """
     course, loop = trainer.course, Loop(trainer, ranks)
+    listener = on_progress if folder is not None else None
     with ExitStack() as stack, StopRequest() as signals:
         stop = stop or signals
         notes = _resume(loop, settings, folder)
-        resumed, started, saved, num_samples = loop.step, time.monotonic(), time.monotonic(), 0
+        resumed, started, num_samples = loop.step, time.monotonic(), 0
+        saved = told = started
         for part in stack.enter_context(closing(loop.steps())):
             num_samples += part.num_global
             done, epoch_ends = loop.step == course.num_steps, loop.step % course.save_every == 0
             if done or loop.step % course.log_every == 0:
-                _report(loop, folder, on_progress, started)
+                _report(loop, folder, listener, started)
+                told = time.monotonic()
+            elif listener is not None and time.monotonic() - told > TELL_EVERY_S:
+                listener(_progress(loop, loop.meter.losses(), started))
+                told = time.monotonic()
             now = time.monotonic()
             over, old = now - started > course.max_s, now - saved > course.save_every_s
             number, late, due = ranks.most(stop.signal or 0, over, old)
@@ -215,14 +222,23 @@ def _take_up(loop: Loop[P], settings: RunSettings, folder: RunFolder, newest: Ne
 
 
 def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgress | None, started: float) -> None:
-    course, meter = loop.trainer.course, loop.meter
+    losses = loop.meter.losses(loop.ranks)
+    progress = None if folder is None else _progress(loop, losses, started)
     loop.meter = Meter(loop.trainer.watch)
-    seconds, losses = meter.seconds(), meter.losses(loop.ranks)
-    if folder is None:
+    if folder is None or progress is None:
         return
+    folder.log(progress.record())
+    if on_progress is not None:
+        on_progress(progress)
+
+
+def _progress(loop: Loop[P], losses: dict[str, float], started: float) -> TrainProgress:
+    """What there is to say of the steps since the last line; `losses` their means."""
+    course, meter = loop.trainer.course, loop.meter
+    seconds = meter.seconds()
     spent, spent_on = sum(seconds.values()), shares(seconds)
     remaining_s, limit_step = _time_left(loop, spent / meter.num_steps, time.monotonic() - started)
-    progress = TrainProgress(
+    return TrainProgress(
         step=loop.step,
         num_steps=course.num_steps,
         epoch=math.ceil(loop.step / course.steps_per_epoch),
@@ -236,9 +252,6 @@ def _report(loop: Loop[P], folder: RunFolder | None, on_progress: OnTrainProgres
         advice=course.advice(spent_on) if meter.num_steps >= _TELLING_STEPS else None,
         limit_step=limit_step,
     )
-    folder.log(progress.record())
-    if on_progress is not None:
-        on_progress(progress)
 
 
 def _time_left(loop: Loop[P], step_s: float, elapsed_s: float) -> tuple[float, int | None]:

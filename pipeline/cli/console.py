@@ -28,6 +28,7 @@ PLAIN_EVERY_S = 5.0
 QUIET_S = 60.0  # a line that says nothing new is repeated only so often
 PHASE_AFTER_S = 1.5  # what is over sooner is not told in a log file
 _LOOK_EVERY_S = 0.5
+_BETWEEN = "working"  # after a phase, where nothing else tells what is done
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 Note = Callable[[str], None]
@@ -122,11 +123,14 @@ class ProgressLine:
     """Progress of one job on stderr, from its beginning on: a bar in a terminal, else a plain line every few seconds
     and at the end.
 
-    Shows what `update` was told last; while there is a phase of `manifests.phases`, that.
+    Shows what `update` was told last; while there is a phase of `manifests.phases`, that. `tell_end`: a log file gets
+    a line about the end too, however soon after the one before.
     """
 
-    def __init__(self, label: str, terminal: bool | None = None, every_s: float = PLAIN_EVERY_S) -> None:
-        self._label = label
+    def __init__(
+        self, label: str, terminal: bool | None = None, every_s: float = PLAIN_EVERY_S, tell_end: bool = True
+    ) -> None:
+        self._label, self._tell_end = label, tell_end
         self._terminal = has_live_line() if terminal is None else terminal
         self._every_s = every_s
         self._begun = Phase("starting")
@@ -148,7 +152,7 @@ class ProgressLine:
             self._draw()
             return
         with self._lock:
-            self._tell(plain_line(self._told), done >= total)
+            self._tell(plain_line(self._told), self._tell_end and done >= total)
 
     def event(self, text: str) -> None:
         """Something worth a line of its own, above the bar."""
@@ -159,6 +163,7 @@ class ProgressLine:
         """What there is to say at this moment."""
         phases = active_phases()
         if phases:
+            self._begun = Phase(_BETWEEN)
             return phase_moment(self._label, phases)
         return self._told or phase_moment(self._label, (self._begun,))
 
@@ -190,6 +195,8 @@ class ProgressLine:
             if _entered[-1:] != [self]:
                 continue
             phases = active_phases()
+            if phases:
+                self._begun = Phase(_BETWEEN)
             current = phases[-1] if phases else self._begun if self._told is None else None
             if current is None or current.seconds < PHASE_AFTER_S:
                 continue
@@ -218,6 +225,8 @@ class ProgressLine:
             self._looker.join(timeout=_LOOK_EVERY_S)
         if self in _entered:  # some are only updated
             _entered.remove(self)
+        for outer in _entered[-1:]:
+            outer._begun = Phase(_BETWEEN)
         if self._drawn:
             self._drawn = False
             SCREEN.drop(self.now, self._told)

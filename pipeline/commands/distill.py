@@ -170,6 +170,8 @@ def _print_result(console: Console, result: DistillResult) -> None:
             "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s ({_shares(result.shares)})",
         }
     )
+    if any(name.startswith("r2/") and value < 0 for name, value in result.losses.items()):
+        console.result("R2 below 0 is worse than predicting the mean: train for more steps, or at another --lr")
     console.result(f"next: dtpipe eval {result.run_dir} probe --images LABELLED")
     console.result(f"      dtpipe export {result.run_dir} --out student/")
     console.document(result)

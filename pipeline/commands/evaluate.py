@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dtpipe.manifests.errors import ConfigError
 from dtpipe.pipeline.cli.console import ProgressLine
 from dtpipe.pipeline.cli.options import Call, Flag, settings_command
 from dtpipe.pipeline.report.history import record_command
@@ -63,11 +64,15 @@ dtpipe eval runs/r50 finetune -c finetune_resnet50 --images imagenet:data@train 
 def command(call: Call, levels: bool) -> None:
     """Score a student with few labels: its features frozen, or backbone and head trained.
 
+    TASK is, on frozen features, probe or knn (of classes) or readout (of masks); trained: linear, finetune (classes),
+    fcn, segment, few-labels (masks), detect (objects), panoptic (segments). `dtpipe list tasks` says more.
+
     Always beside the random initialisation of the same student; of frozen features also beside raw pixels and, when it
     can be had, the teacher. Run it again after a crash: trainings that are finished are read, and the others go on.
     Tasks that train do so on several GPUs under torchrun, or with --train-workers as Ray workers, which need the output
     on a disk that all nodes share.
     """
+    _see_task(call)
     if call.dry_run:
         from dtpipe.pipeline.plan.tuning import plan_tuning, print_tuning
 
@@ -80,7 +85,24 @@ def command(call: Call, levels: bool) -> None:
         return
     call.console.result(evaluation.result.to_table(levels))
     call.console.result(f"wrote {evaluation.path}")
+    if evaluation.path.parent.name == "eval":
+        call.console.result(f"next: dtpipe report {evaluation.path.parent.parent}")
     call.console.document(evaluation.result.to_json())
+
+
+def _see_task(call: Call) -> None:
+    """Raises: ConfigError where the last word is no task, such as when only a run was given."""
+    given = call.document.get("eval") or {}
+    if "checkpoint" in given or not isinstance(task := given.get("task"), str):
+        return
+    from dtpipe.distill.downstream.registry import TASKS
+
+    if task not in TASKS:
+        tasks = ", ".join(sorted(TASKS))
+        raise ConfigError(
+            f"no task is given, only {task}; write it after the run, as in "
+            f"`dtpipe eval {task} probe --images LABELLED`; tasks: {tasks}"
+        )
 
 
 def scored(call: Call) -> Evaluation:

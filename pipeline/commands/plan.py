@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from dtpipe.distill.config import DistillRecipeConfig
 from dtpipe.manifests.schema import IMAGE
 from dtpipe.manifests.soft_labels import soft_labels_of
-from dtpipe.pipeline.cli.options import Call, Flag, settings_command
+from dtpipe.pipeline.cli.options import Call, Flag, command_line, settings_command
 from dtpipe.pipeline.cli.settings import validate
 from dtpipe.pipeline.commands import extract
 
@@ -48,11 +49,22 @@ def command(call: Call) -> None:
         answer["soft_labels"] = labels
     elif call.has("extract") or not answer:
         answer |= plan_stages(call)
+        _say_next(call)
     call.console.document(answer)
 
 
-def plan_stages(call: Call) -> dict[str, Any]:
-    """The plan of an extraction, and of the distillation after it where there are settings of one."""
+def _say_next(call: Call) -> None:
+    """The same line for `extract`, where that takes all of its flags."""
+    before, said = "dtpipe plan ", command_line()
+    if said.startswith(before) and not call.has("distill"):
+        call.console.result(f"next: dtpipe extract {said.removeprefix(before)}")
+
+
+def plan_stages(call: Call, batch_size: Callable[[int], int] | None = None) -> dict[str, Any]:
+    """The plan of an extraction, and of the distillation after it where there are settings of one.
+
+    batch_size: of the distillation, by the number of samples, in place of the settings'.
+    """
     from dtpipe.distill.engine.device import training_device
     from dtpipe.distill.labels.targets import targets_of
     from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction, store_speed
@@ -66,6 +78,8 @@ def plan_stages(call: Call) -> dict[str, Any]:
         print_prices(call.console, extraction.comparison, prices)
         return {"extract": extraction}
     section = {"datasets": [config.run.out], **call.document["distill"]}
+    if batch_size is not None:
+        section["batch_size"] = batch_size(extraction.num_samples)
     student = validate({"distill": section}, "distill", call.names, DistillRecipeConfig)
     device = training_device((section.get("run") or {}).get("device", "auto"))
     soft = soft_labels_of(recipe)

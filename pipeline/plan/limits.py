@@ -27,7 +27,9 @@ class Limits:
         """In words: what binds, then the others."""
         others = sorted((value, name) for name, value in self.img_s.items() if name != self.binding)
         rest = ", ".join(f"{name} {_rate(value)}" for value, name in others)
-        return f"bound by {self.binding}, at {_rate(self.rate)} img/s" + (f"; {rest} img/s" if rest else "")
+        return f"bound by {self.binding}, at {_rate(self.rate)} img/s" + (
+            f"; the others would allow, in img/s: {rest}" if rest else ""
+        )
 
     def record(self) -> dict[str, Any]:
         """As plain values."""

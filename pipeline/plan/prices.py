@@ -69,14 +69,15 @@ def print_prices(console: Console, comparison: CachedOrLive, prices: PlanConfig)
     """What cached and live cost, and from when on which is cheaper."""
     cached = (
         f"{_price(comparison.extraction_price)} for {format_seconds(3600 * comparison.extraction_h)} of workers, "
-        f"{_price(comparison.storage_price)} for storage over {prices.months:g} month(s)"
+        f"{_price(comparison.storage_price)} for storage over {prices.months:g} month"
+        f"{'' if prices.months == 1 else 's'}"
     )
     console.pairs(
         {
             "cached": f"{cached}, once",
             "live": f"{_price(comparison.live_price_per_epoch)} per epoch more; {_verdict(comparison)}",
             "prices": f"{prices.gpu_hour_price:g} per worker hour, {prices.tb_month_price:g} per TB-month, as in "
-            "plan.gpu_hour_price and plan.tb_month_price; nobody's offer",
+            "plan.gpu_hour_price and plan.tb_month_price, in any currency; examples, so set your own",
         }
     )
 
@@ -91,9 +92,10 @@ def _verdict(comparison: CachedOrLive) -> str:
     gpu, tb = comparison.equal_gpu_hour_price, comparison.equal_tb_month_price
     if gpu is None or tb is None:
         return f"{below}; for {comparison.epochs} epochs {cheaper} is cheaper at any price"
+    one, other, link = ("over", "under", "and") if cheaper == "cached" else ("under", "over", "or")
     return (
-        f"{below}; for {comparison.epochs} epochs {cheaper} is cheaper, and live would be below {_price(gpu)} per "
-        f"worker hour or above {_price(tb)} per TB-month"
+        f"{below}; for {comparison.epochs} epochs {cheaper} is cheaper, while a worker hour costs {one} {_price(gpu)} "
+        f"{link} a TB-month {other} {_price(tb)}"
     )
 
 

@@ -67,7 +67,7 @@ def tuned_table(
 
 def tuned_result(config: EvalConfig, table: TunedTable, out: Path, note: Note) -> ProbeResult:
     """Train and score every cell in a folder of `out`. Raises: as `tune` of `distill.downstream.tuned.run`."""
-    with ProgressLine("eval") as line, _training(config, table.config, line) as train:
+    with ProgressLine("eval", tell_end=False) as line, _training(config, table.config, line) as train:
         result = run_cells(table, out, train, note)
     return replace(result, subject=table.arms[0].name, reference=RANDOM_INIT)
 

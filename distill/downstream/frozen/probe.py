@@ -140,7 +140,7 @@ ALL_LEVELS_READ = frozenset(("l2_grid", "l2_fallback", "folds", "max_iter", "bat
 
 def all_levels(config: ProbeConfig) -> str:
     """What the headline of linear read-outs is."""
-    return f"all levels together, l2 {config.l2_fallback:g} for all: nothing is chosen"
+    return f"all levels together, L2 penalty {config.l2_fallback:g} for all: nothing is chosen"
 
 
 def pooled_rows(

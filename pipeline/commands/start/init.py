@@ -80,7 +80,7 @@ def command(folder: Path, no_plan: bool, as_json: bool, **given: Any) -> None:
         from dtpipe.pipeline.commands.plan import plan_stages
 
         with interruptible("nothing was written"):
-            plans = plan_stages(Call(project.document(batch_size_for(None)), False, console, {}))
+            plans = plan_stages(Call(project.document(batch_size_for(None)), False, console, {}), batch_size_for)
         extraction, training = plans["extract"], plans["distill"]
     num = None if extraction is None else extraction.num_samples
     paths = write_project(project, num, extraction, training)

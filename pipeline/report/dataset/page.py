@@ -40,7 +40,7 @@ def dataset_page(config: ReportConfig, notes: Notes) -> tuple[str, str, dict[str
     """
     with phase("opening the dataset"):
         opened = OpenedDatasets.open(config.run, config.join)
-        descriptions = [describe_dataset(url) for url in config.run]
+        descriptions = [describe_dataset(part.url) for part in opened.parts]
     looked = look_at(opened, config.samples, config.seed)
     columns = opened.source.columns
     num_bad = sum(status.startswith("bad") for status in columns.status)

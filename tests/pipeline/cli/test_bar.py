@@ -66,7 +66,7 @@ def test_a_phase_counts_its_items_and_says_rate_and_time_left(monkeypatch: pytes
         assert line.now() == Moment("eval", 1, 4, ("0.5/s", "ETA 6 s", "images", "knn of teacher"))
         items.close()
         assert line.now().texts[0] == "knn of teacher"
-    assert line.now().texts[0] == "starting"
+    assert line.now().texts[0] == "working"
 
 
 def test_a_log_is_told_of_a_phase_that_lasts_and_not_of_one_that_does_not(

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from dtpipe.manifests.phases import phase
 from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes, format_seconds
 
 
@@ -78,3 +79,25 @@ def test_progress_in_a_terminal_shows_events_above_the_bar(capsys: pytest.Captur
         line.event("worker 1 died [0]; shard 3 goes back")
         line.update(2, 2, "5.0 img/s")
     assert "worker 1 died [0]; shard 3 goes back" in capsys.readouterr().err
+
+
+def test_a_job_that_another_one_ran_inside_is_not_said_to_be_starting() -> None:
+    with ProgressLine("eval", terminal=False) as outer:
+        assert outer.now().texts[0] == "starting"
+        with ProgressLine("eval", terminal=False) as inner:
+            inner.update(1, 2, "5.0 img/s")
+        assert outer.now().texts[0] == "working"
+
+
+def test_a_job_is_not_said_to_be_starting_after_a_phase() -> None:
+    with ProgressLine("distill", terminal=False) as line:
+        with phase("opening the data"):
+            assert line.now().texts[0] == "opening the data"
+        assert line.now().texts[0] == "working"
+
+
+def test_a_job_of_many_small_ones_tells_a_log_file_of_no_end_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine("eval", terminal=False, every_s=1000, tell_end=False) as line:
+        for training in range(5):
+            line.update(6, 6, f"training {training}")
+    assert capsys.readouterr().err.splitlines() == ["eval: 6/6  training 4"]

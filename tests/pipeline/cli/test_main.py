@@ -16,6 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from dtpipe.distill.downstream.registry import TASKS
 from dtpipe.manifests import errors
 from dtpipe.pipeline.cli.main import COMMANDS, DtpipeGroup, main
 from parts.damage import flip
@@ -311,3 +312,12 @@ def test_ctrl_c_stops_with_130_and_one_line(tmp_path: Path) -> None:
 
 def test_every_command_is_listed_once_with_a_module() -> None:
     assert len({module for module, _ in COMMANDS.values()}) == len(COMMANDS)
+
+
+def test_eval_with_a_run_alone_asks_for_the_task_and_its_help_names_all() -> None:
+    result = run("eval", "runs/r10")
+    assert result.exit_code == 2
+    assert "no task is given, only runs/r10" in result.stderr
+    text = " ".join(run("eval", "--help").output.split("Options:")[0].split())
+    for name in TASKS:
+        assert name in result.stderr and re.search(rf"\b{name}\b", text), name

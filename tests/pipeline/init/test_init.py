@@ -54,6 +54,8 @@ def test_the_figures_of_the_plan_stand_in_the_files(planned):
     text = (folder / "config.yaml").read_text()
     assert "# Measured by `dtpipe plan`, on" in text and "features: 24 samples, about" in text
     assert f"training: {answer['distill']['num_steps']} steps" in text
+    batch_size = yaml.safe_load(text)["distill"]["batch_size"]
+    assert answer["distill"]["num_steps"] == 3 * -(-24 // batch_size) == 6  # at the batch size that the file has
     assert "--time=1:00:00" in (folder / "slurm.sh").read_text()
 
 

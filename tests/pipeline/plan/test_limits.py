@@ -29,7 +29,8 @@ def test_extraction_on_gpus_is_bound_by_them_by_cores_by_threads_or_by_the_store
     )
     assert (limits.binding, limits.rate) == ("GPU", 200)
     assert limits.text() == (
-        "bound by GPU, at 200 img/s; code threads 267, cores 320, decode threads 400, disk 1,000 img/s"
+        "bound by GPU, at 200 img/s; the others would allow, in img/s: "
+        "code threads 267, cores 320, decode threads 400, disk 1,000"
     )
     assert extraction_limits(**EXTRACTION | {"cpus": 4}).binding == "cores"
     assert extraction_limits(**EXTRACTION | {"code_threads": 2}).binding == "code threads"

@@ -37,11 +37,11 @@ def said(comparison: CachedOrLive, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_verdict_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     cached = said(cached_or_live(PRICES, 10, 1, 4, 10), capsys)
-    assert "cached  20.00 for 10 h 00 min of workers, 50.00 for storage over 2 month(s), once" in cached
-    assert "for 10 epochs cached is cheaper, and live would be below 1.67 per worker hour or above 30.00" in cached
+    assert "cached  20.00 for 10 h 00 min of workers, 50.00 for storage over 2 months, once" in cached
+    assert "for 10 epochs cached is cheaper, while a worker hour costs over 1.67 and a TB-month under 30.00" in cached
     few = said(cached_or_live(PRICES, 10, 1, 4, 2), capsys)  # 2 epochs save less than the extraction takes
     assert "cheaper below 8.8 epochs of all runs together; for 2 epochs live is cheaper at any price" in few
-    assert "for 3 epochs live is cheaper, and live would be below 25.00" in said(
+    assert "for 3 epochs live is cheaper, while a worker hour costs under 25.00" in said(
         cached_or_live(PRICES, 10, 1, 4, 3), capsys
     )
     assert said(cached_or_live(PRICES, 10, 1, 4, None), capsys).count("epochs") == 1

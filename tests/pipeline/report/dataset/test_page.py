@@ -43,7 +43,7 @@ def test_the_verdict_stands_on_the_page_in_the_answer_and_in_json(tmp_path: Path
         *("Bad samples", "How it was made"),
     ]
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "<script" not in text
-    lines = said(*words).splitlines()
+    lines = said("report", f"{features}/", *words[2:]).splitlines()  # as a shell completes it
     assert lines[0].startswith("wrong: 1 of 48 samples (2.1%) are bad") and lines[2] == answer["verdict"]
 
 
