@@ -86,6 +86,7 @@ def train(
         with phase("opening the teacher"):
             teacher = data.teacher(opened.source, device)
         ranks.first(run_settings(config, opened, fresh).refuse_other)
+        ranks.first(lambda: _refuse_student(config, opened, ranks.size))  # before all images are looked at
         regressed = choose_targets(config, opened).feature_names
         statistics = ranks.first(lambda: run_statistics(config, opened, regressed, device, teacher))
         with seeded(config.seed, device):
@@ -94,6 +95,14 @@ def train(
             result = run(trainer, run_settings(config, opened, fresh), ranks, on_progress, stop)
     own = {field.name: getattr(result, field.name) for field in fields(result)}
     return DistillResult(**own, flips=trainer.stream.flips, peak_lr=config.peak_lr)
+
+
+def _refuse_student(config: DistillConfig, opened: OpenedData, num_ranks: int) -> None:
+    """Raises: ConfigError when the student cannot be built for the data; takes no weights and no memory for it."""
+    recipe = config.model_copy(update={"student": config.student.model_copy(update={"pretrained": False})})
+    targets = choose_targets(config, opened)
+    with torch.device("meta"):
+        build_distiller(recipe, targets.features, student_size(config, opened.student_px), num_ranks, targets.labels)
 
 
 def train_with_workers(

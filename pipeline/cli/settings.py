@@ -304,11 +304,26 @@ def _spelled(key: str, names: Mapping[str, str]) -> str:
     return f"{names[key]} ({key})" if key in names else key
 
 
+_PLAIN = {  # what pydantic says of these names its own parsing
+    "int_parsing": "it must be a whole number",
+    "int_type": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_parsing": "it must be a number",
+    "float_type": "it must be a number",
+    "bool_parsing": "it must be true or false",
+    "bool_type": "it must be true or false",
+    "tuple_type": "it must be a list, as in [1,2]",
+    "list_type": "it must be a list, as in [1,2]",
+    "string_type": "it must be a text",
+}
+
+
 def _problem_text(problem: ErrorDetails) -> str:
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return text
     seen = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
+    text = _PLAIN.get(problem["type"], text)
     return f"{seen}: {text[0].lower()}{text[1:]}"
 
 
