@@ -30,6 +30,7 @@ SMALL = {  # settings that make a command of the README small enough for a test;
     "extract": "extract: {batch_size: 8, run: {inline: true}}",
     "distill": "distill: {epochs: 1, batch_size: 8, regressor: {width: 8}}",
     "eval": "eval: {probe: {max_iter: 3, l2_grid: [0.1], folds: 2}}",
+    "finetune": "eval: {tune: {steps: 2, epochs: null, lr_grid: []}}",
     "report": "report: {num_images: 1}",
 }
 
@@ -133,13 +134,19 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for words, answer in session(README):
-            small = root / f"{words[0]}.yaml"
-            small.write_text(SMALL.get(words[0], ""))
-            done = CliRunner().invoke(main, [*words, *(["-c", str(small)] if words[0] in SMALL else [])])
-            assert done.exit_code == 0, f"dtpipe {shlex.join(words)}\n{done.output}"
-            starts = {line.split("  ")[0] for line in done.output.splitlines()}
-            assert {line.split("  ")[0] for line in answer} <= starts, f"dtpipe {shlex.join(words)}\n{done.output}"
+            follow(root, words, answer)
         yield root
+
+
+def follow(root: Path, words: list[str], answer: list[str]) -> None:
+    """Run a command as a page has it, but small; each line of its answer begins as one that is shown."""
+    kind = words[2] if words[2:3] == ["finetune"] else words[0]
+    small = root / f"{kind}.yaml"
+    small.write_text(SMALL.get(kind, ""))
+    done = CliRunner().invoke(main, [*words, *(["-c", str(small)] if kind in SMALL else [])])
+    assert done.exit_code == 0, f"dtpipe {shlex.join(words)}\n{done.output}"
+    starts = {line.split("  ")[0] for line in done.output.splitlines()}
+    assert {line.split("  ")[0] for line in answer} <= starts, f"dtpipe {shlex.join(words)}\n{done.output}"
 
 
 @pytest.mark.slow
@@ -157,3 +164,20 @@ def test_the_readmes_python_runs_and_prints_what_it_says(used: Path, monkeypatch
         with redirect_stdout(StringIO()) as shown:
             exec(compile(code, "README.md", "exec"), {})
         assert shown.getvalue()
+
+
+@pytest.mark.slow
+def test_the_tutorial_is_followed_to_the_letter(used: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that are the README's too have been run with these flags, in this folder."""
+    monkeypatch.chdir(used)
+    text = (REPO / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    before = [words for words, _ in session(README)]
+    own = [(words, answer) for words, answer in session(text) if words not in before]
+    assert [words[0] for words, _ in own] == ["report", "eval", "export", "predict"]
+    for words, answer in own:
+        follow(used, words, answer)
+    assert (used / "predicted" / "classes.csv").read_text().count("\n") == 61
+    (code,) = blocks(text, "python")
+    with redirect_stdout(StringIO()) as shown:
+        exec(compile(code, "tutorial.md", "exec"), {})
+    assert shown.getvalue().startswith("loss ")

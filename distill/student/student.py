@@ -103,13 +103,18 @@ def build_student(spec: StudentSpec, pretrained: bool = False, drop_path: float 
 
     Raises: ConfigError when timm has no such model or it cannot give levels; InputError when weights cannot be had.
     """
-    if not timm.is_model(spec.name):
-        close = ", ".join(difflib.get_close_matches(spec.name, timm.list_models(), n=5))
-        near = f", did you mean {close}?" if close else ""
-        raise ConfigError(f"student {spec.name!r} is no timm model{near}; `dtpipe list students` names them")
+    check_student_name(spec.name)
     net = _features_only(spec, pretrained, {"drop_path_rate": drop_path} if drop_path else {})
     _check_patches(spec, net)
     return Student(spec, net, *normalisation(spec.name))
+
+
+def check_student_name(name: str) -> None:
+    """Raises: ConfigError with close names when timm has no such model."""
+    if not timm.is_model(name):
+        close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
+        near = f", did you mean {close}?" if close else ""
+        raise ConfigError(f"student {name!r} is no timm model{near}; `dtpipe list students` names them")
 
 
 def with_drop_path(student: Student, rate: float) -> Student:

@@ -12,12 +12,12 @@ from typing import Any
 
 REPO = Path(__file__).parents[2]
 NAV = {
-    "Begin": ["docs/install", "A notebook <examples/notebook>", "docs/troubleshooting"],
+    "Begin": ["docs/install", "docs/tutorial", "A notebook <examples/notebook>", "docs/troubleshooting"],
     "Features": ["docs/teachers", "docs/datasets", "docs/costs", "docs/clusters"],
     "Students": ["docs/training", "docs/labels", "docs/recipes", "docs/trackers"],
     "Scores and use": ["docs/evaluation", "docs/segmentation", "docs/detection", "docs/reports", "docs/exports"],
     "Reference": ["docs/settings", "docs/cli", "docs/library", "docs/api", "The format <manifests/README>"],
-    "Extend": ["docs/write_a_teacher", "docs/extend", "CONTRIBUTING", "CHANGELOG"],
+    "Extend": ["docs/write_a_teacher", "docs/extend", "docs/beside_others", "CONTRIBUTING", "CHANGELOG"],
 }
 
 project = "dtpipe"

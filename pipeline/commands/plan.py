@@ -67,11 +67,14 @@ def plan_stages(call: Call, batch_size: Callable[[int], int] | None = None) -> d
     """
     from dtpipe.distill.engine.device import training_device
     from dtpipe.distill.labels.targets import targets_of
+    from dtpipe.distill.student.student import check_student_name
     from dtpipe.pipeline.plan.extraction import plan_recipe, print_extraction, store_speed
     from dtpipe.pipeline.plan.prices import print_prices
     from dtpipe.pipeline.plan.training import Reads, compared, print_training, time_training, with_teacher
 
     config, prices = call.settings("extract"), call.settings("plan")
+    if student_name := (call.document.get("distill") or {}).get("student", {}).get("name"):
+        check_student_name(str(student_name))  # before the teacher runs
     extraction, recipe = plan_recipe(config, prices)
     print_extraction(call.console, extraction)
     if not call.has("distill"):
