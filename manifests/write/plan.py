@@ -12,7 +12,7 @@ from typing import Any
 from dtpipe.manifests.canonical import blake3_hex, canonical_json, dump_record, load_record
 from dtpipe.manifests.codecs.fitted import is_fitted_name
 from dtpipe.manifests.codecs.registry import open_codec
-from dtpipe.manifests.differences import Difference, differences, refuse_differences
+from dtpipe.manifests.differences import Difference, refuse_differences
 from dtpipe.manifests.errors import ConfigError, ManifestError, MissingObjectError, PlanChangedError
 from dtpipe.manifests.layout.tables import LISTING_FILE
 from dtpipe.manifests.schema import LevelSpec, Plan, Recipe
@@ -21,6 +21,7 @@ from dtpipe.manifests.store.outputs import refuse_no_folder
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.words import are, count_of
 from dtpipe.manifests.write.listing import Listing, encode_listing, read_listing, write_listing
+from dtpipe.manifests.write.settings import changed_settings
 
 PLAN_FILE = "plan.json"
 SELECTION, SOURCE_SEEN = "selection", "source"  # keys of a plan's provenance
@@ -141,9 +142,7 @@ def _is_of_a_start(name: str) -> bool:
 
 
 def _refuse_changes(store: Store, plan: Plan, recipe: Recipe, selection: Mapping[str, Any] | None) -> None:
-    changes = differences(plan.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    if selection is not None:
-        changes += differences(plan.provenance.get(SELECTION, {}), selection)
+    changes = changed_settings(plan.recipe, recipe, plan.provenance.get(SELECTION, {}), selection)
     remedy = "set them back, or choose another --out"
     if _is_lower_batch(changes):
         lower_to = changes[0].wanted

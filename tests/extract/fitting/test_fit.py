@@ -114,11 +114,11 @@ def test_a_dataset_that_is_gone_on_with_keeps_its_fit(
     (out / "commits/00001.json").unlink()
     monkeypatch.setattr("dtpipe.extract.fitting.run.fit_task", None)  # another fit would fail
     assert run_extraction(config).digest == digest
-    with pytest.raises(PlanChangedError, match=r"fit.max_error: 0.1 -> 0.2"):
+    with pytest.raises(PlanChangedError, match=r"extract\.codec\.max_error: 0\.1 -> 0\.2"):
         run_extraction(config.model_copy(update={"codec": config.codec.model_copy(update={"max_error": 0.2})}))
-    with pytest.raises(PlanChangedError, match=r"fit.coder.*rans"):
+    with pytest.raises(PlanChangedError, match=r"extract\.codec\.coder: not set -> \"rans\""):
         run_extraction(config.model_copy(update={"codec": config.codec.model_copy(update={"coder": "rans"})}))
-    with pytest.raises(PlanChangedError, match=r"levels.*codec"):
+    with pytest.raises(PlanChangedError, match=r"extract\.codec\.name: \"transform\" -> \"cast\""):
         run_extraction(config.model_copy(update={"codec": type(config.codec)()}))
 
 
