@@ -21,7 +21,7 @@ from dtpipe.manifests.store.outputs import refuse_no_folder
 from dtpipe.manifests.store.store import LOCK_FOLDER, Store
 from dtpipe.manifests.words import are, count_of
 from dtpipe.manifests.write.listing import Listing, encode_listing, read_listing, write_listing
-from dtpipe.manifests.write.settings import changed_settings
+from dtpipe.manifests.write.settings import settings_that_differ
 
 PLAN_FILE = "plan.json"
 SELECTION, SOURCE_SEEN = "selection", "source"  # keys of a plan's provenance
@@ -142,7 +142,7 @@ def _is_of_a_start(name: str) -> bool:
 
 
 def _refuse_changes(store: Store, plan: Plan, recipe: Recipe, selection: Mapping[str, Any] | None) -> None:
-    changes = changed_settings(plan.recipe, recipe, plan.provenance.get(SELECTION, {}), selection)
+    changes = settings_that_differ(plan.recipe, recipe, plan.provenance.get(SELECTION, {}), selection)
     remedy = "set them back, or choose another --out"
     if _is_lower_batch(changes):
         lower_to = changes[0].wanted

@@ -16,11 +16,15 @@ from dtpipe.manifests.schema import Recipe
 FIT: Final = "fit"
 """In a selection: what codecs were fitted for."""
 _CODECS: Final = "extract.codec."
-_OF_RECIPES: Final = {"codec.zstd_level": "extract.shard.zstd_level", "image_coding": "extract.shard.image_coding"}
+_OF_RECIPES: Final = {
+    "codec.zstd_level": "extract.shard.zstd_level",
+    "codec.symbols_zstd_level": "extract.codec.zstd_level",
+    "image_coding": "extract.shard.image_coding",
+}
 _OF_FITS: Final = {"budget_bytes": "budget", "samples": "fit_samples"}  # of a fit's record; others have their own
 
 
-def changed_settings(
+def settings_that_differ(
     stored: Recipe, wanted: Recipe, stored_selection: Mapping[str, Any], wanted_selection: Mapping[str, Any] | None
 ) -> list[Difference]:
     """Where two recipes, and what chose their rows, differ; without a selection, recipes alone."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dtpipe.manifests.schema import CodecRecipe, CodecSpec, Recipe
-from dtpipe.manifests.write.settings import changed_settings
+from dtpipe.manifests.write.settings import settings_that_differ
 from parts.datasets import make_recipe
 from parts.memory import level_spec
 
@@ -41,6 +41,8 @@ def recipe(l2: str, l3: str | None = None, **changes: Any) -> Recipe:
          ['extract.codec.levels.l3: "cast" -> "int8"', "limit: not set -> 8"]),
         (recipe("cast"), recipe("cast", codec=CodecRecipe(zstd_level=9)), {}, None,
          ["extract.shard.zstd_level: 3 -> 9"]),
+        (recipe("cast"), recipe("cast", codec=CodecRecipe(symbols_zstd_level=12)), {}, None,
+         ["extract.codec.zstd_level: not set -> 12"]),
         (recipe("cast"), recipe("int8", noise_seed=3), {}, {},
          ["noise_seed: 0 -> 3", 'extract.codec.name: "cast" -> "int8"']),
     ],
@@ -48,7 +50,7 @@ def recipe(l2: str, l3: str | None = None, **changes: Any) -> Recipe:
 def test_codecs_are_named_by_their_settings(
     stored: Recipe, wanted: Recipe, asked: dict[str, Any], now: dict[str, Any] | None, said: list[str]
 ) -> None:
-    assert [str(change) for change in changed_settings(stored, wanted, asked, now)] == said
+    assert [str(change) for change in settings_that_differ(stored, wanted, asked, now)] == said
 
 
 def test_a_codec_of_the_same_name_with_other_parameters_is_seen() -> None:
@@ -60,4 +62,4 @@ def test_a_codec_of_the_same_name_with_other_parameters_is_seen() -> None:
         made.model_copy(update={"levels": (level, made.levels[1])})
         for made, level in zip((one, other), levels, strict=True)
     ]
-    assert [str(change) for change in changed_settings(*pair, {}, {})] == ["levels[0].codec.parameters.k: 2 -> 3"]
+    assert [str(change) for change in settings_that_differ(*pair, {}, {})] == ["levels[0].codec.parameters.k: 2 -> 3"]
