@@ -37,7 +37,7 @@ def float32_error(
     exact = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), device, recipe.compute).levels
     errors = {}
     for name, features in exact.items():
-        reference = features.double().cpu().numpy()
+        reference = features.cpu().double().numpy()
         largest = float(np.abs(reference).max()) or 1.0
         errors[name] = float(np.abs(stored[name].astype(np.float64) - reference).max()) / largest
     return errors

@@ -200,11 +200,17 @@ def opened_codec(name: str, dtype: str) -> LevelCodec:
     return open_codec(level_spec("l2", 4, 6, dtype=dtype, **OF_CODEC.get(name, {"codec": CodecSpec(name=name)})))
 
 
+@pytest.mark.parametrize("float64", [True, False])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", CODECS)
-def test_a_codec_works_where_the_features_are(name: str, dtype: str) -> None:
+def test_a_codec_works_where_the_features_are(
+    name: str, dtype: str, float64: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not float64:
+        monkeypatch.setattr("dtpipe.extract.shards.codecs._WITHOUT_FLOAT64", {CUDA})
+        monkeypatch.setattr("dtpipe.distill.stream.decode._bases", {})
     codec = opened_codec(name, dtype)
-    with running_on(CUDA):
+    with running_on(CUDA, float64):
         parts, finite = encode_on_device(codec, blank(CUDA, 3, 2, 6, 8, 8))
     assert on(CUDA, {**parts, "finite": finite})
     pieces = [
@@ -214,10 +220,16 @@ def test_a_codec_works_where_the_features_are(name: str, dtype: str) -> None:
     whole = CodedPiece(codec, encode_level(codec, np.zeros((3, 6, 8, 8), np.float32)))
     copies = FakeCopies()
     sent = SentLevels.send(CodedLevels(3, {"l2": pieces, "l3": [whole]}), copies)
-    with running_on(CUDA):
+    with running_on(CUDA, float64):
         levels = sent.receive(copies)
     assert on(CUDA, levels)
     assert {(level.shape, level.dtype) for level in levels.values()} == {((3, 6, 8, 8), getattr(torch, dtype))}
+
+
+def test_the_fake_of_a_device_without_float64_has_none() -> None:
+    values = blank(CUDA, 2)
+    with running_on(CUDA, float64=False), pytest.raises(TypeError, match="cuda has no float64, and double makes"):
+        values.double()
 
 
 # Student, regressors, losses

@@ -78,8 +78,8 @@ class _Basis:
         basis, quantiser, level = codec.basis, codec.quantiser, codec.level
 
         def on_device(array: Array) -> Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device)
-            return tensor.float() if tensor.is_floating_point() else tensor
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            return (tensor.float() if tensor.is_floating_point() else tensor).to(device)  # some have no float64
 
         by_region, places = basis.by_region()
         back = np.argsort(by_region)

@@ -3,7 +3,7 @@
 One rule: an encoder gives what its codec's reference gives, bit for bit; under `transform`, whose sums have another
 order, but for values that lie within 1e-9 steps of where a symbol changes. What a sample lost is measured on its own
 symbols, so it is stated as it is. Levels of a codec without an encoder leave the device as float32 features, and the
-reference encodes them on the host.
+reference encodes them on the host; so do all that are not merely rounded where the device has no float64.
 """
 
 from __future__ import annotations
@@ -187,6 +187,14 @@ def _to_symbols(numbers: Tensor, wide: int) -> Tensor:
 
 ENCODERS: dict[str, Encode] = {"cast": _cast, INT8: _int8, TOPK: _topk, TRANSFORM: _transform}
 _FEATURES = "features"  # in place of parts, on their way to the reference
+_WITHOUT_FLOAT64: Final = frozenset({"mps"})
+_ONLY_ROUND: Final = frozenset({"cast"})
+
+
+def encoder_for(codec: str, device: torch.device) -> Encode | None:
+    """The encoder of a codec on a device; None where the reference encodes on the host."""
+    in_float32 = codec in _ONLY_ROUND or device.type not in _WITHOUT_FLOAT64
+    return ENCODERS.get(codec) if in_float32 else None
 
 
 def encode_on_device(codec: LevelCodec, features: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -194,7 +202,7 @@ def encode_on_device(codec: LevelCodec, features: Tensor) -> tuple[dict[str, Ten
 
     Shapes: (n, V, C, h, w) -> {part: (n, V, ..)}, (n,) bool.
     """
-    encode = ENCODERS.get(codec.level.codec.name)
+    encode = encoder_for(codec.level.codec.name, features.device)
     parts = {} if encode is None else encode(codec, features)
     finite = [_finite_rows(values) for values in (features, *parts.values())]
     return parts or {_FEATURES: features.float()}, torch.stack(finite).all(dim=0)

@@ -68,6 +68,22 @@ def _copy(tensor: FakeTensor) -> Tensor:
     return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
+class _RefusesFloat64(TorchFunctionMode):
+    """Nothing of the device is float64."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **dict(kwargs or {}))
+        if isinstance(result, Tensor) and (result.device.type, result.dtype) == (self.device, torch.float64):
+            raise TypeError(f"{self.device} has no float64, and {getattr(func, '__name__', func)} makes some there")
+        return result
+
+
 @contextmanager
 def moved_to(device: str) -> Iterator[None]:
     """For what loads: what moves to the device is fake from then on."""
@@ -76,12 +92,14 @@ def moved_to(device: str) -> Iterator[None]:
 
 
 @contextmanager
-def running_on(device: str) -> Iterator[None]:
-    """For what computes: all that is made is fake."""
+def running_on(device: str, float64: bool = True) -> Iterator[None]:
+    """For what computes: all that is made is fake. Without `float64`, what makes some there raises, as on Apple's."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         stack.enter_context(_Moves(device, loads=False))
         stack.enter_context(_FAKES)
+        if not float64:
+            stack.enter_context(_RefusesFloat64(device))
         yield
 
 

@@ -18,8 +18,9 @@ from dtpipe.distill.stream.data import StoredData, TrainingData, open_data
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.stream.stream import FeatureStream
-from dtpipe.distill.trainer import stream_settings
+from dtpipe.distill.trainer import stream_settings, train
 from dtpipe.extract.noise import draw_noise
+from dtpipe.manifests.codecs.fitted import fitted_names
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
@@ -27,6 +28,7 @@ from dtpipe.pipeline.live.source import LiveData
 from dtpipe.pipeline.live.teacher import LiveRecipes, open_live
 from parts import sd_pipelines
 from parts.extractions import Extract, MakeConfig, live_config
+from parts.fits import relative_mse
 from parts.settings import build
 from parts.teachers import gan_network
 
@@ -192,6 +194,48 @@ def test_joined_timesteps_are_encoded_at_the_timestep_of_the_view(extract: Extra
         np.testing.assert_allclose(levels["l2"], stored[nearest], **TOLERANCE)
         seen[nearest] += 1
     assert min(seen.values()) > 0
+
+
+def test_live_samples_are_coded_by_the_fit_of_their_dataset(extract: Extract) -> None:
+    """With the stored draws they are the cached ones. With draws of their own they lie from the true features, which a
+    dataset without a fit holds, about as far as the fit was for; the cached ones beside them stay as stored."""
+    coded = extract("coded", codec={"max_error": 0.1})
+    true = FeatureDataset.open(extract("true", noise={"timesteps": [50], "draws": 3}, shard={"dtype": "float32"}))
+    stored = samples(stream_of(config(coded)).batches(StreamPosition()))
+    forced = stream_of(config(coded, reencode=1.0))
+    assert isinstance(forced.source, FeatureDataset) and forced.live is not None
+    forced.live = StoredDraws(forced.live, forced.source)
+    for at, (_, levels) in samples(forced.batches(StreamPosition())).items():
+        assert max(relative_mse(levels[name], stored[at][1][name]) for name in LEVELS) < 1e-3  # a symbol may turn over
+    errors = []
+    for (epoch, key), (_, levels) in samples(stream_of(config(coded, reencode=0.5)).batches(StreamPosition())).items():
+        if not np.array_equal(levels["l2"], stored[epoch, key][1]["l2"]):
+            row = true.columns.row_of(key)
+            errors += [relative_mse(levels[name], read_level(true, name, row, 1 + epoch)) for name in LEVELS]
+    assert 2 < len(errors) / len(LEVELS) < 14
+    assert 0.03 < np.mean(errors) < 0.3
+
+
+def test_datasets_under_different_fits_are_joined_each_by_its_own(extract: Extract, tmp_path: Path) -> None:
+    urls = [
+        extract("fine", codec={"max_error": 0.02}),
+        extract("coarse", codec={"max_error": 0.3}, noise={"timesteps": [150]}),
+    ]
+    fine, coarse = map(FeatureDataset.open, urls)
+    assert set(fitted_names(*fine.levels)).isdisjoint(fitted_names(*coarse.levels))
+    seen = set()
+    for batch in stream_of(config(*urls, join=True)).batches(StreamPosition()):
+        for idx, key in enumerate(batch.keys):
+            for name in LEVELS:
+                timestep = int(batch.timesteps[name][idx])
+                part = {50: fine, 150: coarse}[timestep]
+                expected = read_level(part, name, part.columns.row_of(key), 0)
+                np.testing.assert_allclose(batch.levels[name][idx], expected, rtol=2**-9, atol=1e-3)
+                seen.add(timestep)
+    assert seen == {50, 150}
+    small = {"student": {"name": "test_resnet"}, "regressor": {"width": 8}}
+    result = train(config(*urls, join=True, out=str(tmp_path / "run"), **small), StoredData())
+    assert result.num_steps == 4
 
 
 def test_joined_teachers_each_give_their_own_levels(extract: Extract, ddpm: Path, other_ddpm: Path) -> None:
