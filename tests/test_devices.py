@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dtpipe.distill.config import LossConfig, RegressorConfig
 from dtpipe.distill.downstream.extractors import student_extractor
 from dtpipe.distill.downstream.frozen.knn import knn_votes
-from dtpipe.distill.downstream.frozen.linear import LinearClassifier
+from dtpipe.distill.downstream.frozen.linear import LinearClassifier, _round_units
 from dtpipe.distill.downstream.frozen.readout import Readout, masks_at_stride
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.heads.classifier import CLASS
@@ -265,6 +265,15 @@ def loss_of(kind: LossKind, whitening: Whitening = "layer") -> Tensor:
 def test_a_loss_is_computed_where_the_levels_are(name: str, whitening: Whitening) -> None:
     value = loss_of(LOSSES[name], whitening)
     assert (value.device.type, value.shape) == (CUDA, ())
+
+
+def test_statistics_and_units_of_a_probe_need_no_float64_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtpipe.distill.engine.device._WITHOUT_FLOAT64", {CUDA})
+    with running_on(CUDA, float64=False):
+        statistics = ChannelStatistics.of(blank(CUDA, 2, 6, 8, 8, dtype=torch.float16))
+        units = _round_units(blank(CUDA, 6, 6), 0.25, 0.1)
+    assert on("cpu", {"mean": statistics.mean, "variance": statistics.variance})
+    assert on(CUDA, {"units": units})
 
 
 def test_a_loss_or_regressor_with_a_tensor_on_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

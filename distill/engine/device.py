@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 
 from dtpipe.manifests.errors import ConfigError
+
+_WITHOUT_FLOAT64: Final = frozenset({"mps"})
 
 
 def training_device(name: str) -> torch.device:
@@ -26,6 +29,11 @@ def training_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())  # by number: each thread has a current GPU of its own
+
+
+def as_float64(values: torch.Tensor) -> torch.Tensor:
+    """On the device of the values, or on the CPU where that device has no float64."""
+    return (values.cpu() if values.device.type in _WITHOUT_FLOAT64 else values).double()
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

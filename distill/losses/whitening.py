@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dtpipe.distill.engine.device import as_float64
+
 Whitening = Literal["layer", "channel", "dataset", "none"]
 WHITEN_EPS = 1e-5  # of torch's LayerNorm
 _DIMS = {"layer": (1, 2, 3), "channel": (1,)}
@@ -45,7 +47,7 @@ class ChannelStatistics:
     @classmethod
     def of(cls, level: Tensor) -> ChannelStatistics:
         """Of some samples. Shapes: (B, C, H, W)."""
-        values = level.double().movedim(1, 0).flatten(1)  # (C, B*H*W)
+        values = as_float64(level).movedim(1, 0).flatten(1)  # (C, B*H*W)
         mean = values.mean(dim=1)
         squares = (values - mean[:, None]).square().sum(dim=1)
         return cls(values.shape[1], mean.cpu(), squares.cpu())

@@ -31,10 +31,10 @@ def truncate(noise: Tensor, truncation: str, threshold: float | None) -> Tensor:
     if truncation == "clamp":
         return noise.clamp(-threshold, threshold)
     ndtr, ndtri = torch.special.ndtr, torch.special.ndtri
-    bound = torch.tensor(threshold, dtype=torch.float64, device=noise.device)
+    bound = torch.tensor(threshold, dtype=torch.float64)
     low, high = ndtr(-bound), ndtr(bound)
-    latent: Tensor = ndtri(low + ndtr(noise.double()) * (high - low))
-    return latent.clamp(-bound, bound).float()
+    latent: Tensor = ndtri(low + ndtr(noise.cpu().double()) * (high - low))  # some devices have no float64
+    return latent.clamp(-bound, bound).float().to(noise.device)
 
 
 def choose_rows(tables: Sequence[Table], noise: Tensor | None, batch: int) -> Tensor:

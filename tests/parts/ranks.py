@@ -15,6 +15,10 @@ from torch.nn.parallel import distributed  # noqa: F401  imported once, not in e
 
 from dtpipe.manifests.errors import DtpipeError
 
+# Autograd starts its threads at the first backward pass, none where that is on the CPU and before dynamo's or a fake
+# device's; a fork of a process that has some refuses all backward passes.
+torch.ones(1, requires_grad=True).sum().backward()
+
 
 def fork_ranks(call: Callable[[int], Any], folder: Path, size: int) -> list[Any]:
     """What `call(rank)` returns in each of `size` processes, or its error's type, sentence and exit code; None if it

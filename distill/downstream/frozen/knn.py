@@ -89,7 +89,7 @@ def _leave_one_out(features: Tensor, labels: Tensor, num_classes: int, k: int, t
         return None
     k = min(k, len(features) - 1)
     votes = knn_votes(features, features, labels, num_classes, k, temperature, leave_one_out=True)
-    return float((votes.argmax(dim=1) == labels).double().mean())
+    return float((votes.argmax(dim=1) == labels).cpu().double().mean())
 
 
 TASK = Task(

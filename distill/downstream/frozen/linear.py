@@ -17,6 +17,8 @@ from scipy.optimize import minimize  # type: ignore[import-untyped]
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from dtpipe.distill.engine.device import as_float64
+
 Vector = npt.NDArray[np.float64]
 
 
@@ -74,10 +76,11 @@ def in_span(features: Tensor) -> tuple[Tensor | None, Tensor]:
 
 def _round_units(gram: Tensor, curvature: float, l2: float) -> Tensor:
     """Units (R, R) in which the objective curves about equally in all directions: weight = scaled @ units."""
-    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    factor = torch.linalg.cholesky(curvature * gram.double() + l2 * identity)
+    precise = as_float64(gram)
+    identity = torch.eye(len(gram), dtype=torch.float64, device=precise.device)
+    factor = torch.linalg.cholesky(curvature * precise + l2 * identity)
     units: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return units.to(gram.dtype)
+    return units.to(gram)
 
 
 def _minimise(

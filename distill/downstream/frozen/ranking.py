@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dtpipe.distill.downstream.labelled import IGNORE
+from dtpipe.distill.engine.device import as_float64
 
 LARGEST_LOGIT = 16.0
 """Surer answers count as this sure."""
@@ -26,8 +27,8 @@ class ForegroundRanking:
     def add(self, truth: Tensor, logits: Tensor) -> None:
         """Take in cells. Shapes: truth (B, h, w) of 0, 1 and `IGNORE`; logits (B, h, w) of the foreground."""
         known = truth != IGNORE
-        clamped = logits[known].double().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
-        places = truth[known] * _NUM_BINS + ((clamped + LARGEST_LOGIT) / BIN).round().long()
+        clamped = as_float64(logits[known]).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        places = truth[known].to(clamped.device) * _NUM_BINS + ((clamped + LARGEST_LOGIT) / BIN).round().long()
         self.counts += torch.bincount(places, minlength=len(self.counts)).cpu()
 
     def average_precision(self) -> float | None:
