@@ -29,7 +29,7 @@ UPRIGHT = ("-s", "eval.tune.augment.flip=0")
 """Mirrored digits are none."""
 GRIDS = {
     "segment": "0.001,0.003,0.01,0.03",
-    "detect": "0.001,0.003,0.01",
+    "detect": "0.001,0.003,0.01,0.03",
     "finetune": "0.0003,0.001,0.003,0.01",
 }
 """Learning rates that each arm chooses from: wide enough that the best is not at an end."""
