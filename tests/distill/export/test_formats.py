@@ -10,7 +10,8 @@ import ast
 import json
 import pickle
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ TINY = ([3, 3, 9, 3], [96, 192, 384, 768])
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
     """An export of a student in a layout, made once, and the student."""
     root = tmp_path_factory.mktemp("exports")
 
@@ -53,7 +54,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
     def export(name: str, layout: str) -> tuple[ExportResult, Student]:
         return export_student(checkpoint(name), root / f"{name} {layout}", layout), load_student(checkpoint(name))
 
-    return export
+    yield export
+    shutil.rmtree(root)  # most of a gigabyte
 
 
 def run_code(code: str) -> Any:

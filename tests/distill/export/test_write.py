@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class Elsewhere:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
     """One process for all: imports cost more than training."""
     root, code, images = tmp_path_factory.mktemp("ex ports"), ALONE, {}
     for name, layout in EXPORTED:
@@ -114,7 +115,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
     torch.save(images, root / "in.pt")
     code += "torch.save((pooled, tuned), sys.argv[2])\n"
     subprocess.run([sys.executable, "-c", code, str(root / "in.pt"), str(root / "out.pt")], check=True, cwd=root)
-    return Elsewhere(root, images, *torch.load(root / "out.pt", weights_only=True))
+    yield Elsewhere(root, images, *torch.load(root / "out.pt", weights_only=True))
+    shutil.rmtree(root)  # half a gigabyte
 
 
 @pytest.mark.parametrize(
