@@ -11,7 +11,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from parts.paths import REPO
+
+BESIDE_TORCH = {"triton"}
+"""What torch's build for GPUs brings in the one version that fits it; nobody else may name one."""
 
 FOLDERS = ("manifests", "extract", "distill", "pipeline")
 
@@ -118,7 +121,8 @@ def requirements(*extras: str) -> set[str]:
     for line in (line for extra in extras for line in project["optional-dependencies"][extra]):
         own = re.match(r"dtpipe\[(.*)\]", line)
         names |= requirements(*own[1].split(",")) if own else {_distribution(line)}
-    return names | {_distribution(line) for line in project["dependencies"]}
+    names |= {_distribution(line) for line in project["dependencies"]}
+    return names | (BESIDE_TORCH & {_distribution(line) for line in requires("torch") or ()})
 
 
 def _distribution(requirement: str) -> str:

@@ -74,7 +74,8 @@ def test_recompute_finds_the_stored_features(make_synthetic: MakeConfig) -> None
     teacher = load_teacher(config.teacher)
     recipe = FeatureDataset.open(url).recipe
 
-    def recompute(images: np.ndarray, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    def recompute(images: np.ndarray, keys: Sequence[str], batch_size: int) -> dict[str, np.ndarray]:
+        assert batch_size == recipe.compute.batch_size
         encoded = encode(teacher, recipe_rows(recipe, teacher.spec, keys, images), "cpu", recipe.compute)
         assert encoded.images is not None
         np.testing.assert_array_equal(encoded.images, images)

@@ -97,11 +97,11 @@ def test_what_was_waited_for_is_not_tried_again_by_the_reader(server, monkeypatc
     reader = ImageReader(source, build_listing(items, "source"), TransformRecipe(height=32, width=32), 10**6)
     assert reader.image(0).shape == (32, 32, 3)
     server.faults[:] = [Fault(BUSY)]
-    with pytest.raises(InputError, match="503"):
+    with pytest.raises(InputError, match="503|no answer"):  # a busy machine answers late
         reader.image(1)
     server.seen.clear()
     time.sleep(IMPATIENT.total_s)
-    with pytest.raises(InputError, match=rf"sample {re.escape(items[2].key)}: .*503"):
+    with pytest.raises(InputError, match=rf"sample {re.escape(items[2].key)}: .*(503|no answer)"):
         reader.image(2)
     assert len(server.seen) == 1  # the deadline of the outage had passed
 

@@ -196,7 +196,8 @@ def test_a_dataset_of_an_untrained_teacher_is_made_again_and_says_what_it_is(ext
     assert dataset.recipe.teacher.options["untrained"] == 5 and dataset.manifest.digest != trained.manifest.digest
     assert "untrained" not in trained.recipe.teacher.options
     rows = dataset.columns.ok_rows[:2]
-    again = Recomputation(first, None, "cpu")(read_images(dataset, rows), [dataset.columns.keys[row] for row in rows])
+    keys = [dataset.columns.keys[row] for row in rows]
+    again = Recomputation(first, None, "cpu")(read_images(dataset, rows), keys, dataset.recipe.compute.batch_size)
     for name, levels in again.items():  # float16 of what is computed
         assert np.array_equal(levels[:, 0].astype(np.float16), [read_level(dataset, name, int(row)) for row in rows])
     shown = CliRunner().invoke(inspect, [first])

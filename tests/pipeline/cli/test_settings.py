@@ -114,8 +114,8 @@ def test_one_value_in_the_place_of_two_is_not_called_missing(text: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("extract.batch_size", "many", ["extract.batch_size is 'many'", "integer"]),
-        ("extract.noise.timesteps", [-1.5], ["extract.noise.timesteps", "integer"]),
+        ("extract.batch_size", "many", ["extract.batch_size is 'many'", "whole number"]),
+        ("extract.noise.timesteps", [-1.5], ["extract.noise.timesteps", "whole number"]),
         ("extract.transform.px", "wide", ["extract.transform.px is 'wide'", " or "]),
         ("extract.shard.format", "lmdb", ["extract.shard.format is 'lmdb'", "'zarr' or 'webdataset'"]),
         ("extract.run.max_bad", 1.5, ["extract.run.max_bad is 1.5", "share"]),
