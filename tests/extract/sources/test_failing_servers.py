@@ -97,7 +97,7 @@ def test_what_was_waited_for_is_not_tried_again_by_the_reader(server, monkeypatc
     reader = ImageReader(source, build_listing(items, "source"), TransformRecipe(height=32, width=32), 10**6)
     assert reader.image(0).shape == (32, 32, 3)
     server.faults[:] = [Fault(BUSY)]
-    with pytest.raises(InputError, match="503|no answer"):  # a busy machine answers late
+    with pytest.raises(InputError, match=r"503|no answer"):  # a busy machine answers late
         reader.image(1)
     server.seen.clear()
     time.sleep(IMPATIENT.total_s)
