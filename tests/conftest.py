@@ -12,17 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from parts.extractions import Extract, MakeConfig, extract_config
 from parts.images import write_images
 
 # A sync takes 10 ms a file on a disk, and no test can see it: a killed process loses nothing of the page cache.
 os.fsync = lambda _: None
-
-# How fast examples are drawn, and how many thrown away, is luck and the machine's load, and says nothing of the code.
-settings.register_profile("suite", suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
-settings.load_profile("suite")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background job; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

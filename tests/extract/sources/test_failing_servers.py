@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,17 +92,18 @@ def test_a_source_that_fails_for_good_ends_with_what_failed_since_when(fault, se
 
 
 def test_what_was_waited_for_is_not_tried_again_by_the_reader(server, monkeypatch):
-    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", IMPATIENT)
+    late = replace(IMPATIENT, silence_s=10.0, attempt_s=10.0)  # so that a busy machine's late answer is an answer
+    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", late)
     source = open_source(f"{server.url}/images/")
     items = source.list()
     reader = ImageReader(source, build_listing(items, "source"), TransformRecipe(height=32, width=32), 10**6)
     assert reader.image(0).shape == (32, 32, 3)
     server.faults[:] = [Fault(BUSY)]
-    with pytest.raises(InputError, match=r"503|no answer"):  # a busy machine answers late
+    with pytest.raises(InputError, match="503"):
         reader.image(1)
     server.seen.clear()
     time.sleep(IMPATIENT.total_s)
-    with pytest.raises(InputError, match=rf"sample {re.escape(items[2].key)}: .*(503|no answer)"):
+    with pytest.raises(InputError, match=rf"sample {re.escape(items[2].key)}: .*503"):
         reader.image(2)
     assert len(server.seen) == 1  # the deadline of the outage had passed
 
