@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 from commands import OBJECTS, digit_scenes, run, with_seconds
@@ -74,16 +73,19 @@ class Study:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the studies asked for; print each table; write one JSON file each."""
+    """Run the studies asked for; print each table; write a JSON file for each."""
     args = parse(argv)
     for name in args.data:
         study = STUDIES[name]
         root = args.work / name
         study.prepare(args, root)
-        commands = [*pretraining(study, root, args), *tables(study, root, args)]
-        for command in commands:
+        students = pretraining(study, root, args)
+        for command in students:
             run(command, args.work)
-        report(study, root, args, commands)
+        for case in chosen(study, args):
+            evaluation = table(case, root, args)
+            run(evaluation, args.work)
+            report(study, case, root, args, [*students, evaluation])
     return 0
 
 
@@ -173,11 +175,6 @@ def pretraining(study: Study, root: Path, args: argparse.Namespace) -> list[list
     return [list(map(str, command)) for command in commands]
 
 
-def tables(study: Study, root: Path, args: argparse.Namespace) -> list[list[str]]:
-    """One evaluation of all arms and seeds for each table."""
-    return [table(case, root, args) for case in chosen(study, args)]
-
-
 def chosen(study: Study, args: argparse.Namespace) -> list[Case]:
     """The tables asked for."""
     return [case for case in study.cases if args.tables is None or case.name in args.tables]
@@ -210,16 +207,18 @@ def result_file(case: Case, root: Path) -> Path:
     return root / "tables" / f"{case.name}.json"
 
 
-def report(study: Study, root: Path, args: argparse.Namespace, commands: Sequence[Sequence[str]]) -> None:
+def report(study: Study, case: Case, root: Path, args: argparse.Namespace, commands: Sequence[Sequence[str]]) -> None:
     """Write what came out, with all that it takes to make it again."""
-    results: dict[str, Any] = {}
-    for case in chosen(study, args):
-        text = result_file(case, root).read_text(encoding="utf-8").replace(str(args.work), "WORK")
-        results[case.name] = json.loads(text)
-    lines = with_seconds(commands, args.work)
-    content = {"data": study.name, "protocol": PROTOCOL, "seeds": args.seeds, "commands": lines, "results": results}
+    text = result_file(case, root).read_text(encoding="utf-8").replace(str(args.work), "WORK")
+    content = {
+        "data": study.name,
+        "protocol": PROTOCOL,
+        "seeds": args.seeds,
+        "commands": with_seconds(commands, args.work),
+        "results": json.loads(text),
+    }
     digests = {study.name: teacher_digest(study.teacher)}
-    publish("downstream", content, args.out / f"downstream_{study.name}.json", digests)
+    publish("downstream", content, args.out / f"downstream_{case.name}.json", digests)
 
 
 if __name__ == "__main__":

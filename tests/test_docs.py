@@ -97,8 +97,8 @@ def test_the_readmes_results_are_those_of_the_benchmarks() -> None:
 
 
 def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark() -> None:
-    document = json.loads((REPO / "benchmarks" / "results" / "downstream_digits.json").read_text())
-    found, arms = document["results"]["segment"], ("distilled", "untrained", "random initialisation")
+    document = json.loads((REPO / "benchmarks" / "results" / "downstream_segment.json").read_text())
+    found, arms = document["results"], ("distilled", "untrained", "random initialisation")
     rows = README.partition("| fine-tuned, labelled scenes |")[2].splitlines()[2:5]
     for row, count in zip(rows, (5, 20, 80), strict=True):
         of_arm = {
