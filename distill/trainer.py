@@ -55,6 +55,7 @@ from dtpipe.manifests.stopping import StopRequest
 
 _MOST_WAITING = 0.05
 _REMEDY = "train anew with a lower distill.lr, a longer warm-up or distill.clip_grad"
+SMALLER = "train anew in another --out with --micro-batch, which takes each batch in smaller passes"
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def _course(config: DistillConfig, stream: FeatureStream, device: torch.device) 
         logged=with_r2,
         advice=lambda shares: waiting_advice(shares, config.run.read_threads, config.run.prefetch),
         remedy=_REMEDY,
+        smaller=SMALLER,
     )
 
 

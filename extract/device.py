@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dtpipe.manifests.errors import ConfigError
 
-from dtpipe.manifests.errors import ConfigError, DeviceMemoryError
-from dtpipe.manifests.words import count_of
-
-_NO_ROOM = ("out of memory", "can't allocate memory")  # what torch says of CUDA and MPS, and of the CPU
 RECOMPUTE = "give --device cpu, or verify with --level decode"
 NOTHING_YET = "nothing is written yet: give a smaller --batch-size"
 
@@ -34,27 +29,8 @@ def pick_device(name: str) -> str:
     return name
 
 
-@contextmanager
-def saying_what_to_lower(what: str, device: str, batch_size: int, remedy: str = "") -> Iterator[None]:
-    """In this block `what` goes through a network in batches.
-
-    `remedy`: what to do; empty: go on with a smaller batch, since what is committed stays.
-    Raises: DeviceMemoryError where the device, or the host, has no room for a batch.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as err:
-        text = str(err)
-        if not isinstance(err, MemoryError) and not any(words in text for words in _NO_ROOM):
-            raise
-        reason = text.splitlines()[0] if text else type(err).__name__
-        raise DeviceMemoryError(
-            f"{what}: {device} has no memory for {count_of(batch_size, 'image')} at once ({reason}); "
-            f"{remedy or _go_on(batch_size)}"
-        ) from err
-
-
-def _go_on(batch_size: int) -> str:
+def go_on_with_less(batch_size: int) -> str:
+    """What to do where a shard's batches of this size have no room."""
     stays = "all committed shards stay: run the same command again"
     if batch_size == 1:
         return f"{stays} where more memory is free"

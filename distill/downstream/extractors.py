@@ -18,6 +18,7 @@ from dtpipe.distill.stream.batch import scaled, student_images
 from dtpipe.distill.student.norms import batch_norms, fresh_statistics
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.phases import phase
 
 RANDOM_INIT = "random initialisation"
@@ -49,8 +50,12 @@ class FeatureExtractor:
         return self(self.read([labelled.keys[int(row)] for row in rows]))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Levels of a batch, without gradients. Raises: ShapeError when `encode` breaks its promise."""
-        with torch.no_grad():
+        """Levels of a batch, without gradients.
+
+        Raises: ShapeError when `encode` breaks its promise; DeviceMemoryError.
+        """
+        smaller = "run the same command again with a smaller eval.probe.batch_size, or --device cpu"
+        with saying_what_to_lower(self.name, "the device", len(images), smaller), torch.no_grad():
             levels = self.encode(images)
         for level, features in levels.items():
             if features.ndim != 4 or len(features) != len(images):

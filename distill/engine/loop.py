@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from typing import Generic
 
@@ -30,6 +30,7 @@ from dtpipe.distill.engine.seeds import step_seed
 from dtpipe.distill.engine.trainer import P, Trainer
 from dtpipe.manifests.differences import refuse_differences
 from dtpipe.manifests.errors import DivergedError
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.stopping import StopRequest
 
 _NUM_KEYS_SHOWN = 8
@@ -67,7 +68,8 @@ def run_in(
     A stop is asked for by signals, or by `stop` where no signal arrives. Only the first rank writes and calls
     `on_progress`.
 
-    Raises: DivergedError on a loss that is not finite; StoppedError after SIGTERM or SIGINT, once the state is saved.
+    Raises: DivergedError on a loss that is not finite; DeviceMemoryError; StoppedError after SIGTERM or SIGINT, once
+    the state is saved.
     """
     course, loop = trainer.course, Loop(trainer, ranks)
     listener = on_progress if folder is not None else None
@@ -122,21 +124,25 @@ class Loop(Generic[P]):
     def steps(self) -> Generator[P, None, None]:
         """Take the optimiser steps that are left; yields the last part's batch after each.
 
-        Raises: DivergedError naming the samples when a loss or a gradient is not finite.
+        Raises: DivergedError naming the samples when a loss or a gradient is not finite; DeviceMemoryError.
         """
         parts: list[tuple[P, Tensor]] = []
         for part in self.trainer.batches(self.step):
             if not parts:
                 torch.manual_seed(step_seed(self.trainer.course.seed, self.step, self.ranks.rank))
-            with self.trainer.watch.time("model"):
+            with self._room(part), self.trainer.watch.time("model"):
                 parts.append((part, self._accumulate(part)))
                 if part.last:
                     self._clip_and_check(parts)
             if part.last:
-                with self.trainer.watch.time("optimiser"):
+                with self._room(part), self.trainer.watch.time("optimiser"):
                     self._update(part)
                 parts = []
                 yield part
+
+    def _room(self, part: P) -> AbstractContextManager[None]:
+        what, course = f"step {self.step + 1}", self.trainer.course
+        return saying_what_to_lower(what, str(self.trainer.device), len(part.keys), course.smaller)
 
     def _accumulate(self, part: P) -> Tensor:
         """Add the gradients of a part of a global batch, weighted by its share of the samples; its loss, on the device.

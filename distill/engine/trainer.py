@@ -46,6 +46,8 @@ class Course:
     """A sentence on what to change, from the share of the time that each activity has."""
     remedy: str = "train anew with a lower learning rate"
     """What to do about a loss that is not finite."""
+    smaller: str = "train anew in another --out with a smaller batch size"
+    """What to do where a part of a batch has no room."""
 
     @property
     def num_epochs(self) -> int:

@@ -29,12 +29,12 @@ from dtpipe.distill.student.load import WEIGHTS, student_state
 from dtpipe.distill.student.student import build_student, spec_from_dict, spec_to_dict
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, ExportError, InputError, StoreError
 from dtpipe.manifests.labels import ClassTable, Pixels
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.records.document import read_document, write_document
 from dtpipe.manifests.records.files import FILES, file_digest
 from dtpipe.manifests.records.tensors import DIGEST_KEY, UNSEALED, check_tensors, seal_tensors
 from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import whole_files
-from dtpipe.manifests.words import count_of
 
 DISTILLED_KIND = "distill"
 """Of the checkpoints of distillations."""
@@ -61,18 +61,13 @@ class Predictor:
         """One prediction of the task's kind per image, at its size: a record of `tuned/predictions.py`.
 
         Shapes: images (H, W, 3) uint8 each, RGB, of any sizes.
-        Raises: ConfigError when the GPU has no room for them.
+        Raises: DeviceMemoryError.
         """
         device = next(self.network.parameters()).device
-        try:
+        smaller = "run the same command again with a smaller --batch-size, or --device cpu"
+        with saying_what_to_lower("predicting", str(device), len(images), smaller), torch.inference_mode():
             tensors = [image_tensor(image).to(device) for image in images]
-            with torch.inference_mode():
-                return list(cast(TaskNetwork, self.network).predict(tensors))
-        except torch.OutOfMemoryError as err:
-            raise ConfigError(
-                f"{device} has no memory for {count_of(len(images), 'image')} at once; lower --batch-size, or use "
-                "--device cpu"
-            ) from err
+            return list(cast(TaskNetwork, self.network).predict(tensors))
 
 
 def export_predictor(cell: str | Path, out: str | Path, ema: bool = True) -> Predictor:

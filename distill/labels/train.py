@@ -53,6 +53,7 @@ class InterpreterTraining:
             save_every=config.run.save_every,
             tracking=config.run,
             remedy="train anew in another --out with a lower interpret.lr",
+            smaller="train anew in another --out with a smaller interpret.batch_size",
         )
 
     def batches(self, step: int) -> Iterator[InterpreterBatch]:

@@ -201,6 +201,7 @@ def _course(config: TrainTeacherConfig, num_images: int, device: torch.device) -
         max_s=math.inf if config.run.max_hours is None else config.run.max_hours * 3600,
         tracking=config.run,
         remedy=_REMEDY,
+        smaller="train anew in another --out with a smaller train_teacher.batch_size",
     )
 
 

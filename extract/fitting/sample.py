@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtpipe.extract.device import NOTHING_YET, saying_what_to_lower
+from dtpipe.extract.device import NOTHING_YET
 from dtpipe.extract.fitting.base import FitRequest, OnFitted
 from dtpipe.extract.shards.producer import Job, PreparedRow, Producer
 from dtpipe.extract.shards.rows import BatchQueue
@@ -17,6 +17,7 @@ from dtpipe.extract.shards.timeline import ShardClock
 from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.write.listing import Listing, permutation
 

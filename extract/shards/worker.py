@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dtpipe.extract.device import saying_what_to_lower
+from dtpipe.extract.device import go_on_with_less
 from dtpipe.extract.shards.buffer import CodedBatch, ShardBuffer
 from dtpipe.extract.shards.memory import Room
 from dtpipe.extract.shards.producer import PreparedRow
@@ -30,6 +30,7 @@ from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ErrorBudgetError
 from dtpipe.manifests.layout.arrays import CodedRows
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, ShardEntry
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import commit_entry, commit_name, load_entry
@@ -96,8 +97,9 @@ class ShardWorker:
         batches = BatchQueue(self.producer, size, self._pool, self.index_rows(shard_idx), clock)
         encode = partial(encode_rows, self.plan.recipe, fitted=self.fitted)
         shard = ShardBuffer(self.plan.recipe, shard_idx, encode, self._coders, self._num_coders, self.room, clock)
+        no_room = saying_what_to_lower(f"shard {shard_idx}", self.context.device, size, go_on_with_less(size))
         try:
-            with self._producer_turn, saying_what_to_lower(f"shard {shard_idx}", self.context.device, size):
+            with self._producer_turn, no_room:
                 clock.lap("turn")
                 with self._timeline.producing(), exact(torch.device(self.context.device), compute.threads):
                     self._produce(shard, shard_idx, batches, clock)

@@ -16,6 +16,7 @@ from dtpipe.distill.config import DistillRecipeConfig
 from dtpipe.distill.labels.targets import soft_label_level
 from dtpipe.distill.stream.batch import flip_where
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
+from dtpipe.distill.trainer import SMALLER
 from dtpipe.extract.config import TeacherConfig
 from dtpipe.extract.encode import Rows, Sample, encode, stack_rows
 from dtpipe.extract.latents import Latents, StoredLatents
@@ -24,6 +25,7 @@ from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource
@@ -133,7 +135,8 @@ class LiveRecipes:
         for chunk in prepared:
             idxs = torch.from_numpy(chunk.idxs).to(images.device)
             seen = None if self.makes_images else flip_where(images[idxs], flip[idxs])
-            encoded = encode(chunk.part.opened.teacher, replace(chunk.rows, images=seen), images.device)
+            with saying_what_to_lower("encoding live", images.device.type, len(idxs), SMALLER):
+                encoded = encode(chunk.part.opened.teacher, replace(chunk.rows, images=seen), images.device)
             if self.makes_images:
                 assert encoded.images is not None
                 shown[idxs] = encoded.images

@@ -17,7 +17,7 @@ import numpy as np
 
 from dtpipe.extract.cluster.preflight import free_bytes
 from dtpipe.extract.config import ExtractConfig, ExtractRun
-from dtpipe.extract.device import NOTHING_YET, saying_what_to_lower
+from dtpipe.extract.device import NOTHING_YET
 from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards.buffer import CodedBatch
 from dtpipe.extract.shards.producer import PreparedRow, Producer
@@ -30,6 +30,7 @@ from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import InputError
 from dtpipe.manifests.layout.arrays import CodedRows, stored_arrays
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.pieces import blake3_of
 from dtpipe.manifests.schema import ComputeRecipe, IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store

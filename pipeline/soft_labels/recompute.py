@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.distill.labels.head import OpenHead, open_head
-from dtpipe.extract.device import RECOMPUTE, pick_device, saying_what_to_lower
+from dtpipe.extract.device import RECOMPUTE, pick_device
 from dtpipe.manifests.errors import ConfigError, DtpipeError
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.schema import IndexRow, Plan
 from dtpipe.manifests.soft_labels import live_features_of, soft_labels_of
 from dtpipe.manifests.store.store import Store

@@ -10,7 +10,7 @@ import pytest
 import torch
 from blake3 import blake3
 
-from dtpipe.extract.device import saying_what_to_lower
+from dtpipe.extract.device import go_on_with_less
 from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.queue import ShardQueue
 from dtpipe.extract.tally import ExtractResult
@@ -18,6 +18,7 @@ from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import VerifyReport, verify
 from dtpipe.manifests.errors import ConfigError, DeviceMemoryError, ManifestError, PlanChangedError
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import BatchRange
 from dtpipe.manifests.store.store import Store
@@ -200,10 +201,10 @@ def test_memory_that_failed_on_every_try_ends_the_run_and_other_faults_keep_thei
     assert queue.fail(task, full)  # another process may have taken it for a while
     with pytest.raises(DeviceMemoryError, match="no room"):
         queue.fail(task, full)
-    with pytest.raises(RuntimeError, match="shapes"), saying_what_to_lower("shard 0", "cpu", 4):
+    with pytest.raises(RuntimeError, match="shapes"), saying_what_to_lower("shard 0", "cpu", 4, "-"):
         raise RuntimeError("shapes do not fit")
     said = pytest.raises(
         DeviceMemoryError, match=r"cuda has no memory for 1 image at once .* where more memory is free"
     )
-    with said, saying_what_to_lower("shard 0", "cuda", 1):
+    with said, saying_what_to_lower("shard 0", "cuda", 1, go_on_with_less(1)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -80,6 +80,7 @@ class Line:
             advice=lambda _shares: "read faster",
             tracking=config.run,
             remedy="straighten it",
+            smaller="widen it",
         )
         rng = np.random.default_rng(7)
         self.inputs = torch.from_numpy(rng.standard_normal((NUM_ROWS, 3), np.float32))

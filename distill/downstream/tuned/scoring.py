@@ -17,6 +17,7 @@ from dtpipe.distill.engine.ranks import ALONE, Ranks
 from dtpipe.distill.stream.batch import scaled
 from dtpipe.manifests.errors import ConfigError, StoreError
 from dtpipe.manifests.labels import Pixels, Target
+from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.records.document import write_document
 
 PREDICTED = "predictions"
@@ -27,6 +28,7 @@ PASS_PX = 1 << 22
 OnScored = Callable[[int, int], None]
 """Hears how many images of how many have been predicted."""
 _T = TypeVar("_T")
+_SMALLER = "the training stays: run the same command again with a smaller eval.tune.run.score_batch"
 _ROOM = "make room, or use eval.tune.run.keep_predictions=false"
 
 
@@ -42,7 +44,7 @@ def score_network(
     """Scores on held-out images, each rank's share predicted there; the same on all ranks. `config` is resolved.
 
     In a folder the predictions are kept; `on_scored` hears of each image of the rank's own.
-    Raises: ConfigError for targets of another kind; StoreError.
+    Raises: ConfigError for targets of another kind; DeviceMemoryError; StoreError.
     """
     test = fit_targets(task, test)
     if not len(test):
@@ -71,8 +73,8 @@ def _predicted(
     network.eval()
     device = next(network.parameters()).device
     for batch in in_passes(in_order(test, rows), batch_size, lambda read: read[1].size // 3):
-        images = [image_tensor(image).to(device) for _, image, _ in batch]
-        with torch.inference_mode():
+        with saying_what_to_lower("scoring", str(device), len(batch), _SMALLER), torch.inference_mode():
+            images = [image_tensor(image).to(device) for _, image, _ in batch]
             predictions = cast(TaskNetwork, network).predict(images)
         for (row, _, target), prediction in zip(batch, predictions, strict=True):
             yield row, prediction, target

@@ -52,6 +52,7 @@ TUNED_KIND = "eval"
 MEASURED_VIEWS = 64
 """From which norms that stay as they are get their statistics, where they have none."""
 REMEDY = "train anew in another --out with a lower eval.tune.lr, a longer eval.tune.warmup or eval.tune.clip_grad"
+_SMALLER = "train anew in another --out with eval.tune.micro_batch, which takes each batch in smaller passes"
 
 
 @dataclass(frozen=True)
@@ -195,4 +196,5 @@ def _course(config: TuneConfig, order: BatchOrder, num_images: int, device: torc
         save_every_s=config.run.save_every_s,
         tracking=config.run,
         remedy=REMEDY,
+        smaller=_SMALLER,
     )

@@ -20,7 +20,7 @@ from dtpipe.distill.downstream.extractors import (
 )
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.student.student import StudentSpec
-from dtpipe.manifests.errors import ShapeError
+from dtpipe.manifests.errors import DeviceMemoryError, ShapeError
 from parts.labelled import with_classes
 
 SPEC = StudentSpec("resnet10t", 4, (32, 32))
@@ -34,6 +34,14 @@ def test_an_extractor_that_breaks_its_promise_is_refused() -> None:
     flat = FeatureExtractor("flat", lambda batch: {"l2": torch.zeros(len(batch), 4)})
     with pytest.raises(ShapeError, match=r"need \[B, C, h, w\]"):
         flat(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+
+
+def test_images_without_room_say_what_to_lower() -> None:
+    large = FeatureExtractor("teacher", lambda _images: {"l2": torch.empty(1 << 55)})
+    with pytest.raises(
+        DeviceMemoryError, match="teacher: the device has no memory for 2 images .* eval.probe.batch_size"
+    ):
+        large(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
 
 
 def test_raw_pixels_are_block_means() -> None:

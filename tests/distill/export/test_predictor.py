@@ -15,7 +15,7 @@ from dtpipe.distill.downstream.tuned.load import load_tuned
 from dtpipe.distill.export import predictor as module
 from dtpipe.distill.export.predictor import export_predictor, load_predictor
 from dtpipe.distill.stream.batch import scaled
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, ExportError, InputError
+from dtpipe.manifests.errors import ConfigError, DamagedDataError, DeviceMemoryError, ExportError, InputError
 from parts.damage import flip
 from parts.predictors import train_cell
 
@@ -120,3 +120,10 @@ def test_a_predictor_that_differs_is_not_written(cell: Path, tmp_path: Path, mon
     with pytest.raises(ExportError, match=r"the loaded predictor differs in head\."):
         export_predictor(cell, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_images_without_room_say_what_to_lower(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = load_predictor(folder)
+    monkeypatch.setattr(predictor.network, "predict", lambda _images: torch.empty(1 << 55))
+    with pytest.raises(DeviceMemoryError, match=r"predicting: cpu has no memory for 2 images .* smaller --batch-size"):
+        predictor.predict([IMAGE, IMAGE])

@@ -21,7 +21,7 @@ from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.trainer import stream_settings, train
 from dtpipe.extract.noise import draw_noise
 from dtpipe.manifests.codecs.fitted import fitted_names
-from dtpipe.manifests.errors import ConfigError, TeacherError
+from dtpipe.manifests.errors import ConfigError, DeviceMemoryError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.pipeline.live.source import LiveData
@@ -104,6 +104,13 @@ def test_with_the_stored_draws_forced_live_batches_equal_the_cached_ones_within_
         np.testing.assert_array_equal(fresh[at][0], image)
         for name in LEVELS:
             np.testing.assert_allclose(fresh[at][1][name], levels[name], **tolerance)
+
+
+def test_a_live_teacher_without_room_says_what_to_lower(extract: Extract, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = stream_of(config(extract("features"), reencode=1.0))
+    monkeypatch.setattr("dtpipe.pipeline.live.teacher.encode", lambda *_: torch.empty(1 << 55))
+    with pytest.raises(DeviceMemoryError, match=r"encoding live: cpu has no memory for \d images .* --micro-batch"):
+        next(stream.batches(StreamPosition()))
 
 
 def test_the_fresh_draw_of_an_epoch_is_the_one_that_extract_would_store_next(extract: Extract) -> None:

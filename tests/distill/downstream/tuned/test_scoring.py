@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dtpipe.distill.downstream.tuned import run as run_module
 from dtpipe.distill.downstream.tuned import scoring
@@ -13,7 +14,7 @@ from dtpipe.distill.downstream.tuned.base import TaskNetwork
 from dtpipe.distill.downstream.tuned.run import tune
 from dtpipe.distill.downstream.tuned.scoring import in_passes, score_network
 from dtpipe.distill.downstream.tuned.trainer import Tuning
-from dtpipe.manifests.errors import LockHeldError
+from dtpipe.manifests.errors import DeviceMemoryError, LockHeldError
 from dtpipe.manifests.store import hold
 from parts.line import CPU
 from parts.ranks import fork_ranks
@@ -49,6 +50,14 @@ def test_scores_of_small_passes_are_those_of_one(monkeypatch) -> None:
     )
     assert seen == [2, 2, 1] and heard == [(done, 5) for done in range(1, 6)]
     assert scores.value == pytest.approx(expected.value, abs=1e-3)  # a pixel at one half may fall to either side
+
+
+def test_images_without_room_say_what_to_lower(monkeypatch) -> None:
+    tuning = Tuning(tune_job(tune_config(), bright_halves(4, 0, masked=True), "segment"), CPU)
+    monkeypatch.setattr(tuning.scored, "predict", lambda _images: torch.empty(1 << 55))
+    said = r"scoring: cpu has no memory for 3 images at once \(.*\); the training stays: .* eval.tune.run.score_batch"
+    with pytest.raises(DeviceMemoryError, match=said):
+        score_network(tuning.job.task, tuning.scored, bright_halves(3, 1, masked=True), tuning.config)
 
 
 def test_a_training_that_is_scored_by_one_process_is_not_scored_by_another(tmp_path: Path, monkeypatch) -> None:
