@@ -39,7 +39,7 @@ def test_an_extractor_that_breaks_its_promise_is_refused() -> None:
 def test_images_without_room_say_what_to_lower() -> None:
     large = FeatureExtractor("teacher", lambda _images: {"l2": torch.empty(1 << 55)})
     with pytest.raises(
-        DeviceMemoryError, match="teacher: the device has no memory for 2 images .* eval.probe.batch_size"
+        DeviceMemoryError, match=r"teacher: the device has no memory for 2 images .* eval\.probe\.batch_size"
     ):
         large(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
 
