@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from commands import Command, digit_scenes, run_once, with_seconds
+from commands import Command, add_jobs, digit_scenes, run_groups, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
 from contrasts import AP, IOU, compared, holm, kept_gain, means, plain, verdict
 from gradients import compare_gradients
@@ -62,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Extract, train and score everything that is missing; print and write what came out."""
     args = parse(argv)
     digit_scenes(args.work, args.num_images, args.num_held_out)
-    commands = [*extractions(args), *(command for seed in range(args.seeds) for command in of_seed(args, seed))]
-    for command in commands:
-        run_once(command, args.work)
+    features, seeds = list(extractions(args)), [list(of_seed(args, seed)) for seed in range(args.seeds)]
+    run_groups([[command] for command in features], args.work, args.jobs)
+    run_groups(seeds, args.work, args.jobs)
+    commands = [*features, *(command for of_one in seeds for command in of_one)]
     gradients = [of_gradients(args, seed) for seed in range(args.seeds)]
     content = results(args, gradients) | {"commands": with_seconds(commands, args.work)}
     publish("codec_effect", content, args.out / "codec_effect.json", {"demo": teacher_digest(args.teacher)})
@@ -87,6 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-held-out", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batches", type=int, default=4, help=f"of {BATCH} images, for the gradients of a seed")
+    add_jobs(parser)
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-codec-effect")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser.parse_args(argv)

@@ -5,12 +5,16 @@ Each command goes on where it was stopped, so a benchmark made of them does too.
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from dtpipe.pipeline.demo.scenes import write_scenes
 
 SECONDS, FINISHED, OBJECTS = "seconds.json", "finished.json", "digits.json"
 Command = list[str]
+_kept = threading.Lock()
 
 
 def command_of(*words: object) -> Command:
@@ -27,29 +32,63 @@ def command_of(*words: object) -> Command:
     return [str(word) for word in words]
 
 
-def run(command: Sequence[str], work: Path) -> None:
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """The flag that `run_groups` goes by."""
+    parser.add_argument("--jobs", type=int, default=1, help="commands at a time; processor cores are divided by them")
+
+
+def run(command: Sequence[str], work: Path, threads: int | None = None) -> None:
     """Run one command, with its output on the terminal, and add to the seconds that it took so far."""
     line = written(command, work)
     print(f"\n$ {line}", flush=True)
     started = time.monotonic()
+    limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     try:
-        subprocess.run([sys.executable, "-m", "dtpipe.pipeline.cli.main", *command], check=True)
+        words = [sys.executable, "-m", "dtpipe.pipeline.cli.main", *command]
+        subprocess.run(words, check=True, env={**os.environ, **limits})
     finally:
-        spent = seconds(work)
-        spent[line] = round(spent.get(line, 0.0) + time.monotonic() - started, 1)
-        (work / SECONDS).write_text(json.dumps(spent, indent=1), encoding="utf-8")
+        with _kept:
+            spent = seconds(work)
+            spent[line] = round(spent.get(line, 0.0) + time.monotonic() - started, 1)
+            (work / SECONDS).write_text(json.dumps(spent, indent=1), encoding="utf-8")
 
 
-def run_once(command: Sequence[str], work: Path) -> None:
+def run_once(command: Sequence[str], work: Path, threads: int | None = None) -> None:
     """Run a command that has not finished, or whose --out is gone: one that has would only see that there is nothing
     left to do.
     """
-    path, line = work / FINISHED, written(command, work)
-    finished: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    if line in finished and Path(command[command.index("--out") + 1]).exists():
+    line = written(command, work)
+    with _kept:
+        finished = line in _finished(work)
+    if finished and Path(command[command.index("--out") + 1]).exists():
         return
-    run(command, work)
-    path.write_text(json.dumps(sorted({*finished, line}), indent=1), encoding="utf-8")
+    run(command, work, threads)
+    with _kept:
+        lines = sorted({*_finished(work), line})
+        (work / FINISHED).write_text(json.dumps(lines, indent=1), encoding="utf-8")
+
+
+def run_groups(groups: Iterable[Iterable[Command]], work: Path, jobs: int) -> None:
+    """Run each group's commands in their order, and so many groups at a time."""
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else None
+
+    def run_group(commands: Iterable[Command]) -> None:
+        for command in commands:
+            run_once(command, work, threads)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(run_group, group) for group in groups]
+        try:
+            for group in running:
+                group.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _finished(work: Path) -> list[str]:
+    path = work / FINISHED
+    lines: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return lines
 
 
 def seconds(work: Path) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
-from commands import OBJECTS, digit_scenes, run, with_seconds
+from commands import OBJECTS, Command, add_jobs, command_of, digit_scenes, run, run_groups, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
 from PIL import Image
 
@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = STUDIES[name]
         root = args.work / name
         study.prepare(args, root)
-        students = pretraining(study, root, args)
-        for command in students:
-            run(command, args.work)
+        of_seeds = [pretraining(study, root, args, seed) for seed in range(args.seeds)]
+        run_groups(of_seeds, args.work, args.jobs)
+        students = [command for of_seed in of_seeds for command in of_seed]
         for case in chosen(study, args):
             evaluation = table(case, root, args)
             run(evaluation, args.work)
@@ -102,6 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-held-out", type=int, default=300, help="scenes to score on")
     parser.add_argument("--epochs", type=int, help="of distillation, in place of the study's")
     parser.add_argument("--steps", type=int, help="of fine-tuning, in place of the preset's")
+    add_jobs(parser)
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-downstream")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     return parser.parse_args(argv)
@@ -160,19 +161,18 @@ STUDIES = {
 }
 
 
-def pretraining(study: Study, root: Path, args: argparse.Namespace) -> list[list[str]]:
-    """Features and student of both teachers, for each seed."""
+def pretraining(study: Study, root: Path, args: argparse.Namespace, seed: int) -> list[Command]:
+    """Features and student of both teachers, at a seed."""
     commands = []
-    epochs = ["--epochs", str(args.epochs), "--warmup-epochs", str(args.epochs / 10)] if args.epochs else []
-    for seed in range(args.seeds):
-        for arm, untrained in ((TEACHER, []), (UNTRAINED, ["--untrained", str(seed)])):
-            features, student = root / "features" / f"{arm}{seed}", root / f"{arm}{seed}"
-            places = ["--images", study.images(root), "--teacher", study.teacher, "--out", features]
-            seeds = ["-s", f"extract.noise.seed={seed}", "-s", f"extract.source.seed={seed}"]
-            commands.append(["extract", *study.extract, *untrained, *seeds, *places, "--inline"])
-            names = ["--student", STUDENT, "--seed", str(seed), "--out", student]
-            commands.append(["distill", features, *study.distill, *names, *epochs])
-    return [list(map(str, command)) for command in commands]
+    epochs = ["--epochs", args.epochs, "--warmup-epochs", args.epochs / 10] if args.epochs else []
+    for arm, untrained in ((TEACHER, []), (UNTRAINED, ["--untrained", seed])):
+        features, student = root / "features" / f"{arm}{seed}", root / f"{arm}{seed}"
+        places = ["--images", study.images(root), "--teacher", study.teacher, "--out", features]
+        seeds = ["-s", f"extract.noise.seed={seed}", "-s", f"extract.source.seed={seed}"]
+        commands.append(command_of("extract", *study.extract, *untrained, *seeds, *places, "--inline"))
+        names = ["--student", STUDENT, "--seed", seed, "--out", student]
+        commands.append(command_of("distill", features, *study.distill, *names, *epochs))
+    return commands
 
 
 def chosen(study: Study, args: argparse.Namespace) -> list[Case]:

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from commands import Command, run_once, with_seconds
+from commands import Command, run_groups, with_seconds
 from common import publish, teacher_digest
 from contrasts import AP, IOU, Question, answered, equivalence, means, plain
 from label_arms import (
@@ -64,13 +64,12 @@ PROTOCOL = {
 }
 
 
-def commands(args: argparse.Namespace) -> Iterator[Command]:
-    """Features and students of all variants, seed by seed, and one table of each seed."""
-    for seed in range(args.seeds):
-        made = list(students(args, seed))
-        yield from (command for _, command in made)
-        arms = {arm: [run_of(args, arm, seed)] for arm, _ in made if arm is not None}
-        yield frozen(args, seed, arms, table(args, TABLES, seed), args.draws)
+def of_seed(args: argparse.Namespace, seed: int) -> Iterator[Command]:
+    """Features and students of all variants, and the table of their scores."""
+    made = list(students(args, seed))
+    yield from (command for _, command in made)
+    arms = {arm: [run_of(args, arm, seed)] for arm, _ in made if arm is not None}
+    yield frozen(args, seed, arms, table(args, TABLES, seed), args.draws)
 
 
 def students(args: argparse.Namespace, seed: int) -> Iterator[tuple[str | None, Command]]:
@@ -97,9 +96,9 @@ def students(args: argparse.Namespace, seed: int) -> Iterator[tuple[str | None, 
 
 def report(args: argparse.Namespace) -> int:
     """Train and score every variant, and say what differs."""
-    made = list(commands(args))
-    for command in made:
-        run_once(command, args.work)
+    seeds = [list(of_seed(args, seed)) for seed in range(args.seeds)]
+    run_groups(seeds, args.work, args.jobs)
+    made = [command for of_one in seeds for command in of_one]
     scores = read_tables(args, TABLES)
     beside = [(num, score) for num in LABELLED for score in (IOU, AP) if (num, score) != (PRIMARY, IOU)]
     content: dict[str, Any] = {

@@ -21,7 +21,7 @@ from typing import Any
 
 import label_variants
 import numpy as np
-from commands import Command, command_of, digit_scenes, run_once, with_seconds
+from commands import Command, add_jobs, command_of, digit_scenes, run_groups, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
 from contrasts import AP, IOU, SEED_STEP, Question, Scores, answered, compared, means, plain, read_scores
 from label_arms import (
@@ -100,15 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_data(args)
     if args.part == "variants":
         return label_variants.report(args)
-    first = [*teachers(args), *pretraining(args), *rate_tables(args)]
-    for command in first:
-        run_once(command, args.work)
+    commands = side_by_side(args, ([command] for command in teachers(args)))
+    commands += side_by_side(args, (pretraining(args, seed) for seed in range(args.seeds)))
+    commands += side_by_side(args, ([command] for command in rate_tables(args)))
     rates = best_rates(args)
-    second = [*tuned_tables(args, rates), *frozen_tables(args)]
-    for command in second:
-        run_once(command, args.work)
-    publish("labels", results(args, rates, [*first, *second]), args.out / "labels_digits.json", digests(args))
+    commands += side_by_side(args, ([command] for command in tuned_tables(args, rates)))
+    commands += side_by_side(args, ([command] for command in frozen_tables(args)))
+    publish("labels", results(args, rates, commands), args.out / "labels_digits.json", digests(args))
     return 0
+
+
+def side_by_side(args: argparse.Namespace, groups: Iterable[Iterable[Command]]) -> list[Command]:
+    """Run groups of commands, `--jobs` at a time; all of them."""
+    listed = [list(group) for group in groups]
+    run_groups(listed, args.work, args.jobs)
+    return [command for group in listed for command in group]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -131,6 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150, help="of fine-tuning")
     parser.add_argument("--pixel-models", type=int, default=10, help="of the ensemble beside the interpreter")
     parser.add_argument("--max-pixels", type=int, help="that they learn from; default: all, as published")
+    add_jobs(parser)
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-labels")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args(argv)
@@ -182,19 +189,18 @@ def other_teacher(args: argparse.Namespace, idx: int) -> Path:
     return folder
 
 
-def pretraining(args: argparse.Namespace) -> Iterator[Command]:
-    """Features, interpreters, soft labels and students, seed by seed."""
-    for seed in range(args.seeds):
-        yield extraction(args, "teacher", seed)
-        yield extraction(args, "untrained", seed, "--untrained", seed)
-        yield student(args, FEATURE, seed, features_of(args, "teacher", seed))
-        yield student(args, UNTRAINED, seed, features_of(args, "untrained", seed))
-        yield student(args, MISMATCHED, seed, features_of(args, "teacher", seed), "--mismatch", seed)
-        for idx in range(1, 1 + args.num_teachers):
-            yield extraction(args, f"teacher{idx}", seed, teacher=other_teacher(args, idx))
-            yield student(args, f"teacher {idx}", seed, features_of(args, f"teacher{idx}", seed))
-        for draw in range(args.label_draws):
-            yield from labels(args, seed, draw)
+def pretraining(args: argparse.Namespace, seed: int) -> Iterator[Command]:
+    """Features, interpreters, soft labels and students of a seed."""
+    yield extraction(args, "teacher", seed)
+    yield extraction(args, "untrained", seed, "--untrained", seed)
+    yield student(args, FEATURE, seed, features_of(args, "teacher", seed))
+    yield student(args, UNTRAINED, seed, features_of(args, "untrained", seed))
+    yield student(args, MISMATCHED, seed, features_of(args, "teacher", seed), "--mismatch", seed)
+    for idx in range(1, 1 + args.num_teachers):
+        yield extraction(args, f"teacher{idx}", seed, teacher=other_teacher(args, idx))
+        yield student(args, f"teacher {idx}", seed, features_of(args, f"teacher{idx}", seed))
+    for draw in range(args.label_draws):
+        yield from labels(args, seed, draw)
 
 
 def rate_tables(args: argparse.Namespace) -> Iterator[Command]:

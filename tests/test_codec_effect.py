@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,36 @@ from dtpipe.distill.trainer import train  # noqa: E402
 SEEN = {"transform 0.5": {"holds": True}, "shuffled": {"holds": True}}
 
 
-def in_this_process(command: list[str], _work: Path) -> None:
+def in_this_process(command: list[str], _work: Path, _threads: int | None) -> None:
     """As `commands.run`, without a process for each."""
     said(*command)
+
+
+def test_groups_run_side_by_side_each_in_its_order_and_what_finished_does_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    met = threading.Barrier(2, timeout=60)  # passed by two groups at a time only
+
+    def run(command: list[str], _work: Path, threads: int | None) -> None:
+        name = command[-1]
+        if name.endswith("1"):
+            met.wait()
+        if Path(name).name == broken:
+            raise RuntimeError(name)
+        Path(name).mkdir()
+        ran.append(Path(name).name)
+
+    monkeypatch.setattr(commands, "run", run)
+    groups = [[["distill", "--out", str(tmp_path / f"{group}{idx}")] for idx in range(3)] for group in "ab"]
+    broken = "b2"
+    with pytest.raises(RuntimeError, match="b2"):
+        commands.run_groups(groups, tmp_path, 2)
+    assert [name for name in ran if name[0] == "a"] == ["a0", "a1", "a2"]
+    assert [name for name in ran if name[0] == "b"] == ["b0", "b1"]
+    broken = ""
+    commands.run_groups(groups, tmp_path, 2)
+    assert ran[5:] == ["b2"]
 
 
 def test_all_settings_are_scored_and_answered_in_miniature(
