@@ -69,12 +69,11 @@ def _bytes(teacher: PublishedTeacher) -> int:
     return 3 * height * width + sum(2 * channels * height * width // (1 << 2 * level) for level, channels in levels)
 
 
-def teacher_options(match: str | None = None) -> dict[str, str]:
+def teacher_options() -> dict[str, str]:
     """What `extract.teacher.options` may hold, by family, with defaults."""
     from dtpipe.extract.teachers.registry import teacher_kinds
 
-    kinds = {name: kind for name, kind in sorted(teacher_kinds().items()) if fnmatch.fnmatch(name, match or "*")}
-    return {name: _options(kind) for name, kind in kinds.items() if kind.options.model_fields}
+    return {name: _options(kind) for name, kind in sorted(teacher_kinds().items()) if kind.options.model_fields}
 
 
 def _options(kind: TeacherKind) -> str:

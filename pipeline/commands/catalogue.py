@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import click
@@ -16,6 +16,7 @@ HELP = """Name the teachers, sources, layouts, codecs, tasks, presets, regressor
 Example:
   dtpipe list
   dtpipe list students --match 'convnext*'
+  dtpipe list teachers --match adm-imagenet
 """
 
 
@@ -34,8 +35,11 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
             console.result(f"  {entry:<{width}} {text}".rstrip())
     if kind == "teachers":
         checkpoints = published(match)
-        _print_options(console, match)
         _print_published(console, checkpoints)
+        if match:
+            _print_details(console, {*document["teachers"], *(entry.kind for entry in checkpoints)}, checkpoints)
+        else:
+            console.result("\noptions of a family, and where a checkpoint is from: `dtpipe list teachers --match NAME`")
         document["published"] = [checkpoint.to_json() for checkpoint in checkpoints]
     if kind is None:
         console.result(
@@ -44,11 +48,17 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
     console.document(document)
 
 
-def _print_options(console: Console, match: str | None) -> None:
-    """The settings of each family, wrapped."""
-    console.result("\noptions, as -s extract.teacher.options.NAME=VALUE:")
-    for kind, text in teacher_options(match).items():
+def _print_details(console: Console, kinds: Collection[str], checkpoints: Sequence[Published]) -> None:
+    """The settings of families, wrapped, and the addresses of checkpoints."""
+    options = {kind: text for kind, text in teacher_options().items() if kind in kinds}
+    if options:
+        console.result("\noptions, as -s extract.teacher.options.NAME=VALUE:")
+    for kind, text in options.items():
         console.result(click.wrap_text(text, 110, f"  {kind:<16} ", " " * 19))
+    if checkpoints:
+        console.result("\nfrom:")
+    for entry in checkpoints:
+        console.result(f"  {entry.name}: {entry.url}")
 
 
 def _print_published(console: Console, checkpoints: Sequence[Published]) -> None:
@@ -63,6 +73,3 @@ def _print_published(console: Console, checkpoints: Sequence[Published]) -> None
             for entry in checkpoints
         ],
     )
-    console.result("from:")
-    for entry in checkpoints:
-        console.result(f"  {entry.name}: {entry.url}")

@@ -10,6 +10,7 @@ from dtpipe.extract.sources.names import ignored_text
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, ProgressLine, format_bytes, format_seconds
 from dtpipe.pipeline.cli.options import Call, Flag, command_line, settings_command
+from dtpipe.pipeline.init.write import PAPER_BATCH, batch_size_for, lr_for
 
 if TYPE_CHECKING:
     from dtpipe.extract.config import ExtractConfig
@@ -112,7 +113,9 @@ def _next(call: Call, result: ExtractResult) -> str:
     else:
         joined = call.settings("extract").shard.images == "joined"
         data = f"{result.url} DATASET_WITH_IMAGES --join" if joined else result.url
-    return f"dtpipe distill {data} --student resnet50 --out runs/first"
+    batch_size = batch_size_for(result.num_ok)
+    few = "" if batch_size == PAPER_BATCH else f" --batch-size {batch_size} --lr {lr_for(batch_size):g}"
+    return f"dtpipe distill {data} --student resnet50 --out runs/first{few}"
 
 
 def _say_before(call: Call, config: ExtractConfig) -> None:

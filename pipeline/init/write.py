@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _CONFIG, _SLURM, _RAY = "config.yaml", "slurm.sh", "ray.sh"
 FEW_STEPS = 40  # an epoch of fewer gets smaller batches
-_PAPER_BATCH, _LEAST_BATCH = 256, 16
+PAPER_BATCH, _LEAST_BATCH = 256, 16
 _PAPER_LR, _SMALL_LR = 4e-3, 1e-3
 _SPARE = 1.5  # of the time that was planned
 _UNKNOWN_HOURS = 24
@@ -62,9 +62,14 @@ class Project:
 def batch_size_for(num_samples: int | None) -> int:
     """The paper's 256 or, of few samples, the power of two that gives `FEW_STEPS` steps an epoch; 16 or more."""
     if num_samples is None:
-        return _PAPER_BATCH
+        return PAPER_BATCH
     fitting = 1 << math.floor(math.log2(max(num_samples / FEW_STEPS, 1)))
-    return max(_LEAST_BATCH, min(_PAPER_BATCH, fitting))
+    return max(_LEAST_BATCH, min(PAPER_BATCH, fitting))
+
+
+def lr_for(batch_size: int) -> float:
+    """The peak rate to begin with: the paper's for its batch."""
+    return _PAPER_LR if batch_size == PAPER_BATCH else _SMALL_LR
 
 
 def write_project(
@@ -98,7 +103,7 @@ def _values(
     batch_size = batch_size_for(num_samples)
     planned = [plan.seconds for plan in (extraction, training) if plan is not None]
     whole = len(planned) == 2
-    few = "" if batch_size == _PAPER_BATCH else f"; the paper's 256 gives {num_samples} samples few steps an epoch"
+    few = "" if batch_size == PAPER_BATCH else f"; the paper's 256 gives {num_samples} samples few steps an epoch"
     return {
         "config": _word(project.folder / _CONFIG),
         "slurm": _word(project.folder / _SLURM),
@@ -116,7 +121,7 @@ def _values(
         "epochs": project.epochs,
         "batch_size": batch_size,
         "batch_why": few,
-        "lr": f"{_PAPER_LR if batch_size == _PAPER_BATCH else _SMALL_LR:.1e}",
+        "lr": f"{lr_for(batch_size):.1e}",
         "figures": list(_figures(extraction, training)) or ["Nothing was measured: `dtpipe plan` does it."],
         "gpus": project.gpus,
         "cpus": 8 * project.gpus,

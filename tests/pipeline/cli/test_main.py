@@ -202,7 +202,8 @@ def test_extract_says_what_where_and_what_next(extraction: list[object], tmp_pat
     result = run(*extraction)
     assert f"wrote    {tmp_path / 'features'}" in result.stdout
     assert "8 ok, 0 bad, of 8" in result.stdout
-    assert f"next: dtpipe distill {tmp_path / 'features'}" in result.stdout
+    few = "--student resnet50 --out runs/first --batch-size 16 --lr 0.001"
+    assert f"next: dtpipe distill {tmp_path / 'features'} {few}\n" in result.stdout
     assert "8/8" in result.stderr
     assert run(*extraction).exit_code == 0
     changed = run(*extraction[:-1], "extract.batch_size=2")

@@ -49,8 +49,13 @@ def test_every_published_teacher_is_complete() -> None:
         KINDS[teacher.kind].options.model_validate(teacher.options)
 
 
-def test_list_teachers_prints_families_options_and_published_files() -> None:
+def test_list_teachers_prints_families_and_published_files_and_of_those_that_match_all_there_is() -> None:
     text = CliRunner().invoke(main, ["list", "teachers"]).stdout
-    assert "guided-diffusion" in text and "inversion_stride=10" in text and "adm-imagenet " in text
+    assert "guided-diffusion" in text and "adm-imagenet " in text and "list teachers --match NAME" in text
+    assert "inversion_stride=10" not in text and "https://" not in text
+    text = CliRunner().invoke(main, ["list", "teachers", "--match", "adm-imagenet"]).stdout
+    assert "inversion_stride=10" in text and "https://openaipublic" in text and "biggan" not in text
+    text = CliRunner().invoke(main, ["list", "teachers", "--match", "module"]).stdout
+    assert "z_shape=null" in text and "from:" not in text
     document = json.loads(CliRunner().invoke(main, ["list", "teachers", "--json", "--match", "adm*"]).stdout)
     assert {each["kind"] for each in document["published"]} == {"adm"} == set(document["teachers"])
