@@ -20,6 +20,7 @@ WIDTH_IN, HEIGHT_IN = 4.6, 2.9
 _BARS_WIDTH_IN, _BAR_IN = 7.0, 0.1
 _LEAST_R2 = -0.5
 _LEAST_TOP = 0.02  # of scores that are all next to nothing
+_LARGEST_SCALE = 1.6  # pixels of a point: letters of 9 points
 _ASIDE = 0.035  # of the distance of two numbers of labels
 
 Series = tuple[Sequence[float], Sequence[float]]
@@ -46,6 +47,7 @@ def _figure(columns: int, size_in: tuple[float, float] = (WIDTH_IN, HEIGHT_IN)) 
 
 
 def _svg(figure: Figure, name: str) -> Markup:
+    """As wide as there is room, until its letters are larger than the page's."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -53,9 +55,8 @@ def _svg(figure: Figure, name: str) -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return Markup(
-        re.sub(r'(<svg[^>]*?) width="[^"]*pt" height="[^"]*pt"|(<svg[^>]*?) height="[^"]*pt"', r"\1\2", svg, count=1)
-    )
+    most_px = round(_LARGEST_SCALE * 72 * figure.get_figwidth())
+    return Markup(re.sub(r' width="[^"]*pt" height="[^"]*pt"', f' style="max-width: {most_px}px"', svg, count=1))
 
 
 def _legend(axis: Axes, **place: Any) -> None:

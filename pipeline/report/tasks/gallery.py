@@ -26,7 +26,7 @@ from dtpipe.pipeline.report.tasks.predictions import KeptPredictions, Said, as_s
 from dtpipe.pipeline.report.tasks.results import TaskResult
 from dtpipe.pipeline.sets import open_sets
 
-_MOST_PX, _PAGE_PX = 320, 980
+_MOST_PX = 320
 _MIN_SCORE, _SUREST = 0.3, 3
 """Of the objects that are drawn; so many of an image where none is as sure."""
 _NOBODY_KNOWS = (128, 128, 128)  # pixels without a label
@@ -89,7 +89,6 @@ def _gallery(
     return render(
         "gallery.html",
         arms=["labels", *columns],
-        width=max(150, min(_MOST_PX, _PAGE_PX // (2 + len(columns)))),
         images=images,
         legend=_in_order(legend, test.classes.names),
         caption=_caption(result, test),
