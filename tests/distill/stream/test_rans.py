@@ -15,14 +15,18 @@ import torch
 from dtpipe.distill.stream import decode
 from dtpipe.distill.stream.decode import SentLevels, keep_packed, unpacks_rans
 from dtpipe.distill.stream.transfer import DeviceCopies
+from dtpipe.distill.trainer import train
 from dtpipe.manifests.codecs import rans_tables
 from dtpipe.manifests.codecs.rans import compress, decompress
 from dtpipe.manifests.codecs.rans_tables import fit_tables
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset
 from parts import golden
+from parts.extractions import Extract
 from parts.fits import fit_levels
+from parts.memory import tiny_config
 from parts.paths import REPO
+from parts.runs import assert_equal_checkpoints
 
 INTERPRETED = "TRITON_INTERPRET"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +97,26 @@ def test_a_chunk_that_is_none_gives_no_features(tmp_path: Path, unpacking: None)
     assert features[0].isnan().all() and features[1].isfinite().all()
 
 
+@of_the_kernel
+def test_training_on_chunks_as_they_are_stored_takes_the_same_steps(
+    extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel and by the compiled loops: whole runs, weights and all."""
+    from dtpipe.distill.stream import rans
+
+    url = extract("coded", codec={"max_error": 0.1, "coder": "rans"}, max_bad=0)
+    unpacked, runs = [], {}
+    unpack = rans.unpack_on_device
+    monkeypatch.setattr(rans, "unpack_on_device", lambda *args: unpacked.append(1) or unpack(*args))
+    for name, packed in (("kernel", True), ("loops", False)):
+        monkeypatch.setattr(decode, "unpacks_rans", lambda _device, packed=packed: packed)
+        runs[name] = tiny_config(tmp_path / name, datasets=(url,), device=DEVICE.type)
+        train(runs[name])
+        assert bool(unpacked) == packed
+        unpacked.clear()
+    assert_equal_checkpoints(*(Path(config.run.out) / "last.pt" for config in runs.values()))
+
+
 def test_only_a_gpu_with_triton_takes_chunks_as_they_are_stored(tmp_path: Path, unpacking: None) -> None:
     assert not unpacks_rans(torch.device("cpu"))  # where the compiled loops are faster
     dataset = write(tmp_path)
@@ -141,8 +165,8 @@ def test_the_kernel_in_tritons_interpreter() -> None:
         "-p",
         "no:cacheprovider",
         "-k",
-        "kernel_gives or levels_that or none_gives",
+        "kernel_gives or levels_that or none_gives or training_on",
     ]
     environment = {**os.environ, INTERPRETED: "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, __file__], cwd=REPO, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout + done.stderr
