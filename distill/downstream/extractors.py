@@ -17,8 +17,7 @@ from dtpipe.distill.downstream.labelled import LabelledSet, SampleRows
 from dtpipe.distill.stream.batch import scaled, student_images
 from dtpipe.distill.student.norms import batch_norms, fresh_statistics
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
-from dtpipe.manifests.errors import ShapeError
-from dtpipe.manifests.memory import saying_what_to_lower
+from dtpipe.manifests.errors import ShapeError, saying_what_to_lower
 from dtpipe.manifests.phases import phase
 
 RANDOM_INIT = "random initialisation"

@@ -29,8 +29,7 @@ from dtpipe.distill.engine.run_folder import RunFolder, RunSettings, changed_fie
 from dtpipe.distill.engine.seeds import step_seed
 from dtpipe.distill.engine.trainer import P, Trainer
 from dtpipe.manifests.differences import refuse_differences
-from dtpipe.manifests.errors import DivergedError
-from dtpipe.manifests.memory import saying_what_to_lower
+from dtpipe.manifests.errors import DivergedError, saying_what_to_lower
 from dtpipe.manifests.stopping import StopRequest
 
 _NUM_KEYS_SHOWN = 8

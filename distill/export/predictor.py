@@ -27,9 +27,15 @@ from dtpipe.distill.downstream.tuned.trainer import TUNED_KIND
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.student.load import WEIGHTS, student_state
 from dtpipe.distill.student.student import build_student, spec_from_dict, spec_to_dict
-from dtpipe.manifests.errors import ConfigError, DamagedDataError, ExportError, InputError, StoreError
+from dtpipe.manifests.errors import (
+    ConfigError,
+    DamagedDataError,
+    ExportError,
+    InputError,
+    StoreError,
+    saying_what_to_lower,
+)
 from dtpipe.manifests.labels import ClassTable, Pixels
-from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.records.document import read_document, write_document
 from dtpipe.manifests.records.files import FILES, file_digest
 from dtpipe.manifests.records.tensors import DIGEST_KEY, UNSEALED, check_tensors, seal_tensors

@@ -16,8 +16,7 @@ from dtpipe.extract.shards.rows import BatchQueue
 from dtpipe.extract.shards.timeline import ShardClock
 from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.manifests.canonical import blake3_hex
-from dtpipe.manifests.errors import InputError
-from dtpipe.manifests.memory import saying_what_to_lower
+from dtpipe.manifests.errors import InputError, saying_what_to_lower
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.write.listing import Listing, permutation
 

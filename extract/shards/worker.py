@@ -28,9 +28,8 @@ from dtpipe.extract.shards.timeline import CODEC, ROWS, TEACHING, ShardClock, St
 from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
-from dtpipe.manifests.errors import ErrorBudgetError
+from dtpipe.manifests.errors import ErrorBudgetError, saying_what_to_lower
 from dtpipe.manifests.layout.arrays import CodedRows
-from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, ShardEntry
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import commit_entry, commit_name, load_entry

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dtpipe.extract.device import RECOMPUTE
 from dtpipe.manifests.check.measured import Measured
-from dtpipe.manifests.memory import saying_what_to_lower
+from dtpipe.manifests.errors import saying_what_to_lower
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.live.flip_error import measure
 from dtpipe.pipeline.live.recorded import open_teacher

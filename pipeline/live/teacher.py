@@ -24,8 +24,7 @@ from dtpipe.extract.noise import RowNoise, row_noise
 from dtpipe.extract.teachers.base import Teacher
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.codecs.base import LevelCodec
-from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError
-from dtpipe.manifests.memory import saying_what_to_lower
+from dtpipe.manifests.errors import ConfigError, DtpipeError, TeacherError, saying_what_to_lower
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource

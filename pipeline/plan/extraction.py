@@ -28,9 +28,8 @@ from dtpipe.extract.work import Work, refuse_lower_batch, work_of
 from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
 from dtpipe.manifests.codecs.registry import level_codecs
-from dtpipe.manifests.errors import InputError
+from dtpipe.manifests.errors import InputError, saying_what_to_lower
 from dtpipe.manifests.layout.arrays import CodedRows, stored_arrays
-from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.pieces import blake3_of
 from dtpipe.manifests.schema import ComputeRecipe, IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from dtpipe.distill.labels.head import OpenHead, open_head
 from dtpipe.extract.device import RECOMPUTE, pick_device
-from dtpipe.manifests.errors import ConfigError, DtpipeError
-from dtpipe.manifests.memory import saying_what_to_lower
+from dtpipe.manifests.errors import ConfigError, DtpipeError, saying_what_to_lower
 from dtpipe.manifests.schema import IndexRow, Plan
 from dtpipe.manifests.soft_labels import live_features_of, soft_labels_of
 from dtpipe.manifests.store.store import Store

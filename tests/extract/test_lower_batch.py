@@ -17,8 +17,13 @@ from dtpipe.extract.tally import ExtractResult
 from dtpipe.manifests.canonical import canonical_json
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import VerifyReport, verify
-from dtpipe.manifests.errors import ConfigError, DeviceMemoryError, ManifestError, PlanChangedError
-from dtpipe.manifests.memory import saying_what_to_lower
+from dtpipe.manifests.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    ManifestError,
+    PlanChangedError,
+    saying_what_to_lower,
+)
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import BatchRange
 from dtpipe.manifests.store.store import Store

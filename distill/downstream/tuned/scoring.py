@@ -15,9 +15,8 @@ from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.examples import fit_targets, in_order
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from dtpipe.distill.stream.batch import scaled
-from dtpipe.manifests.errors import ConfigError, StoreError
+from dtpipe.manifests.errors import ConfigError, StoreError, saying_what_to_lower
 from dtpipe.manifests.labels import Pixels, Target
-from dtpipe.manifests.memory import saying_what_to_lower
 from dtpipe.manifests.records.document import write_document
 
 PREDICTED = "predictions"
