@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
-from commands import OBJECTS, Command, add_jobs, command_of, digit_scenes, run, run_groups, with_seconds
+from commands import OBJECTS, Command, add_jobs, command_of, digit_scenes, run_groups, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
 from PIL import Image
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         students = [command for of_seed in of_seeds for command in of_seed]
         for case in chosen(study, args):
             evaluation = table(case, root, args)
-            run(evaluation, args.work)
+            run_groups([[evaluation]] * args.jobs, args.work, args.jobs)  # which share its trainings
             report(study, case, root, args, [*students, evaluation])
     return 0
 

@@ -1,13 +1,15 @@
 """The cells of a table of tuned arms: one training for each arm, number of labelled images and seed.
 
 Each has a folder of its own, named `ARM-NUMBER-SEED`, with the run and its score; finished ones are read, so that the
-same command goes on where it was stopped.
+same command goes on where it was stopped, and several share the work.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.run import TuneResult
 from dtpipe.distill.downstream.tuned.trainer import TuneJob
-from dtpipe.manifests.errors import DivergedError
+from dtpipe.manifests.errors import DivergedError, LockHeldError
 from dtpipe.manifests.labels import Class
+from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.arms import Arm
 from dtpipe.pipeline.labelled import split_by_key
 from dtpipe.pipeline.tune.rates import RateChoice, Train, choose_rate, with_rate
 
 RATES = "rates"
 """Folder of the trainings that chose rates, each in a folder of its cell's name."""
+_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -78,28 +82,82 @@ class TunedTable:
 def run_cells(table: TunedTable, out: Path, train: Train, note: Callable[[str], None]) -> ProbeResult:
     """Train and score every cell. Each seed draws other labelled images, the same ones for every arm.
 
-    Raises: as `distill.downstream.tuned.run.tune`.
+    Several processes may do this at once in one folder: each takes trainings that no other is at, and all end with
+    the whole table.
+
+    Raises: as `distill.downstream.tuned.run.tune`, but for LockHeldError.
     """
-    chosen: dict[tuple[str, int], RateChoice] = {}
-    scores, said = [], []
-    folders = folder_names([arm.name for arm in table.arms])
-    for cell in table.cells():
-        arm, num, seed = cell.arm, len(cell.labelled), cell.seed
-        begun = TuneJob(table.task, arm.student_for(seed), cell.labelled, table.config, seed)
-        job, start = begun.started_from(arm.decoder_for(seed))
-        said += [f"{arm.name} {start}"] if start else []
-        folder = out / f"{folders[cell.place]}-{num}-{seed}"
-        named = f"{table.task.name}: {arm.name}, {num} labelled, seed {seed}"
-        choice = chosen.get((arm.name, num)) if table.config.lr_choice == "first_seed" else None
-        if choice is None:
-            choice = choose_rate(job, out / RATES / folder.name, _named(train, named))
-            chosen[arm.name, num] = choice
-        choice, result, folder = _train(job, choice, cell.test, folder, _named(train, named), note)
-        scores.append(_score(cell, choice, result, folder))
-        note(f"{named}: {table.task.metric_name} {result.value:.3f} at lr {choice.lr:g}")
-        said += rate_notes(arm.name, num, table.config, choice)
-    notes = tuple(dict.fromkeys(said))
-    return ProbeResult(table.task.name, table.task.metric_name, len(table.test), tuple(scores), notes, headline(table))
+    cells = list(table.cells())
+    runner = _Runner(table, cells, out, train, note)
+    done: dict[int, _Finished] = {}
+    waited = False
+    while left := [place for place in range(len(cells)) if place not in done]:
+        num_chosen = len(runner.choices)
+        for place in left:
+            with suppress(LockHeldError):  # another process is at it
+                done[place] = runner.run(cells[place])
+        if len(left) == len(cells) - len(done) and num_chosen == len(runner.choices):
+            if not waited:
+                note(f"{count_of(len(left), 'training')} of this table are in the hands of other processes: waiting")
+            waited = True
+            time.sleep(_POLL_S)
+    finished = [done[place] for place in range(len(cells))]
+    notes = tuple(dict.fromkeys(note for each in finished for note in each.notes))
+    scores = tuple(each.score for each in finished)
+    return ProbeResult(table.task.name, table.task.metric_name, len(table.test), scores, notes, headline(table))
+
+
+@dataclass(frozen=True)
+class _Finished:
+    score: Score
+    notes: tuple[str, ...]
+
+
+class _Runner:
+    """Trains cells, and keeps the rates that were chosen for them."""
+
+    def __init__(
+        self, table: TunedTable, cells: Sequence[TunedCell], out: Path, train: Train, note: Callable[[str], None]
+    ) -> None:
+        self.table, self.out, self.train, self.note = table, out, train, note
+        self.folders = folder_names([arm.name for arm in table.arms])
+        self.choices: dict[str, RateChoice] = {}
+        """By folder of the cell whose labelled images chose."""
+        self._first: dict[tuple[str, int], TunedCell] = {}
+        for cell in cells:
+            self._first.setdefault((cell.arm.name, len(cell.labelled)), cell)
+
+    def run(self, cell: TunedCell) -> _Finished:
+        """Raises: LockHeldError while another process is at this training, or at one that chooses its rate."""
+        job, start = self._job(cell)
+        choice = self._choice(cell, job)
+        folder, named = self.out / self._folder(cell), self._named(cell)
+        choice, result, folder = _train(job, choice, cell.test, folder, _named(self.train, named), self.note)
+        self.note(f"{named}: {self.table.task.metric_name} {result.value:.3f} at lr {choice.lr:g}")
+        said = [f"{cell.arm.name} {start}"] if start else []
+        said += rate_notes(cell.arm.name, len(cell.labelled), self.table.config, choice)
+        return _Finished(_score(cell, choice, result, folder), tuple(said))
+
+    def _choice(self, cell: TunedCell, job: TuneJob) -> RateChoice:
+        by_first = self.table.config.lr_choice == "first_seed"
+        chooser = self._first[cell.arm.name, len(cell.labelled)] if by_first else cell
+        folder = self._folder(chooser)
+        if folder not in self.choices:
+            own = job if chooser.seed == cell.seed else self._job(chooser)[0]
+            train = _named(self.train, self._named(chooser))
+            self.choices[folder] = choose_rate(own, self.out / RATES / folder, train)
+        return self.choices[folder]
+
+    def _job(self, cell: TunedCell) -> tuple[TuneJob, str | None]:
+        """The training, and what its head starts from, in words."""
+        begun = TuneJob(self.table.task, cell.arm.student_for(cell.seed), cell.labelled, self.table.config, cell.seed)
+        return begun.started_from(cell.arm.decoder_for(cell.seed))
+
+    def _folder(self, cell: TunedCell) -> str:
+        return f"{self.folders[cell.place]}-{len(cell.labelled)}-{cell.seed}"
+
+    def _named(self, cell: TunedCell) -> str:
+        return f"{self.table.task.name}: {cell.arm.name}, {len(cell.labelled)} labelled, seed {cell.seed}"
 
 
 def _train(

@@ -5,7 +5,8 @@ Each fold is a training of its own in a folder, so a choice that was stopped goe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.run import TuneResult
 from dtpipe.distill.downstream.tuned.trainer import TuneJob
 from dtpipe.distill.engine.checkpoint import drop_previous
-from dtpipe.manifests.errors import DivergedError
+from dtpipe.manifests.errors import DivergedError, LockHeldError
 from dtpipe.manifests.labels import Class
 
 Train = Callable[[TuneJob, LabelledSet, Path, str], TuneResult]
@@ -46,14 +47,31 @@ def choose_rate(job: TuneJob, folder: Path, train: Train) -> RateChoice:
 
     Without a grid, or with too few images for two folds of every class, it is the `lr` of the settings. A fold in which
     nothing counts, such as images without objects, is learned from and has no score.
+
+    Raises: LockHeldError where another process is at some of the trainings, once all others are done.
     """
     grid, folds = job.config.lr_grid, fold_numbers(job.labelled, job.config.folds)
     if len(grid) == 1:
         return RateChoice(grid[0])
     if not grid or folds is None or not (scored := _scored_folds(job.labelled, folds)):
         return RateChoice(job.config.lr)
-    tried = tuple((lr, _score_rate(job, lr, folds, scored, folder, train)) for lr in grid)
-    return _best(tried)
+    tried: list[tuple[float, float | None]] = []
+    held: list[LockHeldError] = []
+    for lr in grid:
+        with _later(held):
+            tried.append((lr, _score_rate(job, lr, folds, scored, folder, train)))
+    if held:
+        raise held[0]
+    return _best(tuple(tried))
+
+
+@contextmanager
+def _later(held: list[LockHeldError]) -> Iterator[None]:
+    """A training that another process is at is left for when all others are done."""
+    try:
+        yield
+    except LockHeldError as err:
+        held.append(err)
 
 
 def _best(tried: tuple[tuple[float, float | None], ...]) -> RateChoice:
@@ -79,7 +97,8 @@ def _score_rate(
     job: TuneJob, lr: float, folds: NDArray[np.int64], scored: list[int], folder: Path, train: Train
 ) -> float | None:
     """Mean score of a rate over folds; None when a loss is not finite, which is a rate too high."""
-    values = []
+    values: list[float] = []
+    held: list[LockHeldError] = []
     for fold in scored:
         learned, left = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         run = job.config.run.model_copy(update={"keep_predictions": False, "trackers": (), "tensorboard": False})
@@ -87,11 +106,14 @@ def _score_rate(
         own = replace(job, labelled=job.labelled.subset(learned), config=config)
         place = folder / f"lr{lr:g}-fold{fold}"
         try:
-            values.append(train(own, job.labelled.subset(left), place, f"lr {lr:g}, fold {fold + 1}").value)
+            with _later(held):
+                values.append(train(own, job.labelled.subset(left), place, f"lr {lr:g}, fold {fold + 1}").value)
+                drop_previous(place / "last.pt")
+                (place / "last.pt").unlink(missing_ok=True)  # its score is all that is needed of it
         except DivergedError:
             return None
-        drop_previous(place / "last.pt")
-        (place / "last.pt").unlink(missing_ok=True)  # its score is all that is needed of it
+    if held:
+        raise held[0]
     return float(np.mean(values))
 
 

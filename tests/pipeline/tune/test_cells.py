@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,9 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.distill.downstream.tuned.run import TuneResult
 from dtpipe.distill.downstream.tuned.trainer import TuneJob
-from dtpipe.manifests.errors import DivergedError
+from dtpipe.manifests.errors import DivergedError, LockHeldError
+from dtpipe.manifests.store.hold import hold
+from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.arms import random_arm
 from dtpipe.pipeline.tune.cells import TunedTable, folder_names, rate_notes, run_cells
 from dtpipe.pipeline.tune.rates import RateChoice
@@ -66,6 +72,57 @@ def test_a_rate_that_proves_too_high_in_the_whole_training_is_followed_by_the_ne
     assert score.settings["folder"].endswith("-8-0-lr0.5")
     assert "lr 0.9: the loss is inf; now lr 0.5" in said[0]
     assert RateChoice(0.1, None, ((0.1, 0.3), (0.5, None))).next_best() is None
+
+
+class Shared:
+    """Trainings of a stub, each held by who is at it, as the engine holds its folders; of several threads."""
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+        self.met = threading.Barrier(2, timeout=60)
+        self._first = threading.local()
+
+    def __call__(self, job: TuneJob, test: LabelledSet, folder: Path, what: str) -> TuneResult:
+        score = folder / "score"
+        if not score.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "lock").open("w") as lock:
+                try:
+                    hold(lock)
+                except BlockingIOError as err:
+                    raise LockHeldError(str(folder)) from err
+                if not score.exists():
+                    self._train(job, folder, score)
+        return TuneResult(folder, folder / "last.pt", 1, 1, 1, 1, 0, {}, 1.0, 1.0, {}, value=float(score.read_text()))
+
+    def _train(self, job: TuneJob, folder: Path, score: Path) -> None:
+        if not getattr(self._first, "met", False):
+            self._first.met = True
+            self.met.wait()  # both are at a training of their own
+        time.sleep(0.002)
+        self.trained.append(str(folder))
+        write_whole(score, str(job.config.lr + len(job.labelled) / 100 + job.seed / 1000).encode())
+
+
+def test_two_processes_share_the_trainings_of_a_table_and_each_ends_with_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtpipe.manifests.store.hold._PATIENCE_S", 0.0)
+    monkeypatch.setattr("dtpipe.pipeline.tune.cells._POLL_S", 0.001)
+    config = tune_config(lr_grid=(0.1, 0.5, 0.9), folds=2, lr_choice="first_seed")
+    sets = bright_halves(12, 0), bright_halves(4, 1)
+    arms = [random_arm(STUDENT), replace(random_arm(STUDENT), name="other")]
+    whole = TunedTable(find_tuned("finetune"), arms, *sets, [8, 12], range(3), config)
+    shared, said = Shared(), list[str]()
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run_cells, whole, tmp_path / "both", shared, said.append) for _ in range(2)]
+        first, second = (run.result() for run in runs)
+    alone = Shared()
+    alone.met = threading.Barrier(1)
+    assert first == second == run_cells(whole, tmp_path / "alone", alone, said.append)
+    places = [str(Path(path).relative_to(tmp_path / "both")) for path in shared.trained]
+    assert sorted(places) == sorted(str(Path(path).relative_to(tmp_path / "alone")) for path in alone.trained)
+    assert len(set(places)) == len(places) == 2 * 2 * (3 * 2 + 3)  # labels, arms, rates x folds + seeds
 
 
 def test_every_arm_has_a_folder_of_its_own() -> None:
