@@ -194,7 +194,22 @@ def means(scores: Scores) -> list[dict[str, Any]]:
 def plain(scores: Scores) -> list[dict[str, Any]]:
     """All scores, a line for each arm, number of labelled images, score and seed."""
     return [
-        {"arm": arm, "labelled": num, "score": score, "seed": seed, "draws": list(draws.values())}
+        {"arm": arm, "labelled": num, "score": score, "seed": seed, "draws": [draws[draw] for draw in sorted(draws)]}
         for (arm, num, score), of_seed in scores.items()
         for seed, draws in of_seed.items()
     ]
+
+
+def from_plain(lines: Iterable[Mapping[str, Any]]) -> Scores:
+    """The inverse of `plain`, where draws count from 0."""
+    scores: Scores = {}
+    for line in lines:
+        key = (line["arm"], line["labelled"], line["score"])
+        scores.setdefault(key, {})[line["seed"]] = dict(enumerate(line["draws"]))
+    return scores
+
+
+def joined(one: Scores, other: Scores) -> Scores:
+    """All seeds of both."""
+    keys = dict.fromkeys((*one, *other))
+    return {key: {**one.get(key, {}), **other.get(key, {})} for key in keys}

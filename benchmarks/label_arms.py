@@ -20,6 +20,11 @@ PER_DRAW = (LABEL, MIX)
 """Arms with a student for each draw of labels."""
 
 
+def seeds_of(args: argparse.Namespace) -> range:
+    """The seeds of a call."""
+    return range(args.first, args.first + args.seeds)
+
+
 def features_of(args: argparse.Namespace, name: str, seed: int) -> Path:
     """Where a feature dataset lies."""
     return args.work / "features" / name / str(seed)

@@ -1,6 +1,7 @@
 """Is it the teacher's training that helps, and do few labels help on top? Features, labels and both, distilled.
 
     python benchmarks/labels.py                          # goes on where it was stopped
+    python benchmarks/labels.py --seeds 4 --add-to benchmarks/results/labels_digits.json     # four more seeds
     python benchmarks/labels.py --part variants          # after it: what single settings of feature distillation do
     python benchmarks/labels.py --seeds 2 --draws 2 --label-draws 1 --tuned-draws 1 --num-images 64 --num-held-out 32 \
         --epochs 1 --steps 4 --pixel-models 1 --max-pixels 512 --num-teachers 0 --rate-seeds 1 --work DIR   # a look
@@ -20,78 +21,34 @@ from pathlib import Path
 from typing import Any
 
 import label_variants
-import numpy as np
 from commands import Command, add_jobs, command_of, digit_scenes, run_groups, with_seconds
 from common import REPO, RESULTS, publish, teacher_digest
-from contrasts import AP, IOU, SEED_STEP, Question, Scores, answered, compared, means, plain, read_scores
+from contrasts import IOU, SEED_STEP, means, read_scores
 from label_arms import (
     BATCH,
     FEATURE,
-    LABEL,
-    LABELLED,
-    MIX,
     PER_DRAW,
-    PRIMARY,
     arm_words,
     extraction,
     features_of,
     frozen,
-    head_of,
     labels,
     masks_of,
     numbers,
-    read_tables,
     run_of,
+    seeds_of,
     student,
     table,
     tuning,
 )
-from PIL import Image
+from label_protocol import DIGITS, FROZEN, MASKS, MISMATCHED, PERMUTED, RATES, SCRATCH, TUNED, UNTRAINED
+from label_results import other_settings, results
 
-from dtpipe.distill.downstream.extractors import PATCHES, POSITION, RANDOM_INIT
+from dtpipe.distill.downstream.extractors import RANDOM_INIT
 from dtpipe.pipeline.demo.scenes import write_scenes
 
-UNTRAINED, MISMATCHED, MASKS = "untrained teacher", "mismatched pairs", "all masks"
-FROZEN, TUNED = "frozen", "tuned"
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-QUESTIONS = (
-    Question("feature - random, frozen", FEATURE, RANDOM_INIT, FROZEN, "+0.05 to +0.15"),
-    Question(
-        "feature - untrained teacher, frozen", FEATURE, UNTRAINED, FROZEN, "+0.02 to +0.10: the teacher's training"
-    ),
-    Question("label - feature, frozen", LABEL, FEATURE, FROZEN, "0 to +0.05"),
-    Question("mix - label, frozen", MIX, LABEL, FROZEN, "0 to +0.05"),
-    Question("feature - scratch, tuned", FEATURE, RANDOM_INIT, TUNED, "+0.01 to +0.04"),
-)
-PROTOCOL = {
-    "arms": {
-        FEATURE: "equation (3) on features of the trained teacher",
-        LABEL: f"equation (5) on soft labels of an interpreter that learned from {PRIMARY} masks; fine-tuned with its "
-        "decoder, as appendix G.4 does",
-        MIX: "equation (6), both; fine-tuned as label",
-        RANDOM_INIT: "no pre-training",
-        UNTRAINED: "as feature, from the teacher's network with weights as drawn",
-        "teacher 1, teacher 2": "as feature, with teachers of other training seeds",
-    },
-    "controls": {
-        MASKS: "a student that learned the masks of all scenes, by as many steps: must beat random by over 0.2 IoU",
-        MISMATCHED: "images with the features of other images: must gain at most 0.02 IoU on random",
-        "masks of other scenes": f"read-outs that learned them must not beat {POSITION!r}, which learned them too, by "
-        "0.02 in AP; IoU goes by how much is guessed, and is shown",
-    },
-    "scores": {
-        FROZEN: "held-out foreground IoU of a linear read-out of all levels at one regularisation, on cells of 4 px",
-        TUNED: "the same, on pixels, of UPerNet, backbone and head trained on the labels",
-    },
-    "rates": "distillation: 4e-3, the paper's. Fine-tuning: one for all arms, the best mean of feature and scratch on "
-    "other scenes with labels of their own; scratch's own best stands beside it",
-    "seeds": "vary weights, order and noise of pre-training; in each, scores of several draws of labels are averaged; "
-    "of label and mix each draw has an interpreter and students of its own, and contrasts take the draws of both arms",
-    "contrasts": {question.name: f"expected {question.expected}" for question in QUESTIONS},
-    "primary": f"IoU from {PRIMARY} labelled scenes; {LABELLED[-1]} and AP stand beside it. Interpreters learn from "
-    f"{PRIMARY} everywhere",
-    "verdict": "95 % intervals of differences paired by seed; p of Student's t, adjusted by Holm over the contrasts",
-}
+TEACHER_STEPS, TEACHER_IMAGES = 4200, 6000
+"""As the demo's teacher was trained."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,14 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_data(args)
     if args.part == "variants":
         return label_variants.report(args)
+    earlier = earlier_result(args)
     commands = side_by_side(args, ([command] for command in teachers(args)))
-    commands += side_by_side(args, (pretraining(args, seed) for seed in range(args.seeds)))
-    commands += side_by_side(args, ([command] for command in rate_tables(args)))
-    rates = best_rates(args)
+    if earlier and earlier["origin"]["teacher_digests"] != digests(args):
+        sys.exit(f"{args.add_to} is of other teachers; train those, or begin anew")
+    commands += side_by_side(args, (pretraining(args, seed) for seed in seeds_of(args)))
+    if earlier is None:
+        commands += side_by_side(args, ([command] for command in rate_tables(args)))
+    rates = earlier["rates"] if earlier else best_rates(args)
     commands += side_by_side(args, ([command] for command in tuned_tables(args, rates)))
     commands += side_by_side(args, ([command] for command in frozen_tables(args)))
-    publish("labels", results(args, rates, commands), args.out / "labels_digits.json", digests(args))
+    content = results(args, rates, with_seconds(commands, args.work), earlier)
+    publish("labels", content, args.out / "labels_digits.json", digests(args))
     return 0
+
+
+def earlier_result(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The one that seeds are added to; `args.first` becomes the next seed after it."""
+    if args.add_to is None:
+        return None
+    document: dict[str, Any] = json.loads(args.add_to.read_text(encoding="utf-8"))
+    if why := other_settings(args, document):
+        sys.exit(f"{args.add_to} cannot be added to: {why}")
+    args.first = document["seeds"]
+    return document
 
 
 def side_by_side(args: argparse.Namespace, groups: Iterable[Iterable[Command]]) -> list[Command]:
@@ -123,8 +96,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", choices=["main", "variants"], default="main")
     parser.add_argument("--teacher", type=Path, default=REPO / "pipeline" / "demo" / "teacher")
     parser.add_argument("--num-teachers", type=int, default=2, help="of other training seeds, trained here")
-    parser.add_argument("--teacher-steps", type=int, default=4200, help="of their training")
-    parser.add_argument("--teacher-images", type=int, default=6000)
+    parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of their training")
+    parser.add_argument("--teacher-images", type=int, default=TEACHER_IMAGES)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--draws", type=int, default=5, help="of labels, for the frozen read-out")
     parser.add_argument("--label-draws", type=int, default=2, help="those with students of label and mix")
@@ -140,7 +113,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_jobs(parser)
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-labels")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--add-to", type=Path, help="result of earlier seeds; --seeds says how many more")
     args = parser.parse_args(argv)
+    args.first = 0
     if args.tuned_draws > args.label_draws or args.label_draws > args.draws:
         parser.error("--tuned-draws is at most --label-draws, and that at most --draws")
     return args
@@ -172,10 +147,11 @@ def permute_masks(train: Path) -> None:
 def teachers(args: argparse.Namespace) -> Iterator[Command]:
     """As the demo's, of other training seeds."""
     images = args.work / "teacher_scenes"
-    if args.num_teachers and not (images / "instances.json").is_file():
+    missing = [idx for idx in range(1, 1 + args.num_teachers) if args.work in other_teacher(args, idx).parents]
+    if missing and not (images / "instances.json").is_file():
         write_scenes(images, args.teacher_images, seed=0)
     settings = REPO / "pipeline" / "demo" / "teacher" / "train.yaml"
-    for idx in range(1, 1 + args.num_teachers):
+    for idx in missing:
         places = ["--images", images / "images", "--out", other_teacher(args, idx), "--steps", args.teacher_steps]
         decay = ["-s", f"train_teacher.run.decay_steps={min(700, args.teacher_steps)}"]
         no_grid = ["-s", "train_teacher.run.num_samples=1", "-s", "train_teacher.run.sample_steps=1"]
@@ -184,9 +160,11 @@ def teachers(args: argparse.Namespace) -> Iterator[Command]:
 
 
 def other_teacher(args: argparse.Namespace, idx: int) -> Path:
-    """The folder of a teacher of another training seed."""
+    """The folder of a teacher of another training seed: the one that is kept, where its training is the same."""
+    kept = REPO / "benchmarks" / "weights" / f"digits{idx}"
     folder: Path = args.work / "teachers" / str(idx)
-    return folder
+    same = (args.teacher_steps, args.teacher_images) == (TEACHER_STEPS, TEACHER_IMAGES)
+    return kept if same and kept.is_dir() else folder
 
 
 def pretraining(args: argparse.Namespace, seed: int) -> Iterator[Command]:
@@ -234,15 +212,15 @@ def best_rates(args: argparse.Namespace) -> dict[str, Any]:
 def tuned_tables(args: argparse.Namespace, rates: dict[str, Any]) -> Iterator[Command]:
     """Every arm fine-tuned at one rate; scratch at its own, where that is another; one student on all masks."""
     draws = range(args.tuned_draws)
-    for seed in range(args.seeds):
+    for seed in seeds_of(args):
         arms = {name: [run_of(args, name, seed)] for name in (FEATURE, UNTRAINED)}
         arms |= {name: [run_of(args, name, seed, draw) for draw in draws] for name in PER_DRAW}
         yield tuned(args, seed, arms, rates["all"], TUNED)
         if rates["scratch"] != rates["all"]:
-            yield tuned(args, seed, {FEATURE: arms[FEATURE]}, rates["scratch"], "scratch")
+            yield tuned(args, seed, {FEATURE: arms[FEATURE]}, rates["scratch"], SCRATCH)
     steps = args.epochs * -(-args.num_images // BATCH)
     words = [*masks_of(args), *tuning(args, rates["all"], steps, BATCH), "--labelled", "all", "--seeds", 1]
-    yield command_of("eval", run_of(args, FEATURE, 0), "segment", *words, "--out", table(args, "all_masks", 0))
+    yield command_of("eval", run_of(args, FEATURE, args.first), "segment", *words, "--out", table(args, "all_masks", 0))
 
 
 def tuned(
@@ -259,86 +237,18 @@ def frozen_tables(args: argparse.Namespace) -> Iterator[Command]:
     """Read-outs of every arm, seed by seed; of the digits themselves from one draw; of masks of other scenes."""
     all_masks = args.work / "tables" / "all_masks" / "0" / f"random-initialisation-{args.num_images}-0"
     names = [FEATURE, UNTRAINED, MISMATCHED, *(f"teacher {idx}" for idx in range(1, 1 + args.num_teachers))]
-    for seed in range(args.seeds):
+    for seed in seeds_of(args):
         arms = {name: [run_of(args, name, seed)] for name in names} | {MASKS: [all_masks]}
         of_labels = {name: [run_of(args, name, seed, draw) for draw in range(args.label_draws)] for name in PER_DRAW}
         yield frozen(args, seed, {**arms, **of_labels} if args.label_draws == args.draws else arms,
                      table(args, FROZEN, seed), args.draws)  # fmt: skip
         if args.label_draws < args.draws:
             yield frozen(args, seed, of_labels, table(args, FROZEN, f"{seed}-labels"), args.label_draws)
-        yield frozen(args, seed, arms, table(args, "digits", seed), 1, foreground=False)
+        yield frozen(args, seed, arms, table(args, DIGITS, seed), 1, foreground=False)
+    if args.first:
+        return
     feature = {FEATURE: [run_of(args, FEATURE, 0)]}
-    yield frozen(args, 0, feature, table(args, "permuted", 0), args.draws, masks="permuted")
-
-
-def results(args: argparse.Namespace, rates: dict[str, Any], commands: Iterable[Command]) -> dict[str, Any]:
-    """What came out: the contrasts first."""
-    scores = {kind: read_tables(args, kind) for kind in (FROZEN, TUNED)}
-    beside = [(num, score) for num in LABELLED for score in (IOU, AP) if (num, score) != (PRIMARY, IOU)]
-    scratch = read_tables(args, "scratch") or scores[TUNED]
-    draws = {FROZEN: args.draws, "of label and mix": args.label_draws, TUNED: args.tuned_draws}
-    return {
-        "protocol": PROTOCOL,
-        "seeds": args.seeds,
-        "draws": draws,
-        "rates": rates,
-        "contrasts": answered(QUESTIONS, scores, PRIMARY, IOU),
-        "beside": [line for num, score in beside for line in answered(QUESTIONS, scores, num, score)],
-        "feature - scratch at its own rate": [
-            {"labelled": num, **compared(scores[TUNED], FEATURE, RANDOM_INIT, num, IOU, scratch)} for num in LABELLED
-        ],
-        "teachers": [
-            {"contrast": f"teacher {idx} - {FEATURE}", **compared(scores[FROZEN], f"teacher {idx}", FEATURE, PRIMARY)}
-            for idx in range(1, 1 + args.num_teachers)
-        ],
-        "controls": controls(scores[FROZEN], read_tables(args, "permuted"), foreground_share(args)),
-        "references": references(args, scratch),
-        "means": {kind: means(values) for kind, values in (*scores.items(), ("digits", read_tables(args, "digits")))},
-        "scores": {kind: plain(values) for kind, values in scores.items()},
-        "commands": with_seconds(commands, args.work),
-    }
-
-
-def controls(scores: Scores, permuted: Scores, share: float) -> dict[str, Any]:
-    """Whether the protocol can see. Each says what was found, and whether it holds."""
-    gains = {arm: compared(scores, arm, RANDOM_INIT, PRIMARY) for arm in (MASKS, MISMATCHED)}
-    beyond = compared(permuted, FEATURE, POSITION, PRIMARY, AP)["mean"]
-    values = {
-        f"{arm}, {score}": line for arm in (FEATURE, POSITION, PATCHES) for line in means(permuted)
-        for score in (line["score"],) if (line["arm"], line["labelled"]) == (arm, PRIMARY)
-    }  # fmt: skip
-    return {
-        MASKS: {"gain": gains[MASKS], "holds": gains[MASKS]["mean"] > 0.2},
-        MISMATCHED: {"gain": gains[MISMATCHED], "holds": gains[MISMATCHED]["mean"] <= 0.02},
-        "masks of other scenes": {
-            "values": {name: line["mean"] for name, line in values.items()},
-            "share of the foreground": share,
-            "holds": beyond <= 0.02,
-        },
-    }
-
-
-def foreground_share(args: argparse.Namespace) -> float:
-    """Of the pixels of held-out scenes."""
-    masks = sorted((args.work / "held_out" / "semantic").rglob("*.png"))
-    return statistics.fmean(float((np.asarray(Image.open(mask)) > 0).mean()) for mask in masks)
-
-
-def references(args: argparse.Namespace, scratch: Scores) -> dict[str, Any]:
-    """Interpreters and their rivals, foreground IoU on pixels and AP; scratch at its own best rate.
-
-    Teacher, patches and position stand in the frozen tables.
-    """
-    found: dict[str, list[dict[str, float]]] = {}
-    for seed in range(args.seeds):
-        document = json.loads((head_of(args, seed, 0) / "interpreter.json").read_text(encoding="utf-8"))
-        for arm, record in document["scores"].items():
-            found.setdefault(arm, []).append(record["others"])
-    mean = {
-        arm: {name: statistics.fmean(line[name] for line in of_arm) for name in of_arm[0]}
-        for arm, of_arm in found.items()
-    }
-    return {**mean, "scratch": [line for line in means(scratch) if line["arm"] == RANDOM_INIT]}
+    yield frozen(args, 0, feature, table(args, PERMUTED, 0), args.draws, masks="permuted")
 
 
 def digests(args: argparse.Namespace) -> dict[str, str]:

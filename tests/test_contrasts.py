@@ -23,10 +23,13 @@ from contrasts import (  # noqa: E402
     by_seed,
     compared,
     equivalence,
+    from_plain,
     holm,
+    joined,
     kept_gain,
     means,
     p_value,
+    plain,
     read_scores,
     verdict,
 )
@@ -159,3 +162,13 @@ def test_the_spread_of_the_gain_counts_in_the_margin(tmp_path: Path) -> None:
         rows = [(arm, 20, 100 * seed, value, None) for arm, values in arms.items() for seed, value in enumerate(values)]
         scores = read_scores([table(tmp_path / f"{within}.json", rows)])
         assert kept_gain(scores, "setting", "reference", "random", 20, 0.5)["within"] is within
+
+
+def test_seeds_of_an_earlier_result_are_those_that_were_written() -> None:
+    first = {("a", 20, IOU): {0: {0: 0.5, 1: 0.25}, 1: {0: 0.75}}, ("b", 20, AP): {0: {0: 1.0}}}
+    assert from_plain(json.loads(json.dumps(plain(first)))) == first
+    second = {("a", 20, IOU): {2: {0: 0.125}}, ("c", 80, IOU): {2: {0: 0.0}}}
+    both = joined(first, second)
+    assert both["a", 20, IOU] == {0: {0: 0.5, 1: 0.25}, 1: {0: 0.75}, 2: {0: 0.125}}
+    assert both.keys() == {*first, *second} and both["b", 20, AP] == {0: {0: 1.0}}
+    assert by_seed(both, "a", 20) == {0: 0.375, 1: 0.75, 2: 0.125}
