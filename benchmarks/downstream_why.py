@@ -1,0 +1,243 @@
+"""Which setting of fine-tuning, or of distillation, changes what distillation gains? One change at a time.
+
+    python benchmarks/downstream_why.py --work DIR       # the folder of downstream.py: its students are the base
+
+Foreground masks of digit scenes, as the table `segment` of `downstream.py`, but at one rate for all arms. Everything is
+a command of dtpipe and goes on where it was stopped. What was decided beforehand is `PROTOCOL`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import downstream
+from commands import Command, add_jobs, command_of, run_groups, with_seconds
+from common import REPO, RESULTS, publish, teacher_digest
+from contrasts import holm, p_value
+from downstream import STUDIES, TEACHER, UNTRAINED, UPRIGHT
+
+from dtpipe.distill.downstream.extractors import RANDOM_INIT
+from dtpipe.distill.downstream.paired import CONFIDENCE, difference_of
+
+BASE, LR, PRIMARY, LABELLED = "as published", 0.01, 20, (5, 20)
+PAIRS = ((TEACHER, RANDOM_INIT), (TEACHER, UNTRAINED))
+PROTOCOL = {
+    "question": "which single change alters what the distilled student gains on scratch, and on the untrained "
+    "teacher's student?",
+    "rate": f"{LR:g} for all arms: the best of most arms and numbers of labels in downstream_segment.json",
+    "score": "mIoU of 300 held-out scenes; five paired seeds",
+    "change": "gain under the variant minus gain as published, paired by seed, with its 95 % interval; p of Student's "
+    f"t, adjusted by Holm over all variants and both gains at {PRIMARY} labels; {LABELLED[0]} stand beside it",
+    "answer": "changes it: p after Holm is below 0.05; else not seen. Variants of distillation train the distilled "
+    "student anew; the others are the base's, so their gain on scratch is against the same scratch",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change."""
+
+    name: str
+    tune: tuple[str, ...] = ()
+    """Words of the evaluation."""
+    distill: tuple[str, ...] = ()
+    """Words of the distillation of the distilled arm."""
+    extract: tuple[str, ...] = ()
+    """Words of its extraction, where features are others."""
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the student is another."""
+        return bool(self.extract or self.distill)
+
+
+VARIANTS = (
+    Variant(BASE),
+    Variant("backbone at a tenth of the rate", ("--backbone-lr", "0.1")),
+    Variant("backbone frozen", ("--backbone-lr", "0")),
+    Variant("rates fall by 0.75 from layer to layer", ("-s", "eval.tune.layer_decay=0.75")),
+    Variant("four times the steps", ("--steps", "600")),
+    Variant("fresh noise in every step", distill=("--reencode", "1")),
+    Variant("a quarter of the epochs", distill=("--epochs", "10", "--warmup-epochs", "1")),
+    Variant("T = 150", extract=("--timesteps", "150")),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and score every variant, print and write what came out."""
+    args = parse(argv)
+    study = STUDIES["digits"]
+    root = args.work / study.name
+    study.prepare(args, root)
+    students = [list(pretraining(args, root, seed)) for seed in range(args.seeds)]
+    run_groups(students, args.work, args.jobs)
+    tables = [[table(args, root, variant)] for variant in VARIANTS if variant.tune or variant.name == BASE]
+    run_groups(tables, args.work, args.jobs)
+    commands = [command for group in (*students, *tables) for command in group]
+    content = {"protocol": PROTOCOL, "seeds": args.seeds, **results(root)}
+    content["commands"] = with_seconds(commands, args.work)
+    digests = {study.name: teacher_digest(study.teacher)}
+    publish("downstream_why", content, args.out / "downstream_why.json", digests)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--num-held-out", type=int, default=300)
+    parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-downstream")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    add_jobs(parser)
+    args = parser.parse_args(argv)
+    args.epochs = None
+    return args
+
+
+def pretraining(args: argparse.Namespace, root: Path, seed: int) -> list[Command]:
+    """The base's students, and those of variants of distillation."""
+    commands = downstream.pretraining(STUDIES["digits"], root, args, seed)
+    extract, distill, *_ = commands
+    for variant in VARIANTS:
+        features = features_of(root, variant, seed)
+        if variant.extract:
+            commands.append([*_with(extract, "--out", features), *variant.extract])
+        if variant.distilled:
+            words = [distill[0], str(features), *distill[2:], *variant.distill]
+            commands.append(_with(words, "--out", run_of(root, variant, seed)))
+    return commands
+
+
+def _with(command: Command, flag: str, value: object) -> Command:
+    place = command.index(flag) + 1
+    return [*command[:place], str(value), *command[place + 1 :]]
+
+
+def features_of(root: Path, variant: Variant, seed: int) -> Path:
+    """What its student learned from."""
+    return root / "features" / (f"{_word(variant)}-{seed}" if variant.extract else f"{TEACHER}{seed}")
+
+
+def run_of(root: Path, variant: Variant, seed: int) -> Path:
+    """Its student of the trained teacher."""
+    return root / (f"{_word(variant)}-{seed}" if variant.distilled else f"{TEACHER}{seed}")
+
+
+def _word(variant: Variant) -> str:
+    return variant.name.replace(" = ", "").replace(" ", "-")
+
+
+def table(args: argparse.Namespace, root: Path, variant: Variant) -> Command:
+    """All arms and seeds of a variant; in the base's, the students of all variants of distillation are arms too."""
+    arms = {
+        TEACHER: variant,
+        **({other.name: other for other in VARIANTS if other.distilled} if not variant.tune else {}),
+    }
+    runs = {name: [run_of(root, of_arm, seed) for seed in range(args.seeds)] for name, of_arm in arms.items()}
+    runs[UNTRAINED] = [root / f"{UNTRAINED}{seed}" for seed in range(args.seeds)]
+    first, *others = (f"{name}=" + ",".join(map(str, of_arm)) for name, of_arm in runs.items())
+    compare = [word for other in others for word in ("--compare", other)]
+    labels = ["--labelled", ",".join(map(str, LABELLED)), "--seeds", args.seeds]
+    settings = ["-c", "segment_small", *UPRIGHT, "-s", f"eval.tune.lr={LR:g}", "-s", "eval.tune.lr_grid=[]"]
+    where, out = downstream.images_of("segment", root), ["--out", result_file(root, variant)]
+    return command_of("eval", first, "segment", *compare, *where, *labels, *settings, *variant.tune, *out)
+
+
+def result_file(root: Path, variant: Variant) -> Path:
+    """Where a table is written as JSON."""
+    return root / "tables" / "why" / f"{_word(variant)}.json"
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+Values = Mapping[tuple[str, int], Mapping[int, float]]
+"""(arm, number of labelled images) to the score of each seed."""
+
+
+def results(root: Path) -> dict[str, Any]:
+    """Answers first."""
+    base = read(result_file(root, VARIANTS[0]))
+    found = {
+        variant.name: read(result_file(root, variant)) if variant.tune else of_variant(base, variant)
+        for variant in VARIANTS
+    }
+    return {"changes": changes(found), "gains": gains(found), "scores": plain(found)}
+
+
+def read(path: Path) -> Values:
+    """Scores of a table."""
+    values: dict[tuple[str, int], dict[int, float]] = {}
+    for score in json.loads(path.read_text(encoding="utf-8"))["scores"]:
+        values.setdefault((score["extractor"], score["num_labelled"]), {})[score["seed"]] = score["value"]
+    return values
+
+
+def of_variant(base: Values, variant: Variant) -> Values:
+    """The base's arms, its distilled student the variant's."""
+    arm = variant.name if variant.distilled else TEACHER
+    arms = {TEACHER: arm, UNTRAINED: UNTRAINED, RANDOM_INIT: RANDOM_INIT}
+    return {(name, num): base[own, num] for name, own in arms.items() for num in LABELLED}
+
+
+def gains(found: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """The distilled student minus each other arm, of every variant."""
+    lines = []
+    for name, values in found.items():
+        for num in LABELLED:
+            for first, second in PAIRS:
+                difference = difference_of(first, second, num, values[first, num], values[second, num])
+                assert difference is not None, "all arms have all seeds"
+                own = {key: getattr(difference, key) for key in ("mean", "low", "high", "n")}
+                lines.append({"variant": name, "gain": f"{first} - {second}", "labelled": num, **own})
+    return lines
+
+
+def changes(found: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """Each variant's gains minus the base's, the primary number of labels first."""
+    lines = []
+    for num in (PRIMARY, *(other for other in LABELLED if other != PRIMARY)):
+        of_num = [
+            {"variant": name, "gain": f"{first} - {second}", "labelled": num, **change(found, name, first, second, num)}
+            for name in found
+            if name != BASE
+            for first, second in PAIRS
+        ]
+        adjusted = holm([line["p"] for line in of_num])
+        for line, p in zip(of_num, adjusted, strict=True):
+            seen = p is not None and p < 1 - CONFIDENCE
+            lines.append({"answer": "changes it" if seen else "not seen", **line, "p_holm": p})
+    return lines
+
+
+def change(found: Mapping[str, Values], name: str, first: str, second: str, num: int) -> dict[str, Any]:
+    """What a variant adds to a gain, paired by seed."""
+    of_variant, of_base = (_gain(found[which], first, second, num) for which in (name, BASE))
+    difference = difference_of(name, BASE, num, of_variant, of_base)
+    assert difference is not None, "all variants have all seeds"
+    values = [of_variant[seed] - of_base[seed] for seed in sorted(of_variant)]
+    return {key: getattr(difference, key) for key in ("mean", "low", "high", "n")} | {"p": p_value(values)}
+
+
+def _gain(values: Values, first: str, second: str, num: int) -> dict[int, float]:
+    return {seed: value - values[second, num][seed] for seed, value in values[first, num].items()}
+
+
+def plain(found: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """All scores, a line for each variant, arm and number of labels, by seed."""
+    return [
+        {"variant": name, "arm": arm, "labelled": num, "mean": statistics.fmean(of_seed.values()), "seeds": of_seed}
+        for name, values in found.items()
+        for (arm, num), of_seed in values.items()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
