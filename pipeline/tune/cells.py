@@ -123,9 +123,9 @@ class _Runner:
         self.folders = folder_names([arm.name for arm in table.arms])
         self.choices: dict[str, RateChoice] = {}
         """By folder of the cell whose labelled images chose."""
-        self._first: dict[tuple[str, int], TunedCell] = {}
+        self._first: dict[tuple[int, int], TunedCell] = {}
         for cell in cells:
-            self._first.setdefault((cell.arm.name, len(cell.labelled)), cell)
+            self._first.setdefault((cell.place, len(cell.labelled)), cell)
 
     def run(self, cell: TunedCell) -> _Finished:
         """Raises: LockHeldError while another process is at this training, or at one that chooses its rate."""
@@ -140,7 +140,7 @@ class _Runner:
 
     def _choice(self, cell: TunedCell, job: TuneJob) -> RateChoice:
         by_first = self.table.config.lr_choice == "first_seed"
-        chooser = self._first[cell.arm.name, len(cell.labelled)] if by_first else cell
+        chooser = self._first[cell.place, len(cell.labelled)] if by_first else cell
         folder = self._folder(chooser)
         if folder not in self.choices:
             own = job if chooser.seed == cell.seed else self._job(chooser)[0]
