@@ -9,6 +9,7 @@ from typing import Any
 
 from dtpipe.distill.config import DistillConfig
 from dtpipe.distill.downstream.extractors import RANDOM_INIT
+from dtpipe.distill.downstream.paired import PairedDifference, difference_of
 from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import format_seconds
@@ -30,9 +31,10 @@ def _silently(_what: str, _err: DtpipeError) -> None:
 
 
 def against_random(result: TaskResult) -> Iterator[tuple[bool, str]]:
-    """For each arm asked about, whether it is better than its random initialisation, and by how much, in a sentence.
+    """For each arm asked about, that it is not worse than its random initialisation, and by how much, in a sentence.
 
-    From the largest number of labelled images; deviations are those of the two arms over the seeds, pooled.
+    From the largest number of labelled images. Better or worse is what the 95 % interval of the paired differences
+    says; deviations are those of the two arms over the seeds, pooled.
     """
     num = result.numbers[-1]
     other = result.arms.get(RANDOM_INIT, {}).get(num)
@@ -41,17 +43,24 @@ def against_random(result: TaskResult) -> Iterator[tuple[bool, str]]:
         if own is None or other is None:
             continue
         difference = own.mean - other.mean
-        word = "better" if difference > 0 else "worse" if difference < 0 else "no better"
+        unclear = _holds_zero(difference_of(name, RANDOM_INIT, num, own.by_seed, other.by_seed))
+        clear = "better than" if difference > 0 else "worse than" if difference < 0 else "as good as"
         sentence = (
-            f"{name} is {word} than {RANDOM_INIT} at {result.task} from {count_of(num, 'labelled image')}: "
-            f"{result.metric} {own.mean:.3f} against {other.mean:.3f}"
+            f"{name} is {'not seen to differ from' if unclear else clear} {RANDOM_INIT} at {result.task} from "
+            f"{count_of(num, 'labelled image')}: {result.metric} {own.mean:.3f} against {other.mean:.3f}"
         )
         if own.std is None or other.std is None:
-            yield difference > 0, f"{sentence}; one seed, which says nothing of chance."
+            yield difference >= 0, f"{sentence}; one seed, which says nothing of chance."
             continue
         deviation = math.sqrt((own.std**2 + other.std**2) / 2)
         by = f"{abs(difference) / deviation:.1f} standard deviations of the seeds" if deviation else "with no spread"
-        yield difference > 0, f"{sentence}, {by}."
+        yield unclear or difference >= 0, f"{sentence}, {by}."
+
+
+def _holds_zero(difference: PairedDifference | None) -> bool:
+    if difference is None or difference.low is None or difference.high is None:
+        return False
+    return difference.low <= 0 <= difference.high
 
 
 def context_of(run: Path, settings: DistillConfig, metrics: Metrics) -> dict[str, str]:

@@ -32,6 +32,14 @@ def test_better_and_worse_are_told_in_deviations_of_the_seeds_from_most_labels()
     assert not better and "is worse than" in said
 
 
+def test_an_interval_that_holds_zero_is_neither_better_nor_worse() -> None:
+    """Paired by seed: a small difference that all seeds have is seen, a larger one of some is not."""
+    ((not_worse, said),) = against_random(result_of([0.50, 0.30, 0.46], [0.40, 0.45, 0.40]))
+    assert not_worse and said.startswith("distilled is not seen to differ from random initialisation at probe from 20")
+    ((better, said),) = against_random(result_of([0.41, 0.62, 0.53], [0.40, 0.60, 0.51]))
+    assert better and "is better than" in said and "0.2 standard deviations" in said
+
+
 def test_one_seed_says_nothing_of_chance() -> None:
     ((better, said),) = against_random(result_of([0.5], [0.4]))
     assert better and said.endswith("one seed, which says nothing of chance.")
