@@ -96,10 +96,11 @@ def test_the_readmes_results_are_those_of_the_benchmarks() -> None:
             assert cell == f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}", (row, extractor)
 
 
-def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark() -> None:
-    document = json.loads((REPO / "benchmarks" / "results" / "downstream_segment.json").read_text())
+@pytest.mark.parametrize(("file", "first"), [("downstream_segment", 0), ("downstream_detect", 3)])
+def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark(file: str, first: int) -> None:
+    document = json.loads((REPO / "benchmarks" / "results" / f"{file}.json").read_text())
     found, arms = document["results"], ("distilled", "untrained", "random initialisation")
-    rows = README.partition("| fine-tuned, labelled scenes |")[2].splitlines()[2:5]
+    rows = README.partition("| fine-tuned, labelled scenes |")[2].splitlines()[2 + first : 5 + first]
     for row, count in zip(rows, (5, 20, 80), strict=True):
         of_arm = {
             arm: [s["value"] for s in found["scores"] if (s["extractor"], s["num_labelled"]) == (arm, count)]
