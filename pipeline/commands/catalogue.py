@@ -29,7 +29,8 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
     console = Console(as_json)
     document: dict[str, Any] = {**catalogue(kind, match)}
     for name, rows in document.items():
-        console.result(f"{name}:")
+        if rows:
+            console.result(f"{name}:")
         width = max(map(len, rows), default=0)
         for entry, text in rows.items():
             console.result(f"  {entry:<{width}} {text}".rstrip())
@@ -41,6 +42,8 @@ def command(kind: str | None, match: str | None, as_json: bool) -> None:
         else:
             console.result("\noptions of a family, and where a checkpoint is from: `dtpipe list teachers --match NAME`")
         document["published"] = [checkpoint.to_json() for checkpoint in checkpoints]
+    if match and not any(document.values()):
+        console.note(f"no name matches {match!r}; `dtpipe list` shows what there is")
     if kind is None:
         console.result(
             "students: timm's models; `dtpipe list students` names them and says at which strides each gives levels"

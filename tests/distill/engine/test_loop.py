@@ -22,15 +22,8 @@ from dtpipe.distill.engine.loop import Loop
 from dtpipe.distill.engine.optim import build_optimizer
 from dtpipe.distill.engine.progress import TrainProgress
 from dtpipe.distill.engine.run_folder import read_config, read_metrics
-from dtpipe.manifests.errors import (
-    ConfigError,
-    DeviceMemoryError,
-    DivergedError,
-    LockHeldError,
-    PlanChangedError,
-    StoppedError,
-)
-from parts.line import KIND, Line, LineConfig, Rows, fit
+from dtpipe.manifests.errors import ConfigError, DivergedError, LockHeldError, PlanChangedError, StoppedError
+from parts.line import KIND, Line, LineConfig, fit
 from parts.paths import REPO
 from parts.ranks import fork_ranks
 from parts.runs import assert_equal_checkpoints
@@ -207,31 +200,6 @@ def test_a_loss_that_is_not_finite_names_its_samples_on_all_ranks_and_spoils_no_
     assert answers[0][0] == "DivergedError"
     assert answers[0][2] == 9
     assert key in answers[0][1]
-
-
-def test_a_step_without_room_says_what_to_lower_and_the_run_goes_on_where_it_was_saved(config, monkeypatch):
-    """Memory that is asked for is really asked for, and nobody has it."""
-    loss = Line.losses
-
-    def large(line: Line, rows: Rows) -> Any:
-        if (Path(config.run.out) / "last.pt").is_file():
-            torch.empty(1 << 55)
-        return loss(line, rows)
-
-    monkeypatch.setattr(Line, "losses", large)
-    said = r"^step 5: cpu has no memory for 2 images at once \(.*can't allocate memory.*\); widen it$"
-    with pytest.raises(DeviceMemoryError, match=said):
-        fit(config)
-    assert saved(config)["step"] == 4
-    monkeypatch.undo()
-    assert fit(config).resumed_step == 4
-
-
-def test_an_optimiser_without_room_says_so_too(config, monkeypatch):
-    line = Line(config)
-    monkeypatch.setattr(line.optimizer, "step", lambda *_: torch.empty(1 << 55))
-    with pytest.raises(DeviceMemoryError, match="step 1: cpu has no memory for 2 images at once"):
-        next(Loop(line).steps())
 
 
 def test_a_gradient_that_is_not_finite_names_the_batch(config):

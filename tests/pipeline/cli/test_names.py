@@ -55,6 +55,9 @@ def test_list_teachers_prints_families_and_published_files_and_of_those_that_mat
     assert "inversion_stride=10" not in text and "https://" not in text
     text = CliRunner().invoke(main, ["list", "teachers", "--match", "adm-imagenet"]).stdout
     assert "inversion_stride=10" in text and "https://openaipublic" in text and "biggan" not in text
+    assert "teachers:" not in text  # no family is called so
+    result = CliRunner().invoke(main, ["list", "losses", "--match", "adm"])
+    assert result.stdout == "" and "no name matches 'adm'; `dtpipe list` shows what there is" in result.stderr
     text = CliRunner().invoke(main, ["list", "teachers", "--match", "module"]).stdout
     assert "z_shape=null" in text and "from:" not in text
     document = json.loads(CliRunner().invoke(main, ["list", "teachers", "--json", "--match", "adm*"]).stdout)
