@@ -41,7 +41,7 @@ test: $(DEV_STAMP)          ## everything that continuous integration runs
 check: $(DEV_STAMP)         ## formatter, linter, type checker, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	MYPYPATH=.dev $(BIN)/mypy --strict -p dtpipe.manifests -p dtpipe.extract -p dtpipe.distill -p dtpipe.pipeline -m dtpipe -m dtpipe.__main__
+	MYPYPATH=.dev:benchmarks $(BIN)/mypy --strict -p dtpipe.manifests -p dtpipe.extract -p dtpipe.distill -p dtpipe.pipeline -m dtpipe -m dtpipe.__main__ $(patsubst benchmarks/%.py,-m %,$(wildcard benchmarks/*.py))
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 docs: $(DEV_STAMP)          ## the documents as a site: build/site/index.html

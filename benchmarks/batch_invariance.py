@@ -56,7 +56,7 @@ def features_of(resolved: Resolved, recipe: Recipe, images: NDArray[np.uint8], k
 
 def errors(recipe: Recipe, reference: Features, other: Features) -> dict[str, dict[str, float]]:
     """Largest relative error by level, before and after rounding."""
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for level in recipe.levels:
         codec = open_codec(level)
         pairs = list(zip(reference[level.name], other[level.name], strict=True))

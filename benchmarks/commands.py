@@ -20,7 +20,7 @@ from typing import Any
 
 from common import REPO
 
-from dtpipe.pipeline.demo.scenes import write_scenes
+from dtpipe.pipeline.demo.scenes import ScenePart, write_scenes
 
 SECONDS, FINISHED, OBJECTS = "seconds.json", "finished.json", "digits.json"
 Command = list[str]
@@ -114,7 +114,8 @@ def digit_scenes(root: Path, num_images: int, num_held_out: int, px: int = 64) -
 
     Beside their own labels, objects are of one class in `OBJECTS`: few scenes do not teach ten digits to any arm.
     """
-    for part, num in (("train", num_images), ("held_out", num_held_out)):
+    parts: tuple[tuple[ScenePart, int], ...] = (("train", num_images), ("held_out", num_held_out))
+    for part, num in parts:
         folder = root / part
         if not (folder / OBJECTS).is_file():  # written last
             write_scenes(folder, num, seed=0, px=px, part=part)

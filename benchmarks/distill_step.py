@@ -89,7 +89,7 @@ def from_memory(trainer: Distillation) -> Distillation:
     def again(_start: StreamPosition) -> Iterator[FeatureBatch]:
         return cycle(batches)
 
-    trainer.stream.batches = again  # type: ignore[method-assign]
+    trainer.stream.batches = again  # type: ignore[assignment, method-assign]
     return trainer
 
 

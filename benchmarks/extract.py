@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +176,15 @@ def _cores_of(bench: Bench, codec: str) -> dict[str, Any]:
 
     for _ in range(2 if bench.args.small else 5):
         batch = CodedBatch(index, torch.from_numpy(images))
-        timed("codec", lambda batch=batch: batch.start(passed.levels, codecs))
-        arrays = timed("codec_on_host", lambda batch=batch: batch.arrays(recipe))
-        coded = timed("zstd_and_crc32c", lambda arrays=arrays: encode_rows(recipe, arrays))
-        objects = list(join_rows(plan, 0, [coded]))
-        size_bytes = sum(encoded.size_bytes for encoded in objects)
-        timed("digest", lambda objects=objects: [blake3_of(encoded.content) for encoded in objects])
+        timed("codec", partial(batch.start, passed.levels, codecs))
+        arrays = timed("codec_on_host", partial(batch.arrays, recipe))
+        coded = timed("zstd_and_crc32c", partial(encode_rows, recipe, arrays))
+        encoded = list(join_rows(plan, 0, [coded]))
+        size_bytes = sum(one.size_bytes for one in encoded)
+        objects = {one.name: one.content for one in encoded}
+        timed("digest", partial(list, map(blake3_of, objects.values())))
         begun_s = time.perf_counter()
-        timed("write", lambda objects=objects: [store.write(encoded.name, encoded.content) for encoded in objects])
+        timed("write", partial(list, map(store.write, objects.keys(), objects.values())))
         wall.append((time.perf_counter() - begun_s) / _SIZE)
     each = {stage: statistics.median(values) for stage, values in seconds.items()}
     total = sum(value for stage, value in each.items() if stage != "codec")  # that one is the GPU's affair

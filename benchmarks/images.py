@@ -57,7 +57,8 @@ def residuals(level: int) -> Coding:
     def decode(data: bytes, shape: tuple[int, ...]) -> Pixels:
         image = np.frombuffer(Zstd().decode(data), np.uint8).reshape(1, *shape).copy()
         restore(image)
-        return image[0]
+        first: Pixels = image[0]
+        return first
 
     return Coding(lambda image: bytes(Zstd(level=level).encode(predicted(image[None]))), decode)
 

@@ -27,18 +27,21 @@ def seeds_of(args: argparse.Namespace) -> range:
 
 def features_of(args: argparse.Namespace, name: str, seed: int) -> Path:
     """Where a feature dataset lies."""
-    return args.work / "features" / name / str(seed)
+    work: Path = args.work
+    return work / "features" / name / str(seed)
 
 
 def run_of(args: argparse.Namespace, arm: str, seed: int, draw: int = 0) -> Path:
     """The folder of an arm's student."""
-    place = args.work / "students" / arm.replace(",", "").replace(" ", "_") / str(seed)
+    work: Path = args.work
+    place = work / "students" / arm.replace(",", "").replace(" ", "_") / str(seed)
     return place / str(draw) if arm in PER_DRAW else place
 
 
 def head_of(args: argparse.Namespace, seed: int, draw: int) -> Path:
     """The folder of an interpreter."""
-    return args.work / "heads" / str(seed) / str(draw)
+    work: Path = args.work
+    return work / "heads" / str(seed) / str(draw)
 
 
 def extraction(

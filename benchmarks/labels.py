@@ -45,7 +45,7 @@ from label_protocol import DIGITS, FROZEN, MASKS, MISMATCHED, PERMUTED, RATES, S
 from label_results import other_settings, results
 
 from dtpipe.distill.downstream.extractors import RANDOM_INIT
-from dtpipe.pipeline.demo.scenes import write_scenes
+from dtpipe.pipeline.demo.scenes import ScenePart, write_scenes
 
 TEACHER_STEPS, TEACHER_IMAGES = 4200, 6000
 """As the demo's teacher was trained."""
@@ -125,7 +125,8 @@ def write_data(args: argparse.Namespace) -> None:
     """Scenes to pre-train on, held-out ones, a few of those, others to choose rates on, and masks of other scenes."""
     root, num_other = args.work, max(50, args.num_images // 4)
     digit_scenes(root, args.num_images, args.num_held_out)
-    for name, num, seed, part in (("few", 8, 0, "held_out"), ("other", num_other, 1, "train")):
+    parts: tuple[tuple[str, int, int, ScenePart], ...] = (("few", 8, 0, "held_out"), ("other", num_other, 1, "train"))
+    for name, num, seed, part in parts:
         if not (root / name / "instances.json").is_file():
             write_scenes(root / name, num, seed=seed, part=part)
     permute_masks(root / "train")

@@ -139,7 +139,7 @@ def train_and_export(name: str, url: str, root: Path, args: argparse.Namespace) 
     return {
         "family": model_entrypoint(name).__module__.rpartition(".")[2],
         "parameters": sum(p.numel() for p in student.parameters()),
-        "reductions": sorted(set(student.net.feature_info.reduction())),
+        "reductions": sorted(set(student.net.feature_info.reduction())),  # type: ignore[operator, union-attr]
         "image_px": student.spec.image_px,
         "strides_from": "simple pyramid" if student.single_scale else "backbone",
         "loss": [round(losses[0], 4), round(losses[-1], 4)],

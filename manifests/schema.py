@@ -212,10 +212,19 @@ class CodecRecipe(StrictModel):
     symbols_zstd_level: int | None = Field(
         default=None, ge=1, le=19, description="Of symbols of codecs that are fitted; null: as zstd_level."
     )
+    dense_zstd_level: Literal[0] | None = Field(
+        default=None, description="Of all other arrays of features, of which zstd makes little; null: as zstd_level."
+    )
 
     def level_of(self, sparse: bool) -> int:
-        """The level of zstd of an array; `sparse`: of symbols that are mostly 0."""
-        return self.zstd_level if self.symbols_zstd_level is None or not sparse else self.symbols_zstd_level
+        """The level of zstd of an array of a feature level; `sparse`: of symbols that are mostly 0."""
+        own = self.symbols_zstd_level if sparse else self.dense_zstd_level
+        return self.zstd_level if own is None else own
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class ShardRecipe(StrictModel):
@@ -250,7 +259,8 @@ class Recipe(StrictModel):
     def format(self) -> Format:
         """The oldest format that can describe this."""
         v1 = all(level.codec == CodecSpec() and level.role == implied_role(level.name) for level in self.levels)
-        return FORMAT if v1 and self.image_coding == PLAIN and self.codec.zstd_level > 0 else CODECS_AND_ROLES
+        under_zstd = self.codec.zstd_level > 0 and self.codec.dense_zstd_level is None
+        return FORMAT if v1 and self.image_coding == PLAIN and under_zstd else CODECS_AND_ROLES
 
     @model_validator(mode="after")
     def _coding_fits(self) -> Self:
@@ -262,8 +272,6 @@ class Recipe(StrictModel):
     @model_serializer(mode="wrap")
     def _leave_out_plain(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = dump(self)
-        if self.codec.symbols_zstd_level is None:
-            fields.get("codec", {}).pop("symbols_zstd_level", None)
         return {name: value for name, value in fields.items() if (name, value) != ("image_coding", PLAIN)}
 
 

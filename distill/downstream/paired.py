@@ -62,7 +62,7 @@ def difference_of(
 
 def half_interval(values: Sequence[float]) -> float:
     """Half the width of the interval that holds the mean of two values or more with `CONFIDENCE`, by Student's t."""
-    from scipy.stats import t  # type: ignore[import-untyped]  # slow to import, and read here alone
+    from scipy.stats import t  # slow to import, and read here alone
 
     num = len(values)
     return float(t.ppf((1 + CONFIDENCE) / 2, num - 1)) * statistics.stdev(values) / math.sqrt(num)

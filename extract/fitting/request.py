@@ -28,7 +28,10 @@ def codec_recipe(config: ExtractRecipeConfig, levels: Sequence[LevelSpec], devic
             f"extract.codec.zstd_level is {codec.zstd_level}, of symbols that are fitted and lie in zarr under the "
             "coder zstd, and there are none; leave it out"
         )
-    return CodecRecipe(zstd_level=config.shard.zstd_level, symbols_zstd_level=symbols_level)
+    if config.shard.zstd_level is not None:
+        return CodecRecipe(zstd_level=config.shard.zstd_level, symbols_zstd_level=symbols_level)
+    dense = 0 if config.shard.format == "zarr" else None
+    return CodecRecipe(symbols_zstd_level=symbols_level, dense_zstd_level=dense)
 
 
 def fit_request(config: ExtractRecipeConfig, recipe: Recipe) -> FitRequest | None:

@@ -14,7 +14,7 @@ from dtpipe.manifests.read.places import ChunkTable
 _MERGE_GAP_BYTES = 64 * 2**10  # ranges nearer than this are read as one
 _MAX_SPAN_BYTES = 8 * 2**20
 _CHUNK_COST_BYTES = 8 * 2**10  # as long as a chunk takes besides its bytes
-_PIECE_BYTES = 256 * 2**10  # less than this is not worth a thread
+_PIECE_BYTES = 2**20  # less than this is not worth a thread
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ class LocatedChunks:
 
     def cut(self, num: int, most_bytes: int | None = None) -> list[LocatedChunks]:
         """Cut into up to `num` pieces that take about equally long, or more where they would have too many bytes."""
-        cost = np.cumsum(self.size + _CHUNK_COST_BYTES)
-        num = max(1, min(num, int(cost[-1]) // _PIECE_BYTES))
+        total = int(self.size.sum()) + len(self) * _CHUNK_COST_BYTES
+        num = max(1, min(num, total // _PIECE_BYTES))
         if most_bytes is not None:
-            num = max(num, -(-int(cost[-1]) // most_bytes))
+            num = max(num, -(-total // most_bytes))
         if num == 1:
             return [self]
+        cost = np.cumsum(self.size + _CHUNK_COST_BYTES)
         bounds = np.searchsorted(cost, np.linspace(0, cost[-1], num + 1)[1:-1], side="right")
         edges = np.unique([0, *bounds.tolist(), len(self)]).tolist()
         return [self.take(slice(first, last)) for first, last in pairwise(edges)]

@@ -65,6 +65,7 @@ class Codings:
 
     def __init__(self, codings: Mapping[str, ChunkCoding | None], trailer_bytes: int) -> None:
         self._codings = {name: coding for name, coding in codings.items() if coding is not None}
+        self._unfinished = {name for name, coding in self._codings.items() if coding.predicted or coding.tables}
         self._leads = {name: np.frombuffer(coding.lead, np.uint8) for name, coding in self._codings.items()}
         self._trailer_bytes = trailer_bytes
 
@@ -79,7 +80,8 @@ class Codings:
 
         Shapes: all [n] -> [n], True for each that is as expected and was decoded.
         """
-        columns = np.array([self._columns(request) for request in requests], np.int64)[chunks.request].T
+        table = np.array([self._columns(request) for request in requests], np.int64)
+        columns = np.ascontiguousarray(table[chunks.request].T)
         out, out_bytes, zstd, lead, lead_bytes, known, coded, as_stored = columns
         whole: NDArray[np.bool_] = known.astype(np.bool_)
         size = chunks.size - self._trailer_bytes
@@ -100,9 +102,12 @@ class Codings:
             zstd.astype(np.bool_),
             lead,
             lead_bytes,
-        ).take(whole)
+        )
+        block = block if whole.all() else block.take(whole)
         whole[whole] = block.read(self._trailer_bytes)
         for idx, request in enumerate(requests):
+            if request.array not in self._unfinished:
+                continue
             chosen = np.flatnonzero(whole & (chunks.request == idx))
             items = np.ascontiguousarray(chunks.item[chosen])
             whole[chosen] = self._finish(request, items, symbols, (ends - size)[chosen], ends[chosen])
@@ -117,12 +122,12 @@ class Codings:
         ends: NDArray[np.int64],
     ) -> NDArray[np.bool_]:
         """Pixels in place of residuals, and symbols of their chunks, of `items` that were read. Shapes: all [n]."""
-        coding = self._codings.get(request.array)
-        if coding is not None and coding.predicted:
+        coding = self._codings[request.array]
+        if coding.predicted:
             from dtpipe.manifests.layout.prediction import restore
 
             restore(request.out.view(np.uint8), items)
-        if coding is not None and coding.tables is not None and request.starts is None:
+        if coding.tables is not None and request.starts is None:
             from dtpipe.manifests.codecs.rans import decode_chunks
 
             return decode_chunks(symbols, starts, ends, coding.tables(), items, request.out.view(np.int8))

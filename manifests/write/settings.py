@@ -19,6 +19,7 @@ _CODECS: Final = "extract.codec."
 _OF_RECIPES: Final = {
     "codec.zstd_level": "extract.shard.zstd_level",
     "codec.symbols_zstd_level": "extract.codec.zstd_level",
+    "codec.dense_zstd_level": "extract.shard.zstd_level (of features)",
     "image_coding": "extract.shard.image_coding",
 }
 _OF_FITS: Final = {"budget_bytes": "budget", "samples": "fit_samples"}  # of a fit's record; others have their own

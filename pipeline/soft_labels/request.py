@@ -103,7 +103,7 @@ def _keys(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _cached_part(live: ExtractConfig) -> CachedConfig:
     """The settings of a teacher's extraction that go for its soft labels too; its images are saved once."""
-    shard = live.shard.model_dump(include={"format", "samples", "dtype", "zstd_level"})
+    shard = live.shard.model_dump(include={"format", "samples", "dtype", "zstd_level"}, exclude_none=True)
     return CachedConfig(
         shard=LabelShardConfig(**shard),
         batch_size=live.batch_size,

@@ -76,6 +76,7 @@ def live_work(
             "teacher": interpreter_recipe(head.digest, head.network.spec.classes.names, recipe_of_live(features)),
             "views": tuple(label.view for label in views),
             "levels": (level,),
+            "codec": CodecRecipe(zstd_level=features.codec.zstd_level),  # logits are smooth: zstd halves them
             "shard": ShardRecipe(format=config.shard.format, samples=samples),
         }
     )

@@ -74,7 +74,7 @@ def matched(numbers: Sequence[Numbers], reference: Sequence[Numbers], num_cluste
 
     Shapes: (h, w) and (h', w') of each image -> (num_clusters,), a permutation.
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     shared = np.zeros((num_clusters, num_clusters), np.int64)
     for own, other in zip(numbers, reference, strict=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.fitting.request import codec_recipe
@@ -82,6 +84,33 @@ def test_symbols_have_a_level_of_zstd_of_their_own(device: str, codec: dict[str,
         recipe = codec_recipe(config, golden.LEVELS, device)
         assert (recipe.zstd_level, recipe.symbols_zstd_level) == (0, level if form == "zarr" else None)
     assert golden.make_recipe(golden.Settings()).model_dump()["codec"] == {"name": "cast", "zstd_level": 3}
+
+
+@pytest.mark.parametrize(
+    ("shard", "of_images", "of_features"),
+    [
+        ({}, 3, 0),  # of which zstd makes next to nothing, and reading a multiple
+        ({"zstd_level": 3}, 3, 3),
+        ({"zstd_level": 0}, 0, 0),
+    ],
+)
+def test_features_are_compressed_where_it_is_asked_for(
+    extract: Extract, many: str, shard: dict[str, Any], of_images: int, of_features: int
+) -> None:
+    url = extract("some", images=many, shard={"samples": 40, **shard})
+    for array, level in (("image", of_images), ("l2", of_features), ("l3", of_features)):
+        metadata = json.loads(Path(url, "data.zarr", array, "zarr.json").read_text())
+        [sharding] = metadata["codecs"]
+        inner = {codec["name"]: codec.get("configuration", {}) for codec in sharding["configuration"]["codecs"]}
+        assert inner.get("zstd", {"level": 0})["level"] == level
+    assert verify(url, "decode").ok
+    by_zarr: Any = zarr.open_group(f"{url}/data.zarr", mode="r")["l2"]
+    assert np.array_equal(by_zarr[:, 0], levels_of(url)["l2"])
+
+
+def test_tars_have_no_zstd_and_say_what_they_said() -> None:
+    config = LiveConfig.model_validate({"images": "x", "teacher": {"path": "x"}, "shard": {"format": "webdataset"}})
+    assert codec_recipe(config, golden.LEVELS, "cpu").model_dump() == {"name": "cast", "zstd_level": 3}
 
 
 def test_chunks_left_uncompressed_are_not_the_symbols(extract: Extract, many: str) -> None:

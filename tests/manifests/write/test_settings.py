@@ -43,6 +43,8 @@ def recipe(l2: str, l3: str | None = None, **changes: Any) -> Recipe:
          ["extract.shard.zstd_level: 3 -> 9"]),
         (recipe("cast"), recipe("cast", codec=CodecRecipe(symbols_zstd_level=12)), {}, None,
          ["extract.codec.zstd_level: not set -> 12"]),
+        (recipe("cast", codec=CodecRecipe(dense_zstd_level=0)), recipe("cast"), {}, None,
+         ["extract.shard.zstd_level (of features): 0 -> not set"]),
         (recipe("cast"), recipe("int8", noise_seed=3), {}, {},
          ["noise_seed: 0 -> 3", 'extract.codec.name: "cast" -> "int8"']),
     ],

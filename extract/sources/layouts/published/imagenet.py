@@ -167,7 +167,7 @@ def _read_order(tree: Tree, name: str) -> Mapping[int, str]:
 
 
 def _read_mat(data: bytes, where: str) -> Sequence[tuple[object, str]]:
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
