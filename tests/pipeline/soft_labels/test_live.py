@@ -12,6 +12,7 @@ from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
 from dtpipe.manifests.read.source import read_image, read_level
+from dtpipe.manifests.schema import CodecRecipe
 from dtpipe.manifests.soft_labels import live_features_of, soft_labels_of
 from parts.command_line import RefusedError, dtpipe
 from parts.images import png, write_files, write_images
@@ -56,6 +57,7 @@ def test_one_pass_gives_the_labels_of_the_stored_features_and_the_images(
             np.testing.assert_array_equal(
                 read_level(live, "l2.labels", row, view), read_level(cached, "l2.labels", row, view)
             )
+    assert live.recipe.codec == cached.recipe.codec == CodecRecipe(zstd_level=3)  # unlike features'
     said = soft_labels_of(live.recipe)
     assert said is not None and said.features["teacher"] == dataset.recipe.teacher.model_dump(mode="json")
     made = live_features_of(live.recipe)
