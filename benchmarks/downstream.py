@@ -2,6 +2,7 @@
 
     python benchmarks/downstream.py --data digits                      # masks and objects of digit scenes, 64 px
     python benchmarks/downstream.py --data flowers --flowers DIR       # five classes of photographs, 64 px
+    python benchmarks/downstream.py --data flowers --tables finetune --seeds 1 --add-to FILE   # one more seed
 
 Everything is a command of dtpipe; all are printed and kept in the JSON. Each goes on where it was stopped, so this
 does too, in the folder --work. What was decided beforehand is `PROTOCOL`: settings, arms and number of seeds were fixed
@@ -78,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.data:
         study = STUDIES[name]
         root = args.work / name
+        if args.earlier:
+            check_earlier(args, study)
         study.prepare(args, root)
-        of_seeds = [pretraining(study, root, args, seed) for seed in range(args.seeds)]
-        run_groups(of_seeds, args.work, args.jobs)
-        students = [command for of_seed in of_seeds for command in of_seed]
+        students = [command for seed in seeds_of(args) for command in pretraining(study, root, args, seed)]
+        of_arms = [students[place : place + 2] for place in range(0, len(students), 2)]
+        run_groups(of_arms, args.work, args.jobs)
         for case in chosen(study, args):
             evaluation = table(case, root, args)
             run_groups([[evaluation]] * args.jobs, args.work, args.jobs)  # which share its trainings
@@ -105,7 +108,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_jobs(parser)
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-downstream")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
-    return parser.parse_args(argv)
+    parser.add_argument("--add-to", type=Path, help="result of earlier seeds, of one table; --seeds says how many more")
+    args = parser.parse_args(argv)
+    args.earlier = json.loads(args.add_to.read_text(encoding="utf-8")) if args.add_to else None
+    return args
+
+
+def check_earlier(args: argparse.Namespace, study: Study) -> None:
+    """End where seeds of this call cannot be added to those of the earlier result."""
+    earlier, digests = args.earlier, {study.name: teacher_digest(study.teacher)}
+    if (args.data, args.tables) != ([earlier["data"]], [earlier["results"]["task"]]):
+        sys.exit(f"{args.add_to} is of --data {earlier['data']} --tables {earlier['results']['task']}")
+    if (earlier["protocol"], earlier["origin"]["teacher_digests"]) != (PROTOCOL, digests):
+        sys.exit(f"{args.add_to} has another protocol or teacher; begin anew")
+
+
+def seeds_of(args: argparse.Namespace) -> range:
+    """The seeds of a call."""
+    first = args.earlier["seeds"] if args.earlier else 0
+    return range(first, first + args.seeds)
 
 
 def digits(args: argparse.Namespace, root: Path) -> None:
@@ -182,13 +203,19 @@ def chosen(study: Study, args: argparse.Namespace) -> list[Case]:
 
 def table(case: Case, root: Path, args: argparse.Namespace) -> list[str]:
     """The command of one table."""
-    arms = {arm: ",".join(str(root / f"{arm}{seed}") for seed in range(args.seeds)) for arm in (TEACHER, UNTRAINED)}
+    arms = {arm: ",".join(str(root / f"{arm}{seed}") for seed in seeds_of(args)) for arm in (TEACHER, UNTRAINED)}
     steps = ["--steps", str(args.steps)] if args.steps else []
     rates = ["--lr-grid", GRIDS[case.task], "-s", "eval.tune.lr_choice=first_seed", "-s", "eval.tune.folds=2"]
     labels = [*images_of(case.task, root), "--labelled", case.labels, "--seeds", str(args.seeds)]
     out = ["--out", str(result_file(case, root))]
     arms_given = [f"{TEACHER}={arms[TEACHER]}", case.task, "--compare", f"{UNTRAINED}={arms[UNTRAINED]}"]
-    return ["eval", *arms_given, *labels, *case.settings, *rates, *steps, *out]
+    added = []
+    if args.earlier:
+        earlier = root / "tables" / "earlier.json"
+        earlier.parent.mkdir(exist_ok=True)
+        earlier.write_text(json.dumps(args.earlier["results"]), encoding="utf-8")
+        added = ["--add-to", str(earlier), "-s", f"eval.seed={seeds_of(args).start}"]
+    return ["eval", *arms_given, *labels, *case.settings, *rates, *steps, *added, *out]
 
 
 def images_of(task: str, root: Path) -> list[str]:
@@ -210,12 +237,14 @@ def result_file(case: Case, root: Path) -> Path:
 def report(study: Study, case: Case, root: Path, args: argparse.Namespace, commands: Sequence[Sequence[str]]) -> None:
     """Write what came out, with all that it takes to make it again."""
     text = result_file(case, root).read_text(encoding="utf-8").replace(str(args.work), "WORK")
+    earlier = args.earlier
     content = {
         "data": study.name,
         "protocol": PROTOCOL,
-        "seeds": args.seeds,
-        "commands": with_seconds(commands, args.work),
+        "seeds": seeds_of(args).stop,
+        "commands": [*(earlier["commands"] if earlier else ()), *with_seconds(commands, args.work)],
         "results": json.loads(text),
+        "earlier": [*earlier.get("earlier", ()), earlier["origin"]] if earlier else [],
     }
     digests = {study.name: teacher_digest(study.teacher)}
     publish("downstream", content, args.out / f"downstream_{case.name}.json", digests)

@@ -152,11 +152,16 @@ class EvalConfig(LabelledImages):
     )
     device: DeviceName = Field(default="auto", description="Where features are computed.")
     out: str | None = Field(default=None, description="JSON file to write; default: eval/TASK.json in the run folder.")
+    add_to: str | None = Field(
+        default=None,
+        description="Of tasks that train: JSON file of an earlier table, made here or elsewhere, that these seeds are "
+        "added to; eval.seed is the first of them. They train at its rates, unless each seed chooses its own.",
+    )
     probe: ProbeConfig = ProbeConfig()
     tune: TuneConfig | None = Field(default=None, description="How backbone and head are trained, by tasks that train.")
 
     _whole_teacher = field_validator("teacher")(whole_if_there)
-    _local = field_validator("checkpoint", "compare", "out")(local_place)
+    _local = field_validator("checkpoint", "compare", "out", "add_to")(local_place)
 
     @field_validator("checkpoint", mode="before")
     @classmethod

@@ -158,6 +158,7 @@ def _refuse_idle(config: EvalConfig, task: Task | TunedTask[Any]) -> None:
         "eval.tune": not trains and config.tune is not None,
         "eval.probe": trains and config.probe != ProbeConfig(),
         "eval.resplit": not trains and config.resplit,
+        "eval.add_to": not trains and config.add_to is not None,
     }
     if idle := next((name for name, there in given.items() if there), None):
         how = "trains backbone and head" if trains else "reads frozen features"

@@ -43,6 +43,7 @@ FLAGS = (
     Flag("--train-workers", "eval.tune.run.train_workers", "N"),
     Flag("--device", "eval.device", "auto|cpu|cuda|mps"),
     Flag("--out", "eval.out", "FILE"),
+    Flag("--add-to", "eval.add_to", "FILE"),
 )
 EXAMPLE = """
 dtpipe eval runs/r50 probe --images labelled/

@@ -97,7 +97,7 @@ def trainings(table: TunedTable) -> Iterator[tuple[str, int, BatchOrder]]:
     for cell in table.cells():
         arm, num = cell.arm, len(cell.labelled)
         folds = fold_numbers(cell.labelled, config.folds) if len(config.lr_grid) > 1 else None
-        again = config.lr_choice == "first_seed" and (arm.name, num) in chosen
+        again = config.lr_choice == "first_seed" and (arm.name, num) in {*chosen, *table.rates}
         chosen.add((arm.name, num))
         if folds is not None and not again:
             for fold in range(int(folds.max()) + 1):

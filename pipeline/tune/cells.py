@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class TunedTable:
     config: TuneConfig
     resplit: bool = False
     """Each seed holds out other images of both sets, as many as `test` has."""
+    rates: Mapping[tuple[str, int], RateChoice] = field(default_factory=dict)
+    """Chosen already, by name of the arm and number of labelled images."""
 
     def sets(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
         """Images to draw labels from and images held out at a seed."""
@@ -139,6 +141,9 @@ class _Runner:
         return _Finished(_score(cell, choice, result, folder), tuple(said))
 
     def _choice(self, cell: TunedCell, job: TuneJob) -> RateChoice:
+        given = self.table.rates.get((cell.arm.name, len(cell.labelled)))
+        if given is not None:
+            return given
         by_first = self.table.config.lr_choice == "first_seed"
         chooser = self._first[cell.place, len(cell.labelled)] if by_first else cell
         folder = self._folder(chooser)

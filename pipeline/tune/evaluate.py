@@ -27,6 +27,7 @@ from dtpipe.pipeline.cli.console import Note, ProgressLine, format_seconds
 from dtpipe.pipeline.cli.settings import load_document, preset_names
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.tune.cells import TunedTable, run_cells
+from dtpipe.pipeline.tune.earlier import earlier_table
 from dtpipe.pipeline.tune.rates import Train
 
 
@@ -54,7 +55,10 @@ def tuned_table(
     sets: tuple[LabelledSet, LabelledSet],
     num_labelled: Sequence[int | None],
 ) -> TunedTable:
-    """What is to be trained and scored, the arm in question first. Raises: ConfigError for sets that overlap."""
+    """What is to be trained and scored, the arm in question first.
+
+    Raises: ConfigError for sets that overlap; as `earlier_table` and `EarlierTable.check`.
+    """
     train, test = (fit_targets(task, labelled) for labelled in sets)
     check_apart(train, test)
     check_several_classes(train, test)
@@ -62,14 +66,21 @@ def tuned_table(
     if len({arm.name for arm in arms}) < len(arms):
         raise ConfigError(f"{RANDOM_INIT} is the name of an arm that every table has; write --compare NAME=RUN")
     settings = tune_settings(config)
-    return TunedTable(task, arms, train, test, num_labelled, comparison.seeds, settings, config.resplit)
+    table = TunedTable(task, arms, train, test, num_labelled, comparison.seeds, settings, config.resplit)
+    if (earlier := earlier_table(config)) is None:
+        return table
+    earlier.check(config, table)
+    chosen = settings.lr_choice == "each_seed" and settings.lr_grid
+    return table if chosen else replace(table, rates=earlier.rates())
 
 
 def tuned_result(config: EvalConfig, table: TunedTable, out: Path, note: Note) -> ProbeResult:
     """Train and score every cell in a folder of `out`. Raises: as `tune` of `distill.downstream.tuned.run`."""
     with ProgressLine("eval", tell_end=False) as line, _training(config, table.config, line) as train:
         result = run_cells(table, out, train, note)
-    return replace(result, subject=table.arms[0].name, reference=RANDOM_INIT)
+    result = replace(result, subject=table.arms[0].name, reference=RANDOM_INIT)
+    earlier = earlier_table(config)
+    return result if earlier is None else earlier.joined(result)
 
 
 @contextmanager

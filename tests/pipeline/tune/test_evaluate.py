@@ -16,10 +16,11 @@ from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.load import load_tuned
 from dtpipe.distill.downstream.tuned.trainer import Tuning
 from dtpipe.distill.engine.run_folder import read_metrics
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.pipeline.cli.main import main
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate
+from parts.images import write_files
 from parts.ranks import fork_ranks
 from parts.tuning import write_halves, write_run
 
@@ -86,6 +87,47 @@ def test_a_table_that_was_killed_goes_on_and_is_not_trained_twice(
     cell = Path(config.checkpoint) / "eval" / "finetune" / "distilled-4-1"
     assert load_tuned(cell).classes.names == ("down", "up")
     assert [line["step"] for line in read_metrics(cell)] == [1, 2]
+
+
+def test_seeds_are_added_to_a_table_that_was_made_elsewhere(config: EvalConfig, tmp_path: Path) -> None:
+    """With rates that it chose, so that both are the table of one."""
+    test = str(write_halves(tmp_path / "test", 6, seed=1))
+    config = config.model_copy(update={"test_images": test})
+    whole = evaluate(config.model_copy(update={"out": str(tmp_path / "whole.json")}), say_nothing).result
+    first = config.model_copy(update={"seeds": 1, "out": str(tmp_path / "first.json")})
+    evaluate(first, say_nothing)
+    added = {"seeds": 1, "seed": 1, "out": str(tmp_path / "both.json"), "add_to": str(tmp_path / "first.json")}
+    both = evaluate(config.model_copy(update=added), say_nothing)
+    assert not (tmp_path / "both" / "rates").exists()
+    assert values(both.result) == values(whole)
+    assert [vars(one) for one in both.result.differences()] == [vars(one) for one in whole.differences()]
+    again = {**added, "seed": 2, "out": str(tmp_path / "three.json"), "add_to": str(both.path)}
+    assert sorted({score.seed for score in evaluate(config.model_copy(update=again), say_nothing).result.scores}) == [
+        0,
+        1,
+        2,
+    ]
+    for changes, said in (
+        ({"seed": 0}, r"has seed 0 already; begin with another, as -s eval.seed=1"),
+        ({"labelled": (6,)}, r"has eval.labelled \[4\], and here it is \[6\]"),
+        ({"tune": added_steps(config)}, r"has eval.tune.steps 2, and here it is 3"),
+        ({"compare": (f"other={write_run(tmp_path / 'other', seed=5)}",)}, r"has arms \['distilled', 'random"),
+        ({"test_images": str(write_halves(tmp_path / "fewer", 4, seed=1))}, "has number of held-out images 6"),
+        ({"test_images": None}, "give --test-images, and no --resplit"),
+        ({"add_to": str(tmp_path / "none.json")}, "there is no such file; give the file that `dtpipe eval` wrote"),
+        (
+            {"add_to": str(write_files(tmp_path, {"a.json": b"{}"}) / "a.json")},
+            "is no result of an evaluation .*; give",
+        ),
+        ({"task": "probe", "tune": None}, "eval.add_to is for the others"),
+    ):
+        with pytest.raises(DtpipeError, match=said):
+            evaluate(config.model_copy(update={**added, **changes}), say_nothing)
+
+
+def added_steps(config: EvalConfig) -> TuneConfig:
+    assert config.tune is not None
+    return config.tune.model_copy(update={"steps": 3})
 
 
 def test_arms_are_the_run_its_random_initialisation_and_those_compared(config: EvalConfig, tmp_path: Path) -> None:
