@@ -1,6 +1,8 @@
 """Which setting of fine-tuning, or of distillation, changes what distillation gains? One change at a time.
 
     python benchmarks/downstream_why.py --work DIR       # the folder of downstream.py: its students are the base
+    python benchmarks/downstream_why.py --variants 0 1 2 3 4              # the base, and what changes fine-tuning
+    python benchmarks/downstream_why.py --variants 5 6 7 8 --add-to FILE  # then what changes distillation
 
 Foreground masks of digit scenes, as the table `segment` of `downstream.py`, but at one rate for all arms. Everything is
 a command of dtpipe and goes on where it was stopped. What was decided beforehand is `PROTOCOL`.
@@ -34,7 +36,7 @@ PROTOCOL = {
     "rate": f"{LR:g} for all arms: the best of most arms and numbers of labels in downstream_segment.json",
     "score": "mIoU of 300 held-out scenes; five paired seeds",
     "change": "gain under the variant minus gain as published, paired by seed, with its 95 % interval; p of Student's "
-    f"t, adjusted by Holm over all variants and both gains at {PRIMARY} labels; {LABELLED[0]} stand beside it",
+    f"t, adjusted by Holm over the file's variants and both gains at {PRIMARY} labels; {LABELLED[0]} stand beside it",
     "answer": "changes it: p after Holm is below 0.05; else not seen. Variants of distillation train the distilled "
     "student anew; the others are the base's, so their gain on scratch is against the same scratch",
 }
@@ -67,6 +69,7 @@ VARIANTS = (
     Variant("fresh noise in every step", distill=("--reencode", "1")),
     Variant("a quarter of the epochs", distill=("--epochs", "10", "--warmup-epochs", "1")),
     Variant("T = 150", extract=("--timesteps", "150")),
+    Variant("the finest level alone", distill=("--levels", "l2")),
 )
 
 
@@ -76,14 +79,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = STUDIES["digits"]
     root = args.work / study.name
     study.prepare(args, root)
-    students = [list(pretraining(args, root, seed)) for seed in range(args.seeds)]
-    run_groups(students, args.work, args.jobs)
-    tables = [[table(args, root, variant)] for variant in VARIANTS if variant.tune or variant.name == BASE]
-    run_groups(tables, args.work, args.jobs)
-    commands = [command for group in (*students, *tables) for command in group]
-    content = {"protocol": PROTOCOL, "seeds": args.seeds, **results(root)}
-    content["commands"] = with_seconds(commands, args.work)
     digests = {study.name: teacher_digest(study.teacher)}
+    earlier = earlier_result(args, digests)
+    of_seeds = [pretraining(args, root, seed) for seed in range(args.seeds)]
+    students = [group for of_kind in zip(*of_seeds, strict=True) for group in of_kind]
+    run_groups(students, args.work, args.jobs)
+    tables = [table(args, root, variant) for variant in args.chosen if variant.tune]
+    if any(not variant.tune for variant in args.chosen):
+        tables.insert(0, table(args, root, VARIANTS[0]))
+    for evaluation in tables:
+        run_groups([[evaluation]] * args.jobs, args.work, args.jobs)  # which share its trainings
+    commands = [*(command for group in students for command in group), *tables]
+    content = {"protocol": PROTOCOL, "seeds": args.seeds, **results(found_here(args, root, earlier))}
+    content["commands"] = [*(earlier["commands"] if earlier else ()), *with_seconds(commands, args.work)]
+    content["earlier"] = [*earlier["earlier"], earlier["origin"]] if earlier else []
     publish("downstream_why", content, args.out / "downstream_why.json", digests)
     return 0
 
@@ -96,24 +105,44 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-held-out", type=int, default=300)
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-downstream")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    known = ", ".join(f"{idx} {variant.name}" for idx, variant in enumerate(VARIANTS))
+    parser.add_argument(
+        "--variants", type=int, nargs="+", choices=range(len(VARIANTS)), help=f"only these; default: all of {known}"
+    )
+    parser.add_argument("--add-to", type=Path, help="result that has the base, and other variants")
     add_jobs(parser)
     args = parser.parse_args(argv)
     args.epochs = None
+    args.chosen = [VARIANTS[idx] for idx in args.variants or range(len(VARIANTS))]
+    args.needs_base = VARIANTS[0] in args.chosen or any(variant.tune for variant in args.chosen)
+    if (VARIANTS[0] in args.chosen) == (args.add_to is not None):
+        parser.error("the base, variant 0, is made here or stands in --add-to: give one of both")
     return args
 
 
-def pretraining(args: argparse.Namespace, root: Path, seed: int) -> list[Command]:
-    """The base's students, and those of variants of distillation."""
-    commands = downstream.pretraining(STUDIES["digits"], root, args, seed)
-    extract, distill, *_ = commands
-    for variant in VARIANTS:
+def earlier_result(args: argparse.Namespace, digests: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The one that variants are added to."""
+    if args.add_to is None:
+        return None
+    document: dict[str, Any] = json.loads(args.add_to.read_text(encoding="utf-8"))
+    own = [PROTOCOL, args.seeds, digests]
+    if own != [document["protocol"], document["seeds"], document["origin"]["teacher_digests"]]:
+        sys.exit(f"{args.add_to} has another protocol, teacher or number of seeds; begin anew")
+    return document
+
+
+def pretraining(args: argparse.Namespace, root: Path, seed: int) -> list[list[Command]]:
+    """What trains the base's students, where they are needed, and each variant of distillation."""
+    base = downstream.pretraining(STUDIES["digits"], root, args, seed)
+    extract, distill = base[:2]
+    groups = [base[:2], base[2:]] if args.needs_base else [[extract]]
+    for variant in args.chosen:
         features = features_of(root, variant, seed)
-        if variant.extract:
-            commands.append([*_with(extract, "--out", features), *variant.extract])
+        made = [[*_with(extract, "--out", features), *variant.extract]] if variant.extract else []
         if variant.distilled:
             words = [distill[0], str(features), *distill[2:], *variant.distill]
-            commands.append(_with(words, "--out", run_of(root, variant, seed)))
-    return commands
+            groups.append([*made, _with(words, "--out", run_of(root, variant, seed))])
+    return groups
 
 
 def _with(command: Command, flag: str, value: object) -> Command:
@@ -136,13 +165,11 @@ def _word(variant: Variant) -> str:
 
 
 def table(args: argparse.Namespace, root: Path, variant: Variant) -> Command:
-    """All arms and seeds of a variant; in the base's, the students of all variants of distillation are arms too."""
-    arms = {
-        TEACHER: variant,
-        **({other.name: other for other in VARIANTS if other.distilled} if not variant.tune else {}),
-    }
+    """All arms and seeds of a variant; in the base's, the students of variants of distillation are arms too."""
+    arms = {} if variant.tune else {other.name: other for other in args.chosen if other.distilled}
     runs = {name: [run_of(root, of_arm, seed) for seed in range(args.seeds)] for name, of_arm in arms.items()}
-    runs[UNTRAINED] = [root / f"{UNTRAINED}{seed}" for seed in range(args.seeds)]
+    if args.needs_base:
+        runs = {name: [root / f"{name}{seed}" for seed in range(args.seeds)] for name in (TEACHER, UNTRAINED)} | runs
     first, *others = (f"{name}=" + ",".join(map(str, of_arm)) for name, of_arm in runs.items())
     compare = [word for other in others for word in ("--compare", other)]
     labels = ["--labelled", ",".join(map(str, LABELLED)), "--seeds", args.seeds]
@@ -162,13 +189,24 @@ Values = Mapping[tuple[str, int], Mapping[int, float]]
 """(arm, number of labelled images) to the score of each seed."""
 
 
-def results(root: Path) -> dict[str, Any]:
+def found_here(args: argparse.Namespace, root: Path, earlier: Mapping[str, Any] | None) -> dict[str, Values]:
+    """Scores of each variant: of an earlier result, then of this call."""
+    found: dict[str, Values] = from_plain(earlier["scores"]) if earlier else {}
+    students: Values = {}
+    if any(not variant.tune for variant in args.chosen):
+        students = read(result_file(root, VARIANTS[0]))
+    if earlier is None:
+        found[BASE] = of_variant(students, students, VARIANTS[0])
+    for variant in args.chosen:
+        if variant.tune:
+            found[variant.name] = read(result_file(root, variant))
+        else:
+            found[variant.name] = of_variant(students, found[BASE], variant)
+    return found
+
+
+def results(found: Mapping[str, Values]) -> dict[str, Any]:
     """Answers first."""
-    base = read(result_file(root, VARIANTS[0]))
-    found = {
-        variant.name: read(result_file(root, variant)) if variant.tune else of_variant(base, variant)
-        for variant in VARIANTS
-    }
     return {"changes": changes(found), "gains": gains(found), "scores": plain(found)}
 
 
@@ -180,11 +218,11 @@ def read(path: Path) -> Values:
     return values
 
 
-def of_variant(base: Values, variant: Variant) -> Values:
+def of_variant(students: Values, base: Values, variant: Variant) -> Values:
     """The base's arms, its distilled student the variant's."""
     arm = variant.name if variant.distilled else TEACHER
-    arms = {TEACHER: arm, UNTRAINED: UNTRAINED, RANDOM_INIT: RANDOM_INIT}
-    return {(name, num): base[own, num] for name, own in arms.items() for num in LABELLED}
+    others = {(name, num): base[name, num] for name in (UNTRAINED, RANDOM_INIT) for num in LABELLED}
+    return {**others, **{(TEACHER, num): students[arm, num] for num in LABELLED}}
 
 
 def gains(found: Mapping[str, Values]) -> list[dict[str, Any]]:
@@ -228,6 +266,15 @@ def change(found: Mapping[str, Values], name: str, first: str, second: str, num:
 
 def _gain(values: Values, first: str, second: str, num: int) -> dict[int, float]:
     return {seed: value - values[second, num][seed] for seed, value in values[first, num].items()}
+
+
+def from_plain(lines: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
+    """Inverse of `plain`."""
+    found: dict[str, dict[tuple[str, int], dict[int, float]]] = {}
+    for line in lines:
+        of_seed = {int(seed): value for seed, value in line["seeds"].items()}
+        found.setdefault(line["variant"], {})[line["arm"], line["labelled"]] = of_seed
+    return dict(found)
 
 
 def plain(found: Mapping[str, Values]) -> list[dict[str, Any]]:

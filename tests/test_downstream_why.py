@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
 
 from downstream import TEACHER, UNTRAINED  # noqa: E402
-from downstream_why import BASE, LABELLED, VARIANTS, parse, result_file, results, table  # noqa: E402
+from downstream_why import BASE, LABELLED, VARIANTS, found_here, parse, result_file, results, table  # noqa: E402
 
 from dtpipe.distill.downstream.extractors import RANDOM_INIT  # noqa: E402
 
@@ -43,7 +43,11 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
             write(
                 result_file(tmp_path, variant), {**base, **own} if variant.name == BASE else {**base, TEACHER: raised}
             )
-    found = results(tmp_path)
+    found = results(found_here(parse([]), tmp_path, None))
+    tuned = results(found_here(parse(["--variants", "0", "1", "2", "3", "4"]), tmp_path, None))
+    assert len(tuned["changes"]) == 2 * 2 * 4
+    added = parse(["--variants", "5", "6", "7", "8", "--add-to", "x"])
+    assert results(found_here(added, tmp_path, json.loads(json.dumps(tuned)))) == found
     (lost,) = [
         line
         for line in found["changes"]
@@ -63,6 +67,8 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
 def test_students_of_other_distillations_are_arms_of_the_bases_table(tmp_path: Path) -> None:
     words = table(parse(["--seeds", "2"]), tmp_path, VARIANTS[0])
     compared = [words[place + 1] for place, word in enumerate(words) if word == "--compare"]
-    assert [arm.partition("=")[0] for arm in compared[:2]] == ["fresh noise in every step", "a quarter of the epochs"]
-    assert compared[0].endswith("fresh-noise-in-every-step-0," + str(tmp_path / "fresh-noise-in-every-step-1"))
-    assert compared[-1].startswith(f"{UNTRAINED}=") and "--compare" in table(parse([]), tmp_path, VARIANTS[1])
+    assert [arm.partition("=")[0] for arm in compared[:2]] == [UNTRAINED, "fresh noise in every step"]
+    assert compared[1].endswith("fresh-noise-in-every-step-0," + str(tmp_path / "fresh-noise-in-every-step-1"))
+    added = table(parse(["--variants", "7", "8", "--add-to", "x"]), tmp_path, VARIANTS[0])
+    assert added[1].startswith("T = 150=") and added.count("--compare") == 1  # the base's scores are there already
+    assert table(parse([]), tmp_path, VARIANTS[1]).count("--compare") == 1
