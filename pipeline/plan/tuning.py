@@ -93,7 +93,7 @@ def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
 
 def trainings(table: TunedTable) -> Iterator[tuple[str, int, BatchOrder]]:
     """Arm, labelled images and steps of every training, those on folds before that of their cell."""
-    config, chosen = table.config, set()
+    config, chosen = table.config, set[tuple[str, int]]()
     for cell in table.cells():
         arm, num = cell.arm, len(cell.labelled)
         folds = fold_numbers(cell.labelled, config.folds) if len(config.lr_grid) > 1 else None
