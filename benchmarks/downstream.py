@@ -98,6 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=["digits", "flowers"], default=["digits", "flowers"])
     parser.add_argument("--tables", nargs="+", help="only these tables; default: all of the data")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--labelled", metavar="N,N", help="numbers of labelled images, in place of the study's")
     parser.add_argument("--flowers", type=Path, default=REPO.parent / "shared" / "data" / "flowers5_128")
     parser.add_argument(
         "--num-images", type=int, default=1000, help="scenes without labels; labels are drawn from them"
@@ -206,7 +207,7 @@ def table(case: Case, root: Path, args: argparse.Namespace) -> list[str]:
     arms = {arm: ",".join(str(root / f"{arm}{seed}") for seed in seeds_of(args)) for arm in (TEACHER, UNTRAINED)}
     steps = ["--steps", str(args.steps)] if args.steps else []
     rates = ["--lr-grid", GRIDS[case.task], "-s", "eval.tune.lr_choice=first_seed", "-s", "eval.tune.folds=2"]
-    labels = [*images_of(case.task, root), "--labelled", case.labels, "--seeds", str(args.seeds)]
+    labels = [*images_of(case.task, root), "--labelled", args.labelled or case.labels, "--seeds", str(args.seeds)]
     out = ["--out", str(result_file(case, root))]
     arms_given = [f"{TEACHER}={arms[TEACHER]}", case.task, "--compare", f"{UNTRAINED}={arms[UNTRAINED]}"]
     added = []

@@ -96,12 +96,23 @@ def test_the_readmes_results_are_those_of_the_benchmarks() -> None:
             assert cell == f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}", (row, extractor)
 
 
-@pytest.mark.parametrize(("file", "first"), [("downstream_segment", 0), ("downstream_detect", 3)])
-def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark(file: str, first: int) -> None:
+QUANTILES = {4: 3.1824, 5: 2.7764}
+"""Of Student's t at 97.5 %, by number of seeds."""
+
+
+@pytest.mark.parametrize(
+    ("file", "first", "counts"),
+    [
+        ("downstream_segment", 0, (5, 20, 80)),
+        ("downstream_detect", 3, (5, 20, 80)),
+        ("downstream_finetune", 6, (25, 50, 250)),
+    ],
+)
+def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark(file: str, first: int, counts: tuple[int]) -> None:
     document = json.loads((REPO / "benchmarks" / "results" / f"{file}.json").read_text())
     found, arms = document["results"], ("distilled", "untrained", "random initialisation")
-    rows = README.partition("| fine-tuned, labelled scenes |")[2].splitlines()[2 + first : 5 + first]
-    for row, count in zip(rows, (5, 20, 80), strict=True):
+    rows = README.partition("| fine-tuned, labelled images |")[2].splitlines()[2 + first : 5 + first]
+    for row, count in zip(rows, counts, strict=True):
         of_arm = {
             arm: [s["value"] for s in found["scores"] if (s["extractor"], s["num_labelled"]) == (arm, count)]
             for arm in arms
@@ -109,7 +120,7 @@ def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark(file: str, fi
         expected = [f"{statistics.mean(of_arm[arm]):.3f} ± {statistics.stdev(of_arm[arm]):.3f}" for arm in arms]
         for other in ("random initialisation", "untrained"):
             gains = [ours - theirs for ours, theirs in zip(of_arm["distilled"], of_arm[other], strict=True)]
-            mean, half = statistics.mean(gains), 2.7764 * statistics.stdev(gains) / 5**0.5  # t of 4 degrees of freedom
+            mean, half = statistics.mean(gains), QUANTILES[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
             expected.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
         assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
 

@@ -98,7 +98,8 @@ def command(*args: object) -> Any:
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
 def test_symbols_are_stored_and_features_are_read(form: str, pair: Pair) -> None:
     plain, coded = pair(form=form)
-    assert (plain.plan.format, coded.plan.format) == ("dtpipe-features/1", "dtpipe-features/2")
+    of_plain = {"zarr": "dtpipe-features/2", "webdataset": "dtpipe-features/1"}[form]  # the latter has no uncompressed
+    assert (plain.plan.format, coded.plan.format) == (of_plain, "dtpipe-features/2")
     assert_close(features(coded), features(plain))
     np.testing.assert_array_equal(read_images(coded, range(8)), read_images(plain, range(8)))
     if form == "zarr":  # where any zarr reader sees the symbols
