@@ -209,12 +209,8 @@ class CodecRecipe(StrictModel):
 
     name: Literal["cast"] = Field(default="cast", description="Codec of the levels that name none of their own.")
     zstd_level: int = Field(default=3, ge=0, le=19, description="Of the zarr store; 0: chunks are not compressed.")
-    symbols_zstd_level: int | None = Field(
-        default=None, ge=1, le=19, description="Of symbols of codecs that are fitted; null: as zstd_level."
-    )
-    dense_zstd_level: Literal[0] | None = Field(
-        default=None, description="Of all other arrays of features, of which zstd makes little; null: as zstd_level."
-    )
+    symbols_zstd_level: int | None = Field(default=None, ge=1, le=19, description="Of fitted symbols; null: the same.")
+    dense_zstd_level: Literal[0] | None = Field(default=None, description="Of other features; null: the same.")
 
     def level_of(self, sparse: bool) -> int:
         """The level of zstd of an array of a feature level; `sparse`: of symbols that are mostly 0."""
@@ -223,8 +219,7 @@ class CodecRecipe(StrictModel):
 
     @model_serializer(mode="wrap")
     def _leave_out_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {name: value for name, value in fields.items() if value is not None}
+        return {name: value for name, value in dump(self).items() if value is not None}
 
 
 class ShardRecipe(StrictModel):
@@ -271,8 +266,7 @@ class Recipe(StrictModel):
 
     @model_serializer(mode="wrap")
     def _leave_out_plain(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {name: value for name, value in fields.items() if (name, value) != ("image_coding", PLAIN)}
+        return {name: value for name, value in dump(self).items() if (name, value) != ("image_coding", PLAIN)}
 
 
 def _check_format(record: Plan | Manifest) -> None:
@@ -361,8 +355,7 @@ class ShardEntry(StrictModel):
 
     @model_serializer(mode="wrap")
     def _leave_out_planned(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {name: value for name, value in fields.items() if (name, value) != ("batch_size", None)}
+        return {name: value for name, value in dump(self).items() if (name, value) != ("batch_size", None)}
 
 
 class FileEntry(StrictModel):
@@ -403,5 +396,4 @@ class Manifest(StrictModel):
 
     @model_serializer(mode="wrap")
     def _leave_out_planned(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {name: value for name, value in fields.items() if name != "batch_sizes" or value}
+        return {name: value for name, value in dump(self).items() if name != "batch_sizes" or value}

@@ -20,6 +20,8 @@ from parts.memory import write_student
 from parts.runs import assert_equal_checkpoints
 from parts.settings import build, changed
 
+# TensorBoard's own thread may end with the error after the test that provoked it
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 MB = 2**20
 WEIGHTS = {"weights": torch.zeros(MB // 4 + 1000)}  # a checkpoint of a little over 1 MB
 
@@ -116,7 +118,6 @@ def test_a_line_that_finds_no_room_is_taken_back(disk: Path, folder: RunFolder) 
     assert (folder.path / "metrics.jsonl").read_bytes().endswith(b"}\n") or not lines
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the package's own thread
 def test_tensorboards_events_that_find_no_room_are_a_store_error(disk: Path) -> None:
     writer = ScalarWriter(TrackedRun(disk, "line", {}, "id", 1))
     fill(disk)
