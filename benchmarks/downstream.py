@@ -122,6 +122,7 @@ def check_earlier(args: argparse.Namespace, study: Study) -> None:
         sys.exit(f"{args.add_to} is of --data {earlier['data']} --tables {earlier['results']['task']}")
     if (earlier["protocol"], earlier["origin"]["teacher_digests"]) != (PROTOCOL, digests):
         sys.exit(f"{args.add_to} has another protocol or teacher; begin anew")
+    args.labelled = args.labelled or ",".join(map(str, earlier["results"]["config"]["labelled"]))
 
 
 def seeds_of(args: argparse.Namespace) -> range:

@@ -209,8 +209,8 @@ class CodecRecipe(StrictModel):
 
     name: Literal["cast"] = Field(default="cast", description="Codec of the levels that name none of their own.")
     zstd_level: int = Field(default=3, ge=0, le=19, description="Of the zarr store; 0: chunks are not compressed.")
-    symbols_zstd_level: int | None = Field(default=None, ge=1, le=19, description="Of fitted symbols; null: the same.")
-    dense_zstd_level: Literal[0] | None = Field(default=None, description="Of other features; null: the same.")
+    symbols_zstd_level: int | None = Field(default=None, ge=1, le=19, description="Of fitted symbols; null: as all.")
+    dense_zstd_level: Literal[0] | None = Field(default=None, description="Of other features; null: as all.")
 
     def level_of(self, sparse: bool) -> int:
         """The level of zstd of an array of a feature level; `sparse`: of symbols that are mostly 0."""

@@ -59,6 +59,8 @@ class TunedTable:
     """Each seed holds out other images of both sets, as many as `test` has."""
     rates: Mapping[tuple[str, int], RateChoice] = field(default_factory=dict)
     """Chosen already, by name of the arm and number of labelled images."""
+    earlier: ProbeResult | None = None
+    """What these seeds are added to."""
 
     def sets(self, seed: int) -> tuple[LabelledSet, LabelledSet]:
         """Images to draw labels from and images held out at a seed."""

@@ -77,10 +77,6 @@ class EarlierTable:
             chosen.setdefault((score.extractor, score.num_labelled), choice)
         return chosen
 
-    def joined(self, result: ProbeResult) -> ProbeResult:
-        """One table of both."""
-        return ProbeResult.merge([self.result, result])
-
 
 def earlier_table(config: EvalConfig) -> EarlierTable | None:
     """The table that seeds are added to, where the settings name one. Raises: as `EarlierTable.read`; ConfigError."""

@@ -70,8 +70,8 @@ def tuned_table(
     if (earlier := earlier_table(config)) is None:
         return table
     earlier.check(config, table)
-    chosen = settings.lr_choice == "each_seed" and settings.lr_grid
-    return table if chosen else replace(table, rates=earlier.rates())
+    of_each_seed = settings.lr_choice == "each_seed" and settings.lr_grid
+    return replace(table, earlier=earlier.result, rates={} if of_each_seed else earlier.rates())
 
 
 def tuned_result(config: EvalConfig, table: TunedTable, out: Path, note: Note) -> ProbeResult:
@@ -79,8 +79,7 @@ def tuned_result(config: EvalConfig, table: TunedTable, out: Path, note: Note) -
     with ProgressLine("eval", tell_end=False) as line, _training(config, table.config, line) as train:
         result = run_cells(table, out, train, note)
     result = replace(result, subject=table.arms[0].name, reference=RANDOM_INIT)
-    earlier = earlier_table(config)
-    return result if earlier is None else earlier.joined(result)
+    return result if table.earlier is None else ProbeResult.merge([table.earlier, result])
 
 
 @contextmanager
