@@ -19,7 +19,6 @@ _CODECS: Final = "extract.codec."
 _OF_RECIPES: Final = {
     "codec.zstd_level": "extract.shard.zstd_level",
     "codec.symbols_zstd_level": "extract.codec.zstd_level",
-    "codec.dense_zstd_level": "extract.shard.zstd_level (of features)",
     "image_coding": "extract.shard.image_coding",
 }
 _OF_FITS: Final = {"budget_bytes": "budget", "samples": "fit_samples"}  # of a fit's record; others have their own
@@ -50,6 +49,8 @@ def _codec_names(recipe: Recipe) -> dict[str, str]:
 def _without(recipe: Recipe, named: tuple[Mapping[str, str], Mapping[str, str]]) -> dict[str, Any]:
     """The document of a recipe, in which levels whose codecs have other names have none."""
     document: dict[str, Any] = recipe.model_dump(mode="json")
+    if document["codec"].pop("dense_zstd_level", None) is not None:  # which is so where nobody asked for a level
+        del document["codec"]["zstd_level"]
     for level in document["levels"]:
         if len({names.get(level["name"]) for names in named}) > 1:
             level.pop("codec", None)
