@@ -73,7 +73,8 @@ class ObjectCache:
                         file.write(data)
             if hasher.hexdigest() != digest:
                 return False
-            rename(written, path)
+            with _locked(self.folder / _LOCK):  # no name changes while others count
+                rename(written, path)
             return True
         except FileNotFoundError:  # others needed the room
             return False

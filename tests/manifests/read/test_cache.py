@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -166,6 +167,40 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="cache of remote data cannot be written"):
         read(FeatureDataset.open(URL, cache=ObjectCache(tmp_path / "file" / "cache", PLENTY)))
+
+
+def test_what_takes_its_name_while_another_makes_room_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One object is whole just when another counts what is there; both do not fit with a third."""
+    cache, listed = ObjectCache(tmp_path, 2500), Path.iterdir
+    begun, counting, ended = (threading.Event() for _ in range(3))
+
+    def use(number: int, before: Callable[[], object] = lambda: None) -> None:
+        content = bytes([number]) * 1000
+
+        def fetch(ranges: list[tuple[int, int]]) -> list[bytes]:
+            before()
+            return [content[:size] for _, size in ranges]
+
+        cache.open(caches.blake3(content).hexdigest(), 1000, fetch)
+
+    def iterdir(folder: Path) -> list[Path]:
+        paths = list(listed(folder))
+        counting.set()
+        ended.wait(0.5)  # the lock keeps the other from ending here
+        return paths
+
+    use(0)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(use, 1, lambda: (begun.set(), counting.wait(10)))
+        other.add_done_callback(lambda _: ended.set())
+        assert begun.wait(10)
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+        use(2)
+        monkeypatch.undo()
+        other.result()
+    assert sum(map(len, kept(tmp_path).values())) <= 2500
 
 
 def _use_many(folder: str, most: int, connection: object) -> None:
