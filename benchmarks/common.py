@@ -46,7 +46,8 @@ def origin(teachers: Mapping[str, str]) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "teacher_digests": dict(teachers),
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": _processor(),
+            "vector_code": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
@@ -57,6 +58,14 @@ def origin(teachers: Mapping[str, str]) -> dict[str, Any]:
 def teacher_digest(path: Path | str, options: Mapping[str, Any] | None = None) -> str:
     """Digest of a teacher's weights, as a dataset's recipe names it."""
     return load_teacher(TeacherConfig(path=str(path), options=dict(options or {}))).spec.weights_blake3
+
+
+def _processor() -> str:
+    """Its name where Linux tells one, else its kind."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str:
