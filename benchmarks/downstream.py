@@ -23,6 +23,8 @@ from commands import OBJECTS, Command, add_jobs, command_of, digit_scenes, run_g
 from common import REPO, RESULTS, publish, teacher_digest
 from PIL import Image
 
+from dtpipe.manifests.canonical import CHECKSUM, seal
+
 STUDENT, PX = "resnet10t", 64
 TEACHER, UNTRAINED = "distilled", "untrained"
 UPRIGHT = ("-s", "eval.tune.augment.flip=0")
@@ -112,6 +114,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--add-to", type=Path, help="result of earlier seeds, of one table; --seeds says how many more")
     args = parser.parse_args(argv)
     args.earlier = json.loads(args.add_to.read_text(encoding="utf-8")) if args.add_to else None
+    if args.earlier:
+        args.earlier["results"].pop(CHECKSUM, None)
     return args
 
 
@@ -215,7 +219,7 @@ def table(case: Case, root: Path, args: argparse.Namespace) -> list[str]:
     if args.earlier:
         earlier = root / "tables" / "earlier.json"
         earlier.parent.mkdir(exist_ok=True)
-        earlier.write_text(json.dumps(args.earlier["results"]), encoding="utf-8")
+        earlier.write_bytes(seal(args.earlier["results"]))
         added = ["--add-to", str(earlier), "-s", f"eval.seed={seeds_of(args).start}"]
     return ["eval", *arms_given, *labels, *case.settings, *rates, *steps, *added, *out]
 
@@ -238,14 +242,15 @@ def result_file(case: Case, root: Path) -> Path:
 
 def report(study: Study, case: Case, root: Path, args: argparse.Namespace, commands: Sequence[Sequence[str]]) -> None:
     """Write what came out, with all that it takes to make it again."""
-    text = result_file(case, root).read_text(encoding="utf-8").replace(str(args.work), "WORK")
+    found = json.loads(result_file(case, root).read_text(encoding="utf-8").replace(str(args.work), "WORK"))
+    found.pop(CHECKSUM)  # of the file, with its paths
     earlier = args.earlier
     content = {
         "data": study.name,
         "protocol": PROTOCOL,
         "seeds": seeds_of(args).stop,
         "commands": [*(earlier["commands"] if earlier else ()), *with_seconds(commands, args.work)],
-        "results": json.loads(text),
+        "results": found,
         "earlier": [*earlier.get("earlier", ()), earlier["origin"]] if earlier else [],
     }
     digests = {study.name: teacher_digest(study.teacher)}
