@@ -79,9 +79,10 @@ class Bench:
     ) -> ExtractConfig:
         """Settings of an extraction by the teacher that costs nothing."""
         options: dict[str, Any] = {"px": px} | ({} if channels is None else {"channels": channels})
-        shard = {"codec": codec, "format": self.args.format, **changes.pop("shard", {})}
+        shard = {"format": self.args.format, **changes.pop("shard", {})}
+        teacher = {"path": "measure-only", "options": options}
         return self.config(
-            teacher={"path": "measure-only", "options": options}, transform={"px": px}, noise={}, shard=shard, **changes
+            teacher=teacher, transform={"px": px}, noise={}, codec={"name": codec}, shard=shard, **changes
         )
 
     def copies(self, number: int) -> str:

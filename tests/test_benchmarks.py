@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -48,6 +49,22 @@ def test_a_new_result_carries_its_origin(tmp_path: Path) -> None:
     assert document["origin"]["command"] == "python benchmarks/students.py --steps 2"
     assert document["origin"]["teacher_digests"] == {"demo": "ab" * 32}
     assert {"commit", "changed_files", "date", "machine", "versions"} <= set(document["origin"])
+
+
+def test_the_null_teachers_extraction_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `extract.py` asks, of sixteen images: its settings are those of today, and each byte is written once."""
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+    import extract
+
+    settings = argparse.Namespace(
+        teacher="", images="", px=None, small=True, dtype="float32", format="zarr", batch_size=8, threads=1
+    )
+    settings.device, settings.decode_threads = "cpu", 1
+    bench = extract.Bench(settings, tmp_path)
+    found = extract.written(bench)
+    assert found["dataset_bytes"] > 16 * 5.6e6
+    assert found["amplification"] is None or found["amplification"] == pytest.approx(1, abs=0.05)
+    assert {bench.null(256, codec=codec).codec.name for codec in extract.NO_FIT} == set(extract.NO_FIT)
 
 
 @pytest.mark.parametrize(
