@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from common import RESULTS, publish, teacher_digest, write_random_teacher
 
+from dtpipe.extract.allocator import keep_freed_memory
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.encode import encode, recipe_rows
@@ -36,6 +37,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.extract.shards.buffer import CodedBatch
 from dtpipe.extract.shards.progress import Progress
 from dtpipe.extract.shards.timeline import Stalls
+from dtpipe.extract.teachers.arithmetic import exact
 from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.pieces import blake3_of
@@ -106,12 +108,13 @@ def bare_loop(config: ExtractConfig, seconds: float) -> Callable[[], float]:
     rows = recipe_rows(recipe, teacher.spec, [str(idx) for idx in range(size)], images)
 
     def batches(num: int) -> float:
-        begun_s = time.perf_counter()
-        for _ in range(num):
-            encode(teacher, rows, device, recipe.compute)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun_s
+        with exact(torch.device(device), recipe.compute.threads):  # once, or each batch would change it and back
+            begun_s = time.perf_counter()
+            for _ in range(num):
+                encode(teacher, rows, device, recipe.compute)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - begun_s
 
     batches(2)  # warm up
     num = max(1, round(seconds / batches(1)))
@@ -288,6 +291,7 @@ def main() -> int:
     parser.add_argument("--out-json", type=Path, default=RESULTS / "extract.json")
     args = parser.parse_args()
     args.device = pick_device(args.device)
+    keep_freed_memory()  # as the commands do
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         results = {name: QUESTIONS[name](bench) for name in args.only.split(",")}

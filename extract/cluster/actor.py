@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from dataclasses import dataclass, field
 
+from dtpipe.extract.allocator import keep_freed_memory
 from dtpipe.extract.cluster.preflight import NodeReport, check_node, check_versions
 from dtpipe.extract.shards.task import ShardSummary, WorkerContext, summarize
 from dtpipe.extract.shards.timeline import Stalls
@@ -53,6 +54,7 @@ class ExtractActor:
 
         Raises: DtpipeError saying why this node can do no work.
         """
+        keep_freed_memory()
         check_versions(self._context.versions)  # first: other versions may not even read the plan
         if self._context.fault:
             arm_spec(self._context.fault)

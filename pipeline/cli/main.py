@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from dtpipe.extract.allocator import keep_freed_memory
 from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.store.faults import FAULT_VARIABLE, arm_spec
 from dtpipe.manifests.store.paths import refuse_unwritable
@@ -93,6 +94,7 @@ class DtpipeGroup(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name or "dtpipe", complete_var, False, **extra)
         keep_streams()
+        keep_freed_memory()
         try:
             _refuse_odd(sys.argv[1:] if args is None else args)
             arm_spec(
