@@ -36,7 +36,7 @@ def publish(name: str, results: Mapping[str, Any], path: Path, teachers: Mapping
 
 def origin(teachers: Mapping[str, str]) -> dict[str, Any]:
     """Commit, command, teachers and machine of the running benchmark."""
-    places = {"--work": "WORK", "--out": "OUT"}
+    places = {"--work": "WORK", "--out": "OUT", "--out-json": "OUT", "--peers": "PYTHON"}
     words = [places.get(flag, word) for flag, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     return {

@@ -96,8 +96,8 @@ def test_the_readmes_results_are_those_of_the_benchmarks() -> None:
             assert cell == f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}", (row, extractor)
 
 
-QUANTILES = {4: 3.1824, 5: 2.7764}
-"""Of Student's t at 97.5 %, by number of seeds."""
+QUANTILE = 2.7764
+"""Of Student's t at 97.5 %, with five seeds."""
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,7 @@ QUANTILES = {4: 3.1824, 5: 2.7764}
         ("downstream_segment", 0, (5, 20, 80)),
         ("downstream_detect", 3, (5, 20, 80)),
         ("downstream_finetune", 6, (25, 50)),
+        ("downstream_finetune_250", 8, (250,)),
     ],
 )
 def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark(
@@ -122,9 +123,36 @@ def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark(
         expected = [f"{statistics.mean(of_arm[arm]):.3f} ± {statistics.stdev(of_arm[arm]):.3f}" for arm in arms]
         for other in ("random initialisation", "untrained"):
             gains = [ours - theirs for ours, theirs in zip(of_arm["distilled"], of_arm[other], strict=True)]
-            mean, half = statistics.mean(gains), QUANTILES[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
+            mean, half = statistics.mean(gains), QUANTILE * statistics.stdev(gains) / 5**0.5
             expected.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]")
         assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
+
+
+def test_the_readmes_costs_are_those_of_the_benchmarks() -> None:
+    found = {
+        name: json.loads((REPO / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("extract", "codec", "read", "distill_step")
+    }
+    extract, sizes = found["extract"], list(found["read"]["sizes"].values())
+    tight = [
+        found["codec"]["teachers"][name]["codecs"]["transform 0.03"]["total_ratio"] for name in ("demo", "flowers64")
+    ]
+    cores = [extract["cores"]["codecs"][codec]["cores_for_gpu_img_s"]["400"] for codec in ("cast", "int8")]
+    steps = list(found["distill_step"]["teachers"].values())
+    streams = [size["ratios"]["dtpipe zarr"]["stream over best shuffled"] for size in sizes]
+    one = [f"{size['dtpipe zarr']['random']['ms']:.2g}" for size in sizes]
+    expected = [
+        f"{extract['ratio']['ratio']:.2f}; {extract['workers']['two_over_one']:.2f}",
+        f"{extract['memory']['last_over_second']:.2f}; {extract['written']['amplification']:.2f}",
+        "; ".join(f"{number:.1f}" for number in cores),
+        "; ".join(", ".join(f"{ratios[stage]:.1f}" for ratios in tight) for stage in ("rans", "zstd_3")),
+        ", ".join(f"{ratio:.1f}" for ratio in streams),
+        f"{', '.join(one)} ms",
+        ", ".join(f"{step['cached_over_memory']:.2f}" for step in steps),
+        ", ".join(f"{step['live_over_cached']:.2f}" for step in steps),
+    ]
+    rows = README.partition("| cost, on two CPU cores |")[2].splitlines()[2 : 2 + len(expected)]
+    assert [row.split("|")[2].strip() for row in rows] == expected
 
 
 def session(text: str) -> list[tuple[list[str], list[str]]]:
