@@ -128,9 +128,10 @@ class ChunkReader:
 
     def _read_files(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks) -> NDArray[np.bool_]:
         """Which chunks were read whole, straight from their files."""
-        objects, place = np.unique(chunks.object_idx, return_inverse=True)
-        files = [self._file(object_idx) for object_idx in objects.tolist()]
-        descriptor = np.array([-1 if file is None else file.descriptor for file in files], np.int32)[place]
+        begins = np.diff(chunks.object_idx, prepend=-1) != 0  # those of one object lie together
+        files = [self._file(object_idx) for object_idx in chunks.object_idx[begins].tolist()]
+        descriptors = np.array([-1 if file is None else file.descriptor for file in files], np.int32)
+        descriptor = descriptors[np.cumsum(begins) - 1]
         opened = descriptor >= 0
         opened[opened] = self._codings.read(requests, chunks.take(opened), descriptor[opened], chunks.offset[opened])
         return opened

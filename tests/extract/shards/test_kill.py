@@ -167,13 +167,15 @@ def test_twenty_random_kills_of_an_inline_run(
 ) -> None:
     digest = unbroken("zarr")
     rng = np.random.Generator(np.random.Philox(20))
-    window_s = _writing_seconds(many_config(out=str(tmp_path / "timed")), runs)
+    shard_s = _writing_seconds(many_config(out=str(tmp_path / "timed")), runs) / NUM_SHARDS
     midway = 0
     for number in range(20):
         settings = many_config(out=str(tmp_path / f"killed{number}"))
         pid = runs.start(settings, sync=True)
         _wait_for(lambda out=settings.run.out: begun_shards(out))
-        time.sleep(rng.uniform(0, 0.8 * window_s))
+        num_done = rng.integers(NUM_SHARDS - 5)  # counted: how fast a run is changes with what else the machine does
+        _wait_for(lambda out=settings.run.out, num=num_done: len(done_shards(out)) >= num)
+        time.sleep(rng.uniform(0, shard_s))
         os.kill(pid, signal.SIGKILL)
         killed = runs.wait(pid) == -signal.SIGKILL
         midway += bool(killed and begun_shards(settings.run.out) and len(done_shards(settings.run.out)) < NUM_SHARDS)
