@@ -132,7 +132,7 @@ class ChunkReader:
         files = [self._file(object_idx) for object_idx in chunks.object_idx[begins].tolist()]
         descriptors = np.array([-1 if file is None else file.descriptor for file in files], np.int32)
         descriptor = descriptors[np.cumsum(begins) - 1]
-        opened = descriptor >= 0
+        opened: NDArray[np.bool_] = descriptor >= 0
         opened[opened] = self._codings.read(requests, chunks.take(opened), descriptor[opened], chunks.offset[opened])
         return opened
 
