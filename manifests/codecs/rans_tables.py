@@ -113,9 +113,9 @@ def _frequencies(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
     near = shares[128 - REACH : 128 + REACH + 1]
     kept = np.where(near < 0.5, 0, np.maximum(np.rint(near), 1)).astype(np.int64)
     escape = max(1, round(float(TOTAL - near[kept > 0].sum())))
-    largest = int(kept.argmax())
-    kept[largest] -= kept.sum() + escape - TOTAL
-    return np.append(kept, escape).astype(np.uint16)
+    frequencies = np.append(kept, escape)
+    frequencies[frequencies.argmax()] += TOTAL - frequencies.sum()  # less than the largest of 64 has
+    return frequencies.astype(np.uint16)
 
 
 def expected_bytes(symbols: NDArray[np.int8], tables: RansTables) -> float:

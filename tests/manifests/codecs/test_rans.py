@@ -172,3 +172,18 @@ def test_tables_and_symbols_that_make_no_sense_are_refused() -> None:
             RansTables(wrong, tables.classes)
     with pytest.raises(ConfigError, match="of table 9, and there are 5"):
         RansTables(tables.frequencies, np.full(3, 9, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "repeats"), [(1, 31, 40), (1, 110, 200), (16, 90, 200), (90, 90, 200), (127, 127, 6000)]
+)
+def test_tables_of_even_and_of_far_symbols_sum_up(least: int, most: int, repeats: int) -> None:
+    # even shares are all rounded the same way; where all symbols are far from 0, no place but the escape is left
+    even = np.arange(least, most + 1).astype(np.int8)
+    for num_zeros in range(60):
+        symbols = np.concatenate([np.tile([even, -even], repeats).ravel(), np.zeros(num_zeros, np.int8)])
+        tables = tables_of(symbols[None], 1)
+        assert tables.frequencies.sum() == TOTAL
+    chunk = compress(symbols, tables)
+    assert chunk == spelled_out(symbols.tolist(), tables)
+    assert decompress([chunk], tables).tolist() == [symbols.tolist()]
