@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dtpipe.manifests.store.open_files import ProcessLock
 
-_LEAST_BYTES = 4 * 2**20  # what is smaller comes from pages that the process has
+_LEAST_BYTES = 128 * 2**10  # malloc gives larger ones back to the system, above all in threads
 _MOST_IDLE_BYTES = 2**30
 _MOST_BACK = 8  # blocks that wait for the next one who asks; about a batch
 _STEPS = 8  # sizes of blocks between two powers of two

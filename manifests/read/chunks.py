@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +90,11 @@ class ChunkReader:
         chunks = locate_chunks(self.tables, requests, self._kind.trailer_bytes)
         self._num_read += len(chunks)
         fast = self._num_read >= NATIVE_FROM and native.available()
-        pieces = chunks.cut(
-            _num_threads() if self.store.local else _REMOTE_THREADS, None if self._has_files else _PIECE_BYTES
-        )
+        with _share_of_cores() as num_cores:
+            num = num_cores if self.store.local else _REMOTE_THREADS
+            self._read_pieces(requests, chunks.cut(num, None if self._has_files else _PIECE_BYTES), fast)
+
+    def _read_pieces(self, requests: Sequence[ChunkRequest], pieces: Sequence[LocatedChunks], fast: bool) -> None:
         first, others = pieces[0], pieces[1:]
         running = [self._threads().submit(self._read_piece, requests, piece, fast) for piece in others]
         try:
@@ -271,6 +274,20 @@ class ChunkReader:
             f"row {chunk.row}, view {chunk.view}; {chunk.size} bytes at {chunk.offset}): {why}; "
             f"run `dtpipe verify --repair {self.store.url}` and extract again"
         )
+
+
+_reading: dict[int, set[int]] = {}  # by process, since a fork begins anew: its threads that are in a read
+
+
+@contextlib.contextmanager
+def _share_of_cores() -> Iterator[int]:
+    """Cores for one read: all over the number of reads that are going on, at least one."""
+    own, threads = threading.get_ident(), _reading.setdefault(os.getpid(), set())
+    threads.add(own)
+    try:
+        yield max(1, _num_threads() // len(threads))
+    finally:
+        threads.discard(own)
 
 
 def _num_threads() -> int:

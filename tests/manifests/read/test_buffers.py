@@ -79,3 +79,12 @@ def test_threads_never_get_the_same_memory_and_pickles_have_none(pool: Buffers) 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(use, range(60)))
     assert not pickle.loads(pickle.dumps(pool))._idle
+
+
+def test_arrays_of_small_batches_are_used_again_too() -> None:
+    pool, addresses = Buffers(), set()
+    for _ in range(5):
+        first, second = pool.empty((64, 2, 32, 32), np.uint8), pool.empty((64, 4, 16, 16), np.float16)
+        addresses |= {first.ctypes.data, second.ctypes.data}
+        del first, second
+    assert len(addresses) == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ from dtpipe.manifests.errors import DamagedDataError, DtpipeError
 from dtpipe.manifests.layout.arrays import stored_arrays
 from dtpipe.manifests.read import chunks, functions, native
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.located import LocatedChunks
 from dtpipe.manifests.store import open_files
 from dtpipe.manifests.store.store import Store
 from parts import golden
@@ -274,6 +277,44 @@ def test_a_forked_process_reads_by_compiled_code_whatever_other_threads_held(url
     for name, values in receiver.recv().items():
         np.testing.assert_array_equal(values, expected[name])
     child.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_reads_that_go_on_at_once_share_the_cores(url: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, cut = FeatureDataset.open(url), LocatedChunks.cut
+    rows, seen = dataset.columns.ok_rows, list[int]()
+    monkeypatch.setattr(chunks, "_num_threads", lambda: 5)
+    monkeypatch.setattr(LocatedChunks, "cut", lambda *args: seen.append(args[1]) or cut(*args))  # type: ignore[func-returns-value]
+
+    def read_all() -> None:
+        read(dataset, rows, np.zeros_like(rows))
+
+    started, enough = threading.Barrier(3), threading.Event()
+
+    def hold() -> None:
+        with chunks._share_of_cores():
+            started.wait(30)
+            enough.wait(30)
+
+    with ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(hold) for _ in range(2)]
+        started.wait(30)
+        read_all()
+        child = multiprocessing.get_context("fork").Process(target=_expect_all_cores)
+        child.start()
+        child.join(30)
+        enough.set()
+        [one.result() for one in held]
+    with pytest.raises(DamagedDataError), chunks._share_of_cores():
+        raise DamagedDataError("as a read may end")
+    read_all()
+    assert seen == [1, 5]
+    assert child.exitcode == 0
+
+
+def _expect_all_cores() -> None:
+    with chunks._share_of_cores() as num_cores:
+        sys.exit(num_cores != 5)  # whoever was in a read does not live in this process
 
 
 def test_an_open_file_is_closed_when_nobody_holds_it(tmp_path: Path) -> None:
