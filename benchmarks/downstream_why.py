@@ -1,11 +1,12 @@
 """Which setting of fine-tuning, or of distillation, changes what distillation gains? One change at a time.
 
-    python benchmarks/downstream_why.py --work DIR       # the folder of downstream.py: its students are the base
-    python benchmarks/downstream_why.py --variants 0 1 2 3 4              # the base, and what changes fine-tuning
-    python benchmarks/downstream_why.py --variants 5 6 7 8 --add-to FILE  # then what changes distillation
+    python benchmarks/downstream_why.py --jobs 2                        # goes on where it was stopped
+    python benchmarks/downstream_why.py --seeds 2                       # or in several sittings, two seeds
+    python benchmarks/downstream_why.py --seeds 3 --add-to FILE         # and three more
 
-Foreground masks of digit scenes, as the table `segment` of `downstream.py`, but at one rate for all arms. Everything is
-a command of dtpipe and goes on where it was stopped. What was decided beforehand is `PROTOCOL`.
+Foreground masks of digit scenes, as the table `segment` of `downstream.py`, but at one rate for all arms. A seed takes
+about 70 minutes of a core, with all variants. Everything is a command of dtpipe. What was decided beforehand is
+`PROTOCOL`.
 """
 
 from __future__ import annotations
@@ -81,16 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     study.prepare(args, root)
     digests = {study.name: teacher_digest(study.teacher)}
     earlier = earlier_result(args, digests)
-    of_seeds = [pretraining(args, root, seed) for seed in range(args.seeds)]
-    students = [group for of_kind in zip(*of_seeds, strict=True) for group in of_kind]
+    students = [group for seed in args.of_seeds for group in pretraining(args, root, seed)]
     run_groups(students, args.work, args.jobs)
-    tables = [table(args, root, variant) for variant in args.chosen if variant.tune]
-    if any(not variant.tune for variant in args.chosen):
-        tables.insert(0, table(args, root, VARIANTS[0]))
+    tables = [table(args, root, variant) for variant in args.chosen if not variant.distilled]
     for evaluation in tables:
         run_groups([[evaluation]] * args.jobs, args.work, args.jobs)  # which share its trainings
     commands = [*(command for group in students for command in group), *tables]
-    content = {"protocol": PROTOCOL, "seeds": args.seeds, **results(found_here(args, root, earlier))}
+    content = {"protocol": PROTOCOL, "seeds": args.of_seeds.stop, **results(found_here(args, root, earlier))}
     content["commands"] = [*(earlier["commands"] if earlier else ()), *with_seconds(commands, args.work)]
     content["earlier"] = [*earlier["earlier"], earlier["origin"]] if earlier else []
     publish("downstream_why", content, args.out / "downstream_why.json", digests)
@@ -106,36 +104,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-downstream")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     known = ", ".join(f"{idx} {variant.name}" for idx, variant in enumerate(VARIANTS))
-    parser.add_argument(
-        "--variants", type=int, nargs="+", choices=range(len(VARIANTS)), help=f"only these; default: all of {known}"
-    )
-    parser.add_argument("--add-to", type=Path, help="result that has the base, and other variants")
+    which = range(1, len(VARIANTS))
+    parser.add_argument("--variants", type=int, nargs="*", choices=which, default=which, help=f"only these of {known}")
+    parser.add_argument("--add-to", type=Path, help="result of earlier seeds; --seeds says how many more")
     add_jobs(parser)
     args = parser.parse_args(argv)
-    args.epochs = None
-    args.chosen = [VARIANTS[idx] for idx in args.variants or range(len(VARIANTS))]
-    args.needs_base = VARIANTS[0] in args.chosen or any(variant.tune for variant in args.chosen)
-    if (VARIANTS[0] in args.chosen) == (args.add_to is not None):
-        parser.error("the base, variant 0, is made here or stands in --add-to: give one of both")
+    args.epochs, args.of_seeds = None, range(args.seeds)
+    args.chosen = [VARIANTS[idx] for idx in (0, *args.variants)]
     return args
 
 
 def earlier_result(args: argparse.Namespace, digests: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The one that variants are added to."""
+    """The one that seeds are added to; those of this call come after its own."""
     if args.add_to is None:
         return None
     document: dict[str, Any] = json.loads(args.add_to.read_text(encoding="utf-8"))
-    own = [PROTOCOL, args.seeds, digests]
-    if own != [document["protocol"], document["seeds"], document["origin"]["teacher_digests"]]:
-        sys.exit(f"{args.add_to} has another protocol, teacher or number of seeds; begin anew")
+    if [document["protocol"], document["origin"]["teacher_digests"]] != [PROTOCOL, digests]:
+        sys.exit(f"{args.add_to} has another protocol or teacher; begin anew")
+    known = list(from_plain(document["scores"]))
+    if known != [variant.name for variant in args.chosen]:
+        sys.exit(f"{args.add_to} has the variants {', '.join(known)}; give the same as --variants")
+    args.of_seeds = range(document["seeds"], document["seeds"] + args.seeds)
     return document
 
 
 def pretraining(args: argparse.Namespace, root: Path, seed: int) -> list[list[Command]]:
-    """What trains the base's students, where they are needed, and each variant of distillation."""
+    """What trains the base's students of a seed, then that of each variant of distillation."""
     base = downstream.pretraining(STUDIES["digits"], root, args, seed)
     extract, distill = base[:2]
-    groups = [base[:2], base[2:]] if args.needs_base else [[extract]]
+    groups = [base[:2], base[2:]]
     for variant in args.chosen:
         features = features_of(root, variant, seed)
         made = [[*_with(extract, "--out", features), *variant.extract]] if variant.extract else []
@@ -166,15 +163,15 @@ def _word(variant: Variant) -> str:
 
 def table(args: argparse.Namespace, root: Path, variant: Variant) -> Command:
     """All arms and seeds of a variant; in the base's, the students of variants of distillation are arms too."""
-    arms = {} if variant.tune else {other.name: other for other in args.chosen if other.distilled}
-    runs = {name: [run_of(root, of_arm, seed) for seed in range(args.seeds)] for name, of_arm in arms.items()}
-    if args.needs_base:
-        runs = {name: [root / f"{name}{seed}" for seed in range(args.seeds)] for name in (TEACHER, UNTRAINED)} | runs
-    first, *others = (f"{name}=" + ",".join(map(str, of_arm)) for name, of_arm in runs.items())
-    compare = [word for other in others for word in ("--compare", other)]
-    labels = ["--labelled", ",".join(map(str, LABELLED)), "--seeds", args.seeds]
+    others = [other for other in args.chosen if other.distilled and variant.name == BASE]
+    runs = {arm: [root / f"{arm}{seed}" for seed in args.of_seeds] for arm in (TEACHER, UNTRAINED)}
+    runs |= {other.name: [run_of(root, other, seed) for seed in args.of_seeds] for other in others}
+    first, *compared = (f"{name}=" + ",".join(map(str, of_arm)) for name, of_arm in runs.items())
+    compare = [word for arm in compared for word in ("--compare", arm)]
+    labels = ["--labelled", ",".join(map(str, LABELLED)), "--seeds", len(args.of_seeds)]
     settings = ["-c", "segment_small", *UPRIGHT, "-s", f"eval.tune.lr={LR:g}", "-s", "eval.tune.lr_grid=[]"]
-    where, out = downstream.images_of("segment", root), ["--out", result_file(root, variant)]
+    where = [*downstream.images_of("segment", root), "-s", f"eval.seed={args.of_seeds.start}"]
+    out = ["--out", result_file(root, variant)]
     return command_of("eval", first, "segment", *compare, *where, *labels, *settings, *variant.tune, *out)
 
 
@@ -190,18 +187,13 @@ Values = Mapping[tuple[str, int], Mapping[int, float]]
 
 
 def found_here(args: argparse.Namespace, root: Path, earlier: Mapping[str, Any] | None) -> dict[str, Values]:
-    """Scores of each variant: of an earlier result, then of this call."""
+    """Scores of each variant, of an earlier result's seeds and of this call's."""
     found: dict[str, Values] = from_plain(earlier["scores"]) if earlier else {}
-    students: Values = {}
-    if any(not variant.tune for variant in args.chosen):
-        students = read(result_file(root, VARIANTS[0]))
-    if earlier is None:
-        found[BASE] = of_variant(students, students, VARIANTS[0])
+    base = read(result_file(root, VARIANTS[0]))
     for variant in args.chosen:
-        if variant.tune:
-            found[variant.name] = read(result_file(root, variant))
-        else:
-            found[variant.name] = of_variant(students, found[BASE], variant)
+        own = read(result_file(root, variant)) if variant.tune else of_variant(base, variant)
+        before = found.get(variant.name, {})
+        found[variant.name] = {place: {**before.get(place, {}), **of_seed} for place, of_seed in own.items()}
     return found
 
 
@@ -218,11 +210,10 @@ def read(path: Path) -> Values:
     return values
 
 
-def of_variant(students: Values, base: Values, variant: Variant) -> Values:
+def of_variant(base: Values, variant: Variant) -> Values:
     """The base's arms, its distilled student the variant's."""
-    arm = variant.name if variant.distilled else TEACHER
-    others = {(name, num): base[name, num] for name in (UNTRAINED, RANDOM_INIT) for num in LABELLED}
-    return {**others, **{(TEACHER, num): students[arm, num] for num in LABELLED}}
+    arms = {TEACHER: variant.name if variant.distilled else TEACHER, UNTRAINED: UNTRAINED, RANDOM_INIT: RANDOM_INIT}
+    return {(arm, num): base[shown, num] for arm, shown in arms.items() for num in LABELLED}
 
 
 def gains(found: Mapping[str, Values]) -> list[dict[str, Any]]:

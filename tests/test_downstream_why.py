@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,19 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
 
 from downstream import TEACHER, UNTRAINED  # noqa: E402
-from downstream_why import BASE, LABELLED, VARIANTS, found_here, parse, result_file, results, table  # noqa: E402
+from downstream_why import (  # noqa: E402
+    BASE,
+    LABELLED,
+    PROTOCOL,
+    VARIANTS,
+    earlier_result,
+    found_here,
+    parse,
+    pretraining,
+    result_file,
+    results,
+    table,
+)
 
 from dtpipe.distill.downstream.extractors import RANDOM_INIT  # noqa: E402
 
@@ -20,13 +33,13 @@ GAINS = [0.02, 0.03, 0.025, 0.01, 0.015]
 """On scratch, by seed, in the base."""
 
 
-def write(path: Path, arms: dict[str, list[float]]) -> None:
+def write(path: Path, arms: dict[str, list[float]], seeds: range) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scores = [
-        {"extractor": arm, "num_labelled": num, "seed": seed, "value": value}
+        {"extractor": arm, "num_labelled": num, "seed": seed, "value": values[seed]}
         for arm, values in arms.items()
         for num in LABELLED
-        for seed, value in enumerate(values)
+        for seed in seeds
     ]
     path.write_text(json.dumps({"scores": scores}))
 
@@ -37,17 +50,20 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
     base |= {RANDOM_INIT: scratch, UNTRAINED: [value + 0.01 for value in scratch]}
     own = {variant.name: list(base[TEACHER]) for variant in VARIANTS if variant.distilled}
     own["T = 150"] = [value - 0.05 + 0.001 * seed for seed, value in enumerate(base[TEACHER])]
-    for variant in VARIANTS:
-        if variant.tune or variant.name == BASE:
-            raised = [value + 0.004 * (seed % 2) for seed, value in enumerate(base[TEACHER])]
-            write(
-                result_file(tmp_path, variant), {**base, **own} if variant.name == BASE else {**base, TEACHER: raised}
-            )
-    found = results(found_here(parse([]), tmp_path, None))
-    tuned = results(found_here(parse(["--variants", "0", "1", "2", "3", "4"]), tmp_path, None))
-    assert len(tuned["changes"]) == 2 * 2 * 4
-    added = parse(["--variants", "5", "6", "7", "8", "--add-to", "x"])
-    assert results(found_here(added, tmp_path, json.loads(json.dumps(tuned)))) == found
+    raised = {**base, TEACHER: [value + 0.004 * (seed % 2) for seed, value in enumerate(base[TEACHER])]}
+
+    def made_of(root: Path, seeds: range, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+        args = parse([])
+        args.of_seeds = seeds
+        for variant in VARIANTS:
+            if not variant.distilled:
+                write(result_file(root, variant), {**base, **own} if variant.name == BASE else raised, seeds)
+        return json.loads(json.dumps(results(found_here(args, root, earlier))))  # type: ignore[no-any-return]
+
+    found = made_of(tmp_path / "at once", range(5))
+    two = made_of(tmp_path / "two", range(2))
+    assert {line["n"] for line in two["gains"]} == {2}
+    assert made_of(tmp_path / "three more", range(2, 5), two) == found
     (lost,) = [
         line
         for line in found["changes"]
@@ -65,10 +81,31 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
 
 
 def test_students_of_other_distillations_are_arms_of_the_bases_table(tmp_path: Path) -> None:
-    words = table(parse(["--seeds", "2"]), tmp_path, VARIANTS[0])
+    args = parse(["--seeds", "2"])
+    words = table(args, tmp_path, VARIANTS[0])
     compared = [words[place + 1] for place, word in enumerate(words) if word == "--compare"]
     assert [arm.partition("=")[0] for arm in compared[:2]] == [UNTRAINED, "fresh noise in every step"]
     assert compared[1].endswith("fresh-noise-in-every-step-0," + str(tmp_path / "fresh-noise-in-every-step-1"))
-    added = table(parse(["--variants", "7", "8", "--add-to", "x"]), tmp_path, VARIANTS[0])
-    assert added[1].startswith("T = 150=") and added.count("--compare") == 1  # the base's scores are there already
-    assert table(parse([]), tmp_path, VARIANTS[1]).count("--compare") == 1
+    assert table(args, tmp_path, VARIANTS[1]).count("--compare") == 1
+
+
+def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: Path) -> None:
+    earlier, digests = tmp_path / "earlier.json", {"digits": "00"}
+    scores = [
+        {"variant": name, "arm": TEACHER, "labelled": 20, "seeds": {"0": 0.5, "1": 0.6}} for name in (BASE, "T = 150")
+    ]
+    document = {"protocol": PROTOCOL, "origin": {"teacher_digests": digests}, "seeds": 2, "scores": scores}
+    earlier.write_text(json.dumps(document))
+    given = ["--seeds", "3", "--add-to", str(earlier), "--variants", "7"]
+    args = parse(given)
+    assert earlier_result(args, digests) == document and args.of_seeds == range(2, 5)
+    words = table(args, tmp_path, VARIANTS[0])
+    assert words[1] == f"{TEACHER}=" + ",".join(str(tmp_path / f"{TEACHER}{seed}") for seed in (2, 3, 4))
+    assert "eval.seed=2" in words and words[words.index("--seeds") + 1] == "3"
+    made = [command[command.index("--out") + 1] for group in pretraining(args, tmp_path, 4) for command in group]
+    named = ["features/distilled4", "distilled4", "features/untrained4", "untrained4", "features/T-150-4", "T-150-4"]
+    assert made == [str(tmp_path / name) for name in named]
+    with pytest.raises(SystemExit, match="another protocol or teacher"):
+        earlier_result(parse(given), {"digits": "11"})
+    with pytest.raises(SystemExit, match="has the variants as published, T = 150; give the same"):
+        earlier_result(parse([*given, "8"]), digests)
