@@ -103,7 +103,7 @@ def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: 
     assert words[1] == f"{TEACHER}=" + ",".join(str(tmp_path / f"{TEACHER}{seed}") for seed in (2, 3, 4))
     assert "eval.seed=2" in words and words[words.index("--seeds") + 1] == "3"
     made = [command[command.index("--out") + 1] for group in pretraining(args, tmp_path, 4) for command in group]
-    named = ["features/distilled4", "distilled4", "features/untrained4", "untrained4", "features/T-150-4", "T-150-4"]
+    named = ["features/distilled4", "distilled4", "features/untrained4", "untrained4", "features/T150-4", "T150-4"]
     assert made == [str(tmp_path / name) for name in named]
     with pytest.raises(SystemExit, match="another protocol or teacher"):
         earlier_result(parse(given), {"digits": "11"})
