@@ -1,6 +1,6 @@
 """Up to which error of stored features does a student not notice? Codecs by the score of what is distilled from them.
 
-    python benchmarks/codec_effect.py                    # goes on where it was stopped; 1.2 hours of one core
+    python benchmarks/codec_effect.py                    # goes on where it was stopped; 1.2 to 2.5 hours of a core
     python benchmarks/codec_effect.py --seeds 1 --draws 1 --errors 0.03 --num-images 64 --num-held-out 32 --epochs 1 \
         --batches 1 --work DIR --out DIR                 # a look
 

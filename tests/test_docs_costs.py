@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from types import ModuleType
 
@@ -57,3 +58,17 @@ def test_from_when_on_cached_is_cheaper_by_hand() -> None:
     spent = 2 * 973e9 * 1_281_167 / 80e12 / 3600
     stored = 25 * float(row("ADM, 256 px")[4].split()[0])
     assert float(row("ADM, 256 px", 2)[1].split()[0]) == pytest.approx((spent + stored) / spent, abs=0.1)
+
+
+def test_what_students_lose_is_what_was_measured() -> None:
+    measured = json.loads((REPO / "benchmarks" / "results" / "codec_effect.json").read_text(encoding="utf-8"))
+    losses = {line["setting"]: -line["mean"] for line in measured["contrasts"]} | {
+        name: -line["mean"] for name, line in measured["controls"].items()
+    }
+    text = " ".join(PAGE.split())
+    for name, loss in losses.items():
+        if error := name.partition("transform ")[2]:
+            assert re.search(rf"(At {error} it is {loss:.3f}|{loss:.3f} at (error )?{error})\b", text), name
+    assert f"gains {losses['random initialisation']:.3f} IoU" in text
+    assert f"draw of the noise costs {losses['another draw']:.3f}" in text
+    assert min(line["p_holm"] for line in measured["contrasts"]) > 0.05 and len(measured["contrasts"]) == 7
