@@ -77,7 +77,8 @@ def test_every_kind_of_source_gets_through_a_server_that_fails(what, server, web
 
 @pytest.mark.parametrize("fault", [BUSY, hang, reset_midway])
 def test_a_source_that_fails_for_good_ends_with_what_failed_since_when(fault, server, monkeypatch):
-    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", IMPATIENT)
+    late = replace(IMPATIENT, silence_s=2.0, attempt_s=2.0)  # so that a busy machine answers while nothing is wrong
+    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", late)
     source = open_source(f"{server.url}/images/")
     item = source.list()[0]
     server.faults[:] = [Fault(fault)]
