@@ -34,6 +34,17 @@ def publish(name: str, results: Mapping[str, Any], path: Path, teachers: Mapping
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def published(name: str, path: Path) -> dict[str, Any]:
+    """A result that `publish` wrote under a name. Ends the process, saying why, where `path` is another file."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        sys.exit(f"{path} cannot be read as JSON ({err}); give a result of benchmarks/{name}.py")
+    if not isinstance(document, dict) or document.get("benchmark") != name:
+        sys.exit(f"{path} is no result of benchmarks/{name}.py; give one that it wrote")
+    return document
+
+
 def origin(teachers: Mapping[str, str]) -> dict[str, Any]:
     """Commit, command, teachers and machine of the running benchmark."""
     places = {"--work": "WORK", "--out": "OUT", "--out-json": "OUT", "--peers": "PYTHON"}

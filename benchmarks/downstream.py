@@ -20,7 +20,7 @@ from pathlib import Path
 
 from blake3 import blake3
 from commands import OBJECTS, Command, add_jobs, command_of, digit_scenes, run_groups, with_seconds
-from common import REPO, RESULTS, publish, teacher_digest
+from common import REPO, RESULTS, publish, published, teacher_digest
 from PIL import Image
 
 from dtpipe.manifests.canonical import CHECKSUM, seal
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--add-to", type=Path, help="result of earlier seeds, of one table; --seeds says how many more")
     args = parser.parse_args(argv)
-    args.earlier = json.loads(args.add_to.read_text(encoding="utf-8")) if args.add_to else None
+    args.earlier = published("downstream", args.add_to) if args.add_to else None
     if args.earlier:
         args.earlier["results"].pop(CHECKSUM, None)
     return args

@@ -22,7 +22,7 @@ from typing import Any
 
 import downstream
 from commands import Command, add_jobs, command_of, run_groups, with_seconds
-from common import REPO, RESULTS, publish, teacher_digest
+from common import REPO, RESULTS, publish, published, teacher_digest
 from contrasts import holm, p_value
 from downstream import STUDIES, TEACHER, UNTRAINED, UPRIGHT
 
@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     study = STUDIES["digits"]
     root = args.work / study.name
-    study.prepare(args, root)
     digests = {study.name: teacher_digest(study.teacher)}
     earlier = earlier_result(args, digests)
+    study.prepare(args, root)
     students = [group for seed in args.of_seeds for group in pretraining(args, root, seed)]
     run_groups(students, args.work, args.jobs)
     tables = [table(args, root, variant) for variant in args.chosen if not variant.distilled]
@@ -118,7 +118,7 @@ def earlier_result(args: argparse.Namespace, digests: Mapping[str, Any]) -> dict
     """The one that seeds are added to; those of this call come after its own."""
     if args.add_to is None:
         return None
-    document: dict[str, Any] = json.loads(args.add_to.read_text(encoding="utf-8"))
+    document = published("downstream_why", args.add_to)
     if [document["protocol"], document["origin"]["teacher_digests"]] != [PROTOCOL, digests]:
         sys.exit(f"{args.add_to} has another protocol or teacher; begin anew")
     known = list(from_plain(document["scores"]))

@@ -13,7 +13,6 @@ JSON. What was decided beforehand is `PROTOCOL`. The read-out is scored on cells
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import label_variants
 from commands import Command, add_jobs, command_of, digit_scenes, run_groups, with_seconds
-from common import REPO, RESULTS, publish, teacher_digest
+from common import REPO, RESULTS, publish, published, teacher_digest
 from contrasts import IOU, SEED_STEP, means, read_scores
 from label_arms import (
     BATCH,
@@ -76,7 +75,7 @@ def earlier_result(args: argparse.Namespace) -> dict[str, Any] | None:
     """The one that seeds are added to; `args.first` becomes the next seed after it."""
     if args.add_to is None:
         return None
-    document: dict[str, Any] = json.loads(args.add_to.read_text(encoding="utf-8"))
+    document = published("labels", args.add_to)
     if why := other_settings(args, document):
         sys.exit(f"{args.add_to} cannot be added to: {why}")
     args.first = document["seeds"]

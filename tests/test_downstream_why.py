@@ -94,8 +94,17 @@ def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: 
     scores = [
         {"variant": name, "arm": TEACHER, "labelled": 20, "seeds": {"0": 0.5, "1": 0.6}} for name in (BASE, "T = 150")
     ]
-    document = {"protocol": PROTOCOL, "origin": {"teacher_digests": digests}, "seeds": 2, "scores": scores}
+    document = {
+        "benchmark": "downstream_why",
+        "protocol": PROTOCOL,
+        "origin": {"teacher_digests": digests},
+        "seeds": 2,
+        "scores": scores,
+    }
     earlier.write_text(json.dumps(document))
+    for other in ("read.json", "README.md", "nowhere.json"):
+        with pytest.raises(SystemExit, match=rf"{other} .*result of benchmarks/downstream_why.py"):
+            earlier_result(parse(["--add-to", str(REPO / "benchmarks" / "results" / other)]), digests)
     given = ["--seeds", "3", "--add-to", str(earlier), "--variants", "7"]
     args = parse(given)
     assert earlier_result(args, digests) == document and args.of_seeds == range(2, 5)
