@@ -30,10 +30,11 @@ from parts.faulty_server import (
 from parts.images import write_images
 from parts.packing import contents, folder_files, write_parquet, write_tar, write_zip
 
-FAST = Patience(
-    connect_s=1.0, silence_s=0.5, attempt_s=5.0, total_s=6.0, first_s=6.0, first_pause_s=0.02, longest_pause_s=0.1
+SOON = Patience(  # tries again soon, and waits long for an answer, which a busy machine may give late
+    connect_s=20.0, silence_s=20.0, attempt_s=30.0, total_s=90.0, first_s=90.0, first_pause_s=0.02, longest_pause_s=0.1
 )
-IMPATIENT = Patience(silence_s=0.2, attempt_s=0.3, total_s=0.8, first_s=0.8, first_pause_s=0.02, longest_pause_s=0.1)
+IMPATIENT = replace(SOON, total_s=0.8, first_s=0.8)  # with what fails; not with what is late
+HASTY = replace(SOON, silence_s=2.0, attempt_s=2.0, total_s=4.5, first_s=4.5)  # with what is late, the second time
 BUSY = status(503)
 
 
@@ -51,7 +52,7 @@ def web_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(web_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     """A server of its own for each test, so that no test's troubles touch another's."""
-    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", FAST)
+    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", SOON)
     with faulty_server(web_folder) as faulty:
         yield faulty
 
@@ -77,8 +78,7 @@ def test_every_kind_of_source_gets_through_a_server_that_fails(what, server, web
 
 @pytest.mark.parametrize("fault", [BUSY, hang, reset_midway])
 def test_a_source_that_fails_for_good_ends_with_what_failed_since_when(fault, server, monkeypatch):
-    late = replace(IMPATIENT, silence_s=2.0, attempt_s=2.0)  # so that a busy machine answers while nothing is wrong
-    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", late)
+    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", HASTY if fault is hang else IMPATIENT)
     source = open_source(f"{server.url}/images/")
     item = source.list()[0]
     server.faults[:] = [Fault(fault)]
@@ -93,8 +93,7 @@ def test_a_source_that_fails_for_good_ends_with_what_failed_since_when(fault, se
 
 
 def test_what_was_waited_for_is_not_tried_again_by_the_reader(server, monkeypatch):
-    late = replace(IMPATIENT, silence_s=10.0, attempt_s=10.0)  # so that a busy machine's late answer is an answer
-    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", late)
+    monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", IMPATIENT)
     source = open_source(f"{server.url}/images/")
     items = source.list()
     reader = ImageReader(source, build_listing(items, "source"), TransformRecipe(height=32, width=32), 10**6)

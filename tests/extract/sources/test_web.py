@@ -43,8 +43,8 @@ def site(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    """Of the site; a failing one is given up at once."""
-    patience = Patience(silence_s=0.3, attempt_s=0.5, total_s=0.5, first_s=0.5)
+    """Of the site; a failing one is given up at once, a late one is not."""
+    patience = Patience(silence_s=20.0, attempt_s=20.0, total_s=0.5, first_s=0.5)
     monkeypatch.setattr("dtpipe.manifests.store.client.STORE_PATIENCE", patience)
     with faulty_server(site) as faulty:
         yield faulty
