@@ -1,6 +1,7 @@
 """Up to which error of stored features does a student not notice? Codecs by the score of what is distilled from them.
 
     python benchmarks/codec_effect.py                    # goes on where it was stopped; 1.2 to 2.5 hours of a core
+    python benchmarks/codec_effect.py --seeds 4 --add-to benchmarks/results/codec_effect.json     # four more seeds
     python benchmarks/codec_effect.py --seeds 1 --draws 1 --errors 0.03 --num-images 64 --num-held-out 32 --epochs 1 \
         --batches 1 --work DIR --out DIR                 # a look
 
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from commands import Command, add_jobs, digit_scenes, run_groups, with_seconds
-from common import REPO, RESULTS, publish, teacher_digest
-from contrasts import AP, IOU, compared, holm, kept_gain, means, plain, verdict
+from common import REPO, RESULTS, publish, published, teacher_digest
+from contrasts import AP, IOU, compared, from_plain, holm, joined, kept_gain, means, plain, verdict
 from gradients import compare_gradients
-from label_arms import BATCH, LABELLED, extraction, features_of, frozen, read_tables, run_of, student, table
+from label_arms import BATCH, LABELLED, extraction, features_of, frozen, read_tables, run_of, seeds_of, student, table
 
 from dtpipe.distill.downstream.extractors import RANDOM_INIT
 from dtpipe.distill.downstream.paired import CONFIDENCE
@@ -61,15 +62,32 @@ PROTOCOL = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Extract, train and score everything that is missing; print and write what came out."""
     args = parse(argv)
+    digests = {"demo": teacher_digest(args.teacher)}
+    earlier = earlier_result(args, digests)
     digit_scenes(args.work, args.num_images, args.num_held_out)
-    features, seeds = list(extractions(args)), [list(of_seed(args, seed)) for seed in range(args.seeds)]
+    features, seeds = list(extractions(args)), [list(of_seed(args, seed)) for seed in seeds_of(args)]
     run_groups([[command] for command in features], args.work, args.jobs)
     run_groups(seeds, args.work, args.jobs)
-    commands = [*features, *(command for of_one in seeds for command in of_one)]
-    gradients = [of_gradients(args, seed) for seed in range(args.seeds)]
-    content = results(args, gradients) | {"commands": with_seconds(commands, args.work)}
-    publish("codec_effect", content, args.out / "codec_effect.json", {"demo": teacher_digest(args.teacher)})
+    made = with_seconds([*features, *(command for of_one in seeds for command in of_one)], args.work)
+    content = results(args, earlier)
+    content["commands"] = [*(earlier["commands"] if earlier else ()), *made]
+    content["earlier"] = [*earlier.get("earlier", ()), earlier["origin"]] if earlier else []
+    publish("codec_effect", content, args.out / "codec_effect.json", digests)
     return 0
+
+
+def earlier_result(args: argparse.Namespace, digests: Mapping[str, str]) -> dict[str, Any] | None:
+    """The one that seeds are added to; `args.first` becomes the next seed after it."""
+    if args.add_to is None:
+        return None
+    document = published("codec_effect", args.add_to)
+    theirs = (document["protocol"], document["draws"], document["origin"]["teacher_digests"])
+    if theirs != (PROTOCOL, args.draws, digests):
+        sys.exit(f"{args.add_to} has another protocol, teacher or number of draws; begin anew")
+    if [line["setting"] for line in document["contrasts"]] != settings_of(args):
+        sys.exit(f"{args.add_to} is of other --errors; give the same")
+    args.first = document["seeds"]
+    return document
 
 
 def primary(args: argparse.Namespace) -> int:
@@ -91,7 +109,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_jobs(parser)
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-codec-effect")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    return parser.parse_args(argv)
+    parser.add_argument("--add-to", type=Path, help="result of earlier seeds; --seeds says how many more")
+    args = parser.parse_args(argv)
+    args.first = 0
+    return args
 
 
 def errors(text: str) -> tuple[float, ...]:
@@ -114,6 +135,11 @@ def arms(args: argparse.Namespace) -> dict[str, Path]:
     """Every arm that is trained, with its features."""
     named = {name: features_of(args, name, 0) for name in codings(args)}
     return {**named, SHUFFLED: named[CAST], OTHER_DRAW: features_of(args, CAST, 1)}
+
+
+def settings_of(args: argparse.Namespace) -> list[str]:
+    """The arms that are compared with cast, controls aside."""
+    return [name for name in arms(args) if name not in (CAST, transform(COARSE), SHUFFLED)]
 
 
 def extractions(args: argparse.Namespace) -> Iterator[Command]:
@@ -146,16 +172,17 @@ def of_gradients(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 # --- what came out ---------------------------------------------------------------------------------------------------
 
 
-def results(args: argparse.Namespace, gradients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Answers first."""
-    scores, num = read_tables(args, TABLES), primary(args)
-    settings = [name for name in arms(args) if name not in (CAST, transform(COARSE), SHUFFLED)]
+def results(args: argparse.Namespace, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Answers first, of an earlier result's seeds and of this call's."""
+    scores, num = joined(from_plain(earlier["scores"] if earlier else []), read_tables(args, TABLES)), primary(args)
+    gradients = [*gradients_before(earlier), *(of_gradients(args, seed) for seed in seeds_of(args))]
+    settings = settings_of(args)
     contrasts = judged([kept_gain(scores, name, CAST, RANDOM_INIT, num, SHARE) for name in settings])
     seen = {name: seen_control(compared(scores, name, CAST, num)) for name in PROTOCOL["controls"]}
     beside = [(few, score) for few in LABELLED for score in (IOU, AP) if (few, score) != (num, IOU)]
     return {
         "protocol": PROTOCOL,
-        "seeds": args.seeds,
+        "seeds": seeds_of(args).stop,
         "draws": args.draws,
         "default": default_error(args.errors, contrasts, seen),
         "contrasts": contrasts,
@@ -204,6 +231,16 @@ def default_error(
             return {"max_error": chosen, "why": f"{transform(error)} is {answer}"}
         chosen = error
     return {"max_error": chosen, "why": "the largest that was tried"}
+
+
+def gradients_before(earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Of each earlier seed the mean over those seeds, which is what was kept."""
+    kept = (
+        {line["arm"]: {key: line[key] for key in line if key != "arm"} for line in earlier["gradients"]}
+        if earlier
+        else {}
+    )
+    return [kept] * (earlier["seeds"] if earlier else 0)
 
 
 def averaged(name: str, gradients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

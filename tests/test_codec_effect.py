@@ -61,7 +61,7 @@ def test_groups_run_side_by_side_each_in_its_order_and_what_finished_does_not_ru
 def test_all_settings_are_scored_and_answered_in_miniature(
     ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice, as after a stop: the second call has nothing left to run and gives the same."""
+    """Twice, as after a stop: the second call has nothing left to run and gives the same. Then with one more seed."""
     monkeypatch.setattr(commands, "run", in_this_process)
     words = ["--teacher", ddpm, "--errors", "0.03", "--seeds", 1, "--draws", 1, "--num-images", 20, "--epochs", 1]
     words += ["--num-held-out", 4, "--batches", 1, "--work", tmp_path / "work", "--out", tmp_path]
@@ -83,6 +83,22 @@ def test_all_settings_are_scored_and_answered_in_miniature(
     assert [(line["n"], line["answer"]) for line in document["contrasts"]] == [(1, "undecided")] * 3
     students = [line["command"] for line in document["commands"] if line["command"].startswith("dtpipe distill")]
     assert len(students) == 6 and len({line.partition(" -c ")[2].partition(" --out ")[0] for line in students}) == 1
+
+    monkeypatch.setattr(commands, "run", in_this_process)
+    first = tmp_path / "codec_effect.json"
+    assert codec_effect.main([*map(str, words[:-1]), str(tmp_path / "more"), "--add-to", str(first)]) == 0
+    both = json.loads((tmp_path / "more" / "codec_effect.json").read_text())
+    assert (both["seeds"], {line["n"] for line in both["contrasts"]}) == (2, {2})
+    assert [line for line in both["scores"] if line["seed"] == 0] == document["scores"]
+    assert both["earlier"] == [document["origin"]] and both["commands"][: len(students)] == document["commands"][:6]
+    own = json.loads((tmp_path / "work" / "gradients" / "1-1.json").read_text())["int8"]["cosine_trained"]["student"]
+    of_both, of_first = (
+        next(line["cosine_trained"]["student"] for line in found["gradients"] if line["arm"] == "int8")
+        for found in (both, document)
+    )
+    assert of_both == pytest.approx((of_first + own) / 2, abs=2e-5)
+    with pytest.raises(SystemExit, match="other --errors"):
+        codec_effect.main([*map(str, words), "--errors", "0.03,0.1", "--add-to", str(first)])
 
 
 def run_on(features: Path, out: Path, **changes: Any) -> Path:
