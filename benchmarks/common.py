@@ -47,7 +47,7 @@ def published(name: str, path: Path) -> dict[str, Any]:
 
 def origin(teachers: Mapping[str, str]) -> dict[str, Any]:
     """Commit, command, teachers and machine of the running benchmark."""
-    places = {"--work": "WORK", "--out": "OUT", "--out-json": "OUT", "--peers": "PYTHON"}
+    places = {"--work": "WORK", "--out": "OUT", "--out-json": "OUT", "--peers": "PYTHON", "--folder": "FOLDER"}
     words = [places.get(flag, word) for flag, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     return {

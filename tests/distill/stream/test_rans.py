@@ -110,7 +110,7 @@ def test_training_on_chunks_as_they_are_stored_takes_the_same_steps(
     monkeypatch.setattr(rans, "unpack_on_device", lambda *args: unpacked.append(1) or unpack(*args))
     for name, packed in (("kernel", True), ("loops", False)):
         monkeypatch.setattr(decode, "unpacks_rans", lambda _device, packed=packed: packed)
-        runs[name] = tiny_config(tmp_path / name, datasets=(url,), device=DEVICE.type)
+        runs[name] = tiny_config(tmp_path / name, datasets=(url,), levels=("l3",), device=DEVICE.type)
         train(runs[name])
         assert bool(unpacked) == packed
         unpacked.clear()

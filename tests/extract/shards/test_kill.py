@@ -258,8 +258,9 @@ def test_signal_stops_an_inline_run_cleanly(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["an actor", "the driver", "everything"])
+@pytest.mark.parametrize("victim", ["the driver", "everything"])
 def test_kill_on_ray(victim: str, many_config: MakeConfig, runs: Any, tmp_path: Path) -> None:
+    """Killed workers alone are replaced: that is a test of the cluster."""
     small = {"shard": {"samples": 1}, "batch_size": 1}  # sixty shards: the kill comes long before the last
     inline = many_config(out=str(tmp_path / "unbroken"), **small)
     digest = runs.finish(inline)["digest"]
@@ -269,19 +270,13 @@ def test_kill_on_ray(victim: str, many_config: MakeConfig, runs: Any, tmp_path: 
     family, actors = psutil.Process(driver).children(recursive=True), _actors(driver)
     _wait_for(lambda: done_shards(settings.run.out), timeout_s=180)
     for each in {
-        "an actor": actors[:1],
         "the driver": [psutil.Process(driver)],
         "everything": [psutil.Process(driver), *family],
     }[victim]:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
     assert len(done_shards(settings.run.out)) < 60, "the kill came too late to show anything"
-    status = runs.wait(driver)
-    if victim == "an actor":
-        assert status == 0, runs.log(driver)
-        assert runs.answer(driver)["digest"] == digest
-        return
-    assert status == -signal.SIGKILL
+    assert runs.wait(driver) == -signal.SIGKILL
     _, left = psutil.wait_procs(actors, timeout=60)  # Ray's own agents may linger; they write nothing
     assert not left, "workers of the dead driver are still there"
     run = settings.run.model_copy(update={"inline": True})  # how it runs may change; this spares starting Ray again

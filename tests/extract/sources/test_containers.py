@@ -118,14 +118,6 @@ def test_a_key_has_its_levels_in_any_container_and_order(
             assert np.abs(wanted - read_level(expected, level.name, another)).max() > 0.1
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
-def test_ray_workers_read_a_zip(files: dict[str, bytes], make_config: MakeConfig, tmp_path: Path) -> None:
-    path = str(PACKERS["zip"](tmp_path, files))
-    inline = run_extraction(make_config(images=path, max_bad=1, out=str(tmp_path / "inline")))
-    assert run_extraction(make_config(images=path, max_bad=1, inline=False, workers=1)).digest == inline.digest
-
-
 def test_labels_follow_images_into_containers(packed: tuple[str, Path], files: dict[str, bytes]) -> None:
     kind, path = packed
     folder_names = {key: {"zip": TAR, "parquet": key.split("/")[1]}.get(kind) for key in files}
