@@ -62,9 +62,9 @@ def test_from_when_on_cached_is_cheaper_by_hand() -> None:
 
 def test_what_students_lose_is_what_was_measured() -> None:
     measured = json.loads((REPO / "benchmarks" / "results" / "codec_effect.json").read_text(encoding="utf-8"))
-    losses = {line["setting"]: -line["mean"] for line in measured["contrasts"]} | {
-        name: -line["mean"] for name, line in measured["controls"].items()
-    }
+    means = {line["setting"]: line["mean"] for line in measured["contrasts"]}
+    means |= {name: line["mean"] for name, line in measured["controls"].items()}
+    losses = {name: 0.0 - round(mean, 3) for name, mean in means.items()}
     text = " ".join(PAGE.split())
     for name, loss in losses.items():
         if error := name.partition("transform ")[2]:
@@ -72,3 +72,6 @@ def test_what_students_lose_is_what_was_measured() -> None:
     assert f"gains {losses['random initialisation']:.3f} IoU" in text
     assert f"draw of the noise costs {losses['another draw']:.3f}" in text
     assert min(line["p_holm"] for line in measured["contrasts"]) > 0.05 and len(measured["contrasts"]) == 7
+    assert (measured["seeds"], measured["default"]["max_error"]) == (8, 0.2)
+    assert all(line["within"] for line in measured["contrasts"])
+    assert all(line["holds"] for line in measured["controls"].values())
