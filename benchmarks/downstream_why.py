@@ -66,10 +66,10 @@ VARIANTS = (
     Variant("backbone at a tenth of the rate", ("--backbone-lr", "0.1")),
     Variant("backbone frozen", ("--backbone-lr", "0")),
     Variant("rates fall by 0.75 from layer to layer", ("-s", "eval.tune.layer_decay=0.75")),
-    Variant("four times the steps", ("--steps", "600")),
+    Variant("twice the steps", ("--steps", "300")),
     Variant("fresh noise in every step", distill=("--reencode", "1")),
     Variant("a quarter of the epochs", distill=("--epochs", "10", "--warmup-epochs", "1")),
-    Variant("T = 150", extract=("--timesteps", "150")),
+    Variant("timestep 150", extract=("--timesteps", "150")),
     Variant("the finest level alone", distill=("--levels", "l2")),
 )
 
@@ -158,7 +158,7 @@ def run_of(root: Path, variant: Variant, seed: int) -> Path:
 
 
 def _word(variant: Variant) -> str:
-    return variant.name.replace(" = ", "").replace(" ", "-")
+    return variant.name.replace(" ", "-")
 
 
 def table(args: argparse.Namespace, root: Path, variant: Variant) -> Command:

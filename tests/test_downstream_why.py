@@ -49,7 +49,7 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
     base = {TEACHER: [one + gain for one, gain in zip(scratch, GAINS, strict=True)]}
     base |= {RANDOM_INIT: scratch, UNTRAINED: [value + 0.01 for value in scratch]}
     own = {variant.name: list(base[TEACHER]) for variant in VARIANTS if variant.distilled}
-    own["T = 150"] = [value - 0.05 + 0.001 * seed for seed, value in enumerate(base[TEACHER])]
+    own["timestep 150"] = [value - 0.05 + 0.001 * seed for seed, value in enumerate(base[TEACHER])]
     raised = {**base, TEACHER: [value + 0.004 * (seed % 2) for seed, value in enumerate(base[TEACHER])]}
 
     def made_of(root: Path, seeds: range, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -67,10 +67,10 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
     (lost,) = [
         line
         for line in found["changes"]
-        if (line["variant"], line["gain"], line["labelled"]) == ("T = 150", f"{TEACHER} - {RANDOM_INIT}", 20)
+        if (line["variant"], line["gain"], line["labelled"]) == ("timestep 150", f"{TEACHER} - {RANDOM_INIT}", 20)
     ]
     assert lost["answer"] == "changes it" and lost["mean"] == pytest.approx(-0.048)
-    assert {line["answer"] for line in found["changes"] if line["variant"] != "T = 150"} == {"not seen"}
+    assert {line["answer"] for line in found["changes"] if line["variant"] != "timestep 150"} == {"not seen"}
     assert len(found["changes"]) == 2 * 2 * (len(VARIANTS) - 1)
     (gain,) = [
         line
@@ -84,6 +84,7 @@ def test_students_of_other_distillations_are_arms_of_the_bases_table(tmp_path: P
     args = parse(["--seeds", "2"])
     words = table(args, tmp_path, VARIANTS[0])
     compared = [words[place + 1] for place, word in enumerate(words) if word == "--compare"]
+    assert not any(set("=,") & set(variant.name) for variant in VARIANTS)  # which end an arm's name on the command line
     assert [arm.partition("=")[0] for arm in compared[:2]] == [UNTRAINED, "fresh noise in every step"]
     assert compared[1].endswith("fresh-noise-in-every-step-0," + str(tmp_path / "fresh-noise-in-every-step-1"))
     assert table(args, tmp_path, VARIANTS[1]).count("--compare") == 1
@@ -92,7 +93,8 @@ def test_students_of_other_distillations_are_arms_of_the_bases_table(tmp_path: P
 def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: Path) -> None:
     earlier, digests = tmp_path / "earlier.json", {"digits": "00"}
     scores = [
-        {"variant": name, "arm": TEACHER, "labelled": 20, "seeds": {"0": 0.5, "1": 0.6}} for name in (BASE, "T = 150")
+        {"variant": name, "arm": TEACHER, "labelled": 20, "seeds": {"0": 0.5, "1": 0.6}}
+        for name in (BASE, "timestep 150")
     ]
     document = {
         "benchmark": "downstream_why",
@@ -112,9 +114,10 @@ def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: 
     assert words[1] == f"{TEACHER}=" + ",".join(str(tmp_path / f"{TEACHER}{seed}") for seed in (2, 3, 4))
     assert "eval.seed=2" in words and words[words.index("--seeds") + 1] == "3"
     made = [command[command.index("--out") + 1] for group in pretraining(args, tmp_path, 4) for command in group]
-    named = ["features/distilled4", "distilled4", "features/untrained4", "untrained4", "features/T150-4", "T150-4"]
+    named = ["features/distilled4", "distilled4", "features/untrained4", "untrained4"]
+    named += ["features/timestep-150-4", "timestep-150-4"]
     assert made == [str(tmp_path / name) for name in named]
     with pytest.raises(SystemExit, match="another protocol or teacher"):
         earlier_result(parse(given), {"digits": "11"})
-    with pytest.raises(SystemExit, match="has the variants as published, T = 150; give the same"):
+    with pytest.raises(SystemExit, match="has the variants as published, timestep 150; give the same"):
         earlier_result(parse([*given, "8"]), digests)
