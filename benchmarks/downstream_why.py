@@ -241,8 +241,8 @@ def changes(found: Mapping[str, Values]) -> list[dict[str, Any]]:
         ]
         adjusted = holm([line["p"] for line in of_num])
         for line, p in zip(of_num, adjusted, strict=True):
-            seen = p is not None and p < 1 - CONFIDENCE
-            lines.append({"answer": "changes it" if seen else "not seen", **line, "p_holm": p})
+            answer = "one seed, no answer" if p is None else "changes it" if p < 1 - CONFIDENCE else "not seen"
+            lines.append({"answer": answer, **line, "p_holm": p})
     return lines
 
 

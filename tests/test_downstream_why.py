@@ -63,6 +63,8 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
     found = made_of(tmp_path / "at once", range(5))
     two = made_of(tmp_path / "two", range(2))
     assert {line["n"] for line in two["gains"]} == {2}
+    one = made_of(tmp_path / "one", range(1))
+    assert {line["answer"] for line in one["changes"]} == {"one seed, no answer"}
     assert made_of(tmp_path / "three more", range(2, 5), two) == found
     (lost,) = [
         line

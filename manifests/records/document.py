@@ -14,19 +14,19 @@ from dtpipe.manifests.canonical import CHECKSUM, seal
 from dtpipe.manifests.documents import Refusal, parse_json
 from dtpipe.manifests.errors import DamagedDataError, ManifestError, StoreError
 from dtpipe.manifests.records.bounded import read_bounded
-from dtpipe.manifests.store.publish import write_whole
+from dtpipe.manifests.store.publish import unique_temporary, write_whole
 
 _MOST_BYTES = 64 * 2**20
 _SEALED_END = re.compile(rb'(?<!"blake3)": "[0-9a-f]{64}"\n\}\s*$')  # `blake3` ended records before they had seals
 
 
 def write_document(path: Path, value: Mapping[str, Any], remedy: str) -> None:
-    """Write plain values as a sealed document, whole.
+    """Write plain values as a sealed document, whole; of processes that write one at once, the last one's stays.
 
     Raises: StoreError when it cannot be written, ending in `remedy`; ManifestError for what JSON cannot hold.
     """
     try:
-        write_whole(path, seal(value))
+        write_whole(path, seal(value), unique_temporary(path))
     except OSError as err:
         raise StoreError(f"{path} cannot be written: {err}; {remedy}") from err
 
