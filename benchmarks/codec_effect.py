@@ -235,12 +235,10 @@ def default_error(
 
 def gradients_before(earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Of each earlier seed the mean over those seeds, which is what was kept."""
-    kept = (
-        {line["arm"]: {key: line[key] for key in line if key != "arm"} for line in earlier["gradients"]}
-        if earlier
-        else {}
-    )
-    return [kept] * (earlier["seeds"] if earlier else 0)
+    if earlier is None:
+        return []
+    kept = {line["arm"]: {key: line[key] for key in line if key != "arm"} for line in earlier["gradients"]}
+    return [kept] * int(earlier["seeds"])
 
 
 def averaged(name: str, gradients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

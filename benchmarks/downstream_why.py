@@ -5,7 +5,7 @@
     python benchmarks/downstream_why.py --seeds 3 --add-to FILE         # and three more
 
 Foreground masks of digit scenes, as the table `segment` of `downstream.py`, but at one rate for all arms. A seed takes
-about 70 minutes of a core, with all variants. Everything is a command of dtpipe. What was decided beforehand is
+70 to 95 minutes of a core, with all variants. Everything is a command of dtpipe. What was decided beforehand is
 `PROTOCOL`.
 """
 

@@ -167,7 +167,7 @@ def test_one_digest_for_one_or_two_actors_and_inline(form: str, ray_config: Make
     }
     assert len({each.digest for each in results.values()}) == 1
     assert {each.shards_written for each in results.values()} == {20}
-    assert len(writers(str(tmp_path / "ray"))) <= workers
+    assert len(writers(str(tmp_path / "inline"))) == 1 <= len(writers(str(tmp_path / "ray"))) <= workers
     assert not left_running()  # nothing is left running on the cluster
 
 
