@@ -36,7 +36,7 @@ demo-teacher: $(RUN_STAMP)  ## train the demo's teacher again (about an hour on 
 
 test: $(DEV_STAMP)          ## everything that continuous integration runs
 	$(MAKE) check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(DEV_STAMP)         ## formatter, linter, type checker, layers
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ class CastLevel:
 
     level: LevelSpec
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, PartSpec]:
         """One array of the level's shape and dtype."""
         shape = (self.level.channels, self.level.height, self.level.width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -25,7 +26,7 @@ class Int8Level:
 
     level: LevelSpec
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, PartSpec]:
         """Symbols, and (2, C): steps and offsets."""
         shape = (self.level.channels, self.level.height, self.level.width)

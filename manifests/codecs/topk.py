@@ -8,6 +8,7 @@ exact and the share of the others is spread evenly.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -33,7 +34,7 @@ class TopkLevel:
     k: int
     temperature: float = TEMPERATURE
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, PartSpec]:
         """Kept logits and their classes, the logit of the rest, and the error."""
         dtype, cells = np.dtype(self.level.dtype).newbyteorder("<"), (self.level.height, self.level.width)

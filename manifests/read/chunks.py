@@ -131,7 +131,8 @@ class ChunkReader:
 
     def _read_files(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks) -> NDArray[np.bool_]:
         """Which chunks were read whole, straight from their files."""
-        begins = np.diff(chunks.object_idx, prepend=-1) != 0  # those of one object lie together
+        begins = np.ones(len(chunks), np.bool_)
+        begins[1:] = chunks.object_idx[1:] != chunks.object_idx[:-1]  # those of one object lie together
         files = [self._file(object_idx) for object_idx in chunks.object_idx[begins].tolist()]
         descriptors = np.array([-1 if file is None else file.descriptor for file in files], np.int32)
         descriptor = descriptors[np.cumsum(begins) - 1]

@@ -83,7 +83,7 @@ class ChunkTable:
         """Number of the object, offset, size and crc32c of chunks whose shards are written. Shapes: [n] -> [n]."""
         shard_idx, within = np.divmod(rows, self._samples)
         at = np.searchsorted(self.shards, shard_idx)
-        assert np.array_equal(self.shards[at], shard_idx), "a row that was never written must be refused before"
+        assert (self.shards[at] == shard_idx).all(), "a row that was never written must be refused before"
         chunk = self._first[at] + within * self.width + views
         return self._object_of[at], self.columns.offset[chunk], self.columns.size[chunk], self.columns.crc32c[chunk]
 
