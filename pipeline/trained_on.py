@@ -41,6 +41,8 @@ class TrainedOn:
     live: Mapping[str, Any]
     live_content: Mapping[str, Any] = field(default_factory=dict)
     """What a run without a dataset recorded of what training sees."""
+    interpreter: str | None = None
+    """Folder of the one that labelled live samples, where it was named."""
 
     @staticmethod
     def of(checkpoint: str) -> TrainedOn:
@@ -54,7 +56,7 @@ class TrainedOn:
         content: dict[str, Any] = {}
         with suppress(DtpipeError):
             content = (read_record(folder) or {}).get("live") or {}
-        return TrainedOn(tuple(map(str, distill.get("datasets") or ())), live, content)
+        return TrainedOn(tuple(map(str, distill.get("datasets") or ())), live, content, distill.get("interpreter"))
 
     def live_listing(self) -> tuple[LiveConfig, Listing]:
         """Settings and samples of a run on images without a dataset.

@@ -1,4 +1,4 @@
-"""An interpreter in a folder: `interpreter.json`, sealed, and `model.safetensors`; no pickle."""
+"""An interpreter in a folder: `interpreter.json`, sealed, `model.safetensors` and `train_images.blake3`; no pickle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from dtpipe.manifests.documents import why_not_read
 from dtpipe.manifests.errors import DamagedDataError, DtpipeError, InputError, StoreError
 from dtpipe.manifests.labels import ClassTable
 from dtpipe.manifests.records.document import write_document
-from dtpipe.manifests.records.files import FILES, check_files, file_digest
+from dtpipe.manifests.records.files import FILES, check_files, file_digests
+from dtpipe.manifests.records.image_digests import TRAIN_IMAGES, Digests, pack_digests
 from dtpipe.manifests.store.publish import whole_files
 
 INTERPRETER_RECORD = "interpreter.json"
@@ -38,8 +39,11 @@ class LoadedInterpreter:
     """Beside the spec: the teacher and timesteps it was trained on, its scores, the digests of the labelled images."""
 
 
-def save_interpreter(network: FeatureInterpreter, record: Mapping[str, Any], folder: Path) -> None:
-    """Write an interpreter whole. `record`: plain values, what it was trained on and how it scored.
+def save_interpreter(
+    network: FeatureInterpreter, record: Mapping[str, Any], folder: Path, images: Digests | None = None
+) -> None:
+    """Write an interpreter whole. `record`: plain values, what it was trained on and how it scored; `images`: those
+    that had labels.
 
     Raises: StoreError when the folder cannot be written.
     """
@@ -47,7 +51,9 @@ def save_interpreter(network: FeatureInterpreter, record: Mapping[str, Any], fol
         with whole_files(folder, f".{os.getpid()}.interpreter") as partial:
             weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
             save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-            files = {WEIGHTS: file_digest(partial / WEIGHTS)}
+            if images is not None:
+                (partial / TRAIN_IMAGES).write_bytes(pack_digests(images))
+            files = file_digests(partial)
             document = {"version": _VERSION, "spec": spec_record(network.spec), **record, FILES: files}
             write_document(partial / INTERPRETER_RECORD, document, "make room or choose another --out")
     except (OSError, SafetensorError) as err:

@@ -18,7 +18,8 @@ from dtpipe.manifests.errors import DamagedDataError, InputError
 from dtpipe.manifests.labels import Pixels
 
 TRAIN_IMAGES = "train_images.blake3"
-"""In the folder of a teacher: the images that it was trained on, at its own size."""
+"""In the folder of a teacher, the images that it was trained on, at its own size; in that of an interpreter, its
+labelled images at the size of its features."""
 Digests = NDArray[np.uint64]
 _SEAL_BYTES = 32
 
@@ -44,15 +45,15 @@ def pack_digests(digests: Digests) -> bytes:
     return blake3(content).digest() + content
 
 
-def read_digests(path: Path) -> Digests:
-    """The digests of a file.
+def read_digests(path: Path, remedy: str = "train or export the teacher again") -> Digests:
+    """The digests of a file; `remedy`: what to do where it is not there.
 
     Raises: InputError when it is not there; DamagedDataError when it is none or was changed.
     """
     try:
         packed = path.read_bytes()
     except OSError as err:
-        raise InputError(f"{path}: {why_not_read(path, err)}; train or export the teacher again") from err
+        raise InputError(f"{path}: {why_not_read(path, err)}; {remedy}") from err
     seal, content = packed[:_SEAL_BYTES], packed[_SEAL_BYTES:]
     if blake3(content).digest() != seal or len(content) % 8:
         raise DamagedDataError(f"{path}: is no list of images, or its bytes were changed; take it away and run again")

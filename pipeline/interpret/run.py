@@ -25,6 +25,7 @@ from dtpipe.manifests.errors import ConfigError, DtpipeError
 from dtpipe.manifests.labels import KIND_WORDS, Class, Mask
 from dtpipe.manifests.phases import phase
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.records.image_digests import as_digests
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.interpret.config import InterpretConfig
@@ -137,7 +138,8 @@ def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress 
     if arms is None or len(pictures) < num_pictures:
         arms = _score(config, network, train, test, device, note)
         pictures = draw_pictures(out, test.labelled, arms)
-        save_interpreter(network, _record(config, opened, arms), out)
+        images = as_digests(known_digests(train.labelled, "labelled").tolist())
+        save_interpreter(network, _record(config, opened, arms), out, images)
     return InterpretResult(
         out=out,
         measure="accuracy" if train.labelled.kind is Class else "mIoU",

@@ -1,4 +1,4 @@
-"""Which held-out images are not new: labelled too, or seen without labels by the teacher or in distillation.
+"""Which held-out images are not new: seen by the teacher or in distillation, or with their labels by an interpreter.
 
 Images are known by their content at the size at which they were trained on, whatever their keys and paths: held-out
 ones are brought to that size as training images were. What cannot be known is said.
@@ -31,7 +31,10 @@ from dtpipe.manifests.records.image_digests import (
     read_digests,
 )
 from dtpipe.manifests.schema import TransformRecipe, height_width
+from dtpipe.manifests.soft_labels import soft_labels_of
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import are, count_of
+from dtpipe.manifests.write.plan import load_plan
 from dtpipe.pipeline.arms import Comparison
 from dtpipe.pipeline.cli.console import say_nothing
 from dtpipe.pipeline.config import EvalConfig
@@ -41,27 +44,29 @@ from dtpipe.pipeline.trained_on import TrainedOn
 
 
 @dataclass(frozen=True)
-class UnlabelledImages:
-    """Images that something was trained on without labels."""
+class SeenImages:
+    """Images that something was trained on."""
 
     where: str
     """A clause: by whom they were seen."""
     transform: TransformRecipe
     digests: Digests
+    labelled: bool = False
+    """Whether their labels were used."""
 
 
 @dataclass(frozen=True)
 class Seen:
     """What is known of all that a run was trained on, and sentences on what is not."""
 
-    images: tuple[UnlabelledImages, ...]
+    images: tuple[SeenImages, ...]
     unknown: tuple[str, ...] = ()
 
 
 def overlap_notes(
     config: EvalConfig, comparison: Comparison, test: LabelledSet, at: TransformRecipe | None, store: DigestStore
 ) -> list[str]:
-    """What to say of held-out images that some run of a table, or its teacher, was trained on without labels.
+    """What to say of held-out images that some run of a table, its teacher or its interpreter was trained on.
 
     `test` has its images at `at`, or whole for None.
     """
@@ -73,7 +78,7 @@ def overlap_notes(
 
 def find_seen(runs: Sequence[str], store: DigestStore) -> Seen:
     """All that some runs and their teachers were trained on; of each dataset the digests are read or made once."""
-    images: dict[str, UnlabelledImages] = {}
+    images: dict[str, SeenImages] = {}
     unknown: dict[str, None] = {}
     for run in runs:
         trained_on = TrainedOn.of(run)
@@ -85,7 +90,7 @@ def find_seen(runs: Sequence[str], store: DigestStore) -> Seen:
             try:
                 images |= {where: part} if (part := read()) else {}
             except DtpipeError as err:
-                unknown[f"which images {where} holds is not known: {err}"] = None
+                unknown[f"held-out images are not compared with {where}: {err}"] = None
         unknown |= _teacher(trained_on, images)
     return Seen(tuple(images.values()), tuple(unknown))
 
@@ -116,11 +121,12 @@ def seen_notes(
         digests = store.of_set(own[images.transform], "held-out")
         if num := int(np.isin(digests, images.digests).sum()):
             part = f"{num} of {count_of(len(test), 'held-out image')} {are(num)} in {images.where}"
-            notes.append(f"{part}: seen there, without labels")
+            how = "with their labels, so this is no held-out score" if images.labelled else "without labels"
+            notes.append(f"{part}: seen there, {how}")
     return [*notes, *seen.unknown]
 
 
-_Part = tuple[str, Callable[[], UnlabelledImages | None]]
+_Part = tuple[str, Callable[[], SeenImages | None]]
 
 
 def _parts(trained_on: TrainedOn, store: DigestStore) -> Iterator[_Part]:
@@ -128,9 +134,36 @@ def _parts(trained_on: TrainedOn, store: DigestStore) -> Iterator[_Part]:
         yield f"the distillation dataset {url}", partial(_stored, url, trained_on.urls, store)
     if images := trained_on.live.get("images"):
         yield f"the images of distillation, {images}", partial(_live, trained_on, store)
+    yield from _interpreters(trained_on)
 
 
-def _stored(url: str, urls: Sequence[str], store: DigestStore) -> UnlabelledImages | None:
+def _interpreters(trained_on: TrainedOn) -> Iterator[_Part]:
+    """Those that made the soft labels of a run, stored or live."""
+    for url in trained_on.urls:
+        with suppress(DtpipeError):  # what cannot be opened is said of the dataset
+            plan = load_plan(Store(url))
+            if labels := soft_labels_of(plan.recipe):
+                path = ((plan.provenance.get("config") or {}).get("soft_labels") or {}).get("interpreter")
+                where = f"the labelled images of the interpreter {path or 'of ' + url}"
+                yield where, partial(_labelled, where, path, labels.head_blake3)
+    if path := trained_on.interpreter:
+        where = f"the labelled images of the interpreter {path}"
+        yield where, partial(_labelled, where, path)
+
+
+def _labelled(where: str, path: str | None, digest: str | None = None) -> SeenImages:
+    from dtpipe.distill.labels.files import load_interpreter
+
+    if path is None:
+        raise InputError("the soft labels do not say where it is")
+    head = load_interpreter(path)
+    if digest not in (None, head.digest):
+        raise InputError(f"another interpreter is in {path} by now")
+    digests = read_digests(Path(path) / TRAIN_IMAGES, "train the interpreter again")
+    return SeenImages(where, TransformRecipe.model_validate(head.record["transform"]), digests, labelled=True)
+
+
+def _stored(url: str, urls: Sequence[str], store: DigestStore) -> SeenImages | None:
     """The images of a dataset; None where the teacher made them, or another dataset of the run has them."""
     dataset = FeatureDataset.open(url, allow_incomplete=True)
     recipe, where = dataset.recipe, f"the distillation dataset {url}"
@@ -149,10 +182,10 @@ def _stored(url: str, urls: Sequence[str], store: DigestStore) -> UnlabelledImag
                 yield image_digest(image)
 
     kept = store.kept(digests(), len(rows), name, f"held-out images are compared with {where}")
-    return UnlabelledImages(where, recipe.transform, np.unique(kept))
+    return SeenImages(where, recipe.transform, np.unique(kept))
 
 
-def _live(trained_on: TrainedOn, store: DigestStore) -> UnlabelledImages | None:
+def _live(trained_on: TrainedOn, store: DigestStore) -> SeenImages | None:
     """The images that a run without a dataset was trained on, read from their source again."""
     where, transform = f"the images of distillation, {trained_on.live['images']}", trained_on.live_transform()
     if transform is None:
@@ -169,10 +202,10 @@ def _live(trained_on: TrainedOn, store: DigestStore) -> UnlabelledImages | None:
     name = blake3_hex(f"{transform.model_dump_json()}/{config.images}\n{files}".encode("utf-8", "surrogatepass"))
     found = (one for one in in_threads(digest, listing.uris) if one is not None)
     kept = store.kept(found, len(listing.keys), name, f"held-out images are compared with {where}")
-    return UnlabelledImages(where, transform, np.unique(kept))
+    return SeenImages(where, transform, np.unique(kept))
 
 
-def _teacher(trained_on: TrainedOn, images: dict[str, UnlabelledImages]) -> dict[str, None]:
+def _teacher(trained_on: TrainedOn, images: dict[str, SeenImages]) -> dict[str, None]:
     """Adds what the teacher says of its training images; returns sentences where it says nothing."""
     settings = trained_on.teacher().settings
     path = settings.get("path")
@@ -184,7 +217,7 @@ def _teacher(trained_on: TrainedOn, images: dict[str, UnlabelledImages]) -> dict
     where = f"the training images of the teacher {path}"
     try:
         digests = read_digests(Path(path) / TRAIN_IMAGES)
-        images[where] = UnlabelledImages(where, _teacher_transform(Path(path) / TEACHER_RECORD), digests)
+        images[where] = SeenImages(where, _teacher_transform(Path(path) / TEACHER_RECORD), digests)
     except DtpipeError as err:
         return {f"{next(iter(unknown))}: {err}": None}
     return {}

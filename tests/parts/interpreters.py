@@ -22,14 +22,15 @@ CLASSES = ("sky", "sea", "land", "boat")
 
 
 def write_interpreter(folder: Path, levels: Sequence[LevelSpec], seed: int = 0, /, **changes: Any) -> str:
-    """A head of four classes with drawn weights, for levels of a dataset; `record` is what it says of itself."""
+    """A head of four classes with drawn weights, for levels of a dataset; `record` is what it says of itself, `images`
+    are those that had labels."""
     torch.manual_seed(seed)
-    record = changes.pop("record", {})
+    record, images = changes.pop("record", {}), changes.pop("images", None)
     read = tuple(InterpreterLevel(level.name, level.stride, level.channels) for level in levels)
     fields = {"levels": read, "classes": ClassTable(CLASSES), "width": 8} | changes
     network = FeatureInterpreter(InterpreterSpec(**fields))
     torch.nn.init.normal_(network.classifier.weight, std=2.0)
-    save_interpreter(network, record, folder)
+    save_interpreter(network, record, folder, images)
     return str(folder)
 
 

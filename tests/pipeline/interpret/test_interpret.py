@@ -18,6 +18,7 @@ from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
+from dtpipe.manifests.records.image_digests import TRAIN_IMAGES, image_digest, read_digests
 from dtpipe.manifests.schema import ViewSpec
 from dtpipe.pipeline.cli.main import main
 from dtpipe.pipeline.interpret.config import InterpretConfig
@@ -91,6 +92,8 @@ def test_a_head_is_written_scored_beside_its_rivals_and_drawn(
     assert loaded.record["teacher"]["weights_blake3"] == dataset.recipe.teacher.weights_blake3
     assert loaded.record["taps"] == {level.name: level.tap for level in dataset.levels}
     assert loaded.record["transform"]["height"] == dataset.recipe.transform.height
+    seen = set(read_digests(tmp_path / "head" / TRAIN_IMAGES))
+    assert len(seen) == 5 and seen < {image_digest(draw_image(idx)) for idx in range(NUM)}  # the labelled ones
     assert loaded.record["scores"] == result["scores"] and loaded.record["timesteps"] == [50]
     assert [level.name for level in loaded.network.spec.levels] == ["l2", "l3", "l4", "l5"][: len(dataset.levels)]
     with Image.open(tmp_path / "head" / "pictures" / "001.png") as picture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.engine.run_folder import RunFolder
 from dtpipe.distill.trainer import run_settings
 from dtpipe.manifests.errors import ConfigError, InputError
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.records.image_digests import TRAIN_IMAGES, as_digests, image_digest, pack_digests
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.config import EvalConfig
@@ -26,9 +28,11 @@ from dtpipe.pipeline.evaluate import evaluate
 from dtpipe.pipeline.rivals import digests as digests_module
 from dtpipe.pipeline.rivals import seen as seen_module
 from dtpipe.pipeline.rivals.digests import DigestStore
-from dtpipe.pipeline.rivals.seen import Seen, UnlabelledImages, find_seen, seen_notes
+from dtpipe.pipeline.rivals.seen import Seen, SeenImages, find_seen, seen_notes
+from parts.command_line import dtpipe
 from parts.extractions import Extract
 from parts.images import draw_image, png, write_files
+from parts.interpreters import write_interpreter
 from parts.labelled import with_classes
 from parts.memory import write_student
 
@@ -138,13 +142,41 @@ def test_an_untrained_teacher_has_seen_nothing(tmp_path: Path, image_folder: Pat
     assert find_seen([live_run(tmp_path / "run", tmp_path, image_folder, untrained=0)], HERE).unknown == ()
 
 
+def test_labels_that_an_interpreter_learned_from_are_known(extract: Extract, tmp_path: Path) -> None:
+    """Held-out images that taught the interpreter of a run's soft labels, stored or live."""
+    features = extract(transform={"px": 32})
+    dataset, pixels = FeatureDataset.open(features), [draw_image(70), draw_image(71)]
+    record = {"transform": dataset.recipe.transform.model_dump(mode="json")}
+    images = as_digests(map(image_digest, pixels))
+    head = write_interpreter(tmp_path / "head", dataset.levels, record=record, images=images)
+    dtpipe("extract", "--interpreter", head, "--from", features, "--out", str(tmp_path / "labels"), "--inline")
+    stored = str(write_run(tmp_path / "stored", features, str(tmp_path / "labels")))
+    live = write_run(tmp_path / "live", features)
+    config = yaml.safe_load((live / "config.yaml").read_text())
+    config["distill"]["interpreter"] = head
+    (live / "config.yaml").write_text(yaml.safe_dump(config))
+    test = with_classes(np.stack([pixels[0], draw_image(90)]), ["x", "y"], [0, 1])
+    for run in (stored, str(live)):
+        seen = find_seen([run], HERE)
+        assert seen_notes(seen, test, dataset.recipe.transform, lambda _: test, HERE) == [
+            f"1 of 2 held-out images is in the labelled images of the interpreter {head}: seen there, with their "
+            "labels, so this is no held-out score",
+            UNKNOWN,
+        ]
+    before = f"held-out images are not compared with the labelled images of the interpreter {head}: "
+    write_interpreter(tmp_path / "head", dataset.levels, 1, record=record)
+    assert find_seen([stored], HERE).unknown[0].startswith(f"{before}another interpreter is in")
+    shutil.rmtree(head)
+    assert find_seen([stored], HERE).unknown[0].startswith(f"{before}{head}: holds no interpreter")
+
+
 def test_what_is_not_known_is_said(tmp_path: Path, image_folder: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher", draw_image(3, 16))
     (teacher / TRAIN_IMAGES).write_bytes(b"x" * 40)
     unknown = find_seen([live_run(tmp_path / "run", teacher, image_folder)], HERE).unknown
     assert len(unknown) == 1 and unknown[0].startswith(f"{UNKNOWN}: ") and "bytes were changed" in unknown[0]
     gone = find_seen([str(write_run(tmp_path / "of", str(tmp_path / "gone")))], HERE).unknown
-    assert gone[0].startswith(f"which images the distillation dataset {tmp_path / 'gone'} holds is not known: ")
+    assert gone[0].startswith(f"held-out images are not compared with the distillation dataset {tmp_path / 'gone'}: ")
     alone = str(tmp_path / "last.pt")
     assert find_seen([alone], HERE).unknown[0] == f"{alone} does not say which images it was trained on"
 
@@ -170,7 +202,7 @@ def test_digests_of_large_datasets_are_made_once_and_kept_beside_the_run(
 
 
 def test_a_size_that_held_out_images_cannot_come_to_is_none_they_were_seen_at() -> None:
-    images = UnlabelledImages("somewhere", TransformRecipe(resize="none", height=5, width=5), as_digests([1]))
+    images = SeenImages("somewhere", TransformRecipe(resize="none", height=5, width=5), as_digests([1]))
 
     def test_at(_recipe: TransformRecipe) -> LabelledSet:
         raise InputError("no image can be used")
