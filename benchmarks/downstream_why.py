@@ -3,10 +3,11 @@
     python benchmarks/downstream_why.py --jobs 2                        # goes on where it was stopped
     python benchmarks/downstream_why.py --seeds 2                       # or in several sittings, two seeds
     python benchmarks/downstream_why.py --seeds 3 --add-to FILE         # and three more
+    python benchmarks/downstream_why.py --task detect                   # of objects; students in --work serve both
 
-Foreground masks of digit scenes, as the table `segment` of `downstream.py`, but at one rate for all arms. A seed takes
-70 to 95 minutes of a core, with all variants. Everything is a command of dtpipe. What was decided beforehand is
-`PROTOCOL`.
+Foreground masks or objects of digit scenes, as the tables `segment` and `detect` of `downstream.py`, but at one rate
+for all arms. A seed of masks takes 60 to 95 minutes of a core, with all variants. Everything is a command of dtpipe.
+What was decided beforehand is in `protocol`.
 """
 
 from __future__ import annotations
@@ -29,18 +30,43 @@ from downstream import STUDIES, TEACHER, UNTRAINED, UPRIGHT
 from dtpipe.distill.downstream.extractors import RANDOM_INIT
 from dtpipe.distill.downstream.paired import CONFIDENCE, difference_of
 
-BASE, LR, PRIMARY, LABELLED = "as published", 0.01, 20, (5, 20)
+BASE, LR = "as published", 0.01
 PAIRS = ((TEACHER, RANDOM_INIT), (TEACHER, UNTRAINED))
-PROTOCOL = {
-    "question": "which single change alters what the distilled student gains on scratch, and on the untrained "
-    "teacher's student?",
-    "rate": f"{LR:g} for all arms: the best of most arms and numbers of labels in downstream_segment.json",
-    "score": "mIoU of 300 held-out scenes; five paired seeds",
-    "change": "gain under the variant minus gain as published, paired by seed, with its 95 % interval; p of Student's "
-    f"t, adjusted by Holm over the file's variants and both gains at {PRIMARY} labels; {LABELLED[0]} stand beside it",
-    "answer": "changes it: p after Holm is below 0.05; else not seen. Variants of distillation train the distilled "
-    "student anew; the others are the base's, so their gain on scratch is against the same scratch",
-}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A table of `downstream.py` whose gain is looked into."""
+
+    task: str
+    metric: str
+    primary: int
+    """Labelled scenes that the answer is about."""
+    beside: int
+
+    @property
+    def labelled(self) -> list[int]:
+        """Both numbers of labelled scenes, ascending."""
+        return sorted((self.primary, self.beside))
+
+
+SEGMENT, DETECT = Question("segment", "mIoU", 20, 5), Question("detect", "box AP", 20, 80)
+QUESTIONS = {question.task: question for question in (SEGMENT, DETECT)}
+
+
+def protocol(question: Question) -> dict[str, str]:
+    """What was decided beforehand."""
+    return {
+        "question": "which single change alters what the distilled student gains on scratch, and on the untrained "
+        "teacher's student?",
+        "rate": f"{LR:g} for all arms: the best of most arms and numbers of labels in downstream_{question.task}.json",
+        "score": f"{question.metric} of 300 held-out scenes; five paired seeds",
+        "change": "gain under the variant minus gain as published, paired by seed, with its 95 % interval; p of "
+        "Student's t, adjusted by Holm over the file's variants and both gains at "
+        f"{question.primary} labels; {question.beside} stand beside it",
+        "answer": "changes it: p after Holm is below 0.05; else not seen. Variants of distillation train the distilled "
+        "student anew; the others are the base's, so their gain on scratch is against the same scratch",
+    }
 
 
 @dataclass(frozen=True)
@@ -88,16 +114,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for evaluation in tables:
         run_groups([[evaluation]] * args.jobs, args.work, args.jobs)  # which share its trainings
     commands = [*(command for group in students for command in group), *tables]
-    content = {"protocol": PROTOCOL, "seeds": args.of_seeds.stop, **results(found_here(args, root, earlier))}
+    found = results(found_here(args, root, earlier), args.question)
+    content = {"protocol": protocol(args.question), "seeds": args.of_seeds.stop, **found}
     content["commands"] = [*(earlier["commands"] if earlier else ()), *with_seconds(commands, args.work)]
     content["earlier"] = [*earlier["earlier"], earlier["origin"]] if earlier else []
-    publish("downstream_why", content, args.out / "downstream_why.json", digests)
+    publish("downstream_why", content, args.out / args.file, digests)
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=[*QUESTIONS], default=SEGMENT.task)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--num-held-out", type=int, default=300)
@@ -111,6 +139,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.epochs, args.of_seeds = None, range(args.seeds)
     args.chosen = [VARIANTS[idx] for idx in (0, *args.variants)]
+    args.question = QUESTIONS[args.task]
+    args.file = "downstream_why.json" if args.question is SEGMENT else f"downstream_why_{args.task}.json"
     return args
 
 
@@ -119,7 +149,7 @@ def earlier_result(args: argparse.Namespace, digests: Mapping[str, Any]) -> dict
     if args.add_to is None:
         return None
     document = published("downstream_why", args.add_to)
-    if [document["protocol"], document["origin"]["teacher_digests"]] != [PROTOCOL, digests]:
+    if [document["protocol"], document["origin"]["teacher_digests"]] != [protocol(args.question), digests]:
         sys.exit(f"{args.add_to} has another protocol or teacher; begin anew")
     known = list(from_plain(document["scores"]))
     if known != [variant.name for variant in args.chosen]:
@@ -168,16 +198,16 @@ def table(args: argparse.Namespace, root: Path, variant: Variant) -> Command:
     runs |= {other.name: [run_of(root, other, seed) for seed in args.of_seeds] for other in others}
     first, *compared = (f"{name}=" + ",".join(map(str, of_arm)) for name, of_arm in runs.items())
     compare = [word for arm in compared for word in ("--compare", arm)]
-    labels = ["--labelled", ",".join(map(str, LABELLED)), "--seeds", len(args.of_seeds)]
-    settings = ["-c", "segment_small", *UPRIGHT, "-s", f"eval.tune.lr={LR:g}", "-s", "eval.tune.lr_grid=[]"]
-    where = [*downstream.images_of("segment", root), "-s", f"eval.seed={args.of_seeds.start}"]
-    out = ["--out", result_file(root, variant)]
-    return command_of("eval", first, "segment", *compare, *where, *labels, *settings, *variant.tune, *out)
+    labels = ["--labelled", ",".join(map(str, args.question.labelled)), "--seeds", len(args.of_seeds)]
+    settings = ["-c", f"{args.task}_small", *UPRIGHT, "-s", f"eval.tune.lr={LR:g}", "-s", "eval.tune.lr_grid=[]"]
+    where = [*downstream.images_of(args.task, root), "-s", f"eval.seed={args.of_seeds.start}"]
+    out = ["--out", result_file(root, args.task, variant)]
+    return command_of("eval", first, args.task, *compare, *where, *labels, *settings, *variant.tune, *out)
 
 
-def result_file(root: Path, variant: Variant) -> Path:
+def result_file(root: Path, task: str, variant: Variant) -> Path:
     """Where a table is written as JSON."""
-    return root / "tables" / "why" / f"{_word(variant)}.json"
+    return root / "tables" / f"why-{task}" / f"{_word(variant)}.json"
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------
@@ -189,17 +219,17 @@ Values = Mapping[tuple[str, int], Mapping[int, float]]
 def found_here(args: argparse.Namespace, root: Path, earlier: Mapping[str, Any] | None) -> dict[str, Values]:
     """Scores of each variant, of an earlier result's seeds and of this call's."""
     found: dict[str, Values] = from_plain(earlier["scores"]) if earlier else {}
-    base = read(result_file(root, VARIANTS[0]))
+    base = read(result_file(root, args.task, VARIANTS[0]))
     for variant in args.chosen:
-        own = read(result_file(root, variant)) if variant.tune else of_variant(base, variant)
+        own = read(result_file(root, args.task, variant)) if variant.tune else of_variant(base, variant)
         before = found.get(variant.name, {})
         found[variant.name] = {place: {**before.get(place, {}), **of_seed} for place, of_seed in own.items()}
     return found
 
 
-def results(found: Mapping[str, Values]) -> dict[str, Any]:
+def results(found: Mapping[str, Values], question: Question) -> dict[str, Any]:
     """Answers first."""
-    return {"changes": changes(found), "gains": gains(found), "scores": plain(found)}
+    return {"changes": changes(found, question), "gains": gains(found, question), "scores": plain(found)}
 
 
 def read(path: Path) -> Values:
@@ -213,14 +243,16 @@ def read(path: Path) -> Values:
 def of_variant(base: Values, variant: Variant) -> Values:
     """The base's arms, its distilled student the variant's."""
     arms = {TEACHER: variant.name if variant.distilled else TEACHER, UNTRAINED: UNTRAINED, RANDOM_INIT: RANDOM_INIT}
-    return {(arm, num): base[shown, num] for arm, shown in arms.items() for num in LABELLED}
+    return {
+        (arm, num): values for arm, shown in arms.items() for (of_arm, num), values in base.items() if of_arm == shown
+    }
 
 
-def gains(found: Mapping[str, Values]) -> list[dict[str, Any]]:
+def gains(found: Mapping[str, Values], question: Question) -> list[dict[str, Any]]:
     """The distilled student minus each other arm, of every variant."""
     lines = []
     for name, values in found.items():
-        for num in LABELLED:
+        for num in question.labelled:
             for first, second in PAIRS:
                 difference = difference_of(first, second, num, values[first, num], values[second, num])
                 assert difference is not None, "all arms have all seeds"
@@ -229,10 +261,10 @@ def gains(found: Mapping[str, Values]) -> list[dict[str, Any]]:
     return lines
 
 
-def changes(found: Mapping[str, Values]) -> list[dict[str, Any]]:
+def changes(found: Mapping[str, Values], question: Question) -> list[dict[str, Any]]:
     """Each variant's gains minus the base's, the primary number of labels first."""
     lines = []
-    for num in (PRIMARY, *(other for other in LABELLED if other != PRIMARY)):
+    for num in (question.primary, question.beside):
         of_num = [
             {"variant": name, "gain": f"{first} - {second}", "labelled": num, **change(found, name, first, second, num)}
             for name in found

@@ -15,13 +15,14 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 from downstream import TEACHER, UNTRAINED  # noqa: E402
 from downstream_why import (  # noqa: E402
     BASE,
-    LABELLED,
-    PROTOCOL,
+    DETECT,
+    SEGMENT,
     VARIANTS,
     earlier_result,
     found_here,
     parse,
     pretraining,
+    protocol,
     result_file,
     results,
     table,
@@ -38,7 +39,7 @@ def write(path: Path, arms: dict[str, list[float]], seeds: range) -> None:
     scores = [
         {"extractor": arm, "num_labelled": num, "seed": seed, "value": values[seed]}
         for arm, values in arms.items()
-        for num in LABELLED
+        for num in SEGMENT.labelled
         for seed in seeds
     ]
     path.write_text(json.dumps({"scores": scores}))
@@ -57,8 +58,8 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
         args.of_seeds = seeds
         for variant in VARIANTS:
             if not variant.distilled:
-                write(result_file(root, variant), {**base, **own} if variant.name == BASE else raised, seeds)
-        return json.loads(json.dumps(results(found_here(args, root, earlier))))  # type: ignore[no-any-return]
+                write(result_file(root, "segment", variant), {**base, **own} if variant.name == BASE else raised, seeds)
+        return json.loads(json.dumps(results(found_here(args, root, earlier), SEGMENT)))  # type: ignore[no-any-return]
 
     found = made_of(tmp_path / "at once", range(5))
     two = made_of(tmp_path / "two", range(2))
@@ -90,6 +91,9 @@ def test_students_of_other_distillations_are_arms_of_the_bases_table(tmp_path: P
     assert [arm.partition("=")[0] for arm in compared[:2]] == [UNTRAINED, "fresh noise in every step"]
     assert compared[1].endswith("fresh-noise-in-every-step-0," + str(tmp_path / "fresh-noise-in-every-step-1"))
     assert table(args, tmp_path, VARIANTS[1]).count("--compare") == 1
+    objects = table(parse(["--task", "detect"]), tmp_path, VARIANTS[1])
+    assert objects[2] == "detect" and objects[objects.index("--labelled") + 1] == "20,80"
+    assert objects[objects.index("--out") + 1] != words[words.index("--out") + 1]
 
 
 def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: Path) -> None:
@@ -100,7 +104,7 @@ def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: 
     ]
     document = {
         "benchmark": "downstream_why",
-        "protocol": PROTOCOL,
+        "protocol": protocol(SEGMENT),
         "origin": {"teacher_digests": digests},
         "seeds": 2,
         "scores": scores,
@@ -121,5 +125,7 @@ def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: 
     assert made == [str(tmp_path / name) for name in named]
     with pytest.raises(SystemExit, match="another protocol or teacher"):
         earlier_result(parse(given), {"digits": "11"})
+    with pytest.raises(SystemExit, match="another protocol or teacher"):
+        earlier_result(parse([*given, "--task", DETECT.task]), digests)
     with pytest.raises(SystemExit, match="has the variants as published, timestep 150; give the same"):
         earlier_result(parse([*given, "8"]), digests)
