@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import reduce
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dtpipe.pipeline.cli.settings import gather, validate
 from dtpipe.pipeline.config import EvalConfig
 from parts.paper_runs import header
 from parts.paper_tasks import PAPER_TASKS, SMALL_TASKS, TASK_ROWS
+from parts.paths import REPO
 from parts.tuning import write_halves, write_run
 
 NAMES = [*TASK_ROWS, *SMALL_TASKS]
@@ -32,6 +34,14 @@ def test_settings_are_the_recipes(name: str) -> None:
     found = {key: reduce(getattr, key.split("."), config) for key in row}
     for key, value in row.items():
         assert found[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
+
+
+def test_the_table_of_rows_names_each_preset_of_the_paper_under_its_task() -> None:
+    page = (REPO / "docs" / "recipes.md").read_text(encoding="utf-8")
+    section = page.partition("## The rows of downstream tasks\n")[2].partition("\n## ")[0]
+    cells = [line.split("|")[3] for line in section.splitlines() if line.startswith("| ") and "`:" in line]
+    named = {preset: cell.split("`")[1] for cell in cells for preset in re.findall(r"`(\w+)`", cell.partition(":")[2])}
+    assert named == {name: settings_of(name).task for name in named} and set(PAPER_TASKS) <= set(named)
 
 
 @pytest.mark.parametrize("name", PAPER_TASKS)
