@@ -77,6 +77,17 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) < 250
 
 
+def test_the_hours_of_benchmarks_are_those_of_their_commands() -> None:
+    page = (REPO / "benchmarks" / "results" / "README.md").read_text(encoding="utf-8")
+    hours = dict(re.findall(r"^\| `(\w+\.json)` \| ([\d.]+) \|$", page, re.MULTILINE))
+    for path in (REPO / "benchmarks" / "results").glob("*.json"):
+        commands = [line for line in json.loads(path.read_text()).get("commands", ()) if isinstance(line, dict)]
+        if commands:
+            found = sum(line.get("seconds") or 0 for line in commands) / 3600
+            assert float(hours.pop(path.name)) == pytest.approx(found, abs=0.05), path.name
+    assert not hours
+
+
 MEASURED = [  # the rows of the README's first table of results: file, task, number of labelled images
     *(("probe_flowers", "flowers_classes", count) for count in (50, 250, 3251)),
     *(("probe_digits", "digits_foreground", count) for count in (5, 20, 80, 3000)),
