@@ -91,7 +91,6 @@ def test_the_hours_of_benchmarks_are_those_of_their_commands() -> None:
 MEASURED = [  # the rows of the README's first table of results: file, task, number of labelled images
     *(("probe_flowers", "flowers_classes", count) for count in (50, 250, 3251)),
     *(("probe_digits", "digits_foreground", count) for count in (5, 20, 80, 3000)),
-    ("probe_digits", "digits_classes", 3000),
 ]
 
 
