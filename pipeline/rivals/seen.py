@@ -71,9 +71,11 @@ def overlap_notes(
     `test` has its images at `at`, or whole for None.
     """
     runs = [member.path for arm in comparison.arms for member in arm.members if member.is_run and member.path]
-    return seen_notes(
+    notes = seen_notes(
         find_seen(runs, store), test, at, lambda recipe: open_held_out(config, recipe, say_nothing), store
     )
+    others = [arm.name for arm in comparison.arms if not all(member.is_run for member in arm.members)]
+    return [*notes, *(f"which images {name} was pre-trained on is not known" for name in others)]
 
 
 def find_seen(runs: Sequence[str], store: DigestStore) -> Seen:

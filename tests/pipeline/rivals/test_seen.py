@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 
@@ -81,7 +83,11 @@ def test_held_out_copies_of_images_of_distillation_are_counted_whatever_they_are
     for idx, path in enumerate(sorted(image_folder.rglob("*.png"))[:3]):
         with Image.open(path) as image:
             write_files(held, {f"{'ab'[idx % 2]}/new{idx}.bmp": bmp(np.asarray(image.convert("RGB")))})
-    notes = evaluate(settings(run, labelled(tmp_path / "own", 100), held), print).result.notes
+    foreign = tmp_path / "theirs.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), foreign)
+    rivals = {"compare": (f"theirs=test_resnet@{foreign}",)}
+    notes = evaluate(settings(run, labelled(tmp_path / "own", 100), held, **rivals), print).result.notes
+    assert "which images theirs was pre-trained on is not known" in notes
     assert [note for note in notes if "seen there, without labels" in note] == [
         f"3 of 7 held-out images are in the distillation dataset {tmp_path / 'features'}: seen there, without labels"
     ]
