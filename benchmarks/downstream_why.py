@@ -229,7 +229,8 @@ def found_here(args: argparse.Namespace, root: Path, earlier: Mapping[str, Any] 
 
 def results(found: Mapping[str, Values], question: Question) -> dict[str, Any]:
     """Answers first."""
-    return {"changes": changes(found, question), "gains": gains(found, question), "scores": plain(found)}
+    lines = {"changes": changes(found, question), "gains": gains(found, question), "own": own(found, question)}
+    return {**lines, "scores": plain(found)}
 
 
 def read(path: Path) -> Values:
@@ -285,6 +286,21 @@ def change(found: Mapping[str, Values], name: str, first: str, second: str, num:
     assert difference is not None, "all variants have all seeds"
     values = [of_variant[seed] - of_base[seed] for seed in sorted(of_variant)]
     return {key: getattr(difference, key) for key in ("mean", "low", "high", "n")} | {"p": p_value(values)}
+
+
+def own(found: Mapping[str, Values], question: Question) -> list[dict[str, Any]]:
+    """The distilled student's own score under each variant minus its score in the base: not in the plan, and looked at
+    because a gain may grow where scratch gets worse.
+    """
+    lines = []
+    for name in found:
+        for num in question.labelled:
+            ours, before = (found[which][TEACHER, num] for which in (name, BASE))
+            difference = difference_of(name, BASE, num, ours, before)
+            if name != BASE and difference is not None:
+                values = {key: getattr(difference, key) for key in ("mean", "low", "high", "n")}
+                lines.append({"variant": name, "labelled": num, **values})
+    return lines
 
 
 def _gain(values: Values, first: str, second: str, num: int) -> dict[int, float]:

@@ -75,6 +75,9 @@ def test_a_variant_changes_a_gain_where_the_paired_difference_is_clear(tmp_path:
     assert lost["answer"] == "changes it" and lost["mean"] == pytest.approx(-0.048)
     assert {line["answer"] for line in found["changes"] if line["variant"] != "timestep 150"} == {"not seen"}
     assert len(found["changes"]) == 2 * 2 * (len(VARIANTS) - 1)
+    assert len(found["own"]) == 2 * (len(VARIANTS) - 1)
+    own = {(line["variant"], line["labelled"]): line["mean"] for line in found["own"]}
+    assert own["timestep 150", 5] == pytest.approx(-0.048) and own["backbone frozen", 20] == pytest.approx(0.0016)
     (gain,) = [
         line
         for line in found["gains"]
