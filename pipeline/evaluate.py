@@ -82,7 +82,9 @@ def evaluate(config: EvalConfig, note: Note) -> Evaluation:
     with phase("opening the teacher"):
         arms = extractors_of(config, comparison, trained_on.teacher(), train, at, note)
     numbers = label_counts(config, train)
-    result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note)
+    path = result_path(config)
+    keep_in = path.with_suffix("") if path.suffix else None
+    result = run_probe(config.task, arms, train, test, numbers, comparison.seeds, config.probe, note, keep_in)
     said = [*run_notes(comparison), *coverage_notes(train, test), *overlap_notes(config, comparison, test, at, store)]
     subject = comparison.arms[0].name
     result = replace(result, notes=(*result.notes, *said), subject=subject, reference=RANDOM_INIT)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, PerSeed, extractor_for
+from dtpipe.distill.downstream.kept import folder_names
 from dtpipe.distill.downstream.labelled import (
     Draw,
     LabelledSet,
@@ -30,11 +33,13 @@ def run_probe(
     seeds: Sequence[int],
     config: ProbeConfig | None = None,
     on_progress: Callable[[str], None] | None = None,
+    keep_in: Path | None = None,
 ) -> ProbeResult:
     """Score every extractor on held-out images from each number of labelled ones (None: all), over the seeds.
 
     Each seed draws other labelled images, the same ones for every extractor, and another `PerSeed` extractor. With all
-    images labelled a fixed extractor has nothing that a seed could change, so it is scored once.
+    images labelled a fixed extractor has nothing that a seed could change, so it is scored once. A task that predicts
+    masks keeps some in `keep_in`, a folder for each extractor.
 
     Raises: ConfigError when sets overlap, lack what the task needs, or are too small; when names repeat.
     """
@@ -49,11 +54,12 @@ def run_probe(
     metric = metric_of(entry, train, test)
     draws = make_draws(train, num_labelled, seeds)
     scores: list[Score] = []
-    for extractor in extractors:
+    for extractor, name in zip(extractors, folder_names(names), strict=True):
         if on_progress is not None:
             on_progress(f"{task}: {extractor.name}")
         with phase(f"{task} of {extractor.name}"):
-            scores += _score_extractor(entry, extractor, train, test, draws, config)
+            own = draws if keep_in is None else _one_kept(draws, keep_in, name)
+            scores += _score_extractor(entry, extractor, train, test, own, config)
     return ProbeResult(task, metric, len(test), tuple(scores), _notes(scores), entry.headline(config))
 
 
@@ -63,6 +69,13 @@ def make_draws(train: LabelledSet, num_labelled: Sequence[int | None], seeds: Se
     return [
         Draw(seed, draw_labelled(train, None if num == len(train) else num, seed)) for num in nums for seed in seeds
     ]
+
+
+def _one_kept(draws: Sequence[Draw], keep_in: Path, name: str) -> list[Draw]:
+    """The draws, the first of most images with the folder of its predictions: the one that a page shows."""
+    shown = max(draws, key=lambda draw: len(draw.rows))
+    folder = keep_in / f"{name}-{len(shown.rows)}-{shown.seed}"
+    return [replace(draw, keep=folder) if draw is shown else draw for draw in draws]
 
 
 def _score_extractor(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -270,6 +271,8 @@ class Draw:
 
     seed: int
     rows: npt.NDArray[np.int64]
+    keep: Path | None = None
+    """Folder for what is predicted from this draw, where a page will show it."""
 
 
 def draw_labelled(labelled: LabelledSet, num: int | None, seed: int) -> npt.NDArray[np.int64]:

@@ -6,7 +6,6 @@ same command goes on where it was stopped, and several share the work.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtpipe.distill.downstream.kept import folder_names
 from dtpipe.distill.downstream.labelled import LabelledSet, draw_labelled, join_sets
 from dtpipe.distill.downstream.result import HEAD, ProbeResult, Score
 from dtpipe.distill.downstream.tuned.base import TunedTask
@@ -228,9 +228,3 @@ def headline(table: TunedTable) -> str:
     length = f"{table.config.steps} steps" if table.config.steps else f"{table.config.epochs} epochs"
     split = "; each seed holds out other images" if table.resplit else ""
     return f"every arm is trained on the same labels for {length}, {rate}{split}"
-
-
-def folder_names(names: Sequence[str]) -> list[str]:
-    """A folder's name for each arm: what disks take, and no two alike."""
-    plain = [re.sub(r"[^\w.+]+", "-", name).strip("-.") or "arm" for name in names]
-    return [name if plain.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(plain)]

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from dtpipe.distill.downstream.kept import PREDICTED
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.base import TaskScores
-from dtpipe.distill.downstream.tuned.scoring import PREDICTED, OnScored, score_network
+from dtpipe.distill.downstream.tuned.scoring import OnScored, score_network
 from dtpipe.distill.downstream.tuned.trainer import REMEDY, TuneJob, Tuning
 from dtpipe.distill.engine.device import seeded, training_device
 from dtpipe.distill.engine.loop import run_in

@@ -9,19 +9,16 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from dtpipe.distill.downstream.kept import keep_keys, keep_prediction
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.base import Metric, TaskNetwork, TaskScores, TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.examples import fit_targets, in_order
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from dtpipe.distill.stream.batch import scaled
-from dtpipe.manifests.errors import ConfigError, StoreError, saying_what_to_lower
+from dtpipe.manifests.errors import ConfigError, saying_what_to_lower
 from dtpipe.manifests.labels import Pixels, Target
-from dtpipe.manifests.records.document import write_document
 
-PREDICTED = "predictions"
-"""Folder of what was predicted: `00042.png` is of the image that `keys.json` has at 42."""
-KEYS_FILE = "keys.json"
 PASS_PX = 1 << 22
 """Pixels of the images that go through a network at once: 16 images of 512x512."""
 OnScored = Callable[[int, int], None]
@@ -51,12 +48,12 @@ def score_network(
     metric: Metric[Any] = task.metric(test.classes, config)
     share = ranks.share(len(test))
     if folder is not None:
-        ranks.first(lambda: _begin(folder, test))
+        ranks.first(lambda: keep_keys(folder, test.keys, _ROOM))
     predicted = _predicted(network, test, share, config.run.score_batch)
     for done, (row, prediction, target) in enumerate(predicted, start=1):
         metric.add(test.keys[row], prediction, target)
         if folder is not None:
-            _keep(folder, row, task.save(prediction, test.classes))
+            keep_prediction(folder, row, task.save(prediction, test.classes), _ROOM)
         if on_scored is not None:
             on_scored(done, len(share))
     whole, *others = ranks.gather(metric)
@@ -100,20 +97,3 @@ def in_passes(images: Iterable[_T], most: int, num_px: Callable[[_T], int]) -> I
 def image_tensor(image: Pixels) -> Tensor:
     """Shapes: (H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1]."""
     return scaled(torch.tensor(image)[None])[0]
-
-
-def _begin(folder: Path, test: LabelledSet) -> None:
-    try:
-        (folder / PREDICTED).mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise StoreError(f"{folder / PREDICTED} cannot be written: {err}; {_ROOM}") from err
-    write_document(folder / PREDICTED / KEYS_FILE, {"keys": list(test.keys)}, _ROOM)
-
-
-def _keep(folder: Path, row: int, files: Iterator[tuple[str, bytes]]) -> None:
-    for ending, content in files:
-        path = folder / PREDICTED / f"{row:05d}{ending}"
-        try:
-            path.write_bytes(content)
-        except OSError as err:
-            raise StoreError(f"{path} cannot be written: {err}; {_ROOM}") from err

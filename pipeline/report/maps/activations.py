@@ -1,4 +1,7 @@
-"""Where a diffusion teacher responds, by block and timestep: mean squared activation, the paper's figures 4 and 7."""
+"""Where networks respond: mean squared activation, the paper's figures 4 and 7.
+
+Of a diffusion teacher by block and timestep; of teacher, regressor and backbone at the view that the run's maps show.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ from dtpipe.extract.teachers.registry import load_teacher
 from dtpipe.manifests.errors import TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import ViewSpec
+from dtpipe.pipeline.extractors import TEACHER
 from dtpipe.pipeline.live.recorded import open_teacher
+from dtpipe.pipeline.report.maps.clusters import BACKBONE, REGRESSED
+from dtpipe.pipeline.report.maps.features import SeenImages
 from dtpipe.pipeline.trained_on import TrainedOn, of_a_teacher
 
 if TYPE_CHECKING:
@@ -87,6 +93,17 @@ def _energy(level: Tensor) -> Energy:
     """Shapes: (C, h, w) -> (h, w)."""
     energy: Energy = level.float().square().mean(dim=0).cpu().numpy()
     return energy
+
+
+def seen_energies(seen: SeenImages, idx: int) -> dict[str, dict[str, Energy]]:
+    """Of one image, network to level to its map: the teacher's levels as the loss whitens them, the regressor's output,
+    the backbone's levels.
+    """
+    networks = {TEACHER: seen.teacher, REGRESSED: seen.regressed, BACKBONE: seen.backbone}
+    return {
+        network: {name: np.square(maps[idx], dtype=np.float32).mean(axis=0) for name, maps in levels.items()}
+        for network, levels in networks.items()
+    }
 
 
 def heat(energy: Energy) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.phases import counted, phase
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.config import ReportConfig
-from dtpipe.pipeline.report.maps.activations import diffusion_teacher, heat, level_captions
+from dtpipe.pipeline.report.maps.activations import (
+    Energy,
+    TimestepTeacher,
+    diffusion_teacher,
+    heat,
+    level_captions,
+    seen_energies,
+)
 from dtpipe.pipeline.report.maps.clusters import Clustered, cluster_maps
 from dtpipe.pipeline.report.maps.features import RunFeatures, SeenImages, backbone_pictures, pca_pairs
 from dtpipe.pipeline.report.maps.neighbours import neighbour_section
@@ -120,26 +127,44 @@ def _neighbours(features: RunFeatures, config: ReportConfig, notes: Notes) -> It
 def _activations(
     run: Path, settings: DistillConfig, shown: SeenImages, config: ReportConfig, notes: Notes
 ) -> Iterator[Section]:
-    if not config.timesteps:
-        return
+    columns: dict[str, str] = {}
+    by_timestep: Sequence[Sequence[Row]] = []
     try:
-        teacher = diffusion_teacher(run, settings)
-        timesteps = [step for step in config.timesteps if step < (teacher.teacher.spec.num_timesteps or 0)]
-        captions = level_captions(teacher.teacher)
-        images = []
-        keys = shown.keys[:_MOST_ACTIVATED]
-        for idx, key in enumerate(counted(keys, len(keys), "activations of the teacher")):
-            maps = teacher.energies(shown.images[idx], key, timesteps, config.seed)
-            rows = [
-                Row(f"timestep {step}", [data_uri(heat(levels[name])) for name in captions])
-                for step, levels in zip(timesteps, maps, strict=True)
-            ]
-            images.append((*_photograph(shown, idx), rows))
+        if config.timesteps:
+            teacher = diffusion_teacher(run, settings)
+            by_timestep = [list(rows) for rows in _rows_by_timestep(teacher, shown, config)]
+            columns.update(level_captions(teacher.teacher))
     except DtpipeError as err:
         notes.leave_out("activation maps of the teacher", err)
-        return
-    html = render("maps.html", kind="activations", columns=list(captions.items()), images=images)
-    yield Section("Activation maps", html)
+    for name in shown.teacher:
+        columns.setdefault(name, "")
+    yield activation_section(shown, by_timestep, columns)
+
+
+def _rows_by_timestep(teacher: TimestepTeacher, shown: SeenImages, config: ReportConfig) -> Iterator[Iterator[Row]]:
+    """Of each image, a line per timestep."""
+    timesteps = [step for step in config.timesteps if step < (teacher.teacher.spec.num_timesteps or 0)]
+    captions, keys = level_captions(teacher.teacher), shown.keys[:_MOST_ACTIVATED]
+    for idx, key in enumerate(counted(keys, len(keys), "activations of the teacher")):
+        maps = teacher.energies(shown.images[idx], key, timesteps, config.seed)
+        yield (energy_row(f"timestep {step}", levels, captions) for step, levels in zip(timesteps, maps, strict=True))
+
+
+def activation_section(shown: SeenImages, by_timestep: Sequence[Sequence[Row]], columns: Mapping[str, str]) -> Section:
+    """Lines of the timesteps, where there are any, above those of the networks at the view that is shown."""
+    images = []
+    for idx in range(min(_MOST_ACTIVATED, len(shown.keys))):
+        seen = [energy_row(network, levels, columns) for network, levels in seen_energies(shown, idx).items()]
+        images.append((*_photograph(shown, idx), [*(by_timestep[idx] if by_timestep else ()), *seen]))
+    html = render(
+        "maps.html", kind="activations", columns=list(columns.items()), images=images, by_timestep=bool(by_timestep)
+    )
+    return Section("Activation maps", html)
+
+
+def energy_row(name: str, levels: Mapping[str, Energy], columns: Iterable[str]) -> Row:
+    """A line of maps, empty at levels that are not among them."""
+    return Row(name, [data_uri(heat(levels[column])) if column in levels else None for column in columns])
 
 
 def _photograph(shown: SeenImages, idx: int) -> tuple[str, str]:

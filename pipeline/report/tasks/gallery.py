@@ -12,9 +12,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.distill.downstream.registry import find_task
+from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.examples import fit_targets
 from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, Detections
-from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.manifests.errors import DtpipeError, InputError
 from dtpipe.manifests.labels import ClassTable, Instances, Mask, Pixels
 from dtpipe.manifests.schema import TransformRecipe, height_width
@@ -55,21 +56,27 @@ def prediction_pictures(result: TaskResult, config: ReportConfig, notes: Notes) 
         columns = {arm: predictions for arm, predictions in kept.items() if predictions is not None}
         if not columns:
             raise InputError(f"no predictions are kept in {result.path.with_suffix('')}")
-        return _gallery(result, held_out_set(result), columns, config)
+        return _gallery(result, _held_out(result, next(iter(columns.values()))), columns, config)
     except DtpipeError as err:
         notes.leave_out(f"pictures of {result.task}", err)
         return Markup()
 
 
-def held_out_set(result: TaskResult) -> LabelledSet:
-    """The images that a result was scored on, opened again. Raises: InputError, ConfigError where they are gone."""
+def _held_out(result: TaskResult, kept: KeptPredictions) -> LabelledSet:
+    """The images that a result was scored on, opened again; frozen features took them at the size of their masks.
+
+    Raises: InputError, ConfigError where they are gone; DamagedDataError.
+    """
     try:
         config = EvalConfig.model_validate(result.document.get("config"))
     except ValidationError as err:
         raise InputError(f"{result.path} does not say on which images it was scored: {err.errors()[0]['msg']}") from err
-    size = height_width(config.px) if config.px else None
+    task = find_task(result.task)
+    tuned = isinstance(task, TunedTask)
+    size = height_width(config.px) if config.px else None if tuned else kept.mask_px()
     recipe = TransformRecipe(resize=config.resize, height=size[0], width=size[1]) if size else None
-    return fit_targets(find_tuned(result.task), open_sets(config, recipe, say_nothing)[1])
+    test = open_sets(config, recipe, say_nothing, as_masks=not tuned)[1]
+    return fit_targets(task, test) if isinstance(task, TunedTask) else test
 
 
 def _gallery(
@@ -179,6 +186,10 @@ def _small(image: Pixels) -> Pixels:
 def _caption(result: TaskResult, test: LabelledSet) -> str:
     """Which networks said it, of which images."""
     num = max(result.numbers)
-    said = f"Held-out images, drawn by the seed, not selected; networks of the first seed, trained on {num} labelled."
+    whose = f"classifiers on frozen features, from {num}" if result.frozen else f"networks trained on {num}"
+    said = (
+        f"Held-out images, drawn by the seed, not selected; {whose} labelled, "
+        "by the first seed whose predictions are here."
+    )
     drawn = f"Objects of score {_MIN_SCORE} and above, and the {_SUREST} surest of an image where none reaches it."
     return f"{said} {drawn}" if test.kind is Instances else said

@@ -1,4 +1,4 @@
-"""What tuned networks said of held-out images, read from the folders where their scoring kept it.
+"""What networks and classifiers said of held-out images, read from the folders where their scoring kept it.
 
 The files are those of the tasks' `save`; here they become the same records again.
 """
@@ -17,13 +17,13 @@ from faster_coco_eval.core import mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image
 
+from dtpipe.distill.downstream.kept import KEYS_FILE, PREDICTED
 from dtpipe.distill.downstream.tuned.predictions import (
     ClassPrediction,
     Detections,
     MaskPrediction,
     PanopticPrediction,
 )
-from dtpipe.distill.downstream.tuned.scoring import KEYS_FILE, PREDICTED
 from dtpipe.manifests.documents import Refusal
 from dtpipe.manifests.errors import DamagedDataError
 from dtpipe.manifests.labels import Class, ClassTable, Instances, Mask, Panoptic, Target
@@ -52,6 +52,15 @@ class KeptPredictions:
         if not isinstance(keys, list):
             raise _REFUSAL.of(folder / KEYS_FILE, "does not say whose the predictions are")
         return cls(folder, {str(key): row for row, key in enumerate(keys)})
+
+    def mask_px(self) -> tuple[int, int]:
+        """Height and width of the masks, which are all of one size. Raises: DamagedDataError."""
+        path = self.folder / "00000.png"
+        try:
+            with Image.open(path) as mask:
+                return mask.height, mask.width
+        except (*_WRONG, Image.DecompressionBombError) as err:
+            raise _REFUSAL.of(path, f"is no mask ({type(err).__name__}: {err})") from err
 
     def read(self, key: str, size_px: tuple[int, int], kind: type[Target], classes: ClassTable) -> Said:
         """What was said of an image of this height and width.

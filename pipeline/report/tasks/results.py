@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dtpipe.distill.downstream.kept import PREDICTED
 from dtpipe.distill.downstream.paired import PairedDifference, half_interval
 from dtpipe.distill.downstream.result import FIXED, HEAD
 from dtpipe.manifests.documents import Refusal
@@ -83,8 +84,8 @@ class TaskResult:
     by_class: Mapping[str, Mapping[str, Mapping[int, ByClass]]] = field(default_factory=dict)
     """Name of score to arm to number of labelled images to means over the seeds."""
     folders: Mapping[str, Path] = field(default_factory=dict)
-    """Of each arm the training whose predictions are shown: from the largest number of labelled images, by the first
-    seed."""
+    """Of each arm the training or draw whose predictions are shown: from the largest number of labelled images, by the
+    first seed whose predictions are here."""
     frozen: bool = True
     """False where networks are scored by their own output, not by a classifier on their features."""
     document: Mapping[str, Any] = field(default_factory=dict)
@@ -192,12 +193,14 @@ def _grouped(scores: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, li
 
 
 def _folders(path: Path, scores: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
+    """Seeds that another machine trained may have left their predictions there."""
     folders: dict[str, Path] = {}
     largest = max(int(score["num_labelled"]) for score in scores)
     for arm, num, members in _grouped(scores):
-        name = (members[0].get("settings") or {}).get("folder")
-        if num == largest and isinstance(name, str):
-            folders[arm] = path.with_suffix("") / name
+        names = [(score.get("settings") or {}).get("folder") for score in members]
+        own = [path.with_suffix("") / name for name in names if isinstance(name, str)]
+        if num == largest and own:
+            folders[arm] = next((folder for folder in own if (folder / PREDICTED).is_dir()), own[0])
     return folders
 
 

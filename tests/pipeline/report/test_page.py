@@ -48,7 +48,7 @@ def test_page_asks_for_no_other_file_and_has_every_part(small_run: Path, tmp_pat
     assert not re.search(r'(src|href)="(?!data:|#)', html)
     levels, timesteps, neighbours = 2, 4, 5
     assert html.count("data:image/png;base64,") == 2 * (
-        (1 + 3 * levels) + (1 + 3 * levels) + (1 + 2 * neighbours) + (1 + timesteps * levels)
+        (1 + 3 * levels) + (1 + 3 * levels) + (1 + 2 * neighbours) + (1 + (timesteps + 3) * levels)
     )
 
 
@@ -74,12 +74,15 @@ def test_maps_of_a_gone_teacher_are_left_out_with_a_note(small_run: Path, ddpm: 
         config = ReportConfig(run=str(small_run), out=str(tmp_path / "page.html"), num_images=1)
         html = write_report(config, notes.append).read_text()
         silent = config.model_copy(update={"timesteps": ()})
-        write_report(silent, lambda note: pytest.fail(note))
+        asked_for_none = write_report(silent, lambda note: pytest.fail(note)).read_text()
     finally:
         aside.rename(ddpm)
     (note,) = notes
     assert note.startswith(f"activation maps of the teacher left out: {ddpm}")
-    assert "Activation maps</h2>" not in html and "Segmentation maps</h2>" in html
+    for page in (html, asked_for_none):
+        table = page.partition("Activation maps</h2>")[2].partition("</table>")[0]
+        rows = re.findall(r'<td class="soft">([\w ]+)</td>', table)
+        assert rows == ["teacher", "regressor", "backbone"]
 
 
 def test_data_uri_holds_the_image() -> None:

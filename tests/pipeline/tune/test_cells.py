@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dtpipe.distill.downstream.kept import folder_names
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.distill.downstream.tuned.run import TuneResult
@@ -18,7 +19,7 @@ from dtpipe.manifests.errors import DivergedError, LockHeldError
 from dtpipe.manifests.store.hold import hold
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.arms import random_arm
-from dtpipe.pipeline.tune.cells import TunedTable, folder_names, rate_notes, run_cells
+from dtpipe.pipeline.tune.cells import TunedTable, rate_notes, run_cells
 from dtpipe.pipeline.tune.rates import RateChoice
 from parts.tuning import STUDENT, bright_halves, tune_config
 

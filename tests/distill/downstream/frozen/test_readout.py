@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor
+from dtpipe.distill.downstream.frozen.masks import MOST_KEPT
 from dtpipe.distill.downstream.frozen.readout import (
     Readout,
     at_grid,
@@ -151,6 +157,45 @@ def test_choices_come_from_the_labelled_images_alone() -> None:
 def test_run_is_equal_every_time() -> None:
     runs = [run_probe("readout", [PYRAMID], square_set(6, 0), square_set(6, 1), [3], [0]).to_json() for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+def test_masks_of_the_headline_are_kept_of_one_draw_and_have_its_score(tmp_path: Path) -> None:
+    """Of most labelled images and the first seed; at stride 2, where cells and pixels have one score by hand."""
+    train, test = square_set(8, 0), square_set(6, 1)
+    config = ProbeConfig(stride=2, max_iter=20, batch_size=4)
+    stale = tmp_path / "pyramid-8-3" / "predictions" / "00009.png"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    kept = run_probe(
+        "readout", [PYRAMID, replace(PYRAMID, name="a/b")], train, test, [4, 8], [3, 1], config, None, tmp_path
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-b-8-3", "pyramid-8-3"]
+    named = [score for score in kept.scores if "folder" in score.settings]
+    assert [(one.extractor, one.level, one.num_labelled, one.seed, one.settings["folder"]) for one in named] == [
+        ("pyramid", "fixed", 8, 3, "pyramid-8-3"),
+        ("a/b", "fixed", 8, 3, "a-b-8-3"),
+    ]
+    folder = stale.parent
+    assert json.loads((folder / "keys.json").read_text())["keys"] == list(test.keys)
+    assert sorted(path.name for path in folder.glob("*.png")) == [f"{idx:05d}.png" for idx in range(6)]
+    masks = torch.from_numpy(np.stack([np.asarray(Image.open(folder / f"{idx:05d}.png")) for idx in range(6)])).long()
+    assert masks.shape == (6, 32, 32)
+    cells = masks[:, ::2, ::2]
+    assert torch.equal(cells.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2), masks)
+    truth = masks_at_stride(torch.from_numpy(all_masks(test)), 2, 2)
+    assert iou_score(confusion_matrix(truth, cells, 2)) == named[0].value
+    plain = run_probe("readout", [PYRAMID], train, test, [4, 8], [3, 1], config)
+    assert [one.value for one in plain.scores] == [one.value for one in kept.scores if one.extractor == "pyramid"]
+
+
+def test_masks_of_many_held_out_images_are_kept_at_equal_steps(tmp_path: Path) -> None:
+    test = square_set(MOST_KEPT * 2 + 9, 1, px=16)
+    config = ProbeConfig(max_iter=2, l2_grid=(0.1,))
+    run_probe("readout", [PYRAMID], square_set(4, 0, px=16), test, [None], [0], config, None, tmp_path)
+    folder = tmp_path / "pyramid-4-0" / "predictions"
+    rows = [test.keys.index(key) for key in json.loads((folder / "keys.json").read_text())["keys"]]
+    assert len(rows) == len(list(folder.glob("*.png"))) == MOST_KEPT
+    assert (rows[0], rows[-1]) == (0, len(test) - 1) and set(np.diff(rows)) == {2, 3}
 
 
 @pytest.mark.parametrize("value", [0, 1])

@@ -183,7 +183,7 @@ def test_the_truth_has_names_without_scores(monkeypatch: pytest.MonkeyPatch) -> 
     assert written == ["kite 1.00", "kite"]
 
 
-def test_a_frozen_task_has_no_pictures(masked: EvalConfig, tmp_path: Path) -> None:
+def test_a_result_of_before_predictions_were_kept_has_no_pictures(masked: EvalConfig, tmp_path: Path) -> None:
     result = keep(tmp_path / "run", masked, say_mask)
     document = json.loads(result.path.read_text())
     for score in document["scores"]:
@@ -221,10 +221,26 @@ def test_what_is_gone_or_damaged_is_left_out_with_a_note(
 
 def test_an_arm_without_predictions_does_not_hide_the_others(masked: EvalConfig, tmp_path: Path) -> None:
     result = keep(tmp_path / "run", masked, say_mask)
-    shutil.rmtree(tmp_path / "run/eval/segment/distilled-5-0")
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / f"run/eval/segment/distilled-5-{seed}")
     html, notes = shown(result)
     assert re.findall("<th>(.*?)</th>", html) == ["image", "labels", "random initialisation"]
     assert notes == []
+
+
+def test_the_first_seed_whose_predictions_are_here_is_shown(masked: EvalConfig, tmp_path: Path) -> None:
+    """Seed 0 was trained on another machine: of one arm nothing came from there, of the other no predictions."""
+    path = keep(tmp_path / "run", masked, say_mask).path
+    shutil.rmtree(tmp_path / "run/eval/segment/distilled-5-0")
+    shutil.rmtree(tmp_path / "run/eval/segment/random-initialisation-5-0/predictions")
+    result = read_result(path)
+    assert [folder.name for folder in result.folders.values()] == ["random-initialisation-5-1", "distilled-5-1"]
+    html, notes = shown(result, num=1)
+    assert notes == [] and "by the first seed whose predictions are here" in html
+    photograph, _labels, rival, ours = pictures(html)
+    scale = len(ours) // PX
+    assert_array_equal(ours, photograph.repeat(scale, axis=0).repeat(scale, axis=1) // 2)  # seed 1: class 0, black
+    assert_array_equal(rival, ours)
 
 
 def test_a_result_that_says_no_images_is_left_out_with_a_note(masked: EvalConfig, tmp_path: Path) -> None:
@@ -248,3 +264,29 @@ def test_what_the_command_eval_leaves_is_shown(small_run: Path, tmp_path: Path) 
     assert notes == []
     assert sorted(re.findall("<th>(.*?)</th>", html)) == ["distilled", "image", "labels", "random initialisation"]
     assert len(re.findall('<div class="(?:right|wrong)">', html)) == 2 * 4
+
+
+def test_masks_of_frozen_features_are_shown_as_they_were_scored(small_run: Path, tmp_path: Path) -> None:
+    """Cells of 4 px at the student's 32 px, from images and masks of 40 px."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    for idx in range(8):
+        image = {f"images/{idx}.png": png(draw_image(idx, PX)), f"masks/{idx}.png": png(half_mask(idx))}
+        write_files(tmp_path, image)
+    probe = ["-s", "eval.probe.max_iter=3", "-s", "eval.probe.folds=2", "--device", "cpu"]
+    places = ["--images", tmp_path / "images", "--masks", tmp_path / "masks", "--labelled", "2,all", "--seeds", 2]
+    done = CliRunner().invoke(main, list(map(str, ["eval", run, "readout", *places, *probe])))
+    assert done.exit_code == 0, done.output
+    result = read_result(run / "eval" / "readout.json")
+    html, notes = shown(result, num=1)
+    assert notes == [] and "classifiers on frozen features" in html
+    columns = re.findall("<th>(.*?)</th>", html)
+    assert columns[:2] == ["image", "labels"] and set(columns[2:]) == set(result.arms) >= {"distilled", "teacher"}
+    photograph, labels, *said = pictures(html)
+    assert photograph.shape == (32, 32, 3) and len(said) == len(result.arms)
+    side = len(labels) // 8  # of a cell, whose last row and column are for borders
+    half = photograph.repeat(side // 4, axis=0).repeat(side // 4, axis=1) // 2
+    for picture in said:
+        tint = (picture.astype(int) - half).reshape(8, side, 8, side, 3)[:, :-1, :, :-1]
+        assert np.ptp(tint, axis=(1, 3)).max() <= 1  # one colour over each
+        assert len(np.unique(tint[:, 0, :, 0].reshape(-1, 3) // 8, axis=0)) > 1

@@ -112,6 +112,18 @@ def test_a_mask_with_more_classes_than_there_are_is_refused(tmp_path: Path) -> N
         kept.read("held out/b", SIZE, Mask, TABLE)
 
 
+def test_the_size_of_masks_is_read_and_a_first_that_is_gone_or_damaged_is_named(tmp_path: Path) -> None:
+    kept = keep(tmp_path, "segment", SAID["segment"], row=0)
+    assert kept.mask_px() == SIZE
+    path = tmp_path / "predictions" / "00000.png"
+    path.write_bytes(b"GIF89a")
+    with pytest.raises(DamagedDataError, match=r"00000\.png: is no mask .*; run `dtpipe eval` again"):
+        kept.mask_px()
+    path.unlink()
+    with pytest.raises(DamagedDataError, match=r"00000\.png: is no mask"):
+        kept.mask_px()
+
+
 def test_damaged_keys_are_named(tmp_path: Path) -> None:
     keep(tmp_path, "segment", SAID["segment"])
     (tmp_path / "predictions" / "keys.json").write_text(json.dumps({"names": []}))
