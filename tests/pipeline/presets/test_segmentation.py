@@ -23,6 +23,22 @@ from parts.paper_segmentation import SEGMENTATION_ROWS, SEGMENTATION_STUDENTS
 from parts.tuning import write_run
 
 
+TINY = {
+    **{"eval.tune.head.width": "16", "eval.tune.batch_size": "2", "eval.tune.augment.crop_px": "[64,64]"},
+    **{"eval.tune.augment.short_px": "[64]", "eval.tune.augment.long_px": "64"},
+    **{"eval.tune.inference.short_px": "64", "eval.tune.inference.long_px": "64"},
+}
+WINDOWS = {"eval.tune.inference.window_px": "[64,64]", "eval.tune.inference.stride_px": "[43,43]"}
+PLANS: dict[str, dict[str, str]] = {
+    "ade20k_upernet_r50": {},
+    "ade20k_upernet_convnext_b": WINDOWS,
+    "bdd_semantic_upernet_r50": {},
+    "cityscapes_upernet_r50": {"eval.labelled": "[2,all]"},
+    "imagenet_foreground_fcn": {"eval.foreground": "true"},
+}
+"""Presets, with what they need of a few scenes of 64 px."""
+
+
 def tune_of(name: str) -> TuneConfig:
     tune = validate(gather([name], {}, {"eval.checkpoint": "run", "eval.images": "images"}), "eval").tune
     assert tune is not None
@@ -68,9 +84,29 @@ def test_rates_over_time_are_the_published_schedules(name: str) -> None:
         )  # where the poly begins differs
 
 
-def test_the_small_preset_plans(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", spec=StudentSpec("test_resnet", 4, (64, 64)))
-    images = write_scenes(tmp_path / "scenes", 8, 0)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"), spec=StudentSpec("test_resnet", 4, (64, 64)))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 8, 0)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_preset_plans(name: str, run: Path, images: Path) -> None:
+    task = SEGMENTATION_ROWS[name]["task"]
+    changed = [word for key, value in (TINY | PLANS[name]).items() for word in ("-s", f"{key}={value}")]
+    words = ["eval", run, task, "-c", name, "--images", images, "--masks", images.parent / "semantic", *changed]
+    done = CliRunner().invoke(main, [*map(str, words), "--device", "cpu", "-n", "--json"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    assert (plan["task"], plan["arms"]) == (task, ["distilled", "random initialisation"])
+    assert plan["num_trainings"] == 2 * len(plan["num_labelled"]) and plan["seconds"] > 0
+
+
+def test_the_small_preset_plans(run: Path, images: Path) -> None:
     words = ["eval", run, "segment", "-c", "segment_small", "--images", images, "--masks", images.parent / "semantic"]
     done = CliRunner().invoke(main, [*map(str, words), "--labelled", "4", "--device", "cpu", "-n", "--json"])
     assert done.exit_code == 0, done.output
