@@ -38,13 +38,31 @@ def names_of(document: Any, where: str) -> ClassTable:
 
 
 def _by_number(document: Any) -> list[str]:
-    if isinstance(document, list) and all(isinstance(name, str | int) for name in document):
-        return list(map(str, document))
+    if isinstance(document, list):
+        return list(map(_name, document))
     if not isinstance(document, dict):
         raise ValueError("they are neither a list nor an object")
-    if all(isinstance(value, int) for value in document.values()):
+    if document and all(map(_is_whole, document.values())):
         document = {number: name for name, number in document.items()}
-    by_number = {int(number): str(name) for number, name in document.items()}
+    by_number = {_number(number): _name(name) for number, name in document.items()}
     if len(by_number) < len(document) or set(by_number) != set(range(len(by_number))):
         raise ValueError("their numbers are not 0, 1, 2 .., each once")
     return [by_number[number] for number in range(len(by_number))]
+
+
+def _name(value: object) -> str:
+    """Raises: ValueError for what YAML and JSON do not read as text, such as `no` without quotes."""
+    if not isinstance(value, str) and not _is_whole(value):
+        raise ValueError(f"one of them is read as {value!r}, which is no text; put it in quotes")
+    return str(value)
+
+
+def _number(value: object) -> int:
+    """Raises: ValueError for a date, a fraction or nothing in a number's place."""
+    if not isinstance(value, str) and not _is_whole(value):
+        raise ValueError(f"{value!r} stands where a class's number does")
+    return int(str(value))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -8,7 +8,6 @@ Masks are rasterised by faster-coco-eval, whose functions are pycocotools'. Form
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ _PARTS = ("images", "annotations", "categories")
 _UNLISTED = "of images that the file does not list"
 _LEVEL = 1  # of zlib: half the room, at little cost
 _POINTS = 3  # that a polygon has at least
+_MOST_PX = 2**53  # of a box or an area, so that sums and products of sides are numbers too
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _read_object(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= _MOST_PX  # NaN is not
 
 
 def _segmentation(annotation: Mapping[str, Any], name: str) -> Any:

@@ -177,6 +177,8 @@ def _segment(segment: Mapping[str, Any], numbers: Mapping[int, int], where: str)
         raise InputError(
             f"{where}: segment {segment['id']} is of category {segment['category_id']}, which the file does not list"
         )
+    if isinstance(segment["id"], float) and not segment["id"].is_integer():
+        raise ValueError(f"segment id {segment['id']} is no whole number")
     return int(segment["id"]), numbers[segment["category_id"]], bool(segment.get("iscrowd", 0))
 
 

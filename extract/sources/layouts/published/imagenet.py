@@ -31,6 +31,7 @@ _NAME, _SPLITS = "imagenet", ("train", "val")
 _KAGGLE = "ILSVRC/Data/CLS-LOC"
 _SOLUTION, _TRUTH = "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt"
 _ORDERS = ("meta.mat", "map_clsloc.txt")
+_MOST_DIGITS = 9
 _WNID = re.compile(r"n\d{8}")
 _FOLDERS = ("", "devkit/data/", "ILSVRC2012_devkit_t12/data/", "data/")
 
@@ -147,9 +148,10 @@ def _read_truth(tree: Tree, name: str) -> Mapping[str, str]:
     order = _read_order(tree, order_name)
     by_name = {}
     for idx, line in enumerate(_lines(tree, name), start=1):
-        if not line.isdecimal() or int(line) not in order:
+        own = _number(line)
+        if own is None or own not in order:
             raise InputError(f"{tree.root}: {name} has {line[:20]!r} in line {idx}, which {order_name} does not number")
-        by_name[f"ILSVRC2012_val_{idx:08d}"] = order[int(line)]
+        by_name[f"ILSVRC2012_val_{idx:08d}"] = order[own]
     return by_name
 
 
@@ -160,10 +162,16 @@ def _read_order(tree: Tree, name: str) -> Mapping[int, str]:
         pairs: Sequence[tuple[object, str]] = [(row[1], row[0]) for row in rows if len(row) > 1]
     else:
         pairs = _read_mat(tree.read_named(name), f"{tree.root}: {name}")
-    order = {int(str(own)): wnid for own, wnid in pairs if str(own).isdecimal() and _WNID.fullmatch(wnid)}
+    numbered = ((_number(str(own)), wnid) for own, wnid in pairs if _WNID.fullmatch(wnid))
+    order = {own: wnid for own, wnid in numbered if own is not None}
     if not pairs or len(order) < len(pairs):
         raise InputError(f"{tree.root}: {name} is not the devkit's list of numbers and WordNet ids; fetch it again")
     return order
+
+
+def _number(text: str) -> int | None:
+    """None where it is no number of a class, whose digits are few."""
+    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 def _read_mat(data: bytes, where: str) -> Sequence[tuple[object, str]]:

@@ -165,6 +165,8 @@ def annotation(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (annotation(image_id=[10]), r"annotation 1 has image_id \[10\], which is neither number nor text"),
         (annotation(bbox=[1, 2, "3", 4]), r"annotation 1 has bbox \[1, 2, '3', 4\]"),
         (annotation(bbox=[1, 2, float("nan"), 4]), "annotation 1 has bbox"),
+        (annotation(bbox=[1, 2, 10**200, 10**200]), "annotation 1 has bbox"),  # whose product is no float
+        (annotation(area=10**400), "annotation 1 has bbox .* and area 1000"),
         (annotation(bbox=7), "annotation 1 has bbox 7"),
         (annotation(area="large"), "annotation 1 has bbox .* and area large"),
         (annotation(bbox=None, segmentation=None), "annotation 1 has neither bbox nor segmentation"),
@@ -229,7 +231,7 @@ def test_what_cannot_be_rasterised_is_named_with_its_image(segmentation: Any, sa
 
 
 ODD = (
-    *(None, True, -1, 1e308, float("nan"), 10**30, "", "x", [], [[]], {}, [None] * 4, [[1e300] * 6], "\ud800"),
+    *(None, True, -1, 1e308, float("nan"), 10**30, 10**400, float("inf"), "", "x", [], [[]], {}, [None] * 4, [[1e300] * 6], "\ud800"),
     *({"size": [SIDE, SIDE], "counts": "f1"}, {"size": None, "counts": [1]}, {"size": [SIDE, SIDE], "counts": ["a"]}),
 )
 

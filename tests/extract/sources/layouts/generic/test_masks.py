@@ -98,6 +98,8 @@ def test_names_of_classes_are_read_in_every_form(name: str, text: str) -> None:
         ("n.json", '{"0": "floor", "2": "wall"}', "their numbers are not 0, 1, 2"),
         ("n.json", '"floor"', "they are neither a list nor an object"),
         ("n.json", "[", "class names cannot be read"),
+        ("n.json", '["floor", 1e400]', "one of them is read as inf"),
+        ("n.json", f'{{"0": "floor", "{"1" * 5000}": "wall"}}', "class names cannot be read"),
     ],
 )
 def test_names_that_leave_a_class_out_are_refused(name: str, text: str, said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ def annotation(**changes: Any) -> dict[str, Any]:
          "000000000139.jpg: segment 1 is of category 3, which the file does not list"),
         (coco_with(annotations=[annotation(segments_info=[{"id": 1}])]), "not as published, .*: 'category_id' is not"),
         (coco_with(annotations=[annotation(segments_info=[{"id": "a", "category_id": 1}])]), "not as published.*'a'"),
+        (coco_with(annotations=[annotation(segments_info=[{"id": math.inf, "category_id": 1}])]),
+         f"{JSON}: an entry is not as published, .*: segment id inf is no whole number; fetch it again"),
+        (coco_with(annotations=[annotation(segments_info=[{"id": 1.5, "category_id": 1}])]), "segment id 1.5 is no"),
         (coco_with(annotations=[annotation(segments_info=7)]), "an entry is not as published, .*: 'int' object is"),
         (coco_with(categories=[{"id": 1, "name": "person"}]), "category 1 has no isthing"),
         (coco_with(categories=[{"id": own, "name": "a", "isthing": 1} for own in (1, 2)]), "a is the name of two"),
