@@ -93,13 +93,19 @@ class LabelledImages(StrictModel):
     def _layouts_say_where_labels_lie(self) -> Self:
         from dtpipe.extract.sources.layouts.registry import parse_layout
 
-        layouts = [name for name in (self.images, self.test_images) if name is not None and parse_layout(name)]
+        places = [name for name in (self.images, self.test_images) if name is not None]
+        layouts = {name: parsed[0] for name in places if (parsed := parse_layout(name))}
         others = {"masks": self.masks, "test_masks": self.test_masks, "class_names": self.class_names}
-        ignored = [] if self.ignore_value == IGNORE_VALUE else ["ignore_value"]
-        given = [name for name, value in others.items() if value is not None] + ignored
+        given = [name for name, value in others.items() if value is not None]
         if layouts and given:
             raise ValueError(
-                f"{layouts[0]} says where its labels are; {self.SECTION}.{given[0]} is for a URL of images"
+                f"{next(iter(layouts))} says where its labels are; {self.SECTION}.{given[0]} is for a URL of images"
+            )
+        fixed = [name for name, layout in layouts.items() if layout.open_ignoring is None]
+        if fixed and self.ignore_value != IGNORE_VALUE:
+            raise ValueError(
+                f"{fixed[0]} says itself what has no label; {self.SECTION}.ignore_value is for --masks and masks:ROOT, "
+                "leave it out"
             )
         if self.class_names and not self.masks:
             where = self.SECTION

@@ -55,7 +55,7 @@ def open_labelled(
     """
     if masks is not None:
         return open_masks_beside(images, masks, ignore_value, class_names)
-    return open_layout(images) or open_folders(images)
+    return open_layout(images, ignore_value) or open_folders(images)
 
 
 class LabelledReader:

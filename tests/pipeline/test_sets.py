@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dtpipe.manifests.labels import Class, Instances, Mask
 from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import check_task
+from dtpipe.pipeline.interpret.config import InterpretConfig
 from dtpipe.pipeline.sets import label_kind, open_held_out, open_sets
 from parts.coco import coco_document, image_entry, write_coco
 from parts.images import draw_image, png, write_files
@@ -156,7 +158,6 @@ def test_a_word_that_is_no_layout_is_refused_and_a_folder_of_that_name_is_read(
     ("changes", "said"),
     [
         ({"masks": "m"}, "says where its labels are; eval.masks is for a URL of images"),
-        ({"ignore_value": 0}, "says where its labels are; eval.ignore_value is for a URL of images"),
         ({"class_names": "c.txt"}, "says where its labels are; eval.class_names is"),
     ],
 )
@@ -165,6 +166,36 @@ def test_a_layout_says_itself_where_its_labels_are(changes: dict[str, Any], said
         settings("masks:data@train", **changes)
     with pytest.raises(ValidationError, match=r"class_names names the classes of eval.masks, and there"):
         settings("data", class_names="c.txt")
+
+
+@pytest.mark.parametrize("ignore", [None, 0, 255])
+def test_masks_of_a_layout_are_painted_with_any_ignored_value(ignore: int | None, tmp_path: Path) -> None:
+    """Black and white masks: without an ignored value white is the foreground; by default nothing is left to learn."""
+    white = np.full((20, 30), 255, np.uint8)
+    white[:5] = 0
+    for idx in range(4):
+        files = {f"images/{idx}.png": png(draw_image(idx, 30)[:20]), f"masks/{idx}.png": png(white)}
+        write_files(tmp_path, files)
+    config = settings(f"masks:{tmp_path}", ignore_value=ignore, foreground=ignore is None)
+    for labelled in open_sets(config, None, print):
+        assert labelled.find_classes() == {None: {0, 1}, 0: {255}, 255: {0}}[ignore]
+        assert len(labelled.classes) == {None: 2, 0: 256, 255: 1}[ignore]
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "coco-json", "folders", "ddpm-seg"])
+def test_a_layout_with_a_rule_of_its_own_takes_no_ignored_value(layout: str) -> None:
+    said = rf"^.*{layout}:.* says itself what has no label; eval.ignore_value is for --masks and masks:ROOT, leave"
+    with pytest.raises(ValidationError, match=re.compile(said, re.MULTILINE)):
+        settings(f"{layout}:data@train", ignore_value=0)
+    with pytest.raises(ValidationError, match=re.compile(said, re.MULTILINE)):
+        settings("masks:data@train", test_images=f"{layout}:data@val", ignore_value=None)
+
+
+def test_settings_of_an_interpreter_take_an_ignored_value_alike() -> None:
+    fields = {"features": "features", "run": {"out": "out"}, "ignore_value": 0}
+    assert InterpretConfig.model_validate({**fields, "images": "masks:data@train"}).ignore_value == 0
+    with pytest.raises(ValidationError, match="what has no label; interpret.ignore_value is for --masks"):
+        InterpretConfig.model_validate({**fields, "images": "voc:data@train"})
 
 
 def test_held_out_images_need_labels_of_the_same_kind(tmp_path: Path, image_folder: Path) -> None:

@@ -65,6 +65,8 @@ class Layout:
 
     Raises: InputError saying what was looked for, where, and what lies there; ConfigError for a split there is none of.
     """
+    open_ignoring: Callable[[str, str | None, int | None], LabelledSource] | None = None
+    """As `open`, with the mask value that means 'no label', or None; where the data themselves do not say which."""
     splits: tuple[str, ...] = ()
     """As published, to be named in messages; empty where any folder or file may be one."""
     split_is_file: bool = False

@@ -6,6 +6,7 @@ from dtpipe.extract.sources.layouts.base import LabelledSource, Layout
 from dtpipe.extract.sources.layouts.generic import coco, csv_table, folders, masks, yolo
 from dtpipe.extract.sources.layouts.published import ade20k, bdd100k, cityscapes, datasetgan, ddpm_seg, imagenet, voc
 from dtpipe.extract.sources.layouts.published import coco as published_coco
+from dtpipe.manifests.labels import IGNORE_VALUE
 
 _DECLARED: tuple[Layout, ...] = (
     folders.LAYOUT,
@@ -39,10 +40,15 @@ def parse_layout(place: str) -> tuple[Layout, str, str | None] | None:
     return (layout, root, split) if at and (layout.split_is_file or "/" not in split) else (layout, rest, None)
 
 
-def open_layout(place: str) -> LabelledSource | None:
-    """The labelled images that a place names by its layout; None where it names none. Raises: as `Layout.open`."""
+def open_layout(place: str, ignore_value: int | None = IGNORE_VALUE) -> LabelledSource | None:
+    """The labelled images that a place names by its layout; None where it names none. Raises: as `Layout.open`.
+
+    `ignore_value` is for layouts whose data do not say which value of a mask means 'no label'.
+    """
     parsed = parse_layout(place)
     if parsed is None:
         return None
     layout, root, split = parsed
+    if layout.open_ignoring is not None:
+        return layout.open_ignoring(root, split, ignore_value)
     return layout.open(root, split)

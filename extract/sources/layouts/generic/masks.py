@@ -40,7 +40,7 @@ def open_masks_beside(
     return _join(source.list(), readers[0], mask_source.list(), readers[1], masks, table, ignore_value)
 
 
-def open_masks(root: str, split: str | None = None) -> ListedSource:
+def open_masks(root: str, split: str | None = None, ignore_value: int | None = IGNORE_VALUE) -> ListedSource:
     """`images/` and `masks/` below a root, or a split's folder in each.
 
     Raises: as `open_masks_beside`; ConfigError when a split must be named.
@@ -52,7 +52,7 @@ def open_masks(root: str, split: str | None = None) -> ListedSource:
     names = next((name for name in _NAMES if tree.has(name)), None)
     table = parse_class_names(tree.read_named(names), f"{root}/{names}") if names else UNNAMED
     where = f"{tree.root}/masks{f'/{split}' if split else ''}"
-    return _join(images, tree, masks, tree, where, table, IGNORE_VALUE)
+    return _join(images, tree, masks, tree, where, table, ignore_value)
 
 
 def _in_split(tree: Tree, part: str, split: str | None) -> list[SourceItem]:
@@ -123,5 +123,6 @@ LAYOUT = Layout(
     "masks",
     "masks:ROOT@SPLIT: ROOT/images/SPLIT and masks of the same paths in ROOT/masks/SPLIT; names in ROOT/classes.txt.",
     Mask,
+    open_masks,
     open_masks,
 )

@@ -24,10 +24,12 @@ from parts.tuning import tune_config, tune_job, tune_losses
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-def test_a_handful_of_scenes_is_learned_by_heart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cascade", [False, True])
+def test_a_handful_of_scenes_is_learned_by_heart(cascade: bool, tmp_path: Path) -> None:
     scenes = scene_set(DIGITS, scene_objects)
-    job = tune_job(tune_config(**OVERFIT, head=SMALL_HEAD), scenes, "detect", scene_student())
+    job = tune_job(tune_config(**OVERFIT, head={**SMALL_HEAD, "cascade": cascade}), scenes, "detect", scene_student())
     result = tune(job, scenes, tmp_path, "cpu")
+    print(result.value, result.others)
     assert result.value > 0.5 and result.others["mask AP"] > 0.5
     entries = json.loads((tmp_path / "predictions" / "00000.json").read_text())
     best = max(entries, key=lambda entry: entry["score"])
