@@ -24,12 +24,12 @@ from parts.tuning import tune_config, tune_job, tune_losses
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-@pytest.mark.parametrize("cascade", [False, True])
-def test_a_handful_of_scenes_is_learned_by_heart(cascade: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cascade", "steps"), [(False, 50), (True, 70)])
+def test_a_handful_of_scenes_is_learned_by_heart(cascade: bool, steps: int, tmp_path: Path) -> None:
     scenes = scene_set(DIGITS, scene_objects)
-    job = tune_job(tune_config(**OVERFIT, head={**SMALL_HEAD, "cascade": cascade}), scenes, "detect", scene_student())
+    config = tune_config(**{**OVERFIT, "steps": steps}, head={**SMALL_HEAD, "cascade": cascade})
+    job = tune_job(config, scenes, "detect", scene_student())
     result = tune(job, scenes, tmp_path, "cpu")
-    print(result.value, result.others)
     assert result.value > 0.5 and result.others["mask AP"] > 0.5
     entries = json.loads((tmp_path / "predictions" / "00000.json").read_text())
     best = max(entries, key=lambda entry: entry["score"])
@@ -39,12 +39,13 @@ def test_a_handful_of_scenes_is_learned_by_heart(cascade: bool, tmp_path: Path) 
     assert overlap > 0.5 * coco_mask.area(best["segmentation"])
 
 
-@pytest.mark.parametrize("cascade", [False, True])
-def test_scenes_without_digits_are_trained_on_beside_others(cascade, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cascade", "precision"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+def test_scenes_without_digits_are_trained_on_beside_others(cascade: bool, precision: str, tmp_path: Path) -> None:
     objects = [rectangles((40, 48), [(4, 4, 30, 30)], [1]), rectangles((40, 48), [], [])]
     labelled = with_targets(np.random.default_rng(0).integers(0, 256, (2, 40, 48, 3), np.uint8), objects, DIGITS)
     head = {**SMALL_HEAD, "cascade": cascade, "convs": 1}
-    result = tune(tune_job(tune_config(steps=2, head=head), labelled, "detect"), labelled, tmp_path, "cpu")
+    config = tune_config(steps=2, head=head, precision=precision)
+    result = tune(tune_job(config, labelled, "detect"), labelled, tmp_path, "cpu")
     assert 0 <= result.value <= 1 and all(np.isfinite(value) for value in result.losses.values())
 
 

@@ -18,6 +18,7 @@ from dtpipe.distill.downstream.tuned.run import tune
 from dtpipe.distill.downstream.tuned.trainer import TuneJob
 from dtpipe.distill.student.student import StudentSpec, build_student
 from parts.labelled import with_masks
+from parts.tuning import tune_losses
 
 PX, NUM = 64, 4
 
@@ -48,13 +49,18 @@ def settings(**changes: Any) -> TuneConfig:
     return TuneConfig.model_validate({**values, **changes})
 
 
-@pytest.mark.parametrize("name", ["segment", "fcn", "few-labels"])
-def test_it_overfits_four_images_and_keeps_what_it_predicts(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("segment", "float32"), ("fcn", "float32"), ("few-labels", "float32"), ("fcn", "bfloat16")],
+)
+def test_it_overfits_four_images_and_keeps_what_it_predicts(name: str, precision: str, tmp_path: Path) -> None:
     """mIoU over 0.9, with the masks that were kept and scikit-learn too."""
     labelled = shapes()
     student = build_student(StudentSpec("resnet10t" if name == "segment" else "test_resnet", 4, (PX, PX)))
-    result = tune(TuneJob(find_tuned(name), student, labelled, settings()), labelled, tmp_path, "cpu")
-    assert result.value > 0.9
+    config = settings(precision=precision)
+    result = tune(TuneJob(find_tuned(name), student, labelled, config), labelled, tmp_path, "cpu")
+    losses = tune_losses(tmp_path)
+    assert result.value > 0.9 and np.isfinite(losses).all() and losses[-1] < losses[0] / 2
     keys = json.loads((tmp_path / "predictions" / "keys.json").read_text())["keys"]
     assert keys == list(labelled.keys)
     seen = np.stack([np.asarray(Image.open(tmp_path / "predictions" / f"{idx:05d}.png")) for idx in range(NUM)])
