@@ -194,7 +194,7 @@ def test_a_layout_with_a_rule_of_its_own_takes_no_ignored_value(layout: str) -> 
 def test_settings_of_an_interpreter_take_an_ignored_value_alike() -> None:
     fields = {"features": "features", "run": {"out": "out"}, "ignore_value": 0}
     assert InterpretConfig.model_validate({**fields, "images": "masks:data@train"}).ignore_value == 0
-    with pytest.raises(ValidationError, match="what has no label; interpret.ignore_value is for --masks"):
+    with pytest.raises(ValidationError, match=r"what has no label; interpret.ignore_value is for --masks"):
         InterpretConfig.model_validate({**fields, "images": "voc:data@train"})
 
 

@@ -1,4 +1,4 @@
-"""Presets of segmentation build the networks of their rows, rates fall as in their sources, and the small one plans."""
+"""Presets of segmentation build the networks of their rows, rates fall as in their sources, and all plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from dtpipe.pipeline.cli.settings import gather, validate
 from dtpipe.pipeline.demo.scenes import write_scenes
 from parts.paper_segmentation import SEGMENTATION_ROWS, SEGMENTATION_STUDENTS
 from parts.tuning import write_run
-
 
 TINY = {
     **{"eval.tune.head.width": "16", "eval.tune.batch_size": "2", "eval.tune.augment.crop_px": "[64,64]"},

@@ -231,7 +231,24 @@ def test_what_cannot_be_rasterised_is_named_with_its_image(segmentation: Any, sa
 
 
 ODD = (
-    *(None, True, -1, 1e308, float("nan"), 10**30, 10**400, float("inf"), "", "x", [], [[]], {}, [None] * 4, [[1e300] * 6], "\ud800"),
+    *(
+        None,
+        True,
+        -1,
+        1e308,
+        float("nan"),
+        10**30,
+        10**400,
+        float("inf"),
+        "",
+        "x",
+        [],
+        [[]],
+        {},
+        [None] * 4,
+        [[1e300] * 6],
+        "\ud800",
+    ),
     *({"size": [SIDE, SIDE], "counts": "f1"}, {"size": None, "counts": [1]}, {"size": [SIDE, SIDE], "counts": ["a"]}),
 )
 
