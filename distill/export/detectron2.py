@@ -71,7 +71,7 @@ class _Arrays(pickle.Unpickler):
 
 
 def reload(path: Path, student: Student) -> Reloaded:
-    """timm's model with the arrays under their first names: detectron2 cannot be installed where this runs."""
+    """timm's model with the arrays under their first names: detectron2 is compiled for one torch."""
     arrays = _Arrays(io.BytesIO(path.read_bytes())).load()["model"]
     model: Any = full_model(student)
     model.load_state_dict({_to_timm(name): torch.from_numpy(np.asarray(array)) for name, array in arrays.items()})

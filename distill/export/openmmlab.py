@@ -49,7 +49,10 @@ def write(path: Path, weights: Mapping[str, Tensor], _student: Student) -> None:
 
 
 def reload(path: Path, student: Student) -> Reloaded:
-    """timm's model with the weights under their first names: OpenMMLab cannot be installed where this runs."""
+    """timm's model with the weights under their first names, as mmdet and mmseg need packages compiled for one torch.
+
+    mmpretrain 1.2.0 loads the printed backbones, tried by hand: docs/exports.md.
+    """
     model: Any = full_model(student)
     weights = torch.load(path, weights_only=True)["state_dict"]
     if untagged(student.spec.name) not in _RESNETS:

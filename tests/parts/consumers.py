@@ -1,4 +1,4 @@
-"""Networks of libraries that cannot be installed here, written from their published names: to load exports into."""
+"""Networks of libraries that the tests run without, written from their published names: to load exports into."""
 
 from __future__ import annotations
 

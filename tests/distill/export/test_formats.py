@@ -1,4 +1,4 @@
-"""Exports in the names of detectors and segmenters: each consumer that can be installed loads and trains one.
+"""Exports in the names of detectors and segmenters: each consumer that is at hand loads and trains one.
 
 detectron2's network is written here from its published names and structure; OpenMMLab's and the ConvNeXt paper's names
 are generated from theirs.
@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from dtpipe.distill.export.detectron2 import to_detectron2
 from dtpipe.distill.export.registry import EXPORTS
+from dtpipe.distill.export.torchvision_detection import to_body
 from dtpipe.distill.export.write import ExportResult, export_student
 from dtpipe.distill.student.foreign import load_foreign
 from dtpipe.distill.student.load import load_student
@@ -101,6 +102,30 @@ def test_torchvisions_mask_rcnn_has_the_levels_and_takes_a_step_on_five_classes(
     assert {"backbone.body.conv1.weight", "roi_heads.box_predictor.cls_score.weight"} <= moved
 
 
+@pytest.mark.parametrize("detector", ["FasterRCNN", "RetinaNet", "FCOS"])
+def test_other_detectors_of_torchvision_take_the_backbone_that_mask_rcnn_takes(detector: str, exported: Export) -> None:
+    result, student = exported("resnet18", "torchvision-detection")
+    names: dict[str, Any] = {}
+    exec(result.finetune.partition("model = ")[0], names)
+    model = getattr(torchvision.models.detection, detector)(names["backbone"], num_classes=5)
+    missing, unexpected = model.load_state_dict(load_file(result.path), strict=False)
+    assert unexpected == [] and not [name for name in missing if name.startswith("backbone.body.")]
+    images = torch.rand(2, 3, *student.spec.image_px)
+    with torch.no_grad():
+        assert_equal_levels(list(model.eval().backbone.body(images).values()), levels_of(student, images))
+
+
+@pytest.mark.parametrize("builder", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn"])
+def test_torchvisions_builders_of_detectors_have_the_names_of_an_export(builder: str) -> None:
+    with torch.device("meta"):
+        student = build_student(StudentSpec("resnet18", 4, (32, 32)))  # names go by timm's alone
+        ours = timm.create_model("resnet50", num_classes=0).state_dict()
+        theirs = getattr(torchvision.models.detection, builder)(weights=None, weights_backbone=None).state_dict()
+    renamed = dict(pair for name, weight in ours.items() if (pair := to_body(name, weight, student)))
+    body = {name: weight.shape for name, weight in theirs.items() if name.startswith("backbone.body.")}
+    assert {name: weight.shape for name, weight in renamed.items()} == body
+
+
 def test_a_convnext_goes_into_torchvisions_backbone_with_a_pyramid(exported: Export) -> None:
     """The printed code up to the detector, whose heads are those of a ResNet."""
     result, student = exported("convnext_tiny", "torchvision-detection")
@@ -114,10 +139,14 @@ def test_a_convnext_goes_into_torchvisions_backbone_with_a_pyramid(exported: Exp
         assert_equal_levels(list(backbone.eval()["backbone"].body(images).values()), levels_of(student, images))
 
 
-def test_torchvisions_deeplab_has_the_levels_where_strides_leave_them_and_takes_a_step(exported: Export) -> None:
-    """Its last two stages are dilated: every second and fourth position is the strided network's."""
+@pytest.mark.parametrize("head", ["deeplabv3_resnet50", "fcn_resnet50"])
+def test_torchvisions_segmenters_have_the_levels_where_strides_leave_them_and_take_a_step(
+    head: str, exported: Export
+) -> None:
+    """Their last two stages are dilated: every second and fourth position is the strided network's."""
     result, student = exported("resnet50", "torchvision-segmentation")
-    model, images = run_code(result.finetune).eval(), torch.rand(2, 3, 64, 64)
+    code = result.finetune.replace("deeplabv3_resnet50", head)
+    model, images = run_code(code).eval(), torch.rand(2, 3, 64, 64)
     stages = dict(model.backbone.named_children())
     x, outputs = images, {}
     with torch.no_grad():
