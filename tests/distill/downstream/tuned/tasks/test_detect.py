@@ -24,7 +24,7 @@ from parts.tuning import tune_config, tune_job, tune_losses
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-@pytest.mark.parametrize(("cascade", "steps"), [(False, 50), (True, 70)])
+@pytest.mark.parametrize(("cascade", "steps"), [(False, 60), (True, 80)])
 def test_a_handful_of_scenes_is_learned_by_heart(cascade: bool, steps: int, tmp_path: Path) -> None:
     scenes = scene_set(DIGITS, scene_objects)
     config = tune_config(**{**OVERFIT, "steps": steps}, head={**SMALL_HEAD, "cascade": cascade})
