@@ -44,7 +44,7 @@ from dtpipe.pipeline.trained_on import TrainedOn
 
 
 @dataclass(frozen=True)
-class SeenImages:
+class TrainingImages:
     """Images that something was trained on."""
 
     where: str
@@ -59,7 +59,7 @@ class SeenImages:
 class Seen:
     """What is known of all that a run was trained on, and sentences on what is not."""
 
-    images: tuple[SeenImages, ...]
+    images: tuple[TrainingImages, ...]
     unknown: tuple[str, ...] = ()
 
 
@@ -80,7 +80,7 @@ def overlap_notes(
 
 def find_seen(runs: Sequence[str], store: DigestStore) -> Seen:
     """All that some runs and their teachers were trained on; of each dataset the digests are read or made once."""
-    images: dict[str, SeenImages] = {}
+    images: dict[str, TrainingImages] = {}
     unknown: dict[str, None] = {}
     for run in runs:
         trained_on = TrainedOn.of(run)
@@ -128,7 +128,7 @@ def seen_notes(
     return [*notes, *seen.unknown]
 
 
-_Part = tuple[str, Callable[[], SeenImages | None]]
+_Part = tuple[str, Callable[[], TrainingImages | None]]
 
 
 def _parts(trained_on: TrainedOn, store: DigestStore) -> Iterator[_Part]:
@@ -153,7 +153,7 @@ def _interpreters(trained_on: TrainedOn) -> Iterator[_Part]:
         yield where, partial(_labelled, where, path)
 
 
-def _labelled(where: str, path: str | None, digest: str | None = None) -> SeenImages:
+def _labelled(where: str, path: str | None, digest: str | None = None) -> TrainingImages:
     from dtpipe.distill.labels.files import load_interpreter
 
     if path is None:
@@ -162,10 +162,10 @@ def _labelled(where: str, path: str | None, digest: str | None = None) -> SeenIm
     if digest not in (None, head.digest):
         raise InputError(f"another interpreter is in {path} by now")
     digests = read_digests(Path(path) / TRAIN_IMAGES, "train the interpreter again")
-    return SeenImages(where, TransformRecipe.model_validate(head.record["transform"]), digests, labelled=True)
+    return TrainingImages(where, TransformRecipe.model_validate(head.record["transform"]), digests, labelled=True)
 
 
-def _stored(url: str, urls: Sequence[str], store: DigestStore) -> SeenImages | None:
+def _stored(url: str, urls: Sequence[str], store: DigestStore) -> TrainingImages | None:
     """The images of a dataset; None where the teacher made them, or another dataset of the run has them."""
     dataset = FeatureDataset.open(url, allow_incomplete=True)
     recipe, where = dataset.recipe, f"the distillation dataset {url}"
@@ -184,10 +184,10 @@ def _stored(url: str, urls: Sequence[str], store: DigestStore) -> SeenImages | N
                 yield image_digest(image)
 
     kept = store.kept(digests(), len(rows), name, f"held-out images are compared with {where}")
-    return SeenImages(where, recipe.transform, np.unique(kept))
+    return TrainingImages(where, recipe.transform, np.unique(kept))
 
 
-def _live(trained_on: TrainedOn, store: DigestStore) -> SeenImages | None:
+def _live(trained_on: TrainedOn, store: DigestStore) -> TrainingImages | None:
     """The images that a run without a dataset was trained on, read from their source again."""
     where, transform = f"the images of distillation, {trained_on.live['images']}", trained_on.live_transform()
     if transform is None:
@@ -204,10 +204,10 @@ def _live(trained_on: TrainedOn, store: DigestStore) -> SeenImages | None:
     name = blake3_hex(f"{transform.model_dump_json()}/{config.images}\n{files}".encode("utf-8", "surrogatepass"))
     found = (one for one in in_threads(digest, listing.uris) if one is not None)
     kept = store.kept(found, len(listing.keys), name, f"held-out images are compared with {where}")
-    return SeenImages(where, transform, np.unique(kept))
+    return TrainingImages(where, transform, np.unique(kept))
 
 
-def _teacher(trained_on: TrainedOn, images: dict[str, SeenImages]) -> dict[str, None]:
+def _teacher(trained_on: TrainedOn, images: dict[str, TrainingImages]) -> dict[str, None]:
     """Adds what the teacher says of its training images; returns sentences where it says nothing."""
     settings = trained_on.teacher().settings
     path = settings.get("path")
@@ -219,7 +219,7 @@ def _teacher(trained_on: TrainedOn, images: dict[str, SeenImages]) -> dict[str, 
     where = f"the training images of the teacher {path}"
     try:
         digests = read_digests(Path(path) / TRAIN_IMAGES)
-        images[where] = SeenImages(where, _teacher_transform(Path(path) / TEACHER_RECORD), digests)
+        images[where] = TrainingImages(where, _teacher_transform(Path(path) / TEACHER_RECORD), digests)
     except DtpipeError as err:
         return {f"{next(iter(unknown))}: {err}": None}
     return {}

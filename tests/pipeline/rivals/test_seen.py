@@ -30,7 +30,7 @@ from dtpipe.pipeline.evaluate import evaluate
 from dtpipe.pipeline.rivals import digests as digests_module
 from dtpipe.pipeline.rivals import seen as seen_module
 from dtpipe.pipeline.rivals.digests import DigestStore
-from dtpipe.pipeline.rivals.seen import Seen, SeenImages, find_seen, seen_notes
+from dtpipe.pipeline.rivals.seen import Seen, TrainingImages, find_seen, seen_notes
 from parts.command_line import dtpipe
 from parts.extractions import Extract
 from parts.images import draw_image, png, write_files
@@ -208,7 +208,7 @@ def test_digests_of_large_datasets_are_made_once_and_kept_beside_the_run(
 
 
 def test_a_size_that_held_out_images_cannot_come_to_is_none_they_were_seen_at() -> None:
-    images = SeenImages("somewhere", TransformRecipe(resize="none", height=5, width=5), as_digests([1]))
+    images = TrainingImages("somewhere", TransformRecipe(resize="none", height=5, width=5), as_digests([1]))
 
     def test_at(_recipe: TransformRecipe) -> LabelledSet:
         raise InputError("no image can be used")
