@@ -207,7 +207,7 @@ def table(args: argparse.Namespace, root: Path, variant: Variant) -> Command:
 
 def result_file(root: Path, task: str, variant: Variant) -> Path:
     """Where a table is written as JSON."""
-    return root / "tables" / f"why-{task}" / f"{_word(variant)}.json"
+    return root / "tables" / ("why" if task == SEGMENT.task else f"why-{task}") / f"{_word(variant)}.json"
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------
