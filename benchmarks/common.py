@@ -49,7 +49,11 @@ def origin(teachers: Mapping[str, str]) -> dict[str, Any]:
     """Commit, command, teachers and machine of the running benchmark."""
     places = {"--work": "WORK", "--out": "OUT", "--out-json": "OUT", "--peers": "PYTHON", "--folder": "FOLDER"}
     words = [places.get(flag, word) for flag, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    known = [
+        Path(word).name if Path(word).is_absolute() and REPO.parent not in Path(word).parents else word
+        for word in words
+    ]
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *known])
     return {
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),

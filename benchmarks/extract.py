@@ -11,7 +11,12 @@ the codec, which runs on it. Reading and decoding of images come on top: they de
     python benchmarks/extract.py [--only ratio,cores] [--teacher DIR] [--images DIR] [--device cuda] [--small]
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+from dtpipe.extract.allocator import keep_freed_memory
+
+keep_freed_memory()  # as the commands do: before other imports begin threads, which would have heaps of their own
 
 import argparse
 import os
@@ -28,7 +33,6 @@ import numpy as np
 import torch
 from common import RESULTS, publish, teacher_digest, write_random_teacher
 
-from dtpipe.extract.allocator import keep_freed_memory
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.encode import encode, recipe_rows
@@ -291,7 +295,6 @@ def main() -> int:
     parser.add_argument("--out-json", type=Path, default=RESULTS / "extract.json")
     args = parser.parse_args()
     args.device = pick_device(args.device)
-    keep_freed_memory()  # as the commands do
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         results = {name: QUESTIONS[name](bench) for name in args.only.split(",")}

@@ -39,14 +39,15 @@ def test_the_readme_of_results_speaks_of_every_file() -> None:
 def test_a_new_result_carries_its_origin(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     code = (
-        "import sys; sys.path.insert(0, 'benchmarks'); sys.argv = ['benchmarks/students.py', '--steps', '2'];"
+        "import sys; sys.path.insert(0, 'benchmarks');"
+        "sys.argv = ['benchmarks/students.py', '--add-to', '/elsewhere/a.json'];"
         "from common import publish; from pathlib import Path;"
         f"publish('students', {{'rows': 1}}, Path({str(out)!r}), {{'demo': 'ab' * 32}})"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, capture_output=True)
     document = json.loads(out.read_text(encoding="utf-8"))
     assert document["rows"] == 1
-    assert document["origin"]["command"] == "python benchmarks/students.py --steps 2"
+    assert document["origin"]["command"] == "python benchmarks/students.py --add-to a.json"  # no folder of a machine
     assert document["origin"]["teacher_digests"] == {"demo": "ab" * 32}
     assert {"commit", "changed_files", "date", "machine", "versions"} <= set(document["origin"])
 
