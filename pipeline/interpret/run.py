@@ -138,7 +138,7 @@ def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress 
     if arms is None or len(pictures) < num_pictures:
         arms = _score(config, network, train, test, device, note)
         pictures = draw_pictures(out, test.labelled, arms)
-        images = as_digests(known_digests(train.labelled, "labelled").tolist())
+        images = as_digests(known_digests(train.labelled, "labelled"))
         save_interpreter(network, _record(config, opened, arms), out, images)
     return InterpretResult(
         out=out,

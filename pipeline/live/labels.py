@@ -20,6 +20,7 @@ from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.soft_labels import LabelView, soft_labels_of
+from dtpipe.pipeline.live.recorded import recorded_soft_labels
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +98,7 @@ def behind_dataset(
     """
     soft = soft_labels_of(labels.recipe)
     assert soft is not None
-    recorded = (labels.plan.provenance.get("config") or {}).get("soft_labels") or {}
-    path = path or recorded.get("interpreter")
+    path = path or recorded_soft_labels(labels.plan).get("interpreter")
     if path is None:
         raise ConfigError(f"{labels.url} does not say where its interpreter is; give it with --interpreter")
     head = load_interpreter(path, device)

@@ -28,9 +28,18 @@ if TYPE_CHECKING:
 
 def recorded_teacher(plan: Plan) -> dict[str, Any]:
     """The teacher's settings as the extraction recorded them; empty when the record is gone."""
-    config = plan.provenance.get("config") or {}
-    teacher = config.get("teacher") if isinstance(config, Mapping) else None
-    return dict(teacher) if isinstance(teacher, Mapping) else {}
+    return _recorded(plan, "teacher")
+
+
+def recorded_soft_labels(plan: Plan) -> dict[str, Any]:
+    """Where an extraction of soft labels recorded its `interpreter` and `features`; empty when the record is gone."""
+    return {name: place for name, place in _recorded(plan, "soft_labels").items() if isinstance(place, str)}
+
+
+def _recorded(plan: Plan, section: str) -> dict[str, Any]:
+    config = plan.provenance.get("config")
+    settings = config.get(section) if isinstance(config, Mapping) else None
+    return dict(settings) if isinstance(settings, Mapping) else {}
 
 
 @dataclass(frozen=True)

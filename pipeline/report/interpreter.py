@@ -13,6 +13,7 @@ from dtpipe.distill.labels.files import LoadedInterpreter, load_interpreter
 from dtpipe.manifests.errors import DtpipeError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.soft_labels import soft_labels_of
+from dtpipe.pipeline.live.recorded import recorded_soft_labels
 from dtpipe.pipeline.report.section import LeaveOut, Section, data_uri, render
 
 
@@ -36,7 +37,7 @@ def _folder(url: str, given: str | None) -> tuple[str, str | None] | None:
     labels = soft_labels_of(dataset.recipe)
     if labels is None:
         return None
-    recorded = ((dataset.plan.provenance.get("config") or {}).get("soft_labels") or {}).get("interpreter")
+    recorded = recorded_soft_labels(dataset.plan).get("interpreter")
     folder = given or recorded
     return None if folder is None else (folder, labels.head_blake3)
 

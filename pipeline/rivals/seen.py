@@ -38,6 +38,7 @@ from dtpipe.manifests.write.plan import load_plan
 from dtpipe.pipeline.arms import Comparison
 from dtpipe.pipeline.cli.console import say_nothing
 from dtpipe.pipeline.config import EvalConfig
+from dtpipe.pipeline.live.recorded import recorded_soft_labels
 from dtpipe.pipeline.rivals.digests import BATCH, DigestStore, in_threads
 from dtpipe.pipeline.sets import open_held_out
 from dtpipe.pipeline.trained_on import TrainedOn
@@ -142,12 +143,14 @@ def _parts(trained_on: TrainedOn, store: DigestStore) -> Iterator[_Part]:
 def _interpreters(trained_on: TrainedOn) -> Iterator[_Part]:
     """Those that made the soft labels of a run, stored or live."""
     for url in trained_on.urls:
-        with suppress(DtpipeError):  # what cannot be opened is said of the dataset
+        try:
             plan = load_plan(Store(url))
-            if labels := soft_labels_of(plan.recipe):
-                path = ((plan.provenance.get("config") or {}).get("soft_labels") or {}).get("interpreter")
-                where = f"the labelled images of the interpreter {path or 'of ' + url}"
-                yield where, partial(_labelled, where, path, labels.head_blake3)
+        except DtpipeError:  # of which is said where the dataset is opened
+            continue
+        if labels := soft_labels_of(plan.recipe):
+            path = recorded_soft_labels(plan).get("interpreter")
+            where = f"the labelled images of the interpreter {path or 'of ' + url}"
+            yield where, partial(_labelled, where, path, labels.head_blake3)
     if path := trained_on.interpreter:
         where = f"the labelled images of the interpreter {path}"
         yield where, partial(_labelled, where, path)
@@ -162,7 +165,11 @@ def _labelled(where: str, path: str | None, digest: str | None = None) -> Traini
     if digest not in (None, head.digest):
         raise InputError(f"another interpreter is in {path} by now")
     digests = read_digests(Path(path) / TRAIN_IMAGES, "train the interpreter again")
-    return TrainingImages(where, TransformRecipe.model_validate(head.record["transform"]), digests, labelled=True)
+    try:
+        transform = TransformRecipe.model_validate(head.record["transform"])
+    except (KeyError, ValueError) as err:
+        raise InputError(f"{path} does not say at which size its images were; train the interpreter again") from err
+    return TrainingImages(where, transform, digests, labelled=True)
 
 
 def _stored(url: str, urls: Sequence[str], store: DigestStore) -> TrainingImages | None:

@@ -17,7 +17,7 @@ from dtpipe.manifests.schema import IndexRow, Plan
 from dtpipe.manifests.soft_labels import live_features_of, soft_labels_of
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import load_plan
-from dtpipe.pipeline.live.recorded import open_teacher
+from dtpipe.pipeline.live.recorded import open_teacher, recorded_soft_labels
 from dtpipe.pipeline.soft_labels.jobs import CachedProducer, open_features
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class LabelRecomputation:
         """Raises: ConfigError when nothing says where interpreter or features are; as what opens them."""
         plan, device = load_plan(Store(url)), pick_device(device)
         self._device = device
-        recorded = (plan.provenance.get("config") or {}).get("soft_labels") or {}
+        recorded = recorded_soft_labels(plan)
         path = _named(interpreter or recorded.get("interpreter"), "interpreter", "give it with --interpreter")
         features = live_features_of(plan.recipe)
         if features is None:

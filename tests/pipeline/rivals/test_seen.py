@@ -172,6 +172,8 @@ def test_labels_that_an_interpreter_learned_from_are_known(extract: Extract, tmp
     before = f"held-out images are not compared with the labelled images of the interpreter {head}: "
     write_interpreter(tmp_path / "head", dataset.levels, 1, record=record)
     assert find_seen([stored], HERE).unknown[0].startswith(f"{before}another interpreter is in")
+    write_interpreter(tmp_path / "head", dataset.levels, images=images)
+    assert "does not say at which size its images were" in find_seen([stored], HERE).unknown[0]
     shutil.rmtree(head)
     assert find_seen([stored], HERE).unknown[0].startswith(f"{before}{head}: holds no interpreter")
 
