@@ -4,6 +4,7 @@
     python benchmarks/downstream_why.py --seeds 2                       # or in several sittings, two seeds
     python benchmarks/downstream_why.py --seeds 3 --add-to FILE         # and three more
     python benchmarks/downstream_why.py --task detect                   # of objects; students in --work serve both
+    python benchmarks/downstream_why.py --task detect --first-seed 3    # so that those of seeds 3 to 7 are used
 
 Foreground masks or objects of digit scenes, as the tables `segment` and `detect` of `downstream.py`, but at one rate
 for all arms. A seed of masks takes 60 to 95 minutes of a core, with all variants. Everything is a command of dtpipe.
@@ -17,6 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for evaluation in tables:
         run_groups([[evaluation]] * args.jobs, args.work, args.jobs)  # which share its trainings
     commands = [*(command for group in students for command in group), *tables]
-    found = results(found_here(args, root, earlier), args.question)
-    content = {"protocol": protocol(args.question), "seeds": args.of_seeds.stop, **found}
+    found = found_here(args, root, earlier)
+    content = {"protocol": protocol(args.question), "seeds": len(seeds_in(found)), **results(found, args.question)}
     content["commands"] = [*(earlier["commands"] if earlier else ()), *with_seconds(commands, args.work)]
     content["earlier"] = [*earlier["earlier"], earlier["origin"]] if earlier else []
     publish("downstream_why", content, args.out / args.file, digests)
@@ -127,6 +129,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=[*QUESTIONS], default=SEGMENT.task)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, help="default: 0, or the one after those that are added to")
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--num-held-out", type=int, default=300)
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmark-downstream")
@@ -137,7 +140,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--add-to", type=Path, help="result of earlier seeds; --seeds says how many more")
     add_jobs(parser)
     args = parser.parse_args(argv)
-    args.epochs, args.of_seeds = None, range(args.seeds)
+    args.epochs, args.of_seeds = None, new_seeds(args, set())
     args.chosen = [VARIANTS[idx] for idx in (0, *args.variants)]
     args.question = QUESTIONS[args.task]
     args.file = "downstream_why.json" if args.question is SEGMENT else f"downstream_why_{args.task}.json"
@@ -154,8 +157,22 @@ def earlier_result(args: argparse.Namespace, digests: Mapping[str, Any]) -> dict
     known = list(from_plain(document["scores"]))
     if known != [variant.name for variant in args.chosen]:
         sys.exit(f"{args.add_to} has the variants {', '.join(known)}; give the same as --variants")
-    args.of_seeds = range(document["seeds"], document["seeds"] + args.seeds)
+    args.of_seeds = new_seeds(args, seeds_in(from_plain(document["scores"])))
     return document
+
+
+def new_seeds(args: argparse.Namespace, known: AbstractSet[int]) -> range:
+    """Those of this call, none of which is known."""
+    first = max(known, default=-1) + 1 if args.first_seed is None else args.first_seed
+    chosen = range(first, first + args.seeds)
+    if known & set(chosen):
+        sys.exit(f"{args.add_to} has seeds {sorted(known & set(chosen))}; leave out --first-seed")
+    return chosen
+
+
+def seeds_in(found: Mapping[str, Values]) -> set[int]:
+    """Of scores."""
+    return {seed for values in found.values() for of_seed in values.values() for seed in of_seed}
 
 
 def pretraining(args: argparse.Namespace, root: Path, seed: int) -> list[list[Command]]:

@@ -6,11 +6,11 @@ Frozen tasks take them at one size, tuned ones whole. Both sides number classes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from dtpipe.distill.downstream.labelled import LabelledSet, join_sets
+from dtpipe.distill.downstream.labelled import LabelledSet, join_sets, share_classes
 from dtpipe.extract.sources.layouts.base import LabelledSource
 from dtpipe.extract.sources.layouts.registry import parse_layout
 from dtpipe.extract.sources.layouts.renumbered import with_classes_of
@@ -40,8 +40,7 @@ def open_sets(
     train, test = (side.select(recipe, as_masks, note) for side in _sides(config, note))
     if config.foreground:
         return train.as_masks().foreground(), test.as_masks().foreground()
-    table = max((train.classes, test.classes), key=len)  # of masks that nobody has named, either may hold more
-    return replace(train, classes=table), replace(test, classes=table)
+    return share_classes(train, test)
 
 
 def open_held_out(config: EvalConfig, recipe: TransformRecipe | None, note: Note) -> LabelledSet:

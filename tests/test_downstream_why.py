@@ -119,6 +119,10 @@ def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: 
     given = ["--seeds", "3", "--add-to", str(earlier), "--variants", "7"]
     args = parse(given)
     assert earlier_result(args, digests) == document and args.of_seeds == range(2, 5)
+    later = parse([*given, "--first-seed", "5"])
+    assert earlier_result(later, digests) == document and later.of_seeds == range(5, 8)
+    with pytest.raises(SystemExit, match=r"has seeds \[1\]; leave out --first-seed"):
+        earlier_result(parse([*given, "--first-seed", "1"]), digests)
     words = table(args, tmp_path, VARIANTS[0])
     assert words[1] == f"{TEACHER}=" + ",".join(str(tmp_path / f"{TEACHER}{seed}") for seed in (2, 3, 4))
     assert "eval.seed=2" in words and words[words.index("--seeds") + 1] == "3"

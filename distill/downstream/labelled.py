@@ -237,6 +237,12 @@ def count_classes(*sets: LabelledSet) -> int:
     return max(len(labelled.classes) for labelled in sets)
 
 
+def share_classes(train: LabelledSet, test: LabelledSet) -> tuple[LabelledSet, LabelledSet]:
+    """Both with the longer table: of classes that nobody has named, either may hold more."""
+    table = max((train.classes, test.classes), key=len)
+    return replace(train, classes=table), replace(test, classes=table)
+
+
 def check_several_classes(train: LabelledSet, test: LabelledSet) -> None:
     """Refuse classes or masks of a single class, which a constant answer scores 1.0 on, and sets without any object.
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtpipe.distill.downstream.classes import ClassMetric
 from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, MaskPrediction
 from dtpipe.distill.downstream.tuned.segmentation.metrics import MaskMetric
-from dtpipe.distill.downstream.tuned.tasks.finetune import ClassMetric
 from dtpipe.distill.labels.data import LabelledFeatures
 from dtpipe.distill.labels.interpreter import FeatureInterpreter
 from dtpipe.distill.student.blocks import resize

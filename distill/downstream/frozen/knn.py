@@ -7,7 +7,6 @@ Nothing is fitted, so few labels are enough; the level is chosen by leaving each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor
-from dtpipe.distill.downstream.frozen.probe import pooled_levels, pooled_rows
-from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes
-from dtpipe.distill.downstream.result import ACCURACY, FIXED, Score, mark_best
+from dtpipe.distill.downstream.frozen.probe import fixed_score, pooled_levels, pooled_rows
+from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes, share_classes
+from dtpipe.distill.downstream.result import ACCURACY, Score, mark_best
 from dtpipe.manifests.labels import Class
 from dtpipe.manifests.phases import counted
 
@@ -62,6 +61,7 @@ def knn_probe(
     extractor: FeatureExtractor, train: LabelledSet, test: LabelledSet, draws: Sequence[Draw], config: ProbeConfig
 ) -> list[Score]:
     """Held-out accuracy of every level in every draw, the best of each draw marked, and of the fixed candidate."""
+    train, test = share_classes(train, test)
     num_classes, classes = count_classes(train, test), train.read_classes()
     held_out = pooled_levels(extractor, test, config.batch_size, concatenated=False)
     truth = torch.from_numpy(test.read_classes())
@@ -79,7 +79,8 @@ def knn_probe(
             candidates.append(
                 Score(extractor.name, level, len(draw.rows), draw.seed, value, selection, settings={"k": k})
             )
-        scores += [*mark_best(candidates), replace(candidates[-1], level=FIXED, selection=None)]
+        shares = (votes / votes.sum(dim=1, keepdim=True)).cpu()
+        scores += [*mark_best(candidates), fixed_score(extractor.name, draw, shares, test, {"k": k})]
     return scores
 
 

@@ -6,20 +6,23 @@ labelled images alone; held-out images are looked at once, by the classifiers th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dtpipe.distill.downstream.base import Task
+from dtpipe.distill.downstream.classes import ClassMetric
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, row_batches
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
-from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes
+from dtpipe.distill.downstream.frozen.shown import ShownImages
+from dtpipe.distill.downstream.labelled import Draw, LabelledSet, count_classes, share_classes
 from dtpipe.distill.downstream.result import ACCURACY, ALL_LEVELS, FIXED, Score, mark_best
 from dtpipe.manifests.labels import Class
 from dtpipe.manifests.phases import counted
@@ -94,6 +97,7 @@ def linear_probe(
 
     Chance is the share of the largest class.
     """
+    train, test = share_classes(train, test)
     num_classes, classes = count_classes(train, test), train.read_classes()
     held_out, truth = pooled_levels(extractor, test, config.batch_size), torch.from_numpy(test.read_classes())
     used, pooled = pooled_rows(extractor, train, draws, config.batch_size)
@@ -111,27 +115,55 @@ def linear_probe(
                 Score(extractor.name, level, len(draw.rows), draw.seed, value, choice.selection, settings=settings)
             )
         scores += mark_best(candidates)
-        scores.append(_fixed(extractor.name, draw, own, labels, (held_out[level], truth), num_classes, config))
+        scores.append(_fixed(extractor.name, draw, own, labels, held_out[level], num_classes, config, test))
     return scores
 
 
 def _fixed(
-    name: str,
+    extractor: str,
     draw: Draw,
     features: Tensor,
     labels: npt.NDArray[np.int64],
-    held_out: tuple[Tensor, Tensor],
+    held_out: Tensor,
     num_classes: int,
     config: ProbeConfig,
+    test: LabelledSet,
 ) -> Score:
     """The score of the last candidate, all levels, with the regularisation that nothing chose.
 
-    Shapes: features (n, D), labels (n,), held-out features and classes (m, D) and (m,).
+    Shapes: features (n, D), labels (n,), held-out features (N, D).
     """
-    targets = torch.from_numpy(labels).to(features.device)
-    classifier = fit_path(features, targets, num_classes, [config.l2_fallback], config.max_iter)[config.l2_fallback]
-    value = float((classifier.predict(held_out[0]).cpu() == held_out[1]).double().mean())
-    return Score(name, FIXED, len(draw.rows), draw.seed, value, settings={"l2": config.l2_fallback})
+    l2, targets = config.l2_fallback, torch.from_numpy(labels).to(features.device)
+    classifier = fit_path(features, targets, num_classes, [l2], config.max_iter)[l2]
+    probabilities = classifier.logits(held_out).cpu().double().softmax(dim=1)
+    return fixed_score(extractor, draw, probabilities, test, {"l2": l2})
+
+
+def fixed_score(
+    extractor: str, draw: Draw, probabilities: Tensor, test: LabelledSet, settings: Mapping[str, Any]
+) -> Score:
+    """The score of a candidate that nothing chose, with others of the same predictions, which a draw may keep.
+
+    Shapes: probabilities (N, K) of all held-out images, on the CPU; K may be less than the classes of their table.
+    """
+    truth, metric = torch.from_numpy(test.read_classes()), ClassMetric(test.classes)
+    metric.add_all(F.pad(probabilities, (0, len(test.classes) - probabilities.shape[1])), truth)
+    found, settings = metric.scores(), dict(settings)
+    if draw.keep is not None:
+        ShownImages.begin(draw.keep, test).add_classes(probabilities)
+        settings["folder"] = draw.keep.name
+    value = float((probabilities.argmax(dim=1) == truth).double().mean())
+    by_class = {name: dict(shares) for name, shares in found.by_class.items()}
+    return Score(
+        extractor,
+        FIXED,
+        len(draw.rows),
+        draw.seed,
+        value,
+        settings=settings,
+        others=dict(found.others),
+        by_class=by_class,
+    )
 
 
 ALL_LEVELS_READ = frozenset(("l2_grid", "l2_fallback", "folds", "max_iter", "batch_size"))

@@ -19,9 +19,9 @@ from dtpipe.distill.downstream.base import Task
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor, row_batches
 from dtpipe.distill.downstream.frozen.linear import LinearClassifier, fit_path
-from dtpipe.distill.downstream.frozen.masks import KeptMasks
 from dtpipe.distill.downstream.frozen.probe import all_levels
 from dtpipe.distill.downstream.frozen.ranking import ForegroundRanking
+from dtpipe.distill.downstream.frozen.shown import ShownImages
 from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet, count_classes
 from dtpipe.distill.downstream.result import ALL_LEVELS, FIXED, FOREGROUND_AP, Score, mark_best
 from dtpipe.manifests.errors import ConfigError, ShapeError
@@ -253,7 +253,7 @@ class HeldOutCells:
     """(K, K)"""
     ranking: ForegroundRanking | None
     """Of the fixed candidate of two classes."""
-    masks: KeptMasks | None
+    shown: ShownImages | None
     """Of the fixed candidate of a draw that keeps some."""
 
 
@@ -261,8 +261,8 @@ def _score(extractor: str, fitted: Fitted, seen: HeldOutCells) -> Score:
     confusion = seen.confusion
     ious = [None if iou != iou else iou for iou in iou_by_class(confusion).tolist()]  # NaN is not JSON
     settings: dict[str, Any] = {"l2": fitted.l2, "iou_by_class": ious}
-    if seen.masks is not None:
-        settings["folder"] = seen.masks.folder.name
+    if seen.shown is not None:
+        settings["folder"] = seen.shown.folder.name
     draw, precision = fitted.draw, seen.ranking.average_precision() if seen.ranking else None
     return Score(
         extractor,
@@ -280,26 +280,26 @@ def _held_out(
     extractor: FeatureExtractor, test: LabelledSet, fitted: Sequence[Fitted], num_classes: int, config: ProbeConfig
 ) -> list[HeldOutCells]:
     """What each read-out says of all held-out images, in one pass."""
-    results = [_unseen(candidate, test, num_classes, config) for candidate in fitted]
+    results = [_unseen(candidate, test, num_classes) for candidate in fitted]
     for rows, levels, truth in _with_cells(extractor, test, num_classes, config):
         truth = truth.to(next(iter(levels.values())).device)
         for seen, candidate in zip(results, fitted, strict=True):
             logits = candidate.readout.logits(levels, truth.shape[1:])
             predicted = logits.argmax(dim=1)
             seen.confusion.add_(confusion_matrix(truth, predicted, num_classes))
-            if seen.masks is not None:
-                seen.masks.add(rows, predicted)
+            if seen.shown is not None:
+                seen.shown.add_masks(rows, predicted, config.stride)
             if seen.ranking is not None:
                 seen.ranking.add(truth, logits[:, 1] - logits[:, 0])
     return results
 
 
-def _unseen(fitted: Fitted, test: LabelledSet, num_classes: int, config: ProbeConfig) -> HeldOutCells:
+def _unseen(fitted: Fitted, test: LabelledSet, num_classes: int) -> HeldOutCells:
     fixed, folder = fitted.level == FIXED, fitted.draw.keep
     return HeldOutCells(
         torch.zeros(num_classes, num_classes, dtype=torch.int64),
         ForegroundRanking() if fixed and num_classes == 2 else None,
-        KeptMasks.begin(folder, test, config.stride) if fixed and folder is not None else None,
+        ShownImages.begin(folder, test) if fixed and folder is not None else None,
     )
 
 

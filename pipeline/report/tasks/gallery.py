@@ -17,7 +17,7 @@ from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.examples import fit_targets
 from dtpipe.distill.downstream.tuned.predictions import ClassPrediction, Detections
 from dtpipe.manifests.errors import DtpipeError, InputError
-from dtpipe.manifests.labels import ClassTable, Instances, Mask, Pixels
+from dtpipe.manifests.labels import Class, ClassTable, Instances, Mask, Pixels
 from dtpipe.manifests.schema import TransformRecipe, height_width
 from dtpipe.pipeline.cli.console import say_nothing
 from dtpipe.pipeline.config import EvalConfig, ReportConfig
@@ -73,7 +73,8 @@ def _held_out(result: TaskResult, kept: KeptPredictions) -> LabelledSet:
         raise InputError(f"{result.path} does not say on which images it was scored: {err.errors()[0]['msg']}") from err
     task = find_task(result.task)
     tuned = isinstance(task, TunedTask)
-    size = height_width(config.px) if config.px else None if tuned else kept.mask_px()
+    whole = tuned or task.target is Class
+    size = height_width(config.px) if config.px else None if whole else kept.mask_px()
     recipe = TransformRecipe(resize=config.resize, height=size[0], width=size[1]) if size else None
     test = open_sets(config, recipe, say_nothing, as_masks=not tuned)[1]
     return fit_targets(task, test) if isinstance(task, TunedTask) else test

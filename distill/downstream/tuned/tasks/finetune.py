@@ -5,17 +5,16 @@ Source: SparK's `downstream_imagenet` for the recipes that the presets have; tim
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from timm.data import Mixup  # type: ignore[attr-defined]  # its documented name
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
+from dtpipe.distill.downstream.classes import ClassMetric, save_classes
 from dtpipe.distill.downstream.result import ACCURACY
-from dtpipe.distill.downstream.tuned.base import Example, LearnTarget, Metric, MixExamples, TaskScores, TunedTask
+from dtpipe.distill.downstream.tuned.base import Example, LearnTarget, MixExamples, TunedTask
 from dtpipe.distill.downstream.tuned.config import TuneConfig
 from dtpipe.distill.downstream.tuned.heads.class_views import class_augmentation
 from dtpipe.distill.downstream.tuned.heads.classifier import CLASS, PROBABILITIES, Classifier, soft_targets
@@ -24,8 +23,6 @@ from dtpipe.distill.downstream.tuned.reads import CLASSES_READ
 from dtpipe.distill.student.student import Student
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Class, ClassTable, Pixels, Target
-
-_TOP = 5
 
 
 def build_classifier(student: Student, classes: ClassTable, config: TuneConfig) -> nn.Module:
@@ -60,47 +57,6 @@ def mix_classes(classes: ClassTable, config: TuneConfig) -> MixExamples | None:
         return images, [{PROBABILITIES: row} for row in soft]
 
     return mix
-
-
-class ClassMetric:
-    """Top-1 and top-5 accuracy over all images, and the share of each class that is right, by torchmetrics."""
-
-    def __init__(self, classes: ClassTable) -> None:
-        self.classes = classes
-        num = len(classes)
-        self.top1 = MulticlassAccuracy(num, average="micro")
-        self.top5 = MulticlassAccuracy(num, average="micro", top_k=min(_TOP, num))
-        self.by_class = MulticlassStatScores(num, average=None)
-
-    def add(self, key: str, prediction: ClassPrediction, target: Target) -> None:  # noqa: ARG002  none is by image
-        likely, number = torch.from_numpy(prediction.probabilities)[None], torch.tensor([cast(Class, target).number])
-        for part in (self.top1, self.top5, self.by_class):
-            part.update(likely, number)
-
-    def merge(self, other: Metric[ClassPrediction]) -> None:
-        assert isinstance(other, ClassMetric)
-        for mine, theirs in zip(self._parts(), other._parts(), strict=True):
-            mine.merge_state(theirs)
-
-    def _parts(self) -> tuple[MulticlassAccuracy, MulticlassAccuracy, MulticlassStatScores]:
-        return self.top1, self.top5, self.by_class
-
-    def scores(self) -> TaskScores:
-        counts = self.by_class.compute()  # (K, 5): right, wrongly so called, .., occurrences
-        shares = [float(row[0] / row[4]) if row[4] else None for row in counts]
-        occurring = [share for share in shares if share is not None]
-        others = {"accuracy of the mean class": sum(occurring) / len(occurring)}
-        if len(self.classes) > _TOP:
-            others["top-5 accuracy"] = float(self.top5.compute())
-        by_class = {ACCURACY: dict(zip(self.classes.names, shares, strict=True))}
-        return TaskScores(float(self.top1.compute()), others, by_class)
-
-
-def save_classes(prediction: ClassPrediction, classes: ClassTable) -> Iterator[tuple[str, bytes]]:
-    """The likeliest classes with their probabilities, as JSON."""
-    order = prediction.probabilities.argsort()[::-1][:_TOP]
-    likely = {classes.names[number]: round(float(prediction.probabilities[number]), 6) for number in order}
-    yield ".json", json.dumps({"classes": likely}, ensure_ascii=False).encode()
 
 
 TASK: TunedTask[ClassPrediction] = TunedTask(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +101,29 @@ def test_knn_finds_the_level_that_tells_classes_apart() -> None:
     result = run_probe("knn", [COLOURS], colour_set(60, 0), colour_set(90, 1), [30], [0, 1, 2])
     assert result.best("colours", 30).levels == {"l3": 3}
     assert result.best("colours", 30).mean > 0.55
+
+
+@pytest.mark.parametrize("task", ["probe", "knn"])
+def test_what_is_said_of_each_held_out_image_is_kept_and_has_the_headlines_scores(task: str, tmp_path: Path) -> None:
+    """Six classes of which one occurs in the labelled images alone, so that the tables of both sets differ."""
+    train, test = colour_set(60, 0, 6), colour_set(50, 1, 5)
+    result = run_probe(task, [COLOURS], train, test, [30, None], [2, 3], None, None, tmp_path)
+    (fixed,) = [score for score in result.scores if "folder" in score.settings]
+    assert (fixed.level, fixed.num_labelled, fixed.seed, fixed.settings["folder"]) == ("fixed", 60, 2, "colours-60-2")
+    folder = tmp_path / "colours-60-2" / "predictions"
+    assert json.loads((folder / "keys.json").read_text())["keys"] == list(test.keys)
+    likely = [json.loads((folder / f"{row:05d}.json").read_text())["classes"] for row in range(50)]
+    truth = [str(number) for number in test.read_classes()]
+    assert all(sum(of_image.values()) == pytest.approx(1, abs=0.05) for of_image in likely)  # five of six are kept
+    right = np.array([max(of_image, key=of_image.__getitem__) for of_image in likely]) == truth
+    assert fixed.value == right.mean()
+    shares = {name: float(right[np.array(truth) == name].mean()) for name in "01234"}
+    assert fixed.by_class == {"accuracy": {**shares, "5": None}}
+    among = [name in of_image for name, of_image in zip(truth, likely, strict=True)]
+    expected = {"accuracy of the mean class": np.mean(list(shares.values())), "top-5 accuracy": np.mean(among)}
+    assert fixed.others == pytest.approx(expected, abs=1e-6)  # float32
+    plain = run_probe(task, [COLOURS], train, test, [30, None], [2, 3])
+    assert [score.value for score in plain.scores] == [score.value for score in result.scores]
 
 
 def test_few_labels_let_fewer_neighbours_vote() -> None:

@@ -17,7 +17,6 @@ from sklearn.preprocessing import StandardScaler
 from dtpipe.distill.downstream.compare import run_probe
 from dtpipe.distill.downstream.config import ProbeConfig
 from dtpipe.distill.downstream.extractors import FeatureExtractor
-from dtpipe.distill.downstream.frozen.masks import MOST_KEPT
 from dtpipe.distill.downstream.frozen.readout import (
     Readout,
     at_grid,
@@ -28,6 +27,7 @@ from dtpipe.distill.downstream.frozen.readout import (
     iou_score,
     masks_at_stride,
 )
+from dtpipe.distill.downstream.frozen.shown import MOST_KEPT
 from dtpipe.distill.downstream.labelled import IGNORE, Draw, LabelledSet
 from dtpipe.manifests.errors import ConfigError, ShapeError
 from parts.labelled import all_images, all_masks, with_masks

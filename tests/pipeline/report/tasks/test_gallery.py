@@ -290,3 +290,20 @@ def test_masks_of_frozen_features_are_shown_as_they_were_scored(small_run: Path,
         tint = (picture.astype(int) - half).reshape(8, side, 8, side, 3)[:, :-1, :, :-1]
         assert np.ptp(tint, axis=(1, 3)).max() <= 1  # one colour over each
         assert len(np.unique(tint[:, 0, :, 0].reshape(-1, 3) // 8, axis=0)) > 1
+
+
+def test_classes_of_frozen_features_are_named(small_run: Path, tmp_path: Path) -> None:
+    """Images of 40 px, larger than the student's 32."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    write_files(tmp_path, {f"images/{idx % 2}/{idx}.png": png(draw_image(idx, PX)) for idx in range(8)})
+    probe = ["-s", "eval.probe.max_iter=3", "-s", "eval.probe.folds=2", "--device", "cpu"]
+    words = ["--images", tmp_path / "images", "--labelled", "2,all", "--seeds", 2, *probe]
+    done = CliRunner().invoke(main, list(map(str, ["eval", run, "probe", *words])))
+    assert done.exit_code == 0, done.output
+    result = read_result(run / "eval" / "probe.json")
+    html, notes = shown(result, num=2)
+    assert notes == [] and "classifiers on frozen features" in html
+    assert {image.shape for image in pictures(html)} == {(PX, PX, 3)}
+    assert len(re.findall('<div class="(?:right|wrong)">', html)) == 2 * len(result.arms)
+    assert set(result.by_class["accuracy"]["distilled"][max(result.numbers)]) == {"0", "1"}

@@ -15,6 +15,7 @@ from timm.data import create_transform
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+from dtpipe.distill.downstream.classes import ClassMetric
 from dtpipe.distill.downstream.tuned.examples import seeded_generators
 from dtpipe.distill.downstream.tuned.heads.class_views import ClassView, class_augmentation
 from dtpipe.distill.downstream.tuned.heads.classifier import Classifier
@@ -24,7 +25,7 @@ from dtpipe.distill.downstream.tuned.predictions import ClassPrediction
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.distill.downstream.tuned.run import tune
 from dtpipe.distill.downstream.tuned.scoring import image_tensor
-from dtpipe.distill.downstream.tuned.tasks.finetune import ClassMetric, mix_classes
+from dtpipe.distill.downstream.tuned.tasks.finetune import mix_classes
 from dtpipe.distill.student.student import Student, StudentSpec, build_student
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.labels import Class, ClassTable
