@@ -95,7 +95,7 @@ VARIANTS = (
     Variant("backbone frozen", ("--backbone-lr", "0")),
     Variant("rates fall by 0.75 from layer to layer", ("-s", "eval.tune.layer_decay=0.75")),
     Variant("twice the steps", ("--steps", "300")),
-    Variant("fresh noise in every step", distill=("--reencode", "1")),
+    Variant("fresh noise and mirrored at random in every step", distill=("--reencode", "1")),
     Variant("a quarter of the epochs", distill=("--epochs", "10", "--warmup-epochs", "1")),
     Variant("timestep 150", extract=("--timesteps", "150")),
     Variant("the finest level alone", distill=("--levels", "l2")),

@@ -43,7 +43,8 @@ PROTOCOL = {
     "rates": "distillation: 4e-3, the paper's. Fine-tuning: one for all arms, the best mean of feature and scratch on "
     "other scenes with labels of their own; scratch's own best stands beside it",
     "seeds": "vary weights, order and noise of pre-training; in each, scores of several draws of labels are averaged; "
-    "of label and mix each draw has an interpreter and students of its own, and contrasts take the draws of both arms",
+    "of label and mix each draw has an interpreter and students of its own, and contrasts take the draws of both arms; "
+    "random has new weights in each draw, so weights pair among students alone",
     "contrasts": {question.name: f"expected {question.expected}" for question in QUESTIONS},
     "primary": f"IoU from {PRIMARY} labelled scenes; {LABELLED[-1]} and AP stand beside it. Interpreters learn from "
     f"{PRIMARY} everywhere",

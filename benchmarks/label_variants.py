@@ -68,6 +68,10 @@ PROTOCOL = {
 }
 
 
+UPRIGHT = ("-s", "distill.flip=false")
+"""Live training mirrors images unless it is told not to; stored features here are of unmirrored ones."""
+
+
 def of_seed(args: argparse.Namespace, seed: int) -> Iterator[Command]:
     """Features and students of all variants, and the table of their scores."""
     made = list(students(args, seed))
@@ -95,7 +99,7 @@ def students(args: argparse.Namespace, seed: int) -> Iterator[tuple[str | None, 
     long = args.long_epochs
     yield LONG, student(args, LONG, seed, base, epochs=long)
     yield LONG_DRAWS, student(args, LONG_DRAWS, seed, several, epochs=long)
-    yield LONG_LIVE, student(args, LONG_LIVE, seed, base, "--reencode", 1, epochs=long)
+    yield LONG_LIVE, student(args, LONG_LIVE, seed, base, "--reencode", 1, *UPRIGHT, epochs=long)
 
 
 def report(args: argparse.Namespace) -> int:

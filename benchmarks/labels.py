@@ -220,7 +220,9 @@ def tuned_tables(args: argparse.Namespace, rates: dict[str, Any]) -> Iterator[Co
             yield tuned(args, seed, {FEATURE: arms[FEATURE]}, rates["scratch"], SCRATCH)
     steps = args.epochs * -(-args.num_images // BATCH)
     words = [*masks_of(args), *tuning(args, rates["all"], steps, BATCH), "--labelled", "all", "--seeds", 1]
-    yield command_of("eval", run_of(args, FEATURE, args.first), "segment", *words, "--out", table(args, "all_masks", 0))
+    yield command_of(
+        "eval", run_of(args, FEATURE, args.first), "segment", *words, "--out", table(args, "all_masks", args.first)
+    )
 
 
 def tuned(
@@ -235,7 +237,7 @@ def tuned(
 
 def frozen_tables(args: argparse.Namespace) -> Iterator[Command]:
     """Read-outs of every arm, seed by seed; of the digits themselves from one draw; of masks of other scenes."""
-    all_masks = args.work / "tables" / "all_masks" / "0" / f"random-initialisation-{args.num_images}-0"
+    all_masks = args.work / "tables" / "all_masks" / str(args.first) / f"random-initialisation-{args.num_images}-0"
     names = [FEATURE, UNTRAINED, MISMATCHED, *(f"teacher {idx}" for idx in range(1, 1 + args.num_teachers))]
     for seed in seeds_of(args):
         arms = {name: [run_of(args, name, seed)] for name in names} | {MASKS: [all_masks]}

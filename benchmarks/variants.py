@@ -94,6 +94,7 @@ def distilled(name: str, variant: Variant, seed: int, args: argparse.Namespace) 
         regressor=variant.regressor,
         loss=variant.loss,
         reencode=variant.reencode,
+        flip=False,
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,

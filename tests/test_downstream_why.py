@@ -91,8 +91,14 @@ def test_students_of_other_distillations_are_arms_of_the_bases_table(tmp_path: P
     words = table(args, tmp_path, VARIANTS[0])
     compared = [words[place + 1] for place, word in enumerate(words) if word == "--compare"]
     assert not any(set("=,") & set(variant.name) for variant in VARIANTS)  # which end an arm's name on the command line
-    assert [arm.partition("=")[0] for arm in compared[:2]] == [UNTRAINED, "fresh noise in every step"]
-    assert compared[1].endswith("fresh-noise-in-every-step-0," + str(tmp_path / "fresh-noise-in-every-step-1"))
+    assert [arm.partition("=")[0] for arm in compared[:2]] == [
+        UNTRAINED,
+        "fresh noise and mirrored at random in every step",
+    ]
+    assert compared[1].endswith(
+        "fresh-noise-and-mirrored-at-random-in-every-step-0,"
+        + str(tmp_path / "fresh-noise-and-mirrored-at-random-in-every-step-1")
+    )
     assert table(args, tmp_path, VARIANTS[1]).count("--compare") == 1
     objects = table(parse(["--task", "detect"]), tmp_path, VARIANTS[1])
     assert objects[2] == "detect" and objects[objects.index("--labelled") + 1] == "20,80"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from dtpipe.distill.config import PAPER_WARMUP_SHARE
 from dtpipe.distill.engine.trackers.config import Tracking
 from dtpipe.manifests.schema import DeviceName, Settings, StrictModel
 from dtpipe.manifests.store.paths import local_place
@@ -68,7 +69,11 @@ class InterpreterConfig(Settings):
     width: int = Field(default=256, ge=8, description="Channels inside the interpreter.")
     dropout: _Share = Field(default=0.1, description="Before its last layer.")
     epochs: int = Field(default=100, ge=1, description="Passes over the labelled images.")
-    warmup_epochs: float = Field(default=20, ge=0, description="Epochs of linear warm-up, before half a cosine.")
+    warmup_epochs: float | None = Field(
+        default=None,
+        ge=0,
+        description="Linear warm-up, before half a cosine; default: a fifth of the epochs, the paper's 20 of 100.",
+    )
     batch_size: int = Field(default=4, ge=1, description="Labelled images per step.")
     lr: float = Field(default=4e-3, gt=0, description="AdamW's peak rate.")
     weight_decay: float = Field(default=0.05, ge=0, description="AdamW's weight decay.")
@@ -86,3 +91,16 @@ class InterpreterConfig(Settings):
     )
     rivals: RivalsConfig = RivalsConfig()
     run: InterpretRun
+
+    @model_validator(mode="after")
+    def _reaches_its_peak(self) -> Self:
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"interpret.warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; make it smaller"
+            )
+        return self
+
+    @property
+    def num_warmup_epochs(self) -> float:
+        """Of the linear warm-up."""
+        return PAPER_WARMUP_SHARE * self.epochs if self.warmup_epochs is None else self.warmup_epochs

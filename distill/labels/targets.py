@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dtpipe.distill.config import DistillRecipeConfig
+from dtpipe.distill.config import DistillRecipeConfig, LabelsConfig
 from dtpipe.distill.stream.data import OpenedData
 from dtpipe.distill.student.distiller import choose_levels
+from dtpipe.manifests.codecs.topk import TEMPERATURE, TOPK
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.schema import LevelSpec
 
@@ -61,8 +62,29 @@ def targets_of(
         )
     if labels is None:
         return Targets(features)
+    _refuse_other_use(labels, config.labels)
     weight = LAMBDA_LD if config.labels.weight is None else config.labels.weight
     return Targets(features, labels, tuple(classes[labels.name]), weight)
+
+
+def _refuse_other_use(level: LevelSpec, config: LabelsConfig) -> None:
+    """The likeliest classes alone stand for one temperature, at which the others together have their share.
+
+    Raises: ConfigError.
+    """
+    if level.codec.name != TOPK:
+        return
+    own = level.codec.parameters.get("temperature", TEMPERATURE)
+    if config.temperature != own:
+        raise ConfigError(
+            f"distill.labels.temperature is {config.temperature:g}, and {level.name} holds the likeliest classes as "
+            f"they are at {own:g}; leave it out, or extract soft labels without --top-k"
+        )
+    if config.confidence is not None:
+        raise ConfigError(
+            f"distill.labels.confidence is about probabilities at temperature 1, and {level.name} holds the likeliest "
+            "classes alone, which do not say them; leave it out, or extract soft labels without --top-k"
+        )
 
 
 def soft_label_level(config: DistillRecipeConfig, stored: Sequence[LevelSpec]) -> LevelSpec | None:

@@ -41,7 +41,7 @@ class InterpreterTraining:
         self.optimizer = build_optimizer(self.network, "adamw", config.lr, config.weight_decay, config.betas)
         self.watch = Stopwatch(device)
         per_epoch = steps_per_epoch(len(data), config.batch_size)
-        self.num_warmup = round(config.warmup_epochs * per_epoch)
+        self.num_warmup = round(config.num_warmup_epochs * per_epoch)
         self.course = Course(
             num_steps=config.epochs * per_epoch,
             steps_per_epoch=per_epoch,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtpipe.distill.downstream.labelled import LabelledSet
@@ -19,8 +20,9 @@ from dtpipe.manifests.schema import ViewSpec
 from dtpipe.manifests.words import are, count_of
 from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.interpret.config import InterpretConfig
-from dtpipe.pipeline.interpret.places import FoundRows, find_rows, own_key
+from dtpipe.pipeline.interpret.places import FoundRows, find_rows, own_key, places_by_content
 from dtpipe.pipeline.live.recorded import RecipeTeacher, open_teacher
+from dtpipe.pipeline.rivals.digests import DigestStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +65,8 @@ def open_both(
     images are not in the dataset and its teacher cannot be had.
     """
     levels, readings = _levels(config, dataset), readings_of(dataset.views, config.together)
-    found, held_out = find_rows(dataset, train), find_rows(dataset, test)
+    by_content = places_by_content(dataset, DigestStore(Path(config.run.out).parent / "seen", note))
+    found, held_out = (find_rows(dataset, labelled, by_content) for labelled in (train, test))
     if dataset.recipe.images != "stored":
         note(f"{dataset.url} stores no images, so labelled ones are known by their keys alone")
     teachers = _Teachers(config, dataset)

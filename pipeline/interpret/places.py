@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from blake3 import blake3
 
 from dtpipe.distill.downstream.labelled import LabelledSet
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.records.image_digests import short_digest
+from dtpipe.pipeline.rivals.digests import DigestStore
 
 _BATCH = 256  # images of the dataset that are looked at together
 
@@ -34,9 +37,21 @@ def own_key(key: str) -> str:
     return key.removeprefix("held out/")
 
 
-def find_rows(dataset: FeatureDataset, labelled: LabelledSet) -> FoundRows:
+def places_by_content(dataset: FeatureDataset, store: DigestStore) -> Callable[[], Mapping[int, int]]:
+    """The first row of each image, by digest; asked for once or never, since all images are read for it."""
+
+    @cache
+    def places() -> Mapping[int, int]:
+        digests = store.of_dataset(dataset, f"labelled images are looked for in {dataset.url}")
+        different, first = np.unique(digests, return_index=True)
+        return dict(zip(different.tolist(), dataset.columns.ok_rows[first].tolist(), strict=True))
+
+    return places
+
+
+def find_rows(dataset: FeatureDataset, labelled: LabelledSet, by_content: Callable[[], Mapping[int, int]]) -> FoundRows:
     """Look images up. Where the dataset stores images, an equal key counts with equal pixels only; where it stores
-    none, keys are all there is to go by.
+    none, keys are all there is to go by. `by_content` is asked where some are not there under their key.
 
     Raises: what reading the dataset or an image raises.
     """
@@ -52,14 +67,10 @@ def find_rows(dataset: FeatureDataset, labelled: LabelledSet) -> FoundRows:
     ]
     if None not in same:
         return _found(same, same)
-    missing = {digest for digest, place in zip(wanted, same, strict=True) if place is None}
-    others: dict[str, int] = {}
-    for place, digest in _digests(dataset, dataset.columns.ok_rows.tolist()):
-        if digest in missing:
-            others.setdefault(digest, place)
-            if len(others) == len(missing):
-                break
-    rows = [others.get(digest) if place is None else place for digest, place in zip(wanted, same, strict=True)]
+    places = by_content()
+    rows = [
+        places.get(short_digest(digest)) if place is None else place for digest, place in zip(wanted, same, strict=True)
+    ]
     return _found(rows, same)
 
 

@@ -16,10 +16,12 @@ from dtpipe.distill.labels.files import LoadedInterpreter, load_interpreter
 from dtpipe.distill.labels.head import at_cells, label_level, levels_read, refuse_other_features, views_of
 from dtpipe.distill.labels.interpreter import views_in_channels
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
+from dtpipe.manifests.codecs.base import LevelCodec
 from dtpipe.manifests.errors import ConfigError, TeacherError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import LevelSpec, Recipe, ViewSpec
 from dtpipe.manifests.soft_labels import LabelView, soft_labels_of
+from dtpipe.pipeline.live.codecs import as_stored
 from dtpipe.pipeline.live.recorded import recorded_soft_labels
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Labelling:
     """Levels as the teacher gives them, by the name that the interpreter knows."""
     reads: _Views
     """(V, n): views that are read together, by view of the source."""
+    codec: LevelCodec | None = None
+    """Of the level, where live soft labels are to be as stored ones."""
 
     @property
     def makes_images(self) -> bool:
@@ -63,7 +67,7 @@ class Labelling:
         return _Prepared(prepare(samples), [(other, prepare(other)) for other in others])
 
     def encode(self, images: Tensor, samples: LiveSamples, prepared: _Prepared) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """As `LiveTeacher.encode`, with logits averaged down to the soft labels' cells."""
+        """As `LiveTeacher.encode`, with logits averaged down to the soft labels' cells, and as they would be stored."""
         import torch
 
         shown, levels = self.teacher.encode(images, samples, prepared.own)
@@ -71,7 +75,11 @@ class Labelling:
         with torch.inference_mode():
             views = {name: [of_view[live].contiguous() for of_view in read] for name, live in self.names.items()}
             logits = self.head.network(views_in_channels(views))
-        return shown, {**levels, self.level.name: at_cells(logits, self.level).clone()}
+        fresh = at_cells(logits, self.level).clone()
+        return shown, {
+            **levels,
+            self.level.name: fresh if self.codec is None else as_stored(self.codec, fresh[:, None])[:, 0],
+        }
 
 
 def reads_of(views: Sequence[ViewSpec], labels: Sequence[LabelView]) -> _Views:
@@ -110,7 +118,8 @@ def behind_dataset(
     dataset, names = _read_by(head, soft.features.get("dataset"), features)
     views = reads_of(dataset.recipe.views, views_of(head, dataset.recipe))
     own = {one.name: names.get(one.name, one.name) for one in head.network.spec.levels}
-    return Labelling(teacher, head, level, own, views)
+    (stored,) = labels.recipe.levels
+    return Labelling(teacher, head, level, own, views, labels.codecs[stored.name])
 
 
 def _read_by(

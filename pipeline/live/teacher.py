@@ -218,13 +218,25 @@ def open_live(
         parts.append(LivePart(opened, levels, 1 + max(view.draw for view in recipe.views), latents, codecs))
     teacher = LiveRecipes(parts, route)
     level = None if config is None else soft_label_level(config, source.levels)
-    if level is None or config is None or not isinstance(source, JoinedDataset):
+    if config is None or level is None:
+        _refuse_interpreter(config)
         return teacher
+    assert isinstance(source, JoinedDataset), "soft labels alone are refused"
     labels = source.parts[source.places[level.name, 0].part]
     features = [
         (part, {own: name for (place, own), name in names.items() if place == idx}) for idx, part in enumerate(datasets)
     ]
     return behind_dataset(teacher, labels, level, features, config.interpreter, device)
+
+
+def _refuse_interpreter(config: DistillRecipeConfig | None) -> None:
+    """Raises: ConfigError where an interpreter is given, and no soft labels are learned from."""
+    if config is not None and config.interpreter is not None:
+        raise ConfigError(
+            f"distill.interpreter is {config.interpreter}, and the data has no soft labels to learn from; join those "
+            "that it makes (`dtpipe extract --interpreter HEAD --from FEATURES --out LABELS`, then --join), train on "
+            "images without a dataset (--images, --teacher), or leave it out"
+        )
 
 
 def _composition(source: FeatureSource) -> tuple[Sequence[FeatureDataset], Route, Mapping[tuple[int, str], str]]:

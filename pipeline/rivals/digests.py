@@ -18,8 +18,11 @@ import numpy as np
 from blake3 import blake3
 
 from dtpipe.distill.downstream.labelled import LabelledSet
+from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import BadImage, DtpipeError, InputError
 from dtpipe.manifests.phases import counted
+from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_images
 from dtpipe.manifests.records.image_digests import Digests, image_digest, pack_digests, read_digests, short_digest
 from dtpipe.manifests.store.publish import write_whole
 from dtpipe.pipeline.cli.console import Note
@@ -87,6 +90,17 @@ class DigestStore:
         if path is not None:
             self._write(path.name, made)
         return made
+
+    def of_dataset(self, dataset: FeatureDataset, doing: str) -> Digests:
+        """Digests of the images that a dataset stores, in the order of its good rows. Raises: what reading raises."""
+        rows = dataset.columns.ok_rows
+        digest = dataset.manifest.digest if dataset.manifest else f"{dataset.url}/{len(rows)}"
+
+        def made() -> Iterator[int]:
+            for start in range(0, len(rows), BATCH):
+                yield from map(image_digest, read_images(dataset, rows[start : start + BATCH]))
+
+        return self.kept(made(), len(rows), blake3_hex(digest.encode()), doing)
 
     def _write(self, name: str, digests: Digests) -> None:
         if self.folder is not None:

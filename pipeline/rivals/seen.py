@@ -22,7 +22,6 @@ from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.documents import Refusal, read_object
 from dtpipe.manifests.errors import BadImage, DamagedDataError, DtpipeError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
-from dtpipe.manifests.read.source import read_images
 from dtpipe.manifests.records.files import TEACHER_RECORD
 from dtpipe.manifests.records.image_digests import (
     TRAIN_IMAGES,
@@ -39,7 +38,7 @@ from dtpipe.pipeline.arms import Comparison
 from dtpipe.pipeline.cli.console import say_nothing
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.live.recorded import recorded_soft_labels
-from dtpipe.pipeline.rivals.digests import BATCH, DigestStore, in_threads
+from dtpipe.pipeline.rivals.digests import DigestStore, in_threads
 from dtpipe.pipeline.sets import open_held_out
 from dtpipe.pipeline.trained_on import TrainedOn
 
@@ -182,15 +181,7 @@ def _stored(url: str, urls: Sequence[str], store: DigestStore) -> TrainingImages
         if len(urls) > 1:
             return None
         raise InputError(f"{url} stores no images; give the dataset that it is joined with too")
-    rows = dataset.columns.ok_rows
-    name = blake3_hex((dataset.manifest.digest if dataset.manifest else f"{url}/{len(rows)}").encode())
-
-    def digests() -> Iterator[int]:
-        for start in range(0, len(rows), BATCH):
-            for image in read_images(dataset, rows[start : start + BATCH]):
-                yield image_digest(image)
-
-    kept = store.kept(digests(), len(rows), name, f"held-out images are compared with {where}")
+    kept = store.of_dataset(dataset, f"held-out images are compared with {where}")
     return TrainingImages(where, recipe.transform, np.unique(kept))
 
 

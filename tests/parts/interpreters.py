@@ -11,7 +11,7 @@ import torch
 
 from dtpipe.distill.labels.files import load_interpreter, save_interpreter
 from dtpipe.distill.labels.interpreter import FeatureInterpreter, InterpreterLevel, InterpreterSpec, views_in_channels
-from dtpipe.extract.config import ExtractRun
+from dtpipe.extract.config import ExtractConfig, ExtractRun
 from dtpipe.manifests.labels import ClassTable
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
@@ -35,9 +35,9 @@ def write_interpreter(folder: Path, levels: Sequence[LevelSpec], seed: int = 0, 
 
 
 class LabelSettings(StrictModel):
-    """Soft labels of stored features, as a settings document has them."""
+    """Soft labels of stored features, or of a teacher that runs, as a settings document has them."""
 
-    extract: CachedConfig
+    extract: CachedConfig | ExtractConfig
     soft_labels: SoftLabelConfig
 
     @property

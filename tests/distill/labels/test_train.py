@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dtpipe.distill.engine.checkpoint import load_checkpoint
@@ -104,3 +105,11 @@ def test_settings_are_the_papers(tmp_path: Path) -> None:
     assert trainer.learning_rate(39) == pytest.approx(4e-3) and trainer.learning_rate(0) == pytest.approx(1e-4)
     assert trainer.learning_rate(120) == warmup_cosine(120, 200, 40, 4e-3)
     assert np.argmax([trainer.learning_rate(step) for step in range(200)]) in (39, 40)
+
+
+def test_a_short_training_warms_up_for_a_fifth_and_one_that_never_ends_to_is_refused(tmp_path: Path) -> None:
+    run = {"run": {"out": str(tmp_path)}}
+    short = InterpreterTraining(InterpreterConfig.model_validate({"epochs": 10, **run}), interpreted(), CPU)
+    assert short.learning_rate(3) == pytest.approx(4e-3) and short.learning_rate(0) == pytest.approx(1e-3)
+    with pytest.raises(ValidationError, match=r"interpret\.warmup_epochs is 20 of 20 epochs; make it smaller"):
+        InterpreterConfig.model_validate({"epochs": 20, "warmup_epochs": 20, **run})

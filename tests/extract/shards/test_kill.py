@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from dtpipe.manifests.store.faults import FAULT_POINTS
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import committed_shards
 from dtpipe.manifests.write.plan import PLAN_FILE, load_plan
+from dtpipe.pipeline.soft_labels.config import SoftLabelConfig
 from parts.damage import flipped
 from parts.extractions import MakeConfig, extract_config
 from parts.interpreters import LabelSettings, label_settings, write_interpreter
 
+MakeLabels = Callable[[Path], LabelSettings]
 NUM_SHARDS = 20
 REPAIR_POINTS = tuple(name for name in FAULT_POINTS if name.startswith("repair."))
 EXTRACT_POINTS = tuple(name for name in FAULT_POINTS if name not in (*REPAIR_POINTS, "merge.rejected", "fit.kept"))
@@ -142,20 +145,29 @@ def damage(out: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def labels(many_images: Path, ddpm: Path, runs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
-    """An interpreter, features of sixty images, and the digest of their soft labels."""
+def labels(
+    many_images: Path, ddpm: Path, runs: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[MakeLabels, str]]:
+    """Settings of soft labels of sixty images, from stored features and from a live teacher, and their digests."""
     folder = tmp_path_factory.mktemp("features")
     url = run_extraction(extract_config(many_images, ddpm, folder / "all", shard={"samples": 60}, batch_size=60)).url
     head = write_interpreter(folder / "head", FeatureDataset.open(url).levels)
-    return head, url, runs.finish(label_settings(head, url, folder / "unbroken"))["digest"]
+
+    def live(out: Path) -> LabelSettings:
+        teacher = extract_config(many_images, ddpm, out, batch_size=3)
+        return LabelSettings(extract=teacher, soft_labels=SoftLabelConfig(interpreter=head))
+
+    settings = {"stored": partial(label_settings, head, url), "live": live}
+    return {name: (make, runs.finish(make(folder / name))["digest"]) for name, make in settings.items()}
 
 
+@pytest.mark.parametrize("features", ["stored", "live"])
 @pytest.mark.parametrize("point", ["plan.created", "shard.object", "commit.before", "merge.before_manifest"])
 def test_a_kill_loses_at_most_one_shard_of_soft_labels(
-    point: str, labels: tuple[str, str, str], runs: Any, tmp_path: Path
+    point: str, features: str, labels: dict[str, tuple[MakeLabels, str]], runs: Any, tmp_path: Path
 ) -> None:
-    head, features, digest = labels
-    settings = label_settings(head, features, tmp_path / "labels")
+    make, digest = labels[features]
+    settings = make(tmp_path / "labels")
     pid = runs.start(settings, fault=f"{point}:{NTH.get(point, 1)}")
     assert runs.wait(pid) == -signal.SIGKILL
     assert f"fault point {point}: kill" in runs.log(pid)

@@ -25,6 +25,7 @@ from dtpipe.pipeline.interpret.config import InterpretConfig
 from dtpipe.pipeline.interpret.features import open_both, readings_of
 from dtpipe.pipeline.interpret.places import FoundRows
 from dtpipe.pipeline.interpret.run import open_labels
+from dtpipe.pipeline.rivals import digests as digests_module
 from dtpipe.pipeline.sets import open_sets
 from parts.extractions import extract_config
 from parts.images import draw_image, png, write_files
@@ -132,12 +133,30 @@ def test_features_come_by_key_by_content_and_from_the_teacher(scene: Scene, tmp_
             np.testing.assert_array_equal(side.read(row, 0, flip)["l2"].numpy(), expected.astype(np.float32))
 
 
+def test_images_of_a_large_dataset_are_looked_through_once(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests_module, "KEPT_FROM", 1)
+    run = settings(scene).run.model_copy(update={"out": str(tmp_path / "heads" / "first")})
+    config, dataset = settings(scene).model_copy(update={"run": run}), FeatureDataset.open(scene.features)
+    train, test = open_sets(config, dataset.recipe.transform, print, as_masks=True)
+    notes: list[str] = []
+    first = open_both(config, dataset, train, test, notes.append)
+    num = len(dataset.columns.ok_rows)
+    assert notes[-1] == f"labelled images are looked for in {dataset.url}: {num} of {num} read"
+    monkeypatch.setattr(digests_module, "read_images", lambda *_: pytest.fail("the dataset is read again"))
+    again = open_both(config, dataset, train, test, print)
+    assert (again.found, again.held_out) == (first.found, first.held_out)
+    assert first.found.num_by_content + first.held_out.num_by_content == 1
+    assert [path.parent for path in tmp_path.rglob("*.blake3")] == [tmp_path / "heads" / "seen"]
+
+
 def test_the_live_teacher_gives_what_would_be_stored(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """The features of stored images, as if they were not: of all views, but for float16's rounding."""
     config, dataset = settings(scene, features=scene.plain, together=True), FeatureDataset.open(scene.plain)
     train, test = open_sets(config, dataset.recipe.transform, print, as_masks=True)
     stored = open_both(config, dataset, train, test, print).train
-    nowhere = lambda _dataset, labelled: FoundRows((None,) * len(labelled), 0, 0)  # noqa: E731
+    nowhere = lambda _dataset, labelled, _by_content: FoundRows((None,) * len(labelled), 0, 0)  # noqa: E731
     monkeypatch.setattr("dtpipe.pipeline.interpret.features.find_rows", nowhere)
     live = open_both(config, dataset, train, test, print).train
     row = next(row for row, key in enumerate(train.keys) if key[0] in "012345")

@@ -47,15 +47,19 @@ def made(ddpm: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
         ]
         for name, head in heads.items()
     }
+    top = ("--top-k", "2", "--out", root / "labels-top")
+    labels["top"] = dtpipe("extract", "--interpreter", heads["each"], "--from", one, *EXACT[:-1], *top)["url"]
+    heads["top"] = heads["each"]
     return SimpleNamespace(images=images, teacher=ddpm, one=str(one), two=str(two), heads=heads, labels=labels)
 
 
-@pytest.mark.parametrize("name", ["each", "together"])
+@pytest.mark.parametrize("name", ["each", "together", "top"])
 def test_fresh_labels_are_those_of_the_features_of_the_next_draw(made, tmp_path, name):
-    """As `extract` stores them for that draw: read one by one, or both timesteps together."""
+    """As `extract` stores them for that draw: read one by one, or both timesteps together, or the likeliest classes."""
     config = tiny_config(tmp_path, datasets=(made.one, made.labels[name]), join=True, reencode=1.0)
     data = StoredData(partial(open_live, {}, config=config))
     source = data.open(config).source
+    (codec,) = FeatureDataset.open(made.labels[name]).codecs.values()
     live, stored = data.teacher(source, torch.device("cpu")), FeatureDataset.open(made.two)
     keys = tuple(source.columns.keys)
     for view, spec in enumerate(source.views):
@@ -63,10 +67,10 @@ def test_fresh_labels_are_those_of_the_features_of_the_next_draw(made, tmp_path,
         samples = LiveSamples(keys, np.full(num, view), np.full(num, spec.flip), np.zeros(num, np.int64))
         images = torch.from_numpy(read_images(source, np.arange(num)))
         _, levels = live.encode(images, samples, live.prepare(samples))
-        timesteps = [spec.timestep] if name == "each" else [150, 50]
+        timesteps = [150, 50] if name == "together" else [spec.timestep]
         read = [stored.views.index(spec.model_copy(update={"draw": 1, "timestep": step})) for step in timesteps]
         for idx, key in enumerate(keys):
-            expected = logits_of(made.heads[name], stored, stored.columns.row_of(key), read)
+            expected = codec.decode(codec.encode(logits_of(made.heads[name], stored, stored.columns.row_of(key), read)))
             np.testing.assert_allclose(levels["l2.labels"][idx].numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -77,6 +81,20 @@ def test_another_interpreter_is_refused(made, tmp_path):
     data = StoredData(partial(open_live, {}, config=config))
     with pytest.raises(TeacherError, match=r"is not the interpreter that made .*--interpreter"):
         data.teacher(data.open(config).source, torch.device("cpu"))
+
+
+def test_an_interpreter_beside_features_alone_is_refused(made, tmp_path):
+    call = ("distill", made.one, "--reencode", "1", "--interpreter", made.heads["each"], *TRAIN, *SMALL)
+    with pytest.raises(RefusedError, match=r"the data has no soft labels to learn from; join .*--join"):
+        dtpipe(*call, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", "2"), ("confidence", "0.9")])
+def test_the_likeliest_classes_alone_are_used_as_they_were_kept(made, tmp_path, name, value):
+    call = ("distill", made.one, made.labels["top"], "--join", *TRAIN, *SMALL, "-s", f"distill.labels.{name}={value}")
+    with pytest.raises(RefusedError, match=rf"distill\.labels\.{name} is .*l2\.labels holds the likeliest classes"):
+        dtpipe(*call, "--out", tmp_path / "run")
 
 
 def test_labels_are_read_of_the_features_of_their_own_teacher(made, tmp_path):

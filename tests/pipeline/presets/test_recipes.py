@@ -21,6 +21,8 @@ import yaml
 from click.testing import CliRunner
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.extract.sources.layouts.published.tables import published_classes
 from dtpipe.pipeline.cli.main import main
 from dtpipe.pipeline.cli.settings import gather, preset_names, validate
@@ -31,7 +33,7 @@ from parts.teachers import write_ddpm
 
 PAGE = (REPO / "docs" / "recipes.md").read_text(encoding="utf-8")
 SECTION = PAGE.partition("## Few labels")[2].partition("\n## ")[0]
-[LISTING] = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
+LISTING, RENEWED = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
 PX = 32
 
 
@@ -46,14 +48,13 @@ def table(first: str) -> list[dict[str, str]]:
 ROWS, STUDENTS = table("row"), table("student")
 
 
-def commands(values: Mapping[str, str]) -> list[list[str]]:
+def commands(values: Mapping[str, str], text: str = LISTING) -> list[list[str]]:
     """The words of each command, with a row's values in their places."""
-    text = LISTING
     for name, value in values.items():
         text = text.replace(f"${name}", value)
-    lines = [shlex.split(line) for line in text.splitlines()]
-    assert lines[0][0].startswith("SET=") and "$" not in text
-    return [words[1:] for words in lines[1:]]
+    assert "$" not in text
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [words[1:] for words in lines if words[0] == "dtpipe"]
 
 
 def values_of(row: Mapping[str, str], student: Mapping[str, str]) -> dict[str, str]:
@@ -122,11 +123,13 @@ class Workshop:
     def words(self, step: int, row: Mapping[str, str], student: Mapping[str, str], tiny: str) -> list[str]:
         """A step's command with places of this folder, a tiny student, and what the tiny teacher needs."""
         values = values_of(row, student) | {"STUDENT": tiny, "IMAGES": "images"}
-        words = commands(values)[step]
-        place = re.compile(r"^(ddpm-seg:)?((?:datasets|features|head|labels|runs|images)(?:/.*)?)$")
+        return self.small(commands(values)[step], step, live=step == 0)
+
+    def small(self, words: Sequence[str], *steps: int, live: bool) -> list[str]:
+        place = re.compile(r"^(ddpm-seg:)?((?:datasets|features|few|head|labels|runs|images)(?:/.*)?)$")
         placed = [place.sub(lambda found: f"{found[1] or ''}{self.root / found[2]}", word) for word in words]
-        live = ["--teacher", str(self.teacher)] if step == 0 else []
-        return [*placed, "-c", str(self.root / f"small{step}.yaml"), *live, "--json"]
+        settings = [word for step in steps for word in ("-c", str(self.root / f"small{step}.yaml"))]
+        return [*placed, *settings, *(["--teacher", str(self.teacher)] if live else []), "--json"]
 
     def write(self, sets: Sequence[str]) -> None:
         write_images(self.root / "images", px=PX)
@@ -204,6 +207,20 @@ def test_the_sequence_of_a_row_runs(workshop: Workshop) -> None:
     answer = invoke(workshop.words(4, cat, STUDENTS[1], TINY["ResNet-101"]))
     assert {score["extractor"] for score in answer["scores"]} == {"distilled", "random initialisation"}
     assert "starts from the backbone and the decoder of its run" in json.dumps(answer)
+
+
+def test_with_noise_renewed_in_every_step_few_features_are_enough(workshop: Workshop, tmp_path: Path) -> None:
+    cat = next(row for row in ROWS if row["row"] == "Cat-15")
+    values = values_of(cat, STUDENTS[1]) | {"STUDENT": TINY["ResNet-101"], "IMAGES": "images"}
+    shop = Workshop(tmp_path, workshop.teacher)
+    shop.write([cat["SET"]])
+    extract, interpret, distill = commands(values, RENEWED)
+    assert invoke(shop.small(extract, 0, live=True))["num_ok"] <= int(extract[extract.index("--limit") + 1])
+    assert invoke(shop.small(interpret, 1, live=False))["num_labelled"] == 3
+    invoke(shop.small(distill, 0, 3, live=True))
+    assert {"mse", "at", "labels"} <= read_metrics(tmp_path / "runs" / "mix")[-1].keys()
+    config = load_checkpoint(tmp_path / "runs" / "mix" / "last.pt", "distill")
+    assert config["flips"] is True
 
 
 @pytest.mark.parametrize(("row", "student"), [(row, STUDENTS[idx % 2]) for idx, row in enumerate(ROWS)])
