@@ -1,13 +1,17 @@
-"""Soft labels in one pass with a teacher: of images, of a GAN's samples, and with the features kept beside them."""
+"""Soft labels in one pass with a teacher: of images, of a GAN's samples up to a predictor, and with features kept."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dtpipe.distill.engine.run_folder import read_metrics
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import JoinedDataset
@@ -84,23 +88,29 @@ def test_kept_features_are_those_of_an_extraction_and_join(
         dtpipe("extract", "--interpreter", head, *of_images, "--keep-features", out, "--out", out)
 
 
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """Four faces of a GAN, as features and as PNG files, and a head that a person's masks of two of them taught."""
+    root = tmp_path_factory.mktemp("faces")
+    gan = ("--teacher", FACES, *teacher_settings())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(write_generator(root / "code"))
+        dtpipe("extract", "--num-samples", 4, *gan, *EXACT, "--out", root / "few", "--save-png", root / "png")
+        head = interpreter_of_two_masks(root, root / "png")
+        yield SimpleNamespace(gan=gan, url=str(root / "few"), saved=root / "png", head=head)
+
+
 @pytest.mark.skipif(not FACES.is_file(), reason="no ../shared/weights/dcgan_faces64")
 def test_faces_that_a_gan_makes_are_saved_labelled_by_hand_and_labelled_by_the_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    faces: SimpleNamespace, tmp_path: Path
 ) -> None:
     """Images made, two of them labelled, a head, and soft labels of more images: one command each."""
-    monkeypatch.syspath_prepend(write_generator(tmp_path / "code"))
-    gan = ("--teacher", FACES, *teacher_settings(), *EXACT)
-    saved = tmp_path / "png"
-    first = ("extract", "--num-samples", 4, *gan, "--out", tmp_path / "few", "--save-png", saved)
-    dtpipe(*first)
-    few = FeatureDataset.open(tmp_path / "few")
+    few = FeatureDataset.open(faces.url)
     for key in ("z/000000001", "z/000000003"):
-        picture = np.asarray(Image.open(saved / f"{key}.png"))
+        picture = np.asarray(Image.open(faces.saved / f"{key}.png"))
         np.testing.assert_array_equal(picture, read_image(few, few.columns.row_of(key)))
-    head = interpreter_of_two_masks(tmp_path, saved)
-    more = ("extract", "--num-samples", 6, *gan, "--interpreter", head, "--save-png", tmp_path / "more")
-    answer = dtpipe(*more, "--out", tmp_path / "labels")
+    more = ("extract", "--num-samples", 6, *faces.gan, *EXACT, "--interpreter", faces.head)
+    answer = dtpipe(*more, "--save-png", tmp_path / "more", "--out", tmp_path / "labels")
     assert (answer["num_ok"], answer["num_bad"]) == (6, 0)
     labels = FeatureDataset.open(tmp_path / "labels")
     assert list(labels.columns.keys) == [f"z/{idx:09d}" for idx in range(6)]
@@ -108,12 +118,40 @@ def test_faces_that_a_gan_makes_are_saved_labelled_by_hand_and_labelled_by_the_h
     for row in range(4):  # the same samples, whatever their number
         np.testing.assert_array_equal(read_image(labels, row), read_image(few, row))
     assert len(list((tmp_path / "more" / "z").glob("*.png"))) == 6
-    dtpipe("extract", "--interpreter", head, "--from", tmp_path / "few", *EXACT, "--out", tmp_path / "cached")
+    dtpipe("extract", "--interpreter", faces.head, "--from", faces.url, *EXACT, "--out", tmp_path / "cached")
     cached = FeatureDataset.open(tmp_path / "cached")
     for row in range(4):
         np.testing.assert_array_equal(read_level(labels, "l2.labels", row), read_level(cached, "l2.labels", row))
     assert dtpipe("verify", tmp_path / "labels", "--level", "recompute", "--device", "cpu")["ok"]
     assert verify(tmp_path / "cached", "decode").ok
+
+
+@pytest.mark.skipif(not FACES.is_file(), reason="no ../shared/weights/dcgan_faces64")
+def test_a_student_learns_the_same_of_a_gans_stored_and_new_samples_and_predicts_their_classes(
+    faces: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The first epoch of live training makes the samples that are stored, so its losses are those of the join."""
+    labelled = ("extract", "--num-samples", 4, *faces.gan, *EXACT, "--interpreter", faces.head)
+    labels = dtpipe(*labelled, "--out", tmp_path / "labels")["url"]
+    train = ("--student", "test_resnet", "--epochs", 1, "--batch-size", 2, "--device", "cpu")
+    small = ("-s", "distill.regressor.width=8", "-s", "distill.run.log_every=1")
+    dtpipe("distill", faces.url, labels, "--join", *train, *small, "--out", tmp_path / "mix")
+    made = ("--num-samples", 4, *faces.gan, "--interpreter", faces.head)
+    dtpipe("distill", *made, *train, *small, "--out", tmp_path / "live")
+    lines = [read_metrics(tmp_path / run) for run in ("mix", "live")]
+    assert [[line["step"] for line in run] for run in lines] == [[1, 2]] * 2
+    for mix, live in zip(*lines, strict=True):
+        assert 0 < mix["labels"] < 1  # of two classes softened at temperature 4, at first: about log 2
+        assert mix["loss"] == pytest.approx(mix["mse"] + 10 * mix["at"] + mix["labels"], rel=1e-5)
+        for name in ("loss", "mse", "at", "labels"):
+            assert live[name] == pytest.approx(mix[name], rel=1e-4)  # float32, other batches of the teacher
+    dtpipe("export", tmp_path / "mix", "--head", "--out", tmp_path / "predictor")
+    dtpipe("predict", tmp_path / "predictor", "--images", faces.saved, "--out", tmp_path / "predicted")
+    record = json.loads((tmp_path / "predicted" / "predictions.json").read_text())
+    assert (record["task"], record["classes"]["names"]) == ("segment", ["0", "1"])
+    masks = [np.asarray(Image.open(path)) for path in (tmp_path / "predicted" / "masks" / "z").glob("*.png")]
+    assert [mask.shape for mask in masks] == [(64, 64)] * 4
+    assert set(np.unique(masks)) <= {0, 1}
 
 
 def interpreter_of_two_masks(folder: Path, saved: Path) -> str:
