@@ -128,7 +128,9 @@ class DistillRun(Tracking):
         default=None,
         description="Local folder that keeps the shards of remote datasets, shared by all runs that name it.",
     )
-    cache_gb: float = Field(default=100.0, gt=0, description="Size of that folder; what was used last stays.")
+    cache_gb: float = Field(
+        default=100.0, gt=0, description="Size of that folder; of larger datasets it keeps as many shards as fit."
+    )
     log_every: int = Field(default=20, ge=1, description="Optimiser steps per line of metrics.jsonl.")
     save_every_s: float = Field(
         default=300.0, gt=0, description="Longest time between two writes of last.pt; each epoch ends with one."

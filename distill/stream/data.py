@@ -134,9 +134,10 @@ def _open_parts(config: DistillConfig) -> tuple[list[FeatureDataset], list[Shard
     recorded = read_record(Path(config.run.out))
     parts: list[FeatureDataset] = []
     shards: list[Shards] = []
+    cache = cache_of(config)  # one for all, which knows what is in use
     for idx, url in enumerate(config.datasets):
         kept: Shards = recorded_shards(recorded, idx)
-        part = FeatureDataset.open(url, config.run.allow_incomplete, kept, cache_of(config))
+        part = FeatureDataset.open(url, config.run.allow_incomplete, kept, cache)
         if kept is None and (part.manifest is None or not part.manifest.complete):
             kept = list(part.shards)
         parts.append(part)

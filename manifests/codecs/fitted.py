@@ -6,7 +6,6 @@ the recipe, which names it, and a changed byte is an error before one feature is
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.codecs.base import Array, Arrays
 from dtpipe.manifests.errors import ConfigError, DamagedDataError, MissingObjectError
 from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.store.open_files import ProcessLock
 from dtpipe.manifests.store.store import Store
 
 FITTED: Final = "fitted"
@@ -58,7 +58,7 @@ class StoredFitted:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._kept: OrderedDict[str, Arrays] = OrderedDict()
-        self._turn = threading.Lock()
+        self._turn = ProcessLock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_store": self._store}

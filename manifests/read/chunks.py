@@ -75,6 +75,16 @@ class ChunkReader:
         self.__dict__.update(state)
         self._kind = SHARD_FORMATS[self._plan.recipe.shard.format]
 
+    def keep_in(self, cache: ObjectCache) -> None:
+        """Keep objects of a remote store as files."""
+        self.cache = cache
+        cache.claim(self._objects.digests.to_pylist())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all objects."""
+        return int(self._objects.sizes.sum())
+
     def read(self, requests: Sequence[ChunkRequest]) -> None:
         """Fill the `out` of every request; neighbouring chunks are read as one range.
 
@@ -155,7 +165,7 @@ class ChunkReader:
             return None
 
     def _kept(self, object_idx: int) -> OpenFile | None:
-        """An object of a remote store, in the cache."""
+        """An object of a remote store, in the cache; None where it has no room."""
         assert self.cache is not None
         name, objects = self._object_name(object_idx), self._objects
         return self.cache.open(
@@ -214,9 +224,9 @@ class ChunkReader:
         return next(iter(self.tables.values())).objects
 
     def _forget(self, object_idx: int) -> None:
-        assert self.cache is not None
-        self.cache.drop(str(self._objects.digests[object_idx]))
-        self._files.forget(object_idx)
+        file = self._files.forget(object_idx)
+        if self.cache is not None and file is not None:
+            self.cache.drop(str(self._objects.digests[object_idx]), file)
 
     def _chunk(self, requests: Sequence[ChunkRequest], chunks: LocatedChunks, idx: int) -> _Chunk:
         request, item = requests[chunks.request[idx]], int(chunks.item[idx])

@@ -74,15 +74,15 @@ class FeatureDataset:
 
         With `allow_incomplete` an unfinished dataset opens with the shards it has; rows of others have status
         `missing`. So have rows that are not of `shards`, where that is given. Objects of a remote dataset are fetched
-        whole into `cache`, where one is given, when one of their chunks is read.
+        whole into `cache`, where one is given and has room, when one of their chunks is read.
         Raises: InputError when there is none; IncompleteError when it is unfinished, or lacks one of `shards`;
         ManifestError naming what is damaged.
         """
         dataset = cls._open(Store(url), allow_incomplete)
         if shards is not None:
             dataset._keep_shards(shards)
-        if dataset.store.local is None:
-            dataset._chunks.cache = cache
+        if dataset.store.local is None and cache is not None:
+            dataset._chunks.keep_in(cache)
         return dataset
 
     @classmethod
@@ -105,6 +105,11 @@ class FeatureDataset:
         """Shards that are committed, or of these the ones it was opened with."""
         rows = np.flatnonzero(~rows_with(self.columns.status, MISSING))
         return tuple(np.unique(rows // self.recipe.shard.samples).tolist())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the shards that are committed."""
+        return self._chunks.size_bytes
 
     def read(
         self, rows: Integers, names: Sequence[str], views: Integers, images: bool = True

@@ -80,7 +80,7 @@ class OpenFiles:
                 self._files.popitem(last=False)
         return file
 
-    def forget(self, number: int) -> None:
-        """Open it anew when it is asked for again."""
+    def forget(self, number: int) -> OpenFile | None:
+        """Open it anew when it is asked for again. Returns what was open."""
         with self._changing:
-            self._files.pop(number, None)
+            return self._files.pop(number, None)

@@ -19,8 +19,9 @@ from dtpipe.extract.shards.task import BadSample
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.soft_labels import soft_labels_of
+from dtpipe.manifests.store.paths import path_on_disk
 from dtpipe.manifests.words import count_of
-from dtpipe.pipeline.cli.console import ProgressLine
+from dtpipe.pipeline.cli.console import ProgressLine, format_bytes
 from dtpipe.pipeline.cli.options import Call
 from dtpipe.pipeline.cli.settings import validate
 from dtpipe.pipeline.live.flip_error import equivariant_warnings
@@ -61,6 +62,7 @@ def warnings(call: Call, config: DistillConfig, data: TrainingData) -> Iterator[
         yield "distill.interpreter is not read: with --reencode 0 no sample is encoded live"
     yield from _kept_shards(config)
     yield from _unused_labels(config)
+    yield from _small_cache(config)
     if config.equivariant:
         yield from equivariant_warnings(config.datasets)
 
@@ -105,6 +107,17 @@ def _unused_labels(config: DistillConfig) -> Iterator[str]:
     for url in config.datasets if config.labels.weight == 0 else ():
         if soft_labels_of(FeatureDataset.open(url, allow_incomplete=True).recipe) is not None:
             yield f"{url} holds soft labels, and distill.labels.weight is 0: nothing is learned from them"
+
+
+def _small_cache(config: DistillConfig) -> Iterator[str]:
+    """That the remote datasets do not fit the cache."""
+    remote = [url for url in config.datasets if path_on_disk(url) is None] if config.run.cache is not None else []
+    size_bytes = sum(FeatureDataset.open(url, allow_incomplete=True).size_bytes for url in remote)
+    if size_bytes > config.run.cache_gb * 10**9:
+        yield (
+            f"distill.run.cache_gb is {config.run.cache_gb:g}, and the remote data have {format_bytes(size_bytes)}; "
+            "what exceeds it is read from the store in every epoch; raise it where the disk has room"
+        )
 
 
 class CheckedImages:

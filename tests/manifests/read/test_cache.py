@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from dtpipe.manifests.errors import DamagedDataError, StoreError
 from dtpipe.manifests.read import chunks
@@ -16,6 +19,7 @@ from dtpipe.manifests.store.cache import ObjectCache
 from dtpipe.manifests.store.remote import RemoteFiles
 from parts import golden
 from parts.damage import flipped
+from parts.disks import BLOCK, fill, small_disk
 
 NAMES = ("l2", "l3", "l4.b")
 URL = "memory://cache-test/features"
@@ -47,17 +51,17 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the objects that the store is asked for parts of."""
-    names: list[str] = []
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Objects that the store is asked for parts of, and the bytes of each part."""
+    parts: list[tuple[str, int]] = []
     true = RemoteFiles.read_ranges
 
     def read_ranges(self: RemoteFiles, ranges: list[tuple[str, int, int]]) -> list[bytes]:
-        names.extend(name for name, _, _ in ranges)
+        parts.extend((name, size) for name, _, size in ranges)
         return true(self, ranges)
 
     monkeypatch.setattr(RemoteFiles, "read_ranges", read_ranges)
-    return names
+    return parts
 
 
 def read(dataset: FeatureDataset) -> list[np.ndarray]:
@@ -72,15 +76,15 @@ def expect_truth(whole: Path, dataset: FeatureDataset) -> None:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")}
+    return {path.name: path.read_bytes() for path in folder.glob("*") if not path.name.endswith(".lock")}
 
 
-def test_what_was_read_once_is_not_asked_for_again(whole: Path, tmp_path: Path, asked: list[str]) -> None:
+def test_what_was_read_once_is_not_asked_for_again(whole: Path, tmp_path: Path, asked: list[tuple[str, int]]) -> None:
     cache = ObjectCache(tmp_path / "cache", PLENTY)
     dataset = FeatureDataset.open(URL, cache=cache)
     num_before = len(asked)  # opening looks at a few chunks
     expect_truth(whole, dataset)
-    fetched = asked[num_before:]
+    fetched = [name for name, _ in asked[num_before:]]
     assert len(fetched) == len(set(fetched)) == len(kept(tmp_path / "cache"))
     second = FeatureDataset.open(URL, cache=cache)
     asked.clear()
@@ -114,17 +118,97 @@ def test_damage_in_the_cache_is_noticed_and_fetched_again(whole: Path, tmp_path:
     assert touched == set(before) or how in ("flipped", "longer")  # byte 7 is nobody's in a tar, nor what comes after
 
 
-def test_the_cache_stays_within_its_bytes_and_keeps_what_was_used_last(whole: Path, tmp_path: Path) -> None:
-    cache = ObjectCache(tmp_path / "all", PLENTY)
+def expect_true_row(whole: FeatureDataset, dataset: FeatureDataset, row: int) -> None:
+    images, coded = dataset.read([row], NAMES, [row % 2])
+    true_images, true_coded = whole.read([row], NAMES, [row % 2])
+    for one, other in zip(
+        [images, *coded.decode().values()], [true_images, *true_coded.decode().values()], strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def bytes_by_epoch(whole: Path, cache: ObjectCache | None, asked: list[tuple[str, int]]) -> list[int]:
+    """What the store is asked for when all rows are read one by one in an order that jumps, thrice."""
+    plain, dataset, sizes = FeatureDataset.open(whole), FeatureDataset.open(URL, cache=cache), []
+    rows = np.array(sorted(plain.columns.ok_rows, key=lambda row: (row % 3, row)))
+    for _ in range(3):
+        asked.clear()
+        for row in rows.tolist():
+            expect_true_row(plain, dataset, row)
+            assert cache is None or bytes_on_disk(cache.folder) <= cache.most_bytes
+        sizes.append(sum(size for _, size in asked))
+    return sizes
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Of what is kept, and of what this process keeps open that has no name any more."""
+    links = list(Path("/proc/self/fd").glob("*"))
+    nameless = {link.stat().st_ino: link.stat().st_size for link in links if _is_dropped(link, folder)}
+    return sum(map(len, kept(folder).values())) + sum(nameless.values())
+
+
+def _is_dropped(link: Path, folder: Path) -> bool:
+    target = str(link.readlink()) if link.is_symlink() else ""
+    return target.startswith(f"{folder}/") and target.endswith(" (deleted)")
+
+
+def test_a_cache_smaller_than_the_dataset_keeps_a_part_and_reads_of_the_rest_what_it_needs(
+    whole: Path, tmp_path: Path, asked: list[tuple[str, int]]
+) -> None:
+    size_bytes = FeatureDataset.open(URL).size_bytes
+    without = bytes_by_epoch(whole, None, asked)
+    small = ObjectCache(tmp_path / "small", size_bytes // 2)
+    first, second, third = bytes_by_epoch(whole, small, asked)
+    assert first <= without[0] + small.most_bytes
+    names = kept(small.folder).keys()
+    assert names and second == third < without[1]
+    assert kept(small.folder).keys() == names
+    sizes = sorted(map(len, kept(small.folder).values()))
+    tiny = ObjectCache(tmp_path / "tiny", sizes[0] // 100)
+    assert bytes_by_epoch(whole, tiny, asked) == without
+
+
+def test_what_makes_room_takes_no_bytes_although_it_is_still_open(whole: Path, tmp_path: Path) -> None:
+    size_bytes = FeatureDataset.open(URL).size_bytes
+    dataset = FeatureDataset.open(URL, cache=ObjectCache(tmp_path, size_bytes))
+    expect_truth(whole, dataset)  # and keeps its files open
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    other, content = ObjectCache(tmp_path, size_bytes), bytes(size_bytes)
+    assert other.open(blake3(content).hexdigest(), size_bytes, lambda ranges: [bytes(size) for _, size in ranges])
+    assert kept(tmp_path) == {blake3(content).hexdigest(): content}
+    assert bytes_on_disk(tmp_path) == size_bytes
+    expect_truth(whole, dataset)
+
+
+def test_a_full_disk_does_not_end_a_run_and_is_said_once(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", 40 * BLOCK) as disk:
+        dataset = FeatureDataset.open(URL, cache=ObjectCache(disk / "cache", PLENTY))
+        filling = fill(disk, 2 * BLOCK)
+        for _ in range(2):
+            expect_truth(whole, dataset)
+        (record,) = caplog.records
+        assert "nothing more can be kept in the cache" in record.message and "No space left" in record.message
+        filling.unlink()
+        assert not any(name.endswith(".tmp") for name in kept(disk / "cache"))
+
+
+def test_a_cache_that_may_only_be_read_is_read(
+    whole: Path, tmp_path: Path, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ObjectCache(tmp_path, PLENTY)
     expect_truth(whole, FeatureDataset.open(URL, cache=cache))
-    sizes = sorted(map(len, kept(cache.folder).values()))
-    small = ObjectCache(tmp_path / "small", sum(sizes) // 2)
-    for _ in range(2):
-        expect_truth(whole, FeatureDataset.open(URL, cache=small))
-        assert 0 < sum(map(len, kept(small.folder).values())) <= small.most_bytes
-    tiny = ObjectCache(tmp_path / "tiny", sizes[0] - 1)
-    expect_truth(whole, FeatureDataset.open(URL, cache=tiny))
-    assert not tiny.folder.exists() or not kept(tiny.folder)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    dataset = FeatureDataset.open(URL, cache=cache)
+    asked.clear()
+    monkeypatch.setattr(os, "utime", refuse)
+    expect_truth(whole, dataset)
+    assert not asked
 
 
 def test_a_damaged_object_of_the_dataset_is_the_same_error_and_is_not_kept(whole: Path, tmp_path: Path) -> None:

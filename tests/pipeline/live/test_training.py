@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
 from dtpipe.distill.engine.run_folder import read_metrics
+from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.pipeline.cli.main import main
 from parts.extractions import Extract
 from parts.teachers import write_ddpm
@@ -202,6 +204,20 @@ def test_images_beside_a_dataset_are_said_not_to_be_read(extract: Extract, image
     result = distill(extract("features"), "--images", image_folder, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "extract.images is not read: the dataset that is given has images" in result.stderr
+
+
+def test_remote_datasets_that_exceed_the_cache_are_said_once(extract: Extract, tmp_path: Path) -> None:
+    root = Path(extract("features"))
+    files = fsspec.filesystem("memory")
+    for path in filter(Path.is_file, root.rglob("*")):
+        files.pipe_file(f"/small-cache/{path.relative_to(root)}", path.read_bytes())
+    size_bytes, cache = FeatureDataset.open(root).size_bytes, f"distill.run.cache={tmp_path / 'cache'}"
+    for cache_bytes, num_said in ((size_bytes - 1, 1), (size_bytes, 0)):
+        cache_gb = f"distill.run.cache_gb={cache_bytes / 1e9:.9f}"
+        result = distill("memory://small-cache", "--out", tmp_path / "run", "-s", cache, "-s", cache_gb)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("read from the store in every epoch; raise it") == num_said
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= cache_bytes
 
 
 def test_equivariant_training_warns_once(extract: Extract, tmp_path: Path) -> None:
