@@ -56,11 +56,15 @@ def fit_transform(level: LevelSpec, features: NDArray[np.generic], target: FitTa
 
 
 def make_quantiser(held: Held, step: float) -> Quantiser:
-    """Bands of like deviation, those of the largest first, and their dead zones and points for a step."""
+    """Bands of like deviation, those of the largest first, and their dead zones and points for a step.
+
+    The coefficient that deviates most is always kept: a level has symbols, if only one.
+    """
     steps = held.deviation / step
     with np.errstate(divide="ignore"):
         octaves = np.floor(BANDS_PER_OCTAVE * np.log2(np.maximum(steps, NEVER)))
     kept = steps >= NEVER
+    kept.ravel()[steps.argmax()] = True
     names = np.unique(octaves[kept])[::-1][:MAX_BANDS]
     band = np.where(kept, np.searchsorted(-names, -octaves), NO_BAND).astype(np.uint8)
     num = len(names)

@@ -12,15 +12,20 @@ import pytest
 import zarr
 
 from dtpipe.extract.config import LiveConfig
+from dtpipe.extract.fitting.base import FitRequest
+from dtpipe.extract.fitting.fit import fit_codecs
 from dtpipe.extract.fitting.request import codec_recipe
+from dtpipe.extract.fitting.sample import FitSample
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.codecs.fitted import fitted_names
+from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.errors import ConfigError, InputError, PlanChangedError
 from dtpipe.manifests.fidelity import FIT_EXPECTS
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
+from dtpipe.manifests.schema import IndexRow
 from dtpipe.manifests.store.store import Store
 from dtpipe.pipeline.plan.extraction import plan_extraction
 from dtpipe.pipeline.report.inspect import describe_dataset
@@ -62,6 +67,14 @@ def test_stored_features_lose_what_was_asked_for(form: str, coder: str, extract:
         assert relative_mse(decoded, plain[name]) == pytest.approx(0.05, rel=0.3)  # the held-out samples are ten
     assert dataset.plan.provenance[FIT_EXPECTS]["samples"] == 40
     assert verify(coded, "decode").ok
+
+
+@pytest.mark.parametrize(("form", "coder"), [("zarr", "zstd"), ("zarr", "rans"), ("webdataset", "zstd")])
+def test_all_of_a_level_may_be_lost(form: str, coder: str, extract: Extract, many: str) -> None:
+    url = extract(images=many, shard={"samples": 20, "format": form}, codec={"max_error": 0.999, "coder": coder})
+    assert verify(url, "decode").ok
+    symbols = [level.codec.parameters["symbols"] for level in FeatureDataset.open(url).levels]
+    assert min(symbols) == 1
 
 
 @pytest.mark.parametrize(
@@ -182,6 +195,21 @@ def test_a_fit_that_comes_out_otherwise_is_not_taken_for_the_lost_one(make_confi
     write_images(Path(many), 40, start=40)
     with pytest.raises(PlanChangedError, match=r"fitting again gives other numbers.*put back a copy"):
         run_extraction(config)
+
+
+@pytest.mark.parametrize("coder", ["zstd", "rans"])
+def test_a_dead_level_takes_next_to_nothing_of_a_budget(coder: Coder) -> None:
+    recipe, num = golden.make_recipe(golden.Settings()), 16
+    rng = np.random.default_rng(0)
+    shapes = {level.name: (num, level.channels, level.height, level.width) for level in recipe.levels}
+    levels = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    levels["l3"] = np.full(shapes["l3"], 2.0, np.float32)
+    images = np.zeros((num, recipe.transform.height, recipe.transform.width, 3), np.uint8)
+    rows = tuple(IndexRow(row=row, key=f"{row}", shard=0) for row in range(num))
+    request = FitRequest(dict.fromkeys(shapes, "transform"), None, 10**6, num, 0, coder)
+    result = fit_codecs(recipe, FitSample(rows, levels, images), request, num, lambda *_: None)
+    assert result.codecs["l3"].parameters["symbols"] == 1 < result.codecs["l2"].parameters["symbols"]
+    assert result.expected["l3"]["relative_mse"] == 0
 
 
 @pytest.mark.parametrize("coder", ["zstd", "rans"])

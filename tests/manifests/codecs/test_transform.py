@@ -18,6 +18,7 @@ from dtpipe.manifests.codecs.basis import cosines, fit_basis, frequency_regions,
 from dtpipe.manifests.codecs.fit import FitTarget
 from dtpipe.manifests.codecs.quantise import NO_BAND, Quantiser, from_symbols, to_symbols
 from dtpipe.manifests.codecs.rans import compress, decompress
+from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.codecs.transform import TransformLevel
 from dtpipe.manifests.codecs.transform_fit import fit_transform
@@ -99,6 +100,28 @@ def test_a_fit_meets_its_size() -> None:
     assert 285 < fit.size_bytes <= 300
     worse = fit_transform(level, features, FitTarget(size_bytes=200))
     assert worse.relative_mse > fit.relative_mse
+
+
+@pytest.mark.parametrize("entropy", ["zstd", "rans"])
+@pytest.mark.parametrize(
+    ("features", "max_error"),
+    [
+        (np.zeros((12, 4, 8, 8), np.float32), 0.03),  # a dead level
+        (np.full((1, 4, 8, 8), 7.0, np.float32), 0.03),
+        (np.random.default_rng(0).standard_normal((12, 4, 8, 8)).astype(np.float32), 2.0),  # all may be lost
+    ],
+)
+def test_a_level_of_which_nothing_need_be_kept_still_has_symbols(
+    features: np.ndarray, max_error: float, entropy: Coder
+) -> None:
+    level, target = level_of(features), FitTarget(relative_mse=max_error, entropy=entropy)
+    fit = fit_transform(level, features, target)
+    assert fit.parameters["symbols"] == 1 and fit.relative_mse <= max_error and fit.size_bytes > 12
+    codec = opened(level, fit)
+    parts = encode_level(codec, features)
+    lost = decode_level(codec, parts).astype(np.float64) - features
+    assert (np.sqrt(np.square(lost).mean(axis=(1, 2, 3))) <= codec.error(parts)).all()
+    assert fit.relative_mse == pytest.approx(np.square(lost).mean() / max(features.var(), 1e-9), abs=0.1)
 
 
 def test_a_fit_is_the_same_bytes_for_any_number_of_threads() -> None:
