@@ -10,6 +10,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.words import count_of
+
 _Floats = NDArray[np.float64]
 
 CURVE_ERRORS: Final = (0.001, 0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -42,6 +45,15 @@ class Curve:
         known = np.log(np.maximum(np.maximum.accumulate(self.errors), 1e-12))
         errors = np.linspace(known[0], known[-1], _STEPS)
         return np.exp(errors), np.interp(errors, known, np.minimum.accumulate(self.sizes))
+
+
+def budget_too_small(budget_bytes: int, num_rows: int, least_bytes: float) -> ConfigError:
+    """What to raise where a dataset cannot come within its budget; `least_bytes` of a sample, at the largest error."""
+    return ConfigError(
+        f"extract.codec.budget of {budget_bytes} bytes is {budget_bytes / num_rows:.0f} for each of "
+        f"{count_of(num_rows, 'sample')}; images, levels at {CURVE_ERRORS[-1]:.0%} error and files beside them take about "
+        f"{least_bytes:.0f}: give more, or store fewer levels, views or samples"
+    )
 
 
 def divide(curves: Mapping[str, Curve], view_bytes: float) -> dict[str, float] | None:

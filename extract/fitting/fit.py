@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtpipe.extract.fitting.base import FitRequest, FitResult, OnFitted
-from dtpipe.extract.fitting.budget import CURVE_ERRORS, Curve, divide
+from dtpipe.extract.fitting.budget import CURVE_ERRORS, Curve, budget_too_small, divide
 from dtpipe.extract.fitting.sample import FitSample, chosen_rows, read_sample, sample_plan
 from dtpipe.extract.shards.producer import Job
 from dtpipe.manifests.codecs.base import array_name, encode_level
 from dtpipe.manifests.codecs.fit import Fit, FitTarget
 from dtpipe.manifests.codecs.fitted import FITTED, HeldFitted, encode_fitted
 from dtpipe.manifests.codecs.registry import CODECS, level_codecs
-from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.layout.arrays import ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, CodecSpec, LevelSpec, Recipe
 from dtpipe.manifests.words import count_of
@@ -104,11 +103,7 @@ class _Fits:
                 return result
             beside = stored - sum(level["size_bytes"] for level in result.expected.values())
         least = beside + sum(curve.sizes[-1] for curve in curves.values())
-        raise ConfigError(
-            f"extract.codec.budget of {budget_bytes} bytes is {view_bytes * num_views:.0f} for each of "
-            f"{count_of(num_rows, 'sample')}; images and levels at {CURVE_ERRORS[-1]:.0%} error take about "
-            f"{least * num_views:.0f}: give more, or store fewer levels, views or samples"
-        )
+        raise budget_too_small(budget_bytes, num_rows, least * num_views)
 
     def _curve(self, level: LevelSpec) -> Curve:
         """Sizes of a level at several errors."""

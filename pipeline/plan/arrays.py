@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dtpipe.extract.fitting.budget import CURVE_ERRORS, budget_too_small
 from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
 from dtpipe.manifests.fidelity import Fidelity
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
@@ -80,19 +81,18 @@ def assume_codec(
     plans: Sequence[ArrayPlan],
     codecs: Mapping[str, str],
     max_error: float | None,
-    budget_bytes: float | None,
+    budget_bytes: int | None,
+    num_samples: int,
     stage: str = "zstd 3",
 ) -> tuple[ArrayPlan, ...]:
-    """Plans in which some levels, {name: codec}, are coded for an error, or all together for bytes of one sample.
+    """Plans in which some levels, {name: codec}, are coded for an error, or for bytes of the whole dataset.
 
     `stage` is one of `ASSUMED_BY_STAGE`. Between the measured ratios, the logarithm of the error is taken as linear in
     that of the ratio.
+    Raises: ConfigError where not even the largest error that a fit tries comes within the budget.
     """
-    chosen = [plan for plan in plans if plan.name in codecs]
     if budget_bytes is not None:
-        left = budget_bytes - sum(plan.stored_bytes for plan in plans if plan.name not in codecs)
-        ratio = sum(plan.raw_bytes for plan in chosen) / max(left, 1.0)
-        error = assumed_error(ratio, stage)
+        error, ratio = _within(plans, codecs, budget_bytes, num_samples, stage)
     else:
         assert max_error is not None
         error, ratio = max_error, assumed_ratio(max_error, stage)
@@ -105,6 +105,18 @@ def assume_codec(
         return replace(plan, codec=codecs[plan.name], stored_bytes=stored, read_bytes=read, error=error, assumed=stage)
 
     return tuple(coded(plan) for plan in plans)
+
+
+def _within(
+    plans: Sequence[ArrayPlan], codecs: Mapping[str, str], budget_bytes: int, num_samples: int, stage: str
+) -> tuple[float, float]:
+    """Error and ratio of the levels that are coded. Raises: as `assume_codec`."""
+    raw = sum(plan.raw_bytes for plan in plans if plan.name in codecs)
+    beside = sum(plan.stored_bytes for plan in plans if plan.name not in codecs)
+    left, least = budget_bytes / num_samples - beside, raw / assumed_ratio(CURVE_ERRORS[-1], stage)
+    if left < least:
+        raise budget_too_small(budget_bytes, num_samples, beside + least)
+    return assumed_error(raw / left, stage), raw / left
 
 
 def assumed_stage(recipe: Recipe, coder: str) -> str:

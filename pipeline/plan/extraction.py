@@ -109,7 +109,8 @@ def plan_recipe(config: ExtractConfig, prices: PlanConfig = PRICES) -> tuple[Ext
 def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: PlanConfig = PRICES) -> ExtractionPlan:
     """What any work would take: its own producer makes one batch of its rows.
 
-    Raises: InputError when none of its first rows can be used, and what the producer raises.
+    Raises: InputError when none of its first rows can be used, ConfigError for a budget that cannot be met, and what
+    the producer raises.
     """
     recipe, listing = work.recipe, work.listing()
     plan = _plan_of(recipe, len(listing))
@@ -165,12 +166,11 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
 
 
 def _fitted_arrays(work: Work, arrays: tuple[ArrayPlan, ...], num_samples: int) -> tuple[ArrayPlan, ...]:
-    """What arrays take once codecs are fitted, as far as that can be said before."""
+    """What arrays take once codecs are fitted, as far as that can be said before. Raises: as `assume_codec`."""
     if work.fit is None:
         return arrays
-    budget = work.fit.budget_bytes and work.fit.budget_bytes / num_samples
     stage = assumed_stage(work.recipe, work.fit.coder)
-    return assume_codec(arrays, work.fit.codecs, work.fit.max_error, budget, stage)
+    return assume_codec(arrays, work.fit.codecs, work.fit.max_error, work.fit.budget_bytes, num_samples, stage)
 
 
 def _held(run: ExtractRun, shard_bytes: int) -> int:

@@ -220,8 +220,9 @@ def test_a_budget_is_kept_by_the_whole_dataset(coder: str, make_config: MakeConf
     run_extraction(config)
     size = sum(len(data) for name, data in objects_of(config.run.out).items() if "/c/" in name)
     assert 0.8 * budget < size <= budget
-    with pytest.raises(ConfigError, match=r"extract.codec.budget of 1000 bytes is \d+ for each of 40 samples"):
-        run_extraction(make_config(images=many, out=f"{many}-small", codec={"budget": "1kB"}))
+    for run in (plan_extraction, run_extraction):
+        with pytest.raises(ConfigError, match=r"extract.codec.budget of 1000 bytes is \d+ for each of 40 samples"):
+            run(make_config(images=many, out=f"{many}-small", codec={"budget": "1kB"}))
     assert not Store(f"{many}-small").exists("plan.json")
 
 

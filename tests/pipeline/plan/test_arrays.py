@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtpipe.extract.run import run_extraction
+from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import CodecRecipe
 from dtpipe.pipeline.cli.console import Console
@@ -72,7 +73,7 @@ def test_a_codec_that_loses_something_says_how_much_before_and_after(make_config
 
 def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[str]) -> None:
     codecs = {"l2": "transform", "l3": "transform"}
-    coded = assume_codec(PLANS, codecs, 0.03, None)
+    coded = assume_codec(PLANS, codecs, 0.03, None, 1000)
     assert [(plan.codec, plan.assumed) for plan in coded] == [
         ("exact", None),
         ("transform", "zstd 3"),
@@ -81,9 +82,9 @@ def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[
     assert coded[1].stored_bytes == pytest.approx(4000 / 7.5)
     assert coded[1].read_bytes == pytest.approx(4000 / 7.5 / 2)
     assert coded[1].error == 0.03
-    within = assume_codec(PLANS, codecs, None, 100 + 5000 / 10.7)
+    within = assume_codec(PLANS, codecs, None, round(1000 * (100 + 5000 / 10.7)), 1000)
     assert sum(plan.stored_bytes for plan in within) == pytest.approx(100 + 5000 / 10.7)
-    assert within[2].error == pytest.approx(0.06)
+    assert within[2].error == pytest.approx(0.06, rel=1e-3)
     print_arrays(Console(), coded, 1000, 2, 32)
     shown = capsys.readouterr().out
     assert (
@@ -92,6 +93,16 @@ def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[
     )
     print_arrays(Console(), PLANS, 1000, 1, 32)
     assert "ASSUMED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("of_a_sample", [1, 99, 110])
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_spent(of_a_sample: int) -> None:
+    codecs = {"l2": "transform", "l3": "transform"}
+    said = (
+        rf"budget of {1000 * of_a_sample} bytes is {of_a_sample} for each of 1000 samples; .* take about \d+: give more"
+    )
+    with pytest.raises(ConfigError, match=said):
+        assume_codec(PLANS, codecs, None, 1000 * of_a_sample, 1000)
 
 
 @pytest.mark.parametrize("stage", ASSUMED_BY_STAGE)
@@ -119,4 +130,4 @@ def test_what_is_assumed_is_of_what_makes_the_bytes(form: str, coder: str, zstd_
     recipe = golden.make_recipe(golden.Settings(form))
     coded = recipe.model_copy(update={"codec": CodecRecipe(symbols_zstd_level=zstd_level)})
     assert assumed_stage(coded, coder) == stage
-    assert assume_codec(PLANS, {"l2": "transform"}, 0.03, None, stage)[1].assumed == stage
+    assert assume_codec(PLANS, {"l2": "transform"}, 0.03, None, 1000, stage)[1].assumed == stage
