@@ -19,6 +19,7 @@ from dtpipe.extract.cluster.connection import Connection
 from dtpipe.extract.cluster.preflight import check_space, package_versions, space_warning
 from dtpipe.extract.cluster.ray import Cluster
 from dtpipe.extract.config import ExtractConfig, ExtractRun
+from dtpipe.extract.fitting.budget import over_budget
 from dtpipe.extract.fitting.run import FitPlace, fit_before_plan
 from dtpipe.extract.shards.progress import OnExtractProgress
 from dtpipe.extract.shards.queue import ShardQueue
@@ -46,6 +47,7 @@ from dtpipe.manifests.write.commit import (
 )
 from dtpipe.manifests.write.lock import Lock
 from dtpipe.manifests.write.plan import SOURCE_SEEN, find_plan, plan_digest, start_plan
+from dtpipe.manifests.write.size import size_of
 
 MERGE_ROUNDS = 3  # the merge may send shards back to work; so often it is done here, then by running again
 
@@ -107,7 +109,9 @@ def run_work(
             tally.stage_seconds["prepare"] = tally.elapsed_s
             run = _Run(config, store, plan, work, lock, connection, stop, tally, describe)
             manifest = _finished(run) or _write(run)
-    return tally.result(manifest)
+    budget_bytes = None if work.fit is None else work.fit.budget_bytes
+    over = None if budget_bytes is None else over_budget(size_of(store, manifest), budget_bytes)
+    return replace(tally.result(manifest), over_budget=over)
 
 
 def _planned(store: Store, work: Work, tally: Tally, record: dict[str, Any], fresh: bool) -> Plan:

@@ -42,6 +42,8 @@ class ExtractResult:
     `shards.timeline`."""
     stalls: dict[str, Stalls] = field(default_factory=dict)
     """Where the time of this run's workers went, by their names."""
+    over_budget: str | None = None
+    """What to say where the dataset takes more than the budget that its codecs were fitted for."""
 
 
 class Tally:

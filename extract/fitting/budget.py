@@ -18,6 +18,7 @@ _Floats = NDArray[np.float64]
 CURVE_ERRORS: Final = (0.001, 0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 _HALVINGS: Final = 60
 _STEPS: Final = 512
+_ROOM_AGAIN: Final = 0.99
 _PRICES: Final = (1e-12, 1e3)  # error that a byte is worth
 
 
@@ -51,8 +52,21 @@ def budget_too_small(budget_bytes: int, num_rows: int, least_bytes: float) -> Co
     """What to raise where a dataset cannot come within its budget; `least_bytes` of a sample, at the largest error."""
     return ConfigError(
         f"extract.codec.budget of {budget_bytes} bytes is {budget_bytes / num_rows:.0f} for each of "
-        f"{count_of(num_rows, 'sample')}; images, levels at {CURVE_ERRORS[-1]:.0%} error and files beside them take about "
-        f"{least_bytes:.0f}: give more, or store fewer levels, views or samples"
+        f"{count_of(num_rows, 'sample')}; images, levels at {CURVE_ERRORS[-1]:.0%} error and all files beside them "
+        f"take about {least_bytes:.0f}: give more, store fewer levels, views or samples, or (of few samples) set "
+        "extract.shard.samples to their number, since a shard has room in its index for all that it may hold"
+    )
+
+
+def over_budget(size_bytes: int, budget_bytes: int) -> str | None:
+    """What to say of a dataset that takes more than its budget; None of one that does not."""
+    if size_bytes <= budget_bytes:
+        return None
+    lower = int(_ROOM_AGAIN * budget_bytes**2 / size_bytes)
+    return (
+        f"the dataset takes {size_bytes} bytes, {size_bytes / budget_bytes - 1:.1%} more than extract.codec.budget of "
+        f"{budget_bytes}; the sample of the fit foretold less. Where that is too much, extract "
+        f"to another --out with --budget {lower}, or with more of extract.codec.fit_samples"
     )
 
 

@@ -21,7 +21,9 @@ from dtpipe.manifests.layout.arrays import ShardArrays, stored_arrays
 from dtpipe.manifests.schema import IMAGE, CodecSpec, LevelSpec, Recipe
 from dtpipe.manifests.words import count_of
 from dtpipe.manifests.write.listing import Listing
+from dtpipe.manifests.write.plan import plan_of
 from dtpipe.manifests.write.shard import encode_shard
+from dtpipe.manifests.write.size import foretell_size
 
 _FEW: Final = 64  # samples; a basis of fewer is said to be one
 _CURVE_SAMPLES: Final = 128  # that sizes at several errors are measured on
@@ -92,18 +94,18 @@ class _Fits:
         num_views = len(self._draft.views)
         view_bytes = _ROOM * budget_bytes / num_rows / num_views
         curves = {name: self._curve(level) for name, level in self._levels.items()}
-        beside = 0.0  # images, headers, levels that are not fitted
+        coarsest = dict.fromkeys(curves, CURVE_ERRORS[-1])
+        beside = 0.0  # images, headers, tables, bases, levels that are not fitted
         for tried in range(_ROUNDS):
-            errors = divide(curves, (view_bytes - beside) * _LESS**tried)
-            if errors is None:
-                break
-            result = self.result(errors)
-            stored = self._stored_bytes(result) / num_views
+            errors = divide(curves, (view_bytes - beside) * _LESS**tried) if tried < _ROUNDS - 1 else None
+            result = self.result(errors or coarsest)
+            stored = self._dataset_bytes(result, num_rows) / num_rows / num_views
             if stored <= view_bytes:
                 return result
+            if errors is None:
+                break
             beside = stored - sum(level["size_bytes"] for level in result.expected.values())
-        least = beside + sum(curve.sizes[-1] for curve in curves.values())
-        raise budget_too_small(budget_bytes, num_rows, least * num_views)
+        raise budget_too_small(budget_bytes, num_rows, stored * num_views)
 
     def _curve(self, level: LevelSpec) -> Curve:
         """Sizes of a level at several errors."""
@@ -119,8 +121,8 @@ class _Fits:
         zstd_level = self._draft.codec.level_of(sparse=True) if in_zarr else 0  # tars hold plain npy
         return fit(level, features, FitTarget(relative_mse=error, entropy=self._request.coder, zstd_level=zstd_level))
 
-    def _stored_bytes(self, result: FitResult) -> float:
-        """Of one sample in its store, all views, images and headers included, by the sample of the fit."""
+    def _dataset_bytes(self, result: FitResult, num_rows: int) -> float:
+        """Of a whole dataset of so many rows, by the sample of the fit."""
         recipe = result.recipe(self._draft)
         num = min(len(self._sample.rows), _MEASURED)
         plan = sample_plan(recipe, num)
@@ -133,7 +135,8 @@ class _Fits:
             for part, values in encode_level(codec, self._sample.levels[name][:num]).items():
                 arrays[array_name(name, part)][...] = values[:, None]
         rows = [row.model_copy(update={"row": idx}) for idx, row in enumerate(self._sample.rows[:num])]
-        return sum(encoded.size_bytes for encoded in encode_shard(plan, 0, ShardArrays(arrays, rows), held)) / num
+        objects = list(encode_shard(plan, 0, ShardArrays(arrays, rows), held))
+        return foretell_size(plan_of(recipe, num_rows), objects, rows, result.files).total
 
     def _say(self, what: str) -> None:
         num = len(self._sample.rows)

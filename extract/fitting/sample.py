@@ -15,10 +15,10 @@ from dtpipe.extract.shards.producer import Job, PreparedRow, Producer
 from dtpipe.extract.shards.rows import BatchQueue
 from dtpipe.extract.shards.timeline import ShardClock
 from dtpipe.extract.teachers.arithmetic import exact
-from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.errors import InputError, saying_what_to_lower
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.write.listing import Listing, permutation
+from dtpipe.manifests.write.plan import plan_of
 
 _MOST_BYTES = 4 * 2**30  # of the features of a sample, as float32
 
@@ -46,13 +46,7 @@ def chosen_rows(recipe: Recipe, listing: Listing, request: FitRequest) -> Listin
 def sample_plan(recipe: Recipe, num_rows: int) -> Plan:
     """A plan of some rows in one shard, which is never written."""
     shard = recipe.shard.model_copy(update={"samples": num_rows})
-    return Plan(
-        format=recipe.format,
-        recipe=recipe.model_copy(update={"shard": shard}),
-        num_rows=num_rows,
-        num_shards=1,
-        listing_blake3=blake3_hex(b""),
-    )
+    return plan_of(recipe.model_copy(update={"shard": shard}), num_rows)
 
 
 def read_sample(

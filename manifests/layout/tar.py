@@ -36,6 +36,7 @@ from dtpipe.manifests.layout.symbols import decode_symbols, encode_symbols
 from dtpipe.manifests.schema import IMAGE, IndexRow, Plan, Recipe
 
 _BLOCK = tarfile.BLOCKSIZE
+_END = bytes(2 * _BLOCK)
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,14 @@ def join_tar_rows(plan: Plan, shard_idx: int, parts: Sequence[CodedRows]) -> Ite
                 padding = bytes(-len(chunk.data) % _BLOCK)
                 pieces += [_header(f"{row.row:08d}.{suffix}", len(chunk.data)), chunk.data, padding]
                 offset += _BLOCK + len(chunk.data) + len(padding)
-    pieces.append(bytes(2 * _BLOCK))
+    pieces.append(_END)
     tables_of_all = {name: table.table() for name, table in tables.items()}
     yield EncodedObject(tar_object_name(shard_idx), tuple(pieces), tables_of_all)
+
+
+def empty_tar_bytes(_recipe: Recipe) -> int:
+    """Of a shard beside its members: the end of a tar."""
+    return len(_END)
 
 
 def _suffixes(specs: Mapping[str, ArraySpec]) -> list[tuple[str, str]]:

@@ -41,6 +41,7 @@ ROOT = "data.zarr"
 PREDICTED_CODEC = "dtpipe.predicted"  # `zarr_codecs` has these for zarr-python
 RANS_CODEC = "dtpipe.rans"
 TRAILER_BYTES = 4  # the stored crc32c behind each chunk
+SLOT_BYTES = 16  # of the index: where a chunk lies
 _EMPTY = np.uint64(2**64 - 1)  # index mark of a chunk beyond the last row
 
 
@@ -77,6 +78,12 @@ def join_zarr_rows(plan: Plan, shard_idx: int, parts: Sequence[CodedRows]) -> It
         chunks = [chunk for part in parts for chunk in part.chunks[name]]
         num_slots = plan.recipe.shard.samples * spec.chunks_per_row
         yield _join_array(name, chunks, num_slots, shard_object_name(spec, shard_idx))
+
+
+def empty_zarr_bytes(recipe: Recipe) -> int:
+    """Of a shard beside its chunks: a slot for each that it may have."""
+    slots = [recipe.shard.samples * spec.chunks_per_row for spec in stored_arrays(recipe).values()]
+    return sum(SLOT_BYTES * num_slots + TRAILER_BYTES for num_slots in slots)
 
 
 def _join_array(array: str, chunks: Sequence[Chunk], num_slots: int, name: str) -> EncodedObject:

@@ -100,6 +100,14 @@ def plan_digest(store: Store) -> str:
     return blake3_hex(store.read(PLAN_FILE))
 
 
+def plan_of(recipe: Recipe, num_rows: int) -> Plan:
+    """A plan that is never written."""
+    num_shards = math.ceil(num_rows / recipe.shard.samples)
+    return Plan(
+        format=recipe.format, recipe=recipe, num_rows=num_rows, num_shards=num_shards, listing_blake3=blake3_hex(b"")
+    )
+
+
 def bytes_per_sample(levels: Sequence[LevelSpec], num_views: int, image_px: tuple[int, int] | None) -> int:
     """Bytes of one sample before compression: all levels of all views as coded, and the uint8 RGB image if stored."""
     parts = [spec for level in levels for spec in open_codec(level).parts.values()]

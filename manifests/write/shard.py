@@ -18,8 +18,14 @@ from numpy.typing import NDArray
 from dtpipe.manifests.codecs.base import FittedArrays
 from dtpipe.manifests.codecs.fitted import NOT_FITTED
 from dtpipe.manifests.layout.arrays import ArraySpec, CodedRows, EncodedObject, ShardArrays
-from dtpipe.manifests.layout.tar import decode_tar_chunk, encode_tar_rows, join_tar_rows
-from dtpipe.manifests.layout.zarr import TRAILER_BYTES, decode_zarr_chunk, encode_zarr_rows, join_zarr_rows
+from dtpipe.manifests.layout.tar import decode_tar_chunk, empty_tar_bytes, encode_tar_rows, join_tar_rows
+from dtpipe.manifests.layout.zarr import (
+    TRAILER_BYTES,
+    decode_zarr_chunk,
+    empty_zarr_bytes,
+    encode_zarr_rows,
+    join_zarr_rows,
+)
 from dtpipe.manifests.pieces import Pieces, blake3_of
 from dtpipe.manifests.schema import ObjectEntry, Plan, Recipe, ShardEntry
 from dtpipe.manifests.store.faults import fault_point
@@ -39,11 +45,13 @@ class ShardFormatKind:
     """(array, chunk, trailer, out): fills `out`, or raises DamagedDataError."""
     trailer_bytes: int
     """Bytes behind each chunk that belong to it but not to its checksum."""
+    empty_bytes: Callable[[Recipe], int]
+    """Bytes of a shard beside its rows."""
 
 
 SHARD_FORMATS: Mapping[str, ShardFormatKind] = {
-    "zarr": ShardFormatKind(encode_zarr_rows, join_zarr_rows, decode_zarr_chunk, TRAILER_BYTES),
-    "webdataset": ShardFormatKind(encode_tar_rows, join_tar_rows, decode_tar_chunk, 0),
+    "zarr": ShardFormatKind(encode_zarr_rows, join_zarr_rows, decode_zarr_chunk, TRAILER_BYTES, empty_zarr_bytes),
+    "webdataset": ShardFormatKind(encode_tar_rows, join_tar_rows, decode_tar_chunk, 0, empty_tar_bytes),
 }
 
 

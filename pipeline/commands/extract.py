@@ -219,6 +219,8 @@ def _print_result(console: Console, result: ExtractResult, following: str) -> No
     if len(result.stalls) > 1:
         for name, stalls in result.stalls.items():
             console.result(f"  {name}: {share_text(stalls.shares())}")
+    if result.over_budget:
+        console.result(result.over_budget)
     if result.ignored:
         console.result(f"ignored: {ignored_text(result.ignored)}")
     if result.float32_error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from tarfile import BLOCKSIZE
 from typing import Final
 
 import numpy as np
@@ -12,13 +13,17 @@ from numpy.typing import NDArray
 
 from dtpipe.extract.fitting.budget import CURVE_ERRORS, budget_too_small
 from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
+from dtpipe.manifests.codecs.transform_fit import NORM_BYTES
 from dtpipe.manifests.fidelity import Fidelity
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
-from dtpipe.manifests.schema import IMAGE, Recipe
+from dtpipe.manifests.layout.zarr import SLOT_BYTES, TRAILER_BYTES
+from dtpipe.manifests.schema import IMAGE, Plan, Recipe
+from dtpipe.manifests.write.size import DatasetBytes
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_error
 
 _FAST: Final = 10  # level of zstd up to which it looks for little
 HEADERS: Final = "headers"  # of objects and members, keys, and tables of chunks
+BESIDE: Final = "files"  # beside the shards: entries, tables, records
 ASSUMED_RATIOS: Final = {0.01: 5.2, 0.03: 7.5, 0.06: 10.7, 0.1: 15.1}
 """Features in float16 over stored bytes, by relative squared error, of codec transform."""
 ASSUMED_BY_STAGE: Final = {
@@ -48,17 +53,18 @@ class ArrayPlan:
 
 
 def plan_arrays(
-    recipe: Recipe,
+    plan: Plan,
     codecs: Mapping[str, LevelCodec],
     arrays: ShardArrays,
     coded: CodedRows,
-    object_bytes: int,
+    size: DatasetBytes,
     features: Mapping[str, NDArray[np.generic]],
 ) -> tuple[ArrayPlan, ...]:
-    """From a probe: its features, and what their codecs and the store made of them; `object_bytes` of all its objects.
+    """From a probe: its features, and what their codecs and the store made of them; `size` of the whole dataset.
 
     Shapes: features {level: [n, V, C, h, w]}.
     """
+    recipe = plan.recipe
     num, views = len(coded.rows), len(recipe.views)
     sizes = {name: sum(len(chunk.data) for chunk in chunks) / num for name, chunks in coded.chunks.items()}
     plans = []
@@ -73,8 +79,17 @@ def plan_arrays(
         shape = (-1, level.channels, level.height, level.width)
         error = Fidelity.of(features[level.name].reshape(shape), decoded.reshape(shape)).relative_mse
         plans.append(ArrayPlan(level.name, level.codec.name, raw, stored, stored / views, error))
-    headers = object_bytes / num - sum(plan.stored_bytes for plan in plans)
-    return (*plans, ArrayPlan(HEADERS, "", 0, headers, 0.0, None))
+    headers = size.objects / plan.num_rows - sum(array.stored_bytes for array in plans)
+    beside = {HEADERS: headers, BESIDE: size.files / plan.num_rows}
+    return (*plans, *(ArrayPlan(name, "", 0, stored, 0.0, None) for name, stored in beside.items()))
+
+
+def norm_headers_bytes(plan: Plan) -> float:
+    """What the norms of a level under `transform` take of a sample, beside their numbers: slots or members."""
+    views, shard = len(plan.recipe.views), plan.recipe.shard
+    if shard.format == "webdataset":
+        return views * (2 * BLOCKSIZE - NORM_BYTES)
+    return views * (TRAILER_BYTES + SLOT_BYTES * plan.num_shards * shard.samples / plan.num_rows)
 
 
 def assume_codec(
@@ -159,7 +174,7 @@ def print_arrays(
         stage = next(iter(assumed.values()))
         console.result(
             f"stored and error of {', '.join(assumed)} are ASSUMED, as measured on all levels of the demo's teacher "
-            f"(64 px, {stage}): the codec is fitted when the extraction begins"
+            f"(64 px, {stage}): the codec is fitted when the extraction begins, and its bases, in codecs/, come on top"
         )
     views = "" if num_views == 1 else f"; {num_views} views of each level"
     console.result(f"error: share of the whitened features' variance that is lost; {num_probed} images{views}")

@@ -18,6 +18,7 @@ import numpy as np
 from dtpipe.extract.cluster.preflight import free_bytes
 from dtpipe.extract.config import ExtractConfig, ExtractRun
 from dtpipe.extract.device import NOTHING_YET
+from dtpipe.extract.fitting.sample import sample_plan
 from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards.buffer import CodedBatch
 from dtpipe.extract.shards.producer import PreparedRow, Producer
@@ -25,7 +26,6 @@ from dtpipe.extract.shards.queue import SHARDS_IN_HAND
 from dtpipe.extract.shards.task import threads_that_code
 from dtpipe.extract.sources.names import bounded, ignored_text
 from dtpipe.extract.work import Work, refuse_lower_batch, work_of
-from dtpipe.manifests.canonical import blake3_hex
 from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import InputError, saying_what_to_lower
@@ -35,10 +35,19 @@ from dtpipe.manifests.schema import ComputeRecipe, IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
 from dtpipe.manifests.write.listing import Listing
-from dtpipe.manifests.write.plan import bytes_per_sample
+from dtpipe.manifests.write.plan import bytes_per_sample, plan_of
 from dtpipe.manifests.write.shard import SHARD_FORMATS, encode_rows, join_rows
+from dtpipe.manifests.write.size import foretell_size
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
-from dtpipe.pipeline.plan.arrays import ArrayPlan, assume_codec, assumed_stage, plan_arrays, print_arrays
+from dtpipe.pipeline.plan.arrays import (
+    HEADERS,
+    ArrayPlan,
+    assume_codec,
+    assumed_stage,
+    norm_headers_bytes,
+    plan_arrays,
+    print_arrays,
+)
 from dtpipe.pipeline.plan.limits import Limits, extraction_limits
 from dtpipe.pipeline.plan.prices import CachedOrLive, PlanConfig, cached_or_live
 
@@ -113,14 +122,14 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
     the producer raises.
     """
     recipe, listing = work.recipe, work.listing()
-    plan = _plan_of(recipe, len(listing))
+    plan = plan_of(recipe, len(listing))
     producer = work.job_here.open(plan, listing, recipe.compute.device)
     refuse_lower_batch(run, Store(run.out))
     compute = recipe.compute.in_batches(run.lower_batch_to or recipe.compute.batch_size)
     rows, prepare_s = _probe_rows(producer, listing, compute.batch_size)
-    probe = _probe(producer, recipe, rows, compute)
+    probe = _probe(producer, plan, rows, compute)
     num_samples, workers = len(listing), _workers(run, recipe.compute.device)
-    arrays = _fitted_arrays(work, probe.arrays, num_samples)
+    arrays = _fitted_arrays(work, plan, probe.arrays)
     stored_each = sum(array.stored_bytes for array in arrays)
     limits = extraction_limits(
         on_gpu=recipe.compute.device != "cpu",
@@ -165,12 +174,15 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
     )
 
 
-def _fitted_arrays(work: Work, arrays: tuple[ArrayPlan, ...], num_samples: int) -> tuple[ArrayPlan, ...]:
+def _fitted_arrays(work: Work, plan: Plan, arrays: tuple[ArrayPlan, ...]) -> tuple[ArrayPlan, ...]:
     """What arrays take once codecs are fitted, as far as that can be said before. Raises: as `assume_codec`."""
     if work.fit is None:
         return arrays
-    stage = assumed_stage(work.recipe, work.fit.coder)
-    return assume_codec(arrays, work.fit.codecs, work.fit.max_error, work.fit.budget_bytes, num_samples, stage)
+    stage, more = assumed_stage(work.recipe, work.fit.coder), len(work.fit.codecs) * norm_headers_bytes(plan)
+    with_norms = [
+        replace(array, stored_bytes=array.stored_bytes + more) if array.name == HEADERS else array for array in arrays
+    ]
+    return assume_codec(with_norms, work.fit.codecs, work.fit.max_error, work.fit.budget_bytes, plan.num_rows, stage)
 
 
 def _held(run: ExtractRun, shard_bytes: int) -> int:
@@ -212,7 +224,7 @@ class _Probe:
     device_bytes: int | None
 
 
-def _probe(producer: Producer, recipe: Recipe, rows: Sequence[PreparedRow], compute: ComputeRecipe) -> _Probe:
+def _probe(producer: Producer, plan: Plan, rows: Sequence[PreparedRow], compute: ComputeRecipe) -> _Probe:
     """A full batch after warm-up; the codec counts with the teacher, since it runs on the same device.
 
     Raises: DeviceMemoryError where there is no room for it.
@@ -221,7 +233,7 @@ def _probe(producer: Producer, recipe: Recipe, rows: Sequence[PreparedRow], comp
 
     from dtpipe.extract.teachers.arithmetic import exact
 
-    codecs = level_codecs(recipe)
+    recipe, codecs = plan.recipe, level_codecs(plan.recipe)
     if compute.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     no_room = saying_what_to_lower("a first batch", compute.device, compute.batch_size, NOTHING_YET)
@@ -239,11 +251,11 @@ def _probe(producer: Producer, recipe: Recipe, rows: Sequence[PreparedRow], comp
     blake3_of(chunk.data for chunks in coded.chunks.values() for chunk in chunks)
     code_s = (time.perf_counter() - started_s) / len(rows)
     numbered = [row.model_copy(update={"row": idx}) for idx, row in enumerate(coded.rows)]  # bad ones were left out
-    objects = join_rows(_probe_plan(recipe, len(rows)), 0, [replace(coded, rows=numbered)])
-    object_bytes = sum(encoded.size_bytes for encoded in objects)
+    objects = list(join_rows(sample_plan(recipe, len(rows)), 0, [replace(coded, rows=numbered)]))
+    size = foretell_size(plan, objects, numbered, {})
     features = {name: level[: len(rows)].float().cpu().numpy() for name, level in produced.levels.items()}
     return _Probe(
-        arrays=plan_arrays(recipe, codecs, arrays, coded, object_bytes, features),
+        arrays=plan_arrays(plan, codecs, arrays, coded, size, features),
         teacher_s=teacher_s,
         code_s=code_s,
         decode_s=_time_decoding(recipe, codecs, coded),
@@ -264,19 +276,6 @@ def _time_decoding(recipe: Recipe, codecs: Mapping[str, LevelCodec], coded: Code
     for codec in codecs.values():
         decode_level(codec, parts_of(codec, plain))
     return time.perf_counter() - started_s
-
-
-def _probe_plan(recipe: Recipe, num: int) -> Plan:
-    """Of a dataset of one shard."""
-    return _plan_of(recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": num})}), num)
-
-
-def _plan_of(recipe: Recipe, num_rows: int) -> Plan:
-    """A plan that is never written."""
-    num_shards = -(-num_rows // recipe.shard.samples)
-    return Plan(
-        format=recipe.format, recipe=recipe, num_rows=num_rows, num_shards=num_shards, listing_blake3=blake3_hex(b"")
-    )
 
 
 def _bytes_by_array(recipe: Recipe) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -212,14 +213,41 @@ def test_a_dead_level_takes_next_to_nothing_of_a_budget(coder: Coder) -> None:
     assert result.expected["l3"]["relative_mse"] == 0
 
 
-@pytest.mark.parametrize("coder", ["zstd", "rans"])
-def test_a_budget_is_kept_by_the_whole_dataset(coder: str, make_config: MakeConfig, many: str) -> None:
-    plain = run_extraction(make_config(images=many, shard={"samples": 40}, out=f"{many}-plain"))
-    budget = plain.size_bytes // 2
-    config = make_config(images=many, shard={"samples": 40}, codec={"budget": str(budget), "coder": coder})
-    run_extraction(config)
-    size = sum(len(data) for name, data in objects_of(config.run.out).items() if "/c/" in name)
-    assert 0.8 * budget < size <= budget
+def size_on_disk(url: str) -> int:
+    """Of all files."""
+    return sum(path.stat().st_size for path in Path(url).rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("form", "samples", "coder"), [("zarr", 1000, "zstd"), ("zarr", 16, "rans"), ("webdataset", 16, "rans")]
+)
+def test_a_budget_is_kept_by_the_whole_dataset(
+    form: str, samples: int, coder: str, make_config: MakeConfig, many: str
+) -> None:
+    shard = {"samples": samples, "format": form}  # a last shard that is not full, or more shards than one
+    codec = {"max_error": 0.05, "coder": coder}
+    budget = round(1.03 * size_on_disk(run_extraction(make_config(images=many, shard=shard, codec=codec)).url))
+    codec = {"budget": str(budget), "coder": coder}
+    result = run_extraction(make_config(images=many, shard=shard, codec=codec, out=f"{many}-within"))
+    assert 0.9 * budget < size_on_disk(result.url) <= budget
+    assert result.over_budget is None
+
+
+def test_a_budget_that_a_dataset_exceeds_all_the_same_is_said_with_what_mends_it(
+    make_config: MakeConfig, many: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtpipe.extract.fitting.fit._ROOM", 2.0)
+    config = make_config(images=many, shard={"samples": 16}, codec={"budget": "100kB"})
+    for _ in range(2):  # also where nothing is left to do
+        result = run_extraction(config)
+        said = re.match(
+            r"the dataset takes (\d+) bytes, [\d.]+% more .* 100000; .* --budget (\d+)", result.over_budget or ""
+        )
+        assert said and int(said[1]) == pytest.approx(size_on_disk(result.url), abs=2000)  # beside the lock
+        assert int(said[2]) < 100_000**2 / int(said[1])
+
+
+def test_a_budget_that_cannot_be_met_is_refused(make_config: MakeConfig, many: str) -> None:
     for run in (plan_extraction, run_extraction):
         with pytest.raises(ConfigError, match=r"extract.codec.budget of 1000 bytes is \d+ for each of 40 samples"):
             run(make_config(images=many, out=f"{many}-small", codec={"budget": "1kB"}))
