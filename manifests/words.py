@@ -26,13 +26,15 @@ def teacher_in_words(teacher: Mapping[str, Any]) -> str:
     return f"{teacher['kind']}{untrained}, weights {teacher['weights_blake3'][:16]}"
 
 
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGTP]?)B?")
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)b?", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """`500GB`, `1.5 TB`, `2000000`: bytes, in powers of 1000. Raises: ValueError."""
+    """`500GB`, `300 kb`, `2000000`: bytes, in powers of 1000, in any case. Raises: ValueError."""
     match = _BYTES.fullmatch(text.strip())
-    size = float(match[1]) * 1000 ** " kMGTP".index(match[2] or " ") if match else 0
+    size = float(match[1]) * 1000 ** " kmgtp".index(match[2].lower() or " ") if match else 0
     if size < 1:
-        raise ValueError(f" is {text!r}; write a size such as 500GB or 1.5TB")
+        raise ValueError(
+            f" is {text!r}; write a size in B, kB, MB, GB, TB or PB (powers of 1000), such as 500GB or 1.5TB"
+        )
     return int(size)

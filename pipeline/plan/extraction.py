@@ -29,7 +29,7 @@ from dtpipe.extract.work import Work, refuse_lower_batch, work_of
 from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import InputError, saying_what_to_lower
-from dtpipe.manifests.layout.arrays import CodedRows, stored_arrays
+from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
 from dtpipe.manifests.pieces import blake3_of
 from dtpipe.manifests.schema import ComputeRecipe, IndexRow, Plan, Recipe
 from dtpipe.manifests.store.store import Store
@@ -80,7 +80,8 @@ class ExtractionPlan:
     code_s: float
     """Per image, compression, checksums and digest, one thread."""
     decode_s: float
-    """Per image and one view of each level: what reading them back takes, one thread, without the store."""
+    """Per image and one view of each level: what reading them back takes, one thread, without the store; 0 where codecs
+    are to be fitted."""
     binds: str
     """What lets through the fewest images."""
     limits: Limits
@@ -96,7 +97,7 @@ class ExtractionPlan:
     ignored: dict[str, int]
     """What lies in the source and is no sample: extension or why, to count."""
     to_fit: dict[str, Any] | None = None
-    """What `extract` would fit before its plan; sizes here are of these levels under cast."""
+    """What `extract` would fit before its plan; bytes here are assumed of it, times are of these levels under cast."""
 
 
 def plan_extraction(config: ExtractConfig, prices: PlanConfig = PRICES) -> ExtractionPlan:
@@ -161,7 +162,7 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
         teacher_s=probe.teacher_s,
         prepare_s=prepare_s,
         code_s=probe.code_s,
-        decode_s=probe.decode_s,
+        decode_s=probe.decode_s if work.fit is None else 0.0,
         binds=limits.binding,
         limits=limits,
         seconds=seconds,
@@ -245,8 +246,9 @@ def _probe(producer: Producer, plan: Plan, rows: Sequence[PreparedRow], compute:
         batch.start(produced.levels, codecs)
         batch.wait()
         teacher_s = (time.perf_counter() - started_s) / compute.batch_size
-    started_s = time.perf_counter()
     arrays = batch.arrays(recipe)
+    _warm_up(recipe, codecs, arrays)
+    started_s = time.perf_counter()
     coded = encode_rows(recipe, arrays)
     blake3_of(chunk.data for chunks in coded.chunks.values() for chunk in chunks)
     code_s = (time.perf_counter() - started_s) / len(rows)
@@ -261,6 +263,12 @@ def _probe(producer: Producer, plan: Plan, rows: Sequence[PreparedRow], compute:
         decode_s=_time_decoding(recipe, codecs, coded),
         device_bytes=torch.cuda.max_memory_allocated() if compute.device == "cuda" else None,
     )
+
+
+def _warm_up(recipe: Recipe, codecs: Mapping[str, LevelCodec], arrays: ShardArrays) -> None:
+    """Code one row and decode it, so that loading compiled code is in no time."""
+    row = ShardArrays({name: values[:1] for name, values in arrays.arrays.items()}, arrays.rows[:1])
+    _time_decoding(recipe, codecs, encode_rows(recipe, row))
 
 
 def _time_decoding(recipe: Recipe, codecs: Mapping[str, LevelCodec], coded: CodedRows) -> float:
@@ -343,7 +351,8 @@ def _fit_in_words(fit: dict[str, Any]) -> str:
     target = f"{fit['max_error']:.1%} error" if "max_error" in fit else format_bytes(fit["budget_bytes"])
     return (
         f"codecs ({levels}) would be fitted for {target} to {count_of(fit['samples'], 'sample')} at most, before "
-        "anything is stored; the bytes below are of these levels as they are, unfitted"
+        "anything is stored; the bytes below are assumed of them; fitting, and coding by them, are not in the time "
+        "above"
     )
 
 

@@ -64,6 +64,8 @@ class TrainingPlan:
     limits: Limits
     teacher_s: float | None = None
     """Per image that is encoded live; None where none is."""
+    decode_s: float = 0.0
+    """Per image that is read; 0 where it was not measured and is not in the time."""
 
 
 def plan_training(config: DistillConfig, data: TrainingData, prices: PlanConfig = PRICES) -> TrainingPlan:
@@ -200,6 +202,7 @@ def time_training(
         read_bytes=round(cached * num_samples),
         binds=limits.binding,
         limits=limits,
+        decode_s=reads.decode_s,
     )
 
 
@@ -244,6 +247,7 @@ def print_training(console: Console, plan: TrainingPlan) -> None:
     teacher_ms = None if plan.teacher_s is None else f"{1000 * plan.teacher_s:.1f}"
     live = {} if teacher_ms is None else {"teacher": f"{teacher_ms} ms per image that it encodes live"}
     parameters, regressor = f"{plan.num_parameters / 1e6:.1f} M", f"{plan.regressor_parameters / 1e6:.1f} M"
+    undecoded = "; decoding them is not in the time" if plan.read_bytes and not plan.decode_s else ""
     duration = f"about {format_seconds(plan.seconds)} for {plan.epochs} epochs"
     console.pairs(
         {
@@ -251,7 +255,7 @@ def print_training(console: Console, plan: TrainingPlan) -> None:
             "training": f"{duration}, {count_of(plan.num_steps, 'step')} ({plan.device})",
             "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
             **live,
-            "reads": f"{format_bytes(plan.read_bytes)} per epoch, of the views that are read",
+            "reads": f"{format_bytes(plan.read_bytes)} per epoch, of the views that are read{undecoded}",
             "limits": plan.limits.text(),
             "memory": f"about {format_bytes(plan.memory_bytes)} with {plan.timed_images} images at a time",
         }
