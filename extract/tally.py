@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from dtpipe.extract.shards.advice import advice
 from dtpipe.extract.shards.progress import OnExtractProgress, ProgressMeter
 from dtpipe.extract.shards.task import BadSample, ShardSummary, bad_samples, budget_message
 from dtpipe.extract.shards.timeline import Stalls
@@ -44,6 +45,8 @@ class ExtractResult:
     """Where the time of this run's workers went, by their names."""
     over_budget: str | None = None
     """What to say where the dataset takes more than the budget that its codecs were fitted for."""
+    speed: str | None = None
+    """What would make it faster; None where too little ran to tell."""
 
 
 class Tally:
@@ -148,4 +151,5 @@ class Tally:
             source_change=self.source_change,
             stage_seconds={name: round(value, 3) for name, value in self.stage_seconds.items()},
             stalls=self.stalls,
+            speed=advice(sum(self.stalls.values(), Stalls()), manifest.recipe),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dtpipe.extract.shards.timeline import CODEC, TEACHING, WAIT, WRITE, Stalls
+from dtpipe.manifests.schema import Recipe
 
 _WORTH_IT = 0.1  # a smaller share of the time is not worth a change
 _TELLING_S = 1.0  # a shorter time says nothing
@@ -16,7 +17,7 @@ def share_text(shares: Mapping[str, float], most: int | None = None) -> str:
     return ", ".join(f"{cause} {100 * share:.0f} %" for cause, share in ordered if share >= 0.005)
 
 
-def advice(stalls: Stalls) -> str | None:
+def advice(stalls: Stalls, recipe: Recipe) -> str | None:
     """What holds the teacher up most and what to change, or that nothing does; None where too little ran to tell."""
     shares = stalls.shares()
     if stalls.seconds < _TELLING_S or not shares:
@@ -27,7 +28,8 @@ def advice(stalls: Stalls) -> str | None:
             f"the teacher is busy {shares[TEACHING]:.0%} of the time: only more or faster devices, or a lower "
             "extract.teacher.dtype, make this faster"
         )
-    return f"the teacher is held up {shares[cause]:.0%} of the time by {_REMEDIES[cause](stalls)}"
+    remedy = _codec(stalls, recipe) if cause == CODEC else _REMEDIES[cause](stalls)
+    return f"the teacher is held up {shares[cause]:.0%} of the time by {remedy}"
 
 
 def _read(stalls: Stalls) -> str:
@@ -52,16 +54,20 @@ def _more_decoders(stalls: Stalls) -> str:
     return f"give each worker more than {stalls.cpus} CPUs"
 
 
-def _codec(stalls: Stalls) -> str:
+def _codec(stalls: Stalls, recipe: Recipe) -> str:
     on_device, behind = stalls.spans.get(CODEC, 0.0), stalls.spans.get("coding", 0.0)
     if on_device >= behind:
         return "the codec on the teacher's device: store fewer levels or views, or take a simpler extract.codec"
     if stalls.code_threads < stalls.cpus:
         return f"compression: raise extract.run.code_threads from {stalls.code_threads} to up to {stalls.cpus}"
-    return (
-        f"compression: give each worker more than {stalls.cpus} CPUs, or lower extract.shard.zstd_level (of fitted "
-        "codecs extract.codec.zstd_level, or take the coder rans)"
-    )
+    return f"compression: give each worker more than {stalls.cpus} CPUs{_less_compression(recipe)}"
+
+
+def _less_compression(recipe: Recipe) -> str:
+    """What of a recipe can be set to take less time; tars have no zstd."""
+    if recipe.codec.symbols_zstd_level is not None:
+        return ", or lower extract.codec.zstd_level, or take the coder rans"
+    return ", or lower extract.shard.zstd_level" if recipe.shard.format == "zarr" and recipe.codec.zstd_level else ""
 
 
 def _write(stalls: Stalls) -> str:
@@ -77,4 +83,4 @@ def _wait(_stalls: Stalls) -> str:
     )
 
 
-_REMEDIES = {"read": _read, "decode": _decode, "noise": _noise, CODEC: _codec, WRITE: _write, WAIT: _wait}
+_REMEDIES = {"read": _read, "decode": _decode, "noise": _noise, WRITE: _write, WAIT: _wait}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dtpipe.extract.shards.advice import advice, share_text
+from dtpipe.extract.shards.advice import share_text
 from dtpipe.extract.shards.timeline import Stalls
 from dtpipe.extract.sources.names import ignored_text
 from dtpipe.manifests.words import count_of
@@ -197,12 +197,12 @@ def _shown_done(progress: Progress) -> int:
     return progress.samples_done if written else min(progress.samples_encoded, progress.samples_total - 1)
 
 
-def _time_rows(stalls: Stalls) -> dict[str, str]:
+def _time_rows(result: ExtractResult) -> dict[str, str]:
     """Where the time of the workers went, and what to change."""
+    stalls = sum(result.stalls.values(), Stalls())
     if not stalls.spans:
         return {}
-    sentence = advice(stalls)
-    return {"time": share_text(stalls.shares())} | ({} if sentence is None else {"speed": sentence})
+    return {"time": share_text(stalls.shares())} | ({} if result.speed is None else {"speed": result.speed})
 
 
 def _print_result(console: Console, result: ExtractResult, following: str) -> None:
@@ -213,7 +213,7 @@ def _print_result(console: Console, result: ExtractResult, following: str) -> No
             "size": format_bytes(result.size_bytes),
             "digest": result.digest,
             "took": f"{format_seconds(result.seconds)}, {result.throughput_img_s:.1f} img/s",
-            **_time_rows(sum(result.stalls.values(), Stalls())),
+            **_time_rows(result),
         }
     )
     if len(result.stalls) > 1:

@@ -86,7 +86,7 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
 
 
 def _print_errors(console: Console, levels: list[dict[str, Any]]) -> None:
-    """What codecs lost, beside what a fit expected."""
+    """What codecs lost, beside what a fit expected that they would, and the bytes that it expected."""
     lossy = [level for level in levels if level["codec_error"] or level["expected"]]
     if not lossy:
         return
@@ -98,8 +98,9 @@ def _print_errors(console: Console, levels: list[dict[str, Any]]) -> None:
         shown = ["-" if error is None else format_error(error) for error in errors]
         apart = [f"{measured[name]:.4f}" if measured else "-" for name in ("cosine", "attention")]
         codec = level["codec"] if level["coder"] == "zstd" else f"{level['codec']}, {level['coder']}"
-        rows.append((level["name"], codec, *shown, *apart, str(measured.get("num", "-"))))
-    columns = ("level", "codec", "error expected", "measured", "worst", "cosine", "attention", "of")
+        size = "-" if level["expected_bytes"] is None else format_bytes(level["expected_bytes"])
+        rows.append((level["name"], codec, size, *shown, *apart, str(measured.get("num", "-"))))
+    columns = ("level", "codec", "bytes expected", "error expected", "measured", "worst", "cosine", "attention", "of")
     console.table(columns, rows)
 
 

@@ -68,10 +68,7 @@ def describe_dataset(url: str) -> dict[str, Any]:
         "batch_sizes": [same.model_dump() for same in _batch_sizes(Store(url), dataset, complete)],
         "views": [view.model_dump() for view in dataset.recipe.views],
         "images": _image_bytes(dataset.recipe, stored),
-        "levels": [
-            _level_bytes(level, dataset.recipe, stored) | _errors(level, dataset, complete)
-            for level in dataset.recipe.levels
-        ],
+        "levels": describe_levels(dataset, stored, complete),
         "fitted_bytes": sum(len(Store(url).read(name)) for name in fitted_names(*dataset.recipe.levels)),
         "overhead_bytes": size_bytes - sum(stored[name][1] for name in arrays if name in stored),
         "labels": dict(sorted(Counter(label for label in dataset.columns.labels if label is not None).items())),
@@ -79,6 +76,16 @@ def describe_dataset(url: str) -> dict[str, Any]:
         "ignored": dict(dataset.plan.provenance.get(SOURCE_SEEN, {}).get("ignored", {})),
         "provenance": dict((dataset.plan if complete is None else complete).provenance),
     }
+
+
+def describe_levels(
+    dataset: FeatureDataset, stored: Mapping[str, tuple[int, int]], complete: Manifest | None
+) -> list[dict[str, Any]]:
+    """Bytes and errors of each level, beside those that a fit expected; `stored` as `stored_bytes` gives it."""
+    return [
+        _level_bytes(level, dataset.recipe, stored) | _expectations(level, dataset, stored, complete)
+        for level in dataset.recipe.levels
+    ]
 
 
 def bad_records(dataset: FeatureDataset) -> list[dict[str, Any]]:
@@ -215,11 +222,20 @@ def _level_bytes(level: LevelSpec, recipe: Recipe, stored: Mapping[str, tuple[in
     return summary | {"codec": level.codec.name, "coder": coder, "role": level.role} | _ratio(raw, size_bytes)
 
 
-def _errors(level: LevelSpec, dataset: FeatureDataset, complete: Manifest | None) -> dict[str, Any]:
-    """What a level's codec was expected to lose, and what it lost; None where it was not fitted or not measured."""
+def _expectations(
+    level: LevelSpec, dataset: FeatureDataset, stored: Mapping[str, tuple[int, int]], complete: Manifest | None
+) -> dict[str, Any]:
+    """What a level's codec was expected to lose and to take, and what it lost; None where it was not fitted or not
+    measured.
+    """
     expected = dataset.plan.provenance.get(FIT_EXPECTS, {}).get("levels", {})
     measured = {} if complete is None else complete.provenance.get(CODEC_ERROR, {})
-    return {"expected": expected.get(level.name), "codec_error": measured.get(level.name)}
+    of_level, (num_views, _) = expected.get(level.name), stored.get(level.name, (0, 0))
+    return {
+        "expected": of_level,
+        "expected_bytes": of_level and round(num_views * of_level["size_bytes"]),
+        "codec_error": measured.get(level.name),
+    }
 
 
 def _image_bytes(recipe: Recipe, stored: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:

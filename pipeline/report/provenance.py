@@ -18,10 +18,11 @@ from dtpipe.manifests.errors import DtpipeError
 from dtpipe.manifests.fidelity import CODEC_ERROR, FIT_EXPECTS
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.schema import Manifest, Plan, Recipe, ViewSpec
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of, teacher_in_words
 from dtpipe.pipeline.cli.console import format_bytes
 from dtpipe.pipeline.report.history import read_commands
-from dtpipe.pipeline.report.inspect import view_name
+from dtpipe.pipeline.report.inspect import describe_levels, shard_table, stored_bytes, view_name
 from dtpipe.pipeline.report.section import LeaveOut, Section, render
 
 
@@ -78,7 +79,7 @@ def _datasets(urls: Sequence[str], leave_out: LeaveOut) -> list[DataFacts]:
         shown.append(
             DataFacts(
                 f"Dataset {url}",
-                _dataset_facts(dataset.plan, dataset.manifest),
+                _dataset_facts(dataset.plan, dataset.manifest) | _bytes_facts(dataset),
                 "settings of the extraction",
                 yaml.safe_dump(extract, sort_keys=False),
                 provenance.get("command"),
@@ -130,6 +131,20 @@ def _dataset_facts(plan: Plan, manifest: Manifest | None) -> dict[str, str]:
     return facts
 
 
+def _bytes_facts(dataset: FeatureDataset) -> dict[str, str]:
+    """Bytes of levels beside those that a fit expected, where there was one."""
+    if dataset.manifest is None or FIT_EXPECTS not in dataset.plan.provenance:
+        return {}
+    stored = stored_bytes(shard_table(Store(dataset.url), dataset))
+    return {
+        "bytes of levels": ", ".join(
+            f"{level['name']} {format_bytes(level['size_bytes'])}"
+            + (f" (expected {format_bytes(level['expected_bytes'])})" if level["expected_bytes"] is not None else "")
+            for level in describe_levels(dataset, stored, dataset.manifest)
+        )
+    }
+
+
 def _measured_facts(plan: Plan, manifest: Manifest) -> dict[str, str]:
     """What was measured while the dataset was written: what codecs lost, and where the time went."""
     facts = {}
@@ -142,7 +157,7 @@ def _measured_facts(plan: Plan, manifest: Manifest) -> dict[str, str]:
         )
     stalls = sum(map(Stalls.from_record, manifest.provenance.get(STALLS, {}).values()), Stalls())
     if stalls.spans:
-        facts["extraction's time"] = "; ".join(filter(None, (share_text(stalls.shares()), advice(stalls))))
+        facts["extraction's time"] = "; ".join(filter(None, (share_text(stalls.shares()), advice(stalls, plan.recipe))))
     return facts
 
 

@@ -187,8 +187,8 @@ def test_what_a_codec_loses_is_measured_as_it_is_written_and_shown(
     assert described["l2"]["codec_error"] == measured["l2"]
     assert described["l2"]["expected"] is None
     shown = CliRunner().invoke(main, ["inspect", coarse.url]).output
-    assert re.search(r"level +codec +error expected +measured +worst +cosine +attention +of\n", shown)
-    assert re.search(r"l2 +int8 +- +\d\.\de-05 +\d\.\de-05 +1\.0000 +0\.00\d+ +6\n", shown), shown
+    assert re.search(r"level +codec +bytes expected +error expected +measured +worst +cosine +attention +of\n", shown)
+    assert re.search(r"l2 +int8 +- +- +\d\.\de-05 +\d\.\de-05 +1\.0000 +0\.00\d+ +6\n", shown), shown
 
 
 def test_a_plan_counts_what_the_codec_stores(turned: None, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.schema import IndexRow
 from dtpipe.manifests.store.store import Store
+from dtpipe.pipeline.cli.console import format_bytes
 from dtpipe.pipeline.plan.extraction import plan_extraction
 from dtpipe.pipeline.report.inspect import describe_dataset
+from dtpipe.pipeline.report.provenance import datasets_section
 from parts import golden
 from parts.damage import flip
 from parts.extractions import Extract, MakeConfig
@@ -62,7 +64,15 @@ def test_stored_features_lose_what_was_asked_for(form: str, coder: str, extract:
     coded = extract("coded", images=many, shard=shard, codec={"max_error": 0.05, "coder": coder})
     plain = levels_of(extract("plain", images=many, shard={**shard, "dtype": "float32"}))
     dataset = FeatureDataset.open(coded)
-    assert {(level["codec"], level["coder"]) for level in describe_dataset(coded)["levels"]} == {("transform", coder)}
+    described = describe_dataset(coded)["levels"]
+    assert {(level["codec"], level["coder"]) for level in described} == {("transform", coder)}
+    headers = 40 * 128 if form == "webdataset" else 0  # the norms are npy there
+    for level in described:
+        assert level["expected_bytes"] == pytest.approx(level["size_bytes"] - headers, rel=0.1)
+    sections = datasets_section([coded], lambda *_: None).html
+    for level in described:
+        shown = (format_bytes(level[name]) for name in ("size_bytes", "expected_bytes"))
+        assert "{} {} (expected {})".format(level["name"], *shown) in sections
     assert set(fitted_names(*dataset.levels)) <= set(dataset.manifest.files)  # type: ignore[union-attr]
     for name, decoded in levels_of(coded).items():
         assert relative_mse(decoded, plain[name]) == pytest.approx(0.05, rel=0.3)  # the held-out samples are ten

@@ -19,11 +19,14 @@ from dtpipe.extract.shards.reader import ImageReader
 from dtpipe.extract.shards.timeline import CAUSES, ShardClock, Stalls, Timeline
 from dtpipe.extract.shards.worker import ShardWorker
 from dtpipe.extract.sources.folder import FolderSource
+from dtpipe.manifests.schema import CodecRecipe, Recipe
 from dtpipe.manifests.stopping import StopRequest
 from dtpipe.manifests.store.store import Store
+from parts import golden
 from parts.workers import OpenWorker, Still
 
 SLOW_S = 0.1
+ZARR = golden.make_recipe(golden.Settings())
 
 
 def run(worker: ShardWorker) -> Stalls:
@@ -130,23 +133,28 @@ def test_what_is_slow_is_named(
     shares = stalls.shares()
     assert max(shares, key=lambda part: shares[part]) == cause, stalls.record()
     assert sum(shares.values()) == pytest.approx(1)
-    said = advice(stalls)
+    said = advice(stalls, ZARR)
     assert said is not None
     assert re.search(sentence, said), said
 
 
 def test_advice_knows_what_there_is_to_raise() -> None:
-    def said(spans: dict[str, float], work: dict[str, float], **machine: int) -> str:
-        text = advice(Stalls({"teacher": 50.0, **spans}, work, **{"decode_threads": 2, "code_threads": 2, **machine}))
+    def said(spans: dict[str, float], work: dict[str, float], recipe: Recipe = ZARR, **machine: int) -> str:
+        threads = {"decode_threads": 2, "code_threads": 2}
+        text = advice(Stalls({"teacher": 50.0, **spans}, work, **{**threads, **machine}), recipe)
         assert text is not None
         return text
 
     assert said({"rows": 50}, {"noise": 1}, cpus=8).endswith("decode_threads from 2 to up to 8")
     assert said({"rows": 50}, {"noise": 1}, cpus=2).endswith("drawing noise: give each worker more than 2 CPUs")
     assert said({"coding": 20}, {}, cpus=8).endswith("compression: raise extract.run.code_threads from 2 to up to 8")
-    assert said({"coding": 20}, {}, cpus=2).endswith("extract.codec.zstd_level, or take the coder rans)")
+    assert said({"coding": 20}, {}, cpus=2).endswith("more than 2 CPUs, or lower extract.shard.zstd_level")
+    fitted = ZARR.model_copy(update={"codec": CodecRecipe(symbols_zstd_level=12)})
+    assert said({"coding": 20}, {}, fitted, cpus=2).endswith("lower extract.codec.zstd_level, or take the coder rans")
+    tars = golden.make_recipe(golden.Settings("webdataset"))
+    assert said({"coding": 20}, {}, tars, cpus=2).endswith("compression: give each worker more than 2 CPUs")
     assert "codec on the teacher's device" in said({"codec": 20}, {}, cpus=2)
     assert "by digests" in said({"write": 20}, {"digest": 2, "store": 1}, cpus=2)
     assert "extract.shard.samples" in said({"wait": 20}, {}, cpus=2)
     assert said({"wait": 1}, {}, cpus=2).startswith("the teacher is busy 98%")
-    assert advice(Stalls({"teacher": 0.5})) is None  # too little to tell
+    assert advice(Stalls({"teacher": 0.5}), ZARR) is None  # too little to tell
