@@ -117,7 +117,7 @@ class DistillRun(Tracking):
     compile: bool = Field(
         default=False,
         description="Compile student, regressor and feature losses with torch.compile, which fuses the passes over "
-        "each level: a start of minutes, faster steps; on the CPU it needs a C++ compiler.",
+        "each level, for GPUs: a start of minutes; on the CPU it needs a C++ compiler, and steps are no faster.",
     )
     read_threads: int = Field(default=2, ge=1, description="Threads that read batches ahead.")
     prefetch: int = Field(default=4, ge=1, description="Micro-batches read ahead, at most.")

@@ -81,11 +81,11 @@ def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[
         ("transform", "zstd 3"),
         ("transform", "zstd 3"),
     ]
-    assert coded[1].stored_bytes == pytest.approx(4000 / 7.5)
-    assert coded[1].read_bytes == pytest.approx(4000 / 7.5 / 2)
+    assert coded[1].stored_bytes == pytest.approx(4000 / 7.63)
+    assert coded[1].read_bytes == pytest.approx(4000 / 7.63 / 2)
     assert coded[1].error == 0.03
-    within = assume_codec(PLANS, codecs, None, round(1000 * (100 + 5000 / 10.7)), 1000)
-    assert sum(plan.stored_bytes for plan in within) == pytest.approx(100 + 5000 / 10.7)
+    within = assume_codec(PLANS, codecs, None, round(1000 * (100 + 5000 / 10.84)), 1000)
+    assert sum(plan.stored_bytes for plan in within) == pytest.approx(100 + 5000 / 10.84)
     assert within[2].error == pytest.approx(0.06, rel=1e-3)
     print_arrays(Console(), coded, 1000, 2, 32)
     shown = capsys.readouterr().out
