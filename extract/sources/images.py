@@ -11,7 +11,6 @@ import ctypes
 import io
 import math
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -25,6 +24,7 @@ from dtpipe.extract.sources.colour import to_rgb
 from dtpipe.extract.sources.names import HEIF_PACKAGE, reads_heif
 from dtpipe.manifests.errors import BadImage
 from dtpipe.manifests.schema import Filter, TransformRecipe
+from dtpipe.manifests.store.open_files import ProcessLock
 
 _Pixels = NDArray[np.uint8]
 
@@ -58,7 +58,7 @@ _SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}  # filt
 _MAX_OVERHANG = 16  # center_crop: resized area over the target's above which only the crop is computed
 _PILLOW_MODULES = r"PIL\."
 _HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftypmif1")
-_LOCK = threading.Lock()
+_LOCK = ProcessLock()
 
 
 def decode_image(data: bytes, max_pixels: int) -> _Pixels:

@@ -7,7 +7,6 @@ read-only disk, and must not be written to meanwhile.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -19,6 +18,7 @@ from dtpipe.extract.sources.base import Container, SourceItem, SourceKind
 from dtpipe.extract.sources.names import MAX_FILE_BYTES, key_of, looks_like_image
 from dtpipe.extract.sources.places import Place, local_path, local_uri, open_place
 from dtpipe.manifests.errors import BadImage, InputError, MissingPackageError
+from dtpipe.manifests.store.open_files import ProcessLock
 from dtpipe.manifests.words import count_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DATA_FILE = "data.mdb"
 _COUNTS = frozenset({b"length", b"__len__", b"__keys__", b"num-samples", b"num_samples"})  # some tools write these
 _ENVIRONMENTS: dict[str, lmdb.Environment] = {}
-_LOCK = threading.Lock()
+_LOCK = ProcessLock()
 _LOOKED_AT = 100  # entries, where it is only asked whether a database holds images
 
 

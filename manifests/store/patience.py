@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from dtpipe.manifests.stopping import in_a_hurry
+from dtpipe.manifests.store.open_files import ProcessLock
 from dtpipe.manifests.store.reasons import Reason, reason_of
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Trouble:
     """What goes wrong with one store in this process: since when, how often, and when it was last told."""
 
     def __init__(self) -> None:
-        self._writing = threading.Lock()
+        self._writing = ProcessLock()
         self._answered = False
         self._since_s = self._failed_s = self._told_s = float("-inf")
         self._num_failed = self._num_untold = 0
@@ -112,7 +112,7 @@ class Trouble:
 
 
 _troubles: dict[str, Trouble] = {}
-_adding = threading.Lock()
+_adding = ProcessLock()
 
 
 def trouble_of(store: str) -> Trouble:

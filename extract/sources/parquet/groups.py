@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
+
+from dtpipe.manifests.store.open_files import ProcessLock
 
 _AT_LEAST = 2  # kept whatever their size: two shards are in hand at once
 
@@ -16,7 +17,7 @@ class GroupCache:
     def __init__(self, decode: Callable[[tuple[str, int]], Any], max_bytes: int) -> None:
         """`decode` gives a value with `nbytes` for a (file, group)."""
         self._decode, self._max_bytes = decode, max_bytes
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._groups: dict[tuple[str, int], Future[Any]] = {}  # oldest use first
         self.num_decoded = 0
 
