@@ -45,6 +45,8 @@ class Question:
     primary: int
     """Labelled scenes that the answer is about."""
     beside: int
+    steps: int
+    """Of fine-tuning, in the preset."""
 
     @property
     def labelled(self) -> list[int]:
@@ -52,7 +54,7 @@ class Question:
         return sorted((self.primary, self.beside))
 
 
-SEGMENT, DETECT = Question("segment", "mIoU", 20, 5), Question("detect", "box AP", 20, 80)
+SEGMENT, DETECT = Question("segment", "mIoU", 20, 5, steps=150), Question("detect", "box AP", 20, 80, steps=300)
 QUESTIONS = {question.task: question for question in (SEGMENT, DETECT)}
 
 
@@ -82,11 +84,18 @@ class Variant:
     """Words of the distillation of the distilled arm."""
     extract: tuple[str, ...] = ()
     """Words of its extraction, where features are others."""
+    steps: int = 1
+    """Times those of the preset."""
 
     @property
     def distilled(self) -> bool:
         """Whether the student is another."""
         return bool(self.extract or self.distill)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the fine-tuning is another."""
+        return bool(self.tune) or self.steps > 1
 
 
 VARIANTS = (
@@ -94,7 +103,7 @@ VARIANTS = (
     Variant("backbone at a tenth of the rate", ("--backbone-lr", "0.1")),
     Variant("backbone frozen", ("--backbone-lr", "0")),
     Variant("rates fall by 0.75 from layer to layer", ("-s", "eval.tune.layer_decay=0.75")),
-    Variant("twice the steps", ("--steps", "300")),
+    Variant("twice the steps", steps=2),
     Variant("fresh noise and mirrored at random in every step", distill=("--reencode", "1")),
     Variant("a quarter of the epochs", distill=("--epochs", "10", "--warmup-epochs", "1")),
     Variant("timestep 150", extract=("--timesteps", "150")),
@@ -218,8 +227,9 @@ def table(args: argparse.Namespace, root: Path, variant: Variant) -> Command:
     labels = ["--labelled", ",".join(map(str, args.question.labelled)), "--seeds", len(args.of_seeds)]
     settings = ["-c", f"{args.task}_small", *UPRIGHT, "-s", f"eval.tune.lr={LR:g}", "-s", "eval.tune.lr_grid=[]"]
     where = [*downstream.images_of(args.task, root), "-s", f"eval.seed={args.of_seeds.start}"]
+    steps = ["--steps", variant.steps * args.question.steps] if variant.steps > 1 else []
     out = ["--out", result_file(root, args.task, variant)]
-    return command_of("eval", first, args.task, *compare, *where, *labels, *settings, *variant.tune, *out)
+    return command_of("eval", first, args.task, *compare, *where, *labels, *settings, *variant.tune, *steps, *out)
 
 
 def result_file(root: Path, task: str, variant: Variant) -> Path:
@@ -238,7 +248,7 @@ def found_here(args: argparse.Namespace, root: Path, earlier: Mapping[str, Any] 
     found: dict[str, Values] = from_plain(earlier["scores"]) if earlier else {}
     base = read(result_file(root, args.task, VARIANTS[0]))
     for variant in args.chosen:
-        own = read(result_file(root, args.task, variant)) if variant.tune else of_variant(base, variant)
+        own = read(result_file(root, args.task, variant)) if variant.tuned else of_variant(base, variant)
         before = found.get(variant.name, {})
         found[variant.name] = {place: {**before.get(place, {}), **of_seed} for place, of_seed in own.items()}
     return found

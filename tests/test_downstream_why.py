@@ -29,6 +29,7 @@ from downstream_why import (  # noqa: E402
 )
 
 from dtpipe.distill.downstream.extractors import RANDOM_INIT  # noqa: E402
+from dtpipe.pipeline.cli.settings import load_document  # noqa: E402
 
 GAINS = [0.02, 0.03, 0.025, 0.01, 0.015]
 """On scratch, by seed, in the base."""
@@ -103,6 +104,14 @@ def test_students_of_other_distillations_are_arms_of_the_bases_table(tmp_path: P
     objects = table(parse(["--task", "detect"]), tmp_path, VARIANTS[1])
     assert objects[2] == "detect" and objects[objects.index("--labelled") + 1] == "20,80"
     assert objects[objects.index("--out") + 1] != words[words.index("--out") + 1]
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_twice_the_steps_are_twice_those_of_the_preset(task: str, tmp_path: Path) -> None:
+    (variant,) = [variant for variant in VARIANTS if variant.name == "twice the steps"]
+    words = table(parse(["--task", task]), tmp_path, variant)
+    preset = load_document(f"{task}_small")["eval"]["tune"]
+    assert int(words[words.index("--steps") + 1]) == 2 * preset["steps"]
 
 
 def test_seeds_are_added_to_a_result_of_the_same_variants_and_teacher(tmp_path: Path) -> None:

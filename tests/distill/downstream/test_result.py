@@ -162,7 +162,8 @@ def test_comparison_scores_every_extractor_size_and_seed_and_is_json() -> None:
     assert table[1] == "the last level, up to 20 neighbours: nothing is chosen"
     assert "4 labelled" in table[2] and "20 labelled" in table[2]
     assert [line.split("  ")[0] for line in table[4:6]] == ["per seed", "raw pixels"]
-    assert table[7] == "best level and regularisation of each, chosen by folds of the labelled images"
+    assert table[7] == "accuracy of the mean class, of the same predictions"
+    assert table[13] == "best level and regularisation of each, chosen by folds of the labelled images"
 
 
 def test_impossible_comparisons_are_refused() -> None:
