@@ -194,8 +194,8 @@ def test_dry_run_writes_nothing_and_counts_bytes_right(extraction: list[object],
     assert planned["raw_bytes"] == 8 * per_sample
     result = run(*extraction)
     assert result.exit_code == 0, result.output
-    written = document("inspect", tmp_path / "features")["totals"]["size_bytes"]
-    assert planned["stored_bytes"] == pytest.approx(written, rel=0.25)  # half the images; no index tables
+    written = sum(path.stat().st_size for path in (tmp_path / "features").rglob("*") if path.is_file())
+    assert planned["stored_bytes"] == pytest.approx(written, rel=0.4)  # half the images
 
 
 def test_extract_says_what_where_and_what_next(extraction: list[object], tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from dtpipe.manifests.schema import TransformRecipe
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import evaluate
 from dtpipe.pipeline.rivals import digests as digests_module
-from dtpipe.pipeline.rivals import seen as seen_module
 from dtpipe.pipeline.rivals.digests import DigestStore
 from dtpipe.pipeline.rivals.seen import Seen, TrainingImages, find_seen, seen_notes
 from parts.command_line import dtpipe
@@ -193,13 +192,13 @@ def test_digests_of_large_datasets_are_made_once_and_kept_beside_the_run(
     extract: Extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests_module, "KEPT_FROM", 8)
-    monkeypatch.setattr(seen_module, "BATCH", 3)
+    monkeypatch.setattr(digests_module, "BATCH", 3)
     run = write_run(tmp_path / "run", extract(transform={"px": 32}))
     said: list[str] = []
     first = find_seen([str(run)], DigestStore(run / "eval" / "seen", said.append)).images[0]
     (kept,) = (run / "eval" / "seen").iterdir()
     assert said[-1].endswith("8 of 8 read")
-    monkeypatch.setattr(seen_module, "read_images", None)
+    monkeypatch.setattr(digests_module, "read_images", None)
     again = find_seen([str(run)], DigestStore(run / "eval" / "seen", print)).images[0]
     assert np.array_equal(again.digests, first.digests) and len(first.digests) == 8
     monkeypatch.undo()
