@@ -195,7 +195,7 @@ def test_dry_run_writes_nothing_and_counts_bytes_right(extraction: list[object],
     result = run(*extraction)
     assert result.exit_code == 0, result.output
     written = sum(path.stat().st_size for path in (tmp_path / "features").rglob("*") if path.is_file())
-    assert planned["stored_bytes"] == pytest.approx(written, rel=0.4)  # half the images
+    assert planned["stored_bytes"] == pytest.approx(written, rel=0.25)  # half the images; records by their usual size
 
 
 def test_extract_says_what_where_and_what_next(extraction: list[object], tmp_path: Path) -> None:
