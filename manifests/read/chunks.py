@@ -80,11 +80,6 @@ class ChunkReader:
         self.cache = cache
         cache.claim(self._objects.digests.to_pylist())
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all objects."""
-        return int(self._objects.sizes.sum())
-
     def read(self, requests: Sequence[ChunkRequest]) -> None:
         """Fill the `out` of every request; neighbouring chunks are read as one range.
 

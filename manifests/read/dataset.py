@@ -106,11 +106,6 @@ class FeatureDataset:
         rows = np.flatnonzero(~rows_with(self.columns.status, MISSING))
         return tuple(np.unique(rows // self.recipe.shard.samples).tolist())
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the shards that are committed."""
-        return self._chunks.size_bytes
-
     def read(
         self, rows: Integers, names: Sequence[str], views: Integers, images: bool = True
     ) -> tuple[NDArray[np.uint8], CodedLevels]:

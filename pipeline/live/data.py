@@ -6,6 +6,7 @@ The two stages meet here: `distill` is handed one object that opens the data and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from dtpipe.distill.engine.run_folder import read_config
 from dtpipe.distill.stream.data import STORED, StoredData, TrainingData, recorded_shards
 from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.shards.task import BadSample
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, MissingObjectError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.manifests.store.paths import path_on_disk
+from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
+from dtpipe.manifests.write.commit import load_manifest
 from dtpipe.pipeline.cli.console import ProgressLine, format_bytes
 from dtpipe.pipeline.cli.options import Call
 from dtpipe.pipeline.cli.settings import validate
@@ -110,9 +113,12 @@ def _unused_labels(config: DistillConfig) -> Iterator[str]:
 
 
 def _small_cache(config: DistillConfig) -> Iterator[str]:
-    """That the remote datasets do not fit the cache."""
+    """That the remote datasets do not fit the cache, as far as they are finished."""
     remote = [url for url in config.datasets if path_on_disk(url) is None] if config.run.cache is not None else []
-    size_bytes = sum(FeatureDataset.open(url, allow_incomplete=True).size_bytes for url in remote)
+    size_bytes = 0
+    for url in remote:
+        with suppress(MissingObjectError):
+            size_bytes += load_manifest(Store(url)).totals.size_bytes
     if size_bytes > config.run.cache_gb * 10**9:
         yield (
             f"distill.run.cache_gb is {config.run.cache_gb:g}, and the remote data have {format_bytes(size_bytes)}; "

@@ -11,7 +11,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from dtpipe.distill.engine.run_folder import read_metrics
-from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.commit import load_manifest
 from dtpipe.pipeline.cli.main import main
 from parts.extractions import Extract
 from parts.teachers import write_ddpm
@@ -211,7 +212,7 @@ def test_remote_datasets_that_exceed_the_cache_are_said_once(extract: Extract, t
     files = fsspec.filesystem("memory")
     for path in filter(Path.is_file, root.rglob("*")):
         files.pipe_file(f"/small-cache/{path.relative_to(root)}", path.read_bytes())
-    size_bytes, cache = FeatureDataset.open(root).size_bytes, f"distill.run.cache={tmp_path / 'cache'}"
+    size_bytes, cache = load_manifest(Store(root)).totals.size_bytes, f"distill.run.cache={tmp_path / 'cache'}"
     for cache_bytes, num_said in ((size_bytes - 1, 1), (size_bytes, 0)):
         cache_gb = f"distill.run.cache_gb={cache_bytes / 1e9:.9f}"
         result = distill("memory://small-cache", "--out", tmp_path / "run", "-s", cache, "-s", cache_gb)
