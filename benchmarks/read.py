@@ -4,11 +4,11 @@ Synthetic features (normal noise in float16, which zstd makes 1.08 times smaller
 written by each library's own writer: dtpipe's by the write path of an extraction, in zarr and in tars. Each contender
 then reads in a process of its own, batches of 64, warm, in rounds that are interleaved; medians are kept.
 
-    python benchmarks/read.py [--sizes 48KB 0.2MB 0.6MB 5.6MB] [--rounds 3] [--seconds 0.4]
+    python benchmarks/read.py [--sizes 48KB 0.2MB 0.6MB 5.6MB] [--rounds 3] [--seconds 1]
                               [--peers PYTHON] [--folder DIR] [--out-json FILE]
 
 `--peers` is an interpreter that has litdata and mosaicml-streaming beside this project's packages; what it lacks is
-left out, and the reason is printed. 6 GB of disk are used for a while; on two idle cores it takes nine minutes.
+left out, and the reason is printed. 6 GB of disk are used for a while; on two idle cores it takes twenty minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 from common import RESULTS, publish
-from read_contenders import CONTENDERS
+from read_contenders import BATCH, CONTENDERS
 
 from dtpipe.manifests.layout.arrays import ShardArrays
 from dtpipe.manifests.layout.zarr import write_zarr_metadata
@@ -141,15 +141,15 @@ def write_dataset(
 class Contender:
     """A process that measures one contender."""
 
-    def __init__(self, name: str, kind: str, folder: Path, python: str, modes: tuple[str, ...]) -> None:
-        self.name, self.modes = name, modes
+    def __init__(self, name: str, kind: str, folder: Path, python: str) -> None:
+        self.name, self.modes = name, CONTENDERS[kind].modes
         environment = {**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(folder / "tmp"), "PYTHONWARNINGS": "ignore"}
         (folder / "tmp").mkdir(exist_ok=True)
         command = [python, str(HERE / "read_contenders.py"), kind, str(folder)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
-        self._answer()
+        self.version = f"{CONTENDERS[kind].package} {self._answer()['version']}"
 
     def measure(self, mode: str, seconds: float, least: int) -> dict[str, float]:
         """As `read_contenders.measure`."""
@@ -199,7 +199,6 @@ def write_peer(kind: str, folder: Path, sample: Sample, python: str) -> None:
 
 def contenders(folder: Path, sample: Sample, python: str) -> Iterator[Contender]:
     """All that can be had here; what is missing is said."""
-    all_modes = ("sequential", "shuffled", "random")
     drawn = draw(sample)
     named: dict[str, Any] = {f"{i}.{n}": value for i, made in enumerate(drawn) for n, value in made.items()}
     np.savez(folder / "drawn.npz", **named)
@@ -211,20 +210,18 @@ def contenders(folder: Path, sample: Sample, python: str) -> Iterator[Contender]
     for name, form, dense_zstd_level in forms:
         root = folder / name.replace(",", "").replace(" ", "_")
         write_dataset(root, sample, drawn, form, dense_zstd_level)
-        yield Contender(name, "dtpipe", root, sys.executable, ("stream", *all_modes))
-    for name, kind, place in (
-        ("tensorstore", "tensorstore", "dtpipe_zarr"),
-        ("tensorstore, zstd 3", "tensorstore", "dtpipe_zarr_zstd_3"),
-        ("zarr", "zarr", "dtpipe_zarr"),
-        ("litdata", "litdata", "."),
-        ("mosaicml-streaming", "mosaicml-streaming", "."),
-        ("webdataset", "webdataset", "."),
-    ):
+        yield Contender(name, "dtpipe", root, sys.executable)
+    in_zarr = [("tensorstore", "dtpipe_zarr"), ("tensorstore, zstd 3", "dtpipe_zarr_zstd_3"), ("zarr", "dtpipe_zarr")]
+    in_own_form = [(kind, ".") for kind, contender in CONTENDERS.items() if hasattr(contender, "write")]
+    written = set()
+    for name, place in in_zarr + in_own_form:
+        kind = name.removesuffix(", zstd 3")
+        package = CONTENDERS[kind].package
         try:
-            if hasattr(CONTENDERS[kind], "write"):
+            if place == "." and package not in written:
                 write_peer(kind, folder, sample, python)
-            modes = ("sequential",) if kind == "webdataset" else all_modes
-            yield Contender(name, kind, folder / place, python, modes)
+                written.add(package)
+            yield Contender(name, kind, folder / place, python)
         except RuntimeError as err:
             print(f"left out: {err}", file=sys.stderr)
 
@@ -243,7 +240,7 @@ def measure_size(sample: Sample, options: argparse.Namespace) -> dict[str, Any]:
                     continue
                 for mode in contender.modes:
                     seconds = options.seconds if round_idx else options.seconds / 2
-                    result = contender.measure(mode, seconds, 1 if slow else 2)
+                    result = contender.measure(mode, seconds, 1 if slow or not round_idx else options.least)
                     if round_idx:
                         found.setdefault(contender.name, {}).setdefault(mode, []).append(result)
         for contender in running:
@@ -257,7 +254,8 @@ def measure_size(sample: Sample, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, modes in found.items()
     }
-    return {"sample_bytes": sample.size_bytes, "samples": sample.num, **medians, "ratios": ratios(medians)}
+    about = {"sample_bytes": sample.size_bytes, "samples": sample.num, "packages": sorted({c.version for c in running})}
+    return {**about, **medians, "ratios": ratios(medians)}
 
 
 def ratios(medians: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -287,7 +285,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement, at least")
+    parser.add_argument("--least", type=int, default=12, help=f"batches of {BATCH} in each measurement, at least")
     parser.add_argument("--peers", default=sys.executable, help="interpreter with litdata and mosaicml-streaming")
     parser.add_argument("--folder", type=Path, default=None, help="where data lies meanwhile; default: the temp folder")
     parser.add_argument("--out-json", type=Path, default=RESULTS / "read.json")
@@ -298,10 +297,10 @@ def main() -> None:
         print(json.dumps({size: results[size]["ratios"]}), file=sys.stderr)
     units = {
         "mb_s": "10^6 bytes of arrays, as they are in memory, per second",
-        "mb_cpu_s": "the same per second of processor time of the whole process",
+        "mb_cpu_s": "the same per second of processor time of the whole process, where all work is done in it",
         "ms": "milliseconds of one random sample, all arrays, median",
     }
-    publish("read", {"batch": 64, "units": units, "sizes": results}, options.out_json, {})
+    publish("read", {"batch": BATCH, "units": units, "sizes": results}, options.out_json, {})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/read_contenders.py NAME FOLDER       then lines of JSON on stdin: {"mode": .., "seconds": ..}
 
 One rule: every contender hands out batches of 64 samples with all arrays in memory, and reads as its documentation says
-is fastest from one process. Checksums are off wherever they can be; dtpipe compares each chunk with its manifest.
+is fastest from one process; those that read in one thread do so with two worker processes as well, which is as many
+cores as dtpipe's threads have. Checksums are off wherever they can be; dtpipe compares each chunk with its manifest.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 BATCH = 64
-STREAM_AHEAD = 6
+WORKERS = 2
+AHEAD = 6  # batches that are taken before time is measured, so that as much is read ahead at the start as at the end
+MODES = ("sequential", "shuffled", "random")
 Batches = Iterator[int]
 """Bytes of each batch, once it is in memory."""
 
@@ -40,6 +44,9 @@ def row_batches(num_rows: int, shuffled: bool, seed: int = 0) -> Iterator[np.nda
 
 class Dtpipe:
     """`FeatureDataset.read`, and the training stream on the CPU. Each chunk is checked."""
+
+    package: ClassVar = "dtpipe"
+    modes: ClassVar = ("stream", *MODES)
 
     def __init__(self, folder: Path) -> None:
         from dtpipe.manifests.read.dataset import FeatureDataset
@@ -70,6 +77,9 @@ class Dtpipe:
 
 class Tensorstore:
     """The zarr store by tensorstore: index arrays, all arrays at once, a cache for the indices of shards."""
+
+    package: ClassVar = "tensorstore"
+    modes: ClassVar = MODES
 
     def __init__(self, folder: Path) -> None:
         import tensorstore
@@ -107,6 +117,9 @@ def path_is_image(array: Any) -> bool:
 class Zarr:
     """The zarr store by zarr-python, which checks crc32c; it cannot be told not to."""
 
+    package: ClassVar = "zarr"
+    modes: ClassVar = MODES
+
     def __init__(self, folder: Path) -> None:
         import zarr
 
@@ -125,6 +138,10 @@ class Zarr:
 
 class Litdata:
     """Uncompressed chunks of 64 MB, read by its own loader in this process."""
+
+    package: ClassVar = "litdata"
+    modes: ClassVar[tuple[str, ...]] = MODES
+    workers: ClassVar = 0
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder / "litdata")
@@ -147,17 +164,31 @@ class Litdata:
     def batches(self, shuffled: bool) -> Batches:
         from litdata import StreamingDataLoader, StreamingDataset
 
+        dataset = StreamingDataset(self.folder, shuffle=shuffled, drop_last=True)
+        kept = self.workers > 0
+        loader = StreamingDataLoader(
+            dataset, batch_size=BATCH, num_workers=self.workers, shuffle=shuffled, persistent_workers=kept
+        )
         while True:
-            dataset = StreamingDataset(self.folder, shuffle=shuffled, drop_last=True)
-            for batch in StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, shuffle=shuffled):
+            for batch in loader:
                 yield nbytes(batch)
 
     def one(self, row: int) -> int:
         return nbytes(self.dataset[row])
 
 
+class LitdataWorkers(Litdata):
+    """The same with worker processes that stay from epoch to epoch; an epoch's start counts."""
+
+    modes = ("sequential", "shuffled")
+    workers = WORKERS
+
+
 class Mosaic:
     """mosaicml-streaming: uncompressed MDS shards of 64 MB without hashes, read by torch's loader in this process."""
+
+    package: ClassVar = "mosaicml-streaming"
+    modes: ClassVar[tuple[str, ...]] = MODES
 
     def __init__(self, folder: Path) -> None:
         from streaming import StreamingDataset
@@ -197,8 +228,42 @@ class Mosaic:
         return nbytes(self.datasets[False][row])
 
 
+class MosaicByIndex(Mosaic):
+    """The same samples asked for by number, one after the other, in torch's loader: no epoch ends."""
+
+    modes = ("sequential", "shuffled")
+    workers: ClassVar = 0
+
+    def batches(self, shuffled: bool) -> Batches:
+        from torch.utils.data import DataLoader
+
+        rows: Any = (rows.tolist() for rows in row_batches(self.num_rows, shuffled))
+        samples: Any = ByIndex(self.datasets[False])
+        for batch in DataLoader(samples, batch_sampler=rows, num_workers=self.workers):
+            yield nbytes(batch)
+
+
+class MosaicByIndexWorkers(MosaicByIndex):
+    """The same in worker processes."""
+
+    workers = WORKERS
+
+
+class ByIndex:
+    """What torch's loader takes for a dataset with random access."""
+
+    def __init__(self, samples: Any) -> None:
+        self._samples = samples
+
+    def __getitem__(self, row: int) -> Any:
+        return self._samples[row]
+
+
 class Webdataset:
     """Tars of npy members of 64 MB, in order: what it calls shuffling mixes neighbours in a buffer."""
+
+    package: ClassVar = "webdataset"
+    modes: ClassVar = ("sequential",)
 
     def __init__(self, folder: Path) -> None:
         self.urls = sorted(map(str, (folder / "wds").glob("*.tar")))
@@ -222,18 +287,44 @@ class Webdataset:
                 yield nbytes([value for name, value in batch.items() if name.endswith(".npy")])
 
 
+class WebdatasetWorkers(Webdataset):
+    """The same tars again and again in worker processes, which hand over tensors."""
+
+    workers: ClassVar = WORKERS
+
+    def batches(self, shuffled: bool) -> Batches:
+        import webdataset
+
+        assert not shuffled, "it has no random access"
+        dataset = webdataset.WebDataset(self.urls, shardshuffle=False, empty_check=False).decode()
+        batched = dataset.batched(BATCH, partial=False).map(tensors).repeat()
+        for batch in webdataset.WebLoader(batched, batch_size=None, num_workers=WORKERS):
+            yield nbytes(batch)
+
+
+def tensors(batch: dict[str, Any]) -> list[Any]:
+    """Arrays of a batch as tensors, which go from process to process through shared memory."""
+    import torch
+
+    return [torch.as_tensor(value) for name, value in batch.items() if name.endswith(".npy")]
+
+
 CONTENDERS: dict[str, Any] = {
     "dtpipe": Dtpipe,
     "tensorstore": Tensorstore,
     "zarr": Zarr,
     "litdata": Litdata,
+    "litdata, 2 workers": LitdataWorkers,
     "mosaicml-streaming": Mosaic,
+    "mosaicml-streaming by index": MosaicByIndex,
+    "mosaicml-streaming by index, 2 workers": MosaicByIndexWorkers,
     "webdataset": Webdataset,
+    "webdataset, 2 workers": WebdatasetWorkers,
 }
 
 
 def measure(contender: Any, mode: str, seconds: float, least: int) -> dict[str, float]:
-    """MB/s and MB per second of processor time; of `random`, milliseconds of one sample (median)."""
+    """MB/s and, without workers, MB per second of processor time; of `random`, milliseconds of one sample (median)."""
     if mode == "random":
         rows = np.random.default_rng(7).permutation(contender.num_rows)[:200]
         return {"ms": _median_ms(contender.one, rows.tolist(), seconds)}
@@ -243,7 +334,8 @@ def measure(contender: Any, mode: str, seconds: float, least: int) -> dict[str, 
         "stream": lambda: contender.stream(),
     }
     batches = make[mode]()
-    for _ in range(STREAM_AHEAD if mode == "stream" else 1):  # so that as much is read ahead at the start as at the end
+    workers = getattr(contender, "workers", 0)
+    for _ in range(AHEAD if mode == "stream" or workers else 1):
         next(batches)
     begun_s, cpu_s, total, num = time.perf_counter(), time.process_time(), 0, 0
     for size in batches:
@@ -254,7 +346,8 @@ def measure(contender: Any, mode: str, seconds: float, least: int) -> dict[str, 
     close = getattr(batches, "close", None)
     if close is not None:
         close()
-    return {"mb_s": total / taken_s / 1e6, "mb_cpu_s": total / cpu_s / 1e6}
+    rate = {"mb_s": total / taken_s / 1e6}
+    return rate if workers else rate | {"mb_cpu_s": total / cpu_s / 1e6}
 
 
 def _median_ms(read: Callable[[int], int], rows: list[int], seconds: float) -> float:
@@ -274,7 +367,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     name, folder = sys.argv[1], Path(sys.argv[2])
     contender = CONTENDERS[name](folder)
-    print(json.dumps({"ready": name}), file=answers, flush=True)
+    print(json.dumps({"version": version(contender.package)}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(measure(contender, **json.loads(line))), file=answers, flush=True)
 
