@@ -6,6 +6,7 @@ All take the same steps (model, loss, optimiser, batch size) in turns in one run
 - network: the same of student and regressor.
 - memory: batches that lie on the device already. No pipeline is faster; `cached` less this is the wait for data.
 - cached: the feature dataset, as `dtpipe distill` reads it.
+- int8, zstd, rans: the same from datasets whose features are coded: a byte a value, or at 3 % error under either coder.
 - live:   every sample encoded anew by the teacher, as the paper does it in each step of each experiment.
 
 The first teacher's steps from memory are also taken with other settings of `distill.run`, beside how far the loss of
@@ -14,7 +15,7 @@ one batch is then from its own:
 - contiguous: channels_last=false.
 - compiled:   compile=true; needs a C++ compiler on the CPU, and some minutes.
 
-Also how many images a second the stream alone delivers: how fast a student it could feed.
+Also how many images a second the stream alone delivers, by form: how fast a student it could feed.
 
     python benchmarks/distill_step.py [--teacher NAME=PATH ..] [--student resnet10t] [--batch-size 32] [--out-json FILE]
 
@@ -48,31 +49,37 @@ from dtpipe.distill.stream.batch import FeatureBatch, student_images
 from dtpipe.distill.stream.data import OpenedData, open_data
 from dtpipe.distill.stream.order import StreamPosition
 from dtpipe.distill.trainer import Distillation
-from dtpipe.extract.config import ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
+from dtpipe.extract.config import CodecConfig, ExtractConfig, ExtractRun, NoiseConfig, TeacherConfig, TransformConfig
 from dtpipe.extract.device import pick_device
 from dtpipe.extract.run import run_extraction
+from dtpipe.extract.tally import ExtractResult
 from dtpipe.pipeline.demo.scenes import write_scenes
 from dtpipe.pipeline.live.teacher import open_live
 
 OPTIONS = {"contiguous": {"channels_last": False}, "compiled": {"compile": True}}
+FORMS = {
+    "int8": CodecConfig(name="int8"),
+    "zstd": CodecConfig(max_error=0.03),
+    "rans": CodecConfig(max_error=0.03, coder="rans"),
+}
 PREFETCHED = 8  # steps at the start of a turn that reading ahead has prepared; not counted
 
 
-def extracted(name: str, path: str, args: argparse.Namespace) -> str:
+def extracted(out: Path, path: str, args: argparse.Namespace, codec: CodecConfig) -> ExtractResult:
     """A feature dataset of digit scenes by one teacher."""
-    out = args.work / name
-    shutil.rmtree(out, ignore_errors=True)
-    write_scenes(out / "scenes", args.num_images, seed=0, px=64, part="train")
+    if not (out.parent / "scenes").exists():
+        write_scenes(out.parent / "scenes", args.num_images, seed=0, px=64, part="train")
     noise = NoiseConfig(timesteps=(args.timestep,), flips=True)
     config = ExtractConfig(
-        images=str(out / "scenes" / "images"),
+        images=str(out.parent / "scenes" / "images"),
         teacher=TeacherConfig(path=path),
         transform=TransformConfig(px=args.px),
         noise=noise,
+        codec=codec,
         threads=args.threads,
-        run=ExtractRun(out=str(out / "features"), inline=True, device=args.device),
+        run=ExtractRun(out=str(out), inline=True, device=args.device),
     )
-    return run_extraction(config).url
+    return run_extraction(config)
 
 
 def trainer_of(config: DistillConfig, data: OpenedData, device: torch.device, live: bool) -> Distillation:
@@ -149,17 +156,26 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of one teacher; `options`: settings of `distill.run` to take steps with."""
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
+    out = args.work / name
+    shutil.rmtree(out, ignore_errors=True)
+    codecs = {"cached": CodecConfig(), **{form: FORMS[form] for form in args.forms}}
+    stored = {form: extracted(out / form, path, args, codec) for form, codec in codecs.items()}
     config = DistillConfig(
-        datasets=(extracted(name, path, args),),
+        datasets=(stored["cached"].url,),
         student=StudentConfig(name=args.student),
         epochs=100_000,
         batch_size=args.batch_size,
-        run=DistillRun(out=str(args.work / name / "run"), read_threads=args.read_threads, device=args.device),
+        run=DistillRun(out=str(out / "run"), read_threads=args.read_threads, device=args.device),
     )
     data = open_data(config)
     make = partial(trainer_of, config, data, device)
-    trainers = {"memory": from_memory(make(False)), "cached": make(False), "live": make(True)}
-    rate = stream_rate(make(False), seconds=5)
+
+    def of_form(form: str) -> Distillation:
+        changed = config.model_copy(update={"datasets": (stored[form].url,)})
+        return trainer_of(changed, open_data(changed), device, live=False)
+
+    rates = {form: stream_rate(of_form(form), seconds=5) for form in stored}
+    trainers = {"memory": from_memory(make(False)), "live": make(True), **{form: of_form(form) for form in stored}}
     plain_loss = loss_of(trainers["memory"])
     away = {}
     for option, changes in options.items():
@@ -172,7 +188,7 @@ def measure(
     seconds: dict[str, list[float]] = {way: [] for way in turns}
     for _ in range(args.repeats):
         for way, steps in turns.items():
-            skipped = PREFETCHED if way in ("cached", "live") else 1
+            skipped = PREFETCHED if way in ("live", *stored) else 1
             num = args.steps if way != "live" else args.live_steps
             seconds[way].append(seconds_per_step(steps, device, num, skipped))
     for steps in turns.values():
@@ -195,8 +211,16 @@ def measure(
         "seconds_per_step": {way: round(value, 4) for way, value in median.items()},
         "img_s": {way: round(args.batch_size / value, 1) for way, value in median.items()},
         "shares_cached": {what: round(value, 4) for what, value in shares_of(trainers["cached"]).items()},
-        "stream_alone_img_s": round(rate, 1),
-        "stream_alone_mb_s": round(rate * bytes_per_sample(data) / 1e6, 1),
+        "stream_alone_img_s": round(rates["cached"], 1),
+        "stream_alone_mb_s": round(rates["cached"] * bytes_per_sample(data) / 1e6, 1),
+        "forms": {
+            form: {
+                "stored_bytes_per_row": round(at.size_bytes / at.num_rows),
+                "over_memory": over(form, "memory"),
+                "stream_alone_img_s": round(rates[form], 1),
+            }
+            for form, at in stored.items()
+        },
     }
     print(f"{name}: {found}", file=sys.stderr, flush=True)
     return found
@@ -230,6 +254,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--options", action=argparse.BooleanOptionalAction, default=True, help="measure settings of run"
     )
+    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="coded features to read as well")
     parser.add_argument("--read-threads", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

@@ -55,9 +55,9 @@ if "$python" -c 'import pytest' 2> /dev/null; then
     step tests 90 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $(grep -rl 'mark\.gpu' tests)
 fi
 if [ -n "$small" ]; then
-    seconds=1 teachers="--small" steps="--num-images 64 --steps 2 --live-steps 1 --repeats 1"
+    seconds=1 teachers="--small" steps="--num-images 64 --steps 2 --live-steps 1 --repeats 1 --forms rans"
 else
-    seconds=5 teachers="" steps="--num-images 2048 --batch-size 256 --steps 20 --live-steps 5 --repeats 3"
+    seconds=5 teachers="" steps="--num-images 2048 --batch-size 256 --steps 20 --live-steps 5 --repeats 3 --forms rans"
 fi
 # shellcheck disable=SC2086  # settings are several words
 {
