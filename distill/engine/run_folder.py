@@ -90,12 +90,20 @@ class RunSettings:
 
         Raises: ConfigError.
         """
+        if self._begun():
+            return
         try:
-            begun = self._settings_there() is not None
+            refuse_other_folder(self.out, f"dtpipe {self.kind.replace('_', '-')}", _LEFTOVERS)
+        except ConfigError:
+            if not self._begun():  # else another process has begun it between the two looks
+                raise
+
+    def _begun(self) -> bool:
+        """Whether the folder holds a run of this kind. Raises: ConfigError where it holds one of another."""
+        try:
+            return self._settings_there() is not None
         except InputError as err:
             raise ConfigError(str(err)) from err
-        if not begun:
-            refuse_other_folder(self.out, f"dtpipe {self.kind.replace('_', '-')}", _LEFTOVERS)
 
     def _refuse_other(self) -> None:
         settings = self._settings_there()

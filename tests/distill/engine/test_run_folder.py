@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.engine import run_folder
 from dtpipe.distill.engine.checkpoint import save_checkpoint
 from dtpipe.distill.engine.run_folder import RunFolder, changed_fields, read_config, read_metrics
 from dtpipe.distill.teacher.config import TrainTeacherConfig
@@ -100,6 +101,28 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
             other.kill()
     with RunFolder.open(run_settings(config(tmp_path))):
         pass
+
+
+def test_a_run_that_another_process_begins_between_two_looks_is_no_foreign_folder(tmp_path, monkeypatch):
+    ours = run_settings(config(tmp_path / "run"))
+    look, begun = run_folder.refuse_other_folder, []
+
+    def after_another_began(other, *arguments):
+        monkeypatch.setattr(run_folder, "refuse_other_folder", look)
+        begun.append(RunFolder.open(other))
+        look(*arguments)
+
+    monkeypatch.setattr(run_folder, "refuse_other_folder", lambda *arguments: after_another_began(ours, *arguments))
+    with pytest.raises(LockHeldError, match="another process trains in this folder"):
+        RunFolder.open(ours)
+    begun.pop().close()
+    with RunFolder.open(ours):
+        pass
+    theirs = teacher_run(TrainTeacherConfig(images="images", run={"out": str(tmp_path / "theirs")}))
+    monkeypatch.setattr(run_folder, "refuse_other_folder", lambda *arguments: after_another_began(theirs, *arguments))
+    with pytest.raises(ConfigError, match="not the config of a run, which has a section `distill:`"):
+        RunFolder.open(run_settings(config(tmp_path / "theirs")))
+    begun.pop().close()
 
 
 def test_metrics_of_steps_taken_again_are_dropped_with_a_line_cut_short(tmp_path):
