@@ -90,6 +90,7 @@ def plan_stages(call: Call, batch_size: Callable[[int], int] | None = None) -> d
     reads = Reads(
         sum(array.read_bytes for array in extraction.arrays if array.name in (IMAGE, *targets.names)),
         extraction.decode_s,
+        extraction.restore_s,
         store_speed(config.run.out, prices),
     )
     timed = time_training(student, device, targets, recipe.student_px, extraction.num_samples, reads)

@@ -2,42 +2,27 @@
 spent.
 
 Nothing is written. Sizes are exact before compression; the compressed size, what codecs lose and the times come from
-one batch.
+one batch. Codecs that are to be fitted are fitted to it on trial, for their times alone.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from dtpipe.extract.cluster.preflight import free_bytes
 from dtpipe.extract.config import ExtractConfig, ExtractRun
-from dtpipe.extract.device import NOTHING_YET
-from dtpipe.extract.fitting.sample import sample_plan
 from dtpipe.extract.recipe import resolve_recipe
-from dtpipe.extract.shards.buffer import CodedBatch
-from dtpipe.extract.shards.producer import PreparedRow, Producer
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
 from dtpipe.extract.shards.task import threads_that_code
 from dtpipe.extract.sources.names import bounded, ignored_text
 from dtpipe.extract.work import Work, refuse_lower_batch, work_of
-from dtpipe.manifests.codecs.base import LevelCodec, decode_level, parts_of
-from dtpipe.manifests.codecs.registry import level_codecs
-from dtpipe.manifests.errors import InputError, saying_what_to_lower
-from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
-from dtpipe.manifests.pieces import blake3_of
-from dtpipe.manifests.schema import ComputeRecipe, IndexRow, Plan, Recipe
+from dtpipe.manifests.schema import Plan, Recipe
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
-from dtpipe.manifests.write.listing import Listing
 from dtpipe.manifests.write.plan import bytes_per_sample, plan_of
-from dtpipe.manifests.write.shard import SHARD_FORMATS, encode_rows, join_rows
-from dtpipe.manifests.write.size import foretell_size
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
 from dtpipe.pipeline.plan.arrays import (
     HEADERS,
@@ -45,14 +30,13 @@ from dtpipe.pipeline.plan.arrays import (
     assume_codec,
     assumed_stage,
     norm_headers_bytes,
-    plan_arrays,
     print_arrays,
 )
 from dtpipe.pipeline.plan.limits import Limits, extraction_limits
 from dtpipe.pipeline.plan.prices import CachedOrLive, PlanConfig, cached_or_live
+from dtpipe.pipeline.plan.probe import peak_memory, probe, probe_rows, time_trial_fit
 
 PRICES = PlanConfig()
-PROBE_TRIES = 4  # times the probe's images that are looked at to find good ones
 
 
 @dataclass(frozen=True)
@@ -75,13 +59,16 @@ class ExtractionPlan:
     workers: int
     teacher_s: float
     """Per image, teacher only."""
+    codec_s: float
+    """Per image, by codecs where the teacher runs."""
     prepare_s: float
     """Per image, reading, decoding, resizing, one thread."""
     code_s: float
     """Per image, compression, checksums and digest, one thread."""
     decode_s: float
-    """Per image and one view of each level: what reading them back takes, one thread, without the store; 0 where codecs
-    are to be fitted."""
+    """Per image and one view of each level: from bytes to what they are stored as, one thread, without the store."""
+    restore_s: float
+    """The same, from that to features, on the device."""
     binds: str
     """What lets through the fewest images."""
     limits: Limits
@@ -97,7 +84,7 @@ class ExtractionPlan:
     ignored: dict[str, int]
     """What lies in the source and is no sample: extension or why, to count."""
     to_fit: dict[str, Any] | None = None
-    """What `extract` would fit before its plan; bytes here are assumed of it, times are of these levels under cast."""
+    """What `extract` would fit before its plan; bytes here are assumed of it, times are of a fit to the probe."""
 
 
 def plan_extraction(config: ExtractConfig, prices: PlanConfig = PRICES) -> ExtractionPlan:
@@ -127,10 +114,13 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
     producer = work.job_here.open(plan, listing, recipe.compute.device)
     refuse_lower_batch(run, Store(run.out))
     compute = recipe.compute.in_batches(run.lower_batch_to or recipe.compute.batch_size)
-    rows, prepare_s = _probe_rows(producer, listing, compute.batch_size)
-    probe = _probe(producer, plan, rows, compute)
+    rows, prepare_s = probe_rows(producer, listing, compute.batch_size)
+    probed = probe(producer, plan, rows, compute)
     num_samples, workers = len(listing), _workers(run, recipe.compute.device)
-    arrays = _fitted_arrays(work, plan, probe.arrays)
+    raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
+    arrays = _fitted_arrays(work, plan, probed.arrays)
+    memory_bytes = peak_memory() + _held(run, raw * min(recipe.shard.samples, num_samples))
+    coding = probed.coding if work.fit is None else time_trial_fit(probed, recipe, work.fit, arrays)
     stored_each = sum(array.stored_bytes for array in arrays)
     limits = extraction_limits(
         on_gpu=recipe.compute.device != "cpu",
@@ -138,15 +128,14 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
         cpus=os.cpu_count() or 1,
         decode_threads=run.decode_threads,
         code_threads=run.code_threads or threads_that_code(recipe.compute.device),
-        teacher_s=probe.teacher_s,
+        teacher_s=probed.teacher_s + coding.codec_s,
         prepare_s=prepare_s,
-        code_s=probe.code_s,
+        code_s=coding.code_s,
         stored_bytes=stored_each,
         store=store_speed(run.out, prices),
     )
     seconds = num_samples / limits.rate
-    live_h = probe.teacher_s / len(recipe.views) * num_samples / 3600
-    raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
+    live_h = probed.teacher_s / len(recipe.views) * num_samples / 3600
     return ExtractionPlan(
         num_samples=num_samples,
         num_shards=plan.num_shards,
@@ -159,16 +148,18 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
         free_bytes=free_bytes(Store(run.out)),
         device=recipe.compute.device,
         workers=workers,
-        teacher_s=probe.teacher_s,
+        teacher_s=probed.teacher_s,
+        codec_s=coding.codec_s,
         prepare_s=prepare_s,
-        code_s=probe.code_s,
-        decode_s=probe.decode_s if work.fit is None else 0.0,
+        code_s=coding.code_s,
+        decode_s=coding.decode_s,
+        restore_s=coding.restore_s,
         binds=limits.binding,
         limits=limits,
         seconds=seconds,
         comparison=cached_or_live(prices, workers * seconds / 3600, stored_each * num_samples / 1e12, live_h, None),
-        memory_bytes=peak_memory() + _held(run, raw * min(recipe.shard.samples, num_samples)),
-        device_bytes=probe.device_bytes,
+        memory_bytes=memory_bytes,
+        device_bytes=probed.device_bytes,
         num_probed=len(rows),
         ignored=dict(ignored),
         to_fit=None if work.fit is None else work.fit.record(),
@@ -197,95 +188,6 @@ def store_speed(url: str, prices: PlanConfig) -> tuple[str, float]:
     return ("disk", prices.disk_mb_s) if local else ("network", prices.network_mb_s)
 
 
-def _probe_rows(producer: Producer, listing: Listing, num: int) -> tuple[list[PreparedRow], float]:
-    """The first good rows of the listing, numbered from 0, and the seconds per row it took to prepare them."""
-    rows: list[PreparedRow] = []
-    started = time.perf_counter()
-    for row in range(min(len(listing), PROBE_TRIES * num)):
-        prepared = producer.prepare(IndexRow(row=row, key=listing.keys[row], shard=0))
-        if prepared.content is not None:
-            rows.append(prepared)
-        if len(rows) == num:
-            break
-    if not rows:
-        raise InputError(
-            f"none of the first {PROBE_TRIES * num} samples can be used, such as {listing.keys[0]!r}; look at it"
-        )
-    return rows, (time.perf_counter() - started) / len(rows)
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """One batch, from images to bytes and back. Seconds are of one image."""
-
-    arrays: tuple[ArrayPlan, ...]
-    teacher_s: float
-    code_s: float
-    decode_s: float
-    device_bytes: int | None
-
-
-def _probe(producer: Producer, plan: Plan, rows: Sequence[PreparedRow], compute: ComputeRecipe) -> _Probe:
-    """A full batch after warm-up; the codec counts with the teacher, since it runs on the same device.
-
-    Raises: DeviceMemoryError where there is no room for it.
-    """
-    import torch
-
-    from dtpipe.extract.teachers.arithmetic import exact
-
-    recipe, codecs = plan.recipe, level_codecs(plan.recipe)
-    if compute.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    no_room = saying_what_to_lower("a first batch", compute.device, compute.batch_size, NOTHING_YET)
-    with exact(torch.device(compute.device), compute.threads), no_room:
-        producer.produce(rows, compute.batch_size)
-        started_s = time.perf_counter()
-        produced = producer.produce(rows, compute.batch_size)
-        batch = CodedBatch([prepared.index for prepared in rows], produced.images)
-        batch.start(produced.levels, codecs)
-        batch.wait()
-        teacher_s = (time.perf_counter() - started_s) / compute.batch_size
-    arrays = batch.arrays(recipe)
-    _warm_up(recipe, codecs, arrays)
-    started_s = time.perf_counter()
-    coded = encode_rows(recipe, arrays)
-    blake3_of(chunk.data for chunks in coded.chunks.values() for chunk in chunks)
-    code_s = (time.perf_counter() - started_s) / len(rows)
-    numbered = [row.model_copy(update={"row": idx}) for idx, row in enumerate(coded.rows)]  # bad ones were left out
-    objects = list(join_rows(sample_plan(recipe, len(rows)), 0, [replace(coded, rows=numbered)]))
-    size = foretell_size(plan, objects, numbered, {})
-    features = {name: level[: len(rows)].float().cpu().numpy() for name, level in produced.levels.items()}
-    return _Probe(
-        arrays=plan_arrays(plan, codecs, arrays, coded, size, features),
-        teacher_s=teacher_s,
-        code_s=code_s,
-        decode_s=_time_decoding(recipe, codecs, coded),
-        device_bytes=torch.cuda.max_memory_allocated() if compute.device == "cuda" else None,
-    )
-
-
-def _warm_up(recipe: Recipe, codecs: Mapping[str, LevelCodec], arrays: ShardArrays) -> None:
-    """Code one row and decode it, so that loading compiled code is in no time."""
-    row = ShardArrays({name: values[:1] for name, values in arrays.arrays.items()}, arrays.rows[:1])
-    _time_decoding(recipe, codecs, encode_rows(recipe, row))
-
-
-def _time_decoding(recipe: Recipe, codecs: Mapping[str, LevelCodec], coded: CodedRows) -> float:
-    """Seconds to get one row back from its bytes: the image, and one view of each level."""
-    form, specs = SHARD_FORMATS[recipe.shard.format], stored_arrays(recipe)
-    started_s = time.perf_counter()
-    plain = {}
-    for name, spec in specs.items():
-        chunk = coded.chunks[name][0]
-        plain[name] = np.empty(spec.chunk_shape, spec.dtype)
-        trailer = chunk.crc32c.to_bytes(form.trailer_bytes, "little") if form.trailer_bytes else b""
-        form.decode(spec, chunk.data, trailer, plain[name])
-    for codec in codecs.values():
-        decode_level(codec, parts_of(codec, plain))
-    return time.perf_counter() - started_s
-
-
 def _bytes_by_array(recipe: Recipe) -> dict[str, int]:
     sizes = {} if recipe.images == "joined" else {"image": 3 * recipe.transform.height * recipe.transform.width}
     return sizes | {level.name: bytes_per_sample((level,), len(recipe.views), None) for level in recipe.levels}
@@ -308,15 +210,6 @@ def _workers(run: ExtractRun, device: str) -> int:
     return max(1, torch.cuda.device_count() if device == "cuda" else (os.cpu_count() or 2) // 2)
 
 
-def peak_memory() -> int:
-    """The most memory this process has held so far."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def print_extraction(console: Console, plan: ExtractionPlan) -> None:
     """The plan as lines; as one document with --json."""
     free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free there"
@@ -329,7 +222,7 @@ def print_extraction(console: Console, plan: ExtractionPlan) -> None:
             "time": f"about {format_seconds(plan.seconds)} on {workers}",
             "limits": plan.limits.text(),
             "per image": f"teacher {_ms(plan.teacher_s)}, decode and resize {_ms(plan.prepare_s)}, "
-            f"compress {_ms(plan.code_s)}",
+            f"codecs {_ms(plan.codec_s)}, compress {_ms(plan.code_s)}",
             "memory": f"about {format_bytes(plan.memory_bytes)} per worker"
             + (f", {format_bytes(plan.device_bytes)} on the GPU" if plan.device_bytes is not None else ""),
         }
@@ -351,8 +244,8 @@ def _fit_in_words(fit: dict[str, Any]) -> str:
     target = f"{fit['max_error']:.1%} error" if "max_error" in fit else format_bytes(fit["budget_bytes"])
     return (
         f"codecs ({levels}) would be fitted for {target} to {count_of(fit['samples'], 'sample')} at most, before "
-        "anything is stored; the bytes below are assumed of them; fitting, and coding by them, are not in the time "
-        "above"
+        "anything is stored; the bytes below are assumed of them; the times above are of a fit to a few samples, and "
+        "the fit itself is not in them"
     )
 
 

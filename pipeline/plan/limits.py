@@ -63,14 +63,24 @@ def extraction_limits(
 
 
 def training_limits(
-    *, on_gpu: bool, cpus: int, step_img_s: float, decode_s: float, read_bytes: float, store: tuple[str, float]
+    *,
+    on_gpu: bool,
+    cpus: int,
+    step_img_s: float,
+    decode_s: float,
+    restore_s: float,
+    read_bytes: float,
+    store: tuple[str, float],
 ) -> Limits:
-    """`read_bytes` and `decode_s` of one sample as training reads it: its image and one view of each level."""
+    """Bytes and seconds of one sample as training reads it, its image and one view of each level: `decode_s` of a
+    thread, `restore_s` of the device that trains.
+    """
     name, mb_s = store
+    device_s = 1 / step_img_s + restore_s
     if on_gpu:
-        rates = {"GPU": step_img_s} | ({"cores": cpus / decode_s} if decode_s else {})
+        rates = {"GPU": 1 / device_s} | ({"cores": cpus / decode_s} if decode_s else {})
     else:
-        rates = {"cores": 1 / (1 / step_img_s + decode_s / cpus)}
+        rates = {"cores": 1 / (device_s + decode_s / cpus)}
     return Limits(rates | ({name: mb_s * 1e6 / read_bytes} if read_bytes else {}))
 
 

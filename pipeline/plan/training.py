@@ -28,9 +28,10 @@ from dtpipe.manifests.schema import IMAGE
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_seconds
-from dtpipe.pipeline.plan.extraction import PRICES, ExtractionPlan, peak_memory, store_speed
+from dtpipe.pipeline.plan.extraction import PRICES, ExtractionPlan, store_speed
 from dtpipe.pipeline.plan.limits import Limits, training_limits
 from dtpipe.pipeline.plan.prices import CachedOrLive, PlanConfig, cached_or_live
+from dtpipe.pipeline.plan.probe import peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ def plan_training(config: DistillConfig, data: TrainingData, prices: PlanConfig 
     stream = FeatureStream(opened.source, settings, device, teacher, opened.sampling)
     parts = [FeatureDataset.open(url, allow_incomplete=True) for url in config.datasets]
     sample_bytes = bytes_read_per_sample(parts, targets.names, config.join)
-    reads = Reads(sample_bytes, 0.0, _slowest([store_speed(url, prices) for url in config.datasets], prices))
+    reads = Reads(sample_bytes, 0.0, 0.0, _slowest([store_speed(url, prices) for url in config.datasets], prices))
     timed = with_timed_heads(config, several_timesteps(opened.source, targets.feature_names))
     image_px = student_size(config, opened.student_px)
     plan = time_training(timed, device, targets, image_px, stream.epoch_size, reads)
@@ -115,6 +116,8 @@ class Reads:
     sample_bytes: float
     decode_s: float
     """One thread; 0 where it was not measured."""
+    restore_s: float
+    """On the device; 0 as well."""
     store: tuple[str, float]
     """What the dataset lies on, and its MB/s."""
 
@@ -184,6 +187,7 @@ def time_training(
         cpus=os.cpu_count() or 1,
         step_img_s=1 / per_image_s,
         decode_s=reads.decode_s * (1 - config.reencode),
+        restore_s=reads.restore_s * (1 - config.reencode),
         read_bytes=cached,
         store=reads.store,
     )

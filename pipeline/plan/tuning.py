@@ -17,7 +17,7 @@ from dtpipe.manifests.words import count_of
 from dtpipe.pipeline.cli.console import Console, Note, format_bytes, format_seconds
 from dtpipe.pipeline.config import EvalConfig
 from dtpipe.pipeline.evaluate import check_task, open_table
-from dtpipe.pipeline.plan.extraction import peak_memory
+from dtpipe.pipeline.plan.probe import peak_memory
 from dtpipe.pipeline.rivals.digests import known_digests
 from dtpipe.pipeline.tune.cells import TunedTable
 from dtpipe.pipeline.tune.rates import fold_numbers

@@ -315,7 +315,7 @@ def test_codecs_are_chosen_by_level_and_without_a_fit_where_none_is_needed(extra
             extract("refused", images=many, codec=refused)
 
 
-def test_a_plan_fits_nothing_and_says_what_would_be(
+def test_a_plan_reads_no_sample_for_a_fit_and_says_what_would_be(
     make_config: MakeConfig, many: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dtpipe.extract.fitting.run.fit_task", None)

@@ -45,12 +45,19 @@ def test_without_a_gpu_the_teacher_shares_the_cores() -> None:
 
 
 def test_training_is_bound_by_steps_by_decoding_or_by_what_it_reads() -> None:
-    values: dict[str, Any] = {"on_gpu": True, "cpus": 8, "step_img_s": 2000.0, "decode_s": 0.002, "read_bytes": 0.4e6}
+    values: dict[str, Any] = {"on_gpu": True, "cpus": 8, "step_img_s": 2000.0, "decode_s": 0.002, "restore_s": 0.0}
+    values["read_bytes"] = 0.4e6
     fast, slow = ("disk", 1000.0), ("network", 250.0)
     assert training_limits(**values, store=fast).img_s == {"GPU": 2000, "cores": 4000, "disk": 2500}
     assert training_limits(**values, store=slow).binding == "network"
     assert training_limits(**values | {"decode_s": 0.008}, store=fast).binding == "cores"
+    restored = training_limits(**values | {"restore_s": 0.0015}, store=fast)  # by the GPU, between its steps
+    assert restored.img_s["GPU"] == pytest.approx(500)
     on_cpu = training_limits(**values | {"on_gpu": False, "cpus": 2, "step_img_s": 10.0, "decode_s": 0.2}, store=fast)
     assert on_cpu.img_s["cores"] == pytest.approx(1 / (0.1 + 0.1))
+    on_cpu = training_limits(
+        **values | {"on_gpu": False, "cpus": 2, "step_img_s": 10.0, "decode_s": 0.2, "restore_s": 0.3}, store=fast
+    )
+    assert on_cpu.img_s["cores"] == pytest.approx(1 / (0.1 + 0.1 + 0.3))
     live = training_limits(**values | {"decode_s": 0.0, "read_bytes": 0.0}, store=fast)
     assert live.img_s == {"GPU": 2000}
