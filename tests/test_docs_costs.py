@@ -54,6 +54,14 @@ def test_hours_of_an_adm_by_hand() -> None:
     assert a100 == f"{seconds / 3600:.1f} h" and h100 == f"{seconds * 312 / 989 / 3600:.1f} h"
 
 
+def test_cores_of_a_coder_by_hand() -> None:
+    """400 images a second, each of four levels in float16, at the MB/s of each level that the benchmark has."""
+    levels = json.loads((REPO / "benchmarks" / "results" / "codec.json").read_text())["teachers"]["adm_256_shapes"]
+    sizes = {"l2": 2 * 512 * 64**2, "l3": 2 * 512 * 32**2, "l4": 2 * 1024 * 16**2, "l5": 2 * 1024 * 8**2}
+    busy_s = sum(400 * size / (1e6 * levels[name]["mb_s"]["rans_encode"]) for name, size in sizes.items())
+    assert row("rans")[1] == f"{busy_s:.1f}" and float(row("rans")[2]) == pytest.approx(2 * busy_s, abs=0.1)
+
+
 def test_from_when_on_cached_is_cheaper_by_hand() -> None:
     """Hours at 2 and terabytes at 25 were spent before the first epoch; each live epoch costs the hours again."""
     spent = 2 * 973e9 * 1_281_167 / 80e12 / 3600

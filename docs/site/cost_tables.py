@@ -7,6 +7,7 @@ Hours are operations over assumed rates; nothing here is timed.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ from dtpipe.pipeline.plan.prices import PlanConfig, cached_or_live
 REPO = Path(__file__).parents[2]
 PAGE = REPO / "docs" / "costs.md"
 COSTS: dict[str, Any] = json.loads((REPO / "benchmarks" / "results" / "preset_costs.json").read_text(encoding="utf-8"))
-CODECS: dict[str, Any] = json.loads((REPO / "benchmarks" / "results" / "codec.json").read_text(encoding="utf-8"))[
+MEASURED: dict[str, Any] = json.loads((REPO / "benchmarks" / "results" / "codec.json").read_text(encoding="utf-8"))[
     "teachers"
-]["demo"]["codecs"]
+]
+CODECS: dict[str, Any] = MEASURED["demo"]["codecs"]
+ADM_LEVELS: dict[str, Any] = MEASURED["adm_256_shapes"]
 
 NAMES = {
     "adm_256": "ADM, 256 px",
@@ -44,6 +47,8 @@ STAGES = {
 """How the symbols of a fitted codec become bytes, as `benchmarks/codec.py` calls it."""
 TIGHT = 0.03
 """The error that the tables compare with."""
+EXTRACTED, READ = (400, 800), 2000
+"""Images per second of a GPU that extracts, and of one that trains."""
 
 
 def image_bytes(teacher: Mapping[str, Any]) -> int:
@@ -103,6 +108,20 @@ def codec_table() -> list[Sequence[str]]:
     return rows
 
 
+def seconds_of(stage: str) -> float:
+    """Of a core, for one image of ADM-256's levels: making bytes of the symbols, or symbols of bytes."""
+    return sum(2 * math.prod(level["shape"]) / level["mb_s"][stage] / 1e6 for level in ADM_LEVELS.values())
+
+
+def coder_table() -> list[Sequence[str]]:
+    extracted = [f"extracting {rate} img/s" for rate in EXTRACTED]
+    rows: list[Sequence[str]] = [["coder", *extracted, f"training with {READ} img/s"]]
+    for coder, label in {"zstd_3": "zstd at level 3", "rans": "rans"}.items():
+        times = [rate * seconds_of(f"{coder}_encode") for rate in EXTRACTED]
+        rows.append([label, *(f"{time:.1f}" for time in times), f"{READ * seconds_of(f'{coder}_decode'):.1f}"])
+    return rows
+
+
 def live_table() -> list[Sequence[str]]:
     prices = PlanConfig()
     rows: list[Sequence[str]] = [["teacher", "as float16", f"at error {TIGHT}"]]
@@ -127,6 +146,7 @@ def size(num_bytes: float) -> str:
 TABLES: dict[str, Callable[[], list[Sequence[str]]]] = {
     "bytes": bytes_table,
     "codec": codec_table,
+    "coder": coder_table,
     "hours": hours_table,
     "live": live_table,
 }
