@@ -58,7 +58,7 @@ def image_bytes(teacher: Mapping[str, Any]) -> int:
 
 def stored_bytes(teacher: Mapping[str, Any], views: int, error: float | None = None) -> float:
     """Of one sample: the image and its features in float16, or under codec transform at an error."""
-    features = teacher[f"bytes_{views}"] - image_bytes(teacher)
+    features = float(teacher[f"bytes_{views}"]) - image_bytes(teacher)
     return image_bytes(teacher) + features / (1 if error is None else ASSUMED_RATIOS[error])
 
 
@@ -110,7 +110,7 @@ def codec_table() -> list[Sequence[str]]:
 
 def seconds_of(stage: str) -> float:
     """Of a core, for one image of ADM-256's levels: making bytes of the symbols, or symbols of bytes."""
-    return sum(2 * math.prod(level["shape"]) / level["mb_s"][stage] / 1e6 for level in ADM_LEVELS.values())
+    return float(sum(2 * math.prod(level["shape"]) / level["mb_s"][stage] / 1e6 for level in ADM_LEVELS.values()))
 
 
 def coder_table() -> list[Sequence[str]]:
