@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,12 +74,13 @@ class _Fits:
     def __init__(self, draft: Recipe, sample: FitSample, request: FitRequest, on_fitted: OnFitted) -> None:
         self._draft, self._sample, self._request, self._on_fitted = draft, sample, request, on_fitted
         self._levels = {level.name: level for level in draft.levels if level.name in request.codecs}
+        self._kept: dict[str, Callable[[float], Fit]] = {}
 
     def result(self, errors: Mapping[str, float]) -> FitResult:
         """Each level fitted for its error."""
         codecs, files, expected = {}, {}, {}
         for name, level in self._levels.items():
-            fit = self._fit(level, self._sample.levels[name], errors[name])
+            fit = self._of_all(level)(errors[name])
             digest, data = encode_fitted(fit.arrays)
             files[digest] = data
             codecs[name] = CodecSpec(name=self._request.codecs[name], parameters={**fit.parameters, FITTED: digest})
@@ -109,17 +110,29 @@ class _Fits:
 
     def _curve(self, level: LevelSpec) -> Curve:
         """Sizes of a level at several errors."""
-        features = self._sample.levels[level.name][:_CURVE_SAMPLES]
-        fits = [self._fit(level, features, error) for error in CURVE_ERRORS]
+        fit = self._fits(level, self._sample.levels[level.name][:_CURVE_SAMPLES])
+        fits = [fit(error) for error in CURVE_ERRORS]
         self._say(f"level {level.name} was tried at {len(fits)} errors")
         return Curve(tuple(fit.relative_mse for fit in fits), tuple(fit.size_bytes for fit in fits))
 
-    def _fit(self, level: LevelSpec, features: NDArray[np.float32], error: float) -> Fit:
+    def _of_all(self, level: LevelSpec) -> Callable[[float], Fit]:
+        """Fits by the whole sample; kept for a budget, which takes several rounds of them."""
+        if level.name in self._kept:
+            return self._kept[level.name]
+        fits = self._fits(level, self._sample.levels[level.name])
+        if self._request.budget_bytes is not None:
+            self._kept[level.name] = fits
+        return fits
+
+    def _fits(self, level: LevelSpec, features: NDArray[np.float32]) -> Callable[[float], Fit]:
+        """Fits of a level for any error; what they share is made once."""
         fit = CODECS[self._request.codecs[level.name]].fit
         assert fit is not None, "only codecs that are fitted are asked for"
         in_zarr = self._draft.shard.format == "zarr"
         zstd_level = self._draft.codec.level_of(sparse=True) if in_zarr else 0  # tars hold plain npy
-        return fit(level, features, FitTarget(relative_mse=error, entropy=self._request.coder, zstd_level=zstd_level))
+        of_target = fit(level, features)
+        coder = self._request.coder
+        return lambda error: of_target(FitTarget(relative_mse=error, entropy=coder, zstd_level=zstd_level))
 
     def _dataset_bytes(self, result: FitResult, num_rows: int) -> float:
         """Of a whole dataset of so many rows, by the sample of the fit."""

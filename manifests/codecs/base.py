@@ -97,8 +97,9 @@ class Codec:
     open: Callable[[LevelSpec, FittedArrays], LevelCodec]
     """Sets it up for a level by `level.codec.parameters`, which say all about `parts`; loads what it was fitted with
     when that is first needed. Raises: ConfigError for parameters it cannot use."""
-    fit: Callable[[LevelSpec, Array, FitTarget], Fit] | None = None
-    """Chooses parameters and arrays on raw features [N, C, H, W] of a sample; None where nothing is fitted.
+    fit: Callable[[LevelSpec, Array], Callable[[FitTarget], Fit]] | None = None
+    """Looks at raw features [N, C, H, W] of a sample, and gives what chooses parameters and arrays for a target; None
+    where nothing is fitted.
 
     Raises: ConfigError for features that it cannot be fitted on."""
 

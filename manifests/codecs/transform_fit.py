@@ -44,15 +44,18 @@ class Held:
 
 
 def fit_transform(level: LevelSpec, features: NDArray[np.generic], target: FitTarget) -> Fit:
-    """Parameters and arrays of the level for a target. Shapes: raw features [N, C, H, W].
+    """As `transform_fits`, for one target."""
+    return transform_fits(level, features)(target)
 
-    Raises: ConfigError when there is no sample, one is not finite, or no step meets the target.
+
+def transform_fits(level: LevelSpec, features: NDArray[np.generic]) -> Callable[[FitTarget], Fit]:
+    """Parameters and arrays of the level for any target, from one basis. Shapes: raw features [N, C, H, W].
+
+    Raises: ConfigError when there is no sample, one is not finite, or, of what it gives, no step meets the target.
     """
     _check(level, features)
     basis, held = _transformed(features)
-    step = _meet(held, target)
-    quantiser = make_quantiser(held, step)
-    return _fit_of(basis, held, quantiser, target)
+    return lambda target: _fit_of(basis, held, make_quantiser(held, _meet(held, target)), target)
 
 
 def make_quantiser(held: Held, step: float) -> Quantiser:

@@ -37,7 +37,7 @@ def fitted_codec(features: Features, target: FitTarget, codec: str = "transform"
     """FittedArrays on features [N, C, H, W]."""
     level, fit = level_of(features, dtype=dtype), CODECS[codec].fit
     assert fit is not None
-    return opened(level, fit(level, features, target), codec)
+    return opened(level, fit(level, features)(target), codec)
 
 
 def fit_levels(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
+from numpy.typing import NDArray
 
 from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.fitting.base import FitRequest
@@ -20,6 +22,7 @@ from dtpipe.extract.fitting.sample import FitSample
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
+from dtpipe.manifests.codecs import transform_fit
 from dtpipe.manifests.codecs.fitted import fitted_names
 from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.errors import ConfigError, InputError, PlanChangedError
@@ -241,6 +244,22 @@ def test_a_budget_is_kept_by_the_whole_dataset(
     result = run_extraction(make_config(images=many, shard=shard, codec=codec, out=f"{many}-within"))
     assert 0.9 * budget < size_on_disk(result.url) <= budget
     assert result.over_budget is None
+
+
+def test_a_budget_makes_each_basis_twice_whatever_its_rounds(
+    make_config: MakeConfig, many: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the samples of the curves, and from all; bases are what a fit at ADM's size spends its time on."""
+    shapes: list[tuple[int, ...]] = []
+    transformed = transform_fit._transformed
+
+    def counted(features: NDArray[np.generic]) -> Any:
+        shapes.append(features.shape)
+        return transformed(features)
+
+    monkeypatch.setattr(transform_fit, "_transformed", counted)
+    run_extraction(make_config(images=many, shard={"samples": 16}, codec={"budget": "180kB"}))
+    assert sorted(Counter(shapes).values()) == [2, 2]
 
 
 def test_a_budget_that_a_dataset_exceeds_all_the_same_is_said_with_what_mends_it(
