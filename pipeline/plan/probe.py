@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-import torch
 
 from dtpipe.distill.stream.decode import decode_on_device, unpacks_rans
 from dtpipe.extract.device import NOTHING_YET
@@ -87,6 +86,8 @@ def probe(producer: Producer, plan: Plan, rows: Sequence[PreparedRow], compute: 
 
     Raises: DeviceMemoryError where there is no room for it.
     """
+    import torch
+
     recipe, codecs = plan.recipe, level_codecs(plan.recipe)
     if compute.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -120,6 +121,8 @@ def time_trial_fit(probed: Probe, draft: Recipe, request: FitRequest, arrays: Se
     A fit to so few samples costs what another does: times follow from shapes and errors. With no finite row, that of
     the probe.
     """
+    import torch
+
     levels = {name: probed.produced.levels[name][: len(probed.rows), 0].float().cpu() for name in request.codecs}
     finite = torch.stack([torch.isfinite(level).flatten(1).all(dim=1) for level in levels.values()]).all(dim=0)
     if not finite.any():
@@ -153,6 +156,8 @@ class _Coded:
         compute: ComputeRecipe,
     ) -> _Coded:
         """Code a batch, after one row to warm up, and decode a row of it."""
+        import torch
+
         codecs = level_codecs(recipe, fitted)
         with exact(torch.device(compute.device), compute.threads):
             _start(rows[:1], produced, codecs)
@@ -181,11 +186,15 @@ def _start(rows: Sequence[PreparedRow], produced: Encoded, codecs: Mapping[str, 
 def _wait(compute: ComputeRecipe) -> None:
     """Until the device has done what it was given."""
     if compute.device == "cuda":
+        import torch
+
         torch.cuda.synchronize()
 
 
 def _time_decoding(recipe: Recipe, fitted: FittedArrays, coded: CodedRows, device: str) -> float:
     """Seconds to get one row back from its bytes, but for chunks that the device unpacks: image, one view of levels."""
+    import torch
+
     form, specs = SHARD_FORMATS[recipe.shard.format], stored_arrays(recipe, fitted)
     elsewhere = unpacks_rans(torch.device(device))
     started_s = time.perf_counter()
@@ -200,6 +209,8 @@ def _time_decoding(recipe: Recipe, fitted: FittedArrays, coded: CodedRows, devic
 
 def _time_restoring(codecs: Mapping[str, LevelCodec], arrays: ShardArrays, compute: ComputeRecipe) -> float:
     """Seconds of a row to make features of parts, one view of each level, in a batch; the second time counts."""
+    import torch
+
     seconds = 0.0
     with exact(torch.device(compute.device), compute.threads):
         for codec in codecs.values():
