@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,9 @@ from dtpipe.manifests.write.plan import plan_digest, start_plan
 from dtpipe.manifests.write.shard import encode_rows, write_rows
 
 HERE = Path(__file__).resolve().parent
+Found = dict[str, dict[str, list[dict[str, float]]]]
+"""By contender and mode."""
+ALONE = ("zarr",)  # slow, so one round is enough, and takes up to 14 GB for a shuffled batch, so nobody else reads
 NUM_DRAWN = 16  # different samples; no coder looks further back than one of them
 
 
@@ -226,23 +229,35 @@ def contenders(folder: Path, sample: Sample, python: str) -> Iterator[Contender]
             print(f"left out: {err}", file=sys.stderr)
 
 
+def measure_rounds(
+    running: Sequence[Contender], rounds: int, least: int, options: argparse.Namespace, found: Found
+) -> None:
+    """Measure in turns, after a round that fills the page cache and loads what is loaded late."""
+    for round_idx in range(rounds + 1):
+        for contender in running:
+            for mode in contender.modes:
+                seconds = options.seconds if round_idx else options.seconds / 2
+                result = contender.measure(mode, seconds, least if round_idx else 1)
+                if round_idx:
+                    found.setdefault(contender.name, {}).setdefault(mode, []).append(result)
+
+
 def measure_size(sample: Sample, options: argparse.Namespace) -> dict[str, Any]:
     """All contenders on one size: medians, and dtpipe's forms over the best of the others."""
     folder = Path(tempfile.mkdtemp(prefix="read-", dir=options.folder))
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    found: Found = {}
+    packages: set[str] = set()
     try:
-        running = list(contenders(folder, sample, options.peers))
+        running = []
+        for contender in contenders(folder, sample, options.peers):
+            packages.add(contender.version)
+            if contender.name in ALONE:
+                measure_rounds([contender], 1, 1, options, found)
+                contender.close()
+            else:
+                running.append(contender)
         print(f"{sample.size_bytes} bytes a sample: {len(running)} contenders are ready", file=sys.stderr)
-        for round_idx in range(options.rounds + 1):  # the first fills the page cache and loads what is loaded late
-            for contender in running:
-                slow = contender.name == "zarr"
-                if slow and round_idx > 1:
-                    continue
-                for mode in contender.modes:
-                    seconds = options.seconds if round_idx else options.seconds / 2
-                    result = contender.measure(mode, seconds, 1 if slow or not round_idx else options.least)
-                    if round_idx:
-                        found.setdefault(contender.name, {}).setdefault(mode, []).append(result)
+        measure_rounds(running, options.rounds, options.least, options, found)
         for contender in running:
             contender.close()
     finally:
@@ -254,7 +269,7 @@ def measure_size(sample: Sample, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, modes in found.items()
     }
-    about = {"sample_bytes": sample.size_bytes, "samples": sample.num, "packages": sorted({c.version for c in running})}
+    about = {"sample_bytes": sample.size_bytes, "samples": sample.num, "packages": sorted(packages)}
     return {**about, **medians, "ratios": ratios(medians)}
 
 
