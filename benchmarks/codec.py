@@ -108,7 +108,7 @@ def level_spec(name: str, features: NDArray[np.float32], codec: CodecSpec) -> Le
 
 def fit(name: str, features: NDArray[np.float32], target: FitTarget) -> tuple[LevelCodec, dict[str, bytes]]:
     """`transform` for a target, and the file of its arrays by digest."""
-    result = fit_transform(level_spec(name, features, CodecSpec()), features, target)
+    result = fit_transform(level_spec(name, features, CodecSpec()), features)(target)
     digest, data = encode_fitted(result.arrays)
     spec = CodecSpec(name="transform", parameters={**result.parameters, FITTED: digest})
     return open_codec(level_spec(name, features, spec), HeldFitted({digest: data})), {digest: data}

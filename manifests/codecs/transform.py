@@ -23,7 +23,7 @@ from dtpipe.manifests.codecs.basis import ChannelBasis, normalise
 from dtpipe.manifests.codecs.fitted import FITTED
 from dtpipe.manifests.codecs.quantise import NO_BAND, Quantiser, from_symbols, to_symbols
 from dtpipe.manifests.codecs.rans_tables import PLACES, Coder, RansTables
-from dtpipe.manifests.codecs.transform_fit import symbol_classes, transform_fits
+from dtpipe.manifests.codecs.transform_fit import fit_transform, symbol_classes
 from dtpipe.manifests.errors import ConfigError, DamagedDataError
 from dtpipe.manifests.schema import LevelSpec
 
@@ -195,5 +195,5 @@ CODEC = Codec(
     TRANSFORM,
     "a fitted basis over channels and cosines over the map, in steps for a target error",
     _open,
-    transform_fits,
+    fit_transform,
 )

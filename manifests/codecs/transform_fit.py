@@ -43,12 +43,7 @@ class Held:
     """[C, H, W]: root mean square of each coefficient."""
 
 
-def fit_transform(level: LevelSpec, features: NDArray[np.generic], target: FitTarget) -> Fit:
-    """As `transform_fits`, for one target."""
-    return transform_fits(level, features)(target)
-
-
-def transform_fits(level: LevelSpec, features: NDArray[np.generic]) -> Callable[[FitTarget], Fit]:
+def fit_transform(level: LevelSpec, features: NDArray[np.generic]) -> Callable[[FitTarget], Fit]:
     """Parameters and arrays of the level for any target, from one basis. Shapes: raw features [N, C, H, W].
 
     Raises: ConfigError when there is no sample, one is not finite, or, of what it gives, no step meets the target.

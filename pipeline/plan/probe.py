@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -91,8 +92,7 @@ def probe(producer: Producer, plan: Plan, rows: Sequence[PreparedRow], compute: 
     recipe, codecs = plan.recipe, level_codecs(plan.recipe)
     if compute.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    no_room = saying_what_to_lower("a first batch", compute.device, compute.batch_size, NOTHING_YET)
-    with exact(torch.device(compute.device), compute.threads), no_room:
+    with exact(torch.device(compute.device), compute.threads), _no_room(compute):
         producer.produce(rows, compute.batch_size)
         _wait(compute)
         started_s = time.perf_counter()
@@ -119,7 +119,7 @@ def time_trial_fit(probed: Probe, draft: Recipe, request: FitRequest, arrays: Se
     """As `Probe.coding`, by codecs that are fitted to some rows of the probe, for the errors that `arrays` have.
 
     A fit to so few samples costs what another does: times follow from shapes and errors. With no finite row, that of
-    the probe.
+    the probe. Raises: as `probe`.
     """
     import torch
 
@@ -159,7 +159,7 @@ class _Coded:
         import torch
 
         codecs = level_codecs(recipe, fitted)
-        with exact(torch.device(compute.device), compute.threads):
+        with exact(torch.device(compute.device), compute.threads), _no_room(compute):
             _start(rows[:1], produced, codecs)
             started_s = time.perf_counter()
             batch = _start(rows, produced, codecs)
@@ -181,6 +181,11 @@ def _start(rows: Sequence[PreparedRow], produced: Encoded, codecs: Mapping[str, 
     batch.start(produced.levels, codecs)
     batch.wait()
     return batch
+
+
+def _no_room(compute: ComputeRecipe) -> AbstractContextManager[None]:
+    """Where the device has no room: DeviceMemoryError saying what to lower."""
+    return saying_what_to_lower("a first batch", compute.device, compute.batch_size, NOTHING_YET)
 
 
 def _wait(compute: ComputeRecipe) -> None:
@@ -212,7 +217,7 @@ def _time_restoring(codecs: Mapping[str, LevelCodec], arrays: ShardArrays, compu
     import torch
 
     seconds = 0.0
-    with exact(torch.device(compute.device), compute.threads):
+    with exact(torch.device(compute.device), compute.threads), _no_room(compute):
         for codec in codecs.values():
             parts = {
                 part: torch.from_numpy(np.ascontiguousarray(values[:, 0])).to(compute.device)

@@ -48,7 +48,7 @@ def fit_levels(
     for level in levels:
         rng = np.random.Generator(np.random.Philox(level.stride))
         features = rng.standard_normal((12, level.channels, level.height, level.width)).astype(np.float32)
-        fit = fit_transform(level, features, FitTarget(relative_mse=max_error, entropy=coder))
+        fit = fit_transform(level, features)(FitTarget(relative_mse=max_error, entropy=coder))
         digest, data = encode_fitted(fit.arrays)
         files[digest] = data
         spec = CodecSpec(name="transform", parameters={**fit.parameters, FITTED: digest})

@@ -96,9 +96,9 @@ def test_a_fit_meets_its_error_on_samples_it_never_saw_and_states_what_each_lost
 def test_a_fit_meets_its_size() -> None:
     features = smooth_features(32, 6, 16)
     level = level_of(features)
-    fit = fit_transform(level, features, FitTarget(size_bytes=300))
+    fit = fit_transform(level, features)(FitTarget(size_bytes=300))
     assert 285 < fit.size_bytes <= 300
-    worse = fit_transform(level, features, FitTarget(size_bytes=200))
+    worse = fit_transform(level, features)(FitTarget(size_bytes=200))
     assert worse.relative_mse > fit.relative_mse
 
 
@@ -115,7 +115,7 @@ def test_a_level_of_which_nothing_need_be_kept_still_has_symbols(
     features: np.ndarray, max_error: float, entropy: Coder
 ) -> None:
     level, target = level_of(features), FitTarget(relative_mse=max_error, entropy=entropy)
-    fit = fit_transform(level, features, target)
+    fit = fit_transform(level, features)(target)
     assert fit.parameters["symbols"] == 1 and fit.relative_mse <= max_error and fit.size_bytes > 12
     codec = opened(level, fit)
     parts = encode_level(codec, features)
@@ -129,7 +129,7 @@ def test_a_fit_is_the_same_bytes_for_any_number_of_threads() -> None:
     fits = []
     for threads in (1, 2):
         with threadpool_limits(threads):
-            fits.append(fit_transform(level_of(features), features, LOOSE))
+            fits.append(fit_transform(level_of(features), features)(LOOSE))
     one, other = fits
     assert one.parameters == other.parameters
     assert all(one.arrays[name].tobytes() == other.arrays[name].tobytes() for name in one.arrays)
@@ -170,9 +170,9 @@ def test_what_cannot_be_fitted_or_stored_is_refused() -> None:
     spoiled = features.copy()
     spoiled[3, 0, 0, 0] = np.nan
     with pytest.raises(ConfigError, match="codec transform of level l2: sample 3 of the fit is not finite"):
-        fit_transform(level_of(features), spoiled, LOOSE)
+        fit_transform(level_of(features), spoiled)
     with pytest.raises(ConfigError, match="is fitted on samples of"):
-        fit_transform(level_of(features), features[:0], LOOSE)
+        fit_transform(level_of(features), features[:0])
     for wrong in ({}, {"relative_mse": 0.1, "size_bytes": 9}, {"relative_mse": 0.0}, {"size_bytes": float("nan")}):
         with pytest.raises(ConfigError, match="for an error or for a size"):
             FitTarget(**wrong)
@@ -185,7 +185,7 @@ def test_what_cannot_be_fitted_or_stored_is_refused() -> None:
 
 def test_parameters_and_arrays_that_do_not_fit_each_other_are_refused() -> None:
     features = smooth_features(9)
-    level, fit = level_of(features), fit_transform(level_of(features), features, LOOSE)
+    level, fit = level_of(features), fit_transform(level_of(features), features)(LOOSE)
     with pytest.raises(ConfigError, match="takes components, symbols, wide, step, entropy, fitted, which a fit gives"):
         open_codec(level_of(features, "transform", step=1.0))
     with pytest.raises(ConfigError, match="fit it again"):
@@ -217,7 +217,7 @@ def test_symbols_of_other_samples_take_the_bytes_that_the_fit_foretold() -> None
     fit_on, others = smooth_features(64, 12, 16), smooth_features(64, 12, 16, seed=1)
     for entropy, zstd_level in (("zstd", 3), ("zstd", 12), ("zstd", 0), ("rans", 3)):
         target = FitTarget(relative_mse=0.005, entropy=entropy, zstd_level=zstd_level)
-        fit = fit_transform(level_of(fit_on), fit_on, target)
+        fit = fit_transform(level_of(fit_on), fit_on)(target)
         codec = opened(level_of(fit_on), fit)
         assert isinstance(codec, TransformLevel) and (codec.parts[""].tables is not None) == (entropy == "rans")
         symbols = codec.encode(others)[""].astype(np.int8)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dtpipe.manifests.errors import DeviceMemoryError
 from dtpipe.manifests.schema import Recipe
 from dtpipe.pipeline.cli.console import Console
 from dtpipe.pipeline.plan import extraction, probe
@@ -83,3 +84,19 @@ def test_a_plan_says_which_of_its_numbers_are_of_codecs_that_are_not_fitted_yet(
     shown = capsys.readouterr().out
     assert "the bytes below are assumed of them; the times above are of a fit to a few samples, and the fit" in shown
     assert "unfitted" not in shown
+
+
+@pytest.mark.parametrize(("codec", "full_at"), [({}, "cast"), ({"max_error": 0.1}, "transform")])
+def test_a_device_without_room_for_coding_is_said_in_a_sentence(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, codec: dict[str, Any], full_at: str
+) -> None:
+    start = probe.CodedBatch.start
+
+    def full(batch: probe.CodedBatch, features: Any, codecs: Any) -> None:
+        if any(of_level.level.codec.name == full_at for of_level in codecs.values()):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        start(batch, features, codecs)
+
+    monkeypatch.setattr(probe.CodedBatch, "start", full)
+    with pytest.raises(DeviceMemoryError, match="a first batch"):
+        plan_extraction(make_config(codec=codec))
