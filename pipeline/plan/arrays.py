@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from tarfile import BLOCKSIZE
 from typing import Final
 
@@ -17,7 +19,7 @@ from dtpipe.manifests.codecs.transform_fit import NORM_BYTES
 from dtpipe.manifests.fidelity import Fidelity
 from dtpipe.manifests.layout.arrays import CodedRows, ShardArrays, stored_arrays
 from dtpipe.manifests.layout.zarr import SLOT_BYTES, TRAILER_BYTES
-from dtpipe.manifests.schema import IMAGE, Plan, Recipe
+from dtpipe.manifests.schema import IMAGE, Plan, Recipe, ViewSpec
 from dtpipe.manifests.write.size import DatasetBytes
 from dtpipe.pipeline.cli.console import Console, format_bytes, format_error
 
@@ -50,6 +52,9 @@ class ArrayPlan:
     """Share of the whitened features' variance that is lost; None of images, which are exact."""
     assumed: str | None = None
     """What made the bytes that are assumed, where the codec is not fitted yet; None: all was measured."""
+    apart: float | None = None
+    """Variance of whitened features over noise draws of one image, which a codec's error compares with; None of images
+    and of single draws."""
 
 
 def plan_arrays(
@@ -78,10 +83,23 @@ def plan_arrays(
         decoded = decode_level(codecs[level.name], parts_of(codecs[level.name], arrays.arrays))
         shape = (-1, level.channels, level.height, level.width)
         error = Fidelity.of(features[level.name].reshape(shape), decoded.reshape(shape)).relative_mse
-        plans.append(ArrayPlan(level.name, level.codec.name, raw, stored, stored / views, error))
+        apart = draws_apart(features[level.name], recipe.views)
+        plans.append(ArrayPlan(level.name, level.codec.name, raw, stored, stored / views, error, apart=apart))
     headers = size.objects / plan.num_rows - sum(array.stored_bytes for array in plans)
     beside = {HEADERS: headers, BESIDE: size.files / plan.num_rows}
     return (*plans, *(ArrayPlan(name, "", 0, stored, 0.0, None) for name, stored in beside.items()))
+
+
+def draws_apart(features: NDArray[np.generic], views: Sequence[ViewSpec]) -> float | None:
+    """Variance of a level's whitened features over noise draws that share all else: half the squared distance of
+    neighbouring ones. Shapes: [n, V, C, h, w].
+    """
+    kinds: dict[tuple[int | None, bool], list[int]] = {}
+    for idx, view in enumerate(views):
+        kinds.setdefault((view.timestep, view.flip), []).append(idx)
+    pairs = [pair for of_kind in kinds.values() for pair in pairwise(of_kind)]
+    distances = [Fidelity.of(features[:, one], features[:, other]).relative_mse for one, other in pairs]
+    return statistics.fmean(distances) / 2 if pairs else None
 
 
 def norm_headers_bytes(plan: Plan) -> float:
@@ -178,6 +196,19 @@ def print_arrays(
         )
     views = "" if num_views == 1 else f"; {num_views} views of each level"
     console.result(f"error: share of the whitened features' variance that is lost; {num_probed} images{views}")
+    if said := draws_in_words(plans):
+        console.result(said)
+
+
+def draws_in_words(plans: Sequence[ArrayPlan]) -> str | None:
+    """How far draws lie apart, and which levels a codec changes by more; None where no level has several."""
+    apart = {plan.name: plan.apart for plan in plans if plan.apart is not None}
+    if not apart:
+        return None
+    said = ", ".join(f"{name} {format_error(share)}" for name, share in apart.items())
+    coarse = [plan.name for plan in plans if plan.apart is not None and (plan.error or 0) > plan.apart]
+    lost = f"; codecs lose more than that of {', '.join(coarse)}: more draws of these say little new" if coarse else ""
+    return f"draws: noise draws of one image differ by {said} of that variance{lost}"
 
 
 def _row(name: str, codec: str, raw: float, stored: float, error: float | None, num_samples: int) -> tuple[str, ...]:

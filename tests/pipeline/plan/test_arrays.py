@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.read.dataset import FeatureDataset
+from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.schema import CodecRecipe
 from dtpipe.pipeline.cli.console import Console
 from dtpipe.pipeline.plan.arrays import (
@@ -95,6 +98,46 @@ def test_before_a_fit_ratio_and_error_are_assumed(capsys: pytest.CaptureFixture[
     )
     print_arrays(Console(), PLANS, 1000, 1, 32)
     assert "ASSUMED" not in capsys.readouterr().out
+
+
+def test_draws_are_told_how_far_they_lie_apart(make_config: MakeConfig) -> None:
+    several = make_config(noise={"draws": 3, "timesteps": [100, 500]}, batch_size=8)
+    apart = {array.name: array.apart for array in plan_extraction(several).arrays}
+    assert apart.pop("image") is None and apart.pop("headers") is None and apart.pop("files") is None
+    dataset = FeatureDataset.open(run_extraction(several).url)
+    views = {(view.timestep, view.draw): idx for idx, view in enumerate(dataset.recipe.views)}
+    for name, share in apart.items():
+        rows = [[read_level(dataset, name, row, view) for view in views.values()] for row in range(8)]
+        white = np.array(rows, np.float64)  # [n, V, C, h, w]
+        white -= white.mean(axis=(2, 3, 4), keepdims=True)
+        white /= np.sqrt(white.var(axis=(2, 3, 4), keepdims=True) + 1e-5)
+        pairs = [(views[t, draw], views[t, draw + 1]) for t in (100, 500) for draw in (0, 1)]
+        distances = [np.square(white[:, one] - white[:, other]).mean() for one, other in pairs]
+        assert share == pytest.approx(np.mean(distances) / 2, rel=1e-2)  # stored features are rounded
+    single = make_config(noise={"flips": True, "timesteps": [100, 500]})
+    assert all(array.apart is None for array in plan_extraction(single).arrays)
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ((0.0, 0.0), None),
+        ((0.03, 0.03), "codecs lose more than that of l3: more draws of these say little new"),
+        ((0.2, 0.2), "codecs lose more than that of l2, l3: more draws of these say little new"),
+    ],
+)
+def test_draws_that_a_codec_drowns_are_named(
+    errors: tuple[float, float], said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, *levels = PLANS
+    known = zip(levels, errors, (0.1, 0.01), strict=True)
+    print_arrays(
+        Console(), [image, *(replace(plan, error=error, apart=apart) for plan, error, apart in known)], 9, 2, 9
+    )
+    shown = capsys.readouterr().out
+    assert "draws: noise draws of one image differ by l2 0.1000, l3 0.0100 of that variance" in shown
+    assert said is None or said in shown
+    assert (said is None) == ("codecs lose" not in shown)
 
 
 @pytest.mark.parametrize("of_a_sample", [1, 99, 110])
