@@ -18,6 +18,8 @@ TIMESTEP = 50
 FEATURE, LABEL, MIX = "feature", "label", "mix"
 PER_DRAW = (LABEL, MIX)
 """Arms with a student for each draw of labels."""
+HEAVIER = {f"{MIX}, labels x {weight}": weight for weight in (4, 16)}
+"""Such arms too, with the weight of the labels' loss."""
 
 
 def seeds_of(args: argparse.Namespace) -> range:
@@ -35,13 +37,18 @@ def run_of(args: argparse.Namespace, arm: str, seed: int, draw: int = 0) -> Path
     """The folder of an arm's student."""
     work: Path = args.work
     place = work / "students" / arm.replace(",", "").replace(" ", "_") / str(seed)
-    return place / str(draw) if arm in PER_DRAW else place
+    return place / str(draw) if arm in (*PER_DRAW, *HEAVIER) else place
 
 
 def head_of(args: argparse.Namespace, seed: int, draw: int) -> Path:
     """The folder of an interpreter."""
     work: Path = args.work
     return work / "heads" / str(seed) / str(draw)
+
+
+def soft_labels_of(args: argparse.Namespace, seed: int, draw: int) -> Path:
+    """Where soft labels lie."""
+    return features_of(args, f"labels{draw}", seed)
 
 
 def extraction(
@@ -80,7 +87,7 @@ def labels(args: argparse.Namespace, seed: int, draw: int) -> Iterable[Command]:
         rivals = ["--pixel-models", 0, "-s", "interpret.rivals.linear=false", "-s", "interpret.run.num_pictures=0"]
     held_out = args.work / ("few" if draw else "held_out")
     yield command_of("interpret", source, *masks_of(args, held_out=held_out), *drawn, *rivals, "--out", head)
-    soft = features_of(args, f"labels{draw}", seed)
+    soft = soft_labels_of(args, seed, draw)
     yield command_of("extract", "--interpreter", head, "--from", source, "--out", soft, "--inline")
     joined, only = [source, soft, "--join"], ["-s", "distill.loss.mse_weight=0", "-s", "distill.loss.at_weight=0"]
     yield student(args, LABEL, seed, *joined, "-s", "distill.labels.weight=1", *only, draw=draw)

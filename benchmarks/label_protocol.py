@@ -20,6 +20,14 @@ QUESTIONS = (
     Question("mix - label, frozen", MIX, LABEL, FROZEN, "0 to +0.05"),
     Question("feature - scratch, tuned", FEATURE, RANDOM_INIT, TUNED, "+0.01 to +0.04"),
 )
+UNPLANNED = (
+    Question("feature - mismatched pairs, frozen", FEATURE, MISMATCHED, FROZEN, "not asked beforehand"),
+    Question("mix - feature, frozen", MIX, FEATURE, FROZEN, "not asked beforehand"),
+    Question("label - scratch, tuned", LABEL, RANDOM_INIT, TUNED, "not asked beforehand"),
+    Question("label - feature, tuned", LABEL, FEATURE, TUNED, "not asked beforehand"),
+    Question("mix - scratch, tuned", MIX, RANDOM_INIT, TUNED, "not asked beforehand"),
+)
+"""Seen in the means of the first four seeds."""
 PROTOCOL = {
     "arms": {
         FEATURE: "equation (3) on features of the trained teacher",

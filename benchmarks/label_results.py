@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from contrasts import AP, IOU, Scores, answered, compared, from_plain, joined, means, plain
 from label_arms import FEATURE, LABELLED, PRIMARY, head_of, read_tables, seeds_of
-from label_protocol import DIGITS, FROZEN, MASKS, MISMATCHED, PERMUTED, PROTOCOL, QUESTIONS, SCRATCH, TUNED
+from label_protocol import DIGITS, FROZEN, MASKS, MISMATCHED, PERMUTED, PROTOCOL, QUESTIONS, SCRATCH, TUNED, UNPLANNED
 from PIL import Image
 
 from dtpipe.distill.downstream.extractors import PATCHES, POSITION, RANDOM_INIT
@@ -77,6 +77,7 @@ def results(
         "rates": rates,
         "contrasts": answered(QUESTIONS, scores, PRIMARY, IOU),
         "beside": [line for num, score in beside for line in answered(QUESTIONS, scores, num, score)],
+        "not planned": [line for num in LABELLED for line in answered(UNPLANNED, scores, num, IOU)],
         "feature - scratch at its own rate": [
             {"labelled": num, **compared(scores[TUNED], FEATURE, RANDOM_INIT, num, IOU, scratch)} for num in LABELLED
         ],

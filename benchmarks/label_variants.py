@@ -8,30 +8,13 @@ of their own.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator
-from typing import Any
 
-from commands import Command, run_groups, with_seconds
-from common import publish, teacher_digest
-from contrasts import AP, IOU, Question, answered, equivalence, from_plain, joined, means, plain
-from label_arms import (
-    FEATURE,
-    LABELLED,
-    PRIMARY,
-    TIMESTEP,
-    extraction,
-    features_of,
-    frozen,
-    read_tables,
-    run_of,
-    seeds_of,
-    student,
-    table,
-)
+from commands import Command
+from contrasts import Question
+from label_arms import FEATURE, TIMESTEP, extraction, features_of, frozen, run_of, student, table
+from label_studies import SCORES, Study
 
-MARGIN = 0.02
 TIMESTEPS = (20, 150, 250)
 THREE = (TIMESTEP, 150, 250)
 DRAWS = 8
@@ -39,7 +22,6 @@ DETERMINISTIC, WITH_T, WITHOUT_T = "deterministic", "three T, heads with t", "th
 CHANNEL, DATASET = "whitened by channel", "whitened by dataset"
 LONG, LONG_DRAWS, LONG_LIVE = "long", f"long, {DRAWS} draws", "long, live"
 TABLES = "variants"
-SETTINGS = ("num_images", "num_held_out", "epochs", "long_epochs", "draws")
 
 
 def _question(first: str, second: str) -> Question:
@@ -62,9 +44,7 @@ PROTOCOL = {
     f"{LONG}, {LONG_DRAWS}, {LONG_LIVE}": "more epochs: of one stored draw, of several, of a fresh one in each epoch",
     f"{WITH_T}, {WITHOUT_T}": f"one draw at each of T = {', '.join(map(str, THREE))}, one of them a step",
     f"{CHANNEL}, {DATASET}": "W of equation (1): over the channels of each position; each channel by its statistics",
-    "score": f"held-out foreground IoU of the frozen read-out from {PRIMARY} labelled scenes; {LABELLED[-1]} beside",
-    "answers": f"different: p of Holm over all contrasts is below 0.05; equal: the 95 % interval is within {MARGIN:g}; "
-    "both: a difference smaller than that; else undecided",
+    **SCORES,
 }
 
 
@@ -102,39 +82,4 @@ def students(args: argparse.Namespace, seed: int) -> Iterator[tuple[str | None, 
     yield LONG_LIVE, student(args, LONG_LIVE, seed, base, "--reencode", 1, *UPRIGHT, epochs=long)
 
 
-def report(args: argparse.Namespace) -> int:
-    """Train and score every variant, and say what differs."""
-    earlier = earlier_result(args)
-    seeds = [list(of_seed(args, seed)) for seed in seeds_of(args)]
-    run_groups(seeds, args.work, args.jobs)
-    made = [command for of_one in seeds for command in of_one]
-    scores = joined(from_plain(earlier["scores"]), read_tables(args, TABLES))
-    beside = [(num, score) for num in LABELLED for score in (IOU, AP) if (num, score) != (PRIMARY, IOU)]
-    content: dict[str, Any] = {
-        "protocol": PROTOCOL,
-        "settings": {name: getattr(args, name) for name in SETTINGS},
-        "seeds": seeds_of(args).stop,
-        "contrasts": [
-            {"answer": equivalence(line, line["p_holm"], MARGIN), **line}
-            for line in answered(QUESTIONS, {TABLES: scores}, PRIMARY, IOU)
-        ],
-        "beside": [line for num, score in beside for line in answered(QUESTIONS, {TABLES: scores}, num, score)],
-        "means": means(scores),
-        "scores": plain(scores),
-        "commands": [*earlier["commands"], *with_seconds(made, args.work)],
-        "earlier": [*earlier["earlier"], *([earlier["origin"]] if "origin" in earlier else [])],
-    }
-    publish("labels", content, args.out / "labels_variants.json", {"demo": teacher_digest(args.teacher)})
-    return 0
-
-
-def earlier_result(args: argparse.Namespace) -> dict[str, Any]:
-    """The one that seeds are added to, or an empty one; `args.first` becomes the next seed after it."""
-    if args.add_to is None:
-        return {"scores": [], "commands": [], "earlier": []}
-    document: dict[str, Any] = json.loads(args.add_to.read_text(encoding="utf-8"))
-    same = document["protocol"] == PROTOCOL and document["settings"] == {name: getattr(args, name) for name in SETTINGS}
-    if not same or document["origin"]["teacher_digests"] != {"demo": teacher_digest(args.teacher)}:
-        sys.exit(f"{args.add_to} cannot be added to: its protocol, teacher, or {', '.join(SETTINGS)} differ")
-    args.first = document["seeds"]
-    return document
+STUDY = Study(TABLES, QUESTIONS, PROTOCOL, ("num_images", "num_held_out", "epochs", "long_epochs", "draws"), of_seed)

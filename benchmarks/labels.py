@@ -2,7 +2,9 @@
 
     python benchmarks/labels.py                          # goes on where it was stopped
     python benchmarks/labels.py --seeds 4 --add-to benchmarks/results/labels_digits.json     # four more seeds
-    python benchmarks/labels.py --part variants          # after it: what single settings of feature distillation do
+    python benchmarks/labels.py --seeds 0 --add-to FILE  # no more seeds: what those of FILE say, reckoned anew
+    python benchmarks/labels.py --part why               # after it: what was not expected in it
+    python benchmarks/labels.py --part variants          # and what single settings of feature distillation do
     python benchmarks/labels.py --seeds 2 --draws 2 --label-draws 1 --tuned-draws 1 --num-images 64 --num-held-out 32 \
         --epochs 1 --steps 4 --pixel-models 1 --max-pixels 512 --num-teachers 0 --rate-seeds 1 --work DIR   # a look
 
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import label_variants
+import label_why
 from commands import Command, add_jobs, command_of, digit_scenes, run_groups, with_seconds
 from common import REPO, RESULTS, publish, published, teacher_digest
 from contrasts import IOU, SEED_STEP, means, read_scores
@@ -48,14 +51,16 @@ from dtpipe.pipeline.demo.scenes import ScenePart, write_scenes
 
 TEACHER_STEPS, TEACHER_IMAGES = 4200, 6000
 """As the demo's teacher was trained."""
+STUDIES = {study.name: study for study in (label_variants.STUDY, label_why.STUDY)}
+"""Smaller ones, after the main part."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and score everything, print and write what came out."""
     args = parse(argv)
     write_data(args)
-    if args.part == "variants":
-        return label_variants.report(args)
+    if args.part in STUDIES:
+        return STUDIES[args.part].report(args)
     earlier = earlier_result(args)
     commands = side_by_side(args, ([command] for command in teachers(args)))
     if earlier and earlier["origin"]["teacher_digests"] != digests(args):
@@ -92,7 +97,7 @@ def side_by_side(args: argparse.Namespace, groups: Iterable[Iterable[Command]]) 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["main", "variants"], default="main")
+    parser.add_argument("--part", choices=["main", *STUDIES], default="main")
     parser.add_argument("--teacher", type=Path, default=REPO / "pipeline" / "demo" / "teacher")
     parser.add_argument("--num-teachers", type=int, default=2, help="of other training seeds, trained here")
     parser.add_argument("--teacher-steps", type=int, default=TEACHER_STEPS, help="of their training")
@@ -218,6 +223,8 @@ def tuned_tables(args: argparse.Namespace, rates: dict[str, Any]) -> Iterator[Co
         yield tuned(args, seed, arms, rates["all"], TUNED)
         if rates["scratch"] != rates["all"]:
             yield tuned(args, seed, {FEATURE: arms[FEATURE]}, rates["scratch"], SCRATCH)
+    if not args.seeds:
+        return
     steps = args.epochs * -(-args.num_images // BATCH)
     words = [*masks_of(args), *tuning(args, rates["all"], steps, BATCH), "--labelled", "all", "--seeds", 1]
     yield command_of(

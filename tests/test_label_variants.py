@@ -12,8 +12,10 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
 
 import label_variants  # noqa: E402
-from label_arms import FEATURE  # noqa: E402
-from labels import frozen_tables, parse, tuned_tables  # noqa: E402
+import label_why  # noqa: E402
+from label_arms import FEATURE, HEAVIER, MIX, labels, run_of  # noqa: E402
+from label_protocol import MISMATCHED  # noqa: E402
+from labels import frozen_tables, parse, pretraining, tuned_tables  # noqa: E402
 
 SET = "-s"
 
@@ -42,6 +44,34 @@ def test_a_variant_differs_from_its_base_by_its_words_or_its_features(
     ours, theirs = made[variant], made[base]
     assert given(ours) - given(theirs) == Counter(added) and not given(theirs) - given(ours)
     assert (ours[1] == theirs[1]) == bool(added)  # the features
+
+
+@pytest.mark.parametrize(
+    ("arm", "base", "added"),
+    [
+        (label_why.STATISTICS, FEATURE, ["--lr", "1e-12"]),
+        (MISMATCHED, FEATURE, ["--mismatch", "3"]),
+        *((arm, MIX, [SET, f"distill.labels.weight={weight}"]) for arm, weight in HEAVIER.items()),
+    ],
+)
+def test_what_explains_the_main_part_differs_from_it_by_its_words(arm: str, base: str, added: list[str]) -> None:
+    args = parse([])
+    place = [run_of(args, name, 3, 1) for name in (arm, base)]
+    of_place = {command[command.index("--out") + 1]: command for command in label_why.of_seed(args, 3)}
+    ours, theirs = (of_place[str(where)] for where in place)
+    assert given(ours) - given(theirs) == Counter(added) and not given(theirs) - given(ours)
+    assert ours[1] == theirs[1] and (ours[2] == theirs[2]) == (base == MIX)  # the features, and the soft labels
+
+
+def test_what_explains_the_main_part_compares_students_of_its_own_seeds() -> None:
+    args = parse([])
+    *made, scored = list(label_why.of_seed(args, 3))
+    runs = {place for word in scored if "=" in word and "students" in word for place in word.split("=")[1].split(",")}
+    assert runs == {command[command.index("--out") + 1] for command in made if command[0] == "distill"}
+    main = [command for seed in (0, 3) for command in pretraining(args, seed)]
+    assert [command for command in made if command in main] == made[:3] + [
+        command for draw in range(args.label_draws) for command in labels(args, 3, draw)
+    ]
 
 
 def test_students_that_learned_all_masks_are_of_the_call_itself() -> None:
