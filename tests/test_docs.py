@@ -138,6 +138,20 @@ def test_the_readmes_table_of_fine_tuning_is_that_of_the_benchmark(
         assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
 
 
+def test_the_readmes_table_of_labels_is_that_of_the_benchmark() -> None:
+    document = json.loads((REPO / "benchmarks" / "results" / "labels_digits.json").read_text())
+    arms = ("random initialisation", "untrained teacher", "feature", "mix", "label")
+    rows = README.partition("| pre-trained with |")[2].splitlines()[2 : 2 + len(arms)]
+    for row, arm in zip(rows, arms, strict=True):
+        expected = []
+        for kind, count in (("frozen", 20), ("frozen", 80), ("tuned", 20), ("tuned", 80)):
+            lines = [line for line in document["scores"][kind] if (line["arm"], line["labelled"]) == (arm, count)]
+            values = [statistics.mean(line["draws"]) for line in lines if line["score"] == "iou"]
+            assert len(values) == document["seeds"] == 6
+            expected.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+        assert [cell.strip(" *") for cell in row.split("|")[2:-1]] == expected, arm
+
+
 def test_the_readmes_costs_are_those_of_the_benchmarks() -> None:
     found = {
         name: json.loads((REPO / "benchmarks" / "results" / f"{name}.json").read_text())
