@@ -120,6 +120,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--add-to", type=Path, help="result of earlier seeds; --seeds says how many more")
     args = parser.parse_args(argv)
     args.first = 0
+    if args.seeds < 1 and args.add_to is None:
+        parser.error("--seeds 0 needs --add-to: a result to reckon anew")
     if args.tuned_draws > args.label_draws or args.label_draws > args.draws:
         parser.error("--tuned-draws is at most --label-draws, and that at most --draws")
     return args
