@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 from numcodecs import Zstd
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from dtpipe.manifests.codecs.basis import ChannelBasis, Floats, cut_basis, fit_basis, frequency_regions, normalise
 from dtpipe.manifests.codecs.fit import Fit, FitTarget
@@ -29,7 +30,9 @@ ROUNDING: Final = 0.40
 ROUNDS: Final = 2  # of moving thresholds
 PRICE: Final = 0.11  # squared steps that a bit is worth
 STEPS: Final = (2.0**-10, 2.0**8)  # the least and the largest step that is tried
-HALVINGS: Final = 13
+WALK: Final = 1.4  # between logarithms of steps that are tried, until the limit lies between two
+NEAR: Final = 1e-3
+LEAST: Final = 1e-12  # measured, so that it has a logarithm
 NORM_BYTES: Final = 12
 
 
@@ -145,24 +148,35 @@ def _deviation(coefficients: NDArray[np.float32], region: NDArray[np.uint8]) -> 
 
 def _meet(held: Held, target: FitTarget) -> float:
     """The largest step within the error, or the least within the size."""
-    low, high = STEPS
-    if target.relative_mse is not None:
-        limit = target.relative_mse
-        low = min(max(low, np.sqrt(12 * limit) / 2), high)  # where all are finely cut, the error is step^2 / 12
-        if _error(held, make_quantiser(held, high)) <= limit:
-            return high
-        return _boundary(low, high, lambda step: _error(held, make_quantiser(held, step)) > limit)
+    if (limit := target.relative_mse) is not None:
+        start = float(np.sqrt(12 * limit))  # where all are finely cut, the error is step^2 / 12
+        return _last_good(start, 1, limit, lambda step: _error(held, make_quantiser(held, step)))
     assert target.size_bytes is not None
-    most = target.size_bytes
-    return _boundary(high, low, lambda step: _size(held, make_quantiser(held, step), target) > most)
+    return _last_good(1, -1, target.size_bytes, lambda step: _size(held, make_quantiser(held, step), target))
 
 
-def _boundary(good: float, bad: float, is_bad: Callable[[float], bool]) -> float:
-    """The last good step on the way to a bad one."""
-    for _ in range(HALVINGS):
-        middle = float(np.sqrt(good * bad))
-        good, bad = (good, middle) if is_bad(middle) else (middle, bad)
-    return good
+def _last_good(start: float, way: int, limit: float, measure: Callable[[float], float]) -> float:
+    """The largest (`way` 1) or least (-1) step of which `measure` stays within a limit; if none does, the other end.
+
+    Source: Brent, 1973; the logarithm of what is measured is nearly a line in that of the step.
+    """
+    seen: dict[float, float] = {}
+
+    def excess(at: float) -> float:
+        if at not in seen:
+            seen[at] = float(np.log(max(measure(float(np.exp(at))), LEAST) / limit))
+        return seen[at]
+
+    low, high = np.log(STEPS)
+    here = float(np.clip(np.log(start), low, high))
+    stride = WALK * (way if excess(here) <= 0 else -way)
+    there = float(np.clip(here + stride, low, high))
+    while low < there < high and (excess(there) <= 0) == (excess(here) <= 0):
+        here, there = there, float(np.clip(there + stride, low, high))
+    if (excess(there) <= 0) != (excess(here) <= 0):
+        brentq(excess, here, there, xtol=NEAR)
+    good = [at for at, value in seen.items() if value <= 0]
+    return float(np.exp(max(good, key=lambda at: way * at, default=there)))
 
 
 def _error(held: Held, quantiser: Quantiser) -> float:

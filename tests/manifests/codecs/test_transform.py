@@ -93,6 +93,19 @@ def test_a_fit_meets_its_error_on_samples_it_never_saw_and_states_what_each_lost
     np.testing.assert_allclose(codec.error(parts), lost, rtol=0.02)  # beside what decoders may round in float16
 
 
+@pytest.mark.parametrize("target", [1e-5, 0.02, 0.3])
+def test_a_fit_takes_the_largest_step_within_its_error(target: float) -> None:
+    features = smooth_features(32, 6, 16)
+    fit = fit_transform(level_of(features), features)(FitTarget(relative_mse=target))
+    assert 0.99 * target < fit.relative_mse <= target
+
+
+def test_a_fit_that_cannot_meet_its_size_says_how_far_it_came() -> None:
+    features = smooth_features(32, 6, 16)
+    fit = fit_transform(level_of(features), features)(FitTarget(size_bytes=1))
+    assert fit.size_bytes > 1 and fit.parameters["symbols"] == 1
+
+
 def test_a_fit_meets_its_size() -> None:
     features = smooth_features(32, 6, 16)
     level = level_of(features)
