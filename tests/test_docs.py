@@ -147,7 +147,7 @@ def test_the_readmes_table_of_labels_is_that_of_the_benchmark() -> None:
         for kind, count in (("frozen", 20), ("frozen", 80), ("tuned", 20), ("tuned", 80)):
             lines = [line for line in document["scores"][kind] if (line["arm"], line["labelled"]) == (arm, count)]
             values = [statistics.mean(line["draws"]) for line in lines if line["score"] == "iou"]
-            assert len(values) == document["seeds"] == 6
+            assert len(values) == document["seeds"] == 8
             expected.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
         assert [cell.strip(" *") for cell in row.split("|")[2:-1]] == expected, arm
 
