@@ -19,24 +19,18 @@ from dtpipe.manifests.errors import ConfigError
 
 @dataclass(frozen=True)
 class FitTarget:
-    """What a fit is to reach; one of the two."""
+    """What a fit is to reach, and how its sizes are reckoned."""
 
-    relative_mse: float | None = None
+    relative_mse: float
     """Mean squared error of the features over their variance, both of each sample and level; mean over samples."""
-    size_bytes: float | None = None
-    """Of a row and view, as stored, without checksums and indexes."""
     entropy: Coder = "zstd"
-    """How the symbols become bytes; sizes are by this."""
+    """How the symbols become bytes."""
     zstd_level: int = 3
     """Of zstd; 0: the symbols are stored as they are."""
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.relative_mse, self.size_bytes) if value is not None]
-        if len(given) != 1 or not np.isfinite(given[0]) or given[0] <= 0:
-            raise ConfigError(
-                f"a codec is fitted for an error or for a size, each above 0; found relative_mse {self.relative_mse} "
-                f"and size_bytes {self.size_bytes}"
-            )
+        if not np.isfinite(self.relative_mse) or self.relative_mse <= 0:
+            raise ConfigError(f"a codec is fitted for an error above 0; found relative_mse {self.relative_mse}")
 
 
 @dataclass(frozen=True)
@@ -47,5 +41,6 @@ class Fit:
     """For `level.codec.parameters`, beside the digest of the arrays."""
     arrays: Mapping[str, NDArray[np.generic]]
     relative_mse: float
+    """As `FitTarget` has it."""
     size_bytes: float
-    """As `FitTarget` has them."""
+    """Of a row and view, as stored, without checksums and indexes."""

@@ -1,4 +1,4 @@
-"""Fitting `transform` to a sample of features: the basis, the step that meets a target, the bands and their points.
+"""Fitting `transform` to a sample of features: the basis, the step that meets an error, the bands and their points.
 
 One rule: errors and sizes are of samples that the basis was not fitted on, and all is in float64 on one thread.
 """
@@ -30,9 +30,9 @@ ROUNDING: Final = 0.40
 ROUNDS: Final = 2  # of moving thresholds
 PRICE: Final = 0.11  # squared steps that a bit is worth
 STEPS: Final = (2.0**-10, 2.0**8)  # the least and the largest step that is tried
-WALK: Final = 1.4  # between logarithms of steps that are tried, until the limit lies between two
-NEAR: Final = 1e-3
-LEAST: Final = 1e-12  # measured, so that it has a logarithm
+STRIDE: Final = 1.4  # between logarithms of steps, until one is too large
+NEAR: Final = 1e-3  # of the logarithm of the step
+LEAST_ERROR: Final = 1e-12  # which has a logarithm, where nothing is lost
 NORM_BYTES: Final = 12
 
 
@@ -49,11 +49,11 @@ class Held:
 def fit_transform(level: LevelSpec, features: NDArray[np.generic]) -> Callable[[FitTarget], Fit]:
     """Parameters and arrays of the level for any target, from one basis. Shapes: raw features [N, C, H, W].
 
-    Raises: ConfigError when there is no sample, one is not finite, or, of what it gives, no step meets the target.
+    Raises: ConfigError when there is no sample, or one is not finite.
     """
     _check(level, features)
     basis, held = _transformed(features)
-    return lambda target: _fit_of(basis, held, make_quantiser(held, _meet(held, target)), target)
+    return lambda target: _fit_of(basis, held, make_quantiser(held, _meet(held, target.relative_mse)), target)
 
 
 def make_quantiser(held: Held, step: float) -> Quantiser:
@@ -146,37 +146,27 @@ def _deviation(coefficients: NDArray[np.float32], region: NDArray[np.uint8]) -> 
     return np.asarray(np.sqrt(squares / (num + LEANING)).reshape(coefficients.shape[1:]))
 
 
-def _meet(held: Held, target: FitTarget) -> float:
-    """The largest step within the error, or the least within the size."""
-    if (limit := target.relative_mse) is not None:
-        start = float(np.sqrt(12 * limit))  # where all are finely cut, the error is step^2 / 12
-        return _last_good(start, 1, limit, lambda step: _error(held, make_quantiser(held, step)))
-    assert target.size_bytes is not None
-    return _last_good(1, -1, target.size_bytes, lambda step: _size(held, make_quantiser(held, step), target))
+def _meet(held: Held, limit: float) -> float:
+    """The largest step within the error; half of what fine cutting would take, if that is too large already.
 
-
-def _last_good(start: float, way: int, limit: float, measure: Callable[[float], float]) -> float:
-    """The largest (`way` 1) or least (-1) step of which `measure` stays within a limit; if none does, the other end.
-
-    Source: Brent, 1973; the logarithm of what is measured is nearly a line in that of the step.
+    Source: Brent, 1973; the logarithm of the error is nearly a line in that of the step.
     """
     seen: dict[float, float] = {}
 
     def excess(at: float) -> float:
         if at not in seen:
-            seen[at] = float(np.log(max(measure(float(np.exp(at))), LEAST) / limit))
+            found = _error(held, make_quantiser(held, float(np.exp(at))))
+            seen[at] = float(np.log(max(found, LEAST_ERROR) / limit))
         return seen[at]
 
     low, high = np.log(STEPS)
-    here = float(np.clip(np.log(start), low, high))
-    stride = WALK * (way if excess(here) <= 0 else -way)
-    there = float(np.clip(here + stride, low, high))
-    while low < there < high and (excess(there) <= 0) == (excess(here) <= 0):
-        here, there = there, float(np.clip(there + stride, low, high))
-    if (excess(there) <= 0) != (excess(here) <= 0):
+    fine = np.sqrt(12 * limit)  # where all are finely cut, the error is step^2 / 12
+    here = there = float(np.clip(np.log(fine / 2), low, high))
+    while excess(there) <= 0 and there < high:
+        here, there = there, min(there + STRIDE, float(high))
+    if here < there and excess(there) > 0:
         brentq(excess, here, there, xtol=NEAR)
-    good = [at for at, value in seen.items() if value <= 0]
-    return float(np.exp(max(good, key=lambda at: way * at, default=there)))
+    return float(np.exp(max((at for at, value in seen.items() if value <= 0), default=here)))
 
 
 def _error(held: Held, quantiser: Quantiser) -> float:

@@ -100,19 +100,10 @@ def test_a_fit_takes_the_largest_step_within_its_error(target: float) -> None:
     assert 0.99 * target < fit.relative_mse <= target
 
 
-def test_a_fit_that_cannot_meet_its_size_says_how_far_it_came() -> None:
+def test_a_fit_for_less_than_any_step_loses_takes_the_least() -> None:
     features = smooth_features(32, 6, 16)
-    fit = fit_transform(level_of(features), features)(FitTarget(size_bytes=1))
-    assert fit.size_bytes > 1 and fit.parameters["symbols"] == 1
-
-
-def test_a_fit_meets_its_size() -> None:
-    features = smooth_features(32, 6, 16)
-    level = level_of(features)
-    fit = fit_transform(level, features)(FitTarget(size_bytes=300))
-    assert 285 < fit.size_bytes <= 300
-    worse = fit_transform(level, features)(FitTarget(size_bytes=200))
-    assert worse.relative_mse > fit.relative_mse
+    fit = fit_transform(level_of(features), features)(FitTarget(relative_mse=1e-12))
+    assert fit.parameters["step"] == pytest.approx(2.0**-10) and 1e-12 < fit.relative_mse < 1e-6
 
 
 @pytest.mark.parametrize("entropy", ["zstd", "rans"])
@@ -186,9 +177,9 @@ def test_what_cannot_be_fitted_or_stored_is_refused() -> None:
         fit_transform(level_of(features), spoiled)
     with pytest.raises(ConfigError, match="is fitted on samples of"):
         fit_transform(level_of(features), features[:0])
-    for wrong in ({}, {"relative_mse": 0.1, "size_bytes": 9}, {"relative_mse": 0.0}, {"size_bytes": float("nan")}):
-        with pytest.raises(ConfigError, match="for an error or for a size"):
-            FitTarget(**wrong)
+    for wrong in (0.0, -0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="for an error above 0"):
+            FitTarget(relative_mse=wrong)
     codec = fitted_codec(features, LOOSE, dtype="float16")
     with pytest.raises(TeacherError, match="1 of 384 features not finite"):
         encode_level(codec, spoiled[3])
