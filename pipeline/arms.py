@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from dtpipe.distill.downstream.extractors import RANDOM_INIT, random_student
-from dtpipe.distill.downstream.tuned.segmentation.distilled import DistilledDecoder, decoder_of
+from dtpipe.distill.downstream.tuned.heads.distilled import DistilledDecoder, decoder_of
 from dtpipe.distill.student.foreign import load_foreign
 from dtpipe.distill.student.load import export_layout, load_student
 from dtpipe.distill.student.student import Student, StudentSpec, build_student

@@ -18,11 +18,11 @@ from torch import nn
 
 from dtpipe.distill.downstream.tuned.base import TaskNetwork, TunedTask
 from dtpipe.distill.downstream.tuned.config import HeadConfig, TuneConfig
+from dtpipe.distill.downstream.tuned.heads.distilled import decoder_in, take_decoder
 from dtpipe.distill.downstream.tuned.load import TunedModel, load_tuned
 from dtpipe.distill.downstream.tuned.network import classes_from_dict, classes_to_dict, resolve
 from dtpipe.distill.downstream.tuned.registry import find_tuned
 from dtpipe.distill.downstream.tuned.scoring import image_tensor
-from dtpipe.distill.downstream.tuned.segmentation.distilled import decoder_in, take_decoder
 from dtpipe.distill.downstream.tuned.trainer import TUNED_KIND
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.student.load import WEIGHTS, student_state
@@ -100,22 +100,23 @@ def export_predictor(cell: str | Path, out: str | Path, ema: bool = True) -> Pre
 
 
 def _distilled(run: str | Path, ema: bool) -> TunedModel | None:
-    """The student of a distillation with its decoder of soft labels, as `segment` takes them; None for another folder.
+    """The student of a distillation with its decoder of soft labels, as `segment` or `finetune` takes them; None for
+    another folder.
 
-    Raises: InputError when there is no decoder of maps.
+    Raises: InputError when there is no decoder.
     """
     path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
     state = load_checkpoint(path, TUNED_KIND, DISTILLED_KIND)
     if state["kind"] != DISTILLED_KIND:
         return None
     decoder = decoder_in(state, ema)
-    if decoder is None or not decoder.of_maps:
-        what = "no decoder of soft labels" if decoder is None else "a decoder of whole images' classes, not of masks"
+    if decoder is None:
         raise InputError(
-            f"{path}: the run has {what}, so no head to export; distil with soft labels of masks joined, or give the "
-            "folder of a tuned training"
+            f"{path}: the run has no decoder of soft labels, so no head to export; distil with soft labels joined, or "
+            "give the folder of a tuned training"
         )
-    task, student = find_tuned("segment"), build_student(spec_from_dict(state["student_spec"]))
+    task = find_tuned("segment" if decoder.of_maps else "finetune")
+    student = build_student(spec_from_dict(state["student_spec"]))
     student.load_state_dict(student_state(state, ema))
     head = HeadConfig(aux_weight=0.0, **decoder.head_settings)
     config = resolve(task, student, TuneConfig(steps=max(1, int(state["step"])), head=head))

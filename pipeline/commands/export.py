@@ -60,8 +60,8 @@ def command(call: Call) -> None:
 
 
 def _export_head(call: Call, config: ExportConfig) -> None:
+    from dtpipe.distill.downstream.tuned.heads.distilled import decoder_of
     from dtpipe.distill.downstream.tuned.run import SCORE_FILE
-    from dtpipe.distill.downstream.tuned.segmentation.distilled import decoder_of
     from dtpipe.distill.export.predictor import export_predictor
 
     predictor = export_predictor(config.checkpoint, config.out)

@@ -183,8 +183,8 @@ class TuneConfig(Settings):
     )
     from_decoder: bool = Field(
         default=True,
-        description="Of segment and few-labels: an arm whose run distilled soft labels starts from its decoder too "
-        "(appendix G.4).",
+        description="Of segment, few-labels and finetune: an arm whose run distilled soft labels starts from its "
+        "decoder too (appendix G.4).",
     )
     augment: AugmentConfig = AugmentConfig()
     head: HeadConfig = HeadConfig()

@@ -20,7 +20,7 @@ _FOUND = ("head.samples", "head.max_detections")
 FROM_DECODER = "from_decoder"
 """Start from the decoder of label distillation, where the arm has one."""
 CLASSES_FROZEN_READ = frozenset((*_VIEWS, *_MIX, *_CLASSIFIER))
-CLASSES_READ = CLASSES_FROZEN_READ.union(_FINETUNED)
+CLASSES_READ = CLASSES_FROZEN_READ.union(_FINETUNED, {FROM_DECODER})
 _MASKS = frozenset((*_FINETUNED, *_VIEWS, *_SIZES, *_SEGMENTER, *_LOOK, *_LOOKS))
 UPERNET_READ = _MASKS | {"head.aux_weight", "head.ppm_scales", FROM_DECODER}
 FCN_READ = _MASKS | {"head.stride"}

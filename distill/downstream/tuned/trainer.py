@@ -22,6 +22,12 @@ from dtpipe.distill.downstream.tuned.batches import BatchOrder, TuneBatch, ViewP
 from dtpipe.distill.downstream.tuned.config import TuneConfig, TunedRecipe
 from dtpipe.distill.downstream.tuned.examples import TrainingViews, View, fit_targets, read_ahead, seeded_generators
 from dtpipe.distill.downstream.tuned.groups import task_optimizer
+from dtpipe.distill.downstream.tuned.heads.distilled import (
+    DistilledDecoder,
+    reading_as_distilled,
+    start_note,
+    take_decoder,
+)
 from dtpipe.distill.downstream.tuned.network import (
     build_tuned,
     check_parts,
@@ -34,12 +40,6 @@ from dtpipe.distill.downstream.tuned.network import (
 )
 from dtpipe.distill.downstream.tuned.reads import FROM_DECODER
 from dtpipe.distill.downstream.tuned.schedule import rate_share
-from dtpipe.distill.downstream.tuned.segmentation.distilled import (
-    DistilledDecoder,
-    reading_as_distilled,
-    start_note,
-    take_decoder,
-)
 from dtpipe.distill.engine.device import autocast, pick_precision
 from dtpipe.distill.engine.ranks import ALONE, Ranks
 from dtpipe.distill.engine.run_folder import RunSettings
@@ -67,16 +67,17 @@ class TuneJob:
     seed: int = 0
     """Of the head's weights, order, augmentation and dropout."""
     decoder: DistilledDecoder | None = None
-    """Where a head of segmentation starts; None: from weights of the seed."""
+    """Where a head of masks or classes starts; None: from weights of the seed."""
 
     def started_from(self, decoder: DistilledDecoder | None) -> tuple[TuneJob, str | None]:
         """The job with its head's start where task and settings allow, and a clause on it, or why it starts anew."""
         if decoder is None or FROM_DECODER not in self.task.reads or not self.config.from_decoder:
             return self, None
-        if (why := decoder.misfit(self.config.head)) is not None:
+        classes = fit_targets(self.task, self.labelled).classes
+        if (why := decoder.misfit(self.task, self.config.head, classes)) is not None:
             return self, f"starts from the backbone alone: {why}"
-        clause = start_note(decoder, fit_targets(self.task, self.labelled).classes)
-        return replace(self, decoder=decoder, config=reading_as_distilled(self.config)), clause
+        config = reading_as_distilled(self.config, decoder)
+        return replace(self, decoder=decoder, config=config), start_note(decoder, classes)
 
     @property
     def resolved(self) -> TuneConfig:

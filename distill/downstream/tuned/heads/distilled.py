@@ -1,6 +1,7 @@
-"""The decoder that label distillation trained beside a student: where a segmentation head may start from.
+"""The decoder that label distillation trained beside a student: where a head of masks or of classes may start from.
 
-One rule: a head of another width, norm or pooling starts anew, which is said; of other classes the classifier does.
+One rule: a head of other layers starts anew, which is said; of other classes the last layer does, which is all that a
+head of whole images' classes has.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
+from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.config import HeadConfig, TuneConfig
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.labels.decoder import DECODER, DECODER_EMA, DECODER_SPEC
-from dtpipe.manifests.labels import ClassTable
+from dtpipe.manifests.labels import Class, ClassTable
 
-_CLASSIFIER = "classifier."
+_CLASSIFIER, _LINEAR = "classifier.", "linear."
+"""Last layer of a decoder, and of a `Classifier`."""
+_OWN_NORM = "auto", "none"
+"""Settings of `head.pooled_norm` under which a classifier can do without a norm: a distilled one has none."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class DistilledDecoder:
     @property
     def head_settings(self) -> dict[str, Any]:
         """Fields of `HeadConfig` that make the same layers. It reads levels as they are, a ConvNeXt's too."""
+        if not self.of_maps:
+            return {"dropout": self.dropout, "pooled_norm": "none"}
         shape = {"width": self.width, "norm": self.norm, "ppm_scales": self.ppm_scales}
         return {**shape, "dropout": self.dropout, "level_norms": False}
 
@@ -52,10 +59,17 @@ class DistilledDecoder:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def misfit(self, config: HeadConfig) -> str | None:
-        """Why a head of these settings cannot start from it; None where it can."""
-        if not self.of_maps:
-            return "the decoder of its run is of whole images' classes"
+    def misfit(self, task: TunedTask[Any], config: HeadConfig, classes: ClassTable) -> str | None:
+        """Why a task's head of these settings and classes cannot start from it; None where it can."""
+        if self.of_maps != (task.kind is not Class):
+            return "the decoder of its run is of " + ("masks" if self.of_maps else "whole images' classes")
+        return self._misfit_of_maps(config) if self.of_maps else self._misfit_of_classes(config, classes)
+
+    def has_classes(self, classes: ClassTable) -> bool:
+        """Whether its last layer is of these classes, in this order."""
+        return tuple(classes.names) == self.classes
+
+    def _misfit_of_maps(self, config: HeadConfig) -> str | None:
         own, other = ((of.width, of.norm, tuple(of.ppm_scales)) for of in (self, config))
         if own == other:
             return None
@@ -64,6 +78,13 @@ class DistilledDecoder:
         return (
             f"the decoder of its run has width {self.width} and norm {self.norm}; a head as {settings}{scales} would do"
         )
+
+    def _misfit_of_classes(self, config: HeadConfig, classes: ClassTable) -> str | None:
+        if not self.has_classes(classes):
+            return f"the run's classes are {', '.join(self.classes)}"
+        if config.pooled_norm not in _OWN_NORM:
+            return "the decoder of its run has no norm; a head as -s eval.tune.head.pooled_norm=none would do"
+        return None
 
 
 def decoder_in(state: Mapping[str, Any], ema: bool = True) -> DistilledDecoder | None:
@@ -100,27 +121,37 @@ def decoder_of(run: str | Path) -> DistilledDecoder | None:
     return decoder_in(load_checkpoint(path, "distill", "eval"))
 
 
-def take_decoder(network: nn.Module, decoder: DistilledDecoder, classes: ClassTable | None) -> None:
-    """Give a `Segmenter` with a UPerNet the decoder's weights; the classifier's too where the classes are the same.
-
-    `classes` None takes the classifier in any case.
-    """
-    same = classes is None or tuple(classes.names) == decoder.classes
-    taken = {name: value for name, value in decoder.head.items() if same or not name.startswith(_CLASSIFIER)}
-    names = {f"head.{name}": value for name, value in taken.items()}
-    names |= {f"levels.pyramid.{name}": value for name, value in decoder.pyramid.items()}
+def take_decoder(network: nn.Module, decoder: DistilledDecoder, classes: ClassTable) -> None:
+    """Give a `Segmenter` with a UPerNet, or a `Classifier`, the decoder's weights; the last layer's for its classes."""
+    names = _maps_weights(decoder, classes) if decoder.of_maps else _linear_weights(decoder)
     rest = network.load_state_dict(names, strict=False)
     assert not rest.unexpected_keys, rest.unexpected_keys
+
+
+def _maps_weights(decoder: DistilledDecoder, classes: ClassTable) -> dict[str, Tensor]:
+    same = decoder.has_classes(classes)
+    taken = {name: value for name, value in decoder.head.items() if same or not name.startswith(_CLASSIFIER)}
+    names = {f"head.{name}": value for name, value in taken.items()}
+    return names | {f"levels.pyramid.{name}": value for name, value in decoder.pyramid.items()}
+
+
+def _linear_weights(decoder: DistilledDecoder) -> dict[str, Tensor]:
+    """Its convolution of one cell, (K, C, 1, 1), is a linear layer, (K, C)."""
+    return {
+        _LINEAR + name.removeprefix(_CLASSIFIER): value.flatten(1) if value.ndim > 1 else value
+        for name, value in decoder.head.items()
+    }
 
 
 def start_note(decoder: DistilledDecoder, classes: ClassTable) -> str:
     """What a training starts from, in a clause."""
     start = "starts from the backbone and the decoder of its run"
-    if tuple(classes.names) == decoder.classes:
+    if decoder.has_classes(classes):
         return start
     return f"{start}, all but the classifier: the run's classes are {', '.join(decoder.classes)}"
 
 
-def reading_as_distilled(config: TuneConfig) -> TuneConfig:
-    """The settings of a head that reads levels as a distilled decoder does."""
-    return config.model_copy(update={"head": config.head.model_copy(update={"level_norms": False})})
+def reading_as_distilled(config: TuneConfig, decoder: DistilledDecoder) -> TuneConfig:
+    """The settings of a head that reads levels as a distilled decoder does: without norms between."""
+    plain: dict[str, Any] = {"level_norms": False} if decoder.of_maps else {"pooled_norm": "none"}
+    return config.model_copy(update={"head": config.head.model_copy(update=plain)})

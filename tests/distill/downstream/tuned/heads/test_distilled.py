@@ -1,4 +1,7 @@
-"""After mix distillation a task takes backbone and decoder (appendix G.4), and both are exported together."""
+"""After distillation of soft labels a task takes backbone and decoder (appendix G.4), and both are exported together.
+
+Masks have UPerNet's decoder, classes of whole images a linear layer.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtpipe.distill.downstream.tuned.heads.distilled import decoder_of
 from dtpipe.distill.downstream.tuned.run import TuneResult
-from dtpipe.distill.downstream.tuned.segmentation.distilled import decoder_of
 from dtpipe.distill.downstream.tuned.trainer import TuneJob, Tuning
 from dtpipe.distill.engine.checkpoint import load_checkpoint
 from dtpipe.distill.export.predictor import export_predictor
@@ -43,10 +46,17 @@ def mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return distilled(tmp_path_factory.mktemp("runs") / "mix")
 
 
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a ConvNeXt, whose classifier in timm has a norm that a distilled one has not."""
+    folder = tmp_path_factory.mktemp("runs") / "pooled"
+    return distilled(folder, POOLED, student={"name": "test_convnext"})
+
+
 def job_of(
     run: Path, classes: tuple[str, ...] = CLASSES, task: str = "segment", **settings: Any
 ) -> tuple[TuneJob, Any]:
-    labelled = bright_halves(6, 0, masked=True)
+    labelled = bright_halves(6, 0, masked=task not in ("finetune", "linear"))
     object.__setattr__(labelled, "classes", ClassTable(classes))
     job = tune_job(tune_config(**{**SMALL, **settings}), labelled, task, load_student(run))
     return job.started_from(decoder_of(run))
@@ -87,9 +97,38 @@ def test_what_the_settings_say_against_it_is_heeded(mix, settings, clause):
     assert said is None if clause is None else re.search(clause, said)
 
 
-def test_heads_that_are_no_upernet_start_anew(mix):
-    job, clause = job_of(mix, task="fcn")
-    assert job.decoder is None and clause is None
+@pytest.mark.parametrize("norm", ["auto", "none"])
+def test_classes_start_from_the_average_of_the_linear_layer(pooled, norm):
+    saved = load_checkpoint(pooled / "last.pt", "distill")["decoder_ema"]
+    job, clause = job_of(pooled, task="finetune", head={"pooled_norm": norm})
+    model = Tuning(job, torch.device("cpu")).model
+    assert isinstance(model.norm, torch.nn.Identity) and clause == "starts from the backbone and the decoder of its run"
+    assert torch.equal(model.linear.weight, saved["head.classifier.weight"][:, :, 0, 0])
+    assert torch.equal(model.linear.bias, saved["head.classifier.bias"])
+
+
+@pytest.mark.parametrize(
+    ("task", "classes", "settings", "clause"),
+    [
+        ("finetune", CLASSES, {"from_decoder": False}, None),
+        ("finetune", CLASSES[::-1], {}, "backbone alone: the run's classes are background, bright, dark"),
+        ("finetune", CLASSES, {"head": {"pooled_norm": "layer"}}, "has no norm; a head as .*pooled_norm=none would do"),
+        ("linear", CLASSES, {}, None),
+        ("segment", CLASSES, {}, "the decoder of its run is of whole images' classes"),
+    ],
+)
+def test_a_classifier_that_is_not_as_distilled_starts_anew(pooled, task, classes, settings, clause):
+    job, said = job_of(pooled, classes, task, **settings)
+    assert job.decoder is None and (said is None if clause is None else re.search(clause, said))
+
+
+@pytest.mark.parametrize(
+    ("task", "clause"),
+    [("fcn", None), ("finetune", "starts from the backbone alone: the decoder of its run is of masks")],
+)
+def test_heads_that_are_no_upernet_start_anew(mix, task, clause):
+    job, said = job_of(mix, task=task)
+    assert job.decoder is None and said == clause
 
 
 def test_the_start_is_part_of_what_a_training_is_of(mix):
@@ -136,15 +175,23 @@ def test_backbone_and_decoder_are_exported_together_and_see_what_they_saw_in_tra
     assert prediction is None or prediction.numbers.shape == (40, 56)
 
 
-@pytest.mark.parametrize(
-    ("level", "changes", "said"),
-    [
-        (LABELS, {"labels": {"weight": 0.0}}, "the run has no decoder of soft labels, so no head"),
-        (POOLED, {}, "a decoder of whole images' classes"),
-    ],
-)
-def test_a_run_without_a_decoder_of_masks_has_no_head_to_export(tmp_path, level, changes, said):
-    run = distilled(tmp_path / "run", level, **changes)
-    with pytest.raises(InputError, match=said):
+@pytest.mark.parametrize("student", ["test_resnet", "test_convnext", "test_vit"])
+def test_a_linear_layer_is_exported_with_its_backbone(tmp_path, student):
+    config = {"student": {"name": student}}
+    run = distilled(tmp_path / "run", POOLED, **config)
+    predictor = export_predictor(run, tmp_path / "predictor")
+    images = torch.rand(2, 3, 32, 32)
+    model = build_distiller(tiny_config(run, **config), SOURCE.levels, (PX, PX), labels=POOLED).eval()
+    state = load_checkpoint(run / "last.pt", "distill")
+    model.decoder.load_state_dict(state["decoder_ema"])
+    model.student.load_state_dict(state["ema"])
+    torch.testing.assert_close(predictor.network.logits(images), model(images)[POOLED.name].flatten(1))
+    (seen,) = predictor.predict([np.zeros((40, 56, 3), np.uint8)])
+    assert predictor.classes.names == CLASSES and seen.probabilities.shape == (3,)
+
+
+def test_a_run_without_soft_labels_has_no_head_to_export(tmp_path):
+    run = distilled(tmp_path / "run", labels={"weight": 0.0})
+    with pytest.raises(InputError, match="the run has no decoder of soft labels, so no head"):
         export_predictor(run, tmp_path / "predictor")
     assert not (tmp_path / "predictor").exists()
