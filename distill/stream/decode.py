@@ -2,15 +2,17 @@
 
 One rule: a decoder gives what its codec's reference gives; that of `transform` sums in float32, which is within the
 error that the codec states beside what it lost. Levels of a codec without one are decoded by the reference
-before they cross. Chunks under rans cross as they are stored where a GPU decodes them, which takes Triton; else
-compiled loops decode them where they are read.
+before they cross. Chunks under rans cross as they are stored where a GPU decodes them, which takes Triton and a C
+compiler; else compiled loops decode them where they are read.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -29,6 +31,8 @@ from dtpipe.manifests.codecs.transform import NORM, TRANSFORM, TransformLevel
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.join import ConcatDataset, JoinedDataset
 from dtpipe.manifests.read.source import FeatureSource
+
+_log = logging.getLogger(__name__)
 
 Decode = Callable[[LevelCodec, Mapping[str, Tensor]], Tensor]
 """(codec, parts of (B, C, h, w)) -> features (B, C, h, w), in the level's dtype."""
@@ -152,7 +156,26 @@ _PACKED, _ENDS = "packed/", "ends/"  # before the name of a part, of its chunks 
 
 def unpacks_rans(device: torch.device) -> bool:
     """Whether chunks under rans are decoded there: on a GPU of CUDA, by Triton."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and find_spec("triton") is not None and _builds_kernel(str(device))
+
+
+@cache
+def _builds_kernel(device: str) -> bool:
+    """Whether Triton makes its program there: it calls a C compiler, which small containers lack. If not, says so."""
+    from dtpipe.distill.stream.rans import try_on_device
+
+    try:
+        try_on_device(torch.device(device))
+    except Exception as err:  # compilers, drivers and Triton have many kinds
+        why = (str(err).splitlines() or [type(err).__name__])[0]
+        _log.warning(
+            "the CPU decodes what rans has coded, which takes its cores: Triton cannot make its program for %s (%s); "
+            "most often it needs a C compiler: install gcc",
+            device,
+            why,
+        )
+        return False
+    return True
 
 
 def keep_packed(source: FeatureSource, device: torch.device) -> None:

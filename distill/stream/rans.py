@@ -9,12 +9,14 @@ symbol. This module needs Triton: import it only where that is installed.
 
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dtpipe.manifests.codecs.rans_tables import ESCAPE, REACH, TOTAL, RansTables
+from dtpipe.manifests.codecs.rans import compress
+from dtpipe.manifests.codecs.rans_tables import ESCAPE, REACH, TOTAL, RansTables, fit_tables
 
 _WARP = 32
 
@@ -129,3 +131,11 @@ def unpack_on_device(data: Tensor, ends: Tensor, tables: DeviceTables) -> tuple[
             num_warps=1,
         )
     return out, whole.bool()
+
+
+def try_on_device(device: torch.device) -> None:
+    """Decode a chunk of one symbol. Raises: what Triton, its compiler or the driver raise where they cannot."""
+    symbol = np.zeros((1, 1), np.int8)
+    tables = fit_tables(symbol, np.zeros(1, np.uint8), 1)
+    data = torch.frombuffer(bytearray(compress(symbol[0], tables)), dtype=torch.uint8).to(device)
+    unpack_on_device(data, torch.tensor([len(data)], device=device), device_tables(tables, device))

@@ -117,6 +117,26 @@ def test_training_on_chunks_as_they_are_stored_takes_the_same_steps(
     assert_equal_checkpoints(*(Path(config.run.out) / "last.pt" for config in runs.values()))
 
 
+@of_the_kernel
+def test_the_kernel_is_tried_before_it_is_relied_on():
+    assert decode._builds_kernel(str(DEVICE))
+
+
+def test_without_a_compiler_the_host_decodes_which_is_said_once(monkeypatch, caplog):
+    """As in a container without gcc: Triton raises when it is first called."""
+    from dtpipe.distill.stream import rans
+
+    def fail(*_args: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one via CC")
+
+    monkeypatch.setattr(rans, "unpack_on_device", fail)
+    decode._builds_kernel.cache_clear()
+    assert not decode._builds_kernel("cpu") and not decode._builds_kernel("cpu")
+    decode._builds_kernel.cache_clear()
+    (said,) = caplog.messages
+    assert "(Failed to find C compiler.); most often it needs a C compiler: install gcc" in said
+
+
 def test_only_a_gpu_with_triton_takes_chunks_as_they_are_stored(tmp_path: Path, unpacking: None) -> None:
     assert not unpacks_rans(torch.device("cpu"))  # where the compiled loops are faster
     dataset = write(tmp_path)
