@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -99,6 +100,11 @@ class InterpreterConfig(Settings):
                 f"interpret.warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; make it smaller"
             )
         return self
+
+    @classmethod
+    def identity_of(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """All that decides the interpreter; rivals come after it, and may be others in the same folder."""
+        return {name: value for name, value in super().identity_of(record).items() if name != "rivals"}
 
     @property
     def num_warmup_epochs(self) -> float:

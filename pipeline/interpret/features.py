@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtpipe.distill.downstream.labelled import LabelledSet
@@ -57,16 +56,21 @@ def readings_of(views: Sequence[ViewSpec], together: bool) -> list[Reading]:
 
 
 def open_both(
-    config: InterpretConfig, dataset: FeatureDataset, train: LabelledSet, test: LabelledSet, note: Note
+    config: InterpretConfig,
+    dataset: FeatureDataset,
+    labelled: tuple[LabelledSet, LabelledSet],
+    store: DigestStore,
+    note: Note,
 ) -> BothSides:
-    """Find the features of both sides, and load the teacher where it is needed.
+    """Find the features of labelled and held-out images, and load the teacher where it is needed.
 
+    `store` keeps digests of a large dataset's images.
     Raises: ConfigError for levels that are not there, or flips that cannot be had; ConfigError or TeacherError where
     images are not in the dataset and its teacher cannot be had.
     """
     levels, readings = _levels(config, dataset), readings_of(dataset.views, config.together)
-    by_content = places_by_content(dataset, DigestStore(Path(config.run.out).parent / "seen", note))
-    found, held_out = (find_rows(dataset, labelled, by_content) for labelled in (train, test))
+    by_content = places_by_content(dataset, store)
+    found, held_out = (find_rows(dataset, side, by_content) for side in labelled)
     if dataset.recipe.images != "stored":
         note(f"{dataset.url} stores no images, so labelled ones are known by their keys alone")
     teachers = _Teachers(config, dataset)
@@ -75,12 +79,12 @@ def open_both(
     flips = _flips(config, dataset, readings, teachers, note)
     kept = _Kept(config.run.kept_bytes)
 
-    def side(labelled: LabelledSet, rows: FoundRows, number: int) -> LabelledFeatures:
-        reader = _Reader(dataset, labelled, rows.rows, [level.name for level in levels], readings, teachers)
+    def side(number: int, rows: FoundRows) -> LabelledFeatures:
+        reader = _Reader(dataset, labelled[number], rows.rows, [level.name for level in levels], readings, teachers)
         read = lambda row, reading, flip: kept.get((number, row, reading, flip), reader)  # noqa: E731
-        return LabelledFeatures(labelled, levels, read, len(readings[0]), len(readings), flips)
+        return LabelledFeatures(labelled[number], levels, read, len(readings[0]), len(readings), flips)
 
-    return BothSides(side(train, found, 0), side(test, held_out, 1), found, held_out)
+    return BothSides(side(0, found), side(1, held_out), found, held_out)
 
 
 def _levels(config: InterpretConfig, dataset: FeatureDataset) -> tuple[InterpreterLevel, ...]:

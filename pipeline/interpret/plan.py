@@ -17,6 +17,7 @@ from dtpipe.pipeline.cli.console import Note
 from dtpipe.pipeline.interpret.config import InterpretConfig
 from dtpipe.pipeline.interpret.places import FoundRows
 from dtpipe.pipeline.interpret.run import open_labels
+from dtpipe.pipeline.rivals.digests import DigestStore, known_digests
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +54,12 @@ class InterpretPlan:
 
 def plan_interpreter(config: InterpretConfig, note: Note) -> InterpretPlan:
     """Open all that a training needs, count it, and time some of it; nothing is written. Raises: as `open_labels`."""
+    import torch
+
     interpreter_run(config).refuse_other_place()
-    sides = open_labels(config, note).sides
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    sides = open_labels(config, DigestStore(None, note), known_digests, note).sides
     train, both = sides.train, (sides.found, sides.held_out)
     device = training_device(config.run.device)
     with seeded(config.seed, device):

@@ -32,7 +32,7 @@ from dtpipe.pipeline.interpret.config import InterpretConfig
 from dtpipe.pipeline.interpret.features import BothSides, open_both
 from dtpipe.pipeline.interpret.pictures import draw_pictures
 from dtpipe.pipeline.rivals.apart import check_apart_by_content
-from dtpipe.pipeline.rivals.digests import known_digests
+from dtpipe.pipeline.rivals.digests import DigestsOf, DigestStore
 from dtpipe.pipeline.sets import open_sets
 
 if TYPE_CHECKING:
@@ -75,14 +75,15 @@ class OpenedLabels:
     """By digests, for data.json."""
 
 
-def open_labels(config: InterpretConfig, note: Note) -> OpenedLabels:
+def open_labels(config: InterpretConfig, store: DigestStore, digests_of: DigestsOf, note: Note) -> OpenedLabels:
     """Open features and labelled images, bring the latter to the size of the former, and find what belongs together.
 
+    `digests_of`: of labelled images, so that none is held out too.
     Raises: ConfigError, InputError, TeacherError as the parts do.
     """
     dataset = FeatureDataset.open(config.features)
-    train, test = _open_sides(config, dataset, note)
-    sides = open_both(config, dataset, train, test, note)
+    train, test = _open_sides(config, dataset, digests_of, note)
+    sides = open_both(config, dataset, (train, test), store, note)
     recipe = dataset.plan.model_dump_json(include={"recipe", "listing_blake3"})
     content: dict[str, Any] = {
         "features": blake3_hex(recipe.encode()),
@@ -96,14 +97,16 @@ def open_labels(config: InterpretConfig, note: Note) -> OpenedLabels:
     return OpenedLabels(dataset, sides, content)
 
 
-def _open_sides(config: InterpretConfig, dataset: FeatureDataset, note: Note) -> tuple[LabelledSet, LabelledSet]:
+def _open_sides(
+    config: InterpretConfig, dataset: FeatureDataset, digests_of: DigestsOf, note: Note
+) -> tuple[LabelledSet, LabelledSet]:
     train, test = open_sets(config, dataset.recipe.transform, note, as_masks=True)
     if train.kind not in (Mask, Class):
         raise ConfigError(
             f"{config.images} has {KIND_WORDS[train.kind]} for labels, and an interpreter learns from masks or "
             "classes; use another layout"
         )
-    train, test = check_apart_by_content(train, test, config.test_images is None, known_digests, note)
+    train, test = check_apart_by_content(train, test, config.test_images is None, digests_of, note)
     train = train.subset(draw_labelled(train, config.labelled, config.seed))
     train = train.changed(cleaned) if _cleans(config) else train
     check_several_classes(train, test)
@@ -120,6 +123,7 @@ def _cleans(config: InterpretConfig) -> bool:
 def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress | None = None) -> InterpretResult:
     """Train an interpreter, or go on; score it and its rivals on the held-out images; write all into `config.run.out`.
 
+    It is there once it is trained, whatever becomes of its rivals; these may be others when it is called again.
     Raises: as `open_labels` before any step; then as the engine's `run`.
     """
     import torch
@@ -128,17 +132,19 @@ def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress 
         torch.set_num_threads(config.run.threads)
     device = training_device(config.run.device)
     interpreter_run(config).refuse_other()
-    with phase("opening features and labels"):
-        opened = open_labels(config, note)
     out = Path(config.run.out)
+    store = DigestStore(out.parent / "seen", note)
+    with phase("opening features and labels"):
+        opened = open_labels(config, store, store.of_set, note)
     train, test = opened.sides.train, opened.sides.test
     network, result = train_interpreter(config, train, opened.content, on_progress)
     num_pictures = min(config.run.num_pictures, len(test)) if train.labelled.kind is Mask else 0
     arms, pictures = _kept_scores(network, _record(config, opened, ()), out), _pictures(out)[:num_pictures]
     if arms is None or len(pictures) < num_pictures:
+        images = as_digests(store.of_set(train.labelled, "labelled"))
+        save_interpreter(network, _record(config, opened, ()), out, images)
         arms = _score(config, network, train, test, device, note)
         pictures = draw_pictures(out, test.labelled, arms)
-        images = as_digests(known_digests(train.labelled, "labelled"))
         save_interpreter(network, _record(config, opened, arms), out, images)
     return InterpretResult(
         out=out,
@@ -155,9 +161,8 @@ def interpret(config: InterpretConfig, note: Note, on_progress: OnTrainProgress 
 
 
 def _kept_scores(network: FeatureInterpreter, record: Mapping[str, Any], out: Path) -> list[ArmScore] | None:
-    """What the folder says of this interpreter and its rivals on these images; None where it is of others, or nothing.
-
-    The settings of a run cannot change in its folder, so what rivals learn from is the same.
+    """What the folder says of this interpreter and these rivals on these images; None where it is of others, or
+    nothing.
     """
     try:
         kept = load_interpreter(out)
@@ -165,9 +170,10 @@ def _kept_scores(network: FeatureInterpreter, record: Mapping[str, Any], out: Pa
         return None
     own = network.state_dict()
     same = all(value.equal(own[name].cpu()) for name, value in kept.network.state_dict().items())
-    if not same or canonical_json({**kept.record, "scores": {}}) != canonical_json(record):
+    scores = kept.record.get("scores") or {}
+    if not same or not scores or canonical_json({**kept.record, "scores": {}}) != canonical_json(record):
         return None
-    return [ArmScore(name, **values) for name, values in kept.record["scores"].items()]
+    return [ArmScore(name, **values) for name, values in scores.items()]
 
 
 def _pictures(out: Path) -> list[Path]:
@@ -204,5 +210,6 @@ def _record(config: InterpretConfig, opened: OpenedLabels, arms: Sequence[ArmSco
         "timesteps": list(timesteps),
         "together": config.together,
         "data": {**opened.content, "held_out": test.content_digest(), "num_held_out": len(test)},
+        "rivals": config.rivals.model_dump(mode="json"),
         "scores": {arm.name: arm.record() for arm in arms},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 
 from dtpipe.distill.labels.files import load_interpreter
 from dtpipe.extract.run import run_extraction
-from dtpipe.manifests.errors import ConfigError
+from dtpipe.manifests.errors import ConfigError, InputError
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
 from dtpipe.manifests.records.image_digests import TRAIN_IMAGES, image_digest, read_digests
@@ -26,6 +27,7 @@ from dtpipe.pipeline.interpret.features import open_both, readings_of
 from dtpipe.pipeline.interpret.places import FoundRows
 from dtpipe.pipeline.interpret.run import open_labels
 from dtpipe.pipeline.rivals import digests as digests_module
+from dtpipe.pipeline.rivals.digests import DigestStore, known_digests
 from dtpipe.pipeline.sets import open_sets
 from parts.extractions import extract_config
 from parts.images import draw_image, png, write_files
@@ -34,6 +36,8 @@ from parts.published_trees import npy
 NUM = 10
 SMALL = ("--epochs", "2", "--width", "8", "--pixel-models", "2", "-s", "interpret.rivals.pixel_epochs=1")
 SMALLER = (*SMALL, "-s", "interpret.rivals.max_pixels=512", "-s", "interpret.run.num_pictures=2", "--device", "cpu")
+
+NOWHERE = DigestStore(None, print)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,44 @@ def test_a_head_is_written_scored_beside_its_rivals_and_drawn(
     assert code == 2 and "interpret.lr" in text
 
 
+def test_it_is_there_before_its_rivals_which_may_be_others_in_the_same_folder(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object) -> None:
+        raise InputError("nearly all cells are ignored; leave it out")
+
+    out = tmp_path / "head"
+    with monkeypatch.context() as patched:
+        patched.setattr("dtpipe.pipeline.interpret.run.fit_linear", fail)
+        code, text = command(scene, out)
+    assert code == 3 and "leave it out" in text
+    digest = load_interpreter(out).digest
+    code, text = command(scene, out, "-s", "interpret.rivals.linear=false", "--json")
+    result = document(text)
+    assert code == 0 and list(result["scores"]) == ["interpreter", "pixel classifiers"]
+    code, text = command(scene, out, "--pixel-models", "0", "--json")  # the linear one is fitted now
+    again = document(text)
+    assert code == 0 and list(again["scores"]) == ["interpreter", "linear read-out"]
+    assert again["scores"]["interpreter"] == result["scores"]["interpreter"]
+    assert again["resumed_step"] == again["num_steps"] and load_interpreter(out).digest == digest
+
+
+def test_images_of_a_set_too_large_to_look_at_first_are_compared_and_remembered_too(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtpipe.pipeline.labelled.LOOKED_AT", 4)
+    monkeypatch.setattr("dtpipe.pipeline.labelled._FEW", 2)
+    names = ("--class-names", str(write_files(tmp_path, {"names.txt": b"dark\nbright\n"}) / "names.txt"))
+    code, text = command(scene, tmp_path / "head", *names, "--pixel-models", "0", "--labelled", "3")
+    assert code == 0, text
+    seen = set(read_digests(tmp_path / "head" / TRAIN_IMAGES))
+    assert len(seen) == 3 and seen < {image_digest(draw_image(idx)) for idx in range(NUM)}
+    copies = shutil.copytree(scene.images, tmp_path / "copies")
+    held_out = ("--test-labels", str(copies), "-s", f"interpret.test_masks={scene.masks}")
+    code, text = command(scene, tmp_path / "other", *names, *held_out)
+    assert code == 2 and "10 of 10 held-out images are among the labelled ones" in text, text
+
+
 def test_features_come_by_key_by_content_and_from_the_teacher(scene: Scene, tmp_path: Path) -> None:
     """An image whose key holds other pixels is none of the dataset's."""
     code, text = command(scene, tmp_path / "head", "-n", "--json")
@@ -123,7 +165,7 @@ def test_features_come_by_key_by_content_and_from_the_teacher(scene: Scene, tmp_
     assert not (tmp_path / "head").exists()
     config, dataset = settings(scene), FeatureDataset.open(scene.features)
     train, test = open_sets(config, dataset.recipe.transform, print, as_masks=True)
-    sides = open_both(config, dataset, train, test, print)
+    sides = open_both(config, dataset, (train, test), NOWHERE, print)
     rows = {key: (side, row) for side in (sides.train, sides.test) for row, key in enumerate(side.labelled.keys)}
     for key, stored in (("2.png", "2.png"), ("6.png", "other.png")):
         side, row = rows[key]
@@ -137,28 +179,28 @@ def test_images_of_a_large_dataset_are_looked_through_once(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests_module, "KEPT_FROM", 1)
-    run = settings(scene).run.model_copy(update={"out": str(tmp_path / "heads" / "first")})
-    config, dataset = settings(scene).model_copy(update={"run": run}), FeatureDataset.open(scene.features)
+    config, dataset = settings(scene), FeatureDataset.open(scene.features)
     train, test = open_sets(config, dataset.recipe.transform, print, as_masks=True)
     notes: list[str] = []
-    first = open_both(config, dataset, train, test, notes.append)
+    store = DigestStore(tmp_path / "seen", notes.append)
+    first = open_both(config, dataset, (train, test), store, print)
     num = len(dataset.columns.ok_rows)
     assert notes[-1] == f"labelled images are looked for in {dataset.url}: {num} of {num} read"
     monkeypatch.setattr(digests_module, "read_images", lambda *_: pytest.fail("the dataset is read again"))
-    again = open_both(config, dataset, train, test, print)
+    again = open_both(config, dataset, (train, test), store, print)
     assert (again.found, again.held_out) == (first.found, first.held_out)
     assert first.found.num_by_content + first.held_out.num_by_content == 1
-    assert [path.parent for path in tmp_path.rglob("*.blake3")] == [tmp_path / "heads" / "seen"]
+    assert [path.parent for path in tmp_path.rglob("*.blake3")] == [tmp_path / "seen"]
 
 
 def test_the_live_teacher_gives_what_would_be_stored(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """The features of stored images, as if they were not: of all views, but for float16's rounding."""
     config, dataset = settings(scene, features=scene.plain, together=True), FeatureDataset.open(scene.plain)
     train, test = open_sets(config, dataset.recipe.transform, print, as_masks=True)
-    stored = open_both(config, dataset, train, test, print).train
+    stored = open_both(config, dataset, (train, test), NOWHERE, print).train
     nowhere = lambda _dataset, labelled, _by_content: FoundRows((None,) * len(labelled), 0, 0)  # noqa: E731
     monkeypatch.setattr("dtpipe.pipeline.interpret.features.find_rows", nowhere)
-    live = open_both(config, dataset, train, test, print).train
+    live = open_both(config, dataset, (train, test), NOWHERE, print).train
     row = next(row for row, key in enumerate(train.keys) if key[0] in "012345")
     assert (stored.num_views, stored.num_readings, stored.flips) == (2, 2, True)
     for place in ((row, 0, False), (row, 1, False), (row, 0, True)):
@@ -222,7 +264,9 @@ def test_classes_have_a_pooled_head_and_no_pixel_classifiers(scene: Scene, tmp_p
 
 
 def test_foreground_and_content_are_part_of_what_a_run_is_of(scene: Scene) -> None:
-    plain, merged = (open_labels(settings(scene, foreground=merge), print) for merge in (False, True))
+    plain, merged = (
+        open_labels(settings(scene, foreground=merge), NOWHERE, known_digests, print) for merge in (False, True)
+    )
     assert plain.sides.train.labelled.classes.names == ("0", "1")
     assert merged.sides.train.labelled.classes.names == ("background", "foreground")
     assert plain.content["labelled"] != merged.content["labelled"]
@@ -241,11 +285,11 @@ def test_specks_in_masks_to_learn_from_are_ignored_and_what_is_scored_is_whole(t
     url = run_extraction(extract_config(root / "real", ddpm, tmp_path / "features", transform={"px": 128})).url
     sets = {"images": f"ddpm-seg:{root}@train", "test_images": f"ddpm-seg:{root}@test"}
     config = InterpretConfig.model_validate({"features": url, **sets, "run": {"out": str(tmp_path / "head")}})
-    opened = open_labels(config, print)
+    opened = open_labels(config, NOWHERE, known_digests, print)
     for row in (0, 1):
         target = opened.sides.train.target(row)
         assert set(target.unique().tolist()) == {-1, 0, 3, 6} and int((target == -1).sum()) == 4
     assert set(opened.sides.test.target(0).unique().tolist()) == {0, 3, 5, 6}
     assert opened.content["specks"] == "ignored"
-    merged = open_labels(config.model_copy(update={"foreground": True}), print)
+    merged = open_labels(config.model_copy(update={"foreground": True}), NOWHERE, known_digests, print)
     assert set(merged.sides.train.target(0).unique().tolist()) == {0, 1} and "specks" not in merged.content
