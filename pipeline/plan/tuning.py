@@ -48,6 +48,8 @@ class TuningPlan:
     timed_images: int
     batch_size: int
     device: str
+    start: str | None = None
+    """What the first arm's head starts from, where its run distilled soft labels."""
 
 
 def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
@@ -61,7 +63,7 @@ def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
     counts = [count for *_, count in trainings(table)]
     arm, seed = table.arms[0], table.seeds[0]
     begun = TuneJob(task, arm.student_for(seed), table.train, table.config, config.seed)
-    job, _ = begun.started_from(arm.decoder_for(seed))
+    job, start = begun.started_from(lambda: arm.decoder_for(seed))
     device = training_device(config.device)
     num = min(job.config.micro_batch or job.config.batch_size, job.config.batch_size, max(len(table.train), 2))
     num = min(num, CPU_TUNE_IMAGES) if device.type == "cpu" else num
@@ -74,6 +76,7 @@ def plan_tuning(config: EvalConfig, note: Note) -> TuningPlan:
     of_student = sum(parameter.numel() for parameter in student.parameters())
     return TuningPlan(
         task=task.name,
+        start=None if start is None else f"{arm.name} {start}",
         arms=tuple(arm.name for arm in table.arms),
         student=job.student.spec.name,
         num_parameters=of_student,
@@ -141,3 +144,5 @@ def print_tuning(console: Console, plan: TuningPlan) -> None:
             "memory": f"about {format_bytes(plan.memory_bytes)} with {count_of(plan.timed_images, 'image')} at a time",
         }
     )
+    if plan.start is not None:
+        console.result(plan.start)

@@ -127,6 +127,7 @@ class _Runner:
         self.folders = folder_names([arm.name for arm in table.arms])
         self.choices: dict[str, RateChoice] = {}
         """By folder of the cell whose labelled images chose."""
+        self._told: set[str] = set()
         self._first: dict[tuple[int, int], TunedCell] = {}
         for cell in cells:
             self._first.setdefault((cell.place, len(cell.labelled)), cell)
@@ -134,13 +135,16 @@ class _Runner:
     def run(self, cell: TunedCell) -> _Finished:
         """Raises: LockHeldError while another process is at this training, or at one that chooses its rate."""
         job, start = self._job(cell)
+        if start and (said := f"{cell.arm.name} {start}") not in self._told:
+            self._told.add(said)
+            self.note(said)  # before hours are spent
         choice = self._choice(cell, job)
         folder, named = self.out / self._folder(cell), self._named(cell)
         choice, result, folder = _train(job, choice, cell.test, folder, _named(self.train, named), self.note)
         self.note(f"{named}: {self.table.task.metric_name} {result.value:.3f} at lr {choice.lr:g}")
-        said = [f"{cell.arm.name} {start}"] if start else []
-        said += rate_notes(cell.arm.name, len(cell.labelled), self.table.config, choice)
-        return _Finished(_score(cell, choice, result, folder), tuple(said))
+        notes = [f"{cell.arm.name} {start}"] if start else []
+        notes += rate_notes(cell.arm.name, len(cell.labelled), self.table.config, choice)
+        return _Finished(_score(cell, choice, result, folder), tuple(notes))
 
     def _choice(self, cell: TunedCell, job: TuneJob) -> RateChoice:
         given = self.table.rates.get((cell.arm.name, len(cell.labelled)))
@@ -158,7 +162,7 @@ class _Runner:
     def _job(self, cell: TunedCell) -> tuple[TuneJob, str | None]:
         """The training, and what its head starts from, in words."""
         begun = TuneJob(self.table.task, cell.arm.student_for(cell.seed), cell.labelled, self.table.config, cell.seed)
-        return begun.started_from(cell.arm.decoder_for(cell.seed))
+        return begun.started_from(lambda: cell.arm.decoder_for(cell.seed))
 
     def _folder(self, cell: TunedCell) -> str:
         return f"{self.folders[cell.place]}-{len(cell.labelled)}-{cell.seed}"

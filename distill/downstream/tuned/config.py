@@ -61,7 +61,7 @@ class HeadConfig(StrictModel):
     pooled_norm: Literal["auto", "none", "layer", "batch"] = Field(
         default="auto",
         description="Of classes: norm of the pooled features, batch without weights; auto is that of timm's classifier "
-        "of the model: layer for ConvNeXts, none for ResNets.",
+        "of the model: layer for ConvNeXts, none for ResNets; none where a distilled linear layer is the start.",
     )
     aux_weight: float = Field(default=0.4, ge=0, description="Of the auxiliary FCN head's loss; 0 leaves it out.")
     ppm_scales: tuple[int, ...] = Field(

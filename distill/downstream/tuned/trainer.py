@@ -7,7 +7,7 @@ or measures on its own images: batch norms (`sync_bn` makes them one), dropout, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -69,9 +69,10 @@ class TuneJob:
     decoder: DistilledDecoder | None = None
     """Where a head of masks or classes starts; None: from weights of the seed."""
 
-    def started_from(self, decoder: DistilledDecoder | None) -> tuple[TuneJob, str | None]:
+    def started_from(self, read_decoder: Callable[[], DistilledDecoder | None]) -> tuple[TuneJob, str | None]:
         """The job with its head's start where task and settings allow, and a clause on it, or why it starts anew."""
-        if decoder is None or FROM_DECODER not in self.task.reads or not self.config.from_decoder:
+        asks = FROM_DECODER in self.task.reads and self.config.from_decoder
+        if not asks or (decoder := read_decoder()) is None:
             return self, None
         classes = fit_targets(self.task, self.labelled).classes
         if (why := decoder.misfit(self.task, self.config.head, classes)) is not None:

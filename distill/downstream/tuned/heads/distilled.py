@@ -23,6 +23,7 @@ from dtpipe.manifests.labels import Class, ClassTable
 
 _CLASSIFIER, _LINEAR = "classifier.", "linear."
 """Last layer of a decoder, and of a `Classifier`."""
+_MOST_NAMED = 5  # classes in a note
 _OWN_NORM = "auto", "none"
 """Settings of `head.pooled_norm` under which a classifier can do without a norm: a distilled one has none."""
 
@@ -65,9 +66,15 @@ class DistilledDecoder:
             return "the decoder of its run is of " + ("masks" if self.of_maps else "whole images' classes")
         return self._misfit_of_maps(config) if self.of_maps else self._misfit_of_classes(config, classes)
 
-    def has_classes(self, classes: ClassTable) -> bool:
-        """Whether its last layer is of these classes, in this order."""
-        return tuple(classes.names) == self.classes
+    def other_classes(self, classes: ClassTable) -> str | None:
+        """In what its last layer's classes are not these, in a clause; None where they are, in this order."""
+        names = tuple(classes.names)
+        if names == self.classes:
+            return None
+        if set(names) == set(self.classes):
+            return "the run has these classes in another order"
+        more = len(self.classes) - _MOST_NAMED
+        return f"the run's classes are {', '.join(self.classes[:_MOST_NAMED])}{f' and {more} more' if more > 0 else ''}"
 
     def _misfit_of_maps(self, config: HeadConfig) -> str | None:
         own, other = ((of.width, of.norm, tuple(of.ppm_scales)) for of in (self, config))
@@ -80,11 +87,9 @@ class DistilledDecoder:
         )
 
     def _misfit_of_classes(self, config: HeadConfig, classes: ClassTable) -> str | None:
-        if not self.has_classes(classes):
-            return f"the run's classes are {', '.join(self.classes)}"
-        if config.pooled_norm not in _OWN_NORM:
-            return "the decoder of its run has no norm; a head as -s eval.tune.head.pooled_norm=none would do"
-        return None
+        if config.pooled_norm in _OWN_NORM:
+            return self.other_classes(classes)
+        return "the decoder of its run has no norm; a head as -s eval.tune.head.pooled_norm=none would do"
 
 
 def decoder_in(state: Mapping[str, Any], ema: bool = True) -> DistilledDecoder | None:
@@ -129,7 +134,7 @@ def take_decoder(network: nn.Module, decoder: DistilledDecoder, classes: ClassTa
 
 
 def _maps_weights(decoder: DistilledDecoder, classes: ClassTable) -> dict[str, Tensor]:
-    same = decoder.has_classes(classes)
+    same = decoder.other_classes(classes) is None
     taken = {name: value for name, value in decoder.head.items() if same or not name.startswith(_CLASSIFIER)}
     names = {f"head.{name}": value for name, value in taken.items()}
     return names | {f"levels.pyramid.{name}": value for name, value in decoder.pyramid.items()}
@@ -146,9 +151,8 @@ def _linear_weights(decoder: DistilledDecoder) -> dict[str, Tensor]:
 def start_note(decoder: DistilledDecoder, classes: ClassTable) -> str:
     """What a training starts from, in a clause."""
     start = "starts from the backbone and the decoder of its run"
-    if decoder.has_classes(classes):
-        return start
-    return f"{start}, all but the classifier: the run's classes are {', '.join(decoder.classes)}"
+    other = decoder.other_classes(classes)
+    return start if other is None else f"{start}, all but the classifier: {other}"
 
 
 def reading_as_distilled(config: TuneConfig, decoder: DistilledDecoder) -> TuneConfig:

@@ -6,6 +6,7 @@ Masks have UPerNet's decoder, classes of whole images a linear layer.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def job_of(
     labelled = bright_halves(6, 0, masked=task not in ("finetune", "linear"))
     object.__setattr__(labelled, "classes", ClassTable(classes))
     job = tune_job(tune_config(**{**SMALL, **settings}), labelled, task, load_student(run))
-    return job.started_from(decoder_of(run))
+    return job.started_from(lambda: decoder_of(run))
 
 
 def head_of(job: TuneJob) -> dict[str, Tensor]:
@@ -111,7 +112,8 @@ def test_classes_start_from_the_average_of_the_linear_layer(pooled, norm):
     ("task", "classes", "settings", "clause"),
     [
         ("finetune", CLASSES, {"from_decoder": False}, None),
-        ("finetune", CLASSES[::-1], {}, "backbone alone: the run's classes are background, bright, dark"),
+        ("finetune", ("lamp", "sun"), {}, "backbone alone: the run's classes are background, bright, dark$"),
+        ("finetune", CLASSES[::-1], {}, "backbone alone: the run has these classes in another order"),
         ("finetune", CLASSES, {"head": {"pooled_norm": "layer"}}, "has no norm; a head as .*pooled_norm=none would do"),
         ("linear", CLASSES, {}, None),
         ("segment", CLASSES, {}, "the decoder of its run is of whole images' classes"),
@@ -147,12 +149,22 @@ def test_arms_with_a_decoder_start_from_it_and_the_rivals_do_not(mix, tmp_path):
 
     task = job_of(mix)[0].task
     table = TunedTable(task, arms, images, bright_halves(2, 1, masked=True), [4], range(1), tune_config(**SMALL))
-    result = run_cells(table, tmp_path, train, lambda _: None)
+    said: list[str] = []
+    result = run_cells(table, tmp_path, train, said.append)
     assert [job.decoder is not None for job in jobs] == [True, False]
-    assert [note for note in result.notes if "decoder" in note] == [
-        "mix starts from the backbone and the decoder of its run, all but the classifier: the run's classes are "
-        "background, bright, dark"
-    ]
+    assert (
+        [note for note in result.notes if "decoder" in note]
+        == said[:1]
+        == [
+            "mix starts from the backbone and the decoder of its run, all but the classifier: the run's classes are "
+            "background, bright, dark"
+        ]
+    )
+
+
+def test_of_a_thousand_classes_a_few_are_named(mix):
+    many = replace(decoder_of(mix), classes=tuple(f"n{idx}" for idx in range(1000)))
+    assert many.other_classes(ClassTable(CLASSES)) == "the run's classes are n0, n1, n2, n3, n4 and 995 more"
 
 
 @pytest.mark.parametrize("student", ["test_resnet", "test_convnext", "test_vit"])
