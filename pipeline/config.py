@@ -194,13 +194,18 @@ class EvalConfig(LabelledImages):
 class ExportConfig(StrictModel):
     """Which student to write, for whom."""
 
-    checkpoint: str = Field(description="Run folder or checkpoint, also of a tuned training; with --head only of that.")
+    checkpoint: str = Field(
+        description="Run folder or checkpoint, also of a tuned training; with --head of that, or of a distillation of "
+        "soft labels."
+    )
     out: str = Field(
         description="Folder to write: the weights, config.json, student.json and export.yaml, these settings."
     )
     layout: str = Field(default="timm", description="Which library loads it; `dtpipe list exports` names them.")
     head: bool = Field(
-        default=False, description="Write backbone and head of a tuned training as a predictor for `dtpipe predict`."
+        default=False,
+        description="Write backbone and head of a tuned training, or of a distillation of soft labels, as a predictor "
+        "for `dtpipe predict`.",
     )
 
     _local = field_validator("checkpoint", "out")(local_place)

@@ -43,6 +43,8 @@ class TrainedOn:
     """What a run without a dataset recorded of what training sees."""
     interpreter: str | None = None
     """Folder of the one that labelled live samples, where it was named."""
+    learned_labels: bool = True
+    """Whether soft labels were learned from, where a dataset holds any."""
 
     @staticmethod
     def of(checkpoint: str) -> TrainedOn:
@@ -56,7 +58,9 @@ class TrainedOn:
         content: dict[str, Any] = {}
         with suppress(DtpipeError):
             content = (read_record(folder) or {}).get("live") or {}
-        return TrainedOn(tuple(map(str, distill.get("datasets") or ())), live, content, distill.get("interpreter"))
+        urls = tuple(map(str, distill.get("datasets") or ()))
+        learned = (distill.get("labels") or {}).get("weight") != 0
+        return TrainedOn(urls, live, content, distill.get("interpreter"), learned)
 
     def live_listing(self) -> tuple[LiveConfig, Listing]:
         """Settings and samples of a run on images without a dataset.

@@ -180,4 +180,10 @@ def _cells(
             f"{finest.height}x{finest.width} cells, and can be averaged down to a multiple of it by a power of 2 that "
             "divides both sides"
         )
-    return stride, (finest.height // factor, finest.width // factor)
+    cells = finest.height // factor, finest.width // factor
+    if cells == (1, 1):
+        raise ConfigError(
+            f"--stride is {stride}, which leaves one cell for the whole image, and the interpreter's classes are of "
+            "pixels; give a smaller one, or train an interpreter on classes of images"
+        )
+    return stride, cells

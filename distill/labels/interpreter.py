@@ -44,11 +44,6 @@ class InterpreterSpec:
     width: int = 256
     dropout: float = 0.1
 
-    @property
-    def stride(self) -> int:
-        """Of the logits, where they are maps: that of the finest level."""
-        return min(level.stride for level in self.levels)
-
 
 class FeatureInterpreter(nn.Module):
     """Levels to logits, by a series of feature fusion layers from the coarsest level to the finest.

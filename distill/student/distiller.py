@@ -97,7 +97,7 @@ def build_distiller(
     torch's global generator, which the caller seeds.
 
     Heads know the timestep where the settings say so; all other weights are the same with it and without. A decoder
-    reads the student's levels from stride 4 on.
+    of maps reads the student's levels from stride 4 on, or from a finer one that is regressed.
 
     Raises: ConfigError when the student cannot be built, lacks a stride or cannot take the images' size, or the
     micro-batch is too small for its norms.

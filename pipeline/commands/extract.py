@@ -97,7 +97,10 @@ def extracted(call: Call, fresh: bool) -> ExtractResult:
 
 def _plan(call: Call) -> ExtractionPlan:
     if call.has("soft_labels"):
-        return _request(call).plan()
+        request = _request(call)
+        if kept := request.kept_features():
+            call.console.note(kept)
+        return request.plan()
     from dtpipe.pipeline.plan.extraction import plan_extraction
 
     config = call.settings("extract")

@@ -44,8 +44,15 @@ def command(call: Call) -> None:
         from dtpipe.pipeline.plan.extraction import print_extraction
         from dtpipe.pipeline.soft_labels.request import request_of
 
-        labels = request_of(call.document, call.names).plan()
+        request = request_of(call.document, call.names)
+        if kept := request.kept_features():
+            call.console.note(kept)
+        labels = request.plan()
         print_extraction(call.console, labels)
+        if call.has("distill"):
+            call.console.note(
+                "training is not in this plan; once there are soft labels, `dtpipe distill .. -n` plans it"
+            )
         answer["soft_labels"] = labels
     elif call.has("extract") or not answer:
         answer |= plan_stages(call)

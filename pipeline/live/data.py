@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtpipe.distill.config import DistillConfig
+from dtpipe.distill.config import DistillConfig, LabelsConfig
 from dtpipe.distill.engine.record import read_record
 from dtpipe.distill.engine.run_folder import read_config
 from dtpipe.distill.stream.data import STORED, StoredData, TrainingData, recorded_shards
@@ -22,7 +22,7 @@ from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.soft_labels import soft_labels_of
 from dtpipe.manifests.store.paths import path_on_disk
 from dtpipe.manifests.store.store import Store
-from dtpipe.manifests.words import count_of
+from dtpipe.manifests.words import are, count_of
 from dtpipe.manifests.write.commit import load_manifest
 from dtpipe.pipeline.cli.console import ProgressLine, format_bytes
 from dtpipe.pipeline.cli.options import Call
@@ -106,10 +106,18 @@ def _kept_shards(config: DistillConfig) -> Iterator[str]:
 
 
 def _unused_labels(config: DistillConfig) -> Iterator[str]:
-    """That soft labels are joined, and nothing is learned from them."""
+    """That soft labels are joined, and nothing is learned from them; or settings of some are given, and none are."""
+    if config.interpreter is None and not any(_has_soft_labels(url) for url in config.datasets):
+        given, default = config.labels.model_dump(exclude={"weight"}), LabelsConfig().model_dump()
+        if unread := [f"distill.labels.{name}" for name, value in given.items() if value != default[name]]:
+            yield f"{' and '.join(unread)} {are(len(unread))} not read: there are no soft labels"
     for url in config.datasets if config.labels.weight == 0 else ():
-        if soft_labels_of(FeatureDataset.open(url, allow_incomplete=True).recipe) is not None:
+        if _has_soft_labels(url):
             yield f"{url} holds soft labels, and distill.labels.weight is 0: nothing is learned from them"
+
+
+def _has_soft_labels(url: str) -> bool:
+    return soft_labels_of(FeatureDataset.open(url, allow_incomplete=True).recipe) is not None
 
 
 def _small_cache(config: DistillConfig) -> Iterator[str]:

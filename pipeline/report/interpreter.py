@@ -18,9 +18,11 @@ from dtpipe.pipeline.report.section import LeaveOut, Section, data_uri, render
 
 
 def interpreter_sections(settings: DistillConfig, num_images: int, leave_out: LeaveOut) -> list[Section]:
-    """A section of each interpreter of a run whose folder says how it scored; one that is gone is left out."""
+    """A section of each interpreter that a run learned from, whose folder says how it scored; one that is gone is left
+    out.
+    """
     sections = []
-    for url in settings.datasets or ("",):
+    for url in () if settings.labels.weight == 0 else settings.datasets or ("",):
         try:
             folder = _folder(url, settings.interpreter)
             sections += [] if folder is None else list(_sections(Path(folder[0]), folder[1], num_images))

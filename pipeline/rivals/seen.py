@@ -140,8 +140,8 @@ def _parts(trained_on: TrainedOn, store: DigestStore) -> Iterator[_Part]:
 
 
 def _interpreters(trained_on: TrainedOn) -> Iterator[_Part]:
-    """Those that made the soft labels of a run, stored or live."""
-    for url in trained_on.urls:
+    """Those that made the soft labels that a run learned from, stored or live."""
+    for url in trained_on.urls if trained_on.learned_labels else ():
         try:
             plan = load_plan(Store(url))
         except DtpipeError:  # of which is said where the dataset is opened

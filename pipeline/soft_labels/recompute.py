@@ -48,6 +48,8 @@ class LabelRecomputation:
         path = _named(interpreter or recorded.get("interpreter"), "interpreter", "give it with --interpreter")
         features = live_features_of(plan.recipe)
         if features is None:
+            if teacher is not None:
+                raise ConfigError(f"{url}: soft labels of stored features, which no teacher makes; leave --teacher out")
             where = _named(recorded.get("features"), "features", "verify with --level decode")
             dataset = open_features(where, plan.recipe)
             head = open_head(path, plan.recipe, dataset.recipe, device)

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dtpipe.extract.config import ExtractConfig, ExtractRun
-from dtpipe.extract.work import Resolve
+from dtpipe.extract.cluster.preflight import free_bytes
+from dtpipe.extract.config import CodecConfig, ExtractConfig, ExtractRun
+from dtpipe.extract.recipe import resolve_recipe
+from dtpipe.extract.work import Resolve, work_of
 from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.store.paths import whole_place
+from dtpipe.manifests.store.store import Store
+from dtpipe.manifests.write.plan import bytes_per_sample
+from dtpipe.pipeline.cli.console import format_bytes
 from dtpipe.pipeline.cli.settings import find_field, validate
 from dtpipe.pipeline.soft_labels.config import CachedConfig, LabelShardConfig, SoftLabelConfig
 from dtpipe.pipeline.soft_labels.work import cached_work, live_work
@@ -42,6 +47,22 @@ class LabelRequest:
 
         return plan_work((self.plan_resolve or self.resolve)(), self.run, {})
 
+    def kept_features(self) -> str | None:
+        """What features that are kept would take, in words; None where none are. Raises: as `resolve_recipe`."""
+        if self.features_first is None:
+            return None
+        run = self.features_first.run
+        work = work_of(
+            resolve_recipe(self.features_first.model_copy(update={"run": run.model_copy(update={"inline": True})}))
+        )
+        recipe = work.recipe
+        image_px = (recipe.transform.height, recipe.transform.width) if recipe.images == "stored" else None
+        each = bytes_per_sample(recipe.levels, len(recipe.views), image_px)
+        free = free_bytes(Store(run.out))
+        room = "" if free is None else f"; {format_bytes(free)} are free there"
+        size = format_bytes(each * len(work.listing()))
+        return f"features that are kept in {run.out} take about {size} before compression, beside what follows{room}"
+
 
 def request_of(document: Mapping[str, Any], names: Mapping[str, str]) -> LabelRequest:
     """The request in a settings document. Raises: ConfigError for settings that do not go together."""
@@ -51,6 +72,7 @@ def request_of(document: Mapping[str, Any], names: Mapping[str, str]) -> LabelRe
     live: ExtractConfig = validate(document, "extract", names)
     of_live = partial(live_work, labels, live)
     if labels.keep_features is None:
+        _refuse_codec(live)
         return LabelRequest(live.run, of_live, _record(live.model_dump(mode="json"), labels), None, live)
     if whole_place(labels.keep_features) == whole_place(live.run.out):
         raise ConfigError(f"--keep-features and --out are both {live.run.out}; give features a place of their own")
@@ -66,6 +88,16 @@ def request_of(document: Mapping[str, Any], names: Mapping[str, str]) -> LabelRe
         first,
         of_live,
     )
+
+
+def _refuse_codec(live: ExtractConfig) -> None:
+    """Raises: ConfigError for settings of how features are stored, where none are."""
+    given, default = live.codec.model_dump(), CodecConfig().model_dump()
+    if changed := [name for name, value in given.items() if value != default[name]]:
+        raise ConfigError(
+            f"extract.codec.{changed[0]} says how features are stored, and those of this teacher are not kept; give "
+            "--keep-features, or leave it out"
+        )
 
 
 def _of_stored(labels: SoftLabelConfig, document: Mapping[str, Any], names: Mapping[str, str]) -> LabelRequest:

@@ -201,10 +201,12 @@ def test_what_cannot_be_trained_is_one_sentence(
     assert said in found
 
 
-def test_images_beside_a_dataset_are_said_not_to_be_read(extract: Extract, image_folder: Path, tmp_path: Path) -> None:
-    result = distill(extract("features"), "--images", image_folder, "--out", tmp_path / "run")
+def test_what_a_run_on_a_dataset_does_not_read_is_said(extract: Extract, image_folder: Path, tmp_path: Path) -> None:
+    unread = ("--images", image_folder, "-s", "distill.labels.temperature=2", "-s", "distill.labels.width=16")
+    result = distill(extract("features"), *unread, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "extract.images is not read: the dataset that is given has images" in result.stderr
+    assert "distill.labels.temperature and distill.labels.width are not read: there are no soft labels" in result.stderr
 
 
 def test_remote_datasets_that_exceed_the_cache_are_said_once(extract: Extract, tmp_path: Path) -> None:

@@ -168,6 +168,12 @@ def test_labels_that_an_interpreter_learned_from_are_known(extract: Extract, tmp
             "labels, so this is no held-out score",
             UNKNOWN,
         ]
+    features_only = write_run(tmp_path / "features_only", features, str(tmp_path / "labels"))
+    config = yaml.safe_load((features_only / "config.yaml").read_text())
+    config["distill"]["labels"] = {"weight": 0.0}
+    (features_only / "config.yaml").write_text(yaml.safe_dump(config))
+    seen = find_seen([str(features_only)], HERE)
+    assert seen_notes(seen, test, dataset.recipe.transform, lambda _: test, HERE) == [UNKNOWN]
     before = f"held-out images are not compared with the labelled images of the interpreter {head}: "
     write_interpreter(tmp_path / "head", dataset.levels, 1, record=record)
     assert find_seen([stored], HERE).unknown[0].startswith(f"{before}another interpreter is in")

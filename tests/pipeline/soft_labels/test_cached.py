@@ -204,6 +204,8 @@ def test_verify_runs_the_head_again_and_finds_what_changed(run: Run, head: str, 
     labels = str(tmp_path / "labels")
     report = dtpipe("verify", labels, "--level", "recompute", "--device", "cpu")
     assert (report["num_recomputed"], report["ok"]) == (8, True)
+    with pytest.raises(RefusedError, match="soft labels of stored features, which no teacher makes"):
+        dtpipe("verify", labels, "--level", "recompute", "--device", "cpu", "--teacher", str(tmp_path))
     other = write_interpreter(tmp_path / "other", FeatureDataset.open(features).levels, 9)
     with pytest.raises(RefusedError, match="the plan says"):
         dtpipe("verify", labels, "--level", "recompute", "--device", "cpu", "--interpreter", other)
@@ -240,6 +242,7 @@ def test_features_that_were_replaced_are_refused_when_an_extraction_goes_on(
         (("--stride", "12"), "--stride is 12; logits of this interpreter have stride 4 and 8x8 cells"),
         (("--stride", "2"), "--stride is 2; logits of this interpreter have stride 4"),
         (("--stride", "64"), "--stride is 64; logits of this interpreter"),
+        (("--stride", "32"), "--stride is 32, which leaves one cell for the whole image"),
         (("--top-k", "4"), "is to keep 4 of 4 classes"),
     ],
 )

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from dtpipe.distill.engine.run_folder import read_metrics
@@ -18,6 +19,8 @@ from dtpipe.manifests.read.join import JoinedDataset
 from dtpipe.manifests.read.source import read_image, read_level
 from dtpipe.manifests.schema import CodecRecipe
 from dtpipe.manifests.soft_labels import live_features_of, soft_labels_of
+from dtpipe.pipeline.cli.console import format_bytes
+from dtpipe.pipeline.cli.main import main
 from parts.command_line import RefusedError, dtpipe
 from parts.images import png, write_files, write_images
 from parts.interpreters import write_interpreter
@@ -84,6 +87,12 @@ def test_kept_features_are_those_of_an_extraction_and_join(
     assert expected is not None and dataset.manifest.digest == expected.digest
     assert [level.name for level in JoinedDataset([dataset, labels]).levels] == ["l2", "l3", "l2.labels"]
     assert dtpipe(*call)["digest"] == first["digest"]  # and goes on where it stopped
+    plan = CliRunner().invoke(main, ["plan", *map(str, call[1:-1]), str(tmp_path / "other")])
+    values = sum(level.channels * level.height * level.width for level in dataset.levels)
+    size = format_bytes(6 * (3 * 32 * 32 + 2 * 4 * values))
+    assert f"features that are kept in {kept} take about {size} before compression" in plan.output, plan.output
+    with pytest.raises(RefusedError, match=r"extract\.codec\.max_error says how features are stored, and those of this"):
+        dtpipe("extract", "--interpreter", head, *of_images, "--max-error", "0.1", "--out", tmp_path / "none")
     with pytest.raises(RefusedError, match="--keep-features and --out are both"):
         dtpipe("extract", "--interpreter", head, *of_images, "--keep-features", out, "--out", out)
 
