@@ -10,15 +10,19 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dtpipe.distill.config import DistillConfig, DistillRecipeConfig
 from dtpipe.distill.engine.device import autocast, pick_precision, training_device
 from dtpipe.distill.labels.targets import Targets, choose_targets
 from dtpipe.distill.losses.labels import mixed_losses
 from dtpipe.distill.losses.whitening import Whitener
 from dtpipe.distill.stream.data import TrainingData
+from dtpipe.distill.stream.decode import SentLevels
 from dtpipe.distill.stream.live import LiveSamples, LiveTeacher
 from dtpipe.distill.stream.stream import FeatureStream
 from dtpipe.distill.stream.timesteps import several_timesteps
+from dtpipe.distill.stream.transfer import DeviceCopies
 from dtpipe.distill.student.distiller import Distiller, build_distiller, student_size, with_timed_heads
 from dtpipe.distill.trainer import stream_settings
 from dtpipe.manifests.layout.arrays import stored_arrays
@@ -66,11 +70,11 @@ class TrainingPlan:
     teacher_s: float | None = None
     """Per image that is encoded live; None where none is."""
     decode_s: float = 0.0
-    """Per image that is read; 0 where it was not measured and is not in the time."""
+    """Of a core, per image that is read; 0 where none is."""
 
 
 def plan_training(config: DistillConfig, data: TrainingData, prices: PlanConfig = PRICES) -> TrainingPlan:
-    """Time a few steps of the student on data that exists, and the teacher where it runs live.
+    """Time a few steps of the student and readings of data that exists, and the teacher where it runs live.
 
     Raises: what opening them raises.
     """
@@ -82,7 +86,9 @@ def plan_training(config: DistillConfig, data: TrainingData, prices: PlanConfig 
     stream = FeatureStream(opened.source, settings, device, teacher, opened.sampling)
     parts = [FeatureDataset.open(url, allow_incomplete=True) for url in config.datasets]
     sample_bytes = bytes_read_per_sample(parts, targets.names, config.join)
-    reads = Reads(sample_bytes, 0.0, 0.0, _slowest([store_speed(url, prices) for url in config.datasets], prices))
+    on_core_s, on_device_s = _time_reading(stream, targets.names, device) if config.reencode < 1 else (0.0, 0.0)
+    store = _slowest([store_speed(url, prices) for url in config.datasets], prices)
+    reads = Reads(sample_bytes, on_core_s, on_device_s, store)
     timed = with_timed_heads(config, several_timesteps(opened.source, targets.feature_names))
     image_px = student_size(config, opened.student_px)
     plan = time_training(timed, device, targets, image_px, stream.epoch_size, reads)
@@ -115,9 +121,9 @@ class Reads:
 
     sample_bytes: float
     decode_s: float
-    """One thread; 0 where it was not measured."""
+    """Of a core; 0 where no stored features are read."""
     restore_s: float
-    """On the device; 0 as well."""
+    """Of the device; 0 as well."""
     store: tuple[str, float]
     """What the dataset lies on, and its MB/s."""
 
@@ -145,6 +151,26 @@ def bytes_read_per_sample(parts: Sequence[FeatureDataset], names: Collection[str
 
 def _slowest(stores: Sequence[tuple[str, float]], prices: PlanConfig) -> tuple[str, float]:
     return min(stores, key=lambda store: store[1], default=("disk", prices.disk_mb_s))
+
+
+def _time_reading(stream: FeatureStream, names: Sequence[str], device: torch.device) -> tuple[float, float]:
+    """Seconds per image, once its bytes are at hand: of a core, to what the device takes, and of the device, to
+    features; after a warm-up.
+    """
+    import torch
+
+    rows, copies = stream.rows[:CPU_IMAGES], DeviceCopies(device)
+    on_core_s = on_device_s = 0.0
+    for _ in range(2):
+        started = time.process_time()  # of all threads
+        _, coded = stream.source.read(rows, names, np.zeros_like(rows))
+        on_core_s = time.process_time() - started
+        started = time.perf_counter()
+        SentLevels.send(coded, copies).receive(copies)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        on_device_s = time.perf_counter() - started
+    return on_core_s / len(rows), on_device_s / len(rows)
 
 
 def _time_teacher(teacher: LiveTeacher, source: FeatureSource, num: int, device: torch.device) -> float:
@@ -251,7 +277,6 @@ def print_training(console: Console, plan: TrainingPlan) -> None:
     teacher_ms = None if plan.teacher_s is None else f"{1000 * plan.teacher_s:.1f}"
     live = {} if teacher_ms is None else {"teacher": f"{teacher_ms} ms per image that it encodes live"}
     parameters, regressor = f"{plan.num_parameters / 1e6:.1f} M", f"{plan.regressor_parameters / 1e6:.1f} M"
-    undecoded = "; decoding them is not in the time" if plan.read_bytes and not plan.decode_s else ""
     duration = f"about {format_seconds(plan.seconds)} for {plan.epochs} epochs"
     console.pairs(
         {
@@ -259,7 +284,7 @@ def print_training(console: Console, plan: TrainingPlan) -> None:
             "training": f"{duration}, {count_of(plan.num_steps, 'step')} ({plan.device})",
             "rate": f"{plan.throughput_img_s:.0f} img/s forward and backward, measured on random features",
             **live,
-            "reads": f"{format_bytes(plan.read_bytes)} per epoch, of the views that are read{undecoded}",
+            "reads": f"{format_bytes(plan.read_bytes)} per epoch, of the views that are read",
             "limits": plan.limits.text(),
             "memory": f"about {format_bytes(plan.memory_bytes)} with {plan.timed_images} images at a time",
         }

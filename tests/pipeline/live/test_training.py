@@ -209,6 +209,17 @@ def test_what_a_run_on_a_dataset_does_not_read_is_said(extract: Extract, image_f
     assert "distill.labels.temperature and distill.labels.width are not read: there are no soft labels" in result.stderr
 
 
+def test_a_plan_counts_reading_and_decoding_of_what_is_stored(extract: Extract, tmp_path: Path) -> None:
+    url = extract("coded", codec={"max_error": 0.1, "coder": "rans"})
+    for reencode, reads in (("0", True), ("1", False)):
+        result = distill(url, "--reencode", reencode, "--out", tmp_path / "run", "-n", "--json")
+        assert result.exit_code == 0, result.output
+        plan = json.loads(result.stdout)
+        assert (plan["decode_s"] > 0) == reads
+        (cores,) = [rate for name, rate in plan["limits"]["img_s"].items() if name == "cores"]
+        assert (cores < 0.999 * plan["throughput_img_s"]) == reads
+
+
 def test_remote_datasets_that_exceed_the_cache_are_said_once(extract: Extract, tmp_path: Path) -> None:
     root = Path(extract("features"))
     files = fsspec.filesystem("memory")

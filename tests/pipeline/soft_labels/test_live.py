@@ -91,7 +91,9 @@ def test_kept_features_are_those_of_an_extraction_and_join(
     values = sum(level.channels * level.height * level.width for level in dataset.levels)
     size = format_bytes(6 * (3 * 32 * 32 + 2 * 4 * values))
     assert f"features that are kept in {kept} take about {size} before compression" in plan.output, plan.output
-    with pytest.raises(RefusedError, match=r"extract\.codec\.max_error says how features are stored, and those of this"):
+    with pytest.raises(
+        RefusedError, match=r"extract\.codec\.max_error says how features are stored, and those of this"
+    ):
         dtpipe("extract", "--interpreter", head, *of_images, "--max-error", "0.1", "--out", tmp_path / "none")
     with pytest.raises(RefusedError, match="--keep-features and --out are both"):
         dtpipe("extract", "--interpreter", head, *of_images, "--keep-features", out, "--out", out)
