@@ -13,11 +13,13 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from blake3 import blake3
+from torch import Tensor
 
 from dtpipe.manifests.documents import Refusal
 from dtpipe.manifests.errors import DamagedDataError, InputError, StoreError
@@ -85,6 +87,15 @@ def save_checkpoint(path: Path, kind: str, state: Mapping[str, Any]) -> None:
         raise StoreError(
             f"{path}: the checkpoint cannot be written: {cause}; free or change the disk and run again"
         ) from cause
+
+
+def state_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """blake3 of names and weights, in their order."""
+    digest = blake3()
+    for name, value in named:
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def disk_is_full(err: StoreError) -> bool:

@@ -42,8 +42,6 @@ from dtpipe.manifests.records.tensors import DIGEST_KEY, UNSEALED, check_tensors
 from dtpipe.manifests.store.outputs import refuse_other_folder
 from dtpipe.manifests.store.publish import whole_files
 
-DISTILLED_KIND = "distill"
-"""Of the checkpoints of distillations."""
 PREDICTOR_RECORD = "predictor.json"
 """Beside the weights: task, student, classes, settings, and the digest of the weights."""
 _VERSION = 1
@@ -106,8 +104,8 @@ def _distilled(run: str | Path, ema: bool) -> TunedModel | None:
     Raises: InputError when there is no decoder.
     """
     path = Path(run) / "last.pt" if Path(run).is_dir() else Path(run)
-    state = load_checkpoint(path, TUNED_KIND, DISTILLED_KIND)
-    if state["kind"] != DISTILLED_KIND:
+    state = load_checkpoint(path, TUNED_KIND, "distill")
+    if state["kind"] != "distill":
         return None
     decoder = decoder_in(state, ema)
     if decoder is None:

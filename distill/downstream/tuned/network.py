@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from blake3 import blake3
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from dtpipe.distill.downstream.tuned.base import Example, TaskNetwork, TunedTask
 from dtpipe.distill.downstream.tuned.batches import BatchOrder
 from dtpipe.distill.downstream.tuned.config import TuneConfig
+from dtpipe.distill.engine.checkpoint import state_digest
 from dtpipe.distill.engine.ranks import Ranks
 from dtpipe.distill.student.norms import batch_norms, fresh_statistics
 from dtpipe.distill.student.student import Student, with_drop_path
@@ -127,11 +127,7 @@ def to_device(target: Mapping[str, torch.Tensor], device: torch.device) -> dict[
 
 def weights_fingerprint(student: Student) -> str:
     """blake3 of all weights and statistics of a student by name: what a training starts from."""
-    digest = blake3()
-    for name, value in sorted(student.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return state_digest(sorted(student.state_dict().items()))
 
 
 def classes_to_dict(classes: ClassTable) -> dict[str, Any]:

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from blake3 import blake3
 from torch import Tensor, nn
 
 from dtpipe.distill.downstream.tuned.base import TunedTask
 from dtpipe.distill.downstream.tuned.config import HeadConfig, TuneConfig
-from dtpipe.distill.engine.checkpoint import load_checkpoint
+from dtpipe.distill.engine.checkpoint import load_checkpoint, state_digest
 from dtpipe.distill.labels.decoder import DECODER, DECODER_EMA, DECODER_SPEC
 from dtpipe.manifests.labels import Class, ClassTable
 
@@ -54,11 +52,7 @@ class DistilledDecoder:
     @property
     def digest(self) -> str:
         """blake3 of all weights by name."""
-        digest = blake3()
-        for name, value in [*sorted(self.head.items()), *sorted(self.pyramid.items())]:
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return state_digest([*sorted(self.head.items()), *sorted(self.pyramid.items())])
 
     def misfit(self, task: TunedTask[Any], config: HeadConfig, classes: ClassTable) -> str | None:
         """Why a task's head of these settings and classes cannot start from it; None where it can."""
