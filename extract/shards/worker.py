@@ -38,8 +38,16 @@ from dtpipe.manifests.write.lock import check_epoch
 from dtpipe.manifests.write.plan import load_plan, plan_digest
 from dtpipe.manifests.write.shard import encode_rows, write_rows
 
-MEASURED_EVERY = 64  # rows of which one shows what the codecs lose
+MEASURED_EVERY = 64  # rows of which at most one shows what the codecs lose
+MEASURED_ROWS = 8  # at most, of a shard: the reference decodes them, which beside a GPU would take cores
 NEARLY_DONE = 0.75  # a stop lets a shard finish when this share of it has been produced
+
+
+def begins_stretch(start: int, num: int, num_rows: int) -> bool:
+    """True for a batch of `num` rows from `start` on that shows what codecs lose: the first of each of the even
+    stretches of a shard of `num_rows`.
+    """
+    return start % max(MEASURED_EVERY, -(-num_rows // MEASURED_ROWS)) < num
 
 
 class ShardWorker:
@@ -129,7 +137,8 @@ class ShardWorker:
             self._drop_if_stopped(shard_idx, shard.num_rows / num_rows)
             batch = batches.take()
             clock.lap(ROWS)
-            coded = None if batch is None else self._start(batch, num_started, batches.batch_size)
+            is_measured = batch is not None and begins_stretch(num_started, len(batch), num_rows)
+            coded = None if batch is None else self._start(batch, batches.batch_size, is_measured)
             num_started += 0 if batch is None else len(batch)
             clock.lap(TEACHING, {CODEC: coded.coding_s} if coded else {})
             if on_device is not None:
@@ -137,17 +146,15 @@ class ShardWorker:
                 self.num_encoded += len(on_device.rows)
             on_device = coded
 
-    def _start(self, batch: Sequence[PreparedRow], start: int, size: int) -> CodedBatch:
-        """Start one batch on the device, its first row being row `start` of the shard; one without a good row has
-        nothing to do there.
-        """
+    def _start(self, batch: Sequence[PreparedRow], size: int, is_measured: bool) -> CodedBatch:
+        """Start one batch on the device; one without a good row has nothing to do there."""
         index = [row.index for row in batch]
         if all(row.content is None for row in batch):
             return CodedBatch(index)
         produced = self.producer.produce(batch, size)
         coded = CodedBatch(index, produced.images)
         good = next(idx for idx, row in enumerate(batch) if row.content is not None)
-        coded.start(produced.levels, self.codecs, good if start % MEASURED_EVERY < len(batch) else None)
+        coded.start(produced.levels, self.codecs, good if is_measured else None)
         return coded
 
     def _drop_if_stopped(self, shard_idx: int, share_done: float) -> None:

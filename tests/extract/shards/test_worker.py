@@ -20,7 +20,7 @@ from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue
 from dtpipe.extract.shards.task import ShardDroppedError
 from dtpipe.extract.shards.teacher import TeacherProducer
 from dtpipe.extract.shards.timeline import ShardClock
-from dtpipe.extract.shards.worker import ShardWorker
+from dtpipe.extract.shards.worker import ShardWorker, begins_stretch
 from dtpipe.manifests.codecs.base import SYMBOLS, encode_level
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
@@ -41,6 +41,22 @@ def test_shard_is_committed_once_and_not_done_again(open_worker: OpenWorker) -> 
     encoded = worker.num_encoded
     assert worker.extract_shard(1) == entry
     assert worker.num_encoded == encoded == 3
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch", "measured"),
+    [
+        (3, 1, [0]),
+        (200, 32, [0, 64, 128, 192]),
+        (512, 64, [64 * idx for idx in range(8)]),
+        (2048, 32, [256 * idx for idx in range(8)]),
+        (2048, 1024, [0, 1024]),
+        (513, 1, [65 * idx for idx in range(8)]),
+    ],
+)
+def test_eight_rows_of_a_shard_show_what_codecs_lose(num_rows: int, batch: int, measured: list[int]) -> None:
+    starts = range(0, num_rows, batch)
+    assert [start for start in starts if begins_stretch(start, min(batch, num_rows - start), num_rows)] == measured
 
 
 def two_at_a_time(worker: ShardWorker) -> None:
