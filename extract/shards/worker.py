@@ -30,7 +30,7 @@ from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ErrorBudgetError, saying_what_to_lower
 from dtpipe.manifests.layout.arrays import CodedRows
-from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, ShardEntry
+from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, Plan, ShardEntry
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import commit_entry, commit_name, load_entry
 from dtpipe.manifests.write.listing import read_listing
@@ -38,16 +38,23 @@ from dtpipe.manifests.write.lock import check_epoch
 from dtpipe.manifests.write.plan import load_plan, plan_digest
 from dtpipe.manifests.write.shard import encode_rows, write_rows
 
-MEASURED_EVERY = 64  # rows of which at most one shows what the codecs lose
-MEASURED_ROWS = 8  # at most, of a shard: the reference decodes them, which beside a GPU would take cores
+MEASURED_EVERY = 64  # rows of a shard of which one shows what the codecs lose
+FEW_ROWS = 2048  # of a dataset; of more, fewer are measured: the reference decodes them, which beside a GPU takes cores
+MEASURED_OF_MANY = 256  # rows of the dataset of which one is, then
+MEASURED_ROWS = 8  # of a shard, at most
 NEARLY_DONE = 0.75  # a stop lets a shard finish when this share of it has been produced
 
 
-def begins_stretch(start: int, num: int, num_rows: int) -> bool:
-    """True for a batch of `num` rows from `start` on that shows what codecs lose: the first of each of the even
-    stretches of a shard of `num_rows`.
+def shows_loss(plan: Plan, shard_idx: int, start: int, num: int) -> bool:
+    """True for a batch of `num` rows, from row `start` of its shard on, one of which shows what codecs lose.
+
+    It is the first of each of the even stretches of the shard; in a large dataset of the dataset, where not each small
+    shard has one.
     """
-    return start % max(MEASURED_EVERY, -(-num_rows // MEASURED_ROWS)) < num
+    if plan.num_rows <= FEW_ROWS:
+        return start % MEASURED_EVERY < num
+    samples = plan.recipe.shard.samples
+    return (shard_idx * samples + start) % max(MEASURED_OF_MANY, -(-samples // MEASURED_ROWS)) < num
 
 
 class ShardWorker:
@@ -137,7 +144,7 @@ class ShardWorker:
             self._drop_if_stopped(shard_idx, shard.num_rows / num_rows)
             batch = batches.take()
             clock.lap(ROWS)
-            is_measured = batch is not None and begins_stretch(num_started, len(batch), num_rows)
+            is_measured = batch is not None and shows_loss(self.plan, shard_idx, num_started, len(batch))
             coded = None if batch is None else self._start(batch, batches.batch_size, is_measured)
             num_started += 0 if batch is None else len(batch)
             clock.lap(TEACHING, {CODEC: coded.coding_s} if coded else {})
