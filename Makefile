@@ -48,7 +48,8 @@ docs: $(DEV_STAMP)          ## the documents as a site: build/site/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs/site . build/site
 
 bench: $(DEV_STAMP)         ## every benchmark with its defaults (hours on 2 cores: probe.py trains on three seeds)
-	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script || exit 1; done
+	@failed=; for script in $$(grep -l __main__ benchmarks/*.py); do echo "$$script"; \
+	$(BIN)/python $$script || failed="$$failed $$script"; done; test -z "$$failed" || { echo "without result:$$failed"; exit 1; }
 
 clean:
 	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from batch_invariance import features_of, load_images
-from common import REPO, RESULTS, publish, teacher_digest
+from common import REPO, RESULTS, publish, refuse_to_lose, teacher_digest
 from numcodecs import Zstd
 from numpy.typing import NDArray
 from teacher_forward import seconds_of
@@ -297,6 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
     parser.add_argument("--out-json", type=Path, default=RESULTS / "codec.json")
     args = parser.parse_args(arguments)
+    asked = {"flowers64": args.flowers, "taef2": args.flowers and args.taef2, "dcgan": args.dcgan}
+    named = ["demo", *(name for name, given in {**asked, "adm_256_shapes": args.adm}.items() if given)]
+    refuse_to_lose("codec", args.out_json, "teachers", named)
     settings = Settings(args.rows, args.repeats, pick_device(args.device))
     results, teachers = {}, {"demo": str(REPO / "pipeline" / "demo" / "teacher")}
     noise = {"noise": {"timesteps": [50]}}

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,24 @@ def published(name: str, path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("benchmark") != name:
         sys.exit(f"{path} is no result of benchmarks/{name}.py; give one that it wrote")
     return document
+
+
+def refuse_to_lose(name: str, path: Path, part: str | None, names: Collection[str]) -> None:
+    """See that a result of these names leaves out none that the file it is to replace has; asked before any work.
+
+    `part`: the key whose content they name; None: the document's own keys. Ends the process, saying what is left out.
+    """
+    if not path.exists():
+        return
+    earlier = published(name, path)
+    known = (
+        earlier.get(part, {}) if part else [key for key in earlier if key not in ("benchmark", "origin", "settings")]
+    )
+    if lost := [known_name for known_name in known if known_name not in names]:
+        sys.exit(
+            f"{path} has {', '.join(lost)}, which these arguments leave out; give those that it was made with (its "
+            "origin says them), or another --out-json"
+        )
 
 
 def origin(teachers: Mapping[str, str]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPO, RESULTS, publish, teacher_digest
+from common import REPO, RESULTS, publish, refuse_to_lose, teacher_digest
 from torch import nn
 
 from dtpipe.distill.config import DistillConfig, DistillRun, StudentConfig
@@ -273,6 +273,7 @@ def main() -> int:
         f"flowers64={REPO / 'benchmarks' / 'weights' / 'flowers64'}",
     ]
     named = [each.partition("=")[::2] for each in args.teacher or default]
+    refuse_to_lose("distill_step", args.out_json, "teachers", [name for name, _ in named])
     options = OPTIONS if args.options else {}
     teachers = {name: measure(name, path, args, {} if idx else options) for idx, (name, path) in enumerate(named)}
     settings = {key: value for key, value in vars(args).items() if key not in ("teacher", "work", "out_json")}

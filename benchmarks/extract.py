@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, publish, teacher_digest, write_random_teacher
+from common import RESULTS, publish, refuse_to_lose, teacher_digest, write_random_teacher
 
 from dtpipe.extract.config import ExtractConfig
 from dtpipe.extract.device import pick_device
@@ -307,6 +307,7 @@ def main() -> int:
     parser.add_argument("--out-json", type=Path, default=RESULTS / "extract.json")
     args = parser.parse_args()
     args.device = pick_device(args.device)
+    refuse_to_lose("extract", args.out_json, None, args.only.split(","))
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         results = {name: QUESTIONS[name](bench) for name in args.only.split(",")}

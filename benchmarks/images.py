@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import REPO, RESULTS, publish
+from common import REPO, RESULTS, publish, refuse_to_lose
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from PIL import Image
@@ -196,6 +196,7 @@ def main() -> int:
     for folder, _, px in (each.rpartition("=") for each in named):
         if Path(folder).is_dir():
             kinds[f"{Path(folder).name} at {px} px"] = photographs(Path(folder), int(px), args.num)
+    refuse_to_lose("images", args.out_json, "images", kinds)
     extra = of_imagecodecs()
     measured = {kind: measure(images, CODINGS | extra, args.repeats) for kind, images in kinds.items()}
     settings = {"num": args.num, "repeats": args.repeats, "imagecodecs": bool(extra)}

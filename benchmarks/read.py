@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from common import RESULTS, publish
+from common import RESULTS, publish, refuse_to_lose
 from read_contenders import BATCH, CONTENDERS
 
 from dtpipe.manifests.layout.arrays import ShardArrays
@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where data lies meanwhile; default: the temp folder")
     parser.add_argument("--out-json", type=Path, default=RESULTS / "read.json")
     options = parser.parse_args()
+    refuse_to_lose("read", options.out_json, "sizes", options.sizes)
     results = {}
     for size in options.sizes:
         results[size] = measure_size(SIZES[size], options)

@@ -20,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from common import RESULTS, publish, teacher_digest
+from common import RESULTS, publish, refuse_to_lose, teacher_digest
 from timm.models import model_entrypoint
 
 from dtpipe.distill.config import DistillConfig, DistillRun, RegressorConfig, StudentConfig
@@ -182,6 +182,7 @@ def main() -> int:
     parser.add_argument("--out-json", type=Path, default=RESULTS / "students.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    refuse_to_lose("students", args.out_json, "students", args.students)
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -29,7 +29,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from common import REPO, RESULTS, publish, teacher_digest
+from common import REPO, RESULTS, publish, refuse_to_lose, teacher_digest
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -180,6 +180,7 @@ def main() -> int:
     args.options = {name: json.loads(text) for name, _, text in (each.partition("=") for each in args.options)}
     torch.set_num_threads(args.threads)
     named = [each.partition("=")[::2] for each in args.teacher or [f"demo={REPO / 'pipeline' / 'demo' / 'teacher'}"]]
+    refuse_to_lose("teacher_forward", args.out_json, "teachers", [name for name, _ in named])
     teachers = {name: measure(name, path, args) for name, path in named}
     settings = {key: value for key, value in vars(args).items() if key not in ("teacher", "out_json")}
     digests = {name: teacher_digest(path, args.options.get(name)) for name, path in named}

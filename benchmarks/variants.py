@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPO, RESULTS, publish, teacher_digest
+from common import REPO, RESULTS, publish, refuse_to_lose, teacher_digest
 from probe import PX, counts, read_scenes, say
 
 from dtpipe.distill.config import DistillConfig, DistillRun, LossConfig, RegressorConfig, StudentConfig
@@ -213,6 +213,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     args.kept = args.work / "scores.json"
+    refuse_to_lose("variants", args.out_json, "tables", args.table or TABLES)
     measure(args)
     return 0
 

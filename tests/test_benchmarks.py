@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,26 @@ def test_the_gpu_scripts_say_what_they_lack(script, arguments, code, said, tmp_p
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
     assert (done.returncode, said in done.stderr) == (code, True)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "lost"),
+    [
+        ("codec.py", ["--adm"], "flowers64, taef2, dcgan"),
+        ("distill_step.py", ["--teacher", "demo=pipeline/demo/teacher"], "flowers64"),
+        ("teacher_forward.py", [], "flowers64, adm_256, sd_1_4"),
+        ("extract.py", ["--only", "ratio,cores,written,memory"], "workers"),
+        ("images.py", ["--photos", "none=128"], "flowers5_128 at 128 px, coco98 at 256 px"),
+    ],
+)
+def test_a_published_result_is_not_replaced_by_less(
+    script: str, arguments: list[str], lost: str, tmp_path: Path
+) -> None:
+    name = Path(script).stem
+    out = Path(shutil.copy(REPO / f"benchmarks/results/{name}.json", tmp_path))
+    before = out.read_bytes()
+    command = [sys.executable, f"benchmarks/{script}", *arguments, "--out-json", str(out)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{name}.json has {lost}, which these arguments leave out" in done.stderr
+    assert out.read_bytes() == before

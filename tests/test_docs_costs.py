@@ -40,8 +40,11 @@ def test_the_page_is_fresh(tables: ModuleType) -> None:
 def test_bytes_of_an_adm_by_hand() -> None:
     """Channels times cells at strides 4 to 32 of 256 px, two bytes each, and an image of three bytes a pixel."""
     features = 2 * (512 * 64**2 + 512 * 32**2 + 1024 * 16**2 + 1024 * 8**2)
-    sample = features + 3 * 256**2
-    tight = 3 * 256**2 + features / float(row("zarr, zstd at level 3")[2])
+    images = json.loads((REPO / "benchmarks" / "results" / "images.json").read_text())["images"]
+    share = images["coco98 at 256 px"]["codings"]["predicted"]["of_raw"]
+    assert f"which zarr stores at {share:.2f} of three bytes a pixel" in PAGE
+    sample = features + share * 3 * 256**2
+    tight = share * 3 * 256**2 + features / float(row("zarr, zstd at level 3")[2])
     _, _, one, many, imagenet, coded = row("ADM, 256 px")
     assert one == f"{sample / 1e6:.2f} MB" and many == f"{sample / 1e4:.0f} GB"
     assert imagenet == f"{sample * 1.281167e-6:.2f} TB" and coded == f"{tight * 1.281167e-6:.2f} TB"
@@ -60,6 +63,19 @@ def test_cores_of_a_coder_by_hand() -> None:
     sizes = {"l2": 2 * 512 * 64**2, "l3": 2 * 512 * 32**2, "l4": 2 * 1024 * 16**2, "l5": 2 * 1024 * 8**2}
     busy_s = sum(400 * size / (1e6 * levels[name]["mb_s"]["rans_encode"]) for name, size in sizes.items())
     assert row("rans")[1] == f"{busy_s:.1f}" and float(row("rans")[2]) == pytest.approx(2 * busy_s, abs=0.1)
+
+
+def test_what_the_codecs_arithmetic_takes_by_hand() -> None:
+    """A whole image through numpy, of which one in 256 is; and through torch."""
+    levels = json.loads((REPO / "benchmarks" / "results" / "codec.json").read_text())["teachers"]["adm_256_shapes"]
+    sizes = {"l2": 2 * 512 * 64**2, "l3": 2 * 512 * 32**2, "l4": 2 * 1024 * 16**2, "l5": 2 * 1024 * 8**2}
+    image_s = {
+        work: sum(size / (1e6 * levels[name]["mb_s"][work]) for name, size in sizes.items())
+        for work in ("decode", "device_encode", "device_decode")
+    }
+    assert row("measuring what codecs lose")[1] == f"{400 * image_s['decode'] / 256:.1f}"
+    rates = f"encodes {1 / image_s['device_encode']:.1f} and decodes {1 / image_s['device_decode']:.1f} images a second"
+    assert rates in PAGE
 
 
 def test_from_when_on_cached_is_cheaper_by_hand() -> None:

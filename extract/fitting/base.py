@@ -17,7 +17,12 @@ from dtpipe.manifests.schema import CodecSpec, LevelSpec, Recipe
 DEFAULT_MAX_ERROR: Final = 0.03
 
 OnFitted = Callable[[int, int, str | None], None]
-"""Samples read, samples in all, and an event worth a line."""
+"""Samples read, samples in all, and an event worth a line; called often, and what it raises ends the fit."""
+
+PLAIN_TARS: Final = (
+    "tars have symbols as plain npy under the coder zstd, which loses what was allowed for few bytes less; "
+    "-s extract.codec.coder=rans packs them"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class FitRequest:
         return {"levels": dict(self.codecs), **target, "samples": self.num_samples, **coder}
 
 
+def makes_plain_tars(recipe: Recipe, request: FitRequest) -> bool:
+    """True where `PLAIN_TARS` is to be said."""
+    return recipe.shard.format == "webdataset" and request.coder == "zstd"
+
+
 @dataclass(frozen=True)
 class FitResult:
     """What was fitted."""
@@ -54,6 +64,8 @@ class FitResult:
     """By level: `relative_mse` and `size_bytes` of a view, of samples that were kept from the fit."""
     num_samples: int
     remarks: tuple[str, ...] = field(default=())
+    least_mse: Mapping[str, float] = field(default_factory=dict)
+    """By level: the error below which none may be asked for."""
 
     def record(self) -> dict[str, Any]:
         """For the provenance of the plan."""

@@ -15,12 +15,15 @@ from dtpipe.extract.shards.producer import Job, PreparedRow, Producer
 from dtpipe.extract.shards.rows import BatchQueue
 from dtpipe.extract.shards.timeline import ShardClock
 from dtpipe.extract.teachers.arithmetic import exact
+from dtpipe.manifests.codecs.transform_fit import fit_bytes, held_bytes
 from dtpipe.manifests.errors import InputError, saying_what_to_lower
 from dtpipe.manifests.schema import IndexRow, Plan, Recipe
 from dtpipe.manifests.write.listing import Listing, permutation
 from dtpipe.manifests.write.plan import plan_of
 
+MEASURED = 64  # samples whose stored bytes are measured, for a budget
 _MOST_BYTES = 4 * 2**30  # of the features of a sample, as float32
+_SHARD_COPIES = 1.75  # of these: symbols, chunks and the objects of a shard, at most
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,33 @@ class FitSample:
 
 def chosen_rows(recipe: Recipe, listing: Listing, request: FitRequest) -> Listing:
     """The rows that are looked at: by seed alone, no more than memory holds, in the order of the listing."""
-    sample_bytes = sum(4 * level.channels * level.height * level.width for level in recipe.levels)
-    most = min(request.num_samples, max(1, _MOST_BYTES // sample_bytes))
-    chosen = sorted(permutation(len(listing), request.seed)[:most])
+    chosen = sorted(permutation(len(listing), request.seed)[: _most_samples(recipe, request)])
     rows = listing.rows(chosen)
     return Listing(tuple(row.key for row in rows), tuple(row.uri for row in rows), tuple(row.label for row in rows))
+
+
+def fit_memory_bytes(recipe: Recipe, request: FitRequest, num_rows: int) -> int:
+    """About the most memory that a fit takes beside process and teacher: its sample, what is made of one level, and
+    for a budget what is kept of all.
+    """
+    num = min(num_rows, _most_samples(recipe, request))
+    image_bytes = 3 * recipe.transform.height * recipe.transform.width if recipe.images == "stored" else 0
+    fitted = [level for level in recipe.levels if level.name in request.codecs]
+    sample_bytes = num * (_sample_bytes(recipe) + image_bytes)
+    largest_bytes = max(fit_bytes(level, num) for level in fitted)
+    if request.budget_bytes is None:
+        return sample_bytes + largest_bytes
+    stored_bytes = min(num, MEASURED) * (_SHARD_COPIES * _sample_bytes(recipe) + 2 * image_bytes)
+    return sample_bytes + sum(held_bytes(level, num) for level in fitted) + max(largest_bytes, round(stored_bytes))
+
+
+def _most_samples(recipe: Recipe, request: FitRequest) -> int:
+    return min(request.num_samples, max(1, _MOST_BYTES // _sample_bytes(recipe)))
+
+
+def _sample_bytes(recipe: Recipe) -> int:
+    """Of one view of all levels, as float32."""
+    return sum(4 * level.channels * level.height * level.width for level in recipe.levels)
 
 
 def sample_plan(recipe: Recipe, num_rows: int) -> Plan:
@@ -58,7 +83,7 @@ def read_sample(
     """
     producer = job.open(sample_plan(recipe, len(listing)), listing, device)
     rows = [IndexRow(row=row, key=key, shard=0, label=listing.labels[row]) for row, key in enumerate(listing.keys)]
-    gathered = _Gathered(recipe)
+    gathered = _Gathered(recipe, len(listing))
     with ThreadPoolExecutor(threads, thread_name_prefix="fit") as pool:
         batches = BatchQueue(producer, recipe.compute.batch_size, pool, rows, ShardClock())
         try:
@@ -74,13 +99,17 @@ def read_sample(
 
 
 class _Gathered:
-    """What has been read."""
+    """What has been read, in arrays with room for all rows, so that nothing is held twice."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, num_rows: int) -> None:
         self._recipe = recipe
         self._rows: list[IndexRow] = []
-        self._levels: dict[str, list[NDArray[np.float32]]] = {level.name: [] for level in recipe.levels}
-        self._images: list[NDArray[np.uint8]] = []
+        self._levels = {
+            level.name: np.empty((num_rows, level.channels, level.height, level.width), np.float32)
+            for level in recipe.levels
+        }
+        size = (recipe.transform.height, recipe.transform.width, 3)
+        self._images = np.zeros((num_rows, *size), np.uint8) if recipe.images == "stored" else None
         self.num_seen = 0
         self._why = ""
 
@@ -101,11 +130,12 @@ class _Gathered:
         )
         if not finite.all():
             self._why = "bad: its features are not finite"
+        start = len(self._rows)
         self._rows += [batch[place].index for place, fits in zip(good, finite.tolist(), strict=True) if fits]
         for name, level in picked.items():
-            self._levels[name] += list(level.cpu()[finite].numpy())
-        if self._recipe.images == "stored" and produced.images is not None:
-            self._images += list(produced.images[torch.tensor(good)].cpu()[finite].numpy())
+            self._levels[name][start : len(self._rows)] = level.cpu()[finite].numpy()
+        if self._images is not None and produced.images is not None:
+            self._images[start : len(self._rows)] = produced.images[torch.tensor(good)].cpu()[finite].numpy()
 
     def sample(self) -> FitSample:
         """All of it. Raises: InputError when there is nothing."""
@@ -114,7 +144,6 @@ class _Gathered:
                 f"a codec is to be fitted, and none of the {self.num_seen} samples looked at can be used "
                 f"({self._why.removeprefix('bad: ')}); look at the images, or extract with -s extract.codec.name=cast"
             )
-        levels = {}
-        for name in list(self._levels):  # one by one, so that no level is held twice
-            levels[name] = np.stack(self._levels.pop(name))
-        return FitSample(tuple(self._rows), levels, np.stack(self._images) if self._images else None)
+        num = len(self._rows)
+        levels = {name: level[:num] for name, level in self._levels.items()}
+        return FitSample(tuple(self._rows), levels, None if self._images is None else self._images[:num])

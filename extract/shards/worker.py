@@ -30,7 +30,7 @@ from dtpipe.manifests.codecs.fitted import StoredFitted
 from dtpipe.manifests.codecs.registry import level_codecs
 from dtpipe.manifests.errors import ErrorBudgetError, saying_what_to_lower
 from dtpipe.manifests.layout.arrays import CodedRows
-from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, ShardEntry
+from dtpipe.manifests.schema import MEASURED_SHARD, IndexRow, Plan, ShardEntry
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.commit import commit_entry, commit_name, load_entry
 from dtpipe.manifests.write.listing import read_listing
@@ -38,8 +38,23 @@ from dtpipe.manifests.write.lock import check_epoch
 from dtpipe.manifests.write.plan import load_plan, plan_digest
 from dtpipe.manifests.write.shard import encode_rows, write_rows
 
-MEASURED_EVERY = 64  # rows of which one shows what the codecs lose
+MEASURED_EVERY = 64  # rows of a shard of which one shows what the codecs lose
+FEW_ROWS = 2048  # of a dataset; of more, fewer are measured: the reference decodes them, which beside a GPU takes cores
+MEASURED_OF_MANY = 256  # rows of the dataset of which one is, then
+MEASURED_ROWS = 8  # of a shard, at most
 NEARLY_DONE = 0.75  # a stop lets a shard finish when this share of it has been produced
+
+
+def shows_loss(plan: Plan, shard_idx: int, start: int, num: int) -> bool:
+    """True for a batch of `num` rows, from row `start` of its shard on, one of which shows what codecs lose.
+
+    It is the first of each of the even stretches of the shard; in a large dataset of the dataset, where not each small
+    shard has one.
+    """
+    if plan.num_rows <= FEW_ROWS:
+        return start % MEASURED_EVERY < num
+    samples = plan.recipe.shard.samples
+    return (shard_idx * samples + start) % max(MEASURED_OF_MANY, -(-samples // MEASURED_ROWS)) < num
 
 
 class ShardWorker:
@@ -129,7 +144,8 @@ class ShardWorker:
             self._drop_if_stopped(shard_idx, shard.num_rows / num_rows)
             batch = batches.take()
             clock.lap(ROWS)
-            coded = None if batch is None else self._start(batch, num_started, batches.batch_size)
+            is_measured = batch is not None and shows_loss(self.plan, shard_idx, num_started, len(batch))
+            coded = None if batch is None else self._start(batch, batches.batch_size, is_measured)
             num_started += 0 if batch is None else len(batch)
             clock.lap(TEACHING, {CODEC: coded.coding_s} if coded else {})
             if on_device is not None:
@@ -137,17 +153,15 @@ class ShardWorker:
                 self.num_encoded += len(on_device.rows)
             on_device = coded
 
-    def _start(self, batch: Sequence[PreparedRow], start: int, size: int) -> CodedBatch:
-        """Start one batch on the device, its first row being row `start` of the shard; one without a good row has
-        nothing to do there.
-        """
+    def _start(self, batch: Sequence[PreparedRow], size: int, is_measured: bool) -> CodedBatch:
+        """Start one batch on the device; one without a good row has nothing to do there."""
         index = [row.index for row in batch]
         if all(row.content is None for row in batch):
             return CodedBatch(index)
         produced = self.producer.produce(batch, size)
         coded = CodedBatch(index, produced.images)
         good = next(idx for idx, row in enumerate(batch) if row.content is not None)
-        coded.start(produced.levels, self.codecs, good if start % MEASURED_EVERY < len(batch) else None)
+        coded.start(produced.levels, self.codecs, good if is_measured else None)
         return coded
 
     def _drop_if_stopped(self, shard_idx: int, share_done: float) -> None:

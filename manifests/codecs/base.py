@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dtpipe.manifests.codecs.fit import Fit, FitTarget
+from dtpipe.manifests.codecs.fit import Fit, FitTarget, OnStep, go_on
 from dtpipe.manifests.codecs.rans_tables import RansTables
 from dtpipe.manifests.errors import ConfigError, ShapeError, TeacherError
 from dtpipe.manifests.schema import LevelSpec
@@ -87,6 +87,17 @@ class LevelCodec(Protocol):
         ...
 
 
+class FitLevel(Protocol):
+    """Looks at raw features [N, C, H, W] of a sample, and gives what chooses parameters and arrays for a target."""
+
+    def __call__(self, level: LevelSpec, features: Array, on_step: OnStep = go_on, /) -> Callable[[FitTarget], Fit]:
+        """`on_step` is called for each sample and for each try, then and later.
+
+        Raises: ConfigError for features that it cannot be fitted on; what `on_step` raises.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Codec:
     """One way to store levels."""
@@ -97,11 +108,8 @@ class Codec:
     open: Callable[[LevelSpec, FittedArrays], LevelCodec]
     """Sets it up for a level by `level.codec.parameters`, which say all about `parts`; loads what it was fitted with
     when that is first needed. Raises: ConfigError for parameters it cannot use."""
-    fit: Callable[[LevelSpec, Array], Callable[[FitTarget], Fit]] | None = None
-    """Looks at raw features [N, C, H, W] of a sample, and gives what chooses parameters and arrays for a target; None
-    where nothing is fitted.
-
-    Raises: ConfigError for features that it cannot be fitted on."""
+    fit: FitLevel | None = None
+    """None where nothing is fitted."""
 
 
 def array_name(level: str, part: str) -> str:

@@ -6,7 +6,7 @@ beside the data, and are loaded when something is coded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 
 from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.errors import ConfigError
+
+OnStep = Callable[[], None]
+"""Called now and then while a fit goes on; what it raises ends the fit."""
+
+
+def go_on() -> None:
+    """The `OnStep` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,14 @@ class Fit:
     parameters: Mapping[str, Any]
     """For `level.codec.parameters`, beside the digest of the arrays."""
     arrays: Mapping[str, NDArray[np.generic]]
-    relative_mse: float
-    """As `FitTarget` has it."""
+    coded_mse: float
+    """What symbols lose, as `FitTarget` has it: the part that follows the target."""
     size_bytes: float
     """Of a row and view, as stored, without checksums and indexes."""
+    fixed_mse: float = 0.0
+    """What the arrays lose on top, whatever the target."""
+
+    @property
+    def relative_mse(self) -> float:
+        """What features lose."""
+        return self.coded_mse + self.fixed_mse

@@ -98,7 +98,8 @@ def fit_tables(symbols: NDArray[np.int8], classes: NDArray[np.uint8], num_tables
     distribution of its mean magnitude.
     """
     counts = np.zeros((num_tables, 256))
-    np.add.at(counts, (np.broadcast_to(classes, symbols.shape), symbols.astype(np.int64) + 128), 1)
+    for row in symbols:  # one by one, for indices are eight times as large
+        np.add.at(counts, (classes, row.astype(np.int64) + 128), 1)
     counts[:, 1:] = (counts[:, 1:] + counts[:, :0:-1]) / 2
     return RansTables(np.stack([_frequencies(row) for row in counts]), classes)
 
@@ -121,8 +122,10 @@ def _frequencies(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
 def expected_bytes(symbols: NDArray[np.int8], tables: RansTables) -> float:
     """Mean size of the chunks of a sample by the entropy of its symbols under the tables. Shapes: symbols [N, n]."""
     bits = PRECISION - np.log2(np.maximum(tables.frequencies, 2.0**-20))
-    places = np.where(np.abs(symbols.astype(np.int16)) <= REACH, symbols.astype(np.int16) + REACH, ESCAPE)
-    classes = np.broadcast_to(tables.classes, symbols.shape)
-    places = np.where(tables.frequencies[classes, places] == 0, ESCAPE, places)
-    total = bits[classes, places].sum() + 8 * (places == ESCAPE).sum()
-    return float(total / 8 / max(len(symbols), 1)) + 2.5 * tables.lanes
+    taken, num_escapes = np.empty(symbols.shape), 0
+    for of_row, row in zip(taken, symbols.astype(np.int16), strict=True):
+        places = np.where(np.abs(row) <= REACH, row + REACH, ESCAPE)
+        places = np.where(tables.frequencies[tables.classes, places] == 0, ESCAPE, places)
+        of_row[...] = bits[tables.classes, places]
+        num_escapes += int((places == ESCAPE).sum())
+    return float((taken.sum() + 8 * num_escapes) / 8 / max(len(symbols), 1)) + 2.5 * tables.lanes

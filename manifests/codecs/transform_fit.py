@@ -5,7 +5,7 @@ One rule: errors and sizes are of samples that the basis was not fitted on, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from dtpipe.manifests.codecs.basis import ChannelBasis, Floats, cut_basis, fit_basis, frequency_regions, normalise
-from dtpipe.manifests.codecs.fit import Fit, FitTarget
+from dtpipe.manifests.codecs.fit import Fit, FitTarget, OnStep, go_on
 from dtpipe.manifests.codecs.quantise import MAX_BANDS, NO_BAND, Quantiser, to_symbols
 from dtpipe.manifests.codecs.rans_tables import RansTables, expected_bytes, fit_tables
 from dtpipe.manifests.errors import ConfigError
@@ -34,6 +34,10 @@ STRIDE: Final = 1.4  # between logarithms of steps, until one is too large
 NEAR: Final = 1e-3  # of the logarithm of the step
 LEAST_ERROR: Final = 1e-12  # which has a logarithm, where nothing is lost
 NORM_BYTES: Final = 12
+TURNED_BACK: Final = 16  # held samples that show what the basis alone loses
+_MATRICES: Final = 8  # of C by C, beside a moment of each region, that a decomposition takes
+_MAKING, _TRYING = 12, 22  # bytes of each held coefficient, at most, while bases are made and steps are tried
+_COPIES: Final = 8  # of one sample, in float64
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,41 @@ class Held:
     """[n, C, H, W], of normalised features."""
     deviation: Floats
     """[C, H, W]: root mean square of each coefficient."""
+    fixed_mse: float
+    """What the basis loses of normalised features, there and back."""
 
 
-def fit_transform(level: LevelSpec, features: NDArray[np.generic]) -> Callable[[FitTarget], Fit]:
+def fit_transform(
+    level: LevelSpec, features: NDArray[np.generic], on_step: OnStep = go_on
+) -> Callable[[FitTarget], Fit]:
     """Parameters and arrays of the level for any target, from one basis. Shapes: raw features [N, C, H, W].
 
-    Raises: ConfigError when there is no sample, or one is not finite.
+    `on_step` is called for each sample, and for each step that is tried.
+    Raises: ConfigError when there is no sample, or one is not finite; what `on_step` raises.
     """
     _check(level, features)
-    basis, held = _transformed(features)
-    return lambda target: _fit_of(basis, held, make_quantiser(held, _meet(held, target.relative_mse)), target)
+    basis, held = _transformed(features, on_step)
+    return lambda target: _fit_of(basis, held, make_quantiser(held, _meet(held, target.relative_mse, on_step)), target)
+
+
+def fit_bytes(level: LevelSpec, num: int) -> int:
+    """About the most memory that a fit to `num` samples takes beside these: first for the bases, then for a try."""
+    cells, num_held, basis_bytes = _sizes(level, num)
+    making = 8 * (basis_bytes + _MATRICES * level.channels**2) + _MAKING * num_held * cells
+    return max(making, 2 * basis_bytes + _TRYING * num_held * cells) + 8 * _COPIES * cells
+
+
+def held_bytes(level: LevelSpec, num: int) -> int:
+    """Of what a fit keeps for further targets."""
+    cells, num_held, basis_bytes = _sizes(level, num)
+    return 4 * num_held * cells + 8 * cells + basis_bytes
+
+
+def _sizes(level: LevelSpec, num: int) -> tuple[int, int, int]:
+    """Coefficients of a sample, samples that are held, and bytes of the basis, of `num` samples."""
+    regions = int(frequency_regions(level.height, level.width).max()) + 1
+    num_held = num // HELD_OUT if num >= 2 * HELD_OUT else num
+    return level.channels * level.height * level.width, num_held, regions * level.channels**2
 
 
 def make_quantiser(held: Held, step: float) -> Quantiser:
@@ -96,15 +125,25 @@ def _counts_and_shifts(quantiser: Quantiser, coefficients: NDArray[np.float32]) 
 
     Shapes: -> (B, 3), (B, 2).
     """
-    numbers = np.abs(quantiser.quantise(coefficients))
-    values = np.abs(np.take(coefficients.reshape(len(coefficients), -1), quantiser.order, axis=1)) / quantiser.step
+    numbers = np.abs(_quantised(quantiser, coefficients))
+    apart = np.empty(numbers.shape, np.float32)
+    for row, of_row, sample in zip(apart, numbers, coefficients, strict=True):
+        row[...] = of_row - np.abs(np.take(sample.ravel(), quantiser.order)) / quantiser.step
     num, counts, below = len(quantiser.zone), list[Floats](), list[Floats]()
     for chosen in (numbers == 0, numbers == 1, numbers > 1):
         counts.append(np.bincount(quantiser.bands, chosen.sum(axis=0), num).astype(np.float64))
-        apart = np.where(chosen, numbers - values, 0).sum(axis=0)
-        below.append(np.bincount(quantiser.bands, apart, num) / np.maximum(counts[-1], 1))
+        total = np.where(chosen, apart, 0).sum(axis=0)
+        below.append(np.bincount(quantiser.bands, total, num) / np.maximum(counts[-1], 1))
     shifts = np.clip(np.stack(below[1:], axis=1), -0.5, 0.5)
     return np.stack(counts, axis=1), shifts.astype(np.float32)
+
+
+def _quantised(quantiser: Quantiser, coefficients: NDArray[np.float32]) -> NDArray[np.int16]:
+    """The numbers of samples, one by one, which takes little memory beside them. Shapes: [n, C, H, W] -> [n, ..]."""
+    numbers = np.empty((len(coefficients), len(quantiser.order)), np.int16)
+    for row, sample in zip(numbers, coefficients, strict=True):
+        row[...] = quantiser.quantise(sample)
+    return numbers
 
 
 def _check(level: LevelSpec, features: NDArray[np.generic]) -> None:
@@ -118,22 +157,27 @@ def _check(level: LevelSpec, features: NDArray[np.generic]) -> None:
             raise ConfigError(f"codec transform of level {level.name}: sample {idx} of the fit is not finite")
 
 
-def _transformed(features: NDArray[np.generic]) -> tuple[ChannelBasis, Held]:
+def _transformed(features: NDArray[np.generic], on_step: OnStep) -> tuple[ChannelBasis, Held]:
     """The basis of three in four samples, and what it makes of the others. With fewer than 8, of all."""
     num, shape = len(features), features.shape[1:]
     enough = num >= 2 * HELD_OUT
     held = np.flatnonzero(np.arange(num) % HELD_OUT == HELD_OUT - 1) if enough else np.arange(num)
     seen = np.setdiff1d(np.arange(num), held) if enough else held
     region = frequency_regions(shape[1], shape[2])
-    basis = fit_basis((_normal(features[idx]) for idx in seen), shape[0], region)
-    coefficients = np.empty((len(held), *shape), np.float32)
-    for place, idx in enumerate(held):
-        coefficients[place] = basis.forward(_normal(features[idx]))
-    return basis, Held(coefficients, _deviation(coefficients, region))
+    basis = fit_basis(_normals(features, seen, on_step), shape[0], region)
+    coefficients, lost = np.empty((len(held), *shape), np.float32), list[float]()
+    for place, normal in enumerate(_normals(features, held, on_step)):
+        coefficients[place] = of_sample = basis.forward(normal)
+        if place < TURNED_BACK:
+            lost.append(float(np.square(basis.inverse(of_sample) - normal).mean()))
+    return basis, Held(coefficients, _deviation(coefficients, region), float(np.mean(lost)))
 
 
-def _normal(sample: NDArray[np.generic]) -> Floats:
-    return normalise(sample.astype(np.float64))[0]
+def _normals(features: NDArray[np.generic], chosen: NDArray[np.int64], on_step: OnStep) -> Iterator[Floats]:
+    """Normalised samples, one by one."""
+    for idx in chosen:
+        on_step()
+        yield normalise(features[idx].astype(np.float64))[0]
 
 
 def _deviation(coefficients: NDArray[np.float32], region: NDArray[np.uint8]) -> Floats:
@@ -146,7 +190,7 @@ def _deviation(coefficients: NDArray[np.float32], region: NDArray[np.uint8]) -> 
     return np.asarray(np.sqrt(squares / (num + LEANING)).reshape(coefficients.shape[1:]))
 
 
-def _meet(held: Held, limit: float) -> float:
+def _meet(held: Held, limit: float, on_step: OnStep) -> float:
     """The largest step within the error; half of what fine cutting would take, if that is too large already.
 
     Source: Brent, 1973; the logarithm of the error is nearly a line in that of the step.
@@ -155,6 +199,7 @@ def _meet(held: Held, limit: float) -> float:
 
     def excess(at: float) -> float:
         if at not in seen:
+            on_step()
             found = _error(held, make_quantiser(held, float(np.exp(at))))
             seen[at] = float(np.log(max(found, LEAST_ERROR) / limit))
         return seen[at]
@@ -170,8 +215,10 @@ def _meet(held: Held, limit: float) -> float:
 
 
 def _error(held: Held, quantiser: Quantiser) -> float:
-    decoded = quantiser.restore(quantiser.quantise(held.coefficients))
-    return float(np.square(decoded - held.coefficients).mean())
+    squares = np.empty(held.coefficients.shape)
+    for of_sample, sample in zip(squares, held.coefficients, strict=True):
+        np.square(quantiser.restore(quantiser.quantise(sample)) - sample, out=of_sample)
+    return float(squares.mean())
 
 
 def _size(held: Held, quantiser: Quantiser, target: FitTarget) -> float:
@@ -186,7 +233,7 @@ def _size(held: Held, quantiser: Quantiser, target: FitTarget) -> float:
 
 
 def _symbols(held: Held, quantiser: Quantiser) -> tuple[NDArray[np.int8], RansTables]:
-    numbers = quantiser.quantise(held.coefficients)
+    numbers = _quantised(quantiser, held.coefficients)
     wide = _num_wide(numbers, quantiser)
     symbols = to_symbols(numbers, wide)
     return symbols, fit_tables(symbols, symbol_classes(quantiser, wide), len(quantiser.zone) + 1)
@@ -210,7 +257,7 @@ def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser, target: FitTa
     parameters = {
         "components": cut.components,
         "symbols": len(quantiser.order),
-        "wide": _num_wide(quantiser.quantise(held.coefficients), quantiser),
+        "wide": _num_wide(_quantised(quantiser, held.coefficients), quantiser),
         "step": quantiser.step,
         "entropy": target.entropy,
     }
@@ -226,4 +273,4 @@ def _fit_of(basis: ChannelBasis, held: Held, quantiser: Quantiser, target: FitTa
         "shift": quantiser.shift,
         "frequencies": _symbols(held, quantiser)[1].frequencies,
     }
-    return Fit(parameters, arrays, _error(held, quantiser), _size(held, quantiser, target))
+    return Fit(parameters, arrays, _error(held, quantiser), _size(held, quantiser, target), held.fixed_mse)

@@ -14,6 +14,8 @@ from typing import Any
 
 from dtpipe.extract.cluster.preflight import free_bytes
 from dtpipe.extract.config import ExtractConfig, ExtractRun
+from dtpipe.extract.fitting.base import PLAIN_TARS, FitRequest, makes_plain_tars
+from dtpipe.extract.fitting.sample import fit_memory_bytes
 from dtpipe.extract.recipe import resolve_recipe
 from dtpipe.extract.shards.queue import SHARDS_IN_HAND
 from dtpipe.extract.shards.task import threads_that_code
@@ -77,7 +79,7 @@ class ExtractionPlan:
     comparison: CachedOrLive
     """Cached features against a teacher that runs in every epoch."""
     memory_bytes: int
-    """Peak of one worker: process with teacher and a batch, and the shards in hand."""
+    """Peak of one worker: process with teacher and a batch, and the fit, or later the shards in hand."""
     device_bytes: int | None
     """Peak on the GPU; None on the CPU."""
     num_probed: int
@@ -119,7 +121,9 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
     num_samples, workers = len(listing), _workers(run, recipe.compute.device)
     raw = bytes_per_sample(recipe.levels, len(recipe.views), _stored_image(recipe))
     arrays = _fitted_arrays(work, plan, probed.arrays)
-    memory_bytes = peak_memory() + _held(run, raw * min(recipe.shard.samples, num_samples))
+    held_bytes = _held(run, raw * min(recipe.shard.samples, num_samples))
+    fit_bytes = 0 if work.fit is None else fit_memory_bytes(recipe, work.fit, num_samples)
+    memory_bytes = peak_memory() + max(held_bytes, fit_bytes)  # the fit is over before a shard is begun
     coding = probed.coding if work.fit is None else time_trial_fit(probed, recipe, work.fit, arrays)
     stored_each = sum(array.stored_bytes for array in arrays)
     limits = extraction_limits(
@@ -162,7 +166,7 @@ def plan_work(work: Work, run: ExtractRun, ignored: Mapping[str, int], prices: P
         device_bytes=probed.device_bytes,
         num_probed=len(rows),
         ignored=dict(ignored),
-        to_fit=None if work.fit is None else work.fit.record(),
+        to_fit=None if work.fit is None else work.fit.record() | _remarks(recipe, work.fit),
     )
 
 
@@ -175,6 +179,10 @@ def _fitted_arrays(work: Work, plan: Plan, arrays: tuple[ArrayPlan, ...]) -> tup
         replace(array, stored_bytes=array.stored_bytes + more) if array.name == HEADERS else array for array in arrays
     ]
     return assume_codec(with_norms, work.fit.codecs, work.fit.max_error, work.fit.budget_bytes, plan.num_rows, stage)
+
+
+def _remarks(recipe: Recipe, request: FitRequest) -> dict[str, str]:
+    return {"remark": PLAIN_TARS} if makes_plain_tars(recipe, request) else {}
 
 
 def _held(run: ExtractRun, shard_bytes: int) -> int:
@@ -245,7 +253,7 @@ def _fit_in_words(fit: dict[str, Any]) -> str:
     return (
         f"codecs ({levels}) would be fitted for {target} to {count_of(fit['samples'], 'sample')} at most, before "
         "anything is stored; the bytes below are assumed of them; the times above are of a fit to a few samples, and "
-        "the fit itself is not in them"
+        f"the fit itself is not in them{f'; {remark}' if (remark := fit.get('remark')) else ''}"
     )
 
 

@@ -16,7 +16,7 @@ from dtpipe.extract.device import NOTHING_YET
 from dtpipe.extract.encode import Encoded
 from dtpipe.extract.fitting.base import FitRequest
 from dtpipe.extract.fitting.budget import CURVE_ERRORS
-from dtpipe.extract.fitting.fit import fit_codecs
+from dtpipe.extract.fitting.fit import fit_codecs, refuse_too_little
 from dtpipe.extract.fitting.sample import FitSample, sample_plan
 from dtpipe.extract.shards.buffer import CodedBatch
 from dtpipe.extract.shards.producer import PreparedRow, Producer
@@ -119,7 +119,7 @@ def time_trial_fit(probed: Probe, draft: Recipe, request: FitRequest, arrays: Se
     """As `Probe.coding`, by codecs that are fitted to some rows of the probe, for the errors that `arrays` have.
 
     A fit to so few samples costs what another does: times follow from shapes and errors. With no finite row, that of
-    the probe. Raises: as `probe`.
+    the probe. Raises: as `probe`; ConfigError for an error that no codec keeps.
     """
     import torch
 
@@ -133,6 +133,7 @@ def time_trial_fit(probed: Probe, draft: Recipe, request: FitRequest, arrays: Se
     error = next(array.error for array in arrays if array.name in request.codecs)
     target = replace(request, max_error=min(error or CURVE_ERRORS[0], CURVE_ERRORS[-1]), budget_bytes=None)
     fit = fit_codecs(draft, sample, target, len(sample.rows), _say_nothing)
+    refuse_too_little(request, fit.least_mse)
     return _Coded.of(fit.recipe(draft), HeldFitted(fit.files), probed.rows, probed.produced, probed.compute).coding
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +22,22 @@ from dtpipe.extract.config import LiveConfig
 from dtpipe.extract.fitting.base import FitRequest
 from dtpipe.extract.fitting.fit import fit_codecs
 from dtpipe.extract.fitting.request import codec_recipe
-from dtpipe.extract.fitting.sample import FitSample
+from dtpipe.extract.fitting.sample import FitSample, fit_memory_bytes
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.codecs import transform_fit
 from dtpipe.manifests.codecs.fitted import fitted_names
 from dtpipe.manifests.codecs.rans_tables import Coder
-from dtpipe.manifests.errors import ConfigError, InputError, PlanChangedError
+from dtpipe.manifests.codecs.registry import CODECS
+from dtpipe.manifests.errors import ConfigError, InputError, PlanChangedError, StoppedError
 from dtpipe.manifests.fidelity import FIT_EXPECTS
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
-from dtpipe.manifests.schema import IndexRow
+from dtpipe.manifests.schema import IndexRow, LevelSpec, Recipe
 from dtpipe.manifests.store.store import Store
-from dtpipe.pipeline.cli.console import format_bytes
-from dtpipe.pipeline.plan.extraction import plan_extraction
+from dtpipe.pipeline.cli.console import Console, format_bytes
+from dtpipe.pipeline.plan.extraction import plan_extraction, print_extraction
 from dtpipe.pipeline.report.inspect import describe_dataset
 from dtpipe.pipeline.report.provenance import datasets_section
 from parts import golden
@@ -211,17 +216,39 @@ def test_a_fit_that_comes_out_otherwise_is_not_taken_for_the_lost_one(make_confi
         run_extraction(config)
 
 
+def sample_of(recipe: Recipe, num: int) -> FitSample:
+    """White noise."""
+    rng = np.random.Generator(np.random.Philox(0))
+    shapes = {level.name: (num, level.channels, level.height, level.width) for level in recipe.levels}
+    levels = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    images = np.zeros((num, recipe.transform.height, recipe.transform.width, 3), np.uint8)
+    return FitSample(tuple(IndexRow(row=row, key=f"{row}", shard=0) for row in range(num)), levels, images)
+
+
+@pytest.mark.parametrize(("max_error", "budget_bytes"), [(0.001, None), (0.1, None), (None, 10**8)])
+def test_a_plan_foretells_the_memory_that_a_fit_takes(max_error: float | None, budget_bytes: int | None) -> None:
+    recipe, num = golden.make_recipe(golden.Settings()), 64
+    sizes = {"l2": (64, 16, 16), "l3": (120, 8, 8), "l4.b": (8, 4, 4)}
+    shapes = {name: dict(zip(("channels", "height", "width"), size, strict=True)) for name, size in sizes.items()}
+    recipe = recipe.model_copy(
+        update={"levels": tuple(level.model_copy(update=shapes[level.name]) for level in recipe.levels)}
+    )
+    request = FitRequest(dict.fromkeys(sizes, "transform"), max_error, budget_bytes, num, 0, "rans")
+    fit_codecs(recipe, sample_of(recipe, 8), request, num, lambda *_: None)  # compiled code and tables of constants
+    tracemalloc.start()
+    fit_codecs(recipe, sample_of(recipe, num), request, num, lambda *_: None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= fit_memory_bytes(recipe, request, num) <= 2 * peak
+
+
 @pytest.mark.parametrize("coder", ["zstd", "rans"])
 def test_a_dead_level_takes_next_to_nothing_of_a_budget(coder: Coder) -> None:
     recipe, num = golden.make_recipe(golden.Settings()), 16
-    rng = np.random.default_rng(0)
-    shapes = {level.name: (num, level.channels, level.height, level.width) for level in recipe.levels}
-    levels = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    levels["l3"] = np.full(shapes["l3"], 2.0, np.float32)
-    images = np.zeros((num, recipe.transform.height, recipe.transform.width, 3), np.uint8)
-    rows = tuple(IndexRow(row=row, key=f"{row}", shard=0) for row in range(num))
-    request = FitRequest(dict.fromkeys(shapes, "transform"), None, 10**6, num, 0, coder)
-    result = fit_codecs(recipe, FitSample(rows, levels, images), request, num, lambda *_: None)
+    sample = sample_of(recipe, num)
+    sample.levels["l3"][...] = 2
+    request = FitRequest(dict.fromkeys(sample.levels, "transform"), None, 10**6, num, 0, coder)
+    result = fit_codecs(recipe, sample, request, num, lambda *_: None)
     assert result.codecs["l3"].parameters["symbols"] == 1 < result.codecs["l2"].parameters["symbols"]
     assert result.expected["l3"]["relative_mse"] == 0
 
@@ -253,9 +280,9 @@ def test_a_budget_makes_each_basis_twice_whatever_its_rounds(
     shapes: list[tuple[int, ...]] = []
     transformed = transform_fit._transformed
 
-    def counted(features: NDArray[np.generic]) -> Any:
+    def counted(features: NDArray[np.generic], *rest: Any) -> Any:
         shapes.append(features.shape)
-        return transformed(features)
+        return transformed(features, *rest)
 
     monkeypatch.setattr(transform_fit, "_transformed", counted)
     run_extraction(make_config(images=many, shard={"samples": 16}, codec={"budget": "180kB"}))
@@ -332,6 +359,56 @@ def test_codecs_are_chosen_by_level_and_without_a_fit_where_none_is_needed(extra
     ):
         with pytest.raises(ConfigError, match=why):
             extract("refused", images=many, codec=refused)
+
+
+def test_an_error_that_no_step_can_keep_is_refused(make_config: MakeConfig, many: str) -> None:
+    for run in (plan_extraction, run_extraction):
+        with pytest.raises(
+            ConfigError, match=r"max_error is 1e-06, .* ask for .* or more, or .*levels\.l2=int8 or cast"
+        ):
+            run(make_config(images=many, out=f"{many}-fine", codec={"max_error": 1e-6}))
+    assert not Store(f"{many}-fine").exists("plan.json")
+
+
+@pytest.mark.parametrize(
+    ("form", "coder", "plain"), [("webdataset", "zstd", True), ("webdataset", "rans", False), ("zarr", "zstd", False)]
+)
+def test_tars_that_gain_nothing_by_a_fit_are_said(
+    form: str, coder: str, plain: bool, make_config: MakeConfig, many: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    config = make_config(images=many, shard={"samples": 40, "format": form}, codec={"max_error": 0.1, "coder": coder})
+    print_extraction(Console(), plan_extraction(config))
+    assert ("-s extract.codec.coder=rans packs them" in capsys.readouterr().out) == plain
+    run_extraction(config, lambda progress: said.append(progress.message or ""))
+    assert any("-s extract.codec.coder=rans packs them" in text for text in said) == plain
+
+
+@pytest.mark.parametrize("after", [5, 45])
+def test_a_stop_ends_a_fit_within_a_level(
+    after: int, make_config: MakeConfig, many: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five calls are among the samples of the first level's basis, 45 among its steps: forty samples come first."""
+    steps: list[int] = []
+    said: list[str] = []
+    codec = CODECS["transform"]
+
+    def stopped(level: LevelSpec, features: NDArray[np.generic], on_step: Callable[[], None]) -> Any:
+        def step() -> None:
+            steps.append(1)
+            if len(steps) == after:
+                signal.raise_signal(signal.SIGTERM)
+            on_step()
+
+        return transform_fit.fit_transform(level, features, step)
+
+    monkeypatch.setitem(CODECS, "transform", replace(codec, fit=stopped))
+    with pytest.raises(StoppedError, match="codecs were being fitted: stopped by SIGTERM; nothing is written yet"):
+        run_extraction(
+            make_config(images=many, codec={"max_error": 0.1}), lambda progress: said.append(progress.message or "")
+        )
+    assert len(steps) == after
+    assert not any("is fitted" in text for text in said)
 
 
 def test_a_plan_reads_no_sample_for_a_fit_and_says_what_would_be(

@@ -20,15 +20,16 @@ from dtpipe.extract.shards.rows import BATCHES_AHEAD, BatchQueue
 from dtpipe.extract.shards.task import ShardDroppedError
 from dtpipe.extract.shards.teacher import TeacherProducer
 from dtpipe.extract.shards.timeline import ShardClock
-from dtpipe.extract.shards.worker import ShardWorker
+from dtpipe.extract.shards.worker import ShardWorker, shows_loss
 from dtpipe.manifests.codecs.base import SYMBOLS, encode_level
 from dtpipe.manifests.codecs.registry import open_codec
 from dtpipe.manifests.errors import BadImage, ErrorBudgetError, InputError, LockHeldError, ShapeError, TeacherError
 from dtpipe.manifests.layout.arrays import CodedRows
-from dtpipe.manifests.schema import LevelSpec
+from dtpipe.manifests.schema import LevelSpec, Plan
 from dtpipe.manifests.store.patience import Patience
 from dtpipe.manifests.write.commit import pending_shards
 from dtpipe.manifests.write.plan import bytes_per_sample
+from parts import golden
 from parts.workers import OpenWorker, Wrapped
 
 
@@ -41,6 +42,35 @@ def test_shard_is_committed_once_and_not_done_again(open_worker: OpenWorker) -> 
     encoded = worker.num_encoded
     assert worker.extract_shard(1) == entry
     assert worker.num_encoded == encoded == 3
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "samples", "batch", "measured"),
+    [
+        (8, 3, 1, [0, 3, 6]),
+        (200, 4096, 32, [0, 64, 128, 192]),
+        (2048, 512, 64, [*range(0, 2048, 64)]),
+        (4096, 2048, 32, [*range(0, 4096, 256)]),
+        (4096, 32, 8, [*range(0, 4096, 256)]),  # as of an ADM of 256 px: of eight shards one
+        (4096, 4096, 1024, [0, 1024, 2048, 3072]),
+        (8192, 4096, 16, [*range(0, 8192, 512)]),
+        (2600, 1300, 1, [*range(0, 2600, 256)]),
+    ],
+)
+def test_few_rows_show_what_codecs_lose(num_rows: int, samples: int, batch: int, measured: list[int]) -> None:
+    recipe = golden.make_recipe(golden.Settings())
+    recipe = recipe.model_copy(update={"shard": recipe.shard.model_copy(update={"samples": samples})})
+    num_shards = -(-num_rows // samples)
+    plan = Plan(format=recipe.format, recipe=recipe, num_rows=num_rows, num_shards=num_shards, listing_blake3="0" * 64)
+    shown = []
+    for shard_idx in range(num_shards):
+        rows = plan.shard_rows(shard_idx)
+        starts = range(0, len(rows), batch)
+        sizes = [min(batch, len(rows) - start) for start in starts]
+        shown += [
+            rows[start] for start, num in zip(starts, sizes, strict=True) if shows_loss(plan, shard_idx, start, num)
+        ]
+    assert shown == measured
 
 
 def two_at_a_time(worker: ShardWorker) -> None:

@@ -97,13 +97,26 @@ def test_a_fit_meets_its_error_on_samples_it_never_saw_and_states_what_each_lost
 def test_a_fit_takes_the_largest_step_within_its_error(target: float) -> None:
     features = smooth_features(32, 6, 16)
     fit = fit_transform(level_of(features), features)(FitTarget(relative_mse=target))
-    assert 0.99 * target < fit.relative_mse <= target
+    assert 0.99 * target < fit.coded_mse <= target
+
+
+@pytest.mark.parametrize("target", [1e-6, 1e-5, 1e-4, 1e-3, 0.01])
+def test_a_fit_counts_what_its_rounded_basis_loses(target: float) -> None:
+    """At small errors that is most. Where steps are coarse, some of it is gone with what they drop."""
+    features, others = smooth_features(96, 24), smooth_features(96, 24, seed=1)
+    level = level_of(features)
+    fit = fit_transform(level, features)(FitTarget(relative_mse=target))
+    codec = opened(level, fit)
+    lost = relative_mse(decode_level(codec, encode_level(codec, others)), others)
+    assert 0.5 * fit.fixed_mse + fit.coded_mse < 1.25 * lost and lost < 1.25 * fit.relative_mse
+    if target < fit.fixed_mse / 2 or target > 20 * fit.fixed_mse:
+        np.testing.assert_allclose(fit.relative_mse, lost, rtol=0.25)  # of 24 held samples
 
 
 def test_a_fit_for_less_than_any_step_loses_takes_the_least() -> None:
     features = smooth_features(32, 6, 16)
     fit = fit_transform(level_of(features), features)(FitTarget(relative_mse=1e-12))
-    assert fit.parameters["step"] == pytest.approx(2.0**-10) and 1e-12 < fit.relative_mse < 1e-6
+    assert fit.parameters["step"] == pytest.approx(2.0**-10) and 1e-12 < fit.coded_mse < 1e-6
 
 
 @pytest.mark.parametrize("entropy", ["zstd", "rans"])

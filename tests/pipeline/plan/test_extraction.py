@@ -100,3 +100,11 @@ def test_a_device_without_room_for_coding_is_said_in_a_sentence(
     monkeypatch.setattr(probe.CodedBatch, "start", full)
     with pytest.raises(DeviceMemoryError, match="a first batch"):
         plan_extraction(make_config(codec=codec))
+
+
+def test_the_memory_of_a_fit_counts_where_it_is_more_than_shards_take(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "fit_memory_bytes", lambda *_: 10**12)
+    assert plan_extraction(make_config(codec={"max_error": 0.1})).memory_bytes > 10**12
+    assert plan_extraction(make_config()).memory_bytes < 10**12
