@@ -6,6 +6,7 @@ from blake3 import blake3
 
 _LONGEST = 200  # bytes of a name; most file systems take 255
 _HARMLESS = frozenset(" !#$&'()+,-.;=@[]^_`{}~")
+_EMPTY = "%_"  # unlike any character that is encoded
 
 
 def path_of_key(key: str, ending: str) -> str:
@@ -27,7 +28,7 @@ def _folder(part: str, ending: str) -> str:
 
 def _encoded(part: str) -> str:
     if part in ("", ".", ".."):
-        return "%00" if not part else part.replace(".", "%2E")
+        return _EMPTY if not part else part.replace(".", "%2E")
     return "".join(char if char.isalnum() or char in _HARMLESS else _percent(char) for char in part)
 
 

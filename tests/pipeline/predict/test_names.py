@@ -15,6 +15,7 @@ KEYS = st.text(st.sampled_from("ab./%~\0\n\\:é\udc80 png.."), min_size=1, max_s
 CLASHING = [
     *("a", "a.png", "a.png/b", "a.png.png", "a.PNG/b", "a/b", "a//b", "/a", "a/", ".", "..", "../a", "a/../b"),
     *("%2E", "a%2Epng/b", "x" * 300, "x" * 301, f"{'x' * 300}/y", "shard.tar/0001.jpg", "rows.parquet#12", "a\0b"),
+    *("/", "/\0", "\0/", "\0/\0", "/b", "\0/b", "%00/b", "%_/b"),
 ]
 
 
