@@ -31,8 +31,8 @@ _CURVE_SAMPLES: Final = 128  # that sizes at several errors are measured on
 _ROOM: Final = 0.98  # of a budget; the sample is not the whole
 _LESS: Final = 0.99  # of it in each round, since sizes between those that were tried are not exact
 _ROUNDS: Final = 8  # so often a budget is divided again by what was measured
-_ABOVE: Final = 2  # times what a codec loses in any steps, an error may be asked for
 """Stored bytes have parts that a fit does not see: images, headers, checksums."""
+_ABOVE: Final = 2  # times what a codec loses in any steps, an error may be asked for
 
 
 @dataclass(frozen=True)

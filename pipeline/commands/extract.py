@@ -97,10 +97,7 @@ def extracted(call: Call, fresh: bool) -> ExtractResult:
 
 def _plan(call: Call) -> ExtractionPlan:
     if call.has("soft_labels"):
-        request = _request(call)
-        if kept := request.kept_features():
-            call.console.note(kept)
-        return request.plan()
+        return _request(call).plan(call.console.note)
     from dtpipe.pipeline.plan.extraction import plan_extraction
 
     config = call.settings("extract")

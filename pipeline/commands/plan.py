@@ -44,10 +44,7 @@ def command(call: Call) -> None:
         from dtpipe.pipeline.plan.extraction import print_extraction
         from dtpipe.pipeline.soft_labels.request import request_of
 
-        request = request_of(call.document, call.names)
-        if kept := request.kept_features():
-            call.console.note(kept)
-        labels = request.plan()
+        labels = request_of(call.document, call.names).plan(call.console.note)
         print_extraction(call.console, labels)
         if call.has("distill"):
             call.console.note(

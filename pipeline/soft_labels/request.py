@@ -15,7 +15,7 @@ from dtpipe.manifests.errors import ConfigError
 from dtpipe.manifests.store.paths import whole_place
 from dtpipe.manifests.store.store import Store
 from dtpipe.manifests.write.plan import bytes_per_sample
-from dtpipe.pipeline.cli.console import format_bytes
+from dtpipe.pipeline.cli.console import Note, format_bytes
 from dtpipe.pipeline.cli.settings import find_field, validate
 from dtpipe.pipeline.soft_labels.config import CachedConfig, LabelShardConfig, SoftLabelConfig
 from dtpipe.pipeline.soft_labels.work import cached_work, live_work
@@ -41,27 +41,15 @@ class LabelRequest:
     plan_resolve: Resolve | None = None
     """In place of `resolve` for a plan, where the features are not there yet."""
 
-    def plan(self) -> ExtractionPlan:
-        """What it would take: time of teacher and interpreter, bytes of the soft labels. Raises: as `resolve`."""
+    def plan(self, note: Note) -> ExtractionPlan:
+        """What it would take: time of teacher and interpreter, bytes of the soft labels; those of features that are
+        kept are noted. Raises: as `resolve`.
+        """
         from dtpipe.pipeline.plan.extraction import plan_work
 
+        if self.features_first is not None:
+            note(_kept_text(self.features_first))
         return plan_work((self.plan_resolve or self.resolve)(), self.run, {})
-
-    def kept_features(self) -> str | None:
-        """What features that are kept would take, in words; None where none are. Raises: as `resolve_recipe`."""
-        if self.features_first is None:
-            return None
-        run = self.features_first.run
-        work = work_of(
-            resolve_recipe(self.features_first.model_copy(update={"run": run.model_copy(update={"inline": True})}))
-        )
-        recipe = work.recipe
-        image_px = (recipe.transform.height, recipe.transform.width) if recipe.images == "stored" else None
-        each = bytes_per_sample(recipe.levels, len(recipe.views), image_px)
-        free = free_bytes(Store(run.out))
-        room = "" if free is None else f"; {format_bytes(free)} are free there"
-        size = format_bytes(each * len(work.listing()))
-        return f"features that are kept in {run.out} take about {size} before compression, beside what follows{room}"
 
 
 def request_of(document: Mapping[str, Any], names: Mapping[str, str]) -> LabelRequest:
@@ -88,6 +76,18 @@ def request_of(document: Mapping[str, Any], names: Mapping[str, str]) -> LabelRe
         first,
         of_live,
     )
+
+
+def _kept_text(features: ExtractConfig) -> str:
+    """What features that are kept would take, in words. Raises: as `resolve_recipe`."""
+    run = features.run.model_copy(update={"inline": True})
+    work = work_of(resolve_recipe(features.model_copy(update={"run": run})))
+    recipe = work.recipe
+    image_px = (recipe.transform.height, recipe.transform.width) if recipe.images == "stored" else None
+    size_bytes = bytes_per_sample(recipe.levels, len(recipe.views), image_px) * len(work.listing())
+    free = free_bytes(Store(run.out))
+    room = "" if free is None else f"; {format_bytes(free)} are free there"
+    return f"features that are kept in {run.out} take about {format_bytes(size_bytes)} before compression{room}"
 
 
 def _refuse_codec(live: ExtractConfig) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,22 +18,18 @@ import zarr
 from numpy.typing import NDArray
 
 from dtpipe.extract.config import LiveConfig
-from dtpipe.extract.fitting.base import FitRequest
-from dtpipe.extract.fitting.fit import fit_codecs
 from dtpipe.extract.fitting.request import codec_recipe
-from dtpipe.extract.fitting.sample import FitSample, fit_memory_bytes
 from dtpipe.extract.run import run_extraction
 from dtpipe.manifests.check.repair import repair
 from dtpipe.manifests.check.verify import verify
 from dtpipe.manifests.codecs import transform_fit
 from dtpipe.manifests.codecs.fitted import fitted_names
-from dtpipe.manifests.codecs.rans_tables import Coder
 from dtpipe.manifests.codecs.registry import CODECS
 from dtpipe.manifests.errors import ConfigError, InputError, PlanChangedError, StoppedError
 from dtpipe.manifests.fidelity import FIT_EXPECTS
 from dtpipe.manifests.read.dataset import FeatureDataset
 from dtpipe.manifests.read.source import read_level
-from dtpipe.manifests.schema import IndexRow, LevelSpec, Recipe
+from dtpipe.manifests.schema import LevelSpec
 from dtpipe.manifests.store.store import Store
 from dtpipe.pipeline.cli.console import Console, format_bytes
 from dtpipe.pipeline.plan.extraction import plan_extraction, print_extraction
@@ -214,43 +209,6 @@ def test_a_fit_that_comes_out_otherwise_is_not_taken_for_the_lost_one(make_confi
     write_images(Path(many), 40, start=40)
     with pytest.raises(PlanChangedError, match=r"fitting again gives other numbers.*put back a copy"):
         run_extraction(config)
-
-
-def sample_of(recipe: Recipe, num: int) -> FitSample:
-    """White noise."""
-    rng = np.random.Generator(np.random.Philox(0))
-    shapes = {level.name: (num, level.channels, level.height, level.width) for level in recipe.levels}
-    levels = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    images = np.zeros((num, recipe.transform.height, recipe.transform.width, 3), np.uint8)
-    return FitSample(tuple(IndexRow(row=row, key=f"{row}", shard=0) for row in range(num)), levels, images)
-
-
-@pytest.mark.parametrize(("max_error", "budget_bytes"), [(0.001, None), (0.1, None), (None, 10**8)])
-def test_a_plan_foretells_the_memory_that_a_fit_takes(max_error: float | None, budget_bytes: int | None) -> None:
-    recipe, num = golden.make_recipe(golden.Settings()), 64
-    sizes = {"l2": (64, 16, 16), "l3": (120, 8, 8), "l4.b": (8, 4, 4)}
-    shapes = {name: dict(zip(("channels", "height", "width"), size, strict=True)) for name, size in sizes.items()}
-    recipe = recipe.model_copy(
-        update={"levels": tuple(level.model_copy(update=shapes[level.name]) for level in recipe.levels)}
-    )
-    request = FitRequest(dict.fromkeys(sizes, "transform"), max_error, budget_bytes, num, 0, "rans")
-    fit_codecs(recipe, sample_of(recipe, 8), request, num, lambda *_: None)  # compiled code and tables of constants
-    tracemalloc.start()
-    fit_codecs(recipe, sample_of(recipe, num), request, num, lambda *_: None)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak <= fit_memory_bytes(recipe, request, num) <= 2 * peak
-
-
-@pytest.mark.parametrize("coder", ["zstd", "rans"])
-def test_a_dead_level_takes_next_to_nothing_of_a_budget(coder: Coder) -> None:
-    recipe, num = golden.make_recipe(golden.Settings()), 16
-    sample = sample_of(recipe, num)
-    sample.levels["l3"][...] = 2
-    request = FitRequest(dict.fromkeys(sample.levels, "transform"), None, 10**6, num, 0, coder)
-    result = fit_codecs(recipe, sample, request, num, lambda *_: None)
-    assert result.codecs["l3"].parameters["symbols"] == 1 < result.codecs["l2"].parameters["symbols"]
-    assert result.expected["l3"]["relative_mse"] == 0
 
 
 def size_on_disk(url: str) -> int:
